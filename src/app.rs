@@ -1,0 +1,1 @@
+//! Builds everything, owns the tasks, and stops them in order.

@@ -1,0 +1,248 @@
+//! The configuration, validated: what the rest of the program sees.
+//!
+//! Reading TOML, environment overrides and secrets is in the submodules; a [`Config`] that exists is consistent.
+
+use std::net::SocketAddr;
+use std::path::PathBuf;
+use std::time::Duration;
+
+/// A password or key. Never printed; wiped when dropped.
+#[derive(Clone, Default, PartialEq, Eq, zeroize::Zeroize, zeroize::ZeroizeOnDrop)]
+pub struct Secret(String);
+
+impl Secret {
+    /// Takes ownership of the plain text.
+    pub fn new(plain: impl Into<String>) -> Self {
+        Self(plain.into())
+    }
+
+    /// The plain text, for the one place that needs it.
+    pub fn expose(&self) -> &str {
+        &self.0
+    }
+}
+
+impl std::fmt::Debug for Secret {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("Secret(…)")
+    }
+}
+
+/// Everything the daemon is told.
+#[derive(Clone, Debug)]
+pub struct Config {
+    /// Where applications connect.
+    pub listen: Listen,
+    /// Where the pgcutover schema lives, and how strongly the old server is fenced.
+    pub control: Control,
+    /// The server that holds the data now.
+    pub source: Server,
+    /// The server that the data moves to.
+    pub target: Server,
+    /// How applications prove who they are.
+    pub auth: Auth,
+    /// Bounds on what clients may use.
+    pub limits: Limits,
+    /// Copy and replication.
+    pub migration: Migration,
+    /// The cutover's bounds.
+    pub cutover: Cutover,
+    /// Console, HTTP API.
+    pub admin: Admin,
+    /// Logs.
+    pub telemetry: Telemetry,
+}
+
+/// `[listen]`
+#[derive(Clone, Debug)]
+pub struct Listen {
+    /// TCP address of the proxy; none: no TCP listener.
+    pub address: Option<SocketAddr>,
+    /// Directory for the Unix socket `.s.PGSQL.<port>`; none: no Unix listener.
+    pub unix_socket_dir: Option<PathBuf>,
+    /// Certificate and key offered to clients; none: SSLRequest is answered `N`.
+    pub tls: Option<ListenTls>,
+    /// Threads that serve sessions, one runtime each; default: the number of cores.
+    pub workers: usize,
+}
+
+/// TLS towards clients.
+#[derive(Clone, Debug)]
+pub struct ListenTls {
+    /// PEM certificate chain.
+    pub certificate: PathBuf,
+    /// PEM private key.
+    pub key: PathBuf,
+    /// Refuse clients on TCP that do not ask for TLS.
+    pub required: bool,
+}
+
+/// `[control]`
+#[derive(Clone, Debug)]
+pub struct Control {
+    /// Database, on both servers, that holds the pgcutover schema with fences and decisions.
+    pub database: String,
+    /// How the old server is kept from accepting writes during a cutover.
+    pub fence: FencePolicy,
+}
+
+/// How strongly the old server is fenced.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum FencePolicy {
+    /// Read-only default, connections refused, unknown backends terminated.
+    Hard,
+    /// Read-only default alone; writers that bypass the proxy can get round it.
+    Soft,
+}
+
+/// `[source]` and `[target]`
+#[derive(Clone, Debug)]
+pub struct Server {
+    /// Host name, address, or the directory of a Unix socket (starts with `/`).
+    pub host: String,
+    /// TCP port, or the socket's number.
+    pub port: u16,
+    /// The role that pgcutover itself logs in with.
+    pub user: String,
+    /// Its password; none: trust, peer or a client certificate.
+    pub password: Option<Secret>,
+    /// libpq's sslmode.
+    pub sslmode: SslMode,
+    /// PEM certificates that are trusted; needed from `verify-ca` on.
+    pub sslrootcert: Option<PathBuf>,
+    /// Client certificate chain and key, PEM.
+    pub client_certificate: Option<(PathBuf, PathBuf)>,
+    /// Bound on TCP connect, TLS and login together.
+    pub connect_timeout: Duration,
+}
+
+/// libpq's sslmode (PostgreSQL documentation, "SSL Support", table 34.1).
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum SslMode {
+    /// Never TLS.
+    Disable,
+    /// TLS where the server offers it.
+    Prefer,
+    /// TLS, certificate not checked (checked like verify-ca when `sslrootcert` is set, as in libpq).
+    Require,
+    /// TLS, certificate chain checked.
+    VerifyCa,
+    /// TLS, certificate chain and host name checked.
+    VerifyFull,
+}
+
+/// `[auth]`
+#[derive(Clone, Debug)]
+pub struct Auth {
+    /// What clients are asked for.
+    pub method: AuthMethod,
+    /// `"user" "password or verifier"` lines, for servers whose verifiers cannot be read.
+    pub users_file: Option<PathBuf>,
+    /// Query run on the active server, `$1` the user name, one row (name, verifier).
+    pub auth_query: String,
+    /// How long a verifier that was read may be used again.
+    pub verifier_cache: Duration,
+}
+
+/// What a client is asked for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum AuthMethod {
+    /// SCRAM-SHA-256 or md5, after the kind of the user's verifier.
+    Auto,
+    /// SCRAM-SHA-256 only.
+    ScramSha256,
+    /// md5 only.
+    Md5,
+    /// Clear text, over TLS or a Unix socket only.
+    Password,
+    /// Nothing; the client's name is believed.
+    Trust,
+}
+
+/// `[limits]`
+#[derive(Clone, Debug)]
+pub struct Limits {
+    /// Client connections at one time.
+    pub max_client_connections: usize,
+    /// From accept to the end of authentication.
+    pub client_login_timeout: Duration,
+    /// Largest single message, streamed and never held, in bytes.
+    pub max_message_bytes: u64,
+    /// Buffer for each direction of a session, in bytes.
+    pub buffer_bytes: usize,
+}
+
+/// What happens to a table that has no usable replica identity.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum WithoutIdentity {
+    /// `REPLICA IDENTITY FULL` is set on the source, listed, and set back on cancel.
+    Full,
+    /// The migration is refused, naming the tables.
+    Refuse,
+}
+
+/// `[migration]`
+#[derive(Clone, Debug)]
+pub struct Migration {
+    /// Connections that copy tables at the same time.
+    pub copy_workers: usize,
+    /// Connections that build indexes at the same time.
+    pub index_workers: usize,
+    /// Tables larger than this are copied in parts, in bytes.
+    pub part_bytes: u64,
+    /// `maintenance_work_mem` of index builds, in PostgreSQL's notation.
+    pub maintenance_work_mem: String,
+    /// What is done with tables that have no usable replica identity.
+    pub without_identity: WithoutIdentity,
+    /// Memory of the apply queue of one database, in bytes.
+    pub apply_queue_bytes: usize,
+    /// Directory with pg_dump; none: searched for, the newest wins.
+    pub bindir: Option<PathBuf>,
+    /// Bound on the wait for every transaction that was open when the slot was made.
+    pub slot_timeout: Duration,
+    /// Bound on one attempt to lock a table of the source.
+    pub lock_timeout: Duration,
+}
+
+/// What happens to a transaction that is still running when `drain_timeout` ends.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Stragglers {
+    /// The cutover is aborted; the application never notices.
+    Abort,
+    /// The session is ended with 57P01.
+    Terminate,
+}
+
+/// `[cutover]`
+#[derive(Clone, Debug)]
+pub struct Cutover {
+    /// From the fence to the switch; then abort.
+    pub max_pause: Duration,
+    /// For running transactions to end.
+    pub drain_timeout: Duration,
+    /// A cutover is not begun with more than this to replay, in bytes.
+    pub max_lag_at_start_bytes: u64,
+    /// Transactions that outlast the drain.
+    pub stragglers: Stragglers,
+}
+
+/// `[admin]`
+#[derive(Clone, Debug)]
+pub struct Admin {
+    /// HTTP address; none: no HTTP.
+    pub address: Option<SocketAddr>,
+    /// Roles that may use the console.
+    pub users: Vec<String>,
+    /// Bearer token for calls that change state; none: such calls are refused unless they come from loopback.
+    pub token: Option<Secret>,
+}
+
+/// `[telemetry]`
+#[derive(Clone, Debug)]
+pub struct Telemetry {
+    /// `tracing` filter, such as `info` or `pgcutover=debug`.
+    pub log: String,
+    /// One JSON object a line instead of text.
+    pub json: bool,
+}

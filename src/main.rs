@@ -1,0 +1,3 @@
+//! `pgcutover`: see the library's documentation.
+
+fn main() {}

@@ -1,0 +1,335 @@
+//! Databases by name: gate, route and the sessions that are registered.
+
+use std::collections::HashMap;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, PoisonError, RwLock};
+
+use arc_swap::{ArcSwap, ArcSwapOption};
+use tokio::sync::Notify;
+
+use super::gate::{Admission, Cell, Epoch, Gate};
+
+/// Which of the two configured servers.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, serde::Serialize, serde::Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum ServerRole {
+    /// `[source]` of the configuration.
+    Source,
+    /// `[target]` of the configuration.
+    Target,
+}
+
+impl std::fmt::Display for ServerRole {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(match self {
+            Self::Source => "source",
+            Self::Target => "target",
+        })
+    }
+}
+
+/// Where a database's transactions run.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Route {
+    /// On this server since this epoch.
+    To {
+        /// The active server.
+        server: ServerRole,
+        /// The cutover that made it active; 0 for the original source.
+        epoch: Epoch,
+    },
+    /// Nobody is known to be active; new sessions are refused with 57P03 and this reason (safe to show to clients).
+    Unknown {
+        /// Why, in words for a client.
+        reason: String,
+    },
+}
+
+/// What a backend of the old server needs to know when it is started between prepare and pause: the soft fence has
+/// already made read-only the default, and a session of an acknowledged member must not feel it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct PrepareWindow {
+    /// The cutover being prepared.
+    pub epoch: Epoch,
+    /// `default_transaction_read_only` as it was for the database before the fence (`on` or `off`).
+    pub earlier_read_only: String,
+}
+
+/// One database: its gate, its route and who is inside.
+#[derive(Debug)]
+pub struct Database {
+    name: String,
+    gate: Gate,
+    route: ArcSwap<Route>,
+    prepare: ArcSwapOption<PrepareWindow>,
+    members: Mutex<HashMap<u64, Arc<Cell>>>,
+    next_member: AtomicU64,
+    /// A session left while the gate was fenced.
+    left: Notify,
+    /// The gate was opened, or the route became known or unknown.
+    changed: Notify,
+}
+
+/// A session's registration; its cell is counted until this is dropped.
+#[derive(Debug)]
+pub struct Member {
+    database: Arc<Database>,
+    cell: Arc<Cell>,
+    id: u64,
+}
+
+impl Member {
+    /// The database this session belongs to.
+    pub fn database(&self) -> &Arc<Database> {
+        &self.database
+    }
+
+    /// Enters for one transaction, or `None` when the gate is fenced.
+    pub fn try_enter(&self) -> Option<Admission> {
+        self.database.gate.enter(&self.cell)
+    }
+
+    /// Enters, waiting while the gate is fenced. Cancel-safe: a dropped future leaves the cell idle.
+    pub async fn enter(&self) -> Admission {
+        loop {
+            let changed = self.database.changed.notified();
+            tokio::pin!(changed);
+            changed.as_mut().enable();
+            if let Some(admission) = self.try_enter() {
+                return admission;
+            }
+            changed.await;
+        }
+    }
+
+    /// Leaves: the server has said `ReadyForQuery('I')`, or its process is known to be gone. Nothing else proves that
+    /// a statement has ended.
+    pub fn leave(&self) {
+        if self.cell.leave(&self.database.gate) {
+            self.database.left.notify_waiters();
+        }
+    }
+
+    /// Whether this session is inside.
+    pub fn is_inside(&self) -> bool {
+        self.cell.is_busy()
+    }
+}
+
+impl Drop for Member {
+    fn drop(&mut self) {
+        self.database.lock_members().remove(&self.id);
+        self.database.left.notify_waiters();
+    }
+}
+
+impl Database {
+    fn new(name: &str, route: Route) -> Self {
+        let epoch = match &route {
+            Route::To { epoch, .. } => *epoch,
+            Route::Unknown { .. } => Epoch(0),
+        };
+        Self {
+            name: name.to_owned(),
+            gate: Gate::open_at(epoch),
+            route: ArcSwap::from_pointee(route),
+            prepare: ArcSwapOption::empty(),
+            members: Mutex::new(HashMap::new()),
+            next_member: AtomicU64::new(0),
+            left: Notify::new(),
+            changed: Notify::new(),
+        }
+    }
+
+    /// The database's name.
+    pub fn name(&self) -> &str {
+        &self.name
+    }
+
+    /// Registers a session.
+    pub fn join(self: &Arc<Self>) -> Member {
+        let id = self.next_member.fetch_add(1, Ordering::Relaxed);
+        let cell = Arc::new(Cell::new());
+        self.lock_members().insert(id, cell.clone());
+        Member { database: self.clone(), cell, id }
+    }
+
+    /// The route. Meaningful only between entering and leaving; before that it may change at any moment.
+    pub fn route(&self) -> Arc<Route> {
+        self.route.load_full()
+    }
+
+    /// Whether the gate holds new transactions.
+    pub fn is_fenced(&self) -> bool {
+        self.gate.is_fenced()
+    }
+
+    /// The epoch of the gate.
+    pub fn epoch(&self) -> Epoch {
+        self.gate.epoch()
+    }
+
+    /// Set between prepare and pause of a cutover that this process acknowledged.
+    pub fn prepare_window(&self) -> Option<Arc<PrepareWindow>> {
+        self.prepare.load_full()
+    }
+
+    /// Opens or closes the prepare window.
+    pub fn set_prepare_window(&self, window: Option<PrepareWindow>) {
+        self.prepare.store(window.map(Arc::new));
+    }
+
+    /// Holds new transactions from now on. Does not wait for those that run: see [`Database::wait_empty`].
+    pub fn fence(&self) {
+        self.gate.fence();
+        // Sessions between two statements of a pipeline look at the gate themselves; idle ones need no wake-up.
+        self.left.notify_waiters();
+    }
+
+    /// How many sessions are inside.
+    pub fn inside(&self) -> usize {
+        self.lock_members().values().filter(|cell| cell.is_busy()).count()
+    }
+
+    /// Waits until nobody is inside. The gate must be fenced.
+    pub async fn wait_empty(&self) {
+        loop {
+            let left = self.left.notified();
+            tokio::pin!(left);
+            left.as_mut().enable();
+            if self.inside() == 0 {
+                return;
+            }
+            left.await;
+        }
+    }
+
+    /// Opens the gate on `server`. The caller has made the decision durable before.
+    pub fn open(&self, server: ServerRole, epoch: Epoch) {
+        self.route.store(Arc::new(Route::To { server, epoch }));
+        self.gate.open(epoch);
+        self.changed.notify_waiters();
+    }
+
+    /// Opens the gate where it stood: an abort.
+    pub fn reopen(&self) {
+        self.gate.open(self.gate.epoch());
+        self.changed.notify_waiters();
+    }
+
+    /// Says that nobody is known to be active. The gate is fenced; held sessions keep waiting for a verdict.
+    pub fn set_unknown(&self, reason: String) {
+        self.gate.fence();
+        self.route.store(Arc::new(Route::Unknown { reason }));
+        self.changed.notify_waiters();
+    }
+
+    /// Resolves at the next change of gate or route.
+    pub async fn changed(&self) {
+        self.changed.notified().await;
+    }
+
+    fn lock_members(&self) -> std::sync::MutexGuard<'_, HashMap<u64, Arc<Cell>>> {
+        self.members.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// All databases that were ever asked for. Cloned as `Arc`.
+#[derive(Debug)]
+pub struct Switchboard {
+    databases: RwLock<HashMap<String, Arc<Database>>>,
+    /// Where a database runs that no cutover ever covered.
+    initial: ArcSwap<Route>,
+}
+
+impl Switchboard {
+    /// A switchboard whose databases start at `initial`.
+    pub fn new(initial: Route) -> Self {
+        Self { databases: RwLock::new(HashMap::new()), initial: ArcSwap::from_pointee(initial) }
+    }
+
+    /// The database `name`, made on first use. Whether it exists on the server is the server's business.
+    pub fn database(&self, name: &str) -> Arc<Database> {
+        if let Some(found) = self.databases.read().unwrap_or_else(PoisonError::into_inner).get(name) {
+            return found.clone();
+        }
+        let mut databases = self.databases.write().unwrap_or_else(PoisonError::into_inner);
+        let initial = self.initial.load();
+        let made =
+            databases.entry(name.to_owned()).or_insert_with(|| Arc::new(Database::new(name, (**initial).clone())));
+        made.clone()
+    }
+
+    /// The database `name`, if any session or cutover has asked for it. Use this for names that clients send before
+    /// they are authenticated: it allocates nothing.
+    pub fn existing(&self, name: &str) -> Option<Arc<Database>> {
+        self.databases.read().unwrap_or_else(PoisonError::into_inner).get(name).cloned()
+    }
+
+    /// Every known database, by name.
+    pub fn all(&self) -> Vec<Arc<Database>> {
+        let mut all: Vec<_> = self.databases.read().unwrap_or_else(PoisonError::into_inner).values().cloned().collect();
+        all.sort_by(|a, b| a.name.cmp(&b.name));
+        all
+    }
+
+    /// Sets where databases start that are asked for from now on.
+    pub fn set_initial(&self, route: Route) {
+        self.initial.store(Arc::new(route));
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_fenced_gate_admits_nobody_and_keeps_its_epoch() {
+        let gate = Gate::open_at(Epoch(3));
+        let cell = Cell::new();
+        assert_eq!(gate.enter(&cell), Some(Admission { epoch: Epoch(3) }));
+        gate.fence();
+        assert!(cell.is_busy(), "who is inside stays inside");
+        assert!(cell.leave(&gate), "the leaver learns that somebody waits");
+        assert_eq!(gate.enter(&cell), None);
+        assert!(!cell.is_busy());
+        gate.open(Epoch(4));
+        assert_eq!(gate.enter(&cell), Some(Admission { epoch: Epoch(4) }));
+    }
+
+    #[tokio::test]
+    async fn a_held_session_enters_on_the_new_server() {
+        let board = Switchboard::new(Route::To { server: ServerRole::Source, epoch: Epoch(0) });
+        let database = board.database("shop");
+        let (first, second) = (database.join(), database.join());
+        let admission = first.enter().await;
+        assert_eq!(admission.epoch, Epoch(0));
+        database.fence();
+        assert!(second.try_enter().is_none());
+        assert_eq!(database.inside(), 1);
+
+        let waiting = tokio::spawn(async move { second.enter().await.epoch });
+        let emptied = {
+            let database = database.clone();
+            tokio::spawn(async move { database.wait_empty().await })
+        };
+        tokio::task::yield_now().await;
+        assert!(!emptied.is_finished());
+        first.leave();
+        emptied.await.expect("nobody is inside");
+        database.open(ServerRole::Target, Epoch(1));
+        assert_eq!(waiting.await.expect("entered"), Epoch(1));
+        assert_eq!(*database.route(), Route::To { server: ServerRole::Target, epoch: Epoch(1) });
+    }
+
+    #[tokio::test]
+    async fn a_session_that_ends_is_no_longer_waited_for() {
+        let board = Switchboard::new(Route::To { server: ServerRole::Source, epoch: Epoch(0) });
+        let database = board.database("shop");
+        let member = database.join();
+        let _ = member.enter().await;
+        database.fence();
+        drop(member);
+        database.wait_empty().await;
+    }
+}
