@@ -1,9 +1,14 @@
 //! Talking to the two servers: connections, TLS, login, control queries, replication protocol, raw COPY.
 
 mod connect;
+mod dial;
+mod login;
 mod raw;
+mod scram;
+mod settings;
 mod stream;
+mod tls;
 
 pub use connect::{ConnectError, Connector, Control, InstanceId};
-pub use raw::{Credential, Login, RawConnection, RawError};
+pub use raw::{Credential, Frame, Login, RawConnection, RawError, TextRows};
 pub use stream::Stream;

@@ -1,9 +1,21 @@
 //! A connection at the level of protocol frames: what proxied sessions, COPY, apply and replication speak through.
 
-use bytes::BytesMut;
+use std::io;
+use std::sync::Arc;
+
+use bytes::{Buf as _, Bytes, BytesMut};
+use postgres_protocol::IsNull;
+use postgres_protocol::message::frontend;
+use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 
 use crate::config::Secret;
 use crate::postgres::Stream;
+
+/// PostgreSQL never sends a longer message (`PQ_LARGE_MESSAGE_LIMIT`, one gigabyte).
+const MAX_FRAME_BYTES: usize = 0x4000_0000;
+
+/// How much is read from the socket at a time, at least.
+const READ_BYTES: usize = 16 * 1024;
 
 /// How a login proves itself.
 #[derive(Clone, Debug)]
@@ -36,7 +48,21 @@ pub struct Login {
     pub parameters: Vec<(String, String)>,
 }
 
+/// One whole backend message. For control use: the relay forwards pieces and never holds a whole one.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Frame {
+    /// Message type (PostgreSQL documentation, "Message Formats").
+    pub tag: u8,
+    /// What follows the length.
+    pub body: Bytes,
+}
+
+/// Result rows in text form; NULL is `None`.
+pub type TextRows = Vec<Vec<Option<String>>>;
+
 /// An open connection that has been authenticated and has said ReadyForQuery once.
+///
+/// Dropping it closes the socket without a Terminate; the server notices when it next reads.
 #[derive(Debug)]
 pub struct RawConnection {
     /// The socket.
@@ -49,6 +75,12 @@ pub struct RawConnection {
     pub cancel_key: Vec<u8>,
     /// ParameterStatus values reported so far, in order of first report.
     pub parameters: Vec<(String, String)>,
+    /// `source` or `target`, for messages.
+    label: Arc<str>,
+    /// The last ReadyForQuery: `I`, `T` or `E`.
+    status: u8,
+    /// NotificationResponse frames that arrived between the answers of a control query.
+    notifications: Vec<Frame>,
 }
 
 /// The connection failed, or the server answered with an error.
@@ -86,4 +118,286 @@ pub enum RawError {
         /// What was wrong.
         what: String,
     },
+}
+
+impl RawError {
+    /// The SQLSTATE, where the server refused.
+    pub fn sqlstate(&self) -> Option<&str> {
+        match self {
+            Self::Server { code, .. } => Some(code),
+            Self::Io { .. } | Self::Protocol { .. } => None,
+        }
+    }
+
+    /// Reads the fields of an ErrorResponse (PostgreSQL documentation, "Error and Notice Message Fields"). Fields that
+    /// are missing are empty: an error that cannot be read in full is still an error.
+    pub(crate) fn from_error_response(body: &[u8]) -> Self {
+        let (mut severity, mut code, mut message) = (String::new(), String::new(), String::new());
+        let (mut detail, mut hint) = (None, None);
+        for field in body.split(|byte| *byte == 0) {
+            let Some((kind, text)) = field.split_first() else { continue };
+            let text = || String::from_utf8_lossy(text).into_owned();
+            match kind {
+                // `V` is `S` in English whatever lc_messages says; it comes after `S`.
+                b'S' | b'V' => severity = text(),
+                b'C' => code = text(),
+                b'M' => message = text(),
+                b'D' => detail = Some(text()),
+                b'H' => hint = Some(text()),
+                _ => {}
+            }
+        }
+        Self::Server { severity, code, message, detail, hint }
+    }
+}
+
+impl RawConnection {
+    /// A stream that is about to log in to `label`.
+    pub(super) fn before_login(stream: Stream, label: &str) -> Self {
+        Self {
+            stream,
+            read_buf: BytesMut::with_capacity(READ_BYTES),
+            pid: 0,
+            cancel_key: Vec::new(),
+            parameters: Vec::new(),
+            label: Arc::from(label),
+            status: b'I',
+            notifications: Vec::new(),
+        }
+    }
+
+    /// `source` or `target`.
+    pub fn label(&self) -> &str {
+        &self.label
+    }
+
+    /// Transaction status of the last ReadyForQuery: `I` idle, `T` in a transaction, `E` in a failed one.
+    pub fn transaction_status(&self) -> u8 {
+        self.status
+    }
+
+    /// The last value that the server reported for `name`.
+    pub fn parameter(&self, name: &str) -> Option<&str> {
+        self.parameters.iter().find(|(known, _)| known == name).map(|(_, value)| value.as_str())
+    }
+
+    /// `server_version_num`, from the `server_version` that the server reported; 0 where it reported none.
+    pub fn version_num(&self) -> u32 {
+        self.parameter("server_version").and_then(super::settings::version_num).unwrap_or(0)
+    }
+
+    /// NotificationResponse frames that came in during [`Self::simple_query`] and its like, oldest first; they are
+    /// the session's, so whoever owns the session passes them on.
+    pub fn take_notifications(&mut self) -> Vec<Frame> {
+        std::mem::take(&mut self.notifications)
+    }
+
+    /// Writes `bytes` and flushes.
+    pub async fn send(&mut self, bytes: &[u8]) -> Result<(), RawError> {
+        let written = match self.stream.write_all(bytes).await {
+            Ok(()) => self.stream.flush().await,
+            Err(error) => Err(error),
+        };
+        written.map_err(|error| self.lost("sending", error))
+    }
+
+    /// The next message, whatever it is; ParameterStatus is noted in `parameters` and returned all the same.
+    /// Dropping the future loses nothing: what was read stays in `read_buf`.
+    pub async fn next_frame(&mut self) -> Result<Frame, RawError> {
+        loop {
+            if let Some(frame) = take_frame(&mut self.read_buf).map_err(|what| self.violation(what))? {
+                self.note(&frame)?;
+                return Ok(frame);
+            }
+            self.read_buf.reserve(READ_BYTES);
+            match self.stream.read_buf(&mut self.read_buf).await {
+                Ok(0) => return Err(self.lost("reading", io::ErrorKind::UnexpectedEof.into())),
+                Ok(_) => {}
+                Err(error) => return Err(self.lost("reading", error)),
+            }
+        }
+    }
+
+    /// Runs `sql` as one simple query and returns the rows of all its results. An error ends it, and is returned
+    /// after ReadyForQuery, so the connection can be used again. This destroys the session's unnamed statement.
+    pub async fn simple_query(&mut self, sql: &str) -> Result<TextRows, RawError> {
+        let mut message = BytesMut::new();
+        frontend::query(sql, &mut message).map_err(|error| self.violation(error.to_string()))?;
+        self.send(&message).await?;
+        self.collect_rows().await
+    }
+
+    /// Runs one statement through the extended protocol as the *named* statement `statement` (and a portal of the same
+    /// name), which are closed again: the session's unnamed statement and portal stay as they are. Parameters are in
+    /// text form, their types inferred. Ends in a Sync, so outside a transaction block it is its own transaction.
+    pub async fn query_named(
+        &mut self,
+        statement: &str,
+        sql: &str,
+        params: &[Option<&str>],
+    ) -> Result<TextRows, RawError> {
+        let mut message = BytesMut::new();
+        encode_named(statement, sql, params, &mut message).map_err(|error| self.violation(error.to_string()))?;
+        self.send(&message).await?;
+        let answer = self.collect_rows().await;
+        if let Err(RawError::Server { .. }) = answer {
+            // An error skips to Sync, past the Close: the statement may be there still. Closing one that is not there
+            // is no error, and a failed transaction allows it. Where the link is gone, the first error tells more.
+            message.clear();
+            frontend::close(b'S', statement, &mut message).map_err(|error| self.violation(error.to_string()))?;
+            frontend::sync(&mut message);
+            if self.send(&message).await.is_ok() {
+                let _closed = self.collect_rows().await;
+            }
+        }
+        answer
+    }
+
+    /// Sends Terminate and waits until the server has closed the connection: then its backend has ended.
+    pub async fn terminate(mut self) -> Result<(), RawError> {
+        self.send(&[b'X', 0, 0, 0, 4]).await?;
+        loop {
+            self.read_buf.clear();
+            match self.stream.read_buf(&mut self.read_buf).await {
+                Ok(0) => return Ok(()),
+                Ok(_) => {}
+                // A peer that has closed and still finds our bytes unread resets the connection: closed all the same.
+                Err(error) if error.kind() == io::ErrorKind::ConnectionReset => return Ok(()),
+                Err(error) if error.kind() == io::ErrorKind::UnexpectedEof => return Ok(()),
+                Err(error) => return Err(self.lost("ending the session", error)),
+            }
+        }
+    }
+
+    /// Collects rows until ReadyForQuery. The first error is returned once ReadyForQuery has come, or at once where
+    /// the server closes the connection after it.
+    pub(super) async fn collect_rows(&mut self) -> Result<TextRows, RawError> {
+        let mut rows = TextRows::new();
+        let mut failure = None;
+        loop {
+            let frame = match self.next_frame().await {
+                Ok(frame) => frame,
+                Err(error) => return Err(failure.unwrap_or(error)),
+            };
+            match frame.tag {
+                b'D' => rows.push(data_row(&frame.body).ok_or_else(|| self.violation("malformed DataRow".to_owned()))?),
+                b'E' => failure = failure.or(Some(RawError::from_error_response(&frame.body))),
+                b'A' => self.notifications.push(frame),
+                b'Z' => return failure.map_or(Ok(rows), Err),
+                // COPY FROM STDIN has no data here.
+                b'G' => {
+                    let mut refusal = BytesMut::new();
+                    frontend::copy_fail("no data for COPY in a control query", &mut refusal)
+                        .map_err(|error| self.violation(error.to_string()))?;
+                    self.send(&refusal).await?;
+                }
+                b'1' | b'2' | b'3' | b'C' | b'I' | b'N' | b'S' | b'T' | b'H' | b'd' | b'c' | b'n' | b's' | b't' => {}
+                other => {
+                    return Err(self.violation(format!("message {:?} in answer to a query", char::from(other))));
+                }
+            }
+        }
+    }
+
+    /// Keeps what a frame says about the session itself.
+    fn note(&mut self, frame: &Frame) -> Result<(), RawError> {
+        match frame.tag {
+            b'S' => {
+                let (name, value) = parameter_status(&frame.body)
+                    .ok_or_else(|| self.violation("malformed ParameterStatus".to_owned()))?;
+                match self.parameters.iter_mut().find(|(known, _)| *known == name) {
+                    Some((_, known)) => *known = value,
+                    None => self.parameters.push((name, value)),
+                }
+            }
+            b'Z' => match frame.body[..] {
+                [status @ (b'I' | b'T' | b'E')] => self.status = status,
+                _ => return Err(self.violation("malformed ReadyForQuery".to_owned())),
+            },
+            _ => {}
+        }
+        Ok(())
+    }
+
+    pub(super) fn lost(&self, doing: &str, source: io::Error) -> RawError {
+        RawError::Io { label: self.label.to_string(), doing: doing.to_owned(), source }
+    }
+
+    pub(super) fn violation(&self, what: String) -> RawError {
+        RawError::Protocol { label: self.label.to_string(), what }
+    }
+}
+
+/// Takes one whole message off the front of `buffer`, or `None` while it is incomplete. A length that lies costs no
+/// memory: room is made only for bytes that have come.
+pub(super) fn take_frame(buffer: &mut BytesMut) -> Result<Option<Frame>, String> {
+    let Some((tag, length)) = buffer.split_first_chunk::<5>().map(|([tag, a, b, c, d], _)| {
+        (*tag, usize::try_from(u32::from_be_bytes([*a, *b, *c, *d])).unwrap_or(usize::MAX))
+    }) else {
+        return Ok(None);
+    };
+    if !(4..=MAX_FRAME_BYTES).contains(&length) {
+        return Err(format!("message {:?} of length {length}", char::from(tag)));
+    }
+    if buffer.len() < length + 1 {
+        return Ok(None);
+    }
+    let mut message = buffer.split_to(length + 1).freeze();
+    message.advance(5);
+    Ok(Some(Frame { tag, body: message }))
+}
+
+/// The values of a DataRow in text form; `None` where the bytes are not one, or not UTF-8.
+fn data_row(body: &[u8]) -> Option<Vec<Option<String>>> {
+    let (count, mut rest) = body.split_first_chunk::<2>()?;
+    let mut row = Vec::with_capacity(usize::from(u16::from_be_bytes(*count)));
+    for _ in 0..u16::from_be_bytes(*count) {
+        let (length, after) = rest.split_first_chunk::<4>()?;
+        rest = after;
+        row.push(match i32::from_be_bytes(*length) {
+            -1 => None,
+            length => {
+                let (value, after) = rest.split_at_checked(usize::try_from(length).ok()?)?;
+                rest = after;
+                Some(String::from_utf8(value.to_vec()).ok()?)
+            }
+        });
+    }
+    rest.is_empty().then_some(row)
+}
+
+/// Name and value of a ParameterStatus.
+fn parameter_status(body: &[u8]) -> Option<(String, String)> {
+    let mut parts = body.split(|byte| *byte == 0);
+    let mut text = || parts.next().map(|part| String::from_utf8_lossy(part).into_owned());
+    Some((text()?, text()?))
+}
+
+/// Parse, Bind, Describe, Execute, Close of portal and statement, Sync.
+fn encode_named(name: &str, sql: &str, params: &[Option<&str>], out: &mut BytesMut) -> io::Result<()> {
+    frontend::parse(name, sql, [], out)?;
+    let bound = frontend::bind(
+        name,
+        name,
+        [],
+        params,
+        |param, out| match param {
+            Some(text) => {
+                out.extend_from_slice(text.as_bytes());
+                Ok(IsNull::No)
+            }
+            None => Ok(IsNull::Yes),
+        },
+        [],
+        out,
+    );
+    bound.map_err(|error| match error {
+        frontend::BindError::Conversion(error) => io::Error::other(error.to_string()),
+        frontend::BindError::Serialization(error) => error,
+    })?;
+    frontend::execute(name, 0, out)?;
+    frontend::close(b'P', name, out)?;
+    frontend::close(b'S', name, out)?;
+    frontend::sync(out);
+    Ok(())
 }

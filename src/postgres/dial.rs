@@ -1,0 +1,123 @@
+//! From an address to a byte stream: TCP or Unix socket, and the SSLRequest that comes before anything else.
+
+use std::io;
+use std::time::Duration;
+
+use socket2::{SockRef, TcpKeepalive};
+use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
+use tokio::net::{TcpStream, UnixStream};
+use tokio_rustls::TlsConnector;
+use tokio_rustls::rustls::pki_types::ServerName;
+
+use crate::config::{self, SslMode};
+use crate::postgres::Stream;
+
+/// Silence after which the kernel asks a peer whether it is still there, and how often it asks again. A link that
+/// died is noticed after about a minute and a half.
+const KEEPALIVE_IDLE: Duration = Duration::from_secs(30);
+const KEEPALIVE_INTERVAL: Duration = Duration::from_secs(10);
+const KEEPALIVE_PROBES: u32 = 6;
+
+/// SSLRequest: its length, and the code 1234·2^16 + 5679 in place of a protocol version.
+const SSL_REQUEST: [u8; 8] = [0, 0, 0, 8, 0x04, 0xd2, 0x16, 0x2f];
+
+/// Whether TLS is tried at all.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Encryption {
+    /// As `sslmode` says.
+    AsConfigured,
+    /// The second attempt of `prefer`, after TLS was refused further up.
+    Without,
+}
+
+/// Why there is no stream: at which step, why, and what mends it.
+#[derive(Debug)]
+pub(super) struct DialError {
+    pub(super) step: &'static str,
+    pub(super) cause: String,
+    pub(super) hint: &'static str,
+}
+
+/// Connects, and negotiates TLS as `sslmode` says. Does not bound its time: the caller does.
+pub(super) async fn open(
+    server: &config::Server,
+    tls: Option<&(TlsConnector, ServerName<'static>)>,
+    encryption: Encryption,
+) -> Result<Stream, DialError> {
+    if server.host.starts_with('/') {
+        let path = format!("{}/.s.PGSQL.{}", server.host.trim_end_matches('/'), server.port);
+        let stream = UnixStream::connect(&path).await.map_err(|error| DialError {
+            step: "connecting to the Unix socket",
+            cause: format!("{path}: {error}"),
+            hint: "is the server running, and is this its socket directory and port?",
+        })?;
+        return Ok(Stream::Unix(stream));
+    }
+
+    let stream = connect_tcp(server).await.map_err(|error| DialError {
+        step: "connecting",
+        cause: error.to_string(),
+        hint: "is the server running there, does listen_addresses include that address, and does the network let it through?",
+    })?;
+    match tls {
+        Some((connector, name)) if encryption == Encryption::AsConfigured => {
+            negotiate(server, stream, connector, name.clone()).await
+        }
+        Some(_) | None => Ok(Stream::Tcp(stream)),
+    }
+}
+
+async fn connect_tcp(server: &config::Server) -> io::Result<TcpStream> {
+    let stream = TcpStream::connect((server.host.as_str(), server.port)).await?;
+    stream.set_nodelay(true)?;
+    let keepalive =
+        TcpKeepalive::new().with_time(KEEPALIVE_IDLE).with_interval(KEEPALIVE_INTERVAL).with_retries(KEEPALIVE_PROBES);
+    SockRef::from(&stream).set_tcp_keepalive(&keepalive)?;
+    Ok(stream)
+}
+
+/// Sends SSLRequest and does what the one byte of answer says. Exactly one byte is read: anything that follows it in
+/// the clear reaches the TLS handshake and breaks it, so nobody on the way can slip in a message (CVE-2021-23222).
+async fn negotiate(
+    server: &config::Server,
+    mut stream: TcpStream,
+    connector: &TlsConnector,
+    name: ServerName<'static>,
+) -> Result<Stream, DialError> {
+    let lost = |error: io::Error| DialError {
+        step: "asking for TLS",
+        cause: error.to_string(),
+        hint: "is this a PostgreSQL server, and has it a free connection slot?",
+    };
+    stream.write_all(&SSL_REQUEST).await.map_err(lost)?;
+    let answer = stream.read_u8().await.map_err(lost)?;
+    match (answer, server.sslmode) {
+        (b'S', _) => {
+            let handshake = Box::pin(connector.connect(name, stream)).await;
+            match handshake {
+                Ok(stream) => Ok(Stream::Tls(Box::new(stream.into()))),
+                Err(_) if server.sslmode == SslMode::Prefer => {
+                    // As libpq does: prefer protects against nothing that can break a handshake.
+                    Box::pin(open(server, None, Encryption::Without)).await
+                }
+                Err(error) => Err(DialError {
+                    step: "negotiating TLS",
+                    cause: error.to_string(),
+                    hint: "check sslrootcert against the issuer of the server's certificate, and for verify-full the host \
+                           against its subjectAltName",
+                }),
+            }
+        }
+        (b'N', SslMode::Prefer) => Ok(Stream::Tcp(stream)),
+        (b'N', _) => Err(DialError {
+            step: "asking for TLS",
+            cause: "the server does not offer TLS".to_owned(),
+            hint: "switch on ssl there, or choose sslmode prefer or disable",
+        }),
+        (other, _) => Err(DialError {
+            step: "asking for TLS",
+            cause: format!("the answer to SSLRequest was byte {other:#04x}"),
+            hint: "is this a PostgreSQL server, and has it a free connection slot?",
+        }),
+    }
+}

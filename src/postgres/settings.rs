@@ -1,0 +1,105 @@
+//! What our own sessions pin, so that no role, database or server setting can change them to our harm.
+//!
+//! The text of values depends on settings (`DateStyle`, `bytea_output`, …), completeness does (`row_security`), and so
+//! does durability (`synchronous_commit`). They go into the startup packet, where they outrank what
+//! `ALTER ROLE … SET` and `ALTER DATABASE … SET` say. A setting that the server does not know would be FATAL there:
+//! the packet holds only those that every version from 10 to 18 knows, the rest is set by [`after_login`].
+
+/// Settings that PostgreSQL 10 to 18 all know and every role may set.
+const PINNED: &[(&str, &str)] = &[
+    ("statement_timeout", "0"),
+    ("lock_timeout", "0"),
+    ("idle_in_transaction_session_timeout", "0"),
+    ("default_transaction_read_only", "off"),
+    ("default_transaction_isolation", "read committed"),
+    ("default_transaction_deferrable", "off"),
+    ("synchronous_commit", "on"),
+    ("client_encoding", "UTF8"),
+    ("DateStyle", "ISO, YMD"),
+    ("IntervalStyle", "postgres"),
+    ("extra_float_digits", "3"),
+    ("bytea_output", "hex"),
+    ("TimeZone", "UTC"),
+    ("xmloption", "content"),
+    ("standard_conforming_strings", "on"),
+    ("search_path", "pg_catalog"),
+    ("row_security", "off"),
+];
+
+/// Time-outs that came later: the version that brought each, and its name.
+const LATER_TIMEOUTS: &[(u32, &str)] = &[(140_000, "idle_session_timeout"), (170_000, "transaction_timeout")];
+
+/// The `options` startup parameter of our own sessions.
+pub(super) fn startup_options() -> String {
+    let switches: Vec<String> = PINNED.iter().map(|(name, value)| format!("-c {name}={}", escape(value))).collect();
+    switches.join(" ")
+}
+
+/// One statement that pins what the startup packet could not, for a server of `version_num`; none where there is
+/// nothing to pin.
+pub(super) fn after_login(version_num: u32) -> Option<String> {
+    let statements: Vec<String> = LATER_TIMEOUTS
+        .iter()
+        .filter(|(since, _)| version_num >= *since)
+        .map(|(_, name)| format!("SET {name} = 0"))
+        .collect();
+    (!statements.is_empty()).then(|| statements.join("; "))
+}
+
+/// `server_version_num` from the `server_version` that every server reports at login (`15.18 (Debian …)`, `18beta1`,
+/// `10.23`). From version 10 on the number is major × 10000 + minor.
+pub(super) fn version_num(server_version: &str) -> Option<u32> {
+    let digits = |text: &str| -> Option<u32> {
+        let end = text.find(|c: char| !c.is_ascii_digit()).unwrap_or(text.len());
+        text[..end].parse().ok()
+    };
+    let major = digits(server_version)?;
+    let minor = server_version.split_once('.').and_then(|(_, rest)| digits(rest)).unwrap_or(0);
+    (major < 10_000).then_some(major * 10_000 + minor.min(9_999))
+}
+
+/// A value inside `options`: the server splits at white space and takes a backslash as an escape
+/// (`pg_split_opts` in PostgreSQL's `postinit.c`).
+fn escape(value: &str) -> String {
+    let mut escaped = String::with_capacity(value.len());
+    for c in value.chars() {
+        if c == '\\' || c.is_ascii_whitespace() || c == '\u{b}' {
+            escaped.push('\\');
+        }
+        escaped.push(c);
+    }
+    escaped
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn options_escape_what_the_server_splits_at() {
+        assert_eq!(escape("read committed"), "read\\ committed");
+        assert_eq!(escape("a\\b\tc"), "a\\\\b\\\tc");
+        assert!(startup_options().starts_with("-c statement_timeout=0 -c lock_timeout=0 "));
+    }
+
+    #[test]
+    fn later_time_outs_only_where_they_exist() {
+        assert_eq!(after_login(130_022), None);
+        assert_eq!(after_login(140_000).as_deref(), Some("SET idle_session_timeout = 0"));
+        assert_eq!(after_login(180_001).as_deref(), Some("SET idle_session_timeout = 0; SET transaction_timeout = 0"));
+    }
+
+    #[test]
+    fn version_numbers_from_what_servers_report() {
+        for (text, number) in [
+            ("10.23", 100_023),
+            ("15.18 (Debian 15.18-0+deb12u1)", 150_018),
+            ("18beta1", 180_000),
+            ("17rc1 x", 170_000),
+        ] {
+            assert_eq!(version_num(text), Some(number), "{text}");
+        }
+        assert_eq!(version_num("PostgreSQL"), None);
+        assert_eq!(version_num("99999999999"), None);
+    }
+}
