@@ -1,0 +1,88 @@
+//! What the integration tests share: throw-away clusters, connections, the daemon as a process, waiting.
+//!
+//! Every wait polls a condition and has a deadline; nothing here sleeps for a fixed time and hopes.
+
+#![expect(dead_code, reason = "each test binary uses its own part of this module")]
+
+pub mod daemon;
+
+use std::future::Future;
+use std::time::{Duration, Instant};
+
+use pgcutover::demo::cluster::{Cluster, ClusterOptions, Installations};
+
+/// For conditions that depend on servers and processes of a busy machine.
+pub const PATIENCE: Duration = Duration::from_secs(60);
+
+/// What is installed; `make servers` sees to it that there is something.
+pub fn installations() -> Installations {
+    let found = Installations::find();
+    assert!(found.pair().is_some(), "no complete PostgreSQL installation found: run `make servers`");
+    found
+}
+
+/// A source and a target that trust everyone: the oldest and the newest major that fit together.
+pub fn two_clusters() -> (Cluster, Cluster) {
+    two_clusters_with(|options| options, |options| options)
+}
+
+/// The same, with the options changed before the start.
+pub fn two_clusters_with(
+    source: impl FnOnce(ClusterOptions) -> ClusterOptions,
+    target: impl FnOnce(ClusterOptions) -> ClusterOptions,
+) -> (Cluster, Cluster) {
+    let found = installations();
+    let (old, new) = found.pair().expect("checked by installations()");
+    let source = source(ClusterOptions::new(old, "source"));
+    let target = target(ClusterOptions::new(new, "target"));
+    Cluster::start_two(source, target).unwrap_or_else(|error| panic!("{error}"))
+}
+
+/// One cluster of the newest complete installation.
+pub fn one_cluster(name: &str) -> Cluster {
+    let found = installations();
+    let newest = found.newest_with_client_tools().expect("checked by installations()");
+    Cluster::start(ClusterOptions::new(newest, name)).unwrap_or_else(|error| panic!("{error}"))
+}
+
+/// A session of `postgres`, straight on the server. Its driver task ends with the client.
+pub async fn connect(cluster: &Cluster, database: &str) -> tokio_postgres::Client {
+    connect_with(&cluster.config(database)).await
+}
+
+/// A session with these parameters; panics with the server's message.
+pub async fn connect_with(config: &tokio_postgres::Config) -> tokio_postgres::Client {
+    try_connect(config).await.unwrap_or_else(|error| panic!("cannot connect: {error:?}"))
+}
+
+/// A session with these parameters.
+pub async fn try_connect(config: &tokio_postgres::Config) -> Result<tokio_postgres::Client, tokio_postgres::Error> {
+    let (client, connection) = config.connect(tokio_postgres::NoTls).await?;
+    // The task ends when the client is dropped; errors of the link show up at the client's next call.
+    tokio::spawn(async move {
+        let _ = connection.await;
+    });
+    Ok(client)
+}
+
+/// Polls `condition` until it holds; panics with `what` after [`PATIENCE`].
+pub async fn wait_for<F, Fut>(what: &str, condition: F)
+where
+    F: FnMut() -> Fut,
+    Fut: Future<Output = bool>,
+{
+    wait_for_within(PATIENCE, what, condition).await;
+}
+
+/// The same with another deadline.
+pub async fn wait_for_within<F, Fut>(patience: Duration, what: &str, mut condition: F)
+where
+    F: FnMut() -> Fut,
+    Fut: Future<Output = bool>,
+{
+    let deadline = Instant::now() + patience;
+    while !condition().await {
+        assert!(Instant::now() < deadline, "waited {patience:?} in vain for: {what}");
+        tokio::time::sleep(Duration::from_millis(20)).await;
+    }
+}
