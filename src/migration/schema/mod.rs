@@ -1,0 +1,158 @@
+//! Definitions: a dump by `pg_dump`, cut into its entries, restored one by one with every error recorded.
+//!
+//! ```text
+//! dump ─ create_database ─ restore_pre_data ─ (copy, with the indexes of each table) ─ restore_after_copy
+//!      ─ (catch-up) ─ restore_foreign_keys ─ restore_last ─ materialized::refresh ─ analyze
+//! ```
+//!
+//! Every entry that was executed is remembered in the target database in the same transaction, so each step can be
+//! repeated after a crash and does only what is missing. An error is never ignored: it comes back with its object.
+
+use std::path::PathBuf;
+use std::time::Duration;
+
+use crate::config::Migration;
+use crate::migration::made::{Journal, JournalError};
+use crate::postgres::{ConnectError, Connector};
+
+/// A `pg_dump` that can read the source.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct PgDump {
+    /// The program.
+    pub path: PathBuf,
+    /// Its major version.
+    pub major: u32,
+}
+
+/// One entry could not be restored.
+#[derive(Clone, Debug, PartialEq, Eq, serde::Serialize, serde::Deserialize, thiserror::Error)]
+#[error("{kind} {object} could not be restored: {sqlstate} {message}")]
+pub struct RestoreFailure {
+    /// `TABLE`, `INDEX`, `FK CONSTRAINT`, … as pg_dump says it.
+    pub kind: String,
+    /// Schema and name, as pg_dump says it.
+    pub object: String,
+    /// What the target answered; `?????` when it did not.
+    pub sqlstate: String,
+    /// The target's message.
+    pub message: String,
+}
+
+/// What a restore step did.
+#[derive(Clone, Debug, Default, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
+pub struct RestoreReport {
+    /// Entries executed now.
+    pub executed: usize,
+    /// Entries that an earlier run had executed.
+    pub already_done: usize,
+    /// Entries that could not be.
+    pub failures: Vec<RestoreFailure>,
+}
+
+/// What happens to a database that the target has already.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Existing {
+    /// It is used as it is (validation made sure that it is empty, or a crashed run made it).
+    Keep,
+    /// It is dropped first: `--overwrite-target`, and only on the first run.
+    Drop,
+}
+
+/// Definitions could not be dumped or restored.
+#[derive(Debug, thiserror::Error)]
+pub enum SchemaError {
+    /// No session.
+    #[error(transparent)]
+    Connect(#[from] ConnectError),
+    /// Nothing was changed.
+    #[error(transparent)]
+    Journal(#[from] JournalError),
+    /// No usable program.
+    #[error(
+        "no pg_dump of version {needed} or newer was found ({found}); install the client package of the target's version or set migration.bindir"
+    )]
+    NoPgDump {
+        /// The source's major.
+        needed: u32,
+        /// What was found.
+        found: String,
+    },
+}
+
+/// Where definitions are restored.
+#[derive(Clone, Copy, Debug)]
+pub struct RestoreTarget<'a> {
+    /// The server that the data moves to.
+    pub connector: &'a Connector,
+    /// The database.
+    pub database: &'a str,
+    /// See [`super::copy::CopyContext::guard`].
+    pub guard: Option<&'a str>,
+}
+
+/// A dump, cut into entries.
+#[derive(Clone, Debug)]
+pub struct Archive {}
+
+/// The `pg_dump` to use: `bindir`, then `PATH`, then the usual places. It must be at least as new as the source; the
+/// target's own major is preferred, because a newer one may write what the target does not read.
+pub async fn find_pg_dump(config: &Migration, source_major: u32, target_major: u32) -> Result<PgDump, SchemaError> {
+    let _ = (config, source_major, target_major);
+    unimplemented!()
+}
+
+/// Dumps the definitions of `database`, without pgcutover's own schema, publications and subscriptions.
+pub async fn dump(
+    pg_dump: &PgDump,
+    source: &Connector,
+    database: &str,
+    lock_timeout: Duration,
+) -> Result<Archive, SchemaError> {
+    let _ = (pg_dump, source, database, lock_timeout);
+    unimplemented!()
+}
+
+/// Makes `database` on the target with the source's encoding, locale and owner, and carries over its settings,
+/// connection limit, comment and grants, and the settings of roles in it. Idempotent with [`Existing::Keep`].
+pub async fn create_database(
+    source: &Connector,
+    target: &Connector,
+    database: &str,
+    existing: Existing,
+    journal: &dyn Journal,
+) -> Result<(), SchemaError> {
+    let _ = (source, target, database, existing, journal);
+    unimplemented!()
+}
+
+/// Types, functions, tables, views: everything before the rows.
+pub async fn restore_pre_data(target: &RestoreTarget<'_>, archive: &Archive) -> Result<RestoreReport, SchemaError> {
+    let _ = (target, archive);
+    unimplemented!()
+}
+
+/// What needs rows or the tables' own indexes and does not hinder applying: indexes of partitioned tables, statistics,
+/// grants, comments. Call it once every table is copied.
+pub async fn restore_after_copy(target: &RestoreTarget<'_>, archive: &Archive) -> Result<RestoreReport, SchemaError> {
+    let _ = (target, archive);
+    unimplemented!()
+}
+
+/// Foreign keys, once the stream has caught up: added NOT VALID and then validated where PostgreSQL can, so that
+/// applying waits only for a moment. One that is NOT VALID on the source stays so.
+pub async fn restore_foreign_keys(target: &RestoreTarget<'_>, archive: &Archive) -> Result<RestoreReport, SchemaError> {
+    let _ = (target, archive);
+    unimplemented!()
+}
+
+/// Triggers, rules, policies, event triggers, and what hangs on them.
+pub async fn restore_last(target: &RestoreTarget<'_>, archive: &Archive) -> Result<RestoreReport, SchemaError> {
+    let _ = (target, archive);
+    unimplemented!()
+}
+
+/// `ANALYZE` of the whole database.
+pub async fn analyze(target: &Connector, database: &str) -> Result<(), SchemaError> {
+    let _ = (target, database);
+    unimplemented!()
+}
