@@ -1,1 +1,6 @@
-//! catalog.
+//! The pgcutover schema on both servers: the truth that outlives every process.
+
+pub mod journal;
+pub mod migrations;
+pub mod progress;
+pub mod tables;

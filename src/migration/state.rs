@@ -1,0 +1,366 @@
+//! The life of a migration as a pure machine: what may follow what, and what has to be done about it.
+//!
+//! ```text
+//! PerformingPreRequisiteSteps → ValidationInProgress → MigratingData → WaitingForCutoverTrigger ⇄ CompletingMigration
+//!            ↑  └──────────────┬──────┴───────────────────┴──┬───────────────┘                        ↓
+//!            └─── retry ── ValidationFailed, Failed ──── cancel ──→ Cancelling → Cancelled          Completed
+//! ```
+//!
+//! No sockets, no clock, no tokio. Every pair of state and event is in `state_table.txt`, which a test compares with
+//! this file; there is no catch-all arm, so a new state or event does not compile until every pair has been thought of.
+
+use std::fmt;
+use std::str::FromStr;
+
+use serde::{Deserialize, Serialize};
+
+/// Where a migration stands. The pair of names that operators see is [`State::name`] and [`State::substate`].
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
+pub enum State {
+    /// Set by `create` and `retry`: both servers are reached, the control schema is made.
+    PerformingPreRequisiteSteps,
+    /// Set by the worker: the rules of the premigration validation run.
+    ValidationInProgress,
+    /// Set by the worker: schema, full load, indexes, catching up.
+    MigratingData,
+    /// Set by the worker once everything is copied and streams: ready to cut over.
+    WaitingForCutoverTrigger,
+    /// Set by the cutover when it begins. Only the cutover's verdict leaves this state.
+    CompletingMigration,
+    /// Set by the cutover's decision, by an offline migration's end, or by a passed validation that was all that was asked.
+    Completed,
+    /// Set by the worker: a rule failed. Nothing was copied.
+    ValidationFailed,
+    /// Set by the worker: it cannot go on by itself. What was made stays, for `retry` or `cancel`.
+    Failed,
+    /// Set by `cancel`: what was made is being removed. A restart goes on removing.
+    Cancelling,
+    /// Set once nothing of ours is left but what is listed.
+    Cancelled,
+}
+
+/// What can happen to a migration.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Event {
+    /// Both servers were reached and the control schema is there.
+    PrerequisitesMet,
+    /// No rule failed, and data is to be migrated.
+    ValidationPassed,
+    /// No rule failed, and nothing more was asked.
+    ValidatedOnly,
+    /// A rule failed.
+    ValidationRejected,
+    /// Every table is copied, every hand-over position is passed, the lag is small.
+    CaughtUp,
+    /// The consistent copy of an offline migration is complete.
+    CopiedOffline,
+    /// A cutover wants the migration for itself.
+    CutoverBegun,
+    /// The cutover has the decision 'aborted' on record, or never fenced anything.
+    CutoverAborted,
+    /// The cutover has the decision 'decided' on record.
+    CutoverDecided,
+    /// The worker cannot go on.
+    WorkFailed,
+    /// An operator says that the reason is mended.
+    RetryAsked,
+    /// An operator gives up.
+    CancelAsked,
+    /// Everything in the journal was removed, or is listed as left.
+    Undone,
+}
+
+/// What the driver must do after a transition was made durable, in order. Every effect can be repeated.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Effect {
+    /// Start the worker; it finds out from the catalogue what is already done.
+    StartWork,
+    /// Stop the worker and wait until it has ended.
+    StopWork,
+    /// Remove everything that the journal names.
+    Undo,
+    /// Drop the forward slot and publication: nothing will be read from the old source any more, and a slot that nobody
+    /// reads keeps its WAL for ever.
+    EndStream,
+    /// Do nothing until the cutover's verdict is known.
+    AwaitVerdict,
+}
+
+/// The event has no place in the state.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("{event:?} is not possible while the migration is {state}")]
+pub struct Rejected {
+    /// Where the migration stands.
+    pub state: State,
+    /// What was asked of it.
+    pub event: Event,
+}
+
+/// The state after `event`, and what has to be done then.
+#[deny(clippy::wildcard_enum_match_arm)]
+pub fn transition(state: State, event: Event) -> Result<(State, Vec<Effect>), Rejected> {
+    use Effect as F;
+    use Event as E;
+    use State as S;
+    let rejected = Err(Rejected { state, event });
+    match state {
+        S::PerformingPreRequisiteSteps => match event {
+            E::PrerequisitesMet => Ok((S::ValidationInProgress, vec![])),
+            E::WorkFailed => Ok((S::Failed, vec![F::StopWork])),
+            E::CancelAsked => Ok((S::Cancelling, vec![F::StopWork, F::Undo])),
+            E::ValidationPassed
+            | E::ValidatedOnly
+            | E::ValidationRejected
+            | E::CaughtUp
+            | E::CopiedOffline
+            | E::CutoverBegun
+            | E::CutoverAborted
+            | E::CutoverDecided
+            | E::RetryAsked
+            | E::Undone => rejected,
+        },
+        S::ValidationInProgress => match event {
+            E::ValidationPassed => Ok((S::MigratingData, vec![])),
+            E::ValidatedOnly => Ok((S::Completed, vec![F::StopWork])),
+            E::ValidationRejected => Ok((S::ValidationFailed, vec![F::StopWork])),
+            E::WorkFailed => Ok((S::Failed, vec![F::StopWork])),
+            E::CancelAsked => Ok((S::Cancelling, vec![F::StopWork, F::Undo])),
+            E::PrerequisitesMet
+            | E::CaughtUp
+            | E::CopiedOffline
+            | E::CutoverBegun
+            | E::CutoverAborted
+            | E::CutoverDecided
+            | E::RetryAsked
+            | E::Undone => rejected,
+        },
+        S::MigratingData => match event {
+            E::CaughtUp => Ok((S::WaitingForCutoverTrigger, vec![])),
+            E::CopiedOffline => Ok((S::Completed, vec![F::StopWork, F::EndStream])),
+            E::WorkFailed => Ok((S::Failed, vec![F::StopWork])),
+            E::CancelAsked => Ok((S::Cancelling, vec![F::StopWork, F::Undo])),
+            E::PrerequisitesMet
+            | E::ValidationPassed
+            | E::ValidatedOnly
+            | E::ValidationRejected
+            | E::CutoverBegun
+            | E::CutoverAborted
+            | E::CutoverDecided
+            | E::RetryAsked
+            | E::Undone => rejected,
+        },
+        S::WaitingForCutoverTrigger => match event {
+            E::CutoverBegun => Ok((S::CompletingMigration, vec![])),
+            E::WorkFailed => Ok((S::Failed, vec![F::StopWork])),
+            E::CancelAsked => Ok((S::Cancelling, vec![F::StopWork, F::Undo])),
+            E::PrerequisitesMet
+            | E::ValidationPassed
+            | E::ValidatedOnly
+            | E::ValidationRejected
+            | E::CaughtUp
+            | E::CopiedOffline
+            | E::CutoverAborted
+            | E::CutoverDecided
+            | E::RetryAsked
+            | E::Undone => rejected,
+        },
+        // A worker that fails here is told to the cutover, which aborts: failing the migration by ourselves would take
+        // the ground from under a decision that may already be on its way.
+        S::CompletingMigration => match event {
+            E::CutoverAborted => Ok((S::WaitingForCutoverTrigger, vec![F::StartWork])),
+            E::CutoverDecided => Ok((S::Completed, vec![F::StopWork, F::EndStream])),
+            E::PrerequisitesMet
+            | E::ValidationPassed
+            | E::ValidatedOnly
+            | E::ValidationRejected
+            | E::CaughtUp
+            | E::CopiedOffline
+            | E::CutoverBegun
+            | E::WorkFailed
+            | E::RetryAsked
+            | E::CancelAsked
+            | E::Undone => rejected,
+        },
+        S::ValidationFailed | S::Failed => match event {
+            E::RetryAsked => Ok((S::PerformingPreRequisiteSteps, vec![F::StartWork])),
+            E::CancelAsked => Ok((S::Cancelling, vec![F::StopWork, F::Undo])),
+            E::PrerequisitesMet
+            | E::ValidationPassed
+            | E::ValidatedOnly
+            | E::ValidationRejected
+            | E::CaughtUp
+            | E::CopiedOffline
+            | E::CutoverBegun
+            | E::CutoverAborted
+            | E::CutoverDecided
+            | E::WorkFailed
+            | E::Undone => rejected,
+        },
+        S::Cancelling => match event {
+            // Asked again because a server could not be reached the first time.
+            E::CancelAsked => Ok((S::Cancelling, vec![F::Undo])),
+            E::Undone => Ok((S::Cancelled, vec![])),
+            E::PrerequisitesMet
+            | E::ValidationPassed
+            | E::ValidatedOnly
+            | E::ValidationRejected
+            | E::CaughtUp
+            | E::CopiedOffline
+            | E::CutoverBegun
+            | E::CutoverAborted
+            | E::CutoverDecided
+            | E::WorkFailed
+            | E::RetryAsked => rejected,
+        },
+        S::Completed | S::Cancelled => rejected,
+    }
+}
+
+/// What a restart does with a migration that stands in `state`.
+#[deny(clippy::wildcard_enum_match_arm)]
+pub fn resume(state: State) -> Vec<Effect> {
+    match state {
+        State::PerformingPreRequisiteSteps
+        | State::ValidationInProgress
+        | State::MigratingData
+        | State::WaitingForCutoverTrigger => vec![Effect::StartWork],
+        State::CompletingMigration => vec![Effect::AwaitVerdict],
+        // The process may have ended between the decision and the end of the stream.
+        State::Completed => vec![Effect::EndStream],
+        State::Cancelling => vec![Effect::Undo],
+        State::ValidationFailed | State::Failed | State::Cancelled => vec![],
+    }
+}
+
+impl State {
+    /// Every state, in the order of a migration's life.
+    pub const ALL: [Self; 10] = [
+        Self::PerformingPreRequisiteSteps,
+        Self::ValidationInProgress,
+        Self::MigratingData,
+        Self::WaitingForCutoverTrigger,
+        Self::CompletingMigration,
+        Self::Completed,
+        Self::ValidationFailed,
+        Self::Failed,
+        Self::Cancelling,
+        Self::Cancelled,
+    ];
+
+    /// The state that users of the managed services know.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::PerformingPreRequisiteSteps
+            | Self::ValidationInProgress
+            | Self::MigratingData
+            | Self::CompletingMigration
+            | Self::Cancelling => "InProgress",
+            Self::WaitingForCutoverTrigger => "WaitingForUserAction",
+            Self::Completed => "Succeeded",
+            Self::ValidationFailed => "ValidationFailed",
+            Self::Failed => "Failed",
+            Self::Cancelled => "Cancelled",
+        }
+    }
+
+    /// The substate; also the text in the catalogue.
+    pub fn substate(self) -> &'static str {
+        match self {
+            Self::PerformingPreRequisiteSteps => "PerformingPreRequisiteSteps",
+            Self::ValidationInProgress => "ValidationInProgress",
+            Self::MigratingData => "MigratingData",
+            Self::WaitingForCutoverTrigger => "WaitingForCutoverTrigger",
+            Self::CompletingMigration => "CompletingMigration",
+            Self::Completed => "Completed",
+            Self::ValidationFailed => "ValidationFailed",
+            Self::Failed => "Failed",
+            Self::Cancelling => "Cancelling",
+            Self::Cancelled => "Cancelled",
+        }
+    }
+
+    /// Whether work may still be going on: what `list --filter active` shows.
+    pub fn is_active(self) -> bool {
+        match self {
+            Self::PerformingPreRequisiteSteps
+            | Self::ValidationInProgress
+            | Self::MigratingData
+            | Self::WaitingForCutoverTrigger
+            | Self::CompletingMigration
+            | Self::Cancelling => true,
+            Self::Completed | Self::ValidationFailed | Self::Failed | Self::Cancelled => false,
+        }
+    }
+}
+
+impl fmt::Display for State {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(self.substate())
+    }
+}
+
+/// The catalogue holds a state this program does not know: it was written by a newer one.
+#[derive(Debug, thiserror::Error)]
+#[error("unknown migration state {0:?}")]
+pub struct UnknownState(String);
+
+impl FromStr for State {
+    type Err = UnknownState;
+
+    fn from_str(text: &str) -> Result<Self, Self::Err> {
+        Self::ALL.into_iter().find(|state| state.substate() == text).ok_or_else(|| UnknownState(text.to_owned()))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const EVENTS: [Event; 13] = [
+        Event::PrerequisitesMet,
+        Event::ValidationPassed,
+        Event::ValidatedOnly,
+        Event::ValidationRejected,
+        Event::CaughtUp,
+        Event::CopiedOffline,
+        Event::CutoverBegun,
+        Event::CutoverAborted,
+        Event::CutoverDecided,
+        Event::WorkFailed,
+        Event::RetryAsked,
+        Event::CancelAsked,
+        Event::Undone,
+    ];
+
+    fn table() -> String {
+        let mut lines = Vec::new();
+        for state in State::ALL {
+            for event in EVENTS {
+                let result = match transition(state, event) {
+                    Ok((to, effects)) => format!("{to} {effects:?}"),
+                    Err(_) => "-".to_owned(),
+                };
+                lines.push(format!("{:<28}{:<20}{result}", state.to_string(), format!("{event:?}")));
+            }
+            lines.push(format!("{:<28}{:<20}{:?}", state.to_string(), "(restart)", resume(state)));
+        }
+        lines.join("\n") + "\n"
+    }
+
+    #[test]
+    fn every_state_times_every_event_is_as_committed() {
+        assert_eq!(table(), include_str!("state_table.txt"), "the machine and its committed table differ");
+    }
+
+    #[test]
+    fn nothing_leaves_a_final_state_and_names_survive_the_catalogue() {
+        for state in State::ALL {
+            assert_eq!(state.substate().parse::<State>().expect("known"), state);
+        }
+        for event in EVENTS {
+            assert!(transition(State::Cancelled, event).is_err());
+            assert!(transition(State::Completed, event).is_err());
+        }
+        assert!("Tomorrow".parse::<State>().is_err());
+    }
+}

@@ -1,0 +1,270 @@
+//! What operators give to and see of a migration: the definition of a new one, and the JSON shapes that scripts rely on.
+//!
+//! Keys may be added, none may be taken away. Unknown is `null`, never 0. Nothing here holds a secret or a row value.
+
+use serde::{Deserialize, Serialize};
+
+use crate::catalog::journal::MadeObject;
+
+/// A name that is fit for a migration: 1 to 40 ASCII letters, digits and hyphens, not starting with a hyphen. It becomes
+/// part of the publication's name, which PostgreSQL cuts at 63 bytes.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize)]
+#[serde(transparent)]
+pub struct MigrationName(String);
+
+/// The name is not fit for a migration.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[error("{0:?} is not a migration name: use 1 to 40 letters, digits and hyphens, and no hyphen at the start")]
+pub struct BadName(String);
+
+impl MigrationName {
+    /// The name as text.
+    pub fn as_str(&self) -> &str {
+        &self.0
+    }
+}
+
+impl std::str::FromStr for MigrationName {
+    type Err = BadName;
+
+    fn from_str(text: &str) -> Result<Self, Self::Err> {
+        let fit = (1..=40).contains(&text.len())
+            && !text.starts_with('-')
+            && text.bytes().all(|byte| byte.is_ascii_alphanumeric() || byte == b'-');
+        if fit { Ok(Self(text.to_owned())) } else { Err(BadName(text.to_owned())) }
+    }
+}
+
+impl std::fmt::Display for MigrationName {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(&self.0)
+    }
+}
+
+impl<'de> Deserialize<'de> for MigrationName {
+    fn deserialize<D: serde::Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        String::deserialize(deserializer)?.parse().map_err(serde::de::Error::custom)
+    }
+}
+
+/// Whether changes are streamed until a cutover.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Mode {
+    /// Copy, then stream until a cutover.
+    Online,
+    /// One consistent copy, then done.
+    Offline,
+}
+
+/// How much is asked for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum MigrationOption {
+    /// The premigration validation only.
+    Validate,
+    /// No validation first.
+    Migrate,
+    /// Validation, then the migration if nothing failed.
+    ValidateAndMigrate,
+}
+
+/// What `create` is given.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct MigrationSpec {
+    /// Unique on the target.
+    pub name: MigrationName,
+    /// Databases, the same name on both servers; empty: every database of the source but its templates.
+    #[serde(default)]
+    pub databases: Vec<String>,
+    /// Whether changes are streamed until a cutover.
+    #[serde(default = "online")]
+    pub mode: Mode,
+    /// How much is asked for.
+    #[serde(default = "validate_and_migrate")]
+    pub option: MigrationOption,
+    /// Databases of the target that already hold something are emptied first.
+    #[serde(default)]
+    pub overwrite_target: bool,
+    /// Begin the cutover without being told, as soon as everything is ready.
+    #[serde(default)]
+    pub cutover_when_ready: bool,
+}
+
+fn online() -> Mode {
+    Mode::Online
+}
+
+fn validate_and_migrate() -> MigrationOption {
+    MigrationOption::ValidateAndMigrate
+}
+
+/// Why a migration, database or table cannot go on, in an operator's words.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Problem {
+    /// A word that scripts may compare, such as `slot_missing`.
+    pub code: String,
+    /// What failed.
+    pub message: String,
+    /// On which object.
+    pub object: Option<String>,
+    /// What mends it.
+    pub hint: Option<String>,
+}
+
+impl std::fmt::Display for Problem {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(&self.message)?;
+        if let Some(object) = &self.object {
+            write!(f, " ({object})")?;
+        }
+        Ok(())
+    }
+}
+
+/// `migration show`.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct MigrationView {
+    /// Its name.
+    pub name: String,
+    /// SPEC section 2, first column.
+    pub state: String,
+    /// SPEC section 2, second column.
+    pub substate: String,
+    /// `online` or `offline`.
+    pub mode: Mode,
+    /// How much was asked for.
+    pub option: MigrationOption,
+    /// Begin the cutover without being told.
+    pub cutover_when_ready: bool,
+    /// Each database.
+    pub databases: Vec<DatabaseView>,
+    /// Why it failed.
+    pub error: Option<Problem>,
+    /// Seconds since the Unix epoch.
+    pub started_at: f64,
+    /// Seconds since the Unix epoch; null while it has not ended.
+    pub finished_at: Option<f64>,
+    /// From the start to the end, or to now.
+    pub duration_seconds: f64,
+    /// `host:port` of the source.
+    pub source: String,
+    /// Results of the last premigration validation.
+    pub validation: Option<serde_json::Value>,
+}
+
+/// One database of `migration show`.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct DatabaseView {
+    /// Its name.
+    pub name: String,
+    /// The step it is in.
+    pub state: String,
+    /// How far the target is behind, in bytes of WAL; null: not known.
+    pub latency_bytes: Option<u64>,
+    /// How far the target is behind, in seconds; null: not known.
+    pub latency_seconds: Option<f64>,
+    /// Row changes received and not yet applied; null: not known.
+    pub pending_changes: Option<u64>,
+    /// Tables to migrate.
+    pub tables_total: usize,
+    /// Tables that are copied and have their indexes.
+    pub tables_ready: usize,
+    /// How often a connection was lost and made again since the last success.
+    pub retries: u32,
+    /// Why, the last time.
+    pub last_error: Option<String>,
+}
+
+/// One row of `migration tables`.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct TableView {
+    /// Database.
+    pub database: String,
+    /// Schema, unquoted.
+    pub schema: String,
+    /// Name, unquoted.
+    pub name: String,
+    /// The full load.
+    pub full_load: FullLoadView,
+    /// The incremental sync.
+    pub incremental_sync: IncrementalView,
+    /// `pending` or `built`.
+    pub indexes: String,
+    /// Result of the last verification; null: not verified.
+    pub verification: Option<String>,
+    /// Why it failed.
+    pub error: Option<Problem>,
+}
+
+/// Counters of a table's full load.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub struct FullLoadView {
+    /// `waiting`, `copying`, `copied`, `ready` or `failed`.
+    pub state: String,
+    /// Rows copied.
+    pub rows: u64,
+    /// Bytes copied.
+    pub bytes: u64,
+    /// Estimate of all rows; null: not known.
+    pub rows_total: Option<u64>,
+    /// Estimate of all bytes; null: not known.
+    pub bytes_total: Option<u64>,
+}
+
+/// Counters of a table's incremental sync, since this process began.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct IncrementalView {
+    /// Rows inserted.
+    pub inserts: u64,
+    /// Rows updated.
+    pub updates: u64,
+    /// Rows deleted.
+    pub deletes: u64,
+    /// Times it was truncated.
+    pub truncates: u64,
+    /// Received and not yet applied; null: not known.
+    pub pending: Option<u64>,
+}
+
+/// What a cancel removed, and what it left.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct CancelReport {
+    /// Gone.
+    pub removed: Vec<MadeObject>,
+    /// Still there: on purpose, or because it could not be removed.
+    pub left: Vec<Left>,
+}
+
+/// One object that a cancel left.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Left {
+    /// The object.
+    #[serde(flatten)]
+    pub object: MadeObject,
+    /// Why it is still there.
+    pub reason: String,
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn names_are_letters_digits_and_inner_hyphens() {
+        for good in ["a", "Shop-2", "1st", &"x".repeat(40)] {
+            assert!(good.parse::<MigrationName>().is_ok(), "{good:?}");
+        }
+        for bad in ["", "-a", "a_b", "ä", "a b", &"x".repeat(41)] {
+            assert!(bad.parse::<MigrationName>().is_err(), "{bad:?}");
+        }
+    }
+
+    #[test]
+    fn a_spec_needs_only_its_name() {
+        let spec: MigrationSpec = serde_json::from_str(r#"{"name":"shop"}"#).expect("valid");
+        assert_eq!(spec.mode, Mode::Online);
+        assert_eq!(spec.option, MigrationOption::ValidateAndMigrate);
+        assert!(serde_json::from_str::<MigrationSpec>(r#"{"name":"-shop"}"#).is_err());
+    }
+}
