@@ -2,9 +2,26 @@
 //!
 //! Reading TOML, environment overrides and secrets is in the submodules; a [`Config`] that exists is consistent.
 
+mod error;
+mod load;
+mod reader;
+mod settings;
+#[cfg(test)]
+mod tests;
+pub mod units;
+
+use std::collections::BTreeMap;
 use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::time::Duration;
+
+pub use error::{ConfigError, Origin, Problem};
+pub use load::{DEFAULT_AUTH_QUERY, DEFAULT_PORT, load};
+pub use reader::nearest;
+pub use settings::{Changes, Live, Setting};
+
+/// The environment's variables by name, passed in so that a test has its own.
+pub type Environment = BTreeMap<String, String>;
 
 /// A password or key. Never printed; wiped when dropped.
 #[derive(Clone, Default, PartialEq, Eq, zeroize::Zeroize, zeroize::ZeroizeOnDrop)]
@@ -51,6 +68,31 @@ pub struct Config {
     pub admin: Admin,
     /// Logs.
     pub telemetry: Telemetry,
+}
+
+impl Config {
+    /// Every default, for these two servers; listens nowhere. What the demo and tests start from.
+    pub fn new(source: Server, target: Server) -> Self {
+        let (defaults, _missing, _known) = load::read("", std::path::Path::new(""), &Environment::new());
+        Self { source, target, ..defaults }
+    }
+}
+
+impl Server {
+    /// Every default, for this address and role, without a password.
+    pub fn new(host: impl Into<String>, port: u16, user: impl Into<String>) -> Self {
+        Self {
+            host: host.into(),
+            port,
+            user: user.into(),
+            password: None,
+            sslmode: SslMode::Prefer,
+            sslrootcert: None,
+            client_certificate: None,
+            connect_timeout: Duration::from_secs(10),
+            kind: ServerKind::Postgres,
+        }
+    }
 }
 
 /// `[listen]`
@@ -114,6 +156,46 @@ pub struct Server {
     pub client_certificate: Option<(PathBuf, PathBuf)>,
     /// Bound on TCP connect, TLS and login together.
     pub connect_timeout: Duration,
+    /// Which product or service it is; shown, and used where services differ.
+    pub kind: ServerKind,
+}
+
+/// Which product or service a server is.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum ServerKind {
+    /// PostgreSQL that the operator runs.
+    #[default]
+    Postgres,
+    /// Amazon RDS for PostgreSQL.
+    AwsRds,
+    /// Amazon Aurora PostgreSQL.
+    AwsAurora,
+    /// Azure Database for PostgreSQL.
+    Azure,
+    /// Google Cloud SQL.
+    GcpCloudSql,
+    /// Google AlloyDB.
+    GcpAlloyDb,
+    /// Any other service.
+    Other,
+}
+
+impl ServerKind {
+    /// The words of the configuration.
+    pub const WORDS: [(&'static str, Self); 7] = [
+        ("postgresql", Self::Postgres),
+        ("aws-rds", Self::AwsRds),
+        ("aws-aurora", Self::AwsAurora),
+        ("azure", Self::Azure),
+        ("gcp-cloudsql", Self::GcpCloudSql),
+        ("gcp-alloydb", Self::GcpAlloyDb),
+        ("other", Self::Other),
+    ];
+
+    /// The word of the configuration.
+    pub fn as_str(self) -> &'static str {
+        Self::WORDS.iter().find(|(_, kind)| *kind == self).map_or("other", |(word, _)| word)
+    }
 }
 
 /// libpq's sslmode (PostgreSQL documentation, "SSL Support", table 34.1).
@@ -129,6 +211,19 @@ pub enum SslMode {
     VerifyCa,
     /// TLS, certificate chain and host name checked.
     VerifyFull,
+}
+
+impl SslMode {
+    /// libpq's word for it.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::Disable => "disable",
+            Self::Prefer => "prefer",
+            Self::Require => "require",
+            Self::VerifyCa => "verify-ca",
+            Self::VerifyFull => "verify-full",
+        }
+    }
 }
 
 /// `[auth]`
@@ -157,6 +252,19 @@ pub enum AuthMethod {
     Password,
     /// Nothing; the client's name is believed.
     Trust,
+}
+
+impl AuthMethod {
+    /// The word of the configuration.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::Auto => "auto",
+            Self::ScramSha256 => "scram-sha-256",
+            Self::Md5 => "md5",
+            Self::Password => "password",
+            Self::Trust => "trust",
+        }
+    }
 }
 
 /// `[limits]`
@@ -212,6 +320,16 @@ pub enum Stragglers {
     Abort,
     /// The session is ended with 57P01.
     Terminate,
+}
+
+impl Stragglers {
+    /// The word of the configuration and the command line.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::Abort => "abort",
+            Self::Terminate => "terminate",
+        }
+    }
 }
 
 /// `[cutover]`

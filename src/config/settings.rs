@@ -1,0 +1,143 @@
+//! The configuration as a list of keys and values: what `SHOW CONFIG` prints and what a reload compares.
+//!
+//! Secrets appear only as set or not set.
+
+use super::units::{format_duration, format_size};
+use super::*;
+
+/// One key with its value in force.
+#[derive(Clone, Debug, PartialEq, Eq, serde::Serialize)]
+pub struct Setting {
+    /// Section of the file.
+    pub section: &'static str,
+    /// Key in the section.
+    pub key: &'static str,
+    /// Value in the notation of the file; empty when not set.
+    pub value: String,
+    /// Whether a reload applies a change.
+    pub live: Live,
+}
+
+/// Whether a changed value takes effect without a restart.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, serde::Serialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Live {
+    /// `RELOAD` or SIGHUP applies it.
+    Reload,
+    /// The daemon has to be restarted.
+    Restart,
+}
+
+/// What a reload did, or would do.
+#[derive(Clone, Debug, Default, PartialEq, Eq, serde::Serialize)]
+pub struct Changes {
+    /// `section.key` of what is in force now.
+    pub applied: Vec<String>,
+    /// `section.key` of what waits for a restart.
+    pub needs_restart: Vec<String>,
+}
+
+impl Config {
+    /// Every key in the order of the example file.
+    pub fn settings(&self) -> Vec<Setting> {
+        use Live::{Reload, Restart};
+        let mut list = Vec::new();
+        let mut add = |section, key, value, live| list.push(Setting { section, key, value, live });
+        let path = |path: Option<&PathBuf>| path.map(|path| path.display().to_string()).unwrap_or_default();
+        let address = |address: Option<SocketAddr>| address.map(|address| address.to_string()).unwrap_or_default();
+        let listen = &self.listen;
+        add("listen", "address", address(listen.address), Restart);
+        add("listen", "unix_socket_dir", path(listen.unix_socket_dir.as_ref()), Restart);
+        add("listen", "tls_certificate", path(listen.tls.as_ref().map(|tls| &tls.certificate)), Restart);
+        add("listen", "tls_key", path(listen.tls.as_ref().map(|tls| &tls.key)), Restart);
+        add("listen", "tls_required", listen.tls.as_ref().is_some_and(|tls| tls.required).to_string(), Restart);
+        add("listen", "workers", listen.workers.to_string(), Restart);
+        add("control", "database", self.control.database.clone(), Restart);
+        let fence = if self.control.fence == FencePolicy::Hard { "hard" } else { "soft" };
+        add("control", "fence", fence.to_owned(), Restart);
+        for (section, server) in [("source", &self.source), ("target", &self.target)] {
+            let certificate = server.client_certificate.as_ref();
+            add(section, "host", server.host.clone(), Restart);
+            add(section, "port", server.port.to_string(), Restart);
+            add(section, "user", server.user.clone(), Restart);
+            add(section, "password", hidden(server.password.as_ref()), Restart);
+            add(section, "sslmode", server.sslmode.as_str().to_owned(), Restart);
+            add(section, "sslrootcert", path(server.sslrootcert.as_ref()), Restart);
+            add(section, "sslcert", path(certificate.map(|(certificate, _)| certificate)), Restart);
+            add(section, "sslkey", path(certificate.map(|(_, key)| key)), Restart);
+            add(section, "connect_timeout", format_duration(server.connect_timeout), Restart);
+            add(section, "kind", server.kind.as_str().to_owned(), Restart);
+        }
+        add("auth", "method", self.auth.method.as_str().to_owned(), Restart);
+        add("auth", "users_file", path(self.auth.users_file.as_ref()), Restart);
+        add("auth", "auth_query", self.auth.auth_query.clone(), Restart);
+        add("auth", "verifier_cache", format_duration(self.auth.verifier_cache), Restart);
+        add("pool", "mode", "session".to_owned(), Restart);
+        let limits = &self.limits;
+        add("limits", "max_client_connections", limits.max_client_connections.to_string(), Restart);
+        add("limits", "client_login_timeout", format_duration(limits.client_login_timeout), Restart);
+        add("limits", "max_message", format_size(limits.max_message_bytes), Restart);
+        add("limits", "buffer", format_size(limits.buffer_bytes as u64), Restart);
+        let migration = &self.migration;
+        add("migration", "copy_workers", migration.copy_workers.to_string(), Restart);
+        add("migration", "index_workers", migration.index_workers.to_string(), Restart);
+        add("migration", "part_size", format_size(migration.part_bytes), Restart);
+        add("migration", "maintenance_work_mem", migration.maintenance_work_mem.clone(), Restart);
+        let without = if migration.without_identity == WithoutIdentity::Full { "full" } else { "refuse" };
+        add("migration", "without_identity", without.to_owned(), Restart);
+        add("migration", "apply_queue", format_size(migration.apply_queue_bytes as u64), Restart);
+        add("migration", "bindir", path(migration.bindir.as_ref()), Restart);
+        add("migration", "slot_timeout", format_duration(migration.slot_timeout), Restart);
+        add("migration", "lock_timeout", format_duration(migration.lock_timeout), Restart);
+        let cutover = &self.cutover;
+        add("cutover", "max_pause", format_duration(cutover.max_pause), Reload);
+        add("cutover", "drain_timeout", format_duration(cutover.drain_timeout), Reload);
+        add("cutover", "max_lag_at_start", format_size(cutover.max_lag_at_start_bytes), Restart);
+        add("cutover", "stragglers", cutover.stragglers.as_str().to_owned(), Reload);
+        add("admin", "address", address(self.admin.address), Restart);
+        add("admin", "users", self.admin.users.join(","), Reload);
+        add("admin", "token", hidden(self.admin.token.as_ref()), Reload);
+        add("telemetry", "log", self.telemetry.log.clone(), Reload);
+        let format = if self.telemetry.json { "json" } else { "text" };
+        add("telemetry", "format", format.to_owned(), Restart);
+        list
+    }
+
+    /// Which keys differ in `new`, by what a reload can do about them. Secrets are compared, never shown.
+    pub fn changes(&self, new: &Self) -> Changes {
+        let mut changes = Changes::default();
+        for (old, new) in self.settings().into_iter().zip(new.settings()) {
+            if old.value != new.value {
+                changes.note(&old);
+            }
+        }
+        let secrets = [
+            ("source", "password", self.source.password != new.source.password, Live::Restart),
+            ("target", "password", self.target.password != new.target.password, Live::Restart),
+            ("admin", "token", self.admin.token != new.admin.token, Live::Reload),
+        ];
+        for (section, key, differs, live) in secrets {
+            if differs {
+                changes.note(&Setting { section, key, value: String::new(), live });
+            }
+        }
+        changes
+    }
+}
+
+impl Changes {
+    fn note(&mut self, setting: &Setting) {
+        let name = format!("{}.{}", setting.section, setting.key);
+        let list = match setting.live {
+            Live::Reload => &mut self.applied,
+            Live::Restart => &mut self.needs_restart,
+        };
+        if !list.contains(&name) {
+            list.push(name);
+        }
+    }
+}
+
+fn hidden(secret: Option<&Secret>) -> String {
+    if secret.is_some() { "(set)".to_owned() } else { String::new() }
+}

@@ -1,0 +1,213 @@
+//! The configuration as operators meet it: the two documented files, and what each mistake is answered with.
+
+use std::path::Path;
+
+use super::load::read;
+use super::*;
+
+const EXAMPLE: &str = include_str!("../../config/pgcutover.toml");
+
+const MINIMAL: &str = r#"
+[listen]
+address = "127.0.0.1:6432"
+
+[admin]
+address = "127.0.0.1:8432"
+users = ["postgres"]
+
+[source]
+host = "10.0.0.5"
+user = "postgres"
+password_file = "source"
+
+[target]
+host = "10.0.0.6"
+user = "postgres"
+password_env = "TARGET_PASSWORD"
+"#;
+
+fn environment(pairs: &[(&str, &str)]) -> Environment {
+    pairs.iter().map(|(name, value)| ((*name).to_owned(), (*value).to_owned())).collect()
+}
+
+/// A directory that holds the file `source` with a password.
+fn secrets() -> tempfile::TempDir {
+    let directory = tempfile::tempdir().expect("temporary directory");
+    std::fs::write(directory.path().join("source"), "s3cret\n").expect("written");
+    directory
+}
+
+/// The configuration of a text that must be right.
+fn good(text: &str, pairs: &[(&str, &str)]) -> Config {
+    let directory = secrets();
+    let (config, problems, _) = read(text, directory.path(), &environment(pairs));
+    assert_eq!(problems, [], "{text}");
+    config
+}
+
+/// Everything that is wrong with MINIMAL after `change`.
+fn problems(change: impl Fn(String) -> String, pairs: &[(&str, &str)]) -> Vec<String> {
+    let directory = secrets();
+    let mut pairs = pairs.to_vec();
+    pairs.push(("TARGET_PASSWORD", "t4rget"));
+    let (_, problems, _) = read(&change(MINIMAL.to_owned()), directory.path(), &environment(&pairs));
+    let error = ConfigError::Invalid { path: Some("f".into()), problems };
+    error.to_string().lines().map(str::to_owned).collect()
+}
+
+#[test]
+fn the_smallest_file_works_and_has_the_documented_defaults() {
+    let config = good(MINIMAL, &[("TARGET_PASSWORD", "t4rget")]);
+    assert_eq!(config.source.password, Some(Secret::new("s3cret")));
+    assert_eq!(config.target.password, Some(Secret::new("t4rget")));
+    assert_eq!(config.source.port, 5432);
+    assert_eq!(config.source.sslmode, SslMode::Prefer);
+    assert_eq!(config.control.database, "postgres");
+    assert_eq!(config.cutover.max_pause, Duration::from_secs(5));
+    assert_eq!(config.cutover.drain_timeout, Duration::from_secs(3));
+    assert_eq!(config.cutover.max_lag_at_start_bytes, 16 << 20);
+    assert_eq!(config.cutover.stragglers, Stragglers::Abort);
+    assert_eq!(config.limits.max_message_bytes, 1 << 30);
+    assert_eq!(config.limits.client_login_timeout, Duration::from_secs(15));
+    assert_eq!(config.limits.max_client_connections, 10_000);
+}
+
+#[test]
+fn the_example_explains_every_key_and_says_the_defaults() {
+    // The example's one file outside of the repository.
+    let text = EXAMPLE.replace("/run/secrets/source", "source");
+    let directory = secrets();
+    let environment = environment(&[("TARGET_PASSWORD", "t4rget")]);
+    let (config, problems, known) = read(&text, directory.path(), &environment);
+    assert_eq!(problems, []);
+    let mut section = "";
+    let mut mentioned = std::collections::BTreeSet::new();
+    for line in text.lines() {
+        if let Some(name) = line.strip_prefix('[').and_then(|line| line.strip_suffix(']')) {
+            section = name;
+        } else if let Some((key, _)) = line.trim_start_matches("# ").split_once(" = ") {
+            mentioned.insert((section.to_owned(), key.to_owned()));
+        }
+    }
+    for (section, keys) in &known.0 {
+        for key in keys {
+            assert!(
+                mentioned.contains(&((*section).to_owned(), (*key).to_owned())),
+                "[{section}] {key} is not explained"
+            );
+        }
+    }
+    let minimal = good(MINIMAL, &[("TARGET_PASSWORD", "t4rget")]);
+    assert_eq!(config.settings(), minimal.settings(), "the example must show the defaults");
+}
+
+#[test]
+fn show_config_lists_every_key_and_no_secret() {
+    let config = good(MINIMAL, &[("TARGET_PASSWORD", "t4rget"), ("PGCUTOVER_ADMIN_TOKEN", "t0ken")]);
+    let (_, _, known) = read(MINIMAL, Path::new(""), &Environment::new());
+    let listed: Vec<_> = config.settings().into_iter().map(|setting| (setting.section, setting.key)).collect();
+    for (section, keys) in &known.0 {
+        for key in keys.iter().filter(|key| !key.ends_with("_file") && !key.ends_with("_env") || **key == "users_file")
+        {
+            assert!(listed.contains(&(section, key)), "[{section}] {key} is not listed");
+        }
+    }
+    for secret in ["s3cret", "t4rget", "t0ken"] {
+        assert!(!format!("{config:?}").contains(secret));
+        assert!(!format!("{:?}", config.settings()).contains(secret));
+    }
+}
+
+#[test]
+fn mistakes_are_named_with_their_line_and_the_nearest_key() {
+    type Case = (fn(String) -> String, &'static str);
+    let cases: [Case; 19] = [
+        (|f| f.replace("users =", "user ="), "f:7: unknown key `user` in [admin]; did you mean `users`?"),
+        (|f| f.replace("[target]", "[targets]"), "f:14: unknown section [targets]; did you mean `target`?"),
+        (|f| f + "sslmod = \"require\"\n", "f:18: unknown key `sslmod` in [target]; did you mean `sslmode`?"),
+        (|f| f + "sslmode = \"requires\"\n", "f:18: [target] sslmode: \"requires\" is not one of"),
+        (|f| f + "sslmode = \"verify-full\"\n", "f:18: [target] sslmode: a mode that verifies needs sslrootcert"),
+        (|f| f + "port = 99999\n", "f:18: [target] port: 99999 is not a whole number between 1 and 65535"),
+        (|f| f + "connect_timeout = \"5\"\n", "f:18: [target] connect_timeout: \"5\" is not a duration"),
+        (|f| f + "connect_timeout = 5\n", "f:18: [target] connect_timeout: expected a duration in quotes"),
+        (|f| f + "sslcert = \"c.pem\"\n", "f:18: [target] sslcert: needs sslkey as well"),
+        (|f| f + "password = \"x\"\n", "f:18: [target] password: set only one of password, password_file"),
+        (|f| f.replace("10.0.0.6", "10.0.0.5"), "f:15: [target] host: 10.0.0.5:5432 is the source as well"),
+        (|f| f.replace(":8432", ":6432"), "f:6: [admin] address: 127.0.0.1:6432 is taken by [listen] address"),
+        (|f| f.replace("address = \"127.0.0.1:6432\"", ""), "f: nothing to listen on"),
+        (|f| f.replace("host = \"10.0.0.6\"", ""), "f:14: [target] host is missing"),
+        (
+            |f| f.replace("\"TARGET_PASSWORD\"", "\"NO_SUCH\""),
+            "f:17: [target] password_env: the environment variable NO_SUCH",
+        ),
+        (|f| f.replace("\"source\"", "\"nowhere\""), "f:12: [source] password_file: cannot read"),
+        (|f| f + "[cutover]\ndrain_timeout = \"9s\"\n", "f:19: [cutover] drain_timeout: is longer than max_pause"),
+        (|f| f + "[pool]\nmode = \"transaction\"\n", "f:19: [pool] mode: \"transaction\" is not one of \"session\""),
+        (|f| f + "[auth]\nmethod = \"password\"\n", "f:19: [auth] method: sends passwords in clear text"),
+    ];
+    for (change, expected) in cases {
+        let found = problems(change, &[]);
+        assert!(found.iter().any(|line| line.starts_with(expected)), "expected {expected:?}, found {found:#?}");
+    }
+}
+
+#[test]
+fn more_mistakes_at_once_are_all_reported() {
+    let found = problems(|f| f.replace("users =", "uses =").replace("host = \"10.0.0.6\"", "hots = \"10.0.0.6\""), &[]);
+    assert_eq!(found.len(), 3, "{found:#?}");
+}
+
+#[test]
+fn a_syntax_error_never_quotes_the_line() {
+    let found = problems(|f| f.replace("password_env = \"TARGET_PASSWORD\"", "password = hunter2"), &[]);
+    assert_eq!(found.len(), 1, "{found:#?}");
+    assert!(found[0].starts_with("f:17: not valid TOML"), "{found:#?}");
+    assert!(!found[0].contains("hunter2"), "{found:#?}");
+    let found = problems(|f| f.replace("password_env = \"TARGET_PASSWORD\"", "password = 12345"), &[]);
+    assert!(found[0].starts_with("f:17: [target] password: expected text in quotes, found a number"), "{found:#?}");
+    assert!(!found[0].contains("12345"), "{found:#?}");
+}
+
+#[test]
+fn the_environment_overrides_the_file() {
+    let variables = [
+        ("TARGET_PASSWORD", "t4rget"),
+        ("PGCUTOVER_SOURCE_PORT", "5433"),
+        ("PGCUTOVER_ADMIN_USERS", "alice, bob"),
+        ("PGCUTOVER_CUTOVER_MAX_PAUSE", "7s"),
+        ("PGCUTOVER_LISTEN_ADDRESS", "127.0.0.1:7000"),
+        ("PGCUTOVER_PORT", "tcp://10.0.0.1:6432"),
+    ];
+    let config = good(MINIMAL, &variables);
+    assert_eq!(config.source.port, 5433);
+    assert_eq!(config.admin.users, ["alice", "bob"]);
+    assert_eq!(config.cutover.max_pause, Duration::from_secs(7));
+    assert_eq!(config.listen.address.map(|address| address.port()), Some(7000));
+
+    let found = problems(|f| f, &[("PGCUTOVER_SOURCE_HSOT", "x")]);
+    let expected =
+        "environment variable PGCUTOVER_SOURCE_HSOT: no such key in [source]; did you mean `PGCUTOVER_SOURCE_HOST`?";
+    assert_eq!(found, [expected]);
+    let found = problems(|f| f, &[("PGCUTOVER_SOURCE_PORT", "high")]);
+    assert!(
+        found[0].starts_with("environment variable PGCUTOVER_SOURCE_PORT: [source] port: high is not"),
+        "{found:?}"
+    );
+}
+
+#[test]
+fn a_reload_says_what_it_cannot_change() {
+    let variables = [("TARGET_PASSWORD", "t4rget")];
+    let old = good(MINIMAL, &variables);
+    let new = good(&format!("{MINIMAL}\n[cutover]\nmax_pause = \"6s\"\n[telemetry]\nlog = \"debug\"\n"), &variables);
+    assert_eq!(old.changes(&new).applied, ["cutover.max_pause", "telemetry.log"]);
+    let new = good(MINIMAL, &[("TARGET_PASSWORD", "other"), ("PGCUTOVER_SOURCE_HOST", "10.0.0.9")]);
+    assert_eq!(old.changes(&new).needs_restart, ["source.host", "target.password"]);
+    assert_eq!(old.changes(&old), Changes::default());
+}
+
+#[test]
+fn a_missing_file_is_named() {
+    let error = load(Some(Path::new("/no/such/file.toml")), &Environment::new()).expect_err("there is none");
+    assert!(error.to_string().starts_with("cannot read the configuration file /no/such/file.toml"), "{error}");
+}
