@@ -93,10 +93,7 @@ pub async fn insert(transaction: &impl GenericClient, fence: &Fence) -> Result<(
 }
 
 /// The row of `epoch`, with its outcome as far as it was noted.
-pub async fn read(
-    control: &impl GenericClient,
-    epoch: Epoch,
-) -> Result<Option<(Fence, Option<Outcome>)>, RecordError> {
+pub async fn read(control: &impl GenericClient, epoch: Epoch) -> Result<Option<(Fence, Option<Outcome>)>, RecordError> {
     let row = control
         .query_opt(
             "SELECT migration, databases, system_identifier, timeline, leads_to, leads_to_timeline, saved, outcome

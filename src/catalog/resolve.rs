@@ -196,9 +196,9 @@ fn judge(fence: &FenceClaim, role: ServerRole, other: Option<&Claims>) -> Judgem
     let Some(other) = other else {
         return match fence.outcome {
             Some(Outcome::Aborted) => Judgement::Aborted,
-            Some(Outcome::Decided) => Judgement::Unreadable(format!(
-                "cutover {epoch} made the {away} active, and the {away} cannot be read"
-            )),
+            Some(Outcome::Decided) => {
+                Judgement::Unreadable(format!("cutover {epoch} made the {away} active, and the {away} cannot be read"))
+            }
             None => Judgement::Unreadable(format!(
                 "cutover {epoch} was begun; whether it was decided stands on the {away}, which cannot be read"
             )),

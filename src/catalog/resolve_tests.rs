@@ -140,7 +140,10 @@ fn outcomes_that_are_not_noted_yet() {
     let found = |source: &str, target: &str| {
         let (source, target) = (claims(source, "T"), claims(target, "S"));
         let chores = chores(source.as_ref(), target.as_ref());
-        chores.iter().map(|chore| format!("{} {} {}", chore.on, chore.epoch, chore.outcome.as_str())).collect::<Vec<_>>()
+        chores
+            .iter()
+            .map(|chore| format!("{} {} {}", chore.on, chore.epoch, chore.outcome.as_str()))
+            .collect::<Vec<_>>()
     };
     assert_eq!(found("S | fence 1", "T | decided 1"), ["source 1 decided"]);
     assert_eq!(found("S | fence 1; fence 2", "T | aborted 1; decided 2"), ["source 1 aborted", "source 2 decided"]);
