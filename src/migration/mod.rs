@@ -8,6 +8,7 @@
 //! [`state`] is the machine; [`snapshot`] the rule by which a table passes from its copy to the stream without a gap
 //! and without a double; [`view`] what operators see.
 
+pub mod apply;
 pub mod copy;
 pub mod identity;
 pub mod made;
