@@ -8,6 +8,8 @@
 //! Every entry that was executed is remembered in the target database in the same transaction, so each step can be
 //! repeated after a crash and does only what is missing. An error is never ignored: it comes back with its object.
 
+mod toc;
+
 use std::path::PathBuf;
 use std::time::Duration;
 
