@@ -16,6 +16,7 @@ pub mod materialized;
 pub mod preflight;
 pub mod roles;
 pub mod schema;
+mod settings;
 pub mod snapshot;
 pub mod state;
 pub mod view;

@@ -234,7 +234,8 @@ impl Header {
             return None;
         }
         let (dump_id, class_oid, oid) = (dump_id.parse().ok()?, class_oid.parse().ok()?, oid.parse().ok()?);
-        let title = titles.into_iter().find(|title| announced.accept(&title.kind, title.schema.as_deref(), &title.name))?;
+        let title =
+            titles.into_iter().find(|title| announced.accept(&title.kind, title.schema.as_deref(), &title.name))?;
         let Title { name, kind, schema } = title;
         Some(Self { dump_id, class_oid, oid, dependencies, kind, schema, name, length })
     }
@@ -287,9 +288,10 @@ fn is_setting(line: &str) -> bool {
         let plain = !value.is_empty()
             && value.chars().all(|c| c == '_' || c == '$' || c.is_ascii_digit() || c.is_ascii_lowercase());
         let quoted = value.len() > 2
-            && value.strip_prefix('"').and_then(|rest| rest.strip_suffix('"')).is_some_and(|inner| {
-                !inner.replace("\"\"", "").contains('"')
-            });
+            && value
+                .strip_prefix('"')
+                .and_then(|rest| rest.strip_suffix('"'))
+                .is_some_and(|inner| !inner.replace("\"\"", "").contains('"'));
         value == "''" || plain || quoted
     })
 }
@@ -330,7 +332,9 @@ mod tests {
     use super::*;
 
     fn header(id: u32, title: &str) -> String {
-        format!("\n\n--\n-- TOC entry {id} (class 1255 OID 16402)\n-- Dependencies: 3 4\n-- Name: {title}; Owner: o\n--\n\n")
+        format!(
+            "\n\n--\n-- TOC entry {id} (class 1255 OID 16402)\n-- Dependencies: 3 4\n-- Name: {title}; Owner: o\n--\n\n"
+        )
     }
 
     fn dump(body: &str) -> String {
@@ -357,7 +361,11 @@ mod tests {
         let brief: Vec<_> = toc.entries.iter().map(|e| (e.sql.as_str(), e.settings.len(), e.kind.as_str())).collect();
         assert_eq!(
             brief,
-            [("CREATE TYPE public.a;", 0, "TYPE"), ("CREATE TABLE public.t ();", 2, "TABLE"), ("CREATE INDEX;", 2, "INDEX")]
+            [
+                ("CREATE TYPE public.a;", 0, "TYPE"),
+                ("CREATE TABLE public.t ();", 2, "TABLE"),
+                ("CREATE INDEX;", 2, "INDEX")
+            ]
         );
         assert_eq!(toc.entries[0].dependencies, [3, 4]);
         assert!(toc.standard_strings);
@@ -394,7 +402,9 @@ mod tests {
 
     #[test]
     fn only_whole_settings_are_settings() {
-        for yes in ["SET default_tablespace = '';", "SET default_tablespace = fast;", "SET default_tablespace = \"Fast\";"] {
+        for yes in
+            ["SET default_tablespace = '';", "SET default_tablespace = fast;", "SET default_tablespace = \"Fast\";"]
+        {
             assert!(is_setting(yes), "{yes}");
         }
         for no in ["SET default_tablespace = ';", "SET default_tablespace = ''';", "SET search_path = '';"] {
