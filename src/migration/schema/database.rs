@@ -5,12 +5,12 @@ use std::collections::HashSet;
 use tokio_postgres::Error;
 
 use super::{Existing, SchemaError};
+use crate::catalog::journal::{MadeObject, Side};
 use crate::ident::{quote_ident, quote_literal};
-use crate::migration::made::{Journal, Made, MadeKind};
+use crate::migration::made::{self, Journal};
 use crate::migration::settings::Setting;
 use crate::postgres::{ConnectError, Connector, Control};
 use crate::sqlstate;
-use crate::switch::ServerRole;
 
 /// What `pg_database` says.
 #[derive(Clone, Debug)]
@@ -54,15 +54,15 @@ pub(super) async fn create(
     match found {
         Some(found) => check_same(name, &found, &wanted)?,
         None => {
-            let made = Made {
-                server: ServerRole::Target,
+            let made = MadeObject {
+                side: Side::Target,
                 database: None,
-                kind: MadeKind::Database,
-                object: quote_ident(name),
+                kind: made::DATABASE.to_owned(),
+                name: quote_ident(name),
                 undo: None,
-                note: "made for the migration; it stays, because it holds the copied data".to_owned(),
+                note: "holds the copied data".to_owned(),
             };
-            journal.record(made).await?;
+            journal.record(&made).await?;
             let sql = create_sql(&control, name, &wanted).await.map_err(|source| read_error(name, source))?;
             run(&control, name, "CREATE DATABASE", &sql).await?;
         }
@@ -86,15 +86,15 @@ async fn maintenance(target: &Connector, name: &str) -> Result<Control, ConnectE
 }
 
 async fn drop_database(control: &Control, name: &str, journal: &dyn Journal) -> Result<(), SchemaError> {
-    let made = Made {
-        server: ServerRole::Target,
+    let made = MadeObject {
+        side: Side::Target,
         database: None,
-        kind: MadeKind::DatabaseDropped,
-        object: quote_ident(name),
+        kind: made::DATABASE_DROPPED.to_owned(),
+        name: quote_ident(name),
         undo: None,
         note: "dropped by --overwrite-target; its contents cannot be brought back".to_owned(),
     };
-    journal.record(made).await?;
+    journal.record(&made).await?;
     // A template cannot be dropped, and who is connected keeps a database alive.
     run(control, name, "ALTER DATABASE", &format!("ALTER DATABASE {} IS_TEMPLATE false", quote_ident(name))).await?;
     if control.version_num() >= 130_000 {
