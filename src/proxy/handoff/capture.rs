@@ -10,10 +10,7 @@ use bytes::{Bytes, BytesMut};
 use crate::postgres::RawConnection;
 
 use super::exchange::{Answer, Pipeline, Row};
-use super::state::{
-    AdvisoryLock, Backslashes, Identity, LockKey, LockMode, Origin, SessionState, Statement, Transport, TypeForm,
-    TypeName, Unnamed,
-};
+use super::state::{Backslashes, Identity, Origin, SessionState, Statement, Transport, TypeForm, TypeName, Unnamed};
 use super::tracked::UnnamedStatement;
 use super::{Blocker, HandoffError, Tracked};
 
@@ -79,7 +76,7 @@ const TYPES: &str = "SELECT t.oid, n.nspname, COALESCE(e.typname, t.typname), e.
 
 const CHANNELS: &str = "SELECT c FROM pg_catalog.pg_listening_channels() c";
 
-const LOCKS: &str = "SELECT l.classid, l.objid, l.objsubid, l.mode FROM pg_catalog.pg_locks l \
+const LOCKS: &str = "SELECT pg_catalog.count(*) FROM pg_catalog.pg_locks l \
     WHERE l.locktype OPERATOR(pg_catalog.=) 'advisory' AND l.pid OPERATOR(pg_catalog.=) pg_catalog.pg_backend_pid() \
     AND l.granted";
 
@@ -173,14 +170,10 @@ fn read_state(sets: Vec<Vec<Row>>, transport: Transport, unnamed: Unnamed) -> Op
         let [channel] = columns(row)?;
         state.channels.insert(channel?);
     }
-    for row in locks {
-        let [classid, objid, key, mode] = columns(row)?;
-        state.locks.insert(AdvisoryLock {
-            classid: oid_of(&classid?)?,
-            objid: oid_of(&objid?)?,
-            key: if &key?[..] == b"1" { LockKey::Big } else { LockKey::Pair },
-            mode: if &mode?[..] == b"ExclusiveLock" { LockMode::Exclusive } else { LockMode::Shared },
-        });
+    let [locks] = columns(locks.into_iter().next()?)?;
+    match number(&locks?)? {
+        0 => {}
+        count => state.blockers.push(Blocker::AdvisoryLocks { count }),
     }
     Some(state)
 }

@@ -108,11 +108,6 @@ impl Pipeline {
         self.units += 1;
     }
 
-    /// How many units were ended so far: the index of the one that is being written.
-    pub(super) fn units(&self) -> usize {
-        self.units
-    }
-
     fn message(&mut self, tag: u8, write: impl FnOnce(&mut BytesMut)) {
         self.out.put_u8(tag);
         let start = self.out.len();
@@ -298,7 +293,7 @@ mod tests {
               B\0\0\0\x16\0n\0\0\0\0\x02\0\0\0\x017\xff\xff\xff\xff\0\0\
               E\0\0\0\x09\0\0\0\0\0C\0\0\0\x07Sn\0S\0\0\0\x04"
         );
-        assert_eq!(pipeline.units(), 1);
+        assert_eq!(pipeline.units, 1);
     }
 
     #[test]

@@ -22,6 +22,7 @@
 
 mod blocker;
 mod capture;
+mod catalogue;
 mod delta;
 mod error;
 mod exchange;
@@ -33,6 +34,7 @@ mod tracked;
 
 pub use blocker::Blocker;
 pub use capture::capture;
+pub use catalogue::catalogue_settings;
 pub use delta::{Delta, delta};
 pub use error::HandoffError;
 pub use replay::{FailedStatement, ReplayReport, StatementFailure, apply_delta, replay};

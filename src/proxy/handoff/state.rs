@@ -20,7 +20,6 @@ pub struct SessionState {
     pub(super) types: BTreeMap<u32, TypeName>,
     pub(super) channels: BTreeSet<Bytes>,
     pub(super) unnamed: Unnamed,
-    pub(super) locks: BTreeSet<AdvisoryLock>,
     pub(super) blockers: Vec<Blocker>,
 }
 
@@ -110,31 +109,6 @@ pub(super) enum Unnamed {
     TooLong,
 }
 
-/// A session-level advisory lock.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
-pub(super) struct AdvisoryLock {
-    pub(super) classid: u32,
-    pub(super) objid: u32,
-    pub(super) key: LockKey,
-    pub(super) mode: LockMode,
-}
-
-/// Which of the two key spaces.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
-pub(super) enum LockKey {
-    /// One bigint.
-    Big,
-    /// Two integers.
-    Pair,
-}
-
-/// Exclusive or shared.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
-pub(super) enum LockMode {
-    Exclusive,
-    Shared,
-}
-
 impl SessionState {
     /// Why this session cannot be moved; empty when it can.
     pub fn blockers(&self) -> &[Blocker] {
@@ -151,11 +125,6 @@ impl SessionState {
         !self.channels.is_empty()
     }
 
-    /// Whether it holds advisory locks, which move by steps of their own.
-    pub fn holds_advisory_locks(&self) -> bool {
-        !self.locks.is_empty()
-    }
-
     /// Whether its unnamed statement was too long to be remembered.
     pub fn unnamed_lost(&self) -> bool {
         self.unnamed == Unnamed::TooLong
@@ -169,7 +138,6 @@ impl fmt::Debug for SessionState {
             .field("settings", &self.settings.len())
             .field("statements", &self.statements.len())
             .field("channels", &self.channels.len())
-            .field("locks", &self.locks.len())
             .field("blockers", &self.blockers)
             .finish_non_exhaustive()
     }
