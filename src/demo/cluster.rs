@@ -11,26 +11,189 @@
 
 use std::fs;
 use std::io::Write as _;
-use std::net::{Ipv4Addr, SocketAddr};
-use std::os::unix::fs::PermissionsExt as _;
+use std::net::{Ipv4Addr, SocketAddr, TcpListener};
+use std::os::unix::fs::{MetadataExt as _, PermissionsExt as _};
 use std::os::unix::process::CommandExt as _;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
-mod options;
-mod process;
+use rand::Rng as _;
 
 pub use crate::demo::installations::{Installation, Installations};
-pub use options::{ClusterAuth, ClusterError, ClusterOptions, ClusterTls, Stop};
-pub use process::free_port;
-use process::{
-    Account, DEFAULT_SETTINGS, GUARDIAN, account_for_server, pause, postmaster_status, send_signal, setting_line, tail,
-    temp_root,
-};
 
 /// How long a server may take to start or stop; generous, because continuous integration machines are slow.
 const PATIENCE: Duration = Duration::from_secs(90);
+
+/// What [`Cluster::start`] is told.
+#[derive(Clone, Debug)]
+pub struct ClusterOptions {
+    /// Directory with `postgres` and `initdb`.
+    pub bindir: PathBuf,
+    /// For messages and directory names: `source`, `target`.
+    pub name: String,
+    /// Lines of postgresql.conf beyond the defaults (which are made for logical replication); later ones win.
+    pub settings: Vec<(String, String)>,
+    /// How `postgres` and everybody else log in.
+    pub auth: ClusterAuth,
+    /// Certificate and key; none: no TLS.
+    pub tls: Option<ClusterTls>,
+}
+
+impl ClusterOptions {
+    /// A cluster that trusts everyone on loopback, without TLS.
+    pub fn new(installation: &Installation, name: &str) -> Self {
+        Self {
+            bindir: installation.bindir.clone(),
+            name: name.to_owned(),
+            settings: Vec::new(),
+            auth: ClusterAuth::Trust,
+            tls: None,
+        }
+    }
+
+    /// The same with one more setting of postgresql.conf.
+    #[must_use]
+    pub fn setting(mut self, name: &str, value: &str) -> Self {
+        self.settings.push((name.to_owned(), value.to_owned()));
+        self
+    }
+
+    /// The same with another way to log in.
+    #[must_use]
+    pub fn auth(mut self, auth: ClusterAuth) -> Self {
+        self.auth = auth;
+        self
+    }
+
+    /// The same with TLS.
+    #[must_use]
+    pub fn tls(mut self, tls: ClusterTls) -> Self {
+        self.tls = Some(tls);
+        self
+    }
+}
+
+/// What pg_hba.conf asks for, on TCP and on the socket.
+#[derive(Clone, Debug)]
+pub enum ClusterAuth {
+    /// Nothing.
+    Trust,
+    /// SCRAM-SHA-256; the password is the one of `postgres`.
+    Scram {
+        /// Password of `postgres`.
+        password: String,
+    },
+    /// md5; the password is the one of `postgres`.
+    Md5 {
+        /// Password of `postgres`.
+        password: String,
+    },
+    /// These lines of pg_hba.conf, and this password of `postgres`.
+    Hba {
+        /// Password of `postgres`.
+        password: String,
+        /// Whole lines.
+        lines: Vec<String>,
+    },
+}
+
+impl ClusterAuth {
+    fn password(&self) -> Option<&str> {
+        match self {
+            Self::Trust => None,
+            Self::Scram { password } | Self::Md5 { password } | Self::Hba { password, .. } => Some(password),
+        }
+    }
+
+    fn hba(&self) -> String {
+        let method = match self {
+            Self::Trust => "trust",
+            Self::Scram { .. } => "scram-sha-256",
+            Self::Md5 { .. } => "md5",
+            Self::Hba { lines, .. } => return lines.join("\n") + "\n",
+        };
+        ["local all all", "local replication all", "host all all all", "host replication all all"]
+            .map(|line| format!("{line} {method}\n"))
+            .concat()
+    }
+}
+
+/// What the server shows on TLS.
+#[derive(Clone, Debug)]
+pub struct ClusterTls {
+    /// Certificate chain, PEM.
+    pub certificate_pem: String,
+    /// Private key, PEM.
+    pub key_pem: String,
+    /// Authority that client certificates must come from, PEM; none: they are not asked for.
+    pub client_ca_pem: Option<String>,
+}
+
+/// How a server is asked to stop.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Stop {
+    /// Sessions are ended, everything is written (SIGINT).
+    Fast,
+    /// As in a crash of the server, but the postmaster reaps its children (SIGQUIT).
+    Immediate,
+    /// `kill -9` of the postmaster; its children notice by themselves.
+    Kill,
+}
+
+impl Stop {
+    fn signal(self) -> &'static str {
+        match self {
+            Self::Fast => "INT",
+            Self::Immediate => "QUIT",
+            Self::Kill => "KILL",
+        }
+    }
+}
+
+/// A throw-away cluster could not be made, started or stopped.
+#[derive(Debug, thiserror::Error)]
+pub enum ClusterError {
+    /// A file or directory of the cluster.
+    #[error("cluster {name}: cannot {doing}")]
+    Io {
+        /// Name of the cluster.
+        name: String,
+        /// What was attempted, on which path.
+        doing: String,
+        /// Why it failed.
+        source: std::io::Error,
+    },
+    /// initdb or postgres ended with an error.
+    #[error("cluster {name}: {program} failed: {output}")]
+    Program {
+        /// Name of the cluster.
+        name: String,
+        /// The program's path.
+        program: String,
+        /// The end of what it printed.
+        output: String,
+    },
+    /// The server did not become ready, or did not stop.
+    #[error("cluster {name}: the server did not {what} within {seconds} s; the end of its log: {log}")]
+    Timeout {
+        /// Name of the cluster.
+        name: String,
+        /// `start` or `stop`.
+        what: &'static str,
+        /// How long was waited.
+        seconds: u64,
+        /// The end of the server's log.
+        log: String,
+    },
+}
+
+/// Another account, for root, whom PostgreSQL refuses to serve.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct Account {
+    uid: u32,
+    gid: u32,
+}
 
 /// One running (or stopped, see [`Cluster::stop`]) server. Dropped: stopped and removed.
 #[derive(Debug)]
@@ -417,5 +580,155 @@ impl Drop for Cluster {
             tracing::warn!(cluster = self.name(), %error, "a throw-away server was left behind");
         }
         // The TempDir removes the files.
+    }
+}
+
+/// Runs the server; ends it and removes the directory when standard input ends without the line `keep`.
+/// `$1` is the directory, the rest the server's command line.
+const GUARDIAN: &str = r#"
+directory=$1; shift
+exec 3<&0
+"$@" </dev/null 3<&- & server=$!
+(
+    read -r word <&3
+    [ "$word" = keep ] && exit
+    : >"$directory/abandoned"
+    kill -QUIT "$server"
+) 2>/dev/null & watcher=$!
+exec 3<&-
+wait "$server"; status=$?
+kill "$watcher" 2>/dev/null
+if [ -e "$directory/abandoned" ]; then cd / && rm -rf "$directory"; fi
+exit "$status"
+"#;
+
+/// Made for logical replication and for speed; a test of durability sets fsync itself.
+const DEFAULT_SETTINGS: &[(&str, &str)] = &[
+    ("listen_addresses", "127.0.0.1"),
+    ("wal_level", "logical"),
+    ("max_replication_slots", "20"),
+    ("max_wal_senders", "20"),
+    ("max_connections", "200"),
+    ("max_prepared_transactions", "20"),
+    ("shared_buffers", "64MB"),
+    ("fsync", "off"),
+    ("full_page_writes", "off"),
+    ("log_min_messages", "warning"),
+    ("log_line_prefix", "%m [%p] %q%u@%d %a "),
+    ("timezone", "UTC"),
+    ("log_timezone", "UTC"),
+];
+
+fn setting_line(name: &str, value: &str) -> String {
+    format!("{name} = '{}'\n", value.replace('\'', "''"))
+}
+
+/// What postmaster.pid says (miscadmin.h: LOCK_FILE_LINE_…): line 1 pid, line 3 start time, line 4 port, line 8 status.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct PostmasterStatus {
+    pid: u32,
+    /// Seconds since 1970.
+    started: u64,
+    port: u16,
+    ready: bool,
+}
+
+fn postmaster_status(data: &Path) -> Option<PostmasterStatus> {
+    parse_postmaster_pid(&fs::read_to_string(data.join("postmaster.pid")).ok()?)
+}
+
+fn parse_postmaster_pid(text: &str) -> Option<PostmasterStatus> {
+    let lines: Vec<&str> = text.lines().collect();
+    Some(PostmasterStatus {
+        pid: lines.first()?.trim().parse().ok()?,
+        started: lines.get(2).and_then(|line| line.trim().parse().ok()).unwrap_or(0),
+        port: lines.get(3).and_then(|line| line.trim().parse().ok()).unwrap_or(0),
+        ready: lines.get(7).is_some_and(|line| line.trim() == "ready"),
+    })
+}
+
+/// The shell's own `kill`, because the program of that name is not everywhere and the system call is not in `std`.
+fn send_signal(pid: u32, signal: &str) {
+    let result = Command::new("/bin/sh")
+        .args(["-c", "kill -s \"$1\" \"$2\" 2>/dev/null", "kill", signal, &pid.to_string()])
+        .status();
+    if let Err(error) = result {
+        tracing::warn!(pid, signal, %error, "cannot send a signal");
+    }
+}
+
+fn pause() {
+    std::thread::sleep(Duration::from_millis(10));
+}
+
+/// The last lines of `text`, for messages.
+fn tail(text: &str) -> String {
+    let lines: Vec<&str> = text.lines().collect();
+    lines[lines.len().saturating_sub(12)..].join("\n")
+}
+
+/// Below the range that Linux gives to outgoing connections (32768 and up), so that a stopped server's port is still
+/// free when it comes back.
+pub fn free_port() -> std::io::Result<u16> {
+    let mut rng = rand::rng();
+    for _ in 0..200 {
+        let port = rng.random_range(15_000..32_000);
+        if TcpListener::bind((Ipv4Addr::LOCALHOST, port)).is_ok() {
+            return Ok(port);
+        }
+    }
+    TcpListener::bind((Ipv4Addr::LOCALHOST, 0))?.local_addr().map(|address| address.port())
+}
+
+/// A Unix socket's path has at most 107 bytes, and the server's account must be able to walk to it.
+fn temp_root() -> PathBuf {
+    let configured = std::env::temp_dir();
+    let usable = configured.as_os_str().len() < 60 && others_may_enter(&configured);
+    if usable { configured } else { PathBuf::from("/tmp") }
+}
+
+fn others_may_enter(dir: &Path) -> bool {
+    dir.ancestors().all(|dir| fs::metadata(dir).is_ok_and(|metadata| metadata.mode() & 0o001 != 0))
+}
+
+/// Who owns what we just created is who we are; root needs somebody else.
+fn account_for_server(created: &Path) -> Option<Account> {
+    let root = fs::metadata(created).is_ok_and(|metadata| metadata.uid() == 0);
+    root.then(|| unprivileged_account(&fs::read_to_string("/etc/passwd").unwrap_or_default()))
+}
+
+fn unprivileged_account(passwd: &str) -> Account {
+    let find = |name: &str| {
+        let line = passwd.lines().find(|line| line.split(':').next() == Some(name))?;
+        let mut fields = line.split(':').skip(2);
+        let account = Account { uid: fields.next()?.parse().ok()?, gid: fields.next()?.parse().ok()? };
+        (account.uid != 0).then_some(account)
+    };
+    find("postgres").or_else(|| find("nobody")).unwrap_or(Account { uid: 65_534, gid: 65_534 })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn postmaster_pid_is_ready_only_when_it_says_so() {
+        let text = "123\n/data\n1700000000\n20001\n/tmp\n127.0.0.1\n  12345  1\nready   \n";
+        assert_eq!(
+            parse_postmaster_pid(text),
+            Some(PostmasterStatus { pid: 123, started: 1_700_000_000, port: 20_001, ready: true })
+        );
+        let starting = text.replace("ready", "starting");
+        assert!(!parse_postmaster_pid(&starting).expect("has a pid").ready);
+        assert!(!parse_postmaster_pid("123\n").expect("has a pid").ready, "written in two steps");
+        assert_eq!(parse_postmaster_pid(""), None);
+    }
+
+    #[test]
+    fn root_gets_the_first_account_that_is_not_root() {
+        let account = |text| unprivileged_account(text);
+        assert_eq!(account("root:x:0:0::/:\npostgres:x:101:103::/:\n"), Account { uid: 101, gid: 103 });
+        assert_eq!(account("postgres:x:0:0::/:\nnobody:x:99:98::/:\n"), Account { uid: 99, gid: 98 });
+        assert_eq!(account(""), Account { uid: 65_534, gid: 65_534 });
     }
 }

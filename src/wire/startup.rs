@@ -1,0 +1,196 @@
+//! The first packet of a connection: it has a length and no tag.
+
+use super::frame::take_cstr;
+
+/// Longest startup packet, as in PostgreSQL (`MAX_STARTUP_PACKET_LENGTH`), length field included.
+pub const STARTUP_PACKET_MAX: u32 = 10_000;
+
+/// Protocol 3.0, the only one spoken here.
+pub const PROTOCOL_3_0: u32 = 3 << 16;
+
+const SSL_REQUEST: u32 = 1234 << 16 | 5679;
+const GSSENC_REQUEST: u32 = 1234 << 16 | 5680;
+const CANCEL_REQUEST: u32 = 1234 << 16 | 5678;
+
+/// A startup packet.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Startup {
+    /// May we speak TLS?
+    SslRequest,
+    /// May we speak GSSAPI encryption?
+    GssEncRequest,
+    /// Cancel what the session with this key runs.
+    Cancel {
+        /// Process id from BackendKeyData.
+        pid: i32,
+        /// Secret from BackendKeyData.
+        key: Vec<u8>,
+    },
+    /// A session is wanted.
+    Session(SessionStartup),
+}
+
+/// What a client says of the session it wants.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct SessionStartup {
+    /// Role.
+    pub user: String,
+    /// Database; the role's name where none was given.
+    pub database: String,
+    /// Everything else, in order, without protocol options.
+    pub parameters: Vec<(String, String)>,
+    /// Names of `_pq_.` options, none of which is known here.
+    pub protocol_options: Vec<String>,
+    /// Minor version that was asked for; 0 is what will be spoken.
+    pub minor: u16,
+}
+
+impl SessionStartup {
+    /// The value of a parameter, the last one where it was given twice.
+    pub fn parameter(&self, name: &str) -> Option<&str> {
+        self.parameters.iter().rev().find(|(known, _)| known == name).map(|(_, value)| value.as_str())
+    }
+
+    /// Whether the client must be told that it asked for more than is spoken here (NegotiateProtocolVersion).
+    pub fn needs_negotiation(&self) -> bool {
+        self.minor > 0 || !self.protocol_options.is_empty()
+    }
+}
+
+/// The packet is refused.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum StartupError {
+    /// Shorter or longer than a startup packet may be.
+    #[error("invalid length of startup packet")]
+    Length,
+    /// The parameters are not pairs of zero-terminated strings.
+    #[error("invalid startup packet layout: expected terminator as last byte")]
+    Layout,
+    /// A major version that is not 3.
+    #[error("unsupported frontend protocol {major}.{minor}: server supports 3.0 to 3.0")]
+    Version {
+        /// Upper half.
+        major: u16,
+        /// Lower half.
+        minor: u16,
+    },
+    /// No `user`.
+    #[error("no PostgreSQL user name specified in startup packet")]
+    NoUser,
+    /// Text that is not UTF-8: it could not be passed on unchanged.
+    #[error("invalid byte sequence in startup packet")]
+    Encoding,
+}
+
+/// The size of the packet after its length field, from that field.
+pub fn body_bytes(length: [u8; 4]) -> Result<usize, StartupError> {
+    match u32::from_be_bytes(length) {
+        length @ 8..=STARTUP_PACKET_MAX => Ok(length as usize - 4),
+        _ => Err(StartupError::Length),
+    }
+}
+
+/// Reads a packet, without its length field.
+pub fn parse(packet: &[u8]) -> Result<Startup, StartupError> {
+    let (code, rest) = packet.split_first_chunk::<4>().ok_or(StartupError::Length)?;
+    match u32::from_be_bytes(*code) {
+        SSL_REQUEST => Ok(Startup::SslRequest),
+        GSSENC_REQUEST => Ok(Startup::GssEncRequest),
+        CANCEL_REQUEST => {
+            let (pid, key) = rest.split_first_chunk::<4>().ok_or(StartupError::Length)?;
+            if key.is_empty() || key.len() > 256 {
+                return Err(StartupError::Length);
+            }
+            Ok(Startup::Cancel { pid: i32::from_be_bytes(*pid), key: key.to_vec() })
+        }
+        version => parse_session((version >> 16) as u16, version as u16, rest),
+    }
+}
+
+fn parse_session(major: u16, minor: u16, mut rest: &[u8]) -> Result<Startup, StartupError> {
+    if major != 3 {
+        return Err(StartupError::Version { major, minor });
+    }
+    let mut session = SessionStartup {
+        user: String::new(),
+        database: String::new(),
+        parameters: Vec::new(),
+        protocol_options: Vec::new(),
+        minor,
+    };
+    loop {
+        let name = text(&mut rest)?;
+        if name.is_empty() {
+            break;
+        }
+        let value = text(&mut rest)?;
+        match name {
+            "user" => value.clone_into(&mut session.user),
+            "database" => value.clone_into(&mut session.database),
+            _ if name.starts_with("_pq_.") => session.protocol_options.push(name.to_owned()),
+            _ => session.parameters.push((name.to_owned(), value.to_owned())),
+        }
+    }
+    if !rest.is_empty() {
+        return Err(StartupError::Layout);
+    }
+    if session.user.is_empty() {
+        return Err(StartupError::NoUser);
+    }
+    if session.database.is_empty() {
+        session.user.clone_into(&mut session.database);
+    }
+    Ok(Startup::Session(session))
+}
+
+fn text<'a>(rest: &mut &'a [u8]) -> Result<&'a str, StartupError> {
+    std::str::from_utf8(take_cstr(rest).ok_or(StartupError::Layout)?).map_err(|_| StartupError::Encoding)
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    fn packet(code: u32, body: &[u8]) -> Vec<u8> {
+        [&code.to_be_bytes()[..], body].concat()
+    }
+
+    #[test]
+    fn a_session_defaults_to_the_users_database_and_keeps_its_parameters() {
+        let body = b"user\0ann\0application_name\0app\0_pq_.command_tag\0x\0options\0-c a=b\0\0";
+        let Ok(Startup::Session(session)) = parse(&packet(PROTOCOL_3_0 | 2, body)) else { panic!("a session") };
+        assert_eq!((session.user.as_str(), session.database.as_str(), session.minor), ("ann", "ann", 2));
+        assert_eq!(session.parameter("options"), Some("-c a=b"));
+        assert_eq!(session.protocol_options, ["_pq_.command_tag"]);
+        assert!(session.needs_negotiation());
+    }
+
+    #[test]
+    fn what_postgresql_refuses_is_refused() {
+        assert_eq!(parse(&packet(PROTOCOL_3_0, b"user\0ann")), Err(StartupError::Layout));
+        assert_eq!(parse(&packet(PROTOCOL_3_0, b"user\0ann\0\0x")), Err(StartupError::Layout));
+        assert_eq!(parse(&packet(PROTOCOL_3_0, b"database\0ann\0\0")), Err(StartupError::NoUser));
+        assert_eq!(parse(&packet(2 << 16, b"")), Err(StartupError::Version { major: 2, minor: 0 }));
+        assert_eq!(body_bytes(7u32.to_be_bytes()), Err(StartupError::Length));
+        assert_eq!(body_bytes(10_001u32.to_be_bytes()), Err(StartupError::Length));
+    }
+
+    #[test]
+    fn requests_are_told_apart() {
+        assert_eq!(parse(&packet(SSL_REQUEST, b"")), Ok(Startup::SslRequest));
+        assert_eq!(parse(&packet(GSSENC_REQUEST, b"")), Ok(Startup::GssEncRequest));
+        let cancel = parse(&packet(CANCEL_REQUEST, &[0, 0, 0, 7, 1, 2, 3, 4]));
+        assert_eq!(cancel, Ok(Startup::Cancel { pid: 7, key: vec![1, 2, 3, 4] }));
+        assert_eq!(parse(&packet(CANCEL_REQUEST, &[0, 0, 0, 7])), Err(StartupError::Length));
+    }
+
+    proptest! {
+        #[test]
+        fn any_bytes_are_read_without_a_panic(bytes: Vec<u8>) {
+            let _ = parse(&bytes);
+            let _ = parse(&packet(PROTOCOL_3_0, &bytes));
+        }
+    }
+}
