@@ -117,11 +117,7 @@ impl Ledger {
     /// Whether the session is at a safe point as far as whole frames go; the relay adds that none is cut.
     #[inline]
     pub fn is_quiet(&self) -> bool {
-        self.marks.is_empty()
-            && self.status == TransactionStatus::Idle
-            && !self.unsynced
-            && !self.copy_in
-            && !self.lost
+        self.marks.is_empty() && self.status == TransactionStatus::Idle && !self.unsynced && !self.copy_in && !self.lost
     }
 
     /// Whether a ReadyForQuery may still come that nothing else accounts for. Harmless to admission (such a Sync finds
