@@ -1,7 +1,7 @@
 //! Every interleaving of the admission gate, explored by loom.
 //!
 //! loom models explicit fences but neither ArcSwap nor SeqCst accesses, so the route is an atomic here.
-#![allow(missing_docs, dead_code, reason = "the gate is included as source")]
+#![expect(dead_code, reason = "the gate is included as source")]
 
 mod atomic {
     pub use loom::sync::atomic::{AtomicBool, AtomicU64, Ordering, fence};

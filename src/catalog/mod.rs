@@ -1,6 +1,174 @@
-//! The pgcutover schema on both servers: the truth that outlives every process.
+//! The `pgcutover` schema: what must survive this process, kept in the two servers themselves.
+//!
+//! * [`fence`], [`decision`]: append-only rows in the control database of each server; they alone say who is active.
+//!   [`claims`] reads them, [`resolve`] (pure) draws the conclusion.
+//! * [`migrations`], [`tables`], [`progress`], [`journal`]: rows of the engine, of everything that it was asked, has done
+//!   and has made.
+//!
+//! [`bootstrap`] makes the tables. Each part owns its DDL and a version number; nothing here is ever dropped by it.
 
+pub mod claims;
+pub mod decision;
+pub mod fence;
 pub mod journal;
 pub mod migrations;
 pub mod progress;
+pub mod resolve;
 pub mod tables;
+
+use self::decision::Outcome;
+use crate::postgres::Control;
+use crate::switch::Epoch;
+
+/// Where a session stands, and so which tables belong there.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Place {
+    /// The control database of the source.
+    SourceControl,
+    /// The control database of the target.
+    TargetControl,
+    /// A migrated database on the source.
+    SourceDatabase,
+    /// A migrated database on the target.
+    TargetDatabase,
+}
+
+/// Tables that are made together and change version together.
+struct Part {
+    name: &'static str,
+    /// Raised with every change of the DDL, which must bring every earlier version up to this one.
+    version: i32,
+    /// Idempotent.
+    ddl: &'static str,
+}
+
+const fn part(name: &'static str, version: i32, ddl: &'static str) -> Part {
+    Part { name, version, ddl }
+}
+
+impl Place {
+    const fn parts(self) -> &'static [Part] {
+        const FENCE: Part = part("fence", 1, fence::DDL);
+        const DECISION: Part = part("decision", 1, decision::DDL);
+        const BOUNDARY: Part = part("boundary", 1, decision::BOUNDARY_DDL);
+        const MIGRATIONS: Part = part("migrations", 1, migrations::TARGET_CONTROL_DDL);
+        const MARKER: Part = part("marker", 1, progress::SOURCE_DATABASE_DDL);
+        const PROGRESS: Part = part("progress", 1, progress::TARGET_DATABASE_DDL);
+        // A rollback leads the other way, so both control databases hold fences and decisions.
+        match self {
+            Self::SourceControl => &[FENCE, DECISION],
+            Self::TargetControl => &[FENCE, DECISION, MIGRATIONS],
+            Self::SourceDatabase => &[MARKER],
+            Self::TargetDatabase => &[BOUNDARY, PROGRESS],
+        }
+    }
+}
+
+/// The schema could not be made, or a row in it could not be read or written.
+#[derive(Debug, thiserror::Error)]
+pub enum RecordError {
+    /// A statement failed.
+    #[error("could not {what}")]
+    Query {
+        /// What was being done.
+        what: String,
+        /// Why.
+        source: tokio_postgres::Error,
+    },
+    /// A row holds what this version does not understand.
+    #[error("the pgcutover schema holds something this version does not know: {what}")]
+    Unreadable {
+        /// What was found.
+        what: String,
+    },
+    /// A newer pgcutover has changed the tables.
+    #[error(
+        "part {part:?} of the pgcutover schema is at version {found}, this program knows {known}: run the newer program"
+    )]
+    Newer {
+        /// Which part.
+        part: &'static str,
+        /// The version that stands there.
+        found: i32,
+        /// The version that this program makes.
+        known: i32,
+    },
+    /// A fence was to be ended one way and had been ended the other way.
+    #[error("fence {epoch} was to be noted as {wanted:?} and stands as {stands:?}: a person must look at both servers")]
+    Contradiction {
+        /// Which.
+        epoch: Epoch,
+        /// What was to be noted.
+        wanted: Outcome,
+        /// What stands there.
+        stands: Option<Outcome>,
+    },
+}
+
+impl RecordError {
+    pub(super) fn query(what: &str, source: tokio_postgres::Error) -> Self {
+        Self::Query { what: what.to_owned(), source }
+    }
+
+    /// SQLSTATE, where a server refused.
+    pub fn sqlstate(&self) -> Option<&str> {
+        match self {
+            Self::Query { source, .. } => source.code().map(tokio_postgres::error::SqlState::code),
+            Self::Unreadable { .. } | Self::Newer { .. } | Self::Contradiction { .. } => None,
+        }
+    }
+}
+
+/// Key of the advisory lock under which the schema is made (`pgcut` in ASCII, then 0): `IF NOT EXISTS` alone races.
+const BOOTSTRAP_LOCK: i64 = 0x7067_6375_7400_0000;
+
+/// Makes, or brings up to date, the tables that belong to `place`. Idempotent; when everything is there it only reads,
+/// so a role without the right to create is enough from then on.
+pub async fn bootstrap(control: &Control, place: Place) -> Result<(), RecordError> {
+    let mut wanted = Vec::new();
+    for part in place.parts() {
+        match version(control, part.name).await? {
+            Some(found) if found == part.version => {}
+            Some(found) if found > part.version => {
+                return Err(RecordError::Newer { part: part.name, found, known: part.version });
+            }
+            Some(_) | None => wanted.push(part),
+        }
+    }
+    if wanted.is_empty() {
+        return Ok(());
+    }
+    // Sent as one simple query, which is one transaction.
+    let mut script = format!(
+        "SELECT pg_catalog.pg_advisory_xact_lock({BOOTSTRAP_LOCK});
+         CREATE SCHEMA IF NOT EXISTS pgcutover;
+         CREATE TABLE IF NOT EXISTS pgcutover.part (name text PRIMARY KEY, version integer NOT NULL);\n"
+    );
+    for part in wanted {
+        script.push_str(part.ddl);
+        script.push_str(&format!(
+            "INSERT INTO pgcutover.part VALUES ('{}', {}) ON CONFLICT (name) DO UPDATE SET version = excluded.version;\n",
+            part.name, part.version
+        ));
+    }
+    control.batch_execute(&script).await.map_err(|source| RecordError::query("make the pgcutover schema", source))
+}
+
+/// The version of one part, if it has been made.
+async fn version(control: &Control, part: &'static str) -> Result<Option<i32>, RecordError> {
+    let failed = |source| RecordError::query("read the versions of the pgcutover schema", source);
+    let there = control.query_one("SELECT pg_catalog.to_regclass('pgcutover.part') IS NOT NULL", &[]).await;
+    if !there.map_err(failed)?.get::<_, bool>(0) {
+        return Ok(None);
+    }
+    let row = control.query_opt("SELECT version FROM pgcutover.part WHERE name = $1", &[&part]).await;
+    Ok(row.map_err(failed)?.map(|row| row.get(0)))
+}
+
+fn epoch_to_sql(epoch: Epoch) -> i64 {
+    i64::try_from(epoch.0).expect("epochs count attempts and stay far below 2^63")
+}
+
+fn epoch_from_sql(epoch: i64) -> Result<Epoch, RecordError> {
+    u64::try_from(epoch).map(Epoch).map_err(|_| RecordError::Unreadable { what: format!("epoch {epoch}") })
+}

@@ -8,6 +8,7 @@
 //! [`state`] is the machine; [`snapshot`] the rule by which a table passes from its copy to the stream without a gap
 //! and without a double; [`view`] what operators see.
 
+pub mod apply;
 pub mod copy;
 pub mod identity;
 pub mod made;
@@ -15,6 +16,7 @@ pub mod materialized;
 pub mod preflight;
 pub mod roles;
 pub mod schema;
+mod settings;
 pub mod snapshot;
 pub mod state;
 pub mod view;

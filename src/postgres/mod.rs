@@ -8,6 +8,7 @@ mod scram;
 mod settings;
 mod stream;
 mod tls;
+pub mod walsender;
 
 pub use connect::{ConnectError, Connector, Control, InstanceId};
 pub use raw::{Credential, Frame, Login, RawConnection, RawError, TextRows};

@@ -221,10 +221,15 @@ impl RawConnection {
     /// Runs `sql` as one simple query and returns the rows of all its results. An error ends it, and is returned
     /// after ReadyForQuery, so the connection can be used again. This destroys the session's unnamed statement.
     pub async fn simple_query(&mut self, sql: &str) -> Result<TextRows, RawError> {
+        self.send_query(sql).await?;
+        self.collect_rows().await
+    }
+
+    /// Sends a simple query and leaves its answer to the caller.
+    pub(super) async fn send_query(&mut self, sql: &str) -> Result<(), RawError> {
         let mut message = BytesMut::new();
         frontend::query(sql, &mut message).map_err(|error| self.violation(error.to_string()))?;
-        self.send(&message).await?;
-        self.collect_rows().await
+        self.send(&message).await
     }
 
     /// Runs one statement through the extended protocol as the *named* statement `statement` (and a portal of the same

@@ -19,6 +19,16 @@ pub enum ServerRole {
     Target,
 }
 
+impl ServerRole {
+    /// The server on the other side of a cutover.
+    pub fn other(self) -> Self {
+        match self {
+            Self::Source => Self::Target,
+            Self::Target => Self::Source,
+        }
+    }
+}
+
 impl std::fmt::Display for ServerRole {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.write_str(match self {

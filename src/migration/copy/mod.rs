@@ -22,8 +22,8 @@ use tokio::sync::Semaphore;
 
 use crate::config::Migration;
 use crate::ident::QualifiedName;
-use crate::lsn::Lsn;
 use crate::migration::schema::{Archive, RestoreFailure};
+use crate::migration::snapshot::HandOver;
 use crate::postgres::{ConnectError, Connector, Control, RawError};
 
 /// A table to copy.
@@ -41,19 +41,6 @@ pub struct SourceTable {
     pub filter: Option<String>,
 }
 
-/// What a table was copied under. Transaction ids carry their epoch (64 bits).
-#[derive(Clone, Debug, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
-pub struct TableSnapshot {
-    /// Every transaction below is finished; those that committed are visible.
-    pub xmin: u64,
-    /// No transaction from here on is visible.
-    pub xmax: u64,
-    /// Top-level transactions in between that were running and are not visible.
-    pub xip: Vec<u64>,
-    /// Insert position read after the snapshot: the commit record of a visible transaction begins before it.
-    pub insert_lsn: Lsn,
-}
-
 /// What a table's copy amounted to.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
 pub struct CopiedRows {
@@ -67,7 +54,7 @@ pub struct CopiedRows {
 #[async_trait]
 pub trait TableRecorder: Send + Sync {
     /// Before the first row of a copy is read. Replaces what an earlier attempt recorded.
-    async fn snapshot_taken(&self, table: &SourceTable, snapshot: &TableSnapshot) -> Result<(), RecordError>;
+    async fn snapshot_taken(&self, table: &SourceTable, hand_over: &HandOver) -> Result<(), RecordError>;
     /// After the last row was committed on the target.
     async fn rows_copied(&self, table: &SourceTable, copied: CopiedRows) -> Result<(), RecordError>;
     /// After the last of the table's own indexes and constraints; the table is ready for its stream.

@@ -8,12 +8,23 @@
 //! Every entry that was executed is remembered in the target database in the same transaction, so each step can be
 //! repeated after a crash and does only what is missing. An error is never ignored: it comes back with its object.
 
+mod archive;
+mod database;
+mod dump;
+mod restore;
+mod toc;
+
 use std::path::PathBuf;
 use std::time::Duration;
 
 use crate::config::Migration;
 use crate::migration::made::{Journal, JournalError};
 use crate::postgres::{ConnectError, Connector};
+
+pub use archive::Archive;
+use restore::Locking;
+pub(in crate::migration) use restore::Restorer;
+pub use toc::TocError;
 
 /// A `pg_dump` that can read the source.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -77,6 +88,71 @@ pub enum SchemaError {
         /// What was found.
         found: String,
     },
+    /// pg_dump failed.
+    #[error("{} could not dump database {database}: {why}", program.display())]
+    Dump {
+        /// The database.
+        database: String,
+        /// The program.
+        program: PathBuf,
+        /// Its complaints.
+        why: String,
+    },
+    /// The dump could not be cut.
+    #[error("the dump of database {database} could not be cut into its entries")]
+    Split {
+        /// The database.
+        database: String,
+        /// Why.
+        source: TocError,
+    },
+    /// A catalogue could not be read.
+    #[error("the catalogues of database {database} could not be read")]
+    Read {
+        /// The database.
+        database: String,
+        /// Why.
+        source: tokio_postgres::Error,
+    },
+    /// A database could not be made or changed.
+    #[error("database {database}: {doing} failed on the target")]
+    Database {
+        /// The database.
+        database: String,
+        /// What was being done.
+        doing: String,
+        /// Why.
+        source: tokio_postgres::Error,
+    },
+    /// The database is there already and differs.
+    #[error(
+        "database {database} exists on the target with {found}, the source has {wanted}; drop it there or create the migration with --overwrite-target"
+    )]
+    Differs {
+        /// The database.
+        database: String,
+        /// What the target has.
+        found: String,
+        /// What the source has.
+        wanted: String,
+    },
+    /// No such database.
+    #[error("database {0} does not exist on the source")]
+    NoDatabase(String),
+    /// The session broke.
+    #[error("the session on the target was lost while {object} was restored; retry goes on where it ended")]
+    Lost {
+        /// Kind and name.
+        object: String,
+        /// Why.
+        source: tokio_postgres::Error,
+    },
+    /// Another engine has taken over.
+    #[error("another engine has taken the migration over, so {object} was not restored")]
+    Superseded {
+        /// Kind and name.
+        object: String,
+    },
 }
 
 /// Where definitions are restored.
@@ -90,15 +166,10 @@ pub struct RestoreTarget<'a> {
     pub guard: Option<&'a str>,
 }
 
-/// A dump, cut into entries.
-#[derive(Clone, Debug)]
-pub struct Archive {}
-
 /// The `pg_dump` to use: `bindir`, then `PATH`, then the usual places. It must be at least as new as the source; the
 /// target's own major is preferred, because a newer one may write what the target does not read.
 pub async fn find_pg_dump(config: &Migration, source_major: u32, target_major: u32) -> Result<PgDump, SchemaError> {
-    let _ = (config, source_major, target_major);
-    unimplemented!()
+    dump::find(config, source_major, target_major).await
 }
 
 /// Dumps the definitions of `database`, without pgcutover's own schema, publications and subscriptions.
@@ -108,8 +179,7 @@ pub async fn dump(
     database: &str,
     lock_timeout: Duration,
 ) -> Result<Archive, SchemaError> {
-    let _ = (pg_dump, source, database, lock_timeout);
-    unimplemented!()
+    dump::dump(pg_dump, source, database, lock_timeout).await
 }
 
 /// Makes `database` on the target with the source's encoding, locale and owner, and carries over its settings,
@@ -121,38 +191,65 @@ pub async fn create_database(
     existing: Existing,
     journal: &dyn Journal,
 ) -> Result<(), SchemaError> {
-    let _ = (source, target, database, existing, journal);
-    unimplemented!()
+    database::create(source, target, database, existing, journal).await
 }
 
 /// Types, functions, tables, views: everything before the rows.
 pub async fn restore_pre_data(target: &RestoreTarget<'_>, archive: &Archive) -> Result<RestoreReport, SchemaError> {
-    let _ = (target, archive);
-    unimplemented!()
+    let mut restorer = Restorer::open(*target, archive, "schema").await?;
+    restorer.entries(&archive.pre_data, Locking::Patient).await?;
+    Ok(restorer.finish())
 }
 
 /// What needs rows or the tables' own indexes and does not hinder applying: indexes of partitioned tables, statistics,
 /// grants, comments. Call it once every table is copied.
 pub async fn restore_after_copy(target: &RestoreTarget<'_>, archive: &Archive) -> Result<RestoreReport, SchemaError> {
-    let _ = (target, archive);
-    unimplemented!()
+    let mut restorer = Restorer::open(*target, archive, "schema").await?;
+    // Normally done by the copy; here for tables that nobody copied.
+    let mut tables: Vec<_> = archive.by_table.iter().collect();
+    tables.sort_by_key(|(oid, _)| **oid);
+    for (_, entries) in tables {
+        restorer.entries(entries, Locking::Patient).await?;
+    }
+    restorer.entries(&archive.after_copy, Locking::Brief).await?;
+    Ok(restorer.finish())
 }
 
 /// Foreign keys, once the stream has caught up: added NOT VALID and then validated where PostgreSQL can, so that
 /// applying waits only for a moment. One that is NOT VALID on the source stays so.
 pub async fn restore_foreign_keys(target: &RestoreTarget<'_>, archive: &Archive) -> Result<RestoreReport, SchemaError> {
-    let _ = (target, archive);
-    unimplemented!()
+    let mut restorer = Restorer::open(*target, archive, "schema").await?;
+    for key in &archive.foreign_keys {
+        restorer.foreign_key(key).await?;
+    }
+    Ok(restorer.finish())
 }
 
 /// Triggers, rules, policies, event triggers, and what hangs on them.
 pub async fn restore_last(target: &RestoreTarget<'_>, archive: &Archive) -> Result<RestoreReport, SchemaError> {
-    let _ = (target, archive);
-    unimplemented!()
+    let mut restorer = Restorer::open(*target, archive, "schema").await?;
+    restorer.entries(&archive.last, Locking::Brief).await?;
+    Ok(restorer.finish())
 }
 
 /// `ANALYZE` of the whole database.
 pub async fn analyze(target: &Connector, database: &str) -> Result<(), SchemaError> {
-    let _ = (target, database);
-    unimplemented!()
+    let control = target.control(database, "analyze").await?;
+    let analyzed = control.batch_execute("ANALYZE").await;
+    analyzed.map_err(|source| SchemaError::Database {
+        database: database.to_owned(),
+        doing: "ANALYZE".to_owned(),
+        source,
+    })
+}
+
+/// The definitions of `database` on `server` as pg_dump writes them, without what differs from run to run: what source
+/// and target are compared by after a migration.
+pub async fn definitions(
+    pg_dump: &PgDump,
+    server: &Connector,
+    database: &str,
+    lock_timeout: Duration,
+) -> Result<String, SchemaError> {
+    dump::definitions(pg_dump, server, database, lock_timeout).await
 }

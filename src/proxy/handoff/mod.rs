@@ -21,9 +21,23 @@
 //! from a policy or function of the database.
 
 mod blocker;
+mod capture;
+mod catalogue;
+mod delta;
+mod error;
+mod exchange;
+mod prepare;
+mod replay;
 mod scan;
+mod state;
 mod tracked;
 
 pub use blocker::Blocker;
+pub use capture::capture;
+pub use catalogue::catalogue_settings;
+pub use delta::{Delta, delta};
+pub use error::HandoffError;
+pub use replay::{FailedStatement, ReplayReport, StatementFailure, apply_delta, replay};
 pub use scan::settings_used;
+pub use state::{SessionState, changed_parameters};
 pub use tracked::{Tracked, UNNAMED_LIMIT_BYTES, UnnamedStatement};

@@ -89,7 +89,7 @@ fn next_set(text: &[u8], from: usize) -> Option<usize> {
     None
 }
 
-fn starts_word(text: &[u8], at: usize) -> bool {
+pub(super) fn starts_word(text: &[u8], at: usize) -> bool {
     at == 0 || !is_name_byte(text[at - 1])
 }
 
@@ -142,7 +142,7 @@ fn dotted_name(text: &[u8], start: usize) -> Option<(Cow<'_, str>, usize)> {
 }
 
 /// One identifier, quoted or not, and where it ends.
-fn identifier(text: &[u8], at: usize) -> Option<(Cow<'_, str>, usize)> {
+pub(super) fn identifier(text: &[u8], at: usize) -> Option<(Cow<'_, str>, usize)> {
     if text.get(at) == Some(&b'"') {
         return quoted(text, at + 1, b'"');
     }
@@ -191,7 +191,7 @@ fn quoted(text: &[u8], start: usize, quote: u8) -> Option<(Cow<'_, str>, usize)>
 }
 
 /// Where `word` ends, when it stands at `at` in any case.
-fn after_word(text: &[u8], at: usize, word: &[u8]) -> Option<usize> {
+pub(super) fn after_word(text: &[u8], at: usize, word: &[u8]) -> Option<usize> {
     let end = at.checked_add(word.len())?;
     text.get(at..end)?.eq_ignore_ascii_case(word).then_some(end)
 }
@@ -203,7 +203,7 @@ fn after_byte(text: &[u8], at: usize, byte: u8) -> Option<usize> {
 }
 
 /// Skips white space and comments.
-fn skip_space(text: &[u8], mut at: usize) -> usize {
+pub(super) fn skip_space(text: &[u8], mut at: usize) -> usize {
     loop {
         match text.get(at) {
             Some(byte) if is_space(*byte) => at += 1,
@@ -211,22 +211,38 @@ fn skip_space(text: &[u8], mut at: usize) -> usize {
                 at = (at..text.len()).find(|end| text[*end] == b'\n').unwrap_or(text.len());
             }
             Some(b'/') if text.get(at + 1) == Some(&b'*') => {
-                let mut end = at + 2;
-                while end < text.len() && !text[end..].starts_with(b"*/") {
-                    end += 1;
-                }
-                at = (end + 2).min(text.len());
+                at = end_of_comment(text, at);
             }
             _ => return at,
         }
     }
 }
 
-fn is_space(byte: u8) -> bool {
+/// Where the block comment at `at` ends. They nest (PostgreSQL documentation, "Comments").
+pub(super) fn end_of_comment(text: &[u8], mut at: usize) -> usize {
+    let mut depth = 0usize;
+    while at < text.len() {
+        if text[at..].starts_with(b"/*") {
+            depth += 1;
+            at += 2;
+        } else if text[at..].starts_with(b"*/") {
+            depth -= 1;
+            at += 2;
+            if depth == 0 {
+                return at;
+            }
+        } else {
+            at += 1;
+        }
+    }
+    text.len()
+}
+
+pub(super) fn is_space(byte: u8) -> bool {
     matches!(byte, b' ' | b'\t' | b'\n' | b'\r' | 0x0b | 0x0c)
 }
 
-fn is_name_byte(byte: u8) -> bool {
+pub(super) fn is_name_byte(byte: u8) -> bool {
     byte.is_ascii_alphanumeric() || byte == b'_' || byte == b'$' || byte >= 0x80
 }
 

@@ -1,0 +1,168 @@
+//! Fences: a server's own note that it has given databases up for a cutover that leads to another server.
+//!
+//! The row is written in the same transaction as the settings that fence the databases, and its outcome in the same
+//! transaction as their restoration, so that neither is ever true without the other. `ALTER DATABASE` changes shared
+//! catalogues: one transaction in the control database fences every database of a migration.
+//!
+//! Rows are never deleted. A row with the outcome `decided` is the server's tombstone: it tells a configuration that
+//! still names this server where its databases have gone.
+
+use tokio_postgres::GenericClient;
+
+use super::RecordError;
+use super::claims::ServerIdentity;
+use super::decision::{Case, Outcome};
+use crate::switch::Epoch;
+
+/// Tables of a control database. Idempotent.
+pub(super) const DDL: &str = r"
+CREATE SCHEMA IF NOT EXISTS pgcutover;
+CREATE TABLE IF NOT EXISTS pgcutover.fence (
+    epoch             bigint PRIMARY KEY,
+    migration         text NOT NULL,
+    databases         text[] NOT NULL,
+    system_identifier text NOT NULL,
+    timeline          integer NOT NULL,
+    leads_to          text NOT NULL,
+    leads_to_timeline integer NOT NULL,
+    saved             jsonb NOT NULL,
+    outcome           text CHECK (outcome IN ('decided', 'aborted')),
+    made_at           timestamptz NOT NULL DEFAULT now(),
+    ended_at          timestamptz
+);
+";
+
+/// Everything that a fence row says.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Fence {
+    /// Number, migration, databases.
+    pub case: Case,
+    /// The server that is fenced.
+    pub on: ServerIdentity,
+    /// The server that will hold the decision.
+    pub leads_to: ServerIdentity,
+    /// What restores the databases exactly as they were.
+    pub saved: Vec<SavedDatabase>,
+}
+
+/// One database as it was before the fence.
+#[derive(Clone, Debug, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
+pub struct SavedDatabase {
+    /// Its name.
+    pub name: String,
+    /// `ALTER DATABASE … SET default_transaction_read_only`, if there was one.
+    pub read_only: Option<String>,
+    /// Roles whose own setting would have outranked the database's: the fence overrides it for this database.
+    pub roles: Vec<SavedRole>,
+    /// `datallowconn`.
+    pub allow_connections: bool,
+    /// `datconnlimit`.
+    pub connection_limit: i32,
+}
+
+/// One role whose setting contradicts the fence.
+#[derive(Clone, Debug, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
+pub struct SavedRole {
+    /// Its name.
+    pub name: String,
+    /// `ALTER ROLE … IN DATABASE … SET default_transaction_read_only`, if there was one.
+    pub read_only: Option<String>,
+}
+
+/// Writes the row. Part of the transaction that fences. Fails when the epoch is taken: one coordinator owns an epoch.
+pub async fn insert(transaction: &impl GenericClient, fence: &Fence) -> Result<(), RecordError> {
+    transaction
+        .execute(
+            "INSERT INTO pgcutover.fence (epoch, migration, databases, system_identifier, timeline, leads_to,
+                                          leads_to_timeline, saved)
+             VALUES ($1, $2, $3, $4, $5, $6, $7, $8)",
+            &[
+                &super::epoch_to_sql(fence.case.epoch),
+                &fence.case.migration,
+                &fence.case.databases,
+                &fence.on.system_identifier,
+                &fence.on.timeline,
+                &fence.leads_to.system_identifier,
+                &fence.leads_to.timeline,
+                &saved_to_json(&fence.saved)?,
+            ],
+        )
+        .await
+        .map_err(|source| RecordError::query("write the fence row", source))?;
+    Ok(())
+}
+
+/// The row of `epoch`, with its outcome as far as it was noted.
+pub async fn read(control: &impl GenericClient, epoch: Epoch) -> Result<Option<(Fence, Option<Outcome>)>, RecordError> {
+    let row = control
+        .query_opt(
+            "SELECT migration, databases, system_identifier, timeline, leads_to, leads_to_timeline, saved, outcome
+             FROM pgcutover.fence WHERE epoch = $1",
+            &[&super::epoch_to_sql(epoch)],
+        )
+        .await
+        .map_err(|source| RecordError::query("read the fence row", source))?;
+    let Some(row) = row else { return Ok(None) };
+    let saved = serde_json::from_value(row.get(6))
+        .map_err(|error| RecordError::Unreadable { what: format!("saved settings of fence {epoch}: {error}") })?;
+    let fence = Fence {
+        case: Case { epoch, migration: row.get(0), databases: row.get(1) },
+        on: ServerIdentity { system_identifier: row.get(2), timeline: row.get(3) },
+        leads_to: ServerIdentity { system_identifier: row.get(4), timeline: row.get(5) },
+        saved,
+    };
+    let outcome = row.get::<_, Option<&str>>(7).map(Outcome::parse).transpose()?;
+    Ok(Some((fence, outcome)))
+}
+
+/// What [`end`] found.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Ended {
+    /// The outcome was noted just now; an abort restores the saved settings in the same transaction.
+    Now,
+    /// It had been noted before; everything that belongs to it has been done.
+    Before,
+}
+
+/// Notes the outcome of a fence. Part of the transaction that acts on it.
+///
+/// A row that is not there is written with the outcome: the transaction that was to insert it may still be in flight
+/// on a connection that was lost, and either waits for us and fails, or is waited for here and then ended like any other.
+/// Fails when the opposite has been noted: then two parties have read different decisions, which must never happen.
+pub async fn end(transaction: &impl GenericClient, fence: &Fence, outcome: Outcome) -> Result<Ended, RecordError> {
+    let epoch = super::epoch_to_sql(fence.case.epoch);
+    let noted = transaction
+        .query_opt(
+            "INSERT INTO pgcutover.fence AS f (epoch, migration, databases, system_identifier, timeline, leads_to,
+                                               leads_to_timeline, saved, outcome, ended_at)
+             VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9, now())
+             ON CONFLICT (epoch) DO UPDATE SET outcome = excluded.outcome, ended_at = excluded.ended_at
+             WHERE f.outcome IS NULL
+             RETURNING 1",
+            &[
+                &epoch,
+                &fence.case.migration,
+                &fence.case.databases,
+                &fence.on.system_identifier,
+                &fence.on.timeline,
+                &fence.leads_to.system_identifier,
+                &fence.leads_to.timeline,
+                &saved_to_json(&fence.saved)?,
+                &outcome.as_str(),
+            ],
+        )
+        .await
+        .map_err(|source| RecordError::query("note the outcome in the fence row", source))?;
+    if noted.is_some() {
+        return Ok(Ended::Now);
+    }
+    match read(transaction, fence.case.epoch).await? {
+        Some((_, Some(stands))) if stands == outcome => Ok(Ended::Before),
+        Some((_, stands)) => Err(RecordError::Contradiction { epoch: fence.case.epoch, wanted: outcome, stands }),
+        None => Err(RecordError::Unreadable { what: format!("fence row {epoch} vanished") }),
+    }
+}
+
+fn saved_to_json(saved: &[SavedDatabase]) -> Result<serde_json::Value, RecordError> {
+    serde_json::to_value(saved).map_err(|error| RecordError::Unreadable { what: format!("saved settings: {error}") })
+}

@@ -1,0 +1,219 @@
+//! The planner against hand-made messages.
+
+use std::collections::HashMap;
+
+use bytes::Bytes;
+
+use super::plan::{Change, Committed, PlanError, Planned, Planner, Value};
+use super::shape::{ColumnKind, TableShape, TargetColumn};
+use crate::ident::QualifiedName;
+use crate::lsn::Lsn;
+use crate::migration::snapshot::HandOver;
+use crate::pgoutput::{
+    Begin, Column, Commit, Delete, Insert, Message, OldTuple, Relation, ReplicaIdentity, Timestamp, Truncate, Tuple,
+    TupleValue, Update,
+};
+
+fn text(value: &'static str) -> TupleValue {
+    TupleValue::Text(Bytes::from_static(value.as_bytes()))
+}
+
+fn tuple(values: &[TupleValue]) -> Tuple {
+    Tuple { values: values.to_vec() }
+}
+
+fn sent(values: &[Option<&'static str>]) -> Vec<Option<Value>> {
+    values.iter().map(|value| value.map(|text| Value::Text(Bytes::from_static(text.as_bytes())))).collect()
+}
+
+fn relation(oid: u32, name: &str, identity: ReplicaIdentity, columns: &[(&str, bool)]) -> Relation {
+    let columns = columns
+        .iter()
+        .map(|(name, key)| Column { key: *key, name: (*name).to_owned(), type_oid: 23, type_modifier: -1 })
+        .collect();
+    Relation { xid: None, oid, schema: "s".to_owned(), name: name.to_owned(), replica_identity: identity, columns }
+}
+
+fn column(kind: ColumnKind, primary_key: bool) -> TargetColumn {
+    let equality = primary_key.then(|| "pg_catalog.=".to_owned());
+    TargetColumn { type_sql: "integer".to_owned(), kind, equality, primary_key }
+}
+
+fn shape(columns: &[(&str, ColumnKind, bool)]) -> TableShape {
+    TableShape::new(columns.iter().map(|(name, kind, key)| ((*name).to_owned(), column(*kind, *key))))
+}
+
+/// A planner inside a transaction that knows table `s.t (id key, a, b)`.
+fn planner() -> Planner {
+    let mut planner = Planner::new(HashMap::new());
+    let columns = [("id", true), ("a", false), ("b", false)];
+    let plain = ColumnKind::Plain;
+    let known = shape(&[("id", plain, true), ("a", plain, false), ("b", plain, false)]);
+    planner.relation(relation(7, "t", ReplicaIdentity::Default, &columns), Some(known)).expect("mapped");
+    begin(&mut planner, 0x100, 740);
+    planner
+}
+
+fn begin(planner: &mut Planner, final_lsn: u64, xid: u32) {
+    let begin = Begin { final_lsn: Lsn(final_lsn), timestamp: Timestamp(0), xid };
+    assert!(matches!(planner.plan(Message::Begin(begin)), Ok(Planned::Begin)));
+}
+
+fn commit(planner: &mut Planner, lsn: u64) -> Committed {
+    let commit = Commit { commit_lsn: Lsn(lsn), end_lsn: Lsn(lsn + 0x30), timestamp: Timestamp(9) };
+    match planner.plan(Message::Commit(commit)) {
+        Ok(Planned::Commit(committed)) => committed,
+        other => panic!("not a commit: {other:?}"),
+    }
+}
+
+fn change(planner: &mut Planner, message: Message) -> Change {
+    match planner.plan(message) {
+        Ok(Planned::Change(change)) => *change,
+        other => panic!("not a change: {other:?}"),
+    }
+}
+
+fn insert(relation: u32, values: &[TupleValue]) -> Message {
+    Message::Insert(Insert { xid: None, relation, new: tuple(values) })
+}
+
+fn update(relation: u32, old: Option<OldTuple>, values: &[TupleValue]) -> Message {
+    Message::Update(Update { xid: None, relation, old, new: tuple(values) })
+}
+
+#[test]
+fn inserts_share_a_statement() {
+    let mut planner = planner();
+    let first = change(&mut planner, insert(7, &[text("1"), TupleValue::Null, text("x")]));
+    let second = change(&mut planner, insert(7, &[text("2"), text("3"), text("4")]));
+    assert_eq!(
+        first.statement.sql,
+        r#"INSERT INTO "s"."t" ("id", "a", "b") OVERRIDING SYSTEM VALUE VALUES ($1, $2, $3)"#
+    );
+    assert_eq!(first.parameters, sent(&[Some("1"), None, Some("x")]));
+    assert_eq!(first.statement, second.statement);
+    assert_eq!(commit(&mut planner, 0x100).changes, 2);
+}
+
+#[test]
+fn updates_set_what_was_sent_and_find_the_row_by_its_old_key() {
+    let mut planner = planner();
+    let toast = change(&mut planner, update(7, None, &[text("1"), TupleValue::UnchangedToast, text("x")]));
+    assert_eq!(
+        toast.statement.sql,
+        r#"UPDATE ONLY "s"."t" SET "id" = $1, "b" = $2 WHERE "id" OPERATOR(pg_catalog.=) $3::integer"#
+    );
+    assert_eq!(toast.parameters, sent(&[Some("1"), Some("x"), Some("1")]));
+
+    // Nulls of a key tuple stand in columns outside the key and are no values.
+    let old = OldTuple::Key(tuple(&[text("1"), TupleValue::Null, TupleValue::Null]));
+    let moved = change(&mut planner, update(7, Some(old), &[text("2"), text("3"), text("4")]));
+    assert_eq!(moved.parameters, sent(&[Some("2"), Some("3"), Some("4"), Some("1")]));
+}
+
+#[test]
+fn full_identity_matches_one_row_by_all_values_or_by_the_primary_key() {
+    let mut planner = planner();
+    let full = [("a", true), ("b", true)];
+    let plain = ColumnKind::Plain;
+    let without = shape(&[("a", plain, false), ("b", plain, false)]);
+    planner.relation(relation(8, "f", ReplicaIdentity::Full, &full), Some(without)).expect("mapped");
+    let old = || OldTuple::Full(tuple(&[text("1"), TupleValue::Null]));
+    let delete = Message::Delete(Delete { xid: None, relation: 8, old: old() });
+    let delete = change(&mut planner, delete);
+    assert_eq!(
+        delete.statement.sql,
+        r#"DELETE FROM ONLY "s"."f" WHERE ctid = (SELECT ctid FROM ONLY "s"."f" WHERE "#.to_owned()
+            + r#""a"::text IS NOT DISTINCT FROM ($1::integer)::text AND "#
+            + r#""b"::text IS NOT DISTINCT FROM ($2::integer)::text LIMIT 1)"#
+    );
+    assert_eq!(delete.parameters, sent(&[Some("1"), None]));
+
+    let with = shape(&[("a", plain, true), ("b", plain, false)]);
+    planner.relation(relation(8, "f", ReplicaIdentity::Full, &full), Some(with)).expect("mapped");
+    assert_eq!(planner.take_retired(), [delete.statement.id], "a changed relation gives its statements up");
+    let update = change(&mut planner, update(8, Some(old()), &[text("1"), text("2")]));
+    assert!(
+        update.statement.sql.ends_with(r#"WHERE "a" OPERATOR(pg_catalog.=) $3::integer"#),
+        "{}",
+        update.statement.sql
+    );
+}
+
+#[test]
+fn generated_columns_are_not_written_and_identities_are_replaced_when_they_change() {
+    let mut planner = planner();
+    let columns = [("id", true), ("g", false), ("a", false)];
+    let known = shape(&[
+        ("id", ColumnKind::IdentityAlways, true),
+        ("g", ColumnKind::Generated, false),
+        ("a", ColumnKind::Plain, false),
+    ]);
+    planner.relation(relation(9, "i", ReplicaIdentity::Default, &columns), Some(known)).expect("mapped");
+    let inserted = change(&mut planner, insert(9, &[text("1"), text("2"), text("3")]));
+    assert!(inserted.statement.sql.contains(r#"("id", "a") OVERRIDING"#), "{}", inserted.statement.sql);
+
+    let same = change(&mut planner, update(9, None, &[text("1"), text("2"), text("3")]));
+    assert!(same.statement.sql.starts_with(r#"UPDATE ONLY "s"."i" SET "a" = $1 WHERE"#), "{}", same.statement.sql);
+
+    let old = OldTuple::Key(tuple(&[text("1"), TupleValue::Null, TupleValue::Null]));
+    let new = change(&mut planner, update(9, Some(old), &[text("5"), text("2"), TupleValue::UnchangedToast]));
+    assert_eq!(
+        new.statement.sql,
+        r#"WITH old AS (DELETE FROM ONLY "s"."i" WHERE "id" OPERATOR(pg_catalog.=) $2::integer RETURNING *) "#
+            .to_owned()
+            + r#"INSERT INTO "s"."i" ("id", "a") OVERRIDING SYSTEM VALUE SELECT $1::integer, old."a" FROM old"#
+    );
+}
+
+#[test]
+fn what_the_copy_has_is_skipped_table_by_table() {
+    let hand_over = HandOver { snapshot: "740:745:741".parse().expect("valid"), position: Lsn(0x200) };
+    let mut planner = Planner::new(HashMap::from([(QualifiedName::new("s", "t"), hand_over)]));
+    let plain = ColumnKind::Plain;
+    for (oid, name) in [(7, "t"), (8, "later")] {
+        let relation = relation(oid, name, ReplicaIdentity::Default, &[("id", true)]);
+        planner.relation(relation, Some(shape(&[("id", plain, true)]))).expect("mapped");
+    }
+    begin(&mut planner, 0x1A0, 739);
+    assert!(matches!(planner.plan(insert(7, &[text("1")])), Ok(Planned::Nothing)));
+    assert_eq!(change(&mut planner, insert(8, &[text("1")])).table.name, "later");
+    let truncate = Truncate { xid: None, cascade: true, restart_identity: true, relations: vec![7, 8] };
+    let truncate = change(&mut planner, Message::Truncate(truncate));
+    assert_eq!(truncate.statement.sql, r#"TRUNCATE ONLY "s"."later" RESTART IDENTITY"#);
+    assert_eq!(commit(&mut planner, 0x1A0).changes, 2);
+    begin(&mut planner, 0x1F0, 741);
+    assert_eq!(change(&mut planner, insert(7, &[text("2")])).table.name, "t");
+    let _ = commit(&mut planner, 0x1F0);
+}
+
+#[test]
+fn a_marker_is_recognised_and_not_applied() {
+    let mut planner = planner();
+    let mut marker = relation(1, "marker", ReplicaIdentity::Default, &[("id", true), ("nonce", false)]);
+    marker.schema = "pgcutover".to_owned();
+    assert!(!Planner::needs_shape(&marker));
+    planner.relation(marker, None).expect("mapped");
+    assert!(matches!(planner.plan(update(1, None, &[text("1"), text("n-1")])), Ok(Planned::Nothing)));
+    let committed = commit(&mut planner, 0x100);
+    assert_eq!((committed.marker.as_deref(), committed.changes), (Some("n-1"), 0));
+}
+
+#[test]
+fn nothing_is_guessed() {
+    let mut planner = planner();
+    let missing = relation(9, "gone", ReplicaIdentity::Default, &[("id", true)]);
+    assert!(matches!(planner.relation(missing, None), Err(PlanError::NoTable(_))));
+    let wider = relation(9, "t", ReplicaIdentity::Default, &[("id", true), ("new", false)]);
+    let narrow = shape(&[("id", ColumnKind::Plain, true)]);
+    assert!(matches!(planner.relation(wider, Some(narrow)), Err(PlanError::NoColumn { .. })));
+    assert!(matches!(planner.plan(insert(9, &[text("1")])), Err(PlanError::OutOfPlace(_))));
+    assert!(matches!(planner.plan(insert(7, &[text("1")])), Err(PlanError::OutOfPlace(_))), "width");
+
+    let keyless = relation(5, "k", ReplicaIdentity::Nothing, &[("id", false)]);
+    planner.relation(keyless, Some(shape(&[("id", ColumnKind::Plain, false)]))).expect("inserts are possible");
+    assert!(matches!(planner.plan(update(5, None, &[text("1")])), Err(PlanError::NoIdentity { .. })));
+    let wrong = Commit { commit_lsn: Lsn(0x999), end_lsn: Lsn(0x1000), timestamp: Timestamp(0) };
+    assert!(matches!(planner.plan(Message::Commit(wrong)), Err(PlanError::OutOfPlace(_))));
+}

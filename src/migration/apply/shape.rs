@@ -1,0 +1,103 @@
+//! What a table looks like on the target, as far as applying to it is concerned. Pure; [`SHAPE_SQL`] is how it is read.
+
+use std::collections::HashMap;
+
+use crate::ident::quote_ident;
+
+/// A table of the target.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct TableShape {
+    /// Its columns by name.
+    pub columns: HashMap<String, TargetColumn>,
+    /// Columns of its primary key; empty: none.
+    pub primary_key: Vec<String>,
+}
+
+/// A column of the target.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct TargetColumn {
+    /// Its type as SQL, qualified where it is not built in, without a length.
+    pub type_sql: String,
+    /// What may be written into it.
+    pub kind: ColumnKind,
+    /// The equality operator of a unique index on the column, ready for `OPERATOR(…)`. Types such as citext have
+    /// theirs outside pg_catalog, and with the wrong one the index is not used or the comparison is another.
+    pub equality: Option<String>,
+    /// Part of the primary key.
+    pub primary_key: bool,
+}
+
+/// What may be written into a column.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum ColumnKind {
+    /// Anything.
+    #[default]
+    Plain,
+    /// `GENERATED ALWAYS AS (…)`: computed by the server, never written.
+    Generated,
+    /// `GENERATED ALWAYS AS IDENTITY`: an INSERT can override it, an UPDATE cannot set it.
+    IdentityAlways,
+}
+
+/// Reads the shape of the table whose quoted name is `$1`: name, type, `attgenerated`, `attidentity`, equality, primary
+/// key. No row: no table. Columns of the catalogue that older servers lack are read through jsonb.
+pub const SHAPE_SQL: &str = "
+SELECT a.attname::text,
+       pg_catalog.format_type(a.atttypid, -1),
+       coalesce(pg_catalog.to_jsonb(a) ->> 'attgenerated', '') || '/' || a.attidentity,
+       (SELECT pg_catalog.quote_ident(n.nspname) || '.' || o.oprname
+          FROM pg_catalog.pg_index i
+          CROSS JOIN LATERAL unnest(i.indclass::oid[], i.indkey::int2[]) AS k (opclass, attnum)
+          JOIN pg_catalog.pg_opclass c ON c.oid = k.opclass
+          JOIN pg_catalog.pg_am am ON am.oid = c.opcmethod AND am.amname = 'btree'
+          JOIN pg_catalog.pg_amop m ON m.amopfamily = c.opcfamily AND m.amopstrategy = 3
+               AND m.amoplefttype = c.opcintype AND m.amoprighttype = c.opcintype
+          JOIN pg_catalog.pg_operator o ON o.oid = m.amopopr
+          JOIN pg_catalog.pg_namespace n ON n.oid = o.oprnamespace
+         WHERE i.indrelid = a.attrelid AND i.indisunique AND k.attnum = a.attnum
+         ORDER BY i.indisprimary DESC, i.indexrelid LIMIT 1),
+       EXISTS (SELECT FROM pg_catalog.pg_index i
+                WHERE i.indrelid = a.attrelid AND i.indisprimary AND i.indisvalid
+                  AND a.attnum = ANY ((i.indkey::int2[])[0:coalesce((pg_catalog.to_jsonb(i) ->> 'indnkeyatts')::int, i.indnatts) - 1]))
+  FROM pg_catalog.pg_attribute a
+ WHERE a.attrelid = pg_catalog.to_regclass($1) AND a.attnum > 0 AND NOT a.attisdropped";
+
+impl ColumnKind {
+    /// From `attgenerated/attidentity` as [`SHAPE_SQL`] gives them.
+    pub fn from_catalogue(text: &str) -> Self {
+        match text {
+            "/" | "/d" => Self::Plain,
+            "/a" => Self::IdentityAlways,
+            _ => Self::Generated,
+        }
+    }
+}
+
+impl TableShape {
+    /// A shape of these columns.
+    pub fn new(columns: impl IntoIterator<Item = (String, TargetColumn)>) -> Self {
+        let columns: HashMap<_, _> = columns.into_iter().collect();
+        let mut primary_key: Vec<String> =
+            columns.iter().filter(|(_, column)| column.primary_key).map(|(name, _)| name.clone()).collect();
+        primary_key.sort();
+        Self { columns, primary_key }
+    }
+}
+
+impl TargetColumn {
+    /// `column = $n` by the index's own operator, or by text where there is no index.
+    pub(super) fn equals(&self, name: &str, parameter: usize) -> String {
+        match &self.equality {
+            Some(operator) => {
+                format!("{} OPERATOR({operator}) ${parameter}::{}", quote_ident(name), self.type_sql)
+            }
+            None => self.same_text(name, parameter),
+        }
+    }
+
+    /// `column IS NOT DISTINCT FROM $n`, compared as text: every type has a text form, not every type has an equality,
+    /// and equality is not identity (1.0 and 1.00).
+    pub(super) fn same_text(&self, name: &str, parameter: usize) -> String {
+        format!("{}::text IS NOT DISTINCT FROM (${parameter}::{})::text", quote_ident(name), self.type_sql)
+    }
+}

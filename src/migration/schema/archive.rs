@@ -1,0 +1,235 @@
+//! A dump's entries, sorted by when they are restored.
+//!
+//! pg_dump's own order is kept within every group. Its text does not say which table an index belongs to, nor whether a
+//! constraint was validated: that is looked up by OID under the dump's own snapshot.
+
+use std::collections::{HashMap, HashSet};
+
+use tokio_postgres::{Error, Transaction};
+
+use super::toc::{Entry, Toc};
+use crate::ident::{QualifiedName, quote_ident};
+
+/// A dump, cut into entries and sorted.
+#[derive(Clone, Debug)]
+pub struct Archive {
+    pub(super) standard_strings: bool,
+    /// Everything before the rows.
+    pub(super) pre_data: Vec<Entry>,
+    /// Indexes and constraints of ordinary tables, by the table's OID on the source.
+    pub(super) by_table: HashMap<u32, Vec<Entry>>,
+    /// What needs them or the rows, and does not hinder applying.
+    pub(super) after_copy: Vec<Entry>,
+    /// Foreign keys.
+    pub(super) foreign_keys: Vec<ForeignKey>,
+    /// What fires, filters or rewrites: triggers, rules, policies, event triggers.
+    pub(super) last: Vec<Entry>,
+}
+
+/// A foreign key.
+#[derive(Clone, Debug)]
+pub(super) struct ForeignKey {
+    pub(super) entry: Entry,
+    /// How it may be added.
+    pub(super) adding: Adding,
+}
+
+/// How a foreign key is added.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) enum Adding {
+    /// As the dump says: it is not validated on the source, or nothing is known of it.
+    AsDumped,
+    /// NOT VALID, then validated under a weaker lock.
+    ThenValidate {
+        /// `ALTER TABLE … VALIDATE CONSTRAINT …`.
+        validate: String,
+        /// The referencing table is partitioned: PostgreSQL 18 is the first that can.
+        partitioned: bool,
+    },
+}
+
+impl Archive {
+    /// Indexes and constraints that belong to the table with this OID on the source.
+    pub(in crate::migration) fn table_entries(&self, oid: u32) -> &[Entry] {
+        self.by_table.get(&oid).map_or(&[], Vec::as_slice)
+    }
+
+    /// How many entries there are.
+    pub fn len(&self) -> usize {
+        let by_table: usize = self.by_table.values().map(Vec::len).sum();
+        self.pre_data.len() + by_table + self.after_copy.len() + self.foreign_keys.len() + self.last.len()
+    }
+
+    /// Whether there is nothing to restore.
+    pub fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+}
+
+/// Kinds that pg_dump writes after its post-data boundary only (`SECTION_POST_DATA` in `pg_dump.c`).
+const POST_DATA: &[&str] = &[
+    "CHECK CONSTRAINT",
+    "CONSTRAINT",
+    "EVENT TRIGGER",
+    "FK CONSTRAINT",
+    "INDEX",
+    "INDEX ATTACH",
+    "POLICY",
+    "ROW SECURITY",
+    "RULE",
+    "STATISTICS",
+    "TRIGGER",
+];
+
+/// Kinds that would act on what the stream applies.
+const LAST: &[&str] = &["EVENT TRIGGER", "POLICY", "ROW SECURITY", "RULE", "TRIGGER"];
+
+/// What the catalogues say about the object of an entry.
+struct Owner {
+    table_oid: u32,
+    table: QualifiedName,
+    relkind: String,
+    /// Constraint's name and whether it is validated.
+    constraint: Option<(String, bool)>,
+}
+
+/// Sorts the entries; `source` is the transaction that the dump shared its snapshot with.
+pub(super) async fn build(source: &Transaction<'_>, toc: Toc) -> Result<Archive, Error> {
+    let owners = owners(source, &toc.entries).await?;
+    Ok(sort(toc, &owners))
+}
+
+fn sort(toc: Toc, owners: &HashMap<(u32, u32), Owner>) -> Archive {
+    let mut archive = Archive {
+        standard_strings: toc.standard_strings,
+        pre_data: Vec::new(),
+        by_table: HashMap::new(),
+        after_copy: Vec::new(),
+        foreign_keys: Vec::new(),
+        last: Vec::new(),
+    };
+    let boundary =
+        toc.entries.iter().position(|entry| POST_DATA.contains(&entry.kind.as_str())).unwrap_or(toc.entries.len());
+    let mut late: HashSet<u32> = HashSet::new();
+    for (at, entry) in toc.entries.into_iter().enumerate() {
+        let owner = owners.get(&(entry.class_oid, entry.oid));
+        if at < boundary {
+            archive.pre_data.push(entry);
+        } else if entry.kind == "FK CONSTRAINT" {
+            late.insert(entry.dump_id);
+            archive.foreign_keys.push(ForeignKey { adding: adding(owner), entry });
+        } else if is_last(&entry) || entry.dependencies.iter().any(|id| late.contains(id)) {
+            late.insert(entry.dump_id);
+            archive.last.push(entry);
+        } else if let Some(owner) = owner.filter(|owner| owner.relkind == "r" && entry.kind != "STATISTICS") {
+            archive.by_table.entry(owner.table_oid).or_default().push(entry);
+        } else {
+            archive.after_copy.push(entry);
+        }
+    }
+    archive
+}
+
+/// A view's own query is a rule too (`_RETURN`), written apart where views depend on each other in a circle.
+fn is_last(entry: &Entry) -> bool {
+    LAST.contains(&entry.kind.as_str()) && !(entry.kind == "RULE" && entry.name.ends_with(" _RETURN"))
+}
+
+fn adding(owner: Option<&Owner>) -> Adding {
+    match owner {
+        Some(Owner { table, relkind, constraint: Some((name, true)), .. }) => Adding::ThenValidate {
+            validate: format!("ALTER TABLE {table} VALIDATE CONSTRAINT {}", quote_ident(name)),
+            partitioned: relkind == "p",
+        },
+        Some(_) | None => Adding::AsDumped,
+    }
+}
+
+const PG_CLASS: u32 = 1259;
+const PG_CONSTRAINT: u32 = 2606;
+
+async fn owners(source: &Transaction<'_>, entries: &[Entry]) -> Result<HashMap<(u32, u32), Owner>, Error> {
+    let oids = |class: u32| -> Vec<u32> {
+        entries.iter().filter(|entry| entry.class_oid == class && entry.oid != 0).map(|entry| entry.oid).collect()
+    };
+    let indexes = "SELECT i.indexrelid, c.oid, n.nspname::text, c.relname::text, c.relkind::text, NULL::text, NULL::bool \
+                   FROM pg_index i JOIN pg_class c ON c.oid = i.indrelid JOIN pg_namespace n ON n.oid = c.relnamespace \
+                   WHERE i.indexrelid = ANY ($1)";
+    let constraints = "SELECT o.oid, c.oid, n.nspname::text, c.relname::text, c.relkind::text, o.conname::text, o.convalidated \
+         FROM pg_constraint o JOIN pg_class c ON c.oid = o.conrelid JOIN pg_namespace n ON n.oid = c.relnamespace \
+         WHERE o.oid = ANY ($1)";
+    let mut owners = HashMap::new();
+    for (class, query) in [(PG_CLASS, indexes), (PG_CONSTRAINT, constraints)] {
+        for row in source.query(query, &[&oids(class)]).await? {
+            let constraint = row.get::<_, Option<String>>(5).zip(row.get::<_, Option<bool>>(6));
+            let table = QualifiedName::new(row.get::<_, String>(2), row.get::<_, String>(3));
+            let owner = Owner { table_oid: row.get(1), table, relkind: row.get(4), constraint };
+            owners.insert((class, row.get(0)), owner);
+        }
+    }
+    Ok(owners)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn entry(dump_id: u32, kind: &str, class_oid: u32, oid: u32, dependencies: &[u32]) -> Entry {
+        Entry {
+            dump_id,
+            class_oid,
+            oid,
+            dependencies: dependencies.to_vec(),
+            kind: kind.to_owned(),
+            schema: Some("s".to_owned()),
+            name: format!("{kind} {dump_id}"),
+            settings: Vec::new(),
+            sql: String::new(),
+            key: dump_id.to_string(),
+        }
+    }
+
+    fn owner(table_oid: u32, relkind: &str, constraint: Option<(&str, bool)>) -> Owner {
+        let constraint = constraint.map(|(name, valid)| (name.to_owned(), valid));
+        Owner { table_oid, table: QualifiedName::new("s", "t"), relkind: relkind.to_owned(), constraint }
+    }
+
+    fn ids(entries: &[Entry]) -> Vec<u32> {
+        entries.iter().map(|entry| entry.dump_id).collect()
+    }
+
+    #[test]
+    fn entries_are_restored_when_they_can_be() {
+        let entries = vec![
+            entry(1, "TABLE", 1259, 10, &[]),
+            entry(2, "COMMENT", 0, 0, &[1]),
+            entry(3, "INDEX", 1259, 20, &[]),
+            entry(4, "INDEX", 1259, 21, &[]),
+            entry(5, "CONSTRAINT", 2606, 22, &[]),
+            entry(6, "INDEX ATTACH", 0, 0, &[]),
+            entry(7, "TRIGGER", 2620, 30, &[]),
+            entry(8, "COMMENT", 0, 0, &[7]),
+            entry(9, "FK CONSTRAINT", 2606, 23, &[]),
+            entry(10, "COMMENT", 0, 0, &[9]),
+            entry(11, "FK CONSTRAINT", 2606, 24, &[]),
+            entry(12, "COMMENT", 0, 0, &[3]),
+            entry(13, "ACL", 0, 0, &[1]),
+        ];
+        let owners = HashMap::from([
+            ((1259, 20), owner(10, "r", None)),
+            ((1259, 21), owner(11, "p", None)),
+            ((2606, 22), owner(10, "r", Some(("pk", true)))),
+            ((2606, 23), owner(10, "r", Some(("fk", true)))),
+            ((2606, 24), owner(10, "r", Some(("old", false)))),
+        ]);
+        let archive = sort(Toc { standard_strings: true, entries }, &owners);
+        assert_eq!(ids(&archive.pre_data), [1, 2]);
+        assert_eq!(ids(archive.table_entries(10)), [3, 5]);
+        assert_eq!(ids(&archive.after_copy), [4, 6, 12, 13]);
+        assert_eq!(ids(&archive.last), [7, 8, 10]);
+        let validate = "ALTER TABLE \"s\".\"t\" VALIDATE CONSTRAINT \"fk\"".to_owned();
+        assert_eq!(archive.foreign_keys[0].adding, Adding::ThenValidate { validate, partitioned: false });
+        assert_eq!(archive.foreign_keys[1].adding, Adding::AsDumped, "what is not validated stays so");
+        assert_eq!(archive.len(), 13);
+    }
+}

@@ -1,0 +1,249 @@
+//! Finding and running `pg_dump`.
+//!
+//! The password goes through a private file, never through the command line or a message; the child sees no variable of
+//! ours but those that are set here. The dump and the look-up of what its entries belong to share one snapshot.
+
+use std::io::Write as _;
+use std::path::{Path, PathBuf};
+use std::process::Stdio;
+use std::time::Duration;
+
+use tokio::process::Command;
+
+use super::archive::{self, Archive};
+use super::{PgDump, SchemaError, toc};
+use crate::config::{Migration, Server, SslMode};
+use crate::postgres::Connector;
+
+/// See [`super::find_pg_dump`].
+pub(super) async fn find(config: &Migration, source_major: u32, target_major: u32) -> Result<PgDump, SchemaError> {
+    let mut found = Vec::new();
+    for path in candidates(config) {
+        if let Some(major) = version(&path).await {
+            found.push(PgDump { path, major });
+        }
+    }
+    choose(&found, source_major, target_major).cloned().ok_or_else(|| SchemaError::NoPgDump {
+        needed: source_major,
+        found: match found.iter().map(|one| format!("{} is {}", one.path.display(), one.major)).collect::<Vec<_>>() {
+            none if none.is_empty() => "none at all".to_owned(),
+            some => some.join(", "),
+        },
+    })
+}
+
+/// At least as new as the source; of those the target's own major, else the newest below it, else the oldest above:
+/// what a newer program writes, an older server may not read. The first found wins among equals.
+fn choose(found: &[PgDump], source_major: u32, target_major: u32) -> Option<&PgDump> {
+    let rank = |one: &PgDump| (one.major > target_major, one.major.abs_diff(target_major));
+    found.iter().filter(|one| one.major >= source_major).min_by_key(|one| rank(one))
+}
+
+fn candidates(config: &Migration) -> Vec<PathBuf> {
+    if let Some(bindir) = &config.bindir {
+        return vec![bindir.join("pg_dump")];
+    }
+    let mut paths: Vec<PathBuf> = std::env::var_os("PATH")
+        .map(|path| std::env::split_paths(&path).map(|dir| dir.join("pg_dump")).collect())
+        .unwrap_or_default();
+    for (root, below) in [("/usr/lib/postgresql", "bin"), ("/usr", "bin"), ("/opt/homebrew/opt", "bin")] {
+        let Ok(entries) = std::fs::read_dir(root) else { continue };
+        let mut dirs: Vec<PathBuf> = entries.filter_map(|entry| Some(entry.ok()?.path())).collect();
+        // `/usr/pgsql-17` (RPM packages) and `postgresql@17` (Homebrew) stand beside things that are not PostgreSQL.
+        dirs.retain(|dir| {
+            root == "/usr/lib/postgresql"
+                || dir.to_string_lossy().contains("pgsql-")
+                || dir.to_string_lossy().contains("postgresql@")
+        });
+        dirs.sort();
+        paths.extend(dirs.into_iter().rev().map(|dir| dir.join(below).join("pg_dump")));
+    }
+    // Debian's `/usr/bin/pg_dump` picks a version by the local cluster it takes us to mean; the versions themselves
+    // stand in `/usr/lib/postgresql`.
+    paths.retain(|path| std::fs::canonicalize(path).is_ok_and(|real| real.is_file() && !real.ends_with("pg_wrapper")));
+    paths.dedup();
+    paths
+}
+
+/// The major of `path --version` (`pg_dump (PostgreSQL) 15.18 (Debian …)`); none: not a program that runs.
+async fn version(path: &Path) -> Option<u32> {
+    let mut command = Command::new(path);
+    command.arg("--version").env("LC_ALL", "C").stdin(Stdio::null()).kill_on_drop(true);
+    let output = tokio::time::timeout(Duration::from_secs(10), command.output()).await.ok()?.ok()?;
+    let text = String::from_utf8(output.stdout).ok()?;
+    let number = text.split(") ").nth(1)?;
+    number.split(|c: char| !c.is_ascii_digit()).next()?.parse().ok()
+}
+
+/// See [`super::dump`].
+pub(super) async fn dump(
+    pg_dump: &PgDump,
+    source: &Connector,
+    database: &str,
+    lock_timeout: Duration,
+) -> Result<Archive, SchemaError> {
+    let mut control = source.control(database, "dump").await?;
+    let read = |error| SchemaError::Read { database: database.to_owned(), source: error };
+    let transaction = control
+        .build_transaction()
+        .isolation_level(tokio_postgres::IsolationLevel::RepeatableRead)
+        .read_only(true)
+        .start()
+        .await
+        .map_err(read)?;
+    let snapshot: String =
+        transaction.query_one("SELECT pg_catalog.pg_export_snapshot()", &[]).await.map_err(read)?.get(0);
+    let text = run(pg_dump, source, database, Some(&snapshot), lock_timeout).await?;
+    let toc = toc::parse(&text.stdout, &text.stderr)
+        .map_err(|error| SchemaError::Split { database: database.to_owned(), source: error })?;
+    let archive = archive::build(&transaction, toc).await.map_err(read)?;
+    transaction.commit().await.map_err(read)?;
+    control.close().await;
+    Ok(archive)
+}
+
+/// See [`super::definitions`].
+pub(super) async fn definitions(
+    pg_dump: &PgDump,
+    server: &Connector,
+    database: &str,
+    lock_timeout: Duration,
+) -> Result<String, SchemaError> {
+    let text = run(pg_dump, server, database, None, lock_timeout).await?;
+    let toc = toc::parse(&text.stdout, &text.stderr)
+        .map_err(|error| SchemaError::Split { database: database.to_owned(), source: error })?;
+    // Numbers and OIDs differ; kinds, names, owners and statements must not.
+    let entries = toc.entries.iter().map(|entry| {
+        let settings: String = entry.settings.iter().map(|setting| format!("{setting}\n")).collect();
+        format!("-- {} {}\n{settings}{}\n\n", entry.kind, entry.object(), entry.sql)
+    });
+    Ok(entries.collect())
+}
+
+struct Output {
+    stdout: String,
+    stderr: String,
+}
+
+async fn run(
+    pg_dump: &PgDump,
+    server: &Connector,
+    database: &str,
+    snapshot: Option<&str>,
+    lock_timeout: Duration,
+) -> Result<Output, SchemaError> {
+    let failed = |why: String| SchemaError::Dump { database: database.to_owned(), program: pg_dump.path.clone(), why };
+    let home = tempfile::tempdir().map_err(|error| failed(format!("no temporary directory: {error}")))?;
+    let mut command = Command::new(&pg_dump.path);
+    command
+        .args(["--schema-only", "--verbose", "--encoding=UTF8", "--no-password"])
+        .args(["--exclude-schema=pgcutover", "--no-publications", "--no-subscriptions"])
+        .arg(format!("--lock-wait-timeout={}", lock_timeout.as_millis().max(1)))
+        .stdin(Stdio::null())
+        .kill_on_drop(true);
+    if let Some(snapshot) = snapshot {
+        command.arg(format!("--snapshot={snapshot}"));
+    }
+    environment(&mut command, server, database, home.path()).map_err(|error| failed(error.to_string()))?;
+    let output = command.output().await.map_err(|error| failed(error.to_string()))?;
+    let stderr = String::from_utf8_lossy(&output.stderr).into_owned();
+    if !output.status.success() {
+        return Err(failed(format!("{}: {}", output.status, complaints(&stderr))));
+    }
+    let stdout = String::from_utf8(output.stdout).map_err(|_| failed("the dump is not UTF-8".to_owned()))?;
+    Ok(Output { stdout, stderr })
+}
+
+/// The lines of standard error that are not the account of progress, bounded.
+fn complaints(stderr: &str) -> String {
+    let lines: Vec<&str> = stderr
+        .lines()
+        .filter(|line| {
+            ![
+                "pg_dump: reading ",
+                "pg_dump: creating ",
+                "pg_dump: identifying ",
+                "pg_dump: finding ",
+                "pg_dump: flagging ",
+                "pg_dump: saving ",
+                "pg_dump: last built-in ",
+            ]
+            .iter()
+            .any(|progress| line.starts_with(progress))
+        })
+        .take(10)
+        .collect();
+    lines.join("; ")
+}
+
+/// libpq reads everything from the environment, where no `ps` shows it and no database name is taken for a connection
+/// string; the password stands in a file that only we can read.
+fn environment(command: &mut Command, connector: &Connector, database: &str, home: &Path) -> std::io::Result<()> {
+    let server: &Server = connector.server();
+    command.env_clear();
+    for kept in ["PATH", "LD_LIBRARY_PATH", "DYLD_LIBRARY_PATH", "SSL_CERT_FILE", "SSL_CERT_DIR", "TMPDIR"] {
+        if let Some(value) = std::env::var_os(kept) {
+            command.env(kept, value);
+        }
+    }
+    let sslmode = match server.sslmode {
+        SslMode::Disable => "disable",
+        SslMode::Prefer => "prefer",
+        SslMode::Require => "require",
+        SslMode::VerifyCa => "verify-ca",
+        SslMode::VerifyFull => "verify-full",
+    };
+    let passfile = home.join("pgpass");
+    command
+        .env("LC_ALL", "C")
+        // libpq looks for certificates of the user there; only those of the configuration count.
+        .env("HOME", home)
+        .env("PGHOST", &server.host)
+        .env("PGPORT", server.port.to_string())
+        .env("PGUSER", &server.user)
+        .env("PGDATABASE", database)
+        .env("PGSSLMODE", sslmode)
+        .env("PGCONNECT_TIMEOUT", server.connect_timeout.as_secs().max(2).to_string())
+        .env("PGAPPNAME", connector.instance().application_name("pg_dump"))
+        .env("PGOPTIONS", "-c idle_in_transaction_session_timeout=0 -c default_transaction_read_only=off")
+        .env("PGPASSFILE", &passfile);
+    if let Some(root) = &server.sslrootcert {
+        command.env("PGSSLROOTCERT", root);
+    }
+    if let Some((certificate, key)) = &server.client_certificate {
+        command.env("PGSSLCERT", certificate).env("PGSSLKEY", key);
+    }
+    if let Some(password) = &server.password {
+        let mut options = std::fs::OpenOptions::new();
+        std::os::unix::fs::OpenOptionsExt::mode(options.write(true).create_new(true), 0o600);
+        let mut file = options.open(&passfile)?;
+        let escaped = zeroize::Zeroizing::new(password.expose().replace('\\', "\\\\").replace(':', "\\:"));
+        file.write_all(b"*:*:*:*:")?;
+        file.write_all(escaped.as_bytes())?;
+        file.write_all(b"\n")?;
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_targets_own_major_is_preferred() {
+        let found: Vec<PgDump> =
+            [18, 15, 12, 16].map(|major| PgDump { path: PathBuf::from(format!("/{major}")), major }).into();
+        let chosen = |source, target| choose(&found, source, target).map(|one| one.major);
+        assert_eq!(chosen(10, 15), Some(15));
+        assert_eq!(chosen(13, 17), Some(16), "the newest below the target");
+        assert_eq!(chosen(13, 14), Some(15), "the oldest above, when none fits");
+        assert_eq!(chosen(17, 17), Some(18));
+        assert_eq!(chosen(19, 19), None);
+    }
+
+    #[test]
+    fn complaints_leave_progress_out() {
+        let text = "pg_dump: reading schemas\npg_dump: error: query failed: x\npg_dump: creating TABLE \"a\"\n";
+        assert_eq!(complaints(text), "pg_dump: error: query failed: x");
+    }
+}

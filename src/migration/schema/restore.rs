@@ -1,0 +1,179 @@
+//! Executing entries on the target: each in a transaction of its own, together with the mark that it is done.
+
+use std::collections::HashSet;
+use std::time::Duration;
+
+use super::archive::{Adding, Archive, ForeignKey};
+use super::toc::Entry;
+use super::{RestoreFailure, RestoreReport, RestoreTarget, SchemaError};
+use crate::ident::quote_literal;
+use crate::postgres::Control;
+use crate::sqlstate;
+
+/// Marks of executed entries, in the target database.
+const MARKS: &str = "CREATE SCHEMA IF NOT EXISTS pgcutover; \
+                     CREATE TABLE IF NOT EXISTS pgcutover.restored_entry \
+                     (entry text PRIMARY KEY, restored_at timestamptz NOT NULL DEFAULT pg_catalog.now())";
+
+/// Shorter than `deadlock_timeout` (1s), so that where an applier and we wait for each other it is we who give way.
+const BRIEF_LOCK_TIMEOUT: Duration = Duration::from_millis(400);
+
+/// Attempts at a lock that an applier may hold.
+const LOCK_ATTEMPTS: u32 = 150;
+
+/// A session on the target that executes entries.
+pub(in crate::migration) struct Restorer<'a> {
+    control: Control,
+    target: RestoreTarget<'a>,
+    done: HashSet<String>,
+    report: RestoreReport,
+}
+
+impl<'a> Restorer<'a> {
+    /// Opens the session with the settings that dumps are written for.
+    pub(in crate::migration) async fn open(
+        target: RestoreTarget<'a>,
+        archive: &Archive,
+        purpose: &str,
+    ) -> Result<Self, SchemaError> {
+        let control = target.connector.control(target.database, purpose).await?;
+        let strings = if archive.standard_strings { "on" } else { "off" };
+        let settings = format!(
+            "SET search_path = ''; SET check_function_bodies = off; SET xmloption = content; \
+             SET client_min_messages = warning; SET standard_conforming_strings = {strings}"
+        );
+        let read = |error| SchemaError::Read { database: target.database.to_owned(), source: error };
+        let exists = control.query_one("SELECT pg_catalog.to_regclass('pgcutover.restored_entry') IS NOT NULL", &[]);
+        if !exists.await.map_err(read)?.get::<_, bool>(0) {
+            control.batch_execute(MARKS).await.map_err(read)?;
+        }
+        control.batch_execute(&settings).await.map_err(read)?;
+        let rows = control.query("SELECT entry FROM pgcutover.restored_entry", &[]).await.map_err(read)?;
+        let done = rows.iter().map(|row| row.get(0)).collect();
+        Ok(Self { control, target, done, report: RestoreReport::default() })
+    }
+
+    /// Sets a parameter for the rest of the session.
+    pub(in crate::migration) async fn set(&self, name: &str, value: &str) -> Result<(), SchemaError> {
+        let set = self.control.execute("SELECT pg_catalog.set_config($1, $2, false)", &[&name, &value]).await;
+        set.map(|_| ()).map_err(|source| SchemaError::Read { database: self.target.database.to_owned(), source })
+    }
+
+    /// Executes one entry unless an earlier run did.
+    pub(in crate::migration) async fn entry(&mut self, entry: &Entry) -> Result<(), SchemaError> {
+        self.step(entry, &entry.key, &entry.sql, Locking::Patient).await.map(|_| ())
+    }
+
+    /// Executes entries in order.
+    pub(super) async fn entries(&mut self, entries: &[Entry], locking: Locking) -> Result<(), SchemaError> {
+        for entry in entries {
+            self.step(entry, &entry.key, &entry.sql, locking).await?;
+        }
+        Ok(())
+    }
+
+    /// Adds a foreign key; see [`super::restore_foreign_keys`].
+    pub(super) async fn foreign_key(&mut self, key: &ForeignKey) -> Result<(), SchemaError> {
+        let entry = &key.entry;
+        let in_two_steps = match &key.adding {
+            Adding::ThenValidate { partitioned: true, .. } if self.control.version_num() < 180_000 => None,
+            Adding::ThenValidate { validate, .. } => {
+                entry.sql.trim_end().strip_suffix(';').map(|add| (format!("{add} NOT VALID;"), validate))
+            }
+            Adding::AsDumped => None,
+        };
+        let Some((add, validate)) = in_two_steps else {
+            return self.step(entry, &entry.key, &entry.sql, Locking::Brief).await.map(|_| ());
+        };
+        if self.step(entry, &entry.key, &add, Locking::Brief).await? {
+            self.step(entry, &format!("{}/validated", entry.key), validate, Locking::Brief).await?;
+        }
+        Ok(())
+    }
+
+    /// What was done since the session was opened.
+    pub(in crate::migration) fn finish(self) -> RestoreReport {
+        self.report
+    }
+
+    /// Executes `sql` and marks `key` in one transaction. Returns whether it is done; a refusal is recorded.
+    async fn step(&mut self, entry: &Entry, key: &str, sql: &str, locking: Locking) -> Result<bool, SchemaError> {
+        if self.done.contains(key) {
+            self.report.already_done += 1;
+            return Ok(true);
+        }
+        let lock_timeout = match locking {
+            Locking::Patient => Duration::ZERO,
+            Locking::Brief => BRIEF_LOCK_TIMEOUT,
+        };
+        let text = self.transaction_text(entry, key, sql, lock_timeout);
+        let mut attempts = 0;
+        loop {
+            attempts += 1;
+            let Err(error) = self.control.batch_execute(&text).await else { break };
+            let Some(refusal) = error.as_db_error() else {
+                return Err(SchemaError::Lost { object: format!("{} {}", entry.kind, entry.object()), source: error });
+            };
+            let code = refusal.code().code().to_owned();
+            let message = refusal.message().to_owned();
+            self.roll_back(entry).await?;
+            let may_wait = [sqlstate::LOCK_NOT_AVAILABLE, "40P01"].contains(&code.as_str());
+            if locking == Locking::Brief && may_wait && attempts < LOCK_ATTEMPTS {
+                // Whoever holds the lock gets the time to end its transaction before we queue in front of others again.
+                tokio::time::sleep(BRIEF_LOCK_TIMEOUT / 4).await;
+                continue;
+            }
+            let failure = RestoreFailure { kind: entry.kind.clone(), object: entry.object(), sqlstate: code, message };
+            tracing::error!(
+                database = self.target.database,
+                kind = failure.kind,
+                object = failure.object,
+                sqlstate = failure.sqlstate,
+                "definition could not be restored"
+            );
+            self.report.failures.push(failure);
+            return Ok(false);
+        }
+        self.done.insert(key.to_owned());
+        self.report.executed += 1;
+        Ok(true)
+    }
+
+    /// After a refused entry: ends its transaction, and finds out whether it was the guard that refused.
+    async fn roll_back(&self, entry: &Entry) -> Result<(), SchemaError> {
+        let object = || format!("{} {}", entry.kind, entry.object());
+        let lost = |source| SchemaError::Lost { object: object(), source };
+        self.control.batch_execute("ROLLBACK").await.map_err(lost)?;
+        if let Some(guard) = self.target.guard
+            && self.control.query(guard, &[]).await.map_err(lost)?.is_empty()
+        {
+            return Err(SchemaError::Superseded { object: object() });
+        }
+        Ok(())
+    }
+
+    /// One message for the whole transaction: over a long line the round trips of thousands of entries are what costs.
+    fn transaction_text(&self, entry: &Entry, key: &str, sql: &str, lock_timeout: Duration) -> String {
+        let guard = self.target.guard.map_or_else(String::new, |guard| {
+            // Divides by zero, and so ends the transaction, when the guard's row is not there.
+            format!("SELECT 1 / pg_catalog.count(*) FROM ({guard}) AS pgcutover_guard;\n")
+        });
+        let settings: String =
+            entry.settings.iter().map(|setting| format!("{}\n", setting.replacen("SET ", "SET LOCAL ", 1))).collect();
+        format!(
+            "BEGIN;\nSET LOCAL lock_timeout = {};\n{guard}{settings}{sql}\n;\
+             INSERT INTO pgcutover.restored_entry (entry) VALUES ({});\nCOMMIT",
+            lock_timeout.as_millis(),
+            quote_literal(key),
+        )
+    }
+}
+
+/// How long an entry may wait for locks.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(in crate::migration) enum Locking {
+    /// As long as it takes: nobody else is in these tables.
+    Patient,
+    /// A moment, again and again: an applier is at work.
+    Brief,
+}

@@ -1,0 +1,275 @@
+//! Reads a session's state from its own backend, in one round trip.
+//!
+//! Everything is one implicit transaction, so that what is set for reading (an encoding of our own, no statement
+//! time-out) ends with it. The session may have any `search_path`, with operators and functions of its own in front:
+//! every name here says pg_catalog, and constructs that look an operator up by its bare name (`=`, `IN`,
+//! `CASE x WHEN`) are not used.
+
+use bytes::{Bytes, BytesMut};
+
+use crate::postgres::RawConnection;
+
+use super::exchange::{Answer, Pipeline, Row};
+use super::state::{Backslashes, Identity, Origin, SessionState, Statement, Transport, TypeForm, TypeName, Unnamed};
+use super::tracked::UnnamedStatement;
+use super::{Blocker, HandoffError, Tracked};
+
+/// The statement name that this module uses on a client's backend, closed again in the same batch.
+pub(super) const OWN_STATEMENT: &[u8] = b"pgcutover_handoff";
+
+/// Types with OIDs below this have the same one on every server and in every major (`src/include/access/transam.h`:
+/// from 10000 on initdb assigns them, from 16384 on the running server).
+pub(super) const FIRST_UNSTABLE_OID: u32 = 10_000;
+
+const READING: &str = "reading a session's state";
+
+/// Read before the settings for reading are made: they would hide the session's own.
+const SHADOWED: &str = "SELECT s.name, pg_catalog.current_setting(s.name), s.source FROM pg_catalog.pg_settings s \
+    WHERE s.name OPERATOR(pg_catalog.=) ANY ('{client_encoding,statement_timeout}'::pg_catalog.text[])";
+
+const PREPARE_TO_READ: &str = "SELECT pg_catalog.set_config('client_encoding', $1::pg_catalog.text, true), \
+    pg_catalog.set_config('statement_timeout', '0', true)";
+
+/// Settings of the session. Left out: what is read apart, what belongs to a transaction, what only reports.
+const SETTINGS: &str = "SELECT s.name, pg_catalog.current_setting(s.name) FROM pg_catalog.pg_settings s \
+    WHERE s.source OPERATOR(pg_catalog.=) 'session' AND s.name OPERATOR(pg_catalog.<>) ALL \
+    ('{client_encoding,statement_timeout,role,session_authorization,is_superuser,in_hot_standby,seed,\
+    transaction_isolation,transaction_read_only,transaction_deferrable}'::pg_catalog.text[])";
+
+/// `$1`: names of settings that may be custom ones. Those that a module has declared are in pg_settings.
+const CUSTOM: &str = "SELECT c.name, pg_catalog.current_setting(c.name, true) \
+    FROM pg_catalog.unnest($1::pg_catalog.text[]) c(name) \
+    WHERE pg_catalog.current_setting(c.name, true) IS NOT NULL AND NOT EXISTS (SELECT FROM pg_catalog.pg_settings s \
+    WHERE pg_catalog.lower(s.name COLLATE pg_catalog.\"C\") OPERATOR(pg_catalog.=) \
+    pg_catalog.lower(c.name COLLATE pg_catalog.\"C\"))";
+
+/// Who it is, and how much it holds that cannot move. `session_user` is the role after SET SESSION AUTHORIZATION,
+/// usesysid the role that logged in.
+const IDENTITY: &str = "SELECT CASE WHEN session_user OPERATOR(pg_catalog.<>) pg_catalog.pg_get_userbyid(a.usesysid) \
+    THEN session_user END, pg_catalog.current_setting('role'), \
+    pg_catalog.current_setting('standard_conforming_strings'), \
+    (SELECT pg_catalog.count(*) FROM pg_catalog.pg_cursors WHERE is_holdable), \
+    CASE WHEN pg_catalog.pg_my_temp_schema() OPERATOR(pg_catalog.=) '0'::pg_catalog.oid THEN '0'::pg_catalog.int8 ELSE \
+    (SELECT pg_catalog.count(*) FROM pg_catalog.pg_class \
+        WHERE relnamespace OPERATOR(pg_catalog.=) pg_catalog.pg_my_temp_schema()) OPERATOR(pg_catalog.+) \
+    (SELECT pg_catalog.count(*) FROM pg_catalog.pg_proc \
+        WHERE pronamespace OPERATOR(pg_catalog.=) pg_catalog.pg_my_temp_schema()) OPERATOR(pg_catalog.+) \
+    (SELECT pg_catalog.count(*) FROM pg_catalog.pg_type \
+        WHERE typnamespace OPERATOR(pg_catalog.=) pg_catalog.pg_my_temp_schema() \
+        AND typrelid OPERATOR(pg_catalog.=) '0'::pg_catalog.oid \
+        AND typelem OPERATOR(pg_catalog.=) '0'::pg_catalog.oid) END \
+    FROM pg_catalog.pg_stat_get_activity(pg_catalog.pg_backend_pid()) a";
+
+const STATEMENTS: &str = "SELECT p.name, p.statement, p.from_sql, \
+    pg_catalog.array_to_string(p.parameter_types::pg_catalog.oid[], ',') FROM pg_catalog.pg_prepared_statements p \
+    WHERE p.name OPERATOR(pg_catalog.<>) 'pgcutover_handoff'";
+
+/// Names of the parameter types whose OIDs differ between servers; `$1`: those of the unnamed statement.
+const TYPES: &str = "SELECT t.oid, n.nspname, COALESCE(e.typname, t.typname), e.oid IS NOT NULL \
+    FROM (SELECT pg_catalog.unnest(p.parameter_types::pg_catalog.oid[]) \
+        FROM pg_catalog.pg_prepared_statements p WHERE p.name OPERATOR(pg_catalog.<>) 'pgcutover_handoff' \
+        UNION SELECT pg_catalog.unnest($1::pg_catalog.oid[])) used(oid) \
+    JOIN pg_catalog.pg_type t ON t.oid OPERATOR(pg_catalog.=) used.oid \
+    LEFT JOIN pg_catalog.pg_type e ON e.oid OPERATOR(pg_catalog.=) t.typelem AND e.typarray OPERATOR(pg_catalog.=) t.oid \
+    JOIN pg_catalog.pg_namespace n ON n.oid OPERATOR(pg_catalog.=) COALESCE(e.typnamespace, t.typnamespace) \
+    WHERE used.oid OPERATOR(pg_catalog.>=) '10000'::pg_catalog.oid";
+
+const CHANNELS: &str = "SELECT c FROM pg_catalog.pg_listening_channels() c";
+
+const LOCKS: &str = "SELECT pg_catalog.count(*) FROM pg_catalog.pg_locks l \
+    WHERE l.locktype OPERATOR(pg_catalog.=) 'advisory' AND l.pid OPERATOR(pg_catalog.=) pg_catalog.pg_backend_pid() \
+    AND l.granted";
+
+/// Reads the state of the session that owns `connection`, which must be at a safe point: nothing unanswered, no
+/// transaction. `tracked` must have been told so ([`Tracked::at_safe_point`]). `catalogue_names` are custom settings
+/// that policies and functions of the database use (see [`super::catalogue_settings`]).
+///
+/// Notifications that arrive meanwhile are appended to `for_client` as whole messages, also when this fails.
+pub async fn capture(
+    connection: &mut RawConnection,
+    tracked: &Tracked,
+    catalogue_names: &[String],
+    for_client: &mut BytesMut,
+) -> Result<SessionState, HandoffError> {
+    let transport = transport_of(connection);
+    let unnamed = match tracked.unnamed() {
+        UnnamedStatement::Absent => Unnamed::Absent,
+        UnnamedStatement::Body(body) => Unnamed::Body(Bytes::copy_from_slice(body)),
+        UnnamedStatement::TooLong => Unnamed::TooLong,
+    };
+    let names = array_literal(tracked.names().chain(catalogue_names.iter().map(String::as_str)).map(str::as_bytes));
+    let unnamed_types = array_literal(
+        unnamed_parameter_types(&unnamed).iter().map(u32::to_string).collect::<Vec<_>>().iter().map(String::as_bytes),
+    );
+
+    let mut pipeline = Pipeline::default();
+    let mut run = |sql: &str, parameters: &[Option<&[u8]>]| pipeline.run(OWN_STATEMENT, sql.as_bytes(), parameters);
+    run(SHADOWED, &[]);
+    run(PREPARE_TO_READ, &[Some(transport.as_bytes())]);
+    run(SETTINGS, &[]);
+    run(CUSTOM, &[Some(&names)]);
+    run(IDENTITY, &[]);
+    run(STATEMENTS, &[]);
+    run(TYPES, &[Some(&unnamed_types)]);
+    run(CHANNELS, &[]);
+    run(LOCKS, &[]);
+    pipeline.sync();
+    // After an error the server has skipped the Close: close again, in a unit of its own.
+    pipeline.close(OWN_STATEMENT);
+    pipeline.sync();
+    let answers = pipeline.exchange(connection, for_client, READING).await?;
+    let sets = answers.into_iter().next().unwrap_or(Answer::Done(Vec::new())).rows(READING)?;
+    let mut state = read_state(sets, transport, unnamed)
+        .ok_or(HandoffError::Protocol { doing: READING, what: "a result of another shape than was asked for" })?;
+    if tracked.names_overflowed() {
+        state.blockers.push(Blocker::TooManyCustomSettings);
+    }
+    Ok(state)
+}
+
+fn read_state(sets: Vec<Vec<Row>>, transport: Transport, unnamed: Unnamed) -> Option<SessionState> {
+    let [shadowed, _, settings, custom, identity, statements, types, channels, locks] =
+        <[Vec<Row>; 9]>::try_from(sets).ok()?;
+    let mut state = SessionState { transport, unnamed, ..SessionState::default() };
+
+    for row in shadowed {
+        let [name, value, source] = columns(row)?;
+        if &source?[..] == b"session" {
+            state.settings.insert(text(name?)?, value?);
+        }
+    }
+    for row in settings.into_iter().chain(custom) {
+        let [name, value] = columns(row)?;
+        state.settings.insert(text(name?)?, value.unwrap_or_default());
+    }
+
+    let [session_authorization, role, strings, cursors, temporary] = columns(identity.into_iter().next()?)?;
+    state.identity = Identity { session_authorization, role: Some(role?) };
+    let backslashes = if strings.as_deref() == Some(b"off") { Backslashes::Escape } else { Backslashes::Plain };
+    match number(&cursors?)? {
+        0 => {}
+        count => state.blockers.push(Blocker::HoldableCursors { count }),
+    }
+    match number(&temporary?)? {
+        0 => {}
+        count => state.blockers.push(Blocker::TemporaryObjects { count }),
+    }
+
+    for row in statements {
+        let [name, text, from_sql, parameter_types] = columns(row)?;
+        let origin = if &from_sql?[..] == b"t" { Origin::Sql { backslashes } } else { Origin::Protocol };
+        let statement = Statement { text: text?, origin, parameter_types: oid_list(&parameter_types?)? };
+        state.statements.insert(name?, statement);
+    }
+    for row in types {
+        let [oid, schema, name, is_array] = columns(row)?;
+        let form = if &is_array?[..] == b"t" { TypeForm::ArrayOver } else { TypeForm::Itself };
+        state.types.insert(oid_of(&oid?)?, TypeName { schema: schema?, name: name?, form });
+    }
+    for row in channels {
+        let [channel] = columns(row)?;
+        state.channels.insert(channel?);
+    }
+    let [locks] = columns(locks.into_iter().next()?)?;
+    match number(&locks?)? {
+        0 => {}
+        count => state.blockers.push(Blocker::AdvisoryLocks { count }),
+    }
+    Some(state)
+}
+
+/// The encoding in which texts can be read whole: in a SQL_ASCII database nothing may be converted.
+fn transport_of(connection: &RawConnection) -> Transport {
+    let is_sql_ascii =
+        connection.parameters.iter().any(|(name, value)| name == "server_encoding" && value == "SQL_ASCII");
+    if is_sql_ascii { Transport::SqlAscii } else { Transport::Utf8 }
+}
+
+/// Parameter types that the client gave with its unnamed Parse.
+pub(super) fn unnamed_parameter_types(unnamed: &Unnamed) -> Vec<u32> {
+    let Unnamed::Body(body) = unnamed else { return Vec::new() };
+    unnamed_types_at(body)
+        .map(|start| {
+            body[start..]
+                .chunks_exact(4)
+                .map(|oid| u32::from_be_bytes([oid[0], oid[1], oid[2], oid[3]]))
+                .filter(|oid| *oid >= FIRST_UNSTABLE_OID)
+                .collect()
+        })
+        .unwrap_or_default()
+}
+
+/// Where the OIDs of the parameter types begin in the body of an unnamed Parse.
+pub(super) fn unnamed_types_at(body: &[u8]) -> Option<usize> {
+    let text_end = 1 + body.get(1..)?.iter().position(|byte| *byte == 0)?;
+    let start = text_end + 3;
+    (body.len() >= start).then_some(start)
+}
+
+/// `{"…","…"}`, as the input function of arrays reads it.
+pub(super) fn array_literal<'a>(items: impl Iterator<Item = &'a [u8]>) -> Vec<u8> {
+    let mut out = vec![b'{'];
+    for (index, item) in items.enumerate() {
+        if index > 0 {
+            out.push(b',');
+        }
+        out.push(b'"');
+        for byte in item {
+            if matches!(byte, b'"' | b'\\') {
+                out.push(b'\\');
+            }
+            out.push(*byte);
+        }
+        out.push(b'"');
+    }
+    out.push(b'}');
+    out
+}
+
+pub(super) fn columns<const N: usize>(row: Row) -> Option<[Option<Bytes>; N]> {
+    row.try_into().ok()
+}
+
+fn text(bytes: Bytes) -> Option<String> {
+    String::from_utf8(bytes.into()).ok()
+}
+
+fn number(bytes: &[u8]) -> Option<u64> {
+    std::str::from_utf8(bytes).ok()?.parse().ok()
+}
+
+pub(super) fn oid_of(bytes: &[u8]) -> Option<u32> {
+    std::str::from_utf8(bytes).ok()?.parse().ok()
+}
+
+fn oid_list(bytes: &[u8]) -> Option<Vec<u32>> {
+    if bytes.is_empty() {
+        return Some(Vec::new());
+    }
+    bytes.split(|byte| *byte == b',').map(oid_of).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn arrays_are_quoted() {
+        assert_eq!(array_literal([&b"a.b"[..], b"q\"\\,{}"].into_iter()), b"{\"a.b\",\"q\\\"\\\\,{}\"}");
+        assert_eq!(array_literal(std::iter::empty()), b"{}");
+    }
+
+    #[test]
+    fn the_types_of_an_unnamed_parse_are_found() {
+        let body = Bytes::from_static(b"\0SELECT $1\0\0\x02\0\0\0\x17\0\0\x40\x01");
+        assert_eq!(unnamed_parameter_types(&Unnamed::Body(body)), [0x4001]);
+        assert_eq!(unnamed_parameter_types(&Unnamed::Body(Bytes::from_static(b"\0SELECT"))), Vec::<u32>::new());
+    }
+
+    #[test]
+    fn oid_lists_are_read() {
+        assert_eq!(oid_list(b""), Some(vec![]));
+        assert_eq!(oid_list(b"23,25"), Some(vec![23, 25]));
+        assert_eq!(oid_list(b"23,x"), None);
+    }
+}
