@@ -19,4 +19,5 @@ pub mod schema;
 mod settings;
 pub mod snapshot;
 pub mod state;
+pub mod stream;
 pub mod view;

@@ -1,0 +1,434 @@
+//! The stream of one database: from the source's slot to the target's progress row, again after every lost connection.
+//!
+//! # What is durable, and what the slot is told
+//!
+//! ```text
+//! slot confirmed   0/1A030
+//! progress row     0/1A030            claimed for our generation: every commit must find it there
+//! START_REPLICATION 0/1A030           a transaction that commits at 0/1B000 (record ends at 0/1B050) arrives
+//! target COMMIT    rows + 0/1B050     crash here: the slot sends from 0/1A030 … no: we ask from 0/1B050, nothing twice
+//! feedback         flushed 0/1B050    only now; the slot's WAL up to there may go
+//! ```
+//!
+//! START_REPLICATION silently moves forward to the slot's confirmed position. If that is ahead of the progress row,
+//! something else has confirmed changes that the target never got; they can never be asked for again. That is a failure
+//! which a person must see, never something to skip. A slot that is not there is the same: it is never made again.
+//!
+//! The queue between reading and applying is bounded in bytes. While it is full nothing is read, and the walsender
+//! client goes on sending feedback by itself.
+
+use std::collections::HashMap;
+use std::sync::Arc;
+use std::time::Duration;
+
+use tokio::sync::{Semaphore, mpsc, watch};
+
+use super::apply::applier::{Applied, Applier, ApplyError, Counters, Received};
+use super::apply::executor::{ExecuteError, Executor};
+use super::apply::plan::Planner;
+use super::snapshot::HandOver;
+use crate::catalog::migrations::{CatalogError, Generation};
+use crate::catalog::progress;
+use crate::failpoint::{self, Failpoints};
+use crate::ident::QualifiedName;
+use crate::lsn::Lsn;
+use crate::postgres::walsender::{
+    Feedback, ReplicationConnection, ReplicationMessage, ReplicationStream, WalsenderError,
+};
+use crate::postgres::{ConnectError, Connector, Control, RawError};
+
+/// Messages that may wait in the queue, besides the bound in bytes.
+const QUEUE_MESSAGES: usize = 8192;
+
+/// Bytes that one permit of the queue's memory stands for.
+const PERMIT_BYTES: usize = 256;
+
+/// What a message costs beside its bytes.
+const MESSAGE_OVERHEAD_BYTES: usize = 128;
+
+/// First and longest wait before a lost connection is made again.
+const BACKOFF: (Duration, Duration) = (Duration::from_millis(200), Duration::from_secs(10));
+
+/// What a stream needs to know.
+#[derive(Clone, Debug)]
+pub struct StreamContext {
+    /// The server that the changes come from.
+    pub source: Connector,
+    /// The server that they are applied to.
+    pub target: Connector,
+    /// The database, the same name on both.
+    pub database: String,
+    /// The migration that the progress row belongs to.
+    pub migration: String,
+    /// The engine that may write.
+    pub generation: Generation,
+    /// The slot to read.
+    pub slot: String,
+    /// Where the slot became consistent: the progress of a stream that has not begun.
+    pub slot_start: Lsn,
+    /// The publication.
+    pub publication: String,
+    /// For each table, what its copy contains.
+    pub hand_overs: HashMap<QualifiedName, HandOver>,
+    /// Bound on what has been read and not yet been sent to the target, in bytes.
+    pub queue_bytes: usize,
+    /// Test points.
+    pub failpoints: Failpoints,
+}
+
+/// What a stream tells about itself.
+#[derive(Clone, Debug)]
+pub struct StreamStatus {
+    /// How far the apply is.
+    pub applied: watch::Sender<Applied>,
+    /// Row counters.
+    pub counters: Arc<Counters>,
+    /// Lost connections since the last success, and why the last was lost.
+    pub trouble: watch::Sender<Option<Trouble>>,
+}
+
+impl Default for StreamStatus {
+    fn default() -> Self {
+        Self {
+            applied: watch::Sender::new(Applied::default()),
+            counters: Arc::new(Counters::default()),
+            trouble: watch::Sender::new(None),
+        }
+    }
+}
+
+/// Why the stream is not running at the moment.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Trouble {
+    /// Attempts since the last success.
+    pub retries: u32,
+    /// Why the last one ended.
+    pub last_error: String,
+}
+
+/// The stream ended.
+#[derive(Debug, thiserror::Error)]
+pub enum StreamError {
+    /// A connection could not be opened.
+    #[error(transparent)]
+    Connect(#[from] ConnectError),
+    /// The progress row could not be claimed.
+    #[error(transparent)]
+    Catalog(#[from] CatalogError),
+    /// The slot could not be looked at.
+    #[error("the replication slot could not be looked at on the source")]
+    Slot(#[source] tokio_postgres::Error),
+    /// The slot is gone.
+    #[error(
+        "replication slot {slot} is not on the source any more: changes since the last confirmed one are lost to the target"
+    )]
+    SlotMissing {
+        /// Its name.
+        slot: String,
+    },
+    /// The source has thrown away WAL that the slot needs.
+    #[error("replication slot {slot} was invalidated by the source ({why}): changes that the target needs are gone")]
+    SlotLost {
+        /// Its name.
+        slot: String,
+        /// What the source says.
+        why: String,
+    },
+    /// Something else has confirmed changes that the target never got.
+    #[error(
+        "replication slot {slot} is confirmed up to {confirmed}, but the target has applied only up to {applied}: the changes between are lost to the target"
+    )]
+    SlotAhead {
+        /// Its name.
+        slot: String,
+        /// `confirmed_flush_lsn`.
+        confirmed: Lsn,
+        /// Progress on the target.
+        applied: Lsn,
+    },
+    /// The walsender failed.
+    #[error(transparent)]
+    Walsender(#[from] WalsenderError),
+    /// Applying failed.
+    #[error(transparent)]
+    Apply(#[from] ApplyError),
+    /// A test asked for it.
+    #[error(transparent)]
+    Failpoint(#[from] failpoint::Failed),
+}
+
+impl StreamError {
+    /// Whether trying again can help without anybody doing anything about it.
+    pub fn is_transient(&self) -> bool {
+        match self {
+            Self::Connect(error) => error.sqlstate().is_none_or(transient_sqlstate),
+            Self::Catalog(CatalogError::Connect { source, .. }) => source.sqlstate().is_none_or(transient_sqlstate),
+            Self::Catalog(CatalogError::Query { source, .. }) | Self::Slot(source) => transient_query(source),
+            Self::Catalog(CatalogError::Fenced(_) | CatalogError::Unreadable { .. } | CatalogError::Exists(_))
+            | Self::SlotMissing { .. }
+            | Self::SlotLost { .. }
+            | Self::SlotAhead { .. }
+            | Self::Failpoint(_) => false,
+            Self::Walsender(error) => match error {
+                WalsenderError::Connect(error) => error.sqlstate().is_none_or(transient_sqlstate),
+                WalsenderError::SlotInUse { .. } => true,
+                WalsenderError::SlotMissing { .. }
+                | WalsenderError::SlotExists { .. }
+                | WalsenderError::SlotLost { .. }
+                | WalsenderError::SlotTimeout { .. } => false,
+                WalsenderError::Raw(error) => transient_raw(error),
+            },
+            Self::Apply(error) => match error {
+                ApplyError::Execute(ExecuteError::Connection { source, .. }) => transient_raw(source),
+                ApplyError::Execute(ExecuteError::Refused { sqlstate, .. }) => transient_sqlstate(sqlstate),
+                ApplyError::Shape { source, .. } => transient_query(source),
+                ApplyError::StreamEnded => true,
+                ApplyError::Execute(ExecuteError::WrongCount { .. } | ExecuteError::Fenced)
+                | ApplyError::Decode(_)
+                | ApplyError::Plan(_)
+                | ApplyError::Failpoint(_) => false,
+            },
+        }
+    }
+
+    /// A word for scripts.
+    pub fn code(&self) -> &'static str {
+        match self {
+            Self::Connect(_) => "connection",
+            Self::Catalog(_) => "catalog",
+            Self::Slot(_) | Self::Walsender(_) => "replication",
+            Self::SlotMissing { .. } => "slot_missing",
+            Self::SlotLost { .. } => "slot_lost",
+            Self::SlotAhead { .. } => "slot_ahead",
+            Self::Apply(ApplyError::Execute(ExecuteError::WrongCount { .. })) => "target_differs",
+            Self::Apply(ApplyError::Plan(_)) => "schema_differs",
+            Self::Apply(_) => "apply",
+            Self::Failpoint(_) => "failpoint",
+        }
+    }
+
+    /// The table it is about.
+    pub fn table(&self) -> Option<String> {
+        match self {
+            Self::Apply(ApplyError::Execute(
+                ExecuteError::WrongCount { table, .. } | ExecuteError::Refused { table, .. },
+            )) => Some(table.to_string()),
+            Self::Apply(ApplyError::Shape { table, .. }) => Some(table.to_string()),
+            Self::Apply(_)
+            | Self::Connect(_)
+            | Self::Catalog(_)
+            | Self::Slot(_)
+            | Self::SlotMissing { .. }
+            | Self::SlotLost { .. }
+            | Self::SlotAhead { .. }
+            | Self::Walsender(_)
+            | Self::Failpoint(_) => None,
+        }
+    }
+}
+
+/// Connection failures, shortages and lost races: PostgreSQL documentation, appendix A.
+pub(super) fn transient_sqlstate(sqlstate: &str) -> bool {
+    matches!(sqlstate.get(..2), Some("08" | "53" | "57" | "58"))
+        || matches!(sqlstate, "40001" | "40P01" | "55006" | "55P03" | "25P02" | "25P03")
+}
+
+pub(super) fn transient_raw(error: &RawError) -> bool {
+    match error {
+        RawError::Io { .. } => true,
+        RawError::Server { code, .. } => transient_sqlstate(code),
+        RawError::Protocol { .. } => false,
+    }
+}
+
+/// An error without SQLSTATE is a lost connection.
+pub(super) fn transient_query(error: &tokio_postgres::Error) -> bool {
+    error.code().is_none_or(|code| transient_sqlstate(code.code()))
+}
+
+/// Streams until something happens that trying again cannot mend. Dropping it at any moment loses nothing.
+pub async fn run(context: &StreamContext, status: &StreamStatus) -> StreamError {
+    let mut retries = 0;
+    let mut wait = BACKOFF.0;
+    loop {
+        let before = status.applied.borrow().durable;
+        let error = match Box::pin(attempt(context, status)).await {
+            Ok(never) => match never {},
+            Err(error) => error,
+        };
+        if !error.is_transient() {
+            return error;
+        }
+        if status.applied.borrow().durable > before {
+            (retries, wait) = (0, BACKOFF.0);
+        }
+        retries += 1;
+        tracing::warn!(
+            database = context.database,
+            migration = context.migration,
+            retries,
+            wait_ms = u64::try_from(wait.as_millis()).unwrap_or(u64::MAX),
+            error = describe(&error),
+            "the stream was interrupted and begins again"
+        );
+        status.trouble.send_replace(Some(Trouble { retries, last_error: describe(&error) }));
+        tokio::time::sleep(wait).await;
+        wait = (wait * 2).min(BACKOFF.1);
+    }
+}
+
+/// An error with its causes, in one line.
+pub(super) fn describe(error: &(dyn std::error::Error + 'static)) -> String {
+    let mut text = error.to_string();
+    let mut cause = error.source();
+    while let Some(inner) = cause {
+        let inner_text = inner.to_string();
+        if !text.contains(&inner_text) {
+            text.push_str(": ");
+            text.push_str(&inner_text);
+        }
+        cause = inner.source();
+    }
+    text
+}
+
+enum Never {}
+
+/// One connection's life.
+async fn attempt(context: &StreamContext, status: &StreamStatus) -> Result<Never, StreamError> {
+    let target = Arc::new(context.target.control(&context.database, "apply-control").await?);
+    let progress = progress::claim(&**target, &context.migration, context.generation, context.slot_start).await?;
+    let source = context.source.control(&context.database, "stream-control").await?;
+    check_slot(&source, &context.slot, progress.end_lsn).await?;
+    drop(source);
+
+    let login = context.target.own_login(&context.database, "apply");
+    let connection = Box::pin(context.target.raw(&login)).await?;
+    let executor = Executor::new(connection, &context.migration, context.generation).await.map_err(ApplyError::from)?;
+    let replication = ReplicationConnection::connect(&context.source, &context.database).await?;
+    let stream = replication.start(&context.slot, progress.end_lsn, &context.publication, 1).await?;
+    tracing::info!(
+        database = context.database,
+        migration = context.migration,
+        slot = context.slot,
+        from = %progress.end_lsn,
+        "streaming"
+    );
+    status.trouble.send_replace(None);
+
+    let applier = Applier::new(
+        Planner::new(context.hand_overs.clone()),
+        executor,
+        target,
+        &progress,
+        status.applied.clone(),
+        status.counters.clone(),
+        context.failpoints.clone(),
+    );
+    let (sender, queue) = mpsc::channel(QUEUE_MESSAGES);
+    let received = watch::Sender::new(Lsn::ZERO);
+    let feedback = stream.feedback();
+    // Whichever ends first ends the attempt; the others are dropped: the socket to the source is closed, and the
+    // target rolls back what was not committed.
+    tokio::select! {
+        error = read(stream, sender, &received, context.queue_bytes) => Err(error.into()),
+        error = applier.run(queue) => Err(error.into()),
+        error = confirm(&feedback, status.applied.subscribe(), &received, &context.failpoints) => Err(error.into()),
+    }
+}
+
+/// The slot must be there, usable, and not ahead of what the target has. A walsender of ours that is left over from a
+/// connection that broke is ended, because it keeps the slot until it notices.
+async fn check_slot(source: &Control, slot: &str, applied: Lsn) -> Result<(), StreamError> {
+    let row = source
+        .query_opt(
+            "SELECT s.confirmed_flush_lsn, coalesce(to_jsonb(s) ->> 'wal_status', ''),
+                    (SELECT pg_terminate_backend(a.pid) FROM pg_stat_activity a
+                      WHERE a.pid = s.active_pid AND a.application_name LIKE 'pgcutover/%')
+               FROM pg_replication_slots s WHERE s.slot_name = $1",
+            &[&slot],
+        )
+        .await
+        .map_err(StreamError::Slot)?;
+    let Some(row) = row else { return Err(StreamError::SlotMissing { slot: slot.to_owned() }) };
+    let why: &str = row.get(1);
+    if why == "lost" {
+        return Err(StreamError::SlotLost { slot: slot.to_owned(), why: why.to_owned() });
+    }
+    let confirmed = row.get::<_, Option<Lsn>>(0).unwrap_or_default();
+    if confirmed > applied {
+        return Err(StreamError::SlotAhead { slot: slot.to_owned(), confirmed, applied });
+    }
+    Ok(())
+}
+
+/// Reads the stream into the queue, as long as there is memory for it.
+async fn read(
+    mut stream: ReplicationStream,
+    queue: mpsc::Sender<Received>,
+    received: &watch::Sender<Lsn>,
+    queue_bytes: usize,
+) -> WalsenderError {
+    let permits = (queue_bytes / PERMIT_BYTES).clamp(1, Semaphore::MAX_PERMITS.min(u32::MAX as usize));
+    let memory = Arc::new(Semaphore::new(permits));
+    loop {
+        let (item, position) = match stream.next().await {
+            Ok(ReplicationMessage::XLogData { end, data, .. }) => {
+                let cost = (data.len() + MESSAGE_OVERHEAD_BYTES).div_ceil(PERMIT_BYTES).min(permits);
+                let cost = u32::try_from(cost).unwrap_or(u32::MAX);
+                let memory = memory.clone().acquire_many_owned(cost).await.expect("never closed");
+                (Received::Data { data, memory }, end)
+            }
+            Ok(ReplicationMessage::Keepalive { end, .. }) => (Received::UpTo(end), end),
+            Err(error) => return error,
+        };
+        received.send_if_modified(|known| std::mem::replace(known, position.max(*known)) < position);
+        if queue.send(item).await.is_err() {
+            // The applier has ended, and its error is the one to report.
+            std::future::pending::<()>().await;
+        }
+    }
+}
+
+/// Tells the slot what is durable.
+async fn confirm(
+    feedback: &Feedback,
+    mut applied: watch::Receiver<Applied>,
+    received: &watch::Sender<Lsn>,
+    failpoints: &Failpoints,
+) -> failpoint::Failed {
+    let mut confirmed = Lsn::ZERO;
+    loop {
+        let durable = applied.borrow_and_update().durable;
+        if durable > confirmed {
+            if let Err(failed) = failpoints.hit("stream.before_confirm").await {
+                return failed;
+            }
+            feedback.send_status(durable.max(*received.borrow()), durable, durable);
+            confirmed = durable;
+        }
+        if applied.changed().await.is_err() {
+            std::future::pending::<()>().await;
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_what_can_mend_itself_is_tried_again() {
+        for transient in ["08006", "53300", "57P01", "57P03", "40P01", "55006"] {
+            assert!(transient_sqlstate(transient), "{transient}");
+        }
+        for lasting in ["23505", "42P01", "22P02", "42501", "28P01"] {
+            assert!(!transient_sqlstate(lasting), "{lasting}");
+        }
+        let missing = StreamError::SlotMissing { slot: "s".to_owned() };
+        assert!(!missing.is_transient());
+        let ahead = StreamError::SlotAhead { slot: "s".to_owned(), confirmed: Lsn(2), applied: Lsn(1) };
+        assert!(!ahead.is_transient());
+        assert_eq!(ahead.code(), "slot_ahead");
+    }
+}
