@@ -1,12 +1,16 @@
 //! A connection at the level of protocol frames: what proxied sessions, COPY, apply and replication speak through.
 
+use std::future::poll_fn;
 use std::io;
+use std::pin::Pin;
 use std::sync::Arc;
+use std::task::Poll;
 
 use bytes::{Buf as _, Bytes, BytesMut};
 use postgres_protocol::IsNull;
 use postgres_protocol::message::frontend;
-use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
+use tokio::io::{AsyncReadExt as _, AsyncWrite as _, AsyncWriteExt as _};
+use tokio_util::io::poll_read_buf;
 
 use crate::config::Secret;
 use crate::postgres::Stream;
@@ -81,6 +85,9 @@ pub struct RawConnection {
     status: u8,
     /// NotificationResponse frames that arrived between the answers of a control query.
     notifications: Vec<Frame>,
+    /// ReadyForQuery that our own queries still await. Not 0 between calls: one of them was dropped half-way, and
+    /// whatever is read next answers that one.
+    awaited: u32,
 }
 
 /// The connection failed, or the server answered with an error.
@@ -163,6 +170,7 @@ impl RawConnection {
             label: Arc::from(label),
             status: b'I',
             notifications: Vec::new(),
+            awaited: 0,
         }
     }
 
@@ -201,12 +209,80 @@ impl RawConnection {
         written.map_err(|error| self.lost("sending", error))
     }
 
+    /// Announces a query of our own, whose ReadyForQuery is then awaited. An error where an earlier one was abandoned:
+    /// its answer would be taken for that of the next.
+    pub(super) fn expect_ready(&mut self) -> Result<(), RawError> {
+        if self.awaited > 0 {
+            let abandoned = io::Error::other("an earlier command was abandoned half-way");
+            return Err(self.lost("starting a command", abandoned));
+        }
+        self.awaited = 1;
+        Ok(())
+    }
+
+    /// Writes some of `bytes` or, where the server takes none, reads what it sends; returns how many were written. So
+    /// neither side waits for the other to read. Flushing is the caller's.
+    pub(super) async fn write_or_read(&mut self, bytes: &[u8]) -> Result<usize, RawError> {
+        self.read_buf.reserve(READ_BYTES);
+        let step = poll_fn(|cx| {
+            let refused = match Pin::new(&mut self.stream).poll_write(cx, bytes) {
+                Poll::Ready(Ok(count)) if count > 0 => return Poll::Ready(Ok(count)),
+                Poll::Ready(Ok(_)) => Some(io::ErrorKind::WriteZero.into()),
+                Poll::Ready(Err(error)) => Some(error),
+                Poll::Pending => None,
+            };
+            // A server that takes no more may still have said why: that is read before the failure is reported.
+            match (poll_read_buf(Pin::new(&mut self.stream), cx, &mut self.read_buf), refused) {
+                (Poll::Ready(Ok(count)), _) if count > 0 => Poll::Ready(Ok(0)),
+                (_, Some(error)) => Poll::Ready(Err(error)),
+                (Poll::Ready(Ok(_)), None) => Poll::Ready(Err(io::ErrorKind::UnexpectedEof.into())),
+                (Poll::Ready(Err(error)), None) => Poll::Ready(Err(error)),
+                (Poll::Pending, None) => Poll::Pending,
+            }
+        })
+        .await;
+        step.map_err(|error| self.lost("sending", error))
+    }
+
+    /// Writes all of `bytes`, reading whatever comes meanwhile into `read_buf`, and takes what has arrived by the end.
+    pub(super) async fn send_and_read(&mut self, mut bytes: &[u8]) -> Result<(), RawError> {
+        while !bytes.is_empty() {
+            let sent = self.write_or_read(bytes).await?;
+            bytes = &bytes[sent..];
+        }
+        self.flush().await?;
+        self.read_buf.reserve(READ_BYTES);
+        poll_fn(|cx| {
+            // The end of the stream is left for the next write or read to meet.
+            let _arrived = poll_read_buf(Pin::new(&mut self.stream), cx, &mut self.read_buf);
+            Poll::Ready(())
+        })
+        .await;
+        Ok(())
+    }
+
+    pub(super) async fn flush(&mut self) -> Result<(), RawError> {
+        self.stream.flush().await.map_err(|error| self.lost("sending", error))
+    }
+
+    /// A whole frame that has been read already.
+    pub(super) fn frame_at_hand(&mut self) -> Result<Option<Frame>, RawError> {
+        let frame = take_frame(&mut self.read_buf).map_err(|what| self.violation(what))?;
+        if let Some(frame) = &frame {
+            self.note(frame)?;
+        }
+        Ok(frame)
+    }
+
+    pub(super) fn keep_notification(&mut self, frame: Frame) {
+        self.notifications.push(frame);
+    }
+
     /// The next message, whatever it is; ParameterStatus is noted in `parameters` and returned all the same.
     /// Dropping the future loses nothing: what was read stays in `read_buf`.
     pub async fn next_frame(&mut self) -> Result<Frame, RawError> {
         loop {
-            if let Some(frame) = take_frame(&mut self.read_buf).map_err(|what| self.violation(what))? {
-                self.note(&frame)?;
+            if let Some(frame) = self.frame_at_hand()? {
                 return Ok(frame);
             }
             self.read_buf.reserve(READ_BYTES);
@@ -227,6 +303,7 @@ impl RawConnection {
 
     /// Sends a simple query and leaves its answer to the caller.
     pub(super) async fn send_query(&mut self, sql: &str) -> Result<(), RawError> {
+        self.expect_ready()?;
         let mut message = BytesMut::new();
         frontend::query(sql, &mut message).map_err(|error| self.violation(error.to_string()))?;
         self.send(&message).await
@@ -243,6 +320,7 @@ impl RawConnection {
     ) -> Result<TextRows, RawError> {
         let mut message = BytesMut::new();
         encode_named(statement, sql, params, &mut message).map_err(|error| self.violation(error.to_string()))?;
+        self.expect_ready()?;
         self.send(&message).await?;
         let answer = self.collect_rows().await;
         if let Err(RawError::Server { .. }) = answer {
@@ -251,6 +329,7 @@ impl RawConnection {
             message.clear();
             frontend::close(b'S', statement, &mut message).map_err(|error| self.violation(error.to_string()))?;
             frontend::sync(&mut message);
+            self.expect_ready()?;
             if self.send(&message).await.is_ok() {
                 let _closed = self.collect_rows().await;
             }
@@ -316,7 +395,10 @@ impl RawConnection {
                 }
             }
             b'Z' => match frame.body[..] {
-                [status @ (b'I' | b'T' | b'E')] => self.status = status,
+                [status @ (b'I' | b'T' | b'E')] => {
+                    self.status = status;
+                    self.awaited = self.awaited.saturating_sub(1);
+                }
                 _ => return Err(self.violation("malformed ReadyForQuery".to_owned())),
             },
             _ => {}
@@ -350,6 +432,12 @@ pub(super) fn take_frame(buffer: &mut BytesMut) -> Result<Option<Frame>, String>
     let mut message = buffer.split_to(length + 1).freeze();
     message.advance(5);
     Ok(Some(Frame { tag, body: message }))
+}
+
+/// The row count at the end of a CommandComplete tag (`UPDATE 3`, `INSERT 0 1`, `COPY 7`); `None` where there is none.
+pub(super) fn affected_rows(tag: &[u8]) -> Option<u64> {
+    let text = std::str::from_utf8(tag.strip_suffix(b"\0")?).ok()?;
+    text.rsplit_once(' ')?.1.parse().ok()
 }
 
 /// The values of a DataRow in text form; `None` where the bytes are not one, or not UTF-8.
