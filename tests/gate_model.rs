@@ -1,12 +1,12 @@
 //! Every interleaving of the admission gate, explored by loom.
 //!
 //! loom models explicit fences but neither ArcSwap nor SeqCst accesses, so the route is an atomic here.
-#![expect(dead_code, reason = "the gate is included as source")]
 
 mod atomic {
     pub use loom::sync::atomic::{AtomicBool, AtomicU64, Ordering, fence};
 }
 #[path = "../src/switch/gate.rs"]
+#[expect(unfulfilled_lint_expectations, reason = "what the gate expects of lints in the library does not arise here")]
 mod gate;
 
 use atomic::{AtomicU64, Ordering};
