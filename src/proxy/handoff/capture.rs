@@ -23,25 +23,25 @@ pub(super) const FIRST_UNSTABLE_OID: u32 = 10_000;
 
 const READING: &str = "reading a session's state";
 
-/// Read before the settings for reading are made: they would hide the session's own.
-const SHADOWED: &str = "SELECT s.name, pg_catalog.current_setting(s.name), s.source FROM pg_catalog.pg_settings s \
-    WHERE s.name OPERATOR(pg_catalog.=) ANY ('{client_encoding,statement_timeout}'::pg_catalog.text[])";
+/// Settings of the session, and those of the names in `$2` that have a value and are not declared (custom settings are
+/// not in pg_settings). It runs in whatever encoding the client has, so everything comes as hexadecimal digits of the
+/// transport encoding, `$1`. Left out: what is read apart, what belongs to a transaction, what only reports.
+const SETTINGS: &str = "WITH s AS (SELECT name, source FROM pg_catalog.pg_settings) \
+    SELECT pg_catalog.encode(pg_catalog.convert_to(n.name, $1::pg_catalog.name), 'hex'), \
+        pg_catalog.encode(pg_catalog.convert_to(n.value, $1::pg_catalog.name), 'hex') \
+    FROM (SELECT s.name, pg_catalog.current_setting(s.name) FROM s \
+        WHERE s.source OPERATOR(pg_catalog.=) 'session' AND s.name OPERATOR(pg_catalog.<>) ALL \
+        ('{role,session_authorization,is_superuser,in_hot_standby,seed,\
+        transaction_isolation,transaction_read_only,transaction_deferrable}'::pg_catalog.text[]) \
+        UNION ALL SELECT c.name, pg_catalog.current_setting(c.name, true) \
+        FROM pg_catalog.unnest($2::pg_catalog.text[]) c(name) \
+        WHERE pg_catalog.current_setting(c.name, true) IS NOT NULL AND NOT EXISTS (SELECT FROM s \
+        WHERE pg_catalog.lower(s.name COLLATE pg_catalog.\"C\") OPERATOR(pg_catalog.=) \
+        pg_catalog.lower(c.name COLLATE pg_catalog.\"C\"))) n(name, value)";
 
+/// After the settings, because it hides the session's own until the transaction ends.
 const PREPARE_TO_READ: &str = "SELECT pg_catalog.set_config('client_encoding', $1::pg_catalog.text, true), \
     pg_catalog.set_config('statement_timeout', '0', true)";
-
-/// Settings of the session. Left out: what is read apart, what belongs to a transaction, what only reports.
-const SETTINGS: &str = "SELECT s.name, pg_catalog.current_setting(s.name) FROM pg_catalog.pg_settings s \
-    WHERE s.source OPERATOR(pg_catalog.=) 'session' AND s.name OPERATOR(pg_catalog.<>) ALL \
-    ('{client_encoding,statement_timeout,role,session_authorization,is_superuser,in_hot_standby,seed,\
-    transaction_isolation,transaction_read_only,transaction_deferrable}'::pg_catalog.text[])";
-
-/// `$1`: names of settings that may be custom ones. Those that a module has declared are in pg_settings.
-const CUSTOM: &str = "SELECT c.name, pg_catalog.current_setting(c.name, true) \
-    FROM pg_catalog.unnest($1::pg_catalog.text[]) c(name) \
-    WHERE pg_catalog.current_setting(c.name, true) IS NOT NULL AND NOT EXISTS (SELECT FROM pg_catalog.pg_settings s \
-    WHERE pg_catalog.lower(s.name COLLATE pg_catalog.\"C\") OPERATOR(pg_catalog.=) \
-    pg_catalog.lower(c.name COLLATE pg_catalog.\"C\"))";
 
 /// Who it is, and how much it holds that cannot move. `session_user` is the role after SET SESSION AUTHORIZATION,
 /// usesysid the role that logged in.
@@ -64,14 +64,18 @@ const STATEMENTS: &str = "SELECT p.name, p.statement, p.from_sql, \
     pg_catalog.array_to_string(p.parameter_types::pg_catalog.oid[], ',') FROM pg_catalog.pg_prepared_statements p \
     WHERE p.name OPERATOR(pg_catalog.<>) 'pgcutover_handoff'";
 
-/// Names of the parameter types whose OIDs differ between servers; `$1`: those of the unnamed statement.
-const TYPES: &str = "SELECT t.oid, n.nspname, COALESCE(e.typname, t.typname), e.oid IS NOT NULL \
+/// Names of the parameter types whose OIDs differ between servers; `$1`: those of the unnamed statement. Most sessions
+/// have none, so the names are looked up one by one (`OFFSET 0` keeps it so) rather than by reading all of pg_type.
+const TYPES: &str = "SELECT used.oid, named.* \
     FROM (SELECT pg_catalog.unnest(p.parameter_types::pg_catalog.oid[]) \
         FROM pg_catalog.pg_prepared_statements p WHERE p.name OPERATOR(pg_catalog.<>) 'pgcutover_handoff' \
         UNION SELECT pg_catalog.unnest($1::pg_catalog.oid[])) used(oid) \
-    JOIN pg_catalog.pg_type t ON t.oid OPERATOR(pg_catalog.=) used.oid \
-    LEFT JOIN pg_catalog.pg_type e ON e.oid OPERATOR(pg_catalog.=) t.typelem AND e.typarray OPERATOR(pg_catalog.=) t.oid \
-    JOIN pg_catalog.pg_namespace n ON n.oid OPERATOR(pg_catalog.=) COALESCE(e.typnamespace, t.typnamespace) \
+    CROSS JOIN LATERAL (SELECT n.nspname, COALESCE(e.typname, t.typname), e.oid IS NOT NULL \
+        FROM pg_catalog.pg_type t \
+        LEFT JOIN pg_catalog.pg_type e \
+            ON e.oid OPERATOR(pg_catalog.=) t.typelem AND e.typarray OPERATOR(pg_catalog.=) t.oid \
+        JOIN pg_catalog.pg_namespace n ON n.oid OPERATOR(pg_catalog.=) COALESCE(e.typnamespace, t.typnamespace) \
+        WHERE t.oid OPERATOR(pg_catalog.=) used.oid OFFSET 0) named \
     WHERE used.oid OPERATOR(pg_catalog.>=) '10000'::pg_catalog.oid";
 
 const CHANNELS: &str = "SELECT c FROM pg_catalog.pg_listening_channels() c";
@@ -97,17 +101,15 @@ pub async fn capture(
         UnnamedStatement::Body(body) => Unnamed::Body(Bytes::copy_from_slice(body)),
         UnnamedStatement::TooLong => Unnamed::TooLong,
     };
-    let names = array_literal(tracked.names().chain(catalogue_names.iter().map(String::as_str)).map(str::as_bytes));
+    let names = custom_names(connection, tracked, catalogue_names);
     let unnamed_types = array_literal(
         unnamed_parameter_types(&unnamed).iter().map(u32::to_string).collect::<Vec<_>>().iter().map(String::as_bytes),
     );
 
     let mut pipeline = Pipeline::default();
     let mut run = |sql: &str, parameters: &[Option<&[u8]>]| pipeline.run(OWN_STATEMENT, sql.as_bytes(), parameters);
-    run(SHADOWED, &[]);
+    run(SETTINGS, &[Some(transport.as_bytes()), Some(&names)]);
     run(PREPARE_TO_READ, &[Some(transport.as_bytes())]);
-    run(SETTINGS, &[]);
-    run(CUSTOM, &[Some(&names)]);
     run(IDENTITY, &[]);
     run(STATEMENTS, &[]);
     run(TYPES, &[Some(&unnamed_types)]);
@@ -128,19 +130,12 @@ pub async fn capture(
 }
 
 fn read_state(sets: Vec<Vec<Row>>, transport: Transport, unnamed: Unnamed) -> Option<SessionState> {
-    let [shadowed, _, settings, custom, identity, statements, types, channels, locks] =
-        <[Vec<Row>; 9]>::try_from(sets).ok()?;
+    let [settings, _, identity, statements, types, channels, locks] = <[Vec<Row>; 7]>::try_from(sets).ok()?;
     let mut state = SessionState { transport, unnamed, ..SessionState::default() };
 
-    for row in shadowed {
-        let [name, value, source] = columns(row)?;
-        if &source?[..] == b"session" {
-            state.settings.insert(text(name?)?, value?);
-        }
-    }
-    for row in settings.into_iter().chain(custom) {
+    for row in settings {
         let [name, value] = columns(row)?;
-        state.settings.insert(text(name?)?, value.unwrap_or_default());
+        state.settings.insert(String::from_utf8(unhex(&name?)?).ok()?, unhex(&value?)?.into());
     }
 
     let [session_authorization, role, strings, cursors, temporary] = columns(identity.into_iter().next()?)?;
@@ -180,9 +175,16 @@ fn read_state(sets: Vec<Vec<Row>>, transport: Transport, unnamed: Unnamed) -> Op
 
 /// The encoding in which texts can be read whole: in a SQL_ASCII database nothing may be converted.
 fn transport_of(connection: &RawConnection) -> Transport {
-    let is_sql_ascii =
-        connection.parameters.iter().any(|(name, value)| name == "server_encoding" && value == "SQL_ASCII");
+    let is_sql_ascii = connection.parameter("server_encoding") == Some("SQL_ASCII");
     if is_sql_ascii { Transport::SqlAscii } else { Transport::Utf8 }
+}
+
+/// Candidates for custom settings, as an array. Names that the server could not read in the client's encoding, or not
+/// hold in its own, would fail the whole capture; they are left out.
+fn custom_names(connection: &RawConnection, tracked: &Tracked, catalogue_names: &[String]) -> Vec<u8> {
+    let all_utf8 = ["client_encoding", "server_encoding"].iter().all(|name| connection.parameter(name) == Some("UTF8"));
+    let names = tracked.names().chain(catalogue_names.iter().map(String::as_str));
+    array_literal(names.filter(|name| all_utf8 || name.is_ascii()).map(str::as_bytes))
 }
 
 /// Parameter types that the client gave with its unnamed Parse.
@@ -230,8 +232,10 @@ pub(super) fn columns<const N: usize>(row: Row) -> Option<[Option<Bytes>; N]> {
     row.try_into().ok()
 }
 
-fn text(bytes: Bytes) -> Option<String> {
-    String::from_utf8(bytes.into()).ok()
+fn unhex(digits: &[u8]) -> Option<Vec<u8>> {
+    let digit = |byte: u8| char::from(byte).to_digit(16).and_then(|digit| u8::try_from(digit).ok());
+    let pairs = digits.chunks(2).map(|pair| Some(digit(pair[0])? << 4 | digit(*pair.get(1)?)?));
+    pairs.collect()
 }
 
 fn number(bytes: &[u8]) -> Option<u64> {
@@ -264,6 +268,13 @@ mod tests {
         let body = Bytes::from_static(b"\0SELECT $1\0\0\x02\0\0\0\x17\0\0\x40\x01");
         assert_eq!(unnamed_parameter_types(&Unnamed::Body(body)), [0x4001]);
         assert_eq!(unnamed_parameter_types(&Unnamed::Body(Bytes::from_static(b"\0SELECT"))), Vec::<u32>::new());
+    }
+
+    #[test]
+    fn hexadecimal_digits_are_read() {
+        assert_eq!(unhex(b"00e4Ff"), Some(vec![0, 0xe4, 0xff]));
+        assert_eq!(unhex(b""), Some(vec![]));
+        assert_eq!((unhex(b"0"), unhex(b"0g")), (None, None));
     }
 
     #[test]
