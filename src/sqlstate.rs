@@ -30,3 +30,9 @@ pub const CANNOT_CONNECT_NOW: &str = "57P03";
 pub const CONNECTION_FAILURE: &str = "08006";
 /// `08001` the server could not be reached.
 pub const CANNOT_ESTABLISH_CONNECTION: &str = "08001";
+/// `42704` undefined_object.
+pub const UNDEFINED_OBJECT: &str = "42704";
+/// `55000` object_not_in_prerequisite_state.
+pub const OBJECT_NOT_IN_PREREQUISITE_STATE: &str = "55000";
+/// `XX000` internal_error.
+pub const INTERNAL_ERROR: &str = "XX000";

@@ -1,1 +1,16 @@
-//! admin.
+//! What operators see and order: one [`command::Command`], one [`service::Service`], three ways in.
+//!
+//! * [`console`]: the database `pgcutover` on the proxy's own port, for any PostgreSQL client;
+//! * [`parts`]: what the service drives, as traits.
+//!
+//! Nothing here decides anything about a migration or a cutover, and nothing shows a secret.
+
+pub mod command;
+pub mod console;
+pub mod error;
+pub mod parts;
+pub mod reply;
+pub mod service;
+pub mod show;
+pub mod table;
+pub mod view;

@@ -283,6 +283,11 @@ impl Switchboard {
         all
     }
 
+    /// Where databases start that are asked for from now on.
+    pub fn initial(&self) -> Arc<Route> {
+        self.initial.load_full()
+    }
+
     /// Sets where databases start that are asked for from now on.
     pub fn set_initial(&self, route: Route) {
         self.initial.store(Arc::new(route));

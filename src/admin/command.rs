@@ -1,0 +1,157 @@
+//! What an operator can order. Console, HTTP and command line all end here, so that none can do what another cannot.
+
+use std::time::Duration;
+
+use serde::{Deserialize, Serialize};
+
+use crate::config::Stragglers;
+use crate::migration::view::{MigrationName, MigrationSpec};
+
+/// One order.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Command {
+    /// Which orders there are.
+    Help,
+    /// The program's version.
+    Version,
+    /// Every key of the configuration, without secrets.
+    Config,
+    /// Databases and where they run.
+    Databases,
+    /// Sessions by database and user.
+    Pools,
+    /// Client sessions.
+    Clients,
+    /// The server side of client sessions.
+    Servers,
+    /// Counters by database.
+    Stats,
+    /// How many of each there are.
+    Lists,
+    /// Roles that have sessions.
+    Users,
+    /// The proxies that take part in a cutover.
+    Members,
+    /// What would keep a cutover from moving every session.
+    Blockers,
+    /// Everything at a glance.
+    Status,
+    /// Migrations, newest first.
+    Migrations(Filter),
+    /// One migration.
+    Migration(MigrationName),
+    /// Its tables.
+    Tables(MigrationName),
+    /// Its premigration validation.
+    Validation(MigrationName),
+    /// Its cutover: the one that runs, or the last.
+    CutoverOf(MigrationName),
+    /// Begin a migration.
+    Create(MigrationSpec),
+    /// Cut over.
+    Cutover(MigrationName, CutoverRequest),
+    /// Undo what a migration made.
+    Cancel(MigrationName),
+    /// Go on with a migration that failed.
+    Retry(MigrationName),
+    /// Read the configuration again.
+    Reload,
+    /// End one session, named by the process id of its server side.
+    Kill(i32),
+    /// End the daemon in good order.
+    Shutdown,
+}
+
+impl Command {
+    /// Whether the order changes anything.
+    pub fn changes_state(&self) -> bool {
+        matches!(
+            self,
+            Self::Create(_)
+                | Self::Cutover(..)
+                | Self::Cancel(_)
+                | Self::Retry(_)
+                | Self::Reload
+                | Self::Kill(_)
+                | Self::Shutdown
+        )
+    }
+
+    /// A word for logs.
+    pub fn name(&self) -> &'static str {
+        match self {
+            Self::Help => "help",
+            Self::Version => "version",
+            Self::Config => "config",
+            Self::Databases => "databases",
+            Self::Pools => "pools",
+            Self::Clients => "clients",
+            Self::Servers => "servers",
+            Self::Stats => "stats",
+            Self::Lists => "lists",
+            Self::Users => "users",
+            Self::Members => "members",
+            Self::Blockers => "blockers",
+            Self::Status => "status",
+            Self::Migrations(_) => "migrations",
+            Self::Migration(_) => "migration",
+            Self::Tables(_) => "tables",
+            Self::Validation(_) => "validation",
+            Self::CutoverOf(_) => "cutover progress",
+            Self::Create(_) => "create",
+            Self::Cutover(..) => "cutover",
+            Self::Cancel(_) => "cancel",
+            Self::Retry(_) => "retry",
+            Self::Reload => "reload",
+            Self::Kill(_) => "kill",
+            Self::Shutdown => "shutdown",
+        }
+    }
+}
+
+/// Which migrations are listed.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, clap::ValueEnum)]
+#[serde(rename_all = "lowercase")]
+pub enum Filter {
+    /// Every one.
+    #[default]
+    All,
+    /// Those that are neither finished nor failed nor cancelled.
+    Active,
+}
+
+/// How to cut over; what is not said is taken from `[cutover]`.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct CutoverRequest {
+    /// Measure the pause and resume on the source.
+    #[serde(default)]
+    pub dry_run: bool,
+    /// From the fence to the switch.
+    #[serde(default, with = "duration_text")]
+    pub max_pause: Option<Duration>,
+    /// For running transactions to end.
+    #[serde(default, with = "duration_text")]
+    pub drain_timeout: Option<Duration>,
+    /// What happens to transactions that outlast the drain.
+    #[serde(default)]
+    pub stragglers: Option<Stragglers>,
+}
+
+/// Durations as operators write them: `"5s"`.
+mod duration_text {
+    use std::time::Duration;
+
+    use serde::{Deserialize, Deserializer, Serialize, Serializer};
+
+    use crate::config::units;
+
+    pub fn serialize<S: Serializer>(duration: &Option<Duration>, serializer: S) -> Result<S::Ok, S::Error> {
+        duration.map(units::format_duration).serialize(serializer)
+    }
+
+    pub fn deserialize<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Option<Duration>, D::Error> {
+        let text = Option::<String>::deserialize(deserializer)?;
+        text.map(|text| units::parse_duration(&text).map_err(serde::de::Error::custom)).transpose()
+    }
+}

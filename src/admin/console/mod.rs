@@ -1,0 +1,122 @@
+//! The admin console: a small PostgreSQL server over a stream that the proxy has authenticated already.
+//!
+//! It speaks the simple and the extended protocol, so that psql and every driver work. It holds no state beside the
+//! client's prepared statements, and checks the user's right at every statement: a RELOAD that takes a user off the
+//! list takes effect on the next one.
+
+mod answer;
+mod parse;
+
+use std::sync::Arc;
+
+use futures_util::{SinkExt, StreamExt};
+use pgwire::api::auth::noop::NoopStartupHandler;
+use pgwire::api::{ClientInfo, DefaultClient, NoopHandler, PgWireConnectionState};
+use pgwire::messages::response::{ReadyForQuery, TransactionStatus};
+use pgwire::messages::startup::{BackendKeyData, ParameterStatus, SecretKey};
+use pgwire::messages::{PgWireBackendMessage, PgWireFrontendMessage};
+use pgwire::tokio::server::{PgWireMessageServerCodec, process_error, process_message};
+use tokio_util::codec::Framed;
+
+use self::answer::Answerer;
+use self::parse::Statement;
+use super::service::Service;
+use crate::postgres::Stream;
+use crate::shutdown::Tasks;
+
+/// Serves the console. Cheap to clone.
+#[derive(Clone)]
+pub struct Console {
+    service: Service,
+    tasks: Tasks,
+}
+
+/// pgwire asks for a startup handler; the proxy has done the startup.
+struct StartupDone;
+
+impl NoopStartupHandler for StartupDone {}
+
+impl Console {
+    /// A console over `service`; its sessions end when `tasks` are told to stop.
+    pub fn new(service: Service, tasks: Tasks) -> Self {
+        Self { service, tasks }
+    }
+
+    /// Serves one client until it goes. It has been sent AuthenticationOk and nothing more.
+    pub async fn serve(self, stream: Stream, user: String) {
+        let mut session = Session::new(stream);
+        let answerer = Arc::new(Answerer::new(self.service, user));
+        let outcome = tokio::select! {
+            outcome = session.run(&answerer) => outcome,
+            // Safe to drop: what an order has begun runs in a task of the service.
+            () = self.tasks.stopping() => Ok(()),
+        };
+        if let Err(error) = outcome {
+            tracing::debug!(%error, "console session lost");
+        }
+    }
+}
+
+struct Session {
+    socket: Framed<Stream, PgWireMessageServerCodec<Statement>>,
+}
+
+impl Session {
+    fn new(stream: Stream) -> Self {
+        // The address is not used: there is no authentication left to do.
+        let nowhere = std::net::SocketAddr::from(([127, 0, 0, 1], 0));
+        let client = DefaultClient::new(nowhere, stream.is_private());
+        Self { socket: Framed::new(stream, PgWireMessageServerCodec::new(client)) }
+    }
+
+    async fn run(&mut self, answerer: &Arc<Answerer>) -> Result<(), std::io::Error> {
+        self.greet().await?;
+        let (startup, nothing) = (Arc::new(StartupDone), Arc::new(NoopHandler));
+        while let Some(message) = self.socket.next().await {
+            let message = message.map_err(std::io::Error::other)?;
+            if matches!(message, PgWireFrontendMessage::Terminate(_)) {
+                return Ok(());
+            }
+            let is_extended = message.is_extended_query();
+            let result = Box::pin(process_message(
+                message,
+                &mut self.socket,
+                startup.clone(),
+                answerer.clone(),
+                answerer.clone(),
+                nothing.clone(),
+                nothing.clone(),
+            ));
+            if let Err(error) = result.await {
+                process_error(&mut self.socket, error, is_extended).await?;
+            }
+        }
+        Ok(())
+    }
+
+    /// What a server says between AuthenticationOk and its first ReadyForQuery.
+    async fn greet(&mut self) -> Result<(), std::io::Error> {
+        let parameters = [
+            // Drivers read features off the number in front.
+            ("server_version", concat!("15.0 (pgcutover ", env!("CARGO_PKG_VERSION"), ")")),
+            ("server_encoding", "UTF8"),
+            ("client_encoding", "UTF8"),
+            ("DateStyle", "ISO, MDY"),
+            ("IntervalStyle", "postgres"),
+            ("TimeZone", "UTC"),
+            ("integer_datetimes", "on"),
+            ("standard_conforming_strings", "on"),
+            ("is_superuser", "off"),
+        ];
+        for (name, value) in parameters {
+            let status = ParameterStatus::new(name.to_owned(), value.to_owned());
+            self.socket.feed(PgWireBackendMessage::ParameterStatus(status)).await?;
+        }
+        // A key that cancels nothing: orders run to their end.
+        let key = BackendKeyData::new(0, SecretKey::I32(0));
+        self.socket.feed(PgWireBackendMessage::BackendKeyData(key)).await?;
+        self.socket.set_state(PgWireConnectionState::ReadyForQuery);
+        let ready = ReadyForQuery::new(TransactionStatus::Idle);
+        self.socket.send(PgWireBackendMessage::ReadyForQuery(ready)).await
+    }
+}

@@ -1,0 +1,430 @@
+//! The console's language: text to [`Statement`]. Pure.
+//!
+//! Keywords are not case-sensitive; names are, and need quotes only when they hold spaces or commas.
+
+use std::time::Duration;
+
+use crate::admin::command::{Command, CutoverRequest, Filter};
+use crate::admin::error::{AdminError, ErrorKind};
+use crate::admin::service::migration_name;
+use crate::config::{Stragglers, nearest, units};
+use crate::migration::view::{MigrationName, MigrationOption, MigrationSpec, Mode};
+
+/// One statement of a client.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Statement {
+    /// An order.
+    Command(Command),
+    /// Something that drivers send and that has no effect here.
+    NoEffect(NoEffect),
+}
+
+/// What drivers send without meaning us.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum NoEffect {
+    /// `BEGIN`, `START TRANSACTION`
+    Begin,
+    /// `COMMIT`, `END`
+    Commit,
+    /// `ROLLBACK`, `ABORT`
+    Rollback,
+    /// `SET`
+    Set,
+    /// `RESET`
+    Reset,
+    /// `DISCARD`
+    Discard,
+    /// `DEALLOCATE`
+    Deallocate,
+}
+
+impl NoEffect {
+    /// The tag it is answered with.
+    pub fn tag(self) -> &'static str {
+        match self {
+            Self::Begin => "BEGIN",
+            Self::Commit => "COMMIT",
+            Self::Rollback => "ROLLBACK",
+            Self::Set => "SET",
+            Self::Reset => "RESET",
+            Self::Discard => "DISCARD ALL",
+            Self::Deallocate => "DEALLOCATE",
+        }
+    }
+}
+
+/// A word, and whether it was quoted.
+#[derive(Clone, Debug, PartialEq, Eq)]
+struct Word {
+    text: String,
+    quoted: bool,
+}
+
+const VERBS: &str = "SHOW CREATE CUTOVER CANCEL RETRY RELOAD KILL SHUTDOWN PAUSE RESUME RECONNECT ROLLBACK COMPLETE \
+    VERIFY BEGIN COMMIT SET RESET DISCARD DEALLOCATE";
+const SHOWN: &str = "HELP VERSION CONFIG DATABASES POOLS CLIENTS SERVERS STATS LISTS USERS STATUS MEMBERS BLOCKERS \
+    MIGRATIONS MIGRATION TABLES VALIDATION CUTOVER";
+const OPTIONS: [(&str, MigrationOption); 3] = [
+    ("validate", MigrationOption::Validate),
+    ("migrate", MigrationOption::Migrate),
+    ("validate-and-migrate", MigrationOption::ValidateAndMigrate),
+];
+
+/// Splits a simple query into its statements, at semicolons outside of quotes.
+pub fn split(text: &str) -> Vec<&str> {
+    let (mut parts, mut start, mut quote) = (Vec::new(), 0, None);
+    for (index, byte) in text.bytes().enumerate() {
+        match (quote, byte) {
+            (None, b'\'' | b'"') => quote = Some(byte),
+            (Some(open), close) if open == close => quote = None,
+            (None, b';') => {
+                parts.push(&text[start..index]);
+                start = index + 1;
+            }
+            (None | Some(_), _) => {}
+        }
+    }
+    parts.push(&text[start..]);
+    parts.retain(|part| !part.trim().is_empty());
+    parts
+}
+
+/// Reads one statement.
+pub fn parse(text: &str) -> Result<Statement, AdminError> {
+    let words = words(text)?;
+    let mut rest = Words { words: &words };
+    let Some(verb) = rest.keyword() else { return Err(syntax("there is no statement")) };
+    if let Some(nothing) = no_effect(&verb, &rest) {
+        return Ok(Statement::NoEffect(nothing));
+    }
+    let command = match verb.as_str() {
+        "SHOW" => show(&mut rest)?,
+        "CREATE" => create(&mut rest)?,
+        "CUTOVER" => cutover(&mut rest)?,
+        "CANCEL" => Command::Cancel(rest.named_migration()?),
+        "RETRY" => Command::Retry(rest.named_migration()?),
+        "RELOAD" => Command::Reload,
+        "SHUTDOWN" => Command::Shutdown,
+        "KILL" => kill(&mut rest)?,
+        "PAUSE" | "RESUME" | "RECONNECT" | "ROLLBACK" | "COMPLETE" | "VERIFY" => {
+            return Err(AdminError::new(ErrorKind::Unsupported, format!("{verb} is not available in this version")));
+        }
+        _ => return Err(unknown("command", &verb, VERBS)),
+    };
+    match rest.words.first() {
+        None => Ok(Statement::Command(command)),
+        Some(word) => Err(syntax(format!("syntax error at or near {:?}", word.text))),
+    }
+}
+
+fn no_effect(verb: &str, rest: &Words<'_>) -> Option<NoEffect> {
+    match verb {
+        "BEGIN" | "START" => Some(NoEffect::Begin),
+        "COMMIT" | "END" => Some(NoEffect::Commit),
+        // With a name it will be an order of ours.
+        "ROLLBACK" | "ABORT" if rest.is_of_transaction() => Some(NoEffect::Rollback),
+        "SET" => Some(NoEffect::Set),
+        "RESET" => Some(NoEffect::Reset),
+        "DISCARD" => Some(NoEffect::Discard),
+        "DEALLOCATE" => Some(NoEffect::Deallocate),
+        _ => None,
+    }
+}
+
+fn show(rest: &mut Words<'_>) -> Result<Command, AdminError> {
+    let Some(what) = rest.keyword() else { return Ok(Command::Help) };
+    Ok(match what.as_str() {
+        "HELP" => Command::Help,
+        "VERSION" => Command::Version,
+        "CONFIG" => Command::Config,
+        "DATABASES" => Command::Databases,
+        "POOLS" => Command::Pools,
+        "CLIENTS" => Command::Clients,
+        "SERVERS" => Command::Servers,
+        "STATS" => Command::Stats,
+        "LISTS" => Command::Lists,
+        "USERS" => Command::Users,
+        "STATUS" => Command::Status,
+        "MEMBERS" => Command::Members,
+        "BLOCKERS" => Command::Blockers,
+        "MIGRATIONS" if rest.take("ACTIVE") => Command::Migrations(Filter::Active),
+        "MIGRATIONS" => Command::Migrations(Filter::All),
+        "MIGRATION" => Command::Migration(rest.migration()?),
+        "TABLES" => Command::Tables(rest.migration()?),
+        "VALIDATION" => Command::Validation(rest.migration()?),
+        "CUTOVER" => Command::CutoverOf(rest.migration()?),
+        _ => return Err(unknown("SHOW", &what, SHOWN)),
+    })
+}
+
+fn create(rest: &mut Words<'_>) -> Result<Command, AdminError> {
+    rest.expect("MIGRATION")?;
+    let mut spec = MigrationSpec {
+        name: rest.migration()?,
+        databases: Vec::new(),
+        mode: Mode::Online,
+        option: MigrationOption::ValidateAndMigrate,
+        overwrite_target: false,
+        cutover_when_ready: false,
+    };
+    while let Some(option) = rest.keyword() {
+        match option.as_str() {
+            "DATABASE" | "DATABASES" => {
+                spec.databases.push(rest.text("a database")?);
+                while rest.take(",") {
+                    spec.databases.push(rest.text("a database")?);
+                }
+            }
+            "MODE" => spec.mode = rest.choice("MODE", &[("online", Mode::Online), ("offline", Mode::Offline)])?,
+            "OPTION" => spec.option = rest.choice("OPTION", &OPTIONS)?,
+            "OVERWRITE" => {
+                rest.expect("TARGET")?;
+                spec.overwrite_target = true;
+            }
+            "CUTOVER" => {
+                rest.expect("WHEN")?;
+                rest.expect("READY")?;
+                spec.cutover_when_ready = true;
+            }
+            _ => return Err(unknown("option", &option, "DATABASES MODE OPTION OVERWRITE CUTOVER")),
+        }
+    }
+    Ok(Command::Create(spec))
+}
+
+fn cutover(rest: &mut Words<'_>) -> Result<Command, AdminError> {
+    let name = rest.named_migration()?;
+    let mut request = CutoverRequest::default();
+    while let Some(option) = rest.keyword() {
+        match option.as_str() {
+            "DRY" => {
+                rest.expect("RUN")?;
+                request.dry_run = true;
+            }
+            "MAX" => {
+                rest.expect("PAUSE")?;
+                request.max_pause = Some(rest.duration()?);
+            }
+            "DRAIN" => {
+                rest.expect("TIMEOUT")?;
+                request.drain_timeout = Some(rest.duration()?);
+            }
+            "STRAGGLERS" => {
+                let choices = [("abort", Stragglers::Abort), ("terminate", Stragglers::Terminate)];
+                request.stragglers = Some(rest.choice("STRAGGLERS", &choices)?);
+            }
+            _ => return Err(unknown("option", &option, "DRY MAX DRAIN STRAGGLERS")),
+        }
+    }
+    Ok(Command::Cutover(name, request))
+}
+
+fn kill(rest: &mut Words<'_>) -> Result<Command, AdminError> {
+    let text = rest.text("a process id")?;
+    let pid = text.parse().map_err(|_| syntax(format!("{text:?} is not a process id")))?;
+    Ok(Command::Kill(pid))
+}
+
+/// The words that are not read yet.
+struct Words<'a> {
+    words: &'a [Word],
+}
+
+impl Words<'_> {
+    /// Whether what follows ROLLBACK is the transaction's and not a migration's name.
+    fn is_of_transaction(&self) -> bool {
+        let known = ["WORK", "TRANSACTION", "AND", "TO"];
+        let of = |word: &Word| !word.quoted && known.iter().any(|known| word.text.eq_ignore_ascii_case(known));
+        self.words.first().is_none_or(of)
+    }
+
+    /// The next word in capitals, if there is one.
+    fn keyword(&mut self) -> Option<String> {
+        let (word, rest) = self.words.split_first()?;
+        self.words = rest;
+        Some(word.text.to_ascii_uppercase())
+    }
+
+    /// Takes the next word if it is `keyword`.
+    fn take(&mut self, keyword: &str) -> bool {
+        let found = self.words.first().is_some_and(|word| !word.quoted && word.text.eq_ignore_ascii_case(keyword));
+        if found {
+            self.words = &self.words[1..];
+        }
+        found
+    }
+
+    fn expect(&mut self, keyword: &str) -> Result<(), AdminError> {
+        if self.take(keyword) {
+            return Ok(());
+        }
+        let found = self.words.first().map_or("the end".to_owned(), |word| format!("{:?}", word.text));
+        Err(syntax(format!("expected {keyword}, found {found}")))
+    }
+
+    fn text(&mut self, what: &str) -> Result<String, AdminError> {
+        let (word, rest) = self.words.split_first().ok_or_else(|| syntax(format!("{what} is missing")))?;
+        self.words = rest;
+        Ok(word.text.clone())
+    }
+
+    fn migration(&mut self) -> Result<MigrationName, AdminError> {
+        migration_name(&self.text("the name of a migration")?)
+    }
+
+    /// `name` or `MIGRATION name`.
+    fn named_migration(&mut self) -> Result<MigrationName, AdminError> {
+        if self.words.len() > 1 {
+            self.take("MIGRATION");
+        }
+        self.migration()
+    }
+
+    fn duration(&mut self) -> Result<Duration, AdminError> {
+        units::parse_duration(&self.text("a duration")?).map_err(syntax)
+    }
+
+    fn choice<T: Copy>(&mut self, what: &str, choices: &[(&str, T)]) -> Result<T, AdminError> {
+        let text = self.text(&format!("the value of {what}"))?;
+        let found = choices.iter().find(|(word, _)| text.eq_ignore_ascii_case(word));
+        let words: Vec<&str> = choices.iter().map(|(word, _)| *word).collect();
+        found.map(|(_, value)| *value).ok_or_else(|| unknown(what, &text, &words.join(" ")))
+    }
+}
+
+fn words(text: &str) -> Result<Vec<Word>, AdminError> {
+    let mut words = Vec::new();
+    let mut chars = text.trim().trim_end_matches(';').chars().peekable();
+    while let Some(&next) = chars.peek() {
+        match next {
+            c if c.is_whitespace() => {
+                chars.next();
+            }
+            ',' | '=' => {
+                chars.next();
+                words.push(Word { text: next.to_string(), quoted: false });
+            }
+            '\'' | '"' => {
+                chars.next();
+                words.push(Word { text: quoted(&mut chars, next)?, quoted: true });
+            }
+            _ => {
+                let mut text = String::new();
+                while let Some(c) = chars.next_if(|c| !c.is_whitespace() && !matches!(c, ',' | '=' | '\'' | '"')) {
+                    text.push(c);
+                }
+                words.push(Word { text, quoted: false });
+            }
+        }
+    }
+    Ok(words)
+}
+
+/// What stands before the closing quote; a doubled quote is one.
+fn quoted(chars: &mut std::iter::Peekable<std::str::Chars<'_>>, quote: char) -> Result<String, AdminError> {
+    let mut text = String::new();
+    while let Some(c) = chars.next() {
+        if c != quote {
+            text.push(c);
+        } else if chars.next_if_eq(&quote).is_some() {
+            text.push(quote);
+        } else {
+            return Ok(text);
+        }
+    }
+    Err(syntax("unterminated quote"))
+}
+
+fn syntax(message: impl Into<String>) -> AdminError {
+    AdminError::new(ErrorKind::Invalid, message).hint("SHOW HELP lists the commands")
+}
+
+/// `known`: words separated by spaces.
+fn unknown(what: &str, word: &str, known: &str) -> AdminError {
+    let known: Vec<&str> = known.split_whitespace().collect();
+    let near = nearest(&word.to_ascii_uppercase(), &known).or_else(|| nearest(word, &known));
+    let near = near.map(|near| format!("; did you mean {near}?")).unwrap_or_default();
+    syntax(format!("unknown {what} {word:?}{near}"))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn name(text: &str) -> MigrationName {
+        text.parse().expect("valid")
+    }
+
+    fn command(text: &str) -> Command {
+        match parse(text) {
+            Ok(Statement::Command(command)) => command,
+            other => panic!("{text}: {other:?}"),
+        }
+    }
+
+    #[test]
+    fn orders_are_read() {
+        assert_eq!(command("show help"), Command::Help);
+        assert_eq!(command(" SHOW Migrations ; "), Command::Migrations(Filter::All));
+        assert_eq!(command("SHOW MIGRATIONS ACTIVE"), Command::Migrations(Filter::Active));
+        assert_eq!(command("SHOW TABLES shop-1"), Command::Tables(name("shop-1")));
+        assert_eq!(command("SHOW CUTOVER 'shop'"), Command::CutoverOf(name("shop")));
+        assert_eq!(command("CUTOVER shop"), Command::Cutover(name("shop"), CutoverRequest::default()));
+        assert_eq!(command("CUTOVER MIGRATION migration"), command("cutover migration"));
+        let request = CutoverRequest {
+            dry_run: true,
+            max_pause: Some(Duration::from_secs(2)),
+            drain_timeout: Some(Duration::from_millis(500)),
+            stragglers: Some(Stragglers::Terminate),
+        };
+        let text = "CUTOVER shop DRY RUN MAX PAUSE '2s' DRAIN TIMEOUT 500ms STRAGGLERS terminate";
+        assert_eq!(command(text), Command::Cutover(name("shop"), request));
+        assert_eq!(command("KILL 42"), Command::Kill(42));
+        let spec = MigrationSpec {
+            name: name("shop"),
+            databases: vec!["shop".to_owned(), "a, \"b\"".to_owned()],
+            mode: Mode::Offline,
+            option: MigrationOption::Migrate,
+            overwrite_target: true,
+            cutover_when_ready: true,
+        };
+        let text = "CREATE MIGRATION shop DATABASES shop, \"a, \"\"b\"\"\" MODE offline OPTION migrate \
+                    OVERWRITE TARGET CUTOVER WHEN READY";
+        assert_eq!(command(text), Command::Create(spec));
+    }
+
+    #[test]
+    fn what_drivers_send_has_no_effect() {
+        let sent = "BEGIN|begin isolation level serializable|SET extra_float_digits = 3|ROLLBACK|ROLLBACK WORK|COMMIT|\
+                    DISCARD ALL|RESET ALL|SET client_encoding TO 'UTF8'";
+        for text in sent.split('|') {
+            assert!(matches!(parse(text), Ok(Statement::NoEffect(_))), "{text}");
+        }
+    }
+
+    #[test]
+    fn what_is_not_understood_is_named() {
+        for (text, message) in [
+            ("SHOW MIGRATONS", "unknown SHOW \"MIGRATONS\"; did you mean MIGRATIONS?"),
+            ("SELECT 1", "unknown command \"SELECT\""),
+            ("CUTOVR shop", "unknown command \"CUTOVR\"; did you mean CUTOVER?"),
+            ("CUTOVER", "the name of a migration is missing"),
+            ("CUTOVER shop DRY", "expected RUN, found the end"),
+            ("CUTOVER shop MAX PAUSE 5", "\"5\" is not a duration"),
+            ("SHOW HELP me", "syntax error at or near \"me\""),
+            ("SHOW TABLES -x", "\"-x\" is not a migration name"),
+            ("KILL me", "\"me\" is not a process id"),
+            ("SHOW 'HELP", "unterminated quote"),
+        ] {
+            let error = parse(text).expect_err(text);
+            assert!(error.message.starts_with(message), "{text}: {error}");
+            assert_eq!(error.kind, ErrorKind::Invalid);
+        }
+        assert_eq!(parse("ROLLBACK shop").expect_err("planned").kind, ErrorKind::Unsupported);
+    }
+
+    #[test]
+    fn statements_are_split_outside_of_quotes() {
+        assert_eq!(split("SHOW HELP; SHOW TABLES 'a;b';;"), ["SHOW HELP", " SHOW TABLES 'a;b'"]);
+    }
+}

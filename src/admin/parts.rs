@@ -1,0 +1,60 @@
+//! What the service drives, as traits: the engine, the cutover, the sessions and the daemon itself.
+//!
+//! They keep this layer testable without servers, and the same test drives console and HTTP against one fake.
+
+use async_trait::async_trait;
+
+use super::command::CutoverRequest;
+use super::error::AdminError;
+use super::view::{BlockerView, ClientView, CutoverView, MemberView};
+use crate::config::Changes;
+use crate::migration::preflight::RuleResult;
+use crate::migration::view::{CancelReport, MigrationName, MigrationSpec, MigrationView, TableView};
+
+/// The engine's side.
+#[async_trait]
+pub trait Migrations: Send + Sync {
+    /// Accepts a migration; its work begins in the background.
+    async fn create(&self, spec: MigrationSpec) -> Result<(), AdminError>;
+    /// Every migration, newest first.
+    async fn list(&self) -> Result<Vec<MigrationView>, AdminError>;
+    /// One migration.
+    async fn show(&self, name: &MigrationName) -> Result<MigrationView, AdminError>;
+    /// Its tables.
+    async fn tables(&self, name: &MigrationName) -> Result<Vec<TableView>, AdminError>;
+    /// The answers of its premigration validation; empty while there are none.
+    async fn validation(&self, name: &MigrationName) -> Result<Vec<RuleResult>, AdminError>;
+    /// Removes what it made.
+    async fn cancel(&self, name: &MigrationName) -> Result<CancelReport, AdminError>;
+    /// Goes on after a failure.
+    async fn retry(&self, name: &MigrationName) -> Result<(), AdminError>;
+}
+
+/// The cutover's side.
+#[async_trait]
+pub trait Cutovers: Send + Sync {
+    /// Runs a cutover to its end. Must not be dropped half way: the service runs it in a task of its own.
+    async fn run(&self, name: &MigrationName, request: CutoverRequest) -> Result<CutoverView, AdminError>;
+    /// The cutover that runs, or the last one; `None`: there was none since this process began.
+    async fn progress(&self, name: &MigrationName) -> Result<Option<CutoverView>, AdminError>;
+    /// What would keep sessions from being moved.
+    async fn blockers(&self) -> Result<Vec<BlockerView>, AdminError>;
+    /// The proxies that take part.
+    async fn members(&self) -> Result<Vec<MemberView>, AdminError>;
+}
+
+/// The proxy's side.
+pub trait Clients: Send + Sync {
+    /// Every client session.
+    fn list(&self) -> Vec<ClientView>;
+    /// Ends the session whose server side has this process id, with 57P01. False: there is none.
+    fn end(&self, backend_pid: i32) -> bool;
+}
+
+/// The daemon's side.
+pub trait Daemon: Send + Sync {
+    /// Reads the configuration again and applies what can change live.
+    fn reload(&self) -> Result<Changes, AdminError>;
+    /// Begins an orderly shutdown.
+    fn shutdown(&self);
+}

@@ -1,0 +1,340 @@
+//! What an order is answered with: typed for HTTP and the command line, a table for the console.
+
+use serde_json::Value;
+
+use super::table::Kind::{Float, Integer, Text};
+use super::table::{Cell, Column, Table};
+use super::view::{BlockerView, CutoverView, MemberView, StatusView};
+use super::{command::Command, show};
+use crate::config::Changes;
+use crate::migration::preflight::{Level, RuleResult};
+use crate::migration::view::{CancelReport, MigrationView, TableView};
+
+/// An answer.
+#[derive(Clone, Debug, PartialEq)]
+pub enum Reply {
+    /// Rows that have no shape of their own beside the table.
+    Table(Table),
+    /// `status`
+    Status(Box<StatusView>),
+    /// Migrations, newest first.
+    Migrations(Vec<MigrationView>),
+    /// One migration.
+    Migration(Box<MigrationView>),
+    /// Its tables.
+    Tables(Vec<TableView>),
+    /// Its premigration validation.
+    Validation(Vec<RuleResult>),
+    /// A cutover; `None`: there was none.
+    Cutover(Option<CutoverView>),
+    /// What stands in the way of a cutover.
+    Blockers(Vec<BlockerView>),
+    /// Proxies.
+    Members(Vec<MemberView>),
+    /// What a cancel removed and left.
+    Cancelled(CancelReport),
+    /// What a reload changed.
+    Reloaded(Changes),
+    /// It is done; the tag says what.
+    Done(&'static str),
+}
+
+const MIGRATIONS: &[Column] = &[
+    ("name", Text),
+    ("status", Text),
+    ("substatus", Text),
+    ("migration_mode", Text),
+    ("migration_type", Text),
+    ("source_server", Text),
+    ("source_server_type", Text),
+    ("databases", Text),
+    ("duration_seconds", Float),
+    ("start_time", Text),
+];
+const MIGRATION: &[Column] = &[
+    ("database", Text),
+    ("state", Text),
+    ("latency_bytes", Integer),
+    ("latency_seconds", Float),
+    ("pending_changes", Integer),
+    ("tables_ready", Integer),
+    ("tables_total", Integer),
+    ("status", Text),
+    ("substatus", Text),
+    ("error", Text),
+    ("hint", Text),
+];
+const TABLES: &[Column] = &[
+    ("database", Text),
+    ("schema", Text),
+    ("table", Text),
+    ("full_load", Text),
+    ("rows", Integer),
+    ("rows_total", Integer),
+    ("bytes", Integer),
+    ("bytes_total", Integer),
+    ("inserts", Integer),
+    ("updates", Integer),
+    ("deletes", Integer),
+    ("truncates", Integer),
+    ("pending", Integer),
+    ("indexes", Text),
+    ("verification", Text),
+    ("error", Text),
+];
+const VALIDATION: &[Column] = &[
+    ("level", Text),
+    ("database", Text),
+    ("rule", Text),
+    ("result", Text),
+    ("evidence", Text),
+    ("why", Text),
+    ("fix", Text),
+];
+const CUTOVER: &[Column] = &[
+    ("outcome", Text),
+    ("reason", Text),
+    ("pause_ms", Float),
+    ("prepare_ms", Float),
+    ("pause_phase_ms", Float),
+    ("drain_ms", Float),
+    ("decide_ms", Float),
+    ("switch_ms", Float),
+    ("sessions_moved", Integer),
+    ("sessions_ended", Integer),
+];
+const BLOCKERS: &[Column] = &[
+    ("database", Text),
+    ("pid", Integer),
+    ("user", Text),
+    ("application_name", Text),
+    ("client", Text),
+    ("code", Text),
+    ("reason", Text),
+    ("hint", Text),
+];
+const MEMBERS: &[Column] = &[("instance", Text), ("address", Text), ("role", Text), ("version", Text)];
+const CANCEL: &[Column] =
+    &[("result", Text), ("side", Text), ("database", Text), ("kind", Text), ("name", Text), ("reason", Text)];
+const RELOAD: &[Column] = &[("key", Text), ("result", Text)];
+const STATUS: &[Column] = &[
+    ("database", Text),
+    ("server", Text),
+    ("epoch", Integer),
+    ("held", Text),
+    ("sessions", Integer),
+    ("inside", Integer),
+    ("reason", Text),
+];
+
+/// The columns that `command` is answered with; `None`: it is answered with a tag alone.
+pub fn columns(command: &Command) -> Option<&'static [Column]> {
+    match command {
+        Command::Help => Some(show::HELP),
+        Command::Version => Some(show::VERSION),
+        Command::Config => Some(show::CONFIG),
+        Command::Databases => Some(show::DATABASES),
+        Command::Pools => Some(show::POOLS),
+        Command::Clients | Command::Servers => Some(show::SESSIONS),
+        Command::Stats => Some(show::STATS),
+        Command::Lists => Some(show::LISTS),
+        Command::Users => Some(show::USERS),
+        Command::Members => Some(MEMBERS),
+        Command::Blockers => Some(BLOCKERS),
+        Command::Status => Some(STATUS),
+        Command::Migrations(_) => Some(MIGRATIONS),
+        Command::Migration(_) => Some(MIGRATION),
+        Command::Tables(_) => Some(TABLES),
+        Command::Validation(_) => Some(VALIDATION),
+        Command::CutoverOf(_) | Command::Cutover(..) => Some(CUTOVER),
+        Command::Cancel(_) => Some(CANCEL),
+        Command::Reload => Some(RELOAD),
+        Command::Create(_) | Command::Retry(_) | Command::Kill(_) | Command::Shutdown => None,
+    }
+}
+
+impl Reply {
+    /// The shape that scripts rely on.
+    pub fn to_json(&self) -> Result<Value, serde_json::Error> {
+        match self {
+            Self::Table(table) => Ok(table.to_json()),
+            Self::Status(status) => serde_json::to_value(status),
+            Self::Migrations(migrations) => serde_json::to_value(migrations),
+            Self::Migration(migration) => serde_json::to_value(migration),
+            Self::Tables(tables) => serde_json::to_value(tables),
+            Self::Validation(rules) => serde_json::to_value(rules),
+            Self::Cutover(cutover) => serde_json::to_value(cutover),
+            Self::Blockers(blockers) => serde_json::to_value(blockers),
+            Self::Members(members) => serde_json::to_value(members),
+            Self::Cancelled(report) => serde_json::to_value(report),
+            Self::Reloaded(changes) => serde_json::to_value(changes),
+            Self::Done(tag) => Ok(serde_json::json!({ "done": tag })),
+        }
+    }
+
+    /// The answer as rows, or the tag of an answer that has none.
+    pub fn into_table(self) -> Result<Table, &'static str> {
+        let filled = |columns, rows| Ok(Table { columns, rows });
+        match self {
+            Self::Table(table) => Ok(table),
+            Self::Status(status) => filled(STATUS, status.routes.iter().map(route_row).collect()),
+            Self::Migrations(migrations) => filled(MIGRATIONS, migrations.iter().map(migration_row).collect()),
+            Self::Migration(migration) => filled(MIGRATION, database_rows(&migration)),
+            Self::Tables(tables) => filled(TABLES, tables.iter().map(table_row).collect()),
+            Self::Validation(rules) => filled(VALIDATION, rules.iter().map(rule_row).collect()),
+            Self::Cutover(cutover) => filled(CUTOVER, cutover.iter().map(cutover_row).collect()),
+            Self::Blockers(blockers) => filled(BLOCKERS, blockers.into_iter().map(blocker_row).collect()),
+            Self::Members(members) => filled(MEMBERS, members.into_iter().map(member_row).collect()),
+            Self::Cancelled(report) => filled(CANCEL, cancel_rows(&report)),
+            Self::Reloaded(changes) => filled(RELOAD, reload_rows(&changes)),
+            Self::Done(tag) => Err(tag),
+        }
+    }
+}
+
+fn route_row(route: &super::view::RouteView) -> Vec<Cell> {
+    vec![
+        route.database.clone().into(),
+        route.server.map(|server| server.to_string()).into(),
+        route.epoch.into(),
+        if route.held { "yes" } else { "no" }.into(),
+        route.sessions.into(),
+        route.inside.into(),
+        route.reason.clone().into(),
+    ]
+}
+
+/// The word that serde writes for a unit variant.
+fn word(value: impl serde::Serialize) -> String {
+    serde_json::to_value(value).ok().and_then(|value| value.as_str().map(str::to_owned)).unwrap_or_default()
+}
+
+fn migration_row(migration: &MigrationView) -> Vec<Cell> {
+    let databases: Vec<&str> = migration.databases.iter().map(|database| database.name.as_str()).collect();
+    vec![
+        migration.name.clone().into(),
+        migration.state.clone().into(),
+        migration.substate.clone().into(),
+        word(migration.mode).into(),
+        word(migration.option).into(),
+        migration.source.clone().into(),
+        Cell::Null,
+        databases.join(",").into(),
+        migration.duration_seconds.into(),
+        show::timestamp(migration.started_at).into(),
+    ]
+}
+
+/// One row a database; a migration that has none yet is one row all the same.
+fn database_rows(migration: &MigrationView) -> Vec<Vec<Cell>> {
+    let error = migration.error.as_ref();
+    let tail = [
+        Cell::from(migration.state.clone()),
+        Cell::from(migration.substate.clone()),
+        Cell::from(error.map(ToString::to_string)),
+        Cell::from(error.and_then(|error| error.hint.clone())),
+    ];
+    let mut rows: Vec<Vec<Cell>> = migration
+        .databases
+        .iter()
+        .map(|database| {
+            vec![
+                database.name.clone().into(),
+                database.state.clone().into(),
+                database.latency_bytes.into(),
+                database.latency_seconds.into(),
+                database.pending_changes.into(),
+                database.tables_ready.into(),
+                database.tables_total.into(),
+            ]
+        })
+        .collect();
+    if rows.is_empty() {
+        rows.push(vec![Cell::Null; MIGRATION.len() - tail.len()]);
+    }
+    rows.iter_mut().for_each(|row| row.extend(tail.iter().cloned()));
+    rows
+}
+
+fn table_row(table: &TableView) -> Vec<Cell> {
+    let (load, sync) = (&table.full_load, &table.incremental_sync);
+    vec![
+        table.database.clone().into(),
+        table.schema.clone().into(),
+        table.name.clone().into(),
+        load.state.clone().into(),
+        load.rows.into(),
+        load.rows_total.into(),
+        load.bytes.into(),
+        load.bytes_total.into(),
+        sync.inserts.into(),
+        sync.updates.into(),
+        sync.deletes.into(),
+        sync.truncates.into(),
+        sync.pending.into(),
+        table.indexes.clone().into(),
+        table.verification.clone().into(),
+        table.error.as_ref().map(ToString::to_string).into(),
+    ]
+}
+
+fn rule_row(rule: &RuleResult) -> Vec<Cell> {
+    let (level, database) = match &rule.level {
+        Level::Instance => ("instance", Cell::Null),
+        Level::Database(name) => ("database", name.clone().into()),
+    };
+    vec![
+        level.into(),
+        database,
+        rule.code.clone().into(),
+        word(rule.outcome).into(),
+        rule.evidence.join("; ").into(),
+        rule.why.clone().into(),
+        rule.fix.clone().into(),
+    ]
+}
+
+fn cutover_row(cutover: &CutoverView) -> Vec<Cell> {
+    let mut row = vec![cutover.outcome.clone().into(), cutover.reason.clone().into(), cutover.pause_ms.into()];
+    row.extend(cutover.phases_ms.pairs().map(|(_, length)| length.into()));
+    row.extend([cutover.sessions_moved.into(), cutover.sessions_ended.into()]);
+    row
+}
+
+fn blocker_row(blocker: BlockerView) -> Vec<Cell> {
+    vec![
+        blocker.database.into(),
+        blocker.pid.into(),
+        blocker.user.into(),
+        blocker.application_name.into(),
+        blocker.client.into(),
+        blocker.code.into(),
+        blocker.reason.into(),
+        blocker.hint.into(),
+    ]
+}
+
+fn member_row(member: MemberView) -> Vec<Cell> {
+    vec![member.instance.into(), member.address.into(), member.role.into(), member.version.into()]
+}
+
+fn cancel_rows(report: &CancelReport) -> Vec<Vec<Cell>> {
+    let row = |result: &str, object: &crate::catalog::journal::MadeObject, reason: Cell| {
+        vec![
+            result.into(),
+            object.side.to_string().into(),
+            object.database.clone().into(),
+            object.kind.clone().into(),
+            object.name.clone().into(),
+            reason,
+        ]
+    };
+    let removed = report.removed.iter().map(|object| row("removed", object, Cell::Null));
+    let left = report.left.iter().map(|left| row("left", &left.object, left.reason.clone().into()));
+    removed.chain(left).collect()
+}
+
+fn reload_rows(changes: &Changes) -> Vec<Vec<Cell>> {
+    let row = |result: &'static str| move |key: &String| vec![key.clone().into(), result.into()];
+    changes.applied.iter().map(row("applied")).chain(changes.needs_restart.iter().map(row("needs a restart"))).collect()
+}

@@ -1,0 +1,237 @@
+//! Carries out orders.
+//!
+//! What changes state runs in a task of its own: an operator who hangs up must not stop a cutover half way.
+
+use std::sync::Arc;
+use std::time::Instant;
+
+use arc_swap::ArcSwap;
+
+use super::command::{Command, CutoverRequest, Filter};
+use super::error::{AdminError, ErrorKind};
+use super::parts::{Clients, Cutovers, Daemon, Migrations};
+use super::reply::Reply;
+use super::show;
+use super::view::{MigrationBrief, RouteView, StatusView};
+use crate::config::{Config, Server};
+use crate::migration::view::{MigrationName, MigrationView};
+use crate::shutdown::Tasks;
+use crate::switch::{Route, Switchboard};
+use crate::telemetry::metrics::Metrics;
+
+/// What the service works with.
+pub struct ServiceDeps {
+    /// The configuration in force; a reload replaces it.
+    pub config: Arc<ArcSwap<Config>>,
+    /// Routes.
+    pub switchboard: Arc<Switchboard>,
+    /// Counters.
+    pub metrics: Arc<Metrics>,
+    /// The engine.
+    pub migrations: Arc<dyn Migrations>,
+    /// The cutover.
+    pub cutovers: Arc<dyn Cutovers>,
+    /// The sessions.
+    pub clients: Arc<dyn Clients>,
+    /// The process.
+    pub daemon: Arc<dyn Daemon>,
+    /// Owner of the orders that run.
+    pub tasks: Tasks,
+}
+
+/// Carries out orders for console, HTTP and command line. Cheap to clone.
+#[derive(Clone)]
+pub struct Service(Arc<Inner>);
+
+struct Inner {
+    deps: ServiceDeps,
+    started: Instant,
+}
+
+impl Service {
+    /// A service over these parts.
+    pub fn new(deps: ServiceDeps) -> Self {
+        Self(Arc::new(Inner { deps, started: Instant::now() }))
+    }
+
+    /// The configuration in force.
+    pub fn config(&self) -> Arc<Config> {
+        self.0.deps.config.load_full()
+    }
+
+    /// The metrics.
+    pub fn metrics(&self) -> &Metrics {
+        &self.0.deps.metrics
+    }
+
+    /// Carries out `command`. Dropping the future does not stop what it has begun.
+    pub async fn execute(&self, command: Command) -> Result<Reply, AdminError> {
+        if !command.changes_state() {
+            return self.0.read(command).await;
+        }
+        let name = command.name();
+        let (sender, receiver) = tokio::sync::oneshot::channel();
+        let inner = self.0.clone();
+        self.0.deps.tasks.spawn(async move {
+            let result = inner.change(command).await;
+            match &result {
+                Ok(_) => tracing::info!(command = name, "order carried out"),
+                Err(error) => tracing::warn!(command = name, %error, "order refused or failed"),
+            }
+            // Nobody may be listening any more.
+            let _ = sender.send(result);
+        });
+        receiver.await.unwrap_or_else(|_| Err(AdminError::new(ErrorKind::Unavailable, "the daemon is stopping")))
+    }
+
+    /// Why clients are not served; `None`: they are.
+    pub fn not_ready(&self) -> Option<String> {
+        self.0.not_ready()
+    }
+}
+
+impl Inner {
+    async fn read(&self, command: Command) -> Result<Reply, AdminError> {
+        let deps = &self.deps;
+        let config = deps.config.load_full();
+        match command {
+            Command::Help => Ok(Reply::Table(show::help())),
+            Command::Version => Ok(Reply::Table(show::version())),
+            Command::Config => {
+                let defaults = Config::new(Server::new("", 5432, ""), Server::new("", 5432, ""));
+                Ok(Reply::Table(show::config(&config, &defaults)))
+            }
+            Command::Databases => Ok(Reply::Table(show::databases(&config, &deps.switchboard, &deps.clients.list()))),
+            Command::Pools => Ok(Reply::Table(show::pools(&deps.clients.list()))),
+            Command::Clients => Ok(Reply::Table(show::sessions(&config, &deps.clients.list(), show::Side::Client))),
+            Command::Servers => Ok(Reply::Table(show::sessions(&config, &deps.clients.list(), show::Side::Server))),
+            Command::Stats => Ok(Reply::Table(show::stats(&deps.switchboard, &deps.metrics))),
+            Command::Lists => Ok(Reply::Table(show::lists(&deps.switchboard, &deps.clients.list()))),
+            Command::Users => Ok(Reply::Table(show::users(&deps.clients.list()))),
+            Command::Members => Ok(Reply::Members(deps.cutovers.members().await?)),
+            Command::Blockers => Ok(Reply::Blockers(deps.cutovers.blockers().await?)),
+            Command::Status => Ok(Reply::Status(Box::new(self.status(&config).await))),
+            Command::Migrations(filter) => Ok(Reply::Migrations(self.list(filter).await?)),
+            Command::Migration(name) => Ok(Reply::Migration(Box::new(deps.migrations.show(&name).await?))),
+            Command::Tables(name) => Ok(Reply::Tables(deps.migrations.tables(&name).await?)),
+            Command::Validation(name) => Ok(Reply::Validation(deps.migrations.validation(&name).await?)),
+            Command::CutoverOf(name) => {
+                deps.migrations.show(&name).await?;
+                Ok(Reply::Cutover(deps.cutovers.progress(&name).await?))
+            }
+            Command::Create(_)
+            | Command::Cutover(..)
+            | Command::Cancel(_)
+            | Command::Retry(_)
+            | Command::Reload
+            | Command::Kill(_)
+            | Command::Shutdown => Err(AdminError::new(ErrorKind::Failed, "an order that changes state was only read")),
+        }
+    }
+
+    async fn change(&self, command: Command) -> Result<Reply, AdminError> {
+        let deps = &self.deps;
+        match command {
+            Command::Create(spec) => {
+                deps.migrations.create(spec).await?;
+                Ok(Reply::Done("CREATE MIGRATION"))
+            }
+            Command::Cutover(name, request) => {
+                Ok(Reply::Cutover(Some(deps.cutovers.run(&name, self.with_defaults(request)).await?)))
+            }
+            Command::Cancel(name) => Ok(Reply::Cancelled(deps.migrations.cancel(&name).await?)),
+            Command::Retry(name) => {
+                deps.migrations.retry(&name).await?;
+                Ok(Reply::Done("RETRY"))
+            }
+            Command::Reload => Ok(Reply::Reloaded(deps.daemon.reload()?)),
+            Command::Kill(pid) => {
+                if deps.clients.end(pid) {
+                    return Ok(Reply::Done("KILL"));
+                }
+                let message = format!("no session has a server side with process id {pid}");
+                Err(AdminError::new(ErrorKind::NotFound, message).hint("SHOW CLIENTS lists them as remote_pid"))
+            }
+            Command::Shutdown => {
+                deps.daemon.shutdown();
+                Ok(Reply::Done("SHUTDOWN"))
+            }
+            other => self.read(other).await,
+        }
+    }
+
+    fn with_defaults(&self, request: CutoverRequest) -> CutoverRequest {
+        let defaults = &self.deps.config.load().cutover;
+        CutoverRequest {
+            dry_run: request.dry_run,
+            max_pause: request.max_pause.or(Some(defaults.max_pause)),
+            drain_timeout: request.drain_timeout.or(Some(defaults.drain_timeout)),
+            stragglers: request.stragglers.or(Some(defaults.stragglers)),
+        }
+    }
+
+    async fn list(&self, filter: Filter) -> Result<Vec<MigrationView>, AdminError> {
+        let mut list = self.deps.migrations.list().await?;
+        list.retain(|migration| filter == Filter::All || is_active(migration));
+        list.sort_by(|a, b| b.started_at.total_cmp(&a.started_at));
+        Ok(list)
+    }
+
+    fn not_ready(&self) -> Option<String> {
+        match &*self.deps.switchboard.initial() {
+            Route::Unknown { reason } => Some(reason.clone()),
+            Route::To { .. } => self.deps.switchboard.all().iter().find_map(|database| match &*database.route() {
+                Route::Unknown { reason } => Some(format!("database {}: {reason}", database.name())),
+                Route::To { .. } => None,
+            }),
+        }
+    }
+
+    async fn status(&self, config: &Config) -> StatusView {
+        let deps = &self.deps;
+        let sessions = deps.clients.list();
+        let databases = deps.switchboard.all();
+        let routes = databases.iter().map(|database| {
+            let own = sessions.iter().filter(|session| session.database == database.name()).count();
+            let (server, reason) = match &*database.route() {
+                Route::To { server, .. } => (Some(*server), None),
+                Route::Unknown { reason } => (None, Some(reason.clone())),
+            };
+            RouteView {
+                database: database.name().to_owned(),
+                server,
+                epoch: database.epoch().0,
+                held: database.is_fenced(),
+                reason,
+                sessions: own,
+                inside: database.inside(),
+            }
+        });
+        let routes = routes.collect();
+        let reason = self.not_ready();
+        let brief = |m: MigrationView| MigrationBrief { name: m.name, state: m.state, substate: m.substate };
+        StatusView {
+            version: env!("CARGO_PKG_VERSION").to_owned(),
+            uptime_seconds: self.started.elapsed().as_secs_f64(),
+            ready: reason.is_none(),
+            reason,
+            source: format!("{}:{}", config.source.host, config.source.port),
+            target: format!("{}:{}", config.target.host, config.target.port),
+            proxies: deps.cutovers.members().await.ok(),
+            routes,
+            sessions,
+            blockers: deps.cutovers.blockers().await.ok(),
+            migrations: self.list(Filter::All).await.ok().map(|list| list.into_iter().map(brief).collect()),
+        }
+    }
+}
+
+/// Whether work on it may still be going on.
+pub fn is_active(migration: &MigrationView) -> bool {
+    matches!(migration.state.as_str(), "InProgress" | "WaitingForUserAction")
+}
+
+/// The name, or the error that the order is answered with.
+pub fn migration_name(text: &str) -> Result<MigrationName, AdminError> {
+    text.parse().map_err(|error| AdminError::from_chain(ErrorKind::Invalid, &error))
+}

@@ -1,0 +1,422 @@
+//! The console's `SHOW` verbs that PgBouncer has too, with PgBouncer's column names, so that scripts and exporters
+//! written for it work. A column whose value this program does not have is NULL, never an invented number.
+
+use std::collections::{BTreeMap, BTreeSet};
+
+use super::table::Kind::{Integer, Text};
+use super::table::{Cell, Column, Table};
+use super::view::ClientView;
+use crate::config::{Config, Live, Setting};
+use crate::switch::{Route, ServerRole, Switchboard};
+use crate::telemetry::metrics::{ByteDirection, Metrics};
+
+pub(super) const HELP: &[Column] = &[("command", Text), ("description", Text)];
+pub(super) const VERSION: &[Column] = &[("version", Text)];
+pub(super) const CONFIG: &[Column] = &[("key", Text), ("value", Text), ("default", Text), ("changeable", Text)];
+pub(super) const DATABASES: &[Column] = &[
+    ("name", Text),
+    ("host", Text),
+    ("port", Integer),
+    ("database", Text),
+    ("force_user", Text),
+    ("pool_size", Integer),
+    ("min_pool_size", Integer),
+    ("reserve_pool_size", Integer),
+    ("server_lifetime", Integer),
+    ("pool_mode", Text),
+    ("load_balance_hosts", Text),
+    ("max_connections", Integer),
+    ("current_connections", Integer),
+    ("max_client_connections", Integer),
+    ("current_client_connections", Integer),
+    ("paused", Integer),
+    ("disabled", Integer),
+    ("server", Text),
+    ("epoch", Integer),
+    ("reason", Text),
+];
+pub(super) const POOLS: &[Column] = &[
+    ("database", Text),
+    ("user", Text),
+    ("cl_active", Integer),
+    ("cl_waiting", Integer),
+    ("cl_active_cancel_req", Integer),
+    ("cl_waiting_cancel_req", Integer),
+    ("sv_active", Integer),
+    ("sv_active_cancel", Integer),
+    ("sv_being_canceled", Integer),
+    ("sv_idle", Integer),
+    ("sv_used", Integer),
+    ("sv_tested", Integer),
+    ("sv_login", Integer),
+    ("maxwait", Integer),
+    ("maxwait_us", Integer),
+    ("pool_mode", Text),
+    ("load_balance_hosts", Text),
+];
+/// `SHOW CLIENTS` and `SHOW SERVERS`; the last three columns are ours.
+pub(super) const SESSIONS: &[Column] = &[
+    ("type", Text),
+    ("user", Text),
+    ("database", Text),
+    ("replication", Text),
+    ("state", Text),
+    ("addr", Text),
+    ("port", Integer),
+    ("local_addr", Text),
+    ("local_port", Integer),
+    ("connect_time", Text),
+    ("request_time", Text),
+    ("wait", Integer),
+    ("wait_us", Integer),
+    ("close_needed", Integer),
+    ("ptr", Text),
+    ("link", Text),
+    ("remote_pid", Integer),
+    ("tls", Text),
+    ("application_name", Text),
+    ("prepared_statements", Integer),
+    ("id", Integer),
+    ("server", Text),
+    ("in_transaction", Text),
+    ("blockers", Text),
+];
+pub(super) const STATS: &[Column] = &[
+    ("database", Text),
+    ("total_server_assignment_count", Integer),
+    ("total_xact_count", Integer),
+    ("total_query_count", Integer),
+    ("total_received", Integer),
+    ("total_sent", Integer),
+    ("total_xact_time", Integer),
+    ("total_query_time", Integer),
+    ("total_wait_time", Integer),
+    ("total_client_parse_count", Integer),
+    ("total_server_parse_count", Integer),
+    ("total_bind_count", Integer),
+    ("avg_server_assignment_count", Integer),
+    ("avg_xact_count", Integer),
+    ("avg_query_count", Integer),
+    ("avg_recv", Integer),
+    ("avg_sent", Integer),
+    ("avg_xact_time", Integer),
+    ("avg_query_time", Integer),
+    ("avg_wait_time", Integer),
+    ("avg_client_parse_count", Integer),
+    ("avg_server_parse_count", Integer),
+    ("avg_bind_count", Integer),
+];
+pub(super) const LISTS: &[Column] = &[("list", Text), ("items", Integer)];
+pub(super) const USERS: &[Column] = &[
+    ("name", Text),
+    ("pool_size", Integer),
+    ("reserve_pool_size", Integer),
+    ("pool_mode", Text),
+    ("max_user_connections", Integer),
+    ("current_connections", Integer),
+    ("max_user_client_connections", Integer),
+    ("current_client_connections", Integer),
+];
+
+const COMMANDS: [(&str, &str); 26] = [
+    ("SHOW HELP", "this list"),
+    ("SHOW VERSION", "the program's version"),
+    ("SHOW CONFIG", "every key of the configuration, and whether RELOAD applies a change"),
+    ("SHOW DATABASES", "databases, the server that each runs on, and since which cutover"),
+    ("SHOW POOLS", "sessions by database and user"),
+    ("SHOW CLIENTS", "client sessions"),
+    ("SHOW SERVERS", "the server side of client sessions"),
+    ("SHOW STATS", "counters by database"),
+    ("SHOW LISTS", "how many of each there are"),
+    ("SHOW USERS", "roles that have sessions"),
+    ("SHOW STATUS", "where each database runs, and what is inside"),
+    ("SHOW MEMBERS", "proxies that take part in a cutover"),
+    ("SHOW BLOCKERS", "what would keep a cutover from moving every session"),
+    ("SHOW MIGRATIONS [ACTIVE]", "migrations, newest first"),
+    ("SHOW MIGRATION name", "one migration, a row for each database"),
+    ("SHOW TABLES name", "its tables: full load, incremental sync, indexes"),
+    ("SHOW VALIDATION name", "its premigration validation"),
+    ("SHOW CUTOVER name", "its cutover, running or last"),
+    (
+        "CREATE MIGRATION name [DATABASES a, b] [MODE online|offline] [OPTION validate|migrate|validate-and-migrate] \
+         [OVERWRITE TARGET] [CUTOVER WHEN READY]",
+        "begin a migration",
+    ),
+    (
+        "CUTOVER name [DRY RUN] [MAX PAUSE 5s] [DRAIN TIMEOUT 3s] [STRAGGLERS abort|terminate]",
+        "switch its databases to the target, or measure the pause",
+    ),
+    ("CANCEL name", "remove what the migration made; the target's data stays"),
+    ("RETRY name", "go on with a migration that failed"),
+    ("RELOAD", "read the configuration again"),
+    ("KILL pid", "end the session whose server side has this process id"),
+    ("SHUTDOWN", "end the daemon in good order"),
+    ("BEGIN, COMMIT, ROLLBACK, SET, RESET, DISCARD", "accepted and without effect, for drivers that send them"),
+];
+
+pub(super) fn help() -> Table {
+    let rows = COMMANDS.iter().map(|(command, text)| vec![(*command).into(), (*text).into()]).collect();
+    Table { columns: HELP, rows }
+}
+
+pub(super) fn version() -> Table {
+    Table { columns: VERSION, rows: vec![vec![format!("pgcutover {}", env!("CARGO_PKG_VERSION")).into()]] }
+}
+
+/// `running` is what this process works with: a key that waits for a restart shows its old value.
+pub(super) fn config(running: &Config, defaults: &Config) -> Table {
+    let mut table = Table::new(CONFIG);
+    let row = |(setting, default): (Setting, Setting)| {
+        let own = matches!(setting.key, "host" | "user");
+        vec![
+            format!("{}.{}", setting.section, setting.key).into(),
+            setting.value.into(),
+            if own { Cell::Null } else { default.value.into() },
+            if setting.live == Live::Reload { "yes" } else { "no" }.into(),
+        ]
+    };
+    running.settings().into_iter().zip(defaults.settings()).for_each(|pair| table.push(row(pair)));
+    table
+}
+
+pub(super) fn databases(config: &Config, switchboard: &Switchboard, clients: &[ClientView]) -> Table {
+    let mut table = Table::new(DATABASES);
+    for database in switchboard.all() {
+        let (server, epoch, reason) = match &*database.route() {
+            Route::To { server, epoch } => (Some(*server), Some(epoch.0), None),
+            Route::Unknown { reason } => (None, None, Some(reason.clone())),
+        };
+        let address = server.map(|server| match server {
+            ServerRole::Source => &config.source,
+            ServerRole::Target => &config.target,
+        });
+        let own = clients.iter().filter(|client| client.database == database.name());
+        let backends = own.clone().filter(|client| client.backend_pid.is_some()).count();
+        table.push(vec![
+            database.name().into(),
+            address.map(|server| server.host.clone()).into(),
+            address.map(|server| i64::from(server.port)).into(),
+            database.name().into(),
+            Cell::Null,
+            Cell::Null,
+            0.into(),
+            0.into(),
+            Cell::Null,
+            "session".into(),
+            Cell::Null,
+            0.into(),
+            backends.into(),
+            config.limits.max_client_connections.into(),
+            own.count().into(),
+            i64::from(database.is_fenced()).into(),
+            0.into(),
+            server.map(|server| server.to_string()).into(),
+            epoch.into(),
+            reason.into(),
+        ]);
+    }
+    table
+}
+
+pub(super) fn pools(clients: &[ClientView]) -> Table {
+    let mut pools: BTreeMap<(&str, &str), Vec<&ClientView>> = BTreeMap::new();
+    for client in clients {
+        pools.entry((&client.database, &client.user)).or_default().push(client);
+    }
+    let mut table = Table::new(POOLS);
+    for ((database, user), clients) in pools {
+        let count = |wanted: fn(&ClientView) -> bool| clients.iter().filter(|client| wanted(client)).count();
+        let waits = clients.iter().filter(|client| is_waiting(client)).filter_map(|client| client.since_seconds);
+        let longest = waits.fold(0.0, f64::max);
+        table.push(vec![
+            database.into(),
+            user.into(),
+            count(|client| !is_waiting(client)).into(),
+            count(is_waiting).into(),
+            Cell::Null,
+            Cell::Null,
+            count(|client| client.backend_pid.is_some() && client.in_transaction).into(),
+            Cell::Null,
+            Cell::Null,
+            count(|client| client.backend_pid.is_some() && !client.in_transaction).into(),
+            0.into(),
+            0.into(),
+            count(|client| client.backend_pid.is_none()).into(),
+            whole_seconds(longest).into(),
+            micros(longest).into(),
+            "session".into(),
+            Cell::Null,
+        ]);
+    }
+    table
+}
+
+/// Which side of a session a row is about.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub(super) enum Side {
+    Client,
+    Server,
+}
+
+pub(super) fn sessions(config: &Config, clients: &[ClientView], side: Side) -> Table {
+    let mut table = Table::new(SESSIONS);
+    for client in clients.iter().filter(|client| side == Side::Client || client.backend_pid.is_some()) {
+        let (kind, (address, port)) = match side {
+            Side::Client => ("C", host_and_port(&client.client)),
+            Side::Server => {
+                let server = if client.server == Some(ServerRole::Target) { &config.target } else { &config.source };
+                ("S", (server.host.clone(), Some(i64::from(server.port))))
+            }
+        };
+        let wait = if is_waiting(client) { client.since_seconds.unwrap_or(0.0) } else { 0.0 };
+        let tls = match (side, client.tls) {
+            (Side::Client, Some(true)) => "yes".into(),
+            (Side::Client, Some(false)) => "".into(),
+            (Side::Client, None) | (Side::Server, _) => Cell::Null,
+        };
+        table.push(vec![
+            kind.into(),
+            client.user.clone().into(),
+            client.database.clone().into(),
+            "none".into(),
+            client.state.clone().into(),
+            address.into(),
+            port.into(),
+            Cell::Null,
+            Cell::Null,
+            client.connected_at.map(timestamp).into(),
+            Cell::Null,
+            whole_seconds(wait).into(),
+            micros(wait).into(),
+            0.into(),
+            format!("session-{}", client.id).into(),
+            client.backend_pid.map(|pid| pid.to_string()).into(),
+            client.backend_pid.into(),
+            tls,
+            client.application_name.clone().into(),
+            Cell::Null,
+            client.id.into(),
+            client.server.map(|server| server.to_string()).into(),
+            if client.in_transaction { "yes" } else { "no" }.into(),
+            client.blockers.join("; ").into(),
+        ]);
+    }
+    table
+}
+
+pub(super) fn stats(switchboard: &Switchboard, metrics: &Metrics) -> Table {
+    let mut table = Table::new(STATS);
+    for database in switchboard.all() {
+        let name = database.name();
+        let bytes = |direction: ByteDirection| metrics.bytes.with_label_values(&[name, direction.as_str()]).get();
+        let mut row = vec![Cell::Null; STATS.len()];
+        row[0] = name.into();
+        row[2] = metrics.transactions.with_label_values(&[name]).get().into();
+        row[4] = bytes(ByteDirection::FromClient).into();
+        row[5] = bytes(ByteDirection::ToClient).into();
+        table.push(row);
+    }
+    table
+}
+
+pub(super) fn lists(switchboard: &Switchboard, clients: &[ClientView]) -> Table {
+    let users: BTreeSet<&str> = clients.iter().map(|client| client.user.as_str()).collect();
+    let pools: BTreeSet<(&str, &str)> = clients.iter().map(|c| (c.database.as_str(), c.user.as_str())).collect();
+    let backends = clients.iter().filter(|client| client.backend_pid.is_some()).count();
+    let items: [(&str, Cell); 12] = [
+        ("databases", switchboard.all().len().into()),
+        ("users", users.len().into()),
+        ("pools", pools.len().into()),
+        ("free_clients", 0.into()),
+        ("used_clients", clients.len().into()),
+        ("login_clients", Cell::Null),
+        ("free_servers", 0.into()),
+        ("used_servers", backends.into()),
+        ("dns_names", Cell::Null),
+        ("dns_zones", Cell::Null),
+        ("dns_queries", Cell::Null),
+        ("dns_pending", Cell::Null),
+    ];
+    Table { columns: LISTS, rows: items.into_iter().map(|(list, items)| vec![list.into(), items]).collect() }
+}
+
+pub(super) fn users(clients: &[ClientView]) -> Table {
+    let mut counts: BTreeMap<&str, (usize, usize)> = BTreeMap::new();
+    for client in clients {
+        let count = counts.entry(&client.user).or_default();
+        count.0 += 1;
+        count.1 += usize::from(client.backend_pid.is_some());
+    }
+    let mut table = Table::new(USERS);
+    for (user, (sessions, backends)) in counts {
+        table.push(vec![
+            user.into(),
+            Cell::Null,
+            Cell::Null,
+            "session".into(),
+            0.into(),
+            backends.into(),
+            0.into(),
+            sessions.into(),
+        ]);
+    }
+    table
+}
+
+fn is_waiting(client: &ClientView) -> bool {
+    client.state == "waiting"
+}
+
+#[expect(clippy::cast_possible_truncation, reason = "a wait in seconds; as saturates")]
+fn whole_seconds(seconds: f64) -> i64 {
+    seconds as i64
+}
+
+/// The microseconds beyond the whole seconds.
+#[expect(clippy::cast_possible_truncation, reason = "below one million; as saturates")]
+fn micros(seconds: f64) -> i64 {
+    (seconds.fract() * 1e6) as i64
+}
+
+fn host_and_port(address: &str) -> (String, Option<i64>) {
+    match address.parse::<std::net::SocketAddr>() {
+        Ok(address) => (address.ip().to_string(), Some(address.port().into())),
+        Err(_) => (address.to_owned(), None),
+    }
+}
+
+/// Seconds since the Unix epoch as `2026-11-21 02:11:03 UTC`, the form PgBouncer uses.
+#[expect(clippy::cast_possible_truncation, reason = "seconds since 1970; as saturates")]
+pub fn timestamp(seconds: f64) -> String {
+    let total = seconds.floor() as i64;
+    let (days, rest) = (total.div_euclid(86_400), total.rem_euclid(86_400));
+    // Days since 1970 to a date of the Gregorian calendar, in years that begin in March: the leap day comes last.
+    let shifted = days + 719_468;
+    let era = shifted.div_euclid(146_097);
+    let day_of_era = shifted.rem_euclid(146_097);
+    let year_of_era = (day_of_era - day_of_era / 1_460 + day_of_era / 36_524 - day_of_era / 146_096) / 365;
+    let day_of_year = day_of_era - (365 * year_of_era + year_of_era / 4 - year_of_era / 100);
+    let shifted_month = (5 * day_of_year + 2) / 153;
+    let day = day_of_year - (153 * shifted_month + 2) / 5 + 1;
+    let month = if shifted_month < 10 { shifted_month + 3 } else { shifted_month - 9 };
+    let year = year_of_era + era * 400 + i64::from(month <= 2);
+    let (hour, minute, second) = (rest / 3600, rest / 60 % 60, rest % 60);
+    format!("{year:04}-{month:02}-{day:02} {hour:02}:{minute:02}:{second:02} UTC")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn timestamps_are_dates_of_the_calendar() {
+        for (seconds, text) in [
+            (0.0, "1970-01-01 00:00:00 UTC"),
+            (951_782_399.0, "2000-02-28 23:59:59 UTC"),
+            (951_782_400.0, "2000-02-29 00:00:00 UTC"),
+            (1_795_227_063.5, "2026-11-21 02:11:03 UTC"),
+        ] {
+            assert_eq!(timestamp(seconds), text);
+        }
+    }
+}

@@ -1,0 +1,174 @@
+//! The JSON shapes that scripts rely on, beside those of a migration (`migration::view`).
+//!
+//! Keys may be added, none may be taken away. Unknown is `null`, never 0.
+
+use serde::{Deserialize, Serialize};
+
+use crate::switch::ServerRole;
+
+/// How a cutover ended, or how far it is.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub struct CutoverView {
+    /// `switched`, `aborted`, `dry-run`, `in-doubt`, or `running`.
+    pub outcome: String,
+    /// Why it did not switch; null: it did, or a dry run would have.
+    pub reason: Option<String>,
+    /// From the fence to the moment sessions went on, in milliseconds.
+    pub pause_ms: f64,
+    /// Each phase.
+    pub phases_ms: PhasesView,
+    /// Sessions that went on without being reconnected.
+    pub sessions_moved: u64,
+    /// Sessions that were ended.
+    pub sessions_ended: u64,
+}
+
+/// Length of each phase in milliseconds; null: it was not reached.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub struct PhasesView {
+    /// Before anybody waits.
+    pub prepare: Option<f64>,
+    /// New transactions wait.
+    pub pause: Option<f64>,
+    /// The last transactions end and are applied.
+    pub drain: Option<f64>,
+    /// The decision is made durable.
+    pub decide: Option<f64>,
+    /// Sessions go on.
+    pub switch: Option<f64>,
+}
+
+impl PhasesView {
+    /// Name and length, in order.
+    pub fn pairs(&self) -> [(&'static str, Option<f64>); 5] {
+        [
+            ("prepare", self.prepare),
+            ("pause", self.pause),
+            ("drain", self.drain),
+            ("decide", self.decide),
+            ("switch", self.switch),
+        ]
+    }
+}
+
+/// One thing that would keep a cutover from moving a session, or from draining.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct BlockerView {
+    /// Database.
+    pub database: String,
+    /// Process id on the server.
+    pub pid: Option<i32>,
+    /// Role.
+    pub user: Option<String>,
+    /// The client's `application_name`.
+    pub application_name: Option<String>,
+    /// Where the client is.
+    pub client: Option<String>,
+    /// A word that scripts may compare.
+    pub code: String,
+    /// What it is.
+    pub reason: String,
+    /// What mends it.
+    pub hint: Option<String>,
+}
+
+/// One proxy.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct MemberView {
+    /// Its random name.
+    pub instance: String,
+    /// Where it listens.
+    pub address: Option<String>,
+    /// `leader` runs the engine.
+    pub role: String,
+    /// The program's version.
+    pub version: String,
+}
+
+/// One client session.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub struct ClientView {
+    /// Number of the session in this process.
+    pub id: u64,
+    /// Role.
+    pub user: String,
+    /// Database.
+    pub database: String,
+    /// Address of the client; `unix` for a Unix socket.
+    pub client: String,
+    /// Whether the client's side is encrypted.
+    pub tls: Option<bool>,
+    /// The client's `application_name`.
+    pub application_name: Option<String>,
+    /// Which server it runs on; null: none yet.
+    pub server: Option<ServerRole>,
+    /// Process id of its server side.
+    pub backend_pid: Option<i32>,
+    /// `idle`, `active`, `waiting`, …
+    pub state: String,
+    /// In a transaction.
+    pub in_transaction: bool,
+    /// When it connected, in seconds since the Unix epoch.
+    pub connected_at: Option<f64>,
+    /// How long it has been in its state, in seconds.
+    pub since_seconds: Option<f64>,
+    /// What would keep it from being moved.
+    pub blockers: Vec<String>,
+}
+
+/// One database of the proxy.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct RouteView {
+    /// Database.
+    pub database: String,
+    /// The active server; null: nobody is known to be active.
+    pub server: Option<ServerRole>,
+    /// The cutover that made it active.
+    pub epoch: u64,
+    /// Whether new transactions are held.
+    pub held: bool,
+    /// Why nobody is known to be active.
+    pub reason: Option<String>,
+    /// Client sessions.
+    pub sessions: usize,
+    /// Sessions inside a transaction.
+    pub inside: usize,
+}
+
+/// `status`: proxies, routes, sessions, blockers.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct StatusView {
+    /// The program's version.
+    pub version: String,
+    /// Seconds since this process began.
+    pub uptime_seconds: f64,
+    /// Whether clients are served.
+    pub ready: bool,
+    /// Why not.
+    pub reason: Option<String>,
+    /// `host:port` of the source.
+    pub source: String,
+    /// `host:port` of the target.
+    pub target: String,
+    /// The proxies that take part; null: the control database could not be asked.
+    pub proxies: Option<Vec<MemberView>>,
+    /// Where each database runs.
+    pub routes: Vec<RouteView>,
+    /// Every client session.
+    pub sessions: Vec<ClientView>,
+    /// What would keep a cutover from moving every session; null: could not be found out.
+    pub blockers: Option<Vec<BlockerView>>,
+    /// Migrations, newest first; null: the engine could not be asked.
+    pub migrations: Option<Vec<MigrationBrief>>,
+}
+
+/// A migration in `status`.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct MigrationBrief {
+    /// Name.
+    pub name: String,
+    /// State.
+    pub state: String,
+    /// Substate.
+    pub substate: String,
+}
