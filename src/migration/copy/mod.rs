@@ -14,17 +14,25 @@
 //!
 //! A streamed transaction is skipped for `t` iff its commit LSN < L and its top-level xid is visible in the snapshot.
 
+mod holder;
+mod indexes;
+mod parts;
+mod table;
+mod tables;
+
 use std::sync::Arc;
 use std::time::Duration;
 
 use async_trait::async_trait;
-use tokio::sync::Semaphore;
+use tokio::sync::{OwnedSemaphorePermit, Semaphore};
+use tokio::task::JoinSet;
 
 use crate::config::Migration;
+use crate::failpoint::{self, Failpoints};
 use crate::ident::QualifiedName;
-use crate::migration::schema::{Archive, RestoreFailure};
+use crate::migration::schema::{Archive, RestoreFailure, SchemaError};
 use crate::migration::snapshot::HandOver;
-use crate::postgres::{ConnectError, Connector, Control, RawError};
+use crate::postgres::{self, ConnectError, Connector, Control, RawError};
 
 /// A table to copy.
 #[derive(Clone, Debug, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
@@ -48,6 +56,13 @@ pub struct CopiedRows {
     pub rows: u64,
     /// Bytes of COPY data.
     pub bytes: u64,
+}
+
+impl CopiedRows {
+    fn add(&mut self, more: Self) {
+        self.rows += more.rows;
+        self.bytes += more.bytes;
+    }
 }
 
 /// The engine's record of tables. Each call is durable when it returns; an error stops the table.
@@ -116,6 +131,15 @@ pub struct CopyContext {
     pub recorder: Arc<dyn TableRecorder>,
     /// Live progress.
     pub progress: Arc<dyn CopyProgress>,
+    /// `copy.snapshot_taken`, `copy.part_committed`, `copy.committed`, `copy.recorded`, `copy.indexes_built`.
+    pub failpoints: Failpoints,
+}
+
+impl CopyContext {
+    async fn hit(&self, point: &'static str, table: &SourceTable) -> Result<(), CopyError> {
+        let passed = self.failpoints.hit(point).await;
+        passed.map_err(|source| CopyError::Failpoint { table: table.name.clone(), source })
+    }
 }
 
 /// What is left to do for a table.
@@ -145,13 +169,8 @@ pub enum CopyError {
     #[error(transparent)]
     Connect(#[from] ConnectError),
     /// A catalogue could not be read.
-    #[error("the tables of {database} could not be listed")]
-    List {
-        /// The database.
-        database: String,
-        /// Why.
-        source: tokio_postgres::Error,
-    },
+    #[error("the tables of the source could not be listed")]
+    List(#[source] tokio_postgres::Error),
     /// A connection or a server failed.
     #[error("{table}: {doing} failed on the {server}")]
     Server {
@@ -164,21 +183,128 @@ pub enum CopyError {
         /// Why.
         source: RawError,
     },
+    /// The COPY itself failed.
+    #[error("{table}: its rows could not be copied")]
+    Copy {
+        /// The table.
+        table: QualifiedName,
+        /// Why, and on which side.
+        source: postgres::CopyError,
+    },
+    /// The table stayed locked.
+    #[error("{table} stayed locked on the source for {waited:?} by {blockers}; end that transaction and retry")]
+    Locked {
+        /// The table.
+        table: QualifiedName,
+        /// Over all attempts.
+        waited: Duration,
+        /// Process ids and application names.
+        blockers: String,
+    },
+    /// No snapshot came that surely shows everything from before the slot.
+    #[error("{table}: transactions from before the slot were still running after {waited:?}: {blockers}; end them and retry")]
+    Barrier {
+        /// The table.
+        table: QualifiedName,
+        /// How long.
+        waited: Duration,
+        /// Who.
+        blockers: String,
+    },
+    /// The table is gone.
+    #[error("{table} was dropped, or dropped and made again, while the migration ran; cancel it and start it again, with no change of definitions meanwhile")]
+    Vanished {
+        /// The table.
+        table: QualifiedName,
+    },
+    /// The table was altered.
+    #[error("{table} was altered after its definition was dumped: {difference}; cancel the migration and start it again, with no change of definitions meanwhile")]
+    Columns {
+        /// The table.
+        table: QualifiedName,
+        /// What differs.
+        difference: String,
+    },
+    /// Source and target do not agree.
+    #[error("{table}: the source sent {sent} rows and the target took {taken}; something on the target drops rows, such as a trigger or rule of its own")]
+    Count {
+        /// The table.
+        table: QualifiedName,
+        /// Rows the source counted.
+        sent: u64,
+        /// Rows the target counted.
+        taken: u64,
+    },
+    /// The server's answer makes no sense.
+    #[error("{table}: its {what} could not be read")]
+    Unreadable {
+        /// The table.
+        table: QualifiedName,
+        /// What.
+        what: &'static str,
+    },
+    /// Indexes could not even be tried.
+    #[error("{table}: its indexes could not be built")]
+    Indexes {
+        /// The table.
+        table: QualifiedName,
+        /// Why.
+        source: Box<SchemaError>,
+    },
+    /// Another engine has taken over.
+    #[error("{table}: another engine has taken the migration over")]
+    Superseded {
+        /// The table.
+        table: QualifiedName,
+    },
     /// The record could not be written.
-    #[error("{table}")]
+    #[error("{table}: its progress could not be recorded")]
     Record {
         /// The table.
         table: QualifiedName,
         /// Why.
         source: RecordError,
     },
+    /// A test made it fail.
+    #[error("{table}")]
+    Failpoint {
+        /// The table.
+        table: QualifiedName,
+        /// Which.
+        source: failpoint::Failed,
+    },
+}
+
+impl CopyError {
+    /// Whether another attempt may succeed: a link broke, a server is restarting, a lock was in the way.
+    fn may_pass(&self) -> bool {
+        let sqlstate = match self {
+            Self::Connect(error) => match error.sqlstate() {
+                None => return true,
+                Some(code) => code,
+            },
+            Self::Server { source, .. } => match source {
+                RawError::Io { .. } => return true,
+                RawError::Server { code, .. } => code,
+                RawError::Protocol { .. } => return false,
+            },
+            Self::Copy { source, .. } => match &*source.source {
+                RawError::Io { .. } => return true,
+                RawError::Server { code, .. } => code,
+                RawError::Protocol { .. } => return false,
+            },
+            _ => return false,
+        };
+        // Connection exceptions, transaction rollbacks, too many connections, lock not available, operator intervention
+        // other than a cancelled query.
+        ["08", "40", "53300", "55P03", "57P"].iter().any(|class| sqlstate.starts_with(class))
+    }
 }
 
 /// Ordinary tables of the database that are migrated (leaves of partitioned tables, not their parents), largest first.
 /// Both the publication and the copy are made from this list.
 pub async fn list_tables(source: &Control) -> Result<Vec<SourceTable>, CopyError> {
-    let _ = source;
-    unimplemented!()
+    tables::list(source).await.map_err(CopyError::List)
 }
 
 /// Copies `tables` and builds their indexes, as many at a time as [`Workers`] allows. Dropping the future stops
@@ -188,7 +314,76 @@ pub async fn copy_database(
     tables: &[(SourceTable, Stage)],
     archive: &Archive,
 ) -> Result<CopyReport, CopyError> {
-    let _ = (context, tables, archive);
-    let _: Option<Duration> = None;
-    unimplemented!()
+    let mut order: Vec<&(SourceTable, Stage)> = tables.iter().collect();
+    order.sort_by_key(|(table, _)| std::cmp::Reverse(table.bytes));
+    let archive = Arc::new(archive.clone());
+    let mut report = CopyReport::default();
+    // Dropping the set, on an error or from outside, ends every table.
+    let mut running: JoinSet<Result<TableReport, CopyError>> = JoinSet::new();
+    for (table, stage) in order {
+        let permits = match stage {
+            Stage::Rows => Some(permits(context, table, &mut running, &mut report).await?),
+            Stage::Indexes => None,
+        };
+        let (context, table, archive) = (context.clone(), table.clone(), archive.clone());
+        running.spawn(async move {
+            let copied = match permits {
+                Some(permits) => Some(table::copy(&context, &table, permits).await?),
+                None => None,
+            };
+            let failures = indexes::build(&context, &table, &archive).await?;
+            Ok(TableReport { copied, failures })
+        });
+    }
+    while let Some(ended) = running.join_next().await {
+        report.add(finished(ended)?);
+    }
+    Ok(report)
+}
+
+/// What one table came to.
+struct TableReport {
+    copied: Option<CopiedRows>,
+    failures: Vec<RestoreFailure>,
+}
+
+impl CopyReport {
+    fn add(&mut self, table: TableReport) {
+        if let Some(copied) = table.copied {
+            self.tables += 1;
+            self.copied.add(copied);
+        }
+        self.failures.extend(table.failures);
+    }
+}
+
+/// Waits for as many permits as the table has use for, all at once and first come first served: the largest table gets
+/// every worker, and none starves behind smaller ones. A table that fails meanwhile ends the wait.
+async fn permits(
+    context: &CopyContext,
+    table: &SourceTable,
+    running: &mut JoinSet<Result<TableReport, CopyError>>,
+    report: &mut CopyReport,
+) -> Result<OwnedSemaphorePermit, CopyError> {
+    let wanted = u32::try_from(holder::readers(context, table)).unwrap_or(u32::MAX);
+    let acquire = context.workers.copy.clone().acquire_many_owned(wanted);
+    tokio::pin!(acquire);
+    loop {
+        tokio::select! {
+            // Kept across turns of the loop, so its place in the queue is too.
+            permits = &mut acquire => return Ok(permits.expect("the semaphore is never closed")),
+            // join_next is cancel-safe.
+            Some(ended) = running.join_next() => report.add(finished(ended)?),
+        }
+    }
+}
+
+fn finished(ended: Result<Result<TableReport, CopyError>, tokio::task::JoinError>) -> Result<TableReport, CopyError> {
+    match ended {
+        Ok(result) => result,
+        Err(error) => match error.try_into_panic() {
+            Ok(panic) => std::panic::resume_unwind(panic),
+            Err(_) => unreachable!("a table's task is aborted only by dropping the set"),
+        },
+    }
 }

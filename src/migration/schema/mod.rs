@@ -24,6 +24,7 @@ use crate::postgres::{ConnectError, Connector};
 pub use archive::Archive;
 use restore::Locking;
 pub(in crate::migration) use restore::Restorer;
+pub(in crate::migration) use toc::Entry;
 pub use toc::TocError;
 
 /// A `pg_dump` that can read the source.
