@@ -69,10 +69,7 @@ impl Holder {
     /// What the table can be cut along, as large as it is now.
     pub(super) async fn axis(&mut self, table: &SourceTable) -> Result<Axis, CopyError> {
         if self.connection.version_num() >= 140_000 {
-            let sql = format!(
-                "SELECT pg_relation_size({}::oid) / current_setting('block_size')::int8",
-                table.oid
-            );
+            let sql = format!("SELECT pg_relation_size({}::oid) / current_setting('block_size')::int8", table.oid);
             let rows = query(table, &mut self.connection, "measuring it", &sql).await?;
             let blocks = single(&rows).and_then(|text| text.parse().ok()).ok_or_else(|| unreadable(table, "size"))?;
             return Ok(Axis::Blocks(blocks));
@@ -97,8 +94,7 @@ impl Holder {
 
     /// Lets further connections read under this snapshot while this one holds it.
     pub(super) async fn export(&mut self, table: &SourceTable) -> Result<String, CopyError> {
-        let rows =
-            query(table, &mut self.connection, "exporting its snapshot", "SELECT pg_export_snapshot()").await?;
+        let rows = query(table, &mut self.connection, "exporting its snapshot", "SELECT pg_export_snapshot()").await?;
         single(&rows).map(str::to_owned).ok_or_else(|| unreadable(table, "snapshot"))
     }
 }
@@ -135,11 +131,7 @@ async fn source_connection(context: &CopyContext) -> Result<RawConnection, CopyE
 }
 
 /// Begins a transaction and locks the table in it; LOCK TABLE takes no snapshot.
-async fn lock(
-    context: &CopyContext,
-    table: &SourceTable,
-    connection: &mut RawConnection,
-) -> Result<(), CopyError> {
+async fn lock(context: &CopyContext, table: &SourceTable, connection: &mut RawConnection) -> Result<(), CopyError> {
     let began = Instant::now();
     let timeout = context.config.lock_timeout.as_millis().max(1);
     let begin = format!("BEGIN ISOLATION LEVEL REPEATABLE READ READ ONLY; SET LOCAL lock_timeout = {timeout}");

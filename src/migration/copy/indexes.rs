@@ -1,9 +1,11 @@
 //! Indexes and constraints of a table, built as soon as its rows are there.
 
+use std::sync::Arc;
+
 use tokio::task::JoinSet;
 
 use super::{CopyContext, CopyError, SourceTable};
-use crate::migration::schema::{Archive, Entry, RestoreFailure, RestoreTarget, Restorer, SchemaError};
+use crate::migration::schema::{Archive, Entry, Locking, RestoreFailure, RestoreTarget, Restorer, SchemaError};
 
 /// Tables below this are not worth more than one connection.
 const PARALLEL_FROM_BYTES: u64 = 64 * 1024 * 1024;
@@ -12,7 +14,7 @@ const PARALLEL_FROM_BYTES: u64 = 64 * 1024 * 1024;
 pub(super) async fn build(
     context: &CopyContext,
     table: &SourceTable,
-    archive: &Archive,
+    archive: &Arc<Archive>,
 ) -> Result<Vec<RestoreFailure>, CopyError> {
     let entries = archive.table_entries(table.oid);
     context.progress.indexes(table, 0, entries.len());
@@ -68,8 +70,6 @@ async fn one_by_one(
         RestoreTarget { connector: &context.target, database: &context.database, guard: context.guard.as_deref() };
     let mut restorer = Restorer::open(target, archive, "index").await?;
     restorer.set("maintenance_work_mem", &context.config.maintenance_work_mem).await?;
-    for entry in &entries {
-        restorer.entry(entry).await?;
-    }
+    restorer.entries(&entries, Locking::Patient).await?;
     Ok(restorer.finish().failures)
 }

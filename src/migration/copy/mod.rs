@@ -202,7 +202,9 @@ pub enum CopyError {
         blockers: String,
     },
     /// No snapshot came that surely shows everything from before the slot.
-    #[error("{table}: transactions from before the slot were still running after {waited:?}: {blockers}; end them and retry")]
+    #[error(
+        "{table}: transactions from before the slot were still running after {waited:?}: {blockers}; end them and retry"
+    )]
     Barrier {
         /// The table.
         table: QualifiedName,
@@ -212,13 +214,17 @@ pub enum CopyError {
         blockers: String,
     },
     /// The table is gone.
-    #[error("{table} was dropped, or dropped and made again, while the migration ran; cancel it and start it again, with no change of definitions meanwhile")]
+    #[error(
+        "{table} was dropped, or dropped and made again, while the migration ran; cancel it and start it again, with no change of definitions meanwhile"
+    )]
     Vanished {
         /// The table.
         table: QualifiedName,
     },
     /// The table was altered.
-    #[error("{table} was altered after its definition was dumped: {difference}; cancel the migration and start it again, with no change of definitions meanwhile")]
+    #[error(
+        "{table} was altered after its definition was dumped: {difference}; cancel the migration and start it again, with no change of definitions meanwhile"
+    )]
     Columns {
         /// The table.
         table: QualifiedName,
@@ -226,7 +232,9 @@ pub enum CopyError {
         difference: String,
     },
     /// Source and target do not agree.
-    #[error("{table}: the source sent {sent} rows and the target took {taken}; something on the target drops rows, such as a trigger or rule of its own")]
+    #[error(
+        "{table}: the source sent {sent} rows and the target took {taken}; something on the target drops rows, such as a trigger or rule of its own"
+    )]
     Count {
         /// The table.
         table: QualifiedName,

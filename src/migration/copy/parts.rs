@@ -94,11 +94,7 @@ mod tests {
         let conditions: Vec<_> = cut(&axis, 3).iter().map(|part| part.condition(&axis)).collect();
         assert_eq!(
             conditions.iter().flatten().map(String::as_str).collect::<Vec<_>>(),
-            [
-                "ctid < '(33,0)'::tid",
-                "ctid >= '(33,0)'::tid AND ctid < '(66,0)'::tid",
-                "ctid >= '(66,0)'::tid"
-            ]
+            ["ctid < '(33,0)'::tid", "ctid >= '(33,0)'::tid AND ctid < '(66,0)'::tid", "ctid >= '(66,0)'::tid"]
         );
         assert_eq!(cut(&Axis::Blocks(0), 5), [WHOLE]);
         assert_eq!(cut(&Axis::None, 5), [WHOLE]);

@@ -22,8 +22,8 @@ use crate::migration::made::{Journal, JournalError};
 use crate::postgres::{ConnectError, Connector};
 
 pub use archive::Archive;
-use restore::Locking;
-pub(in crate::migration) use restore::Restorer;
+
+pub(in crate::migration) use restore::{Locking, Restorer};
 pub(in crate::migration) use toc::Entry;
 pub use toc::TocError;
 
@@ -220,9 +220,7 @@ pub async fn restore_after_copy(target: &RestoreTarget<'_>, archive: &Archive) -
 /// applying waits only for a moment. One that is NOT VALID on the source stays so.
 pub async fn restore_foreign_keys(target: &RestoreTarget<'_>, archive: &Archive) -> Result<RestoreReport, SchemaError> {
     let mut restorer = Restorer::open(*target, archive, "schema").await?;
-    for key in &archive.foreign_keys {
-        restorer.foreign_key(key).await?;
-    }
+    restorer.foreign_keys(&archive.foreign_keys).await?;
     Ok(restorer.finish())
 }
 

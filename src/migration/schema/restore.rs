@@ -48,9 +48,16 @@ impl<'a> Restorer<'a> {
             control.batch_execute(MARKS).await.map_err(read)?;
         }
         control.batch_execute(&settings).await.map_err(read)?;
-        let rows = control.query("SELECT entry FROM pgcutover.restored_entry", &[]).await.map_err(read)?;
-        let done = rows.iter().map(|row| row.get(0)).collect();
-        Ok(Self { control, target, done, report: RestoreReport::default() })
+        Ok(Self { control, target, done: HashSet::new(), report: RestoreReport::default() })
+    }
+
+    /// Reads which of these entries an earlier run executed.
+    async fn read_marks(&mut self, keys: Vec<String>) -> Result<(), SchemaError> {
+        let read = "SELECT entry FROM pgcutover.restored_entry WHERE entry = ANY ($1)";
+        let rows = self.control.query(read, &[&keys]).await;
+        let rows = rows.map_err(|source| SchemaError::Read { database: self.target.database.to_owned(), source })?;
+        self.done.extend(rows.iter().map(|row| row.get::<_, String>(0)));
+        Ok(())
     }
 
     /// Sets a parameter for the rest of the session.
@@ -59,21 +66,30 @@ impl<'a> Restorer<'a> {
         set.map(|_| ()).map_err(|source| SchemaError::Read { database: self.target.database.to_owned(), source })
     }
 
-    /// Executes one entry unless an earlier run did.
-    pub(in crate::migration) async fn entry(&mut self, entry: &Entry) -> Result<(), SchemaError> {
-        self.step(entry, &entry.key, &entry.sql, Locking::Patient).await.map(|_| ())
-    }
-
-    /// Executes entries in order.
-    pub(super) async fn entries(&mut self, entries: &[Entry], locking: Locking) -> Result<(), SchemaError> {
+    /// Executes entries in order, but for those that an earlier run executed.
+    pub(in crate::migration) async fn entries(
+        &mut self,
+        entries: &[Entry],
+        locking: Locking,
+    ) -> Result<(), SchemaError> {
+        self.read_marks(entries.iter().map(|entry| entry.key.clone()).collect()).await?;
         for entry in entries {
             self.step(entry, &entry.key, &entry.sql, locking).await?;
         }
         Ok(())
     }
 
-    /// Adds a foreign key; see [`super::restore_foreign_keys`].
-    pub(super) async fn foreign_key(&mut self, key: &ForeignKey) -> Result<(), SchemaError> {
+    /// Adds foreign keys; see [`super::restore_foreign_keys`].
+    pub(super) async fn foreign_keys(&mut self, keys: &[ForeignKey]) -> Result<(), SchemaError> {
+        let marks = keys.iter().flat_map(|key| [key.entry.key.clone(), validated(&key.entry)]).collect();
+        self.read_marks(marks).await?;
+        for key in keys {
+            self.foreign_key(key).await?;
+        }
+        Ok(())
+    }
+
+    async fn foreign_key(&mut self, key: &ForeignKey) -> Result<(), SchemaError> {
         let entry = &key.entry;
         let in_two_steps = match &key.adding {
             Adding::ThenValidate { partitioned: true, .. } if self.control.version_num() < 180_000 => None,
@@ -86,7 +102,7 @@ impl<'a> Restorer<'a> {
             return self.step(entry, &entry.key, &entry.sql, Locking::Brief).await.map(|_| ());
         };
         if self.step(entry, &entry.key, &add, Locking::Brief).await? {
-            self.step(entry, &format!("{}/validated", entry.key), validate, Locking::Brief).await?;
+            self.step(entry, &validated(entry), validate, Locking::Brief).await?;
         }
         Ok(())
     }
@@ -167,6 +183,11 @@ impl<'a> Restorer<'a> {
             quote_literal(key),
         )
     }
+}
+
+/// The mark of a foreign key's second step.
+fn validated(entry: &Entry) -> String {
+    format!("{}/validated", entry.key)
 }
 
 /// How long an entry may wait for locks.
