@@ -1,1 +1,146 @@
-//! cutover.
+//! The cutover: sessions held, replication drained, one decision made durable, backends switched.
+//!
+//! [`coordinator`] takes the order and answers with a [`report`]; [`steps`] is the protocol itself, one type for each
+//! step; [`startup`] finds out after a start who is active and settles what a crash has left. What survives a crash
+//! is in [`crate::catalog`]. A decision is durable before any session can act on it, and an abort is a decision too.
+//!
+//! # What is durable when
+//!
+//! ```text
+//! step      server left (fence row)        server led to (decision row)     after a crash
+//! prepare   –                              –                                nothing has happened
+//!           fence 1 + read-only default    –                                aborted 1, settings restored
+//! pause     connections refused            –                                the same
+//! drain     marker                         –                                the same
+//! decide                                   sequences, boundary              the same: the target is not active
+//!                                          decided 1                        switched
+//! switch    fence 1 decided                                                 switched
+//! ```
+//!
+//! # After a decided cutover
+//!
+//! The server that was left stays fenced, so that a writer that knows its address fails instead of writing where nobody
+//! reads any more: read-only by default and no connections to the migrated databases. To look at the old data, or when
+//! the old server is to be used for something else, lift it by hand as superuser from another database:
+//! `ALTER DATABASE d ALLOW_CONNECTIONS true`, `ALTER DATABASE d CONNECTION LIMIT -1`,
+//! `ALTER DATABASE d RESET default_transaction_read_only`. The values from before are in `pgcutover.fence (saved)`.
+
+pub mod coordinator;
+mod decide;
+mod drain;
+mod guardrails;
+pub mod hard_fence;
+pub mod parts;
+pub mod phase;
+pub mod report;
+mod settle;
+mod soft_fence;
+pub mod startup;
+pub mod steps;
+mod undo;
+mod work;
+
+use std::time::Duration;
+
+use self::hard_fence::Obstacle;
+use crate::catalog::RecordError;
+use crate::failpoint;
+use crate::postgres::ConnectError;
+
+/// Why a cutover stopped. The text is the reason in the report: for operators, never for clients of the proxy.
+#[derive(Debug, thiserror::Error)]
+pub enum CutoverError {
+    /// A server could not be reached.
+    #[error(transparent)]
+    Connect(#[from] ConnectError),
+    /// A statement failed.
+    #[error("could not {what}: {}", explain(source))]
+    Query {
+        /// What was being done.
+        what: String,
+        /// Why.
+        source: tokio_postgres::Error,
+    },
+    /// The schema with fences and decisions could not be read or written.
+    #[error("{}", chain(.0))]
+    Record(#[from] RecordError),
+    /// Something that must hold before a cutover does not.
+    #[error("{0}")]
+    Guardrail(String),
+    /// Somebody is in the way.
+    #[error("{what}: {}", list(obstacles))]
+    Blocked {
+        /// What could not be done, and after how long.
+        what: String,
+        /// Who.
+        obstacles: Vec<Obstacle>,
+    },
+    /// Sessions that cannot be moved.
+    #[error("sessions cannot be moved: {}", .0.join("; "))]
+    Sessions(Vec<String>),
+    /// The engine could not take part, or lost the stream.
+    #[error("replication: {0}")]
+    Engine(String),
+    /// The pause would have become longer than allowed.
+    #[error("max_pause of {0:?} reached")]
+    MaxPause(Duration),
+    /// An order to stop.
+    #[error("{0}")]
+    Stopped(&'static str),
+    /// A test said so.
+    #[error(transparent)]
+    Failpoint(#[from] failpoint::Failed),
+    /// Something that this program holds for impossible.
+    #[error("internal error: {0}")]
+    Unexpected(String),
+}
+
+impl CutoverError {
+    fn query(what: &str, source: tokio_postgres::Error) -> Self {
+        Self::Query { what: what.to_owned(), source }
+    }
+
+    /// Who was in the way, if that was it.
+    fn obstacles(&self) -> &[Obstacle] {
+        match self {
+            Self::Blocked { obstacles, .. } => obstacles,
+            Self::Connect(_)
+            | Self::Query { .. }
+            | Self::Record(_)
+            | Self::Guardrail(_)
+            | Self::Sessions(_)
+            | Self::Engine(_)
+            | Self::MaxPause(_)
+            | Self::Stopped(_)
+            | Self::Failpoint(_)
+            | Self::Unexpected(_) => &[],
+        }
+    }
+}
+
+fn list(obstacles: &[Obstacle]) -> String {
+    obstacles.iter().map(ToString::to_string).collect::<Vec<_>>().join("; ")
+}
+
+/// The server's own message where there is one; tokio-postgres says only "db error".
+fn explain(error: &tokio_postgres::Error) -> String {
+    match error.as_db_error() {
+        Some(refusal) => format!("{} [{}]", refusal.message(), refusal.code().code()),
+        None => chain(error),
+    }
+}
+
+/// An error with everything that caused it.
+fn chain(error: &dyn std::error::Error) -> String {
+    let mut text = error.to_string();
+    let mut inner = error.source();
+    while let Some(next) = inner {
+        let said = match next.downcast_ref::<tokio_postgres::Error>() {
+            Some(error) => explain(error),
+            None => next.to_string(),
+        };
+        text = format!("{text}: {said}");
+        inner = if next.is::<tokio_postgres::Error>() { None } else { next.source() };
+    }
+    text
+}

@@ -63,6 +63,15 @@ pub struct PrepareWindow {
     pub epoch: Epoch,
     /// `default_transaction_read_only` as it was for the database before the fence (`on` or `off`).
     pub earlier_read_only: String,
+    /// Roles with a value of their own, for this database or everywhere, by name.
+    pub earlier_of_roles: HashMap<String, String>,
+}
+
+impl PrepareWindow {
+    /// The value that a backend of `role` would have started with before the fence.
+    pub fn earlier_read_only_of(&self, role: &str) -> &str {
+        self.earlier_of_roles.get(role).unwrap_or(&self.earlier_read_only)
+    }
 }
 
 /// One database: its gate, its route and who is inside.

@@ -1,0 +1,327 @@
+//! Takes the order for a cutover and sees it through, whatever becomes of who gave it.
+//!
+//! One cutover at a time runs in a process. It runs in a task of its own: a client of the API that goes away, or a
+//! command line that is interrupted, leaves a cutover that ends by itself. A cutover whose task dies is settled like one
+//! that a crash has left.
+
+use std::collections::HashMap;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
+
+use tokio::sync::{oneshot, watch};
+use tokio_util::sync::CancellationToken;
+
+use super::CutoverError;
+use super::hard_fence::{self, Known, Looking, Obstacle};
+use super::parts::{Engine, Lease, Sessions};
+use super::phase::Phase;
+use super::report::{CutoverOutcome, CutoverProgress, CutoverReport, Timings};
+use super::startup::Resolver;
+use super::steps::{Ready, Verdict};
+use super::undo::Undo;
+use super::work::{Line, Orders, Side, Work};
+use crate::catalog::decision::{Case, Outcome};
+use crate::catalog::resolve::{self, Verdict as Claimed};
+use crate::catalog::{Place, bootstrap, claims};
+use crate::config::Config;
+use crate::failpoint::Failpoints;
+use crate::postgres::{Connector, Control};
+use crate::shutdown::Tasks;
+use crate::switch::{Epoch, ServerRole, Switchboard};
+
+pub use super::work::CutoverOptions;
+
+/// First half of the key of the advisory lock that says a coordinator of a migration lives; the second half is a hash of
+/// the migration's name. `pgcu` in ASCII.
+const COORDINATOR_LOCK: i32 = 0x7067_6375;
+
+/// How long an order waits for the resolution of another cutover, or of the start, to end.
+const WAIT_FOR_TURN: Duration = Duration::from_secs(5);
+
+/// What a coordinator works with.
+pub struct CoordinatorDeps {
+    /// Bounds and policies.
+    pub config: Arc<Config>,
+    /// Routes and gates.
+    pub switchboard: Arc<Switchboard>,
+    /// The proxied sessions.
+    pub sessions: Arc<dyn Sessions>,
+    /// The migrations.
+    pub engine: Arc<dyn Engine>,
+    /// `[source]`
+    pub source: Connector,
+    /// `[target]`
+    pub target: Connector,
+    /// Points at which tests kill us.
+    pub failpoints: Failpoints,
+    /// Owner of the tasks.
+    pub tasks: Tasks,
+}
+
+struct Running {
+    progress: watch::Receiver<Option<CutoverProgress>>,
+    cancel: CancellationToken,
+}
+
+/// See the module. Shared as `Arc`.
+pub struct Coordinator {
+    deps: CoordinatorDeps,
+    resolver: Arc<Resolver>,
+    /// The last cutover of each migration.
+    running: Mutex<HashMap<String, Running>>,
+}
+
+impl std::fmt::Debug for Coordinator {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Coordinator").finish_non_exhaustive()
+    }
+}
+
+impl Coordinator {
+    /// A coordinator that does nothing until it is told to. Call [`Self::resolve_at_startup`] before clients are let in.
+    pub fn start(deps: CoordinatorDeps) -> Arc<Self> {
+        let resolver = Resolver::new(
+            deps.switchboard.clone(),
+            deps.engine.clone(),
+            deps.source.clone(),
+            deps.target.clone(),
+            deps.config.control.database.clone(),
+        );
+        Arc::new(Self { deps, resolver: Arc::new(resolver), running: Mutex::new(HashMap::new()) })
+    }
+
+    /// Finds out who is active, settles what a crash has left, and sets the routes. Returns after one attempt; where
+    /// something could not be settled it is tried again in the background until it is.
+    pub async fn resolve_at_startup(&self) {
+        self.resolver.clone().resolve_until_settled(&self.deps.tasks).await;
+    }
+
+    /// What the command does when it names no bounds of its own.
+    pub fn default_options(&self) -> CutoverOptions {
+        let cutover = &self.deps.config.cutover;
+        CutoverOptions {
+            dry_run: false,
+            max_pause: cutover.max_pause,
+            drain_timeout: cutover.drain_timeout,
+            stragglers: cutover.stragglers,
+            max_lag_at_start_bytes: cutover.max_lag_at_start_bytes,
+            fence: self.deps.config.control.fence,
+        }
+    }
+
+    /// Runs the cutover of `migration` to its end. An error says that it was not begun; everything else is in the report.
+    pub async fn run(
+        self: &Arc<Self>,
+        migration: &str,
+        options: CutoverOptions,
+    ) -> Result<CutoverReport, CutoverError> {
+        let (report, answer) = oneshot::channel();
+        let (coordinator, name) = (self.clone(), migration.to_owned());
+        self.deps.tasks.spawn(async move {
+            let inner = {
+                let (coordinator, name) = (coordinator.clone(), name.clone());
+                tokio::spawn(async move { coordinator.run_to_the_end(&name, options).await })
+            };
+            let ended = match inner.await {
+                Ok(ended) => ended,
+                Err(died) => {
+                    tracing::error!(migration = name, error = %died, "the cutover's task died; settling what it left");
+                    coordinator.resolver.clone().resolve_until_settled(&coordinator.deps.tasks).await;
+                    Err(CutoverError::Unexpected("the cutover's task died; what it left was settled".to_owned()))
+                }
+            };
+            // Nobody may be listening any more.
+            let _ = report.send(ended);
+        });
+        answer.await.unwrap_or(Err(CutoverError::Stopped("pgcutover is stopping")))
+    }
+
+    /// Where the running or last cutover of `migration` stands.
+    pub fn progress(&self, migration: &str) -> Option<CutoverProgress> {
+        let running = self.running.lock().unwrap_or_else(PoisonError::into_inner);
+        running.get(migration).and_then(|running| running.progress.borrow().clone())
+    }
+
+    /// Tells a running cutover to give up. Has no effect once its decision has been sent. Returns whether one was running.
+    pub fn cancel(&self, migration: &str) -> bool {
+        let running = self.running.lock().unwrap_or_else(PoisonError::into_inner);
+        let Some(running) = running.get(migration) else { return false };
+        let is_over = running.progress.borrow().as_ref().is_some_and(|progress| progress.phase.is_over());
+        running.cancel.cancel();
+        !is_over
+    }
+
+    /// What would stand in the way of a cutover now: work on the source that is older than the drain would wait for.
+    pub async fn blockers(&self, migration: &str) -> Result<Vec<Obstacle>, CutoverError> {
+        let databases = self.deps.engine.databases(migration).await.map_err(CutoverError::Guardrail)?;
+        let control = self.deps.source.control(&self.deps.config.control.database, "blockers").await?;
+        let known = Known {
+            pids: databases.iter().flat_map(|database| self.deps.sessions.backend_pids(database)).collect(),
+            own_prefix: self.deps.source.instance().application_name(""),
+            slots: Vec::new(),
+        };
+        let mut busy = hard_fence::backends(&control, &databases, &known, Looking::ForWork).await?;
+        busy.retain(|obstacle| obstacle.age_seconds > self.deps.config.cutover.drain_timeout.as_secs_f64());
+        Ok(busy)
+    }
+
+    async fn run_to_the_end(&self, migration: &str, options: CutoverOptions) -> Result<CutoverReport, CutoverError> {
+        let Ok(turn) = tokio::time::timeout(WAIT_FOR_TURN, self.resolver.turn()).await else {
+            return Err(CutoverError::Guardrail("another cutover is running, or one is still being settled".to_owned()));
+        };
+        let lease = self.deps.engine.begin_cutover(migration).await.map_err(CutoverError::Engine)?;
+        let (progress, seen) = watch::channel(None);
+        let cancel = CancellationToken::new();
+        self.running
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .insert(migration.to_owned(), Running { progress: seen, cancel: cancel.clone() });
+        let orders = Orders { cancel, tasks: self.deps.tasks.clone() };
+        let report = match Box::pin(self.accept(migration, options, lease.clone(), orders, progress)).await {
+            Ok(work) => Box::pin(walk(work)).await,
+            Err(error) => {
+                tracing::warn!(migration, %error, "cutover not begun");
+                if let Err(reason) = lease.finish(Outcome::Aborted).await {
+                    tracing::warn!(migration, reason, "the engine did not take the migration back");
+                }
+                not_begun(&error)
+            }
+        };
+        drop(turn);
+        tracing::info!(migration, outcome = ?report.outcome, pause_ms = report.pause_ms, reason = report.reason, "cutover ended");
+        if self.deps.switchboard.all().iter().any(|database| is_unknown(&database.route())) {
+            // In doubt, or contradictory: the rows decide.
+            self.resolver.clone().resolve_until_settled(&self.deps.tasks).await;
+        }
+        Ok(report)
+    }
+
+    /// Everything that a cutover needs to begin: sessions in both control databases, the lock, a number.
+    async fn accept(
+        &self,
+        migration: &str,
+        options: CutoverOptions,
+        lease: Arc<dyn Lease>,
+        orders: Orders,
+        progress: watch::Sender<Option<CutoverProgress>>,
+    ) -> Result<Box<Work>, CutoverError> {
+        let control_database = self.deps.config.control.database.clone();
+        let to = side(ServerRole::Target, &self.deps.target, &control_database, Place::TargetControl).await?;
+        if !claim_coordination(&to.control, migration).await? {
+            return Err(CutoverError::Guardrail(format!(
+                "another coordinator is working on migration {migration:?}; it ends, or its session on the target ends"
+            )));
+        }
+        let from = side(ServerRole::Source, &self.deps.source, &control_database, Place::SourceControl).await?;
+        let (left, led_to) = (claims::read(&*from.control).await?, claims::read(&*to.control).await?);
+        let epoch = Epoch(resolve::highest_epoch(&left, &led_to).0 + 1);
+        let databases = lease.databases();
+        let mut lines = Vec::new();
+        for name in &databases {
+            match resolve::resolve(name, Some(&left), Some(&led_to)) {
+                Claimed::Active { server, epoch: earlier } if server == from.role => {
+                    lines.push(Line { name: name.clone(), gate: self.deps.switchboard.database(name), earlier, sessions: None });
+                }
+                Claimed::Active { server, .. } => {
+                    return Err(CutoverError::Guardrail(format!("database {name:?} runs on the {server} already")));
+                }
+                Claimed::Undecided { epoch, .. } => {
+                    return Err(CutoverError::Guardrail(format!("cutover {epoch} of {name:?} is still undecided")));
+                }
+                Claimed::Refuse { reason } => return Err(CutoverError::Guardrail(reason)),
+            }
+        }
+        let work = Work {
+            options,
+            case: Case { epoch, migration: migration.to_owned(), databases },
+            control_database,
+            from,
+            to,
+            lines,
+            sessions: self.deps.sessions.clone(),
+            lease,
+            failpoints: self.deps.failpoints.clone(),
+            orders,
+            undo: Undo::default(),
+            phase: Phase::Prepare,
+            progress,
+            timings: Timings::start(),
+            notes: Vec::new(),
+            sessions_moved: 0,
+            sessions_ended: 0,
+        };
+        work.publish();
+        Ok(Box::new(work))
+    }
+}
+
+/// The whole story of one cutover.
+async fn walk(work: Box<Work>) -> CutoverReport {
+    let before_the_decision = async {
+        let prepared = Ready(work).prepare().await?;
+        let paused = prepared.pause().await?;
+        paused.drain().await
+    };
+    let drained = match Box::pin(before_the_decision).await {
+        Ok(drained) => drained,
+        Err(stopped) => return Box::pin(stopped.abort()).await,
+    };
+    if drained.is_dry_run() {
+        return Box::pin(drained.resume()).await;
+    }
+    let mut verdict = Box::pin(drained.decide()).await;
+    if let Verdict::InDoubt(in_doubt) = verdict {
+        verdict = Box::pin(in_doubt.settle()).await;
+    }
+    match verdict {
+        Verdict::Decided(decided) => Box::pin(decided.switch()).await,
+        Verdict::Stopped(stopped) => Box::pin(stopped.abort()).await,
+        Verdict::InDoubt(in_doubt) => in_doubt.give_up(),
+    }
+}
+
+/// Takes the lock that says a coordinator of `migration` lives, for as long as this session does. Returns whether it
+/// was free. It keeps others from settling what is being decided; it protects nothing: the decision's unique key does.
+pub(super) async fn claim_coordination(control: &Control, migration: &str) -> Result<bool, CutoverError> {
+    let row = control
+        .query_one(
+            "SELECT pg_catalog.pg_try_advisory_lock($1, pg_catalog.hashtext($2))",
+            &[&COORDINATOR_LOCK, &migration],
+        )
+        .await
+        .map_err(|source| CutoverError::query("take the coordinator's lock", source))?;
+    Ok(row.get(0))
+}
+
+async fn side(
+    role: ServerRole,
+    connector: &Connector,
+    control_database: &str,
+    place: Place,
+) -> Result<Side, CutoverError> {
+    let control = connector.control(control_database, "cutover").await?;
+    let (identity, standby) = claims::identify(&*control).await?;
+    if standby {
+        return Err(CutoverError::Guardrail(format!("the {role} is a standby (in recovery)")));
+    }
+    bootstrap(&control, place).await?;
+    Ok(Side { role, connector: connector.clone(), control, identity })
+}
+
+fn is_unknown(route: &crate::switch::Route) -> bool {
+    matches!(route, crate::switch::Route::Unknown { .. })
+}
+
+fn not_begun(error: &CutoverError) -> CutoverReport {
+    CutoverReport {
+        outcome: CutoverOutcome::Aborted,
+        reason: error.to_string(),
+        pause_ms: 0,
+        phases_ms: super::report::PhasesMs::default(),
+        sessions_moved: 0,
+        sessions_ended: 0,
+        epoch: 0,
+        blockers: Vec::new(),
+        notes: Vec::new(),
+    }
+}

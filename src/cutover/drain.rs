@@ -1,0 +1,200 @@
+//! The drain: everything that was let in ends, and everything that was written arrives.
+//!
+//! "Arrived" is proven by a row of ours: its update is committed after the last write, goes the same way as every other
+//! change, and is seen by the applier when everything before it is durable on the other side. There is no arithmetic
+//! with WAL positions: an insert position can stand behind a page header that nothing ever flushes, and who waits for it
+//! waits for ever.
+
+use std::time::{Duration, Instant};
+
+use futures_util::future::try_join_all;
+use tokio::time::timeout_at;
+
+use super::CutoverError;
+use super::guardrails::published_tables;
+use super::hard_fence::{self, Looking, Obstacle};
+use super::work::{Line, LineSessions, Work};
+use crate::config::{FencePolicy, Stragglers};
+use crate::sqlstate;
+
+/// Between two looks at the server.
+const LOOK_AGAIN: Duration = Duration::from_millis(5);
+
+impl Work {
+    /// Waits until nobody is inside and nobody works on the server; after `drain_timeout` the policy decides.
+    pub(super) async fn drain_sessions(&mut self) -> Result<(), CutoverError> {
+        let deadline = Instant::now() + self.options.drain_timeout;
+        if timeout_at(deadline.into(), self.wait_quiet()).await.is_ok_and(|quiet| quiet.is_ok()) {
+            return Ok(());
+        }
+        let blockers = self.blockers().await?;
+        match self.options.stragglers {
+            // A dry run ends nobody, whatever the policy.
+            Stragglers::Terminate if !self.options.dry_run => {
+                self.end_stragglers(&blockers).await?;
+                // Ordered is not ended: only the proof counts. max_pause bounds this wait.
+                self.wait_quiet().await
+            }
+            Stragglers::Abort | Stragglers::Terminate => {
+                let waited = self.options.drain_timeout;
+                let what = format!("transactions did not end within drain_timeout of {waited:?}");
+                Err(CutoverError::Blocked { what, obstacles: blockers })
+            }
+        }
+    }
+
+    async fn wait_quiet(&self) -> Result<(), CutoverError> {
+        for line in &self.lines {
+            line.gate.wait_empty().await;
+        }
+        loop {
+            let (busy, prepared) = (self.busy().await?, self.prepared_transactions().await?);
+            if busy.is_empty() && prepared.is_empty() {
+                return Ok(());
+            }
+            tokio::time::sleep(LOOK_AGAIN).await;
+        }
+    }
+
+    /// Backends that are at work, or have written and not committed.
+    async fn busy(&self) -> Result<Vec<Obstacle>, CutoverError> {
+        let looking = if self.options.dry_run { Looking::ForWorkOfSessions } else { Looking::ForWork };
+        hard_fence::backends(&self.from.control, &self.case.databases, &self.known(), looking).await
+    }
+
+    async fn prepared_transactions(&self) -> Result<Vec<Obstacle>, CutoverError> {
+        let rows = self
+            .from
+            .control
+            .query(
+                "SELECT database, gid, extract(epoch FROM clock_timestamp() - prepared)::float8
+                 FROM pg_catalog.pg_prepared_xacts WHERE database = ANY($1)",
+                &[&self.case.databases],
+            )
+            .await
+            .map_err(|source| CutoverError::query("look for prepared transactions", source))?;
+        let obstacle = |row: &tokio_postgres::Row| Obstacle {
+            pid: 0,
+            database: row.get(0),
+            application_name: String::new(),
+            doing: format!("transaction prepared as {:?}: COMMIT PREPARED or ROLLBACK PREPARED", row.get::<_, &str>(1)),
+            age_seconds: row.get(2),
+        };
+        Ok(rows.iter().map(obstacle).collect())
+    }
+
+    /// Who keeps the drain from ending: what the server shows, and sessions that are inside without the server knowing.
+    async fn blockers(&self) -> Result<Vec<Obstacle>, CutoverError> {
+        let mut blockers = self.busy().await?;
+        blockers.extend(self.prepared_transactions().await?);
+        for line in &self.lines {
+            for straggler in self.sessions.stragglers(&line.name) {
+                let pid = straggler.pid.unwrap_or(0);
+                if pid == 0 || !blockers.iter().any(|blocker| blocker.pid == pid) {
+                    blockers.push(Obstacle {
+                        pid,
+                        database: line.name.clone(),
+                        application_name: String::new(),
+                        doing: format!("proxied session {} has not been answered", straggler.session),
+                        age_seconds: self.options.drain_timeout.as_secs_f64(),
+                    });
+                }
+            }
+        }
+        Ok(blockers)
+    }
+
+    /// Tells stragglers that they are ended, and ends their backends.
+    async fn end_stragglers(&mut self, blockers: &[Obstacle]) -> Result<(), CutoverError> {
+        let mut ended = std::collections::HashSet::new();
+        for line in &self.lines {
+            let stragglers = self.sessions.stragglers(&line.name);
+            let sessions: Vec<u64> = stragglers.iter().map(|straggler| straggler.session).collect();
+            self.sessions.end(&sessions, sqlstate::ADMIN_SHUTDOWN, "ended by an operator's order: the database is moving");
+            ended.extend(stragglers.iter().filter_map(|straggler| straggler.pid));
+        }
+        ended.extend(blockers.iter().map(|blocker| blocker.pid));
+        ended.remove(&0);
+        for pid in &ended {
+            hard_fence::terminate(&self.from.control, *pid).await?;
+        }
+        self.sessions_ended += ended.len() as u64;
+        Ok(())
+    }
+
+    /// Takes our own lock on every migrated table, kept until the decision: whoever got round the fence waits here.
+    /// A dry run takes none, because it must not keep anybody waiting but the proxy's own sessions.
+    pub(super) async fn lock_tables(&mut self) -> Result<(), CutoverError> {
+        let taken = self.lines.iter().map(|line| self.lock_tables_of(line));
+        let notes = try_join_all(taken).await?;
+        self.notes.extend(notes.into_iter().flatten());
+        Ok(())
+    }
+
+    async fn lock_tables_of(&self, line: &Line) -> Result<Option<String>, CutoverError> {
+        let Some(LineSessions { locks, .. }) = &line.sessions else { return Ok(None) };
+        let tables = published_tables(locks, &self.lease.replication(&line.name).publication).await?;
+        if tables.is_empty() {
+            return Ok(None);
+        }
+        // ONLY: partitions are published, and so locked, by themselves.
+        let wait = self.options.drain_timeout.as_millis().max(1);
+        let script = format!("BEGIN; SET LOCAL lock_timeout = {wait}; LOCK TABLE ONLY {} IN EXCLUSIVE MODE", tables.join(", ONLY "));
+        let Err(error) = locks.batch_execute(&script).await else { return Ok(None) };
+        let code = error.code().map_or("", |code| code.code());
+        match code {
+            // 53200: more tables than the lock table holds. The hard fence has proven already that nobody is there.
+            sqlstate::INSUFFICIENT_PRIVILEGE | "53200" if self.options.fence == FencePolicy::Hard => {
+                locks.batch_execute("ROLLBACK").await.map_err(|source| CutoverError::query("roll back", source))?;
+                Ok(Some(format!("the tables of {:?} were not locked: {}", line.name, super::explain(&error))))
+            }
+            sqlstate::LOCK_NOT_AVAILABLE => {
+                let what = format!("the tables of {:?} could not be locked within drain_timeout", line.name);
+                Err(CutoverError::Blocked { what, obstacles: self.blockers().await? })
+            }
+            _ => Err(CutoverError::query("lock the migrated tables", error)),
+        }
+    }
+
+    /// Commits the marker in every database.
+    pub(super) async fn write_markers(&self, nonce: &str) -> Result<(), CutoverError> {
+        let written = self.lines.iter().filter_map(|line| line.sessions.as_ref()).map(|sessions| async move {
+            // synchronous_commit is pinned on for our sessions, so the answer means durable.
+            let updated = sessions
+                .marker
+                .execute("UPDATE pgcutover.marker SET nonce = $1 WHERE id = 1", &[&nonce])
+                .await
+                .map_err(|source| CutoverError::query("write the marker", source))?;
+            match updated {
+                1 => Ok(()),
+                _ => Err(CutoverError::Unexpected("the marker row is missing".to_owned())),
+            }
+        });
+        try_join_all(written).await?;
+        Ok(())
+    }
+
+    /// Waits until every database has durably applied its marker.
+    pub(super) async fn wait_markers(&self, nonce: &str) -> Result<(), CutoverError> {
+        let waits = self.lines.iter().map(|line| self.lease.wait_marker(&line.name, nonce));
+        try_join_all(waits).await.map_err(CutoverError::Engine)?;
+        Ok(())
+    }
+
+    /// Held sessions bring their other backend up to date. Those that cannot are ended or stop the cutover.
+    pub(super) async fn settle_sessions(&mut self, deadline: Instant) -> Result<(), CutoverError> {
+        let reports = self.sessions.settle_moves(&self.case.databases, deadline).await;
+        let mut unmoved = self.take_moves(&reports);
+        for session in std::mem::take(&mut unmoved.busy) {
+            unmoved.words.push(format!("session {session}: not at a safe point"));
+            unmoved.sessions.push(session);
+        }
+        let sessions = unmoved.sessions.clone();
+        self.check_moves(unmoved)?;
+        if !sessions.is_empty() && !self.options.dry_run {
+            self.sessions.end(&sessions, sqlstate::ADMIN_SHUTDOWN, "this session cannot be moved to the new server");
+            self.sessions_ended += sessions.len() as u64;
+        }
+        Ok(())
+    }
+}

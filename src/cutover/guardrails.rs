@@ -1,0 +1,172 @@
+//! What must hold before a cutover begins. Read-only; an operator who is refused here has lost nothing.
+
+use super::CutoverError;
+use super::work::{LineSessions, Work};
+use crate::config::{FencePolicy, Stragglers};
+use crate::postgres::Control;
+use crate::switch::Route;
+
+/// Tables, columns and sequences of a database, one line each; the two servers must agree.
+const FINGERPRINT: &str = "
+    SELECT format('column %I.%I.%I %s%s', n.nspname, c.relname, a.attname,
+                  pg_catalog.format_type(a.atttypid, a.atttypmod), CASE WHEN a.attnotnull THEN ' not null' ELSE '' END)
+    FROM pg_catalog.pg_class c
+    JOIN pg_catalog.pg_namespace n ON n.oid = c.relnamespace
+    JOIN pg_catalog.pg_attribute a ON a.attrelid = c.oid AND a.attnum > 0 AND NOT a.attisdropped
+    WHERE format('%I.%I', n.nspname, c.relname) = ANY($1)
+    UNION ALL
+    SELECT format('sequence %I.%I', n.nspname, c.relname)
+    FROM pg_catalog.pg_class c JOIN pg_catalog.pg_namespace n ON n.oid = c.relnamespace
+    WHERE c.relkind = 'S' AND c.relpersistence <> 't' AND n.nspname <> 'pgcutover'
+    ORDER BY 1";
+
+/// At most this many differences are named.
+const NAMED: usize = 10;
+
+impl Work {
+    /// Checks everything that needs no session in the databases yet.
+    pub(super) async fn check_guardrails(&mut self) -> Result<(), CutoverError> {
+        for line in &self.lines {
+            match &*line.gate.route() {
+                Route::To { server, epoch } if *server == self.from.role && *epoch == line.earlier => {}
+                Route::To { server, .. } => {
+                    return Err(CutoverError::Guardrail(format!("database {:?} runs on the {server}", line.name)));
+                }
+                Route::Unknown { reason } => {
+                    return Err(CutoverError::Guardrail(format!(
+                        "it is not known where database {:?} runs: {reason}",
+                        line.name
+                    )));
+                }
+            }
+        }
+        if self.case.databases.contains(&self.control_database) && self.options.fence == FencePolicy::Hard {
+            return Err(CutoverError::Guardrail(format!(
+                "the control database {:?} is itself being migrated, and shutting it would shut us out: set [control] \
+                 database to another one, or [control] fence = \"soft\"",
+                self.control_database
+            )));
+        }
+        let allowed = self.options.max_lag_at_start_bytes;
+        match self.lease.lag_bytes() {
+            Some(lag) if lag <= allowed => {}
+            Some(lag) => {
+                return Err(CutoverError::Guardrail(format!(
+                    "the target is {lag} bytes behind, max_lag_at_start is {allowed}: wait until it has caught up"
+                )));
+            }
+            None => {
+                return Err(CutoverError::Guardrail("how far the target is behind is not known".to_owned()));
+            }
+        }
+        self.check_writable().await?;
+        self.note_long_transactions().await
+    }
+
+    /// The databases that are about to become active must accept connections and writes.
+    async fn check_writable(&self) -> Result<(), CutoverError> {
+        let rows = self
+            .to
+            .control
+            .query(
+                "SELECT d.datname, d.datallowconn, d.datconnlimit,
+                        EXISTS (SELECT FROM pg_catalog.pg_db_role_setting s, unnest(s.setconfig) c
+                                WHERE s.setdatabase IN (0, d.oid) AND s.setrole = 0
+                                  AND lower(split_part(c, '=', 1)) = 'default_transaction_read_only'
+                                  AND substr(c, strpos(c, '=') + 1)::boolean)
+                 FROM pg_catalog.pg_database d WHERE d.datname = ANY($1)",
+                &[&self.case.databases],
+            )
+            .await
+            .map_err(|source| CutoverError::query("look at the databases that are led to", source))?;
+        let to = self.to.role;
+        for name in &self.case.databases {
+            let Some(row) = rows.iter().find(|row| row.get::<_, &str>(0) == name) else {
+                return Err(CutoverError::Guardrail(format!("database {name:?} does not exist on the {to}")));
+            };
+            if !row.get::<_, bool>(1) || row.get::<_, i32>(2) == 0 {
+                return Err(CutoverError::Guardrail(format!(
+                    "database {name:?} accepts no connections on the {to}: ALTER DATABASE … ALLOW_CONNECTIONS true \
+                     CONNECTION LIMIT -1"
+                )));
+            }
+            if row.get::<_, bool>(3) {
+                return Err(CutoverError::Guardrail(format!(
+                    "database {name:?} is read-only by default on the {to}: ALTER DATABASE … RESET \
+                     default_transaction_read_only there"
+                )));
+            }
+        }
+        Ok(())
+    }
+
+    /// Transactions that are older than the drain may take are told to the operator; they may end in time.
+    async fn note_long_transactions(&mut self) -> Result<(), CutoverError> {
+        let looking = super::hard_fence::Looking::ForWork;
+        let busy =
+            super::hard_fence::backends(&self.from.control, &self.case.databases, &self.known(), looking).await?;
+        for obstacle in busy {
+            if obstacle.age_seconds > self.options.drain_timeout.as_secs_f64() {
+                tracing::warn!(pid = obstacle.pid, age_seconds = obstacle.age_seconds, "long transaction before a cutover");
+                self.notes.push(format!("long transaction before the cutover: {obstacle}"));
+            }
+        }
+        Ok(())
+    }
+
+    /// Compares what the two servers hold, through the sessions that prepare has opened.
+    pub(super) async fn check_fingerprints(&self) -> Result<(), CutoverError> {
+        for line in &self.lines {
+            let Some(sessions) = &line.sessions else { continue };
+            let publication = self.lease.replication(&line.name).publication;
+            let tables = published_tables(&sessions.marker, &publication).await?;
+            check_fingerprint(&line.name, sessions, &tables).await?;
+        }
+        Ok(())
+    }
+
+    /// Whether sessions that cannot be moved stop the cutover now or are ended in the pause.
+    pub(super) fn check_moves(&mut self, unmoved: super::work::Unmoved) -> Result<(), CutoverError> {
+        match self.options.stragglers {
+            _ if unmoved.sessions.is_empty() => Ok(()),
+            Stragglers::Abort => Err(CutoverError::Sessions(unmoved.words)),
+            Stragglers::Terminate => {
+                self.notes.extend(unmoved.words.into_iter().map(|words| format!("cannot be moved: {words}")));
+                Ok(())
+            }
+        }
+    }
+}
+
+/// Quoted names of the tables that the stream carries, ours left out.
+pub(super) async fn published_tables(control: &Control, publication: &str) -> Result<Vec<String>, CutoverError> {
+    let rows = control
+        .query(
+            "SELECT DISTINCT format('%I.%I', schemaname, tablename) FROM pg_catalog.pg_publication_tables
+             WHERE pubname = $1 AND schemaname <> 'pgcutover' ORDER BY 1",
+            &[&publication],
+        )
+        .await
+        .map_err(|source| CutoverError::query("list the published tables", source))?;
+    Ok(rows.iter().map(|row| row.get(0)).collect())
+}
+
+async fn check_fingerprint(database: &str, sessions: &LineSessions, tables: &[String]) -> Result<(), CutoverError> {
+    let read = async |control: &Control| -> Result<std::collections::BTreeSet<String>, CutoverError> {
+        let rows = control.query(FINGERPRINT, &[&tables]).await;
+        let rows = rows.map_err(|source| CutoverError::query("compare tables and columns", source))?;
+        Ok(rows.iter().map(|row| row.get(0)).collect())
+    };
+    let (here, there) = (read(&sessions.marker).await?, read(&sessions.onward).await?);
+    let missing = here.difference(&there).map(|line| format!("missing there: {line}"));
+    // A column more on the other side is harmless to what the stream brings, a sequence more as well.
+    let differences: Vec<String> = missing.take(NAMED).collect();
+    if differences.is_empty() {
+        return Ok(());
+    }
+    Err(CutoverError::Guardrail(format!(
+        "tables or sequences of {database:?} have changed since they were copied ({}): make the same change on the other \
+         server, or copy them again",
+        differences.join("; ")
+    )))
+}

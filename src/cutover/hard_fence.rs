@@ -1,0 +1,177 @@
+//! The hard fence: the server that is left accepts no connection to the databases any more, and strangers are ended.
+//!
+//! As superuser `ALLOW_CONNECTIONS false` shuts everybody out; otherwise `CONNECTION LIMIT 0` shuts out everybody but
+//! superusers. Both leave open sessions alone, so strangers are terminated, again and again, until two views agree:
+//!
+//! ```text
+//! backend                                            we
+//!   lock pg_database row (shown in pg_locks)           ALTER DATABASE … ; COMMIT
+//!   read it: connections allowed?                      pg_locks: anybody starting?
+//!   enter pg_stat_activity                             pg_stat_activity: any stranger?
+//!   release the lock
+//! ```
+//!
+//! A backend that read the row before our commit still holds the lock when it enters pg_stat_activity
+//! (`InitPostgres` in `postinit.c`), so reading pg_locks first and pg_stat_activity second misses nobody.
+
+use std::time::Duration;
+
+use super::CutoverError;
+use crate::ident::quote_ident;
+use crate::postgres::Control;
+
+/// Between two looks at the server.
+const LOOK_AGAIN: Duration = Duration::from_millis(10);
+
+/// Backends that need not be strangers to us: the proxy's own sessions are known by pid, our control and replication
+/// sessions by their name, the walsenders of our slots by the slot.
+#[derive(Clone, Debug, Default)]
+pub(super) struct Known {
+    /// Backends of proxied sessions, those whose client has vanished included.
+    pub(super) pids: Vec<i32>,
+    /// `pgcutover/<instance>/`: start of the application_name of everything that this process opens for itself.
+    pub(super) own_prefix: String,
+    /// Our replication slots.
+    pub(super) slots: Vec<String>,
+}
+
+/// A backend that stands in the way.
+#[derive(Clone, Debug, PartialEq, serde::Serialize)]
+pub struct Obstacle {
+    /// Process id on the server that is left.
+    pub pid: i32,
+    /// Its database.
+    pub database: String,
+    /// What it calls itself.
+    pub application_name: String,
+    /// What it is doing, in words.
+    pub doing: String,
+    /// Age of its transaction, or of its query where it has none, in seconds.
+    pub age_seconds: f64,
+}
+
+impl std::fmt::Display for Obstacle {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let Self { pid, database, application_name, doing, age_seconds } = self;
+        write!(f, "pid {pid} ({application_name:?}) in {database:?}: {doing} for {age_seconds:.1}s")
+    }
+}
+
+/// Which backends are asked for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Looking {
+    /// Everybody who is not known.
+    ForStrangers,
+    /// Everybody who is not ours and is not idle, or has written something; `known.pids` are looked at too.
+    ForWork,
+    /// The same among `known.pids` only: a dry run leaves strangers alone.
+    ForWorkOfSessions,
+}
+
+/// Shuts the databases. They are open again when the fence is lifted (`soft_fence::lift`).
+pub(super) async fn shut(control: &mut Control, databases: &[String]) -> Result<(), CutoverError> {
+    let failed = |source| CutoverError::query("shut the databases", source);
+    let superuser: bool = control
+        .query_one("SELECT rolsuper FROM pg_catalog.pg_roles WHERE rolname = current_user", &[])
+        .await
+        .map_err(failed)?
+        .get(0);
+    let how = if superuser { "ALLOW_CONNECTIONS false" } else { "CONNECTION LIMIT 0" };
+    let transaction = control.transaction().await.map_err(failed)?;
+    for database in databases {
+        transaction.batch_execute(&format!("ALTER DATABASE {} {how}", quote_ident(database))).await.map_err(failed)?;
+    }
+    transaction.commit().await.map_err(failed)
+}
+
+/// Terminates strangers until there are none and none can be starting. Bounded by the caller. `known` is asked before
+/// each look, because the proxy may still be opening backends of sessions that were let in before the gates closed.
+pub(super) async fn expel(
+    control: &Control,
+    databases: &[String],
+    known: impl Fn() -> Known,
+) -> Result<u64, CutoverError> {
+    let mut ended = std::collections::HashSet::new();
+    loop {
+        let starting = starting(control, databases, &known()).await?;
+        let strangers = backends(control, databases, &known(), Looking::ForStrangers).await?;
+        if starting == 0 && strangers.is_empty() {
+            return Ok(ended.len() as u64);
+        }
+        for stranger in strangers {
+            if ended.insert(stranger.pid) {
+                let Obstacle { pid, database, application_name, .. } = &stranger;
+                tracing::warn!(pid, database, application_name, "ending a session that bypasses the proxy");
+            }
+            terminate(control, stranger.pid).await?;
+        }
+        tokio::time::sleep(LOOK_AGAIN).await;
+    }
+}
+
+/// Ends one backend: it sees 57P01. Its end is not proven by this call.
+pub(super) async fn terminate(control: &Control, pid: i32) -> Result<(), CutoverError> {
+    control
+        .execute("SELECT pg_catalog.pg_terminate_backend($1)", &[&pid])
+        .await
+        .map_err(|source| CutoverError::query(&format!("terminate backend {pid}"), source))?;
+    Ok(())
+}
+
+/// How many backends hold the lock that starting up takes on their database.
+async fn starting(control: &Control, databases: &[String], known: &Known) -> Result<i64, CutoverError> {
+    let row = control
+        .query_one(
+            "SELECT count(*) FROM pg_catalog.pg_locks l JOIN pg_catalog.pg_database d ON d.oid = l.objid
+             WHERE l.locktype = 'object' AND l.classid = 'pg_catalog.pg_database'::regclass
+               AND d.datname = ANY($1) AND l.pid <> ALL($2) AND l.pid <> pg_catalog.pg_backend_pid()",
+            &[&databases, &known.pids],
+        )
+        .await
+        .map_err(|source| CutoverError::query("look for starting backends", source))?;
+    Ok(row.get(0))
+}
+
+/// Backends of the databases that stand in the way.
+pub(super) async fn backends(
+    control: &Control,
+    databases: &[String],
+    known: &Known,
+    looking: Looking,
+) -> Result<Vec<Obstacle>, CutoverError> {
+    // What a role without pg_monitor may not see is NULL, and NULL counts as being in the way.
+    let condition = match looking {
+        Looking::ForStrangers => "pid <> ALL($2)",
+        Looking::ForWork => "(state IS DISTINCT FROM 'idle' OR backend_xid IS NOT NULL) AND $2::int[] IS NOT NULL",
+        Looking::ForWorkOfSessions => "pid = ANY($2) AND (state IS DISTINCT FROM 'idle' OR backend_xid IS NOT NULL)",
+    };
+    let rows = control
+        .query(
+            &format!(
+                "SELECT pid, datname, coalesce(application_name, ''), coalesce(state, 'state not visible'),
+                        coalesce(extract(epoch FROM clock_timestamp() - coalesce(xact_start, query_start, backend_start)),
+                                 0)::float8
+                 FROM pg_catalog.pg_stat_activity a
+                 WHERE datname = ANY($1) AND pid <> pg_catalog.pg_backend_pid()
+                   AND {condition}
+                   AND left(application_name, length($3)) IS DISTINCT FROM $3
+                   AND coalesce(backend_type, '') NOT IN ('autovacuum worker', 'parallel worker')
+                   AND NOT EXISTS (SELECT FROM pg_catalog.pg_replication_slots s
+                                   WHERE s.active_pid = a.pid AND s.slot_name = ANY($4))
+                 ORDER BY 5 DESC"
+            ),
+            &[&databases, &known.pids, &known.own_prefix, &known.slots],
+        )
+        .await
+        .map_err(|source| CutoverError::query("look at the backends", source))?;
+    Ok(rows
+        .iter()
+        .map(|row| Obstacle {
+            pid: row.get(0),
+            database: row.get(1),
+            application_name: row.get(2),
+            doing: row.get(3),
+            age_seconds: row.get(4),
+        })
+        .collect())
+}

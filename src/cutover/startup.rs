@@ -1,0 +1,257 @@
+//! After a start: who is active? And whatever a crash has left is settled.
+//!
+//! Both servers are asked, the conclusion is [`crate::catalog::resolve`]'s. A cutover without an outcome is settled by
+//! proposing to abort it, unless its coordinator lives; a fence that was aborted is lifted, one that was decided is told
+//! so. Only then are routes published. What cannot be read now is tried again in the background: a restart never
+//! reverts a decided cutover and never stays paused.
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+use std::time::Duration;
+
+use tokio::sync::{Mutex, MutexGuard};
+
+use super::CutoverError;
+use super::coordinator::claim_coordination;
+use super::parts::Engine;
+use super::settle;
+use crate::catalog::claims::{self, Claims};
+use crate::catalog::decision::{self, Case, Outcome};
+use crate::catalog::fence;
+use crate::catalog::resolve::{self, Verdict};
+use crate::postgres::{Connector, Control};
+use crate::shutdown::Tasks;
+use crate::switch::{Database, Epoch, Route, ServerRole, Switchboard};
+
+/// Between two attempts while something is not settled.
+const TRY_AGAIN: Duration = Duration::from_millis(500);
+
+/// Which routes a pass may change.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Routes {
+    /// All: nobody runs yet.
+    All,
+    /// Those that nobody knows; sessions run on the others.
+    OnlyUnknown,
+}
+
+/// See the module.
+pub(super) struct Resolver {
+    switchboard: Arc<Switchboard>,
+    engine: Arc<dyn Engine>,
+    source: Connector,
+    target: Connector,
+    control_database: String,
+    /// Held by a cutover or by a pass of the resolution: neither may look at what the other is doing.
+    turn: Mutex<()>,
+}
+
+/// A server that can be read.
+struct Readable {
+    control: Control,
+    claims: Claims,
+}
+
+impl Resolver {
+    pub(super) fn new(
+        switchboard: Arc<Switchboard>,
+        engine: Arc<dyn Engine>,
+        source: Connector,
+        target: Connector,
+        control_database: String,
+    ) -> Self {
+        Self { switchboard, engine, source, target, control_database, turn: Mutex::new(()) }
+    }
+
+    /// Waits until nobody else resolves or cuts over.
+    pub(super) async fn turn(&self) -> MutexGuard<'_, ()> {
+        self.turn.lock().await
+    }
+
+    /// One pass now; more in the background while something remains.
+    pub(super) async fn resolve_until_settled(self: Arc<Self>, tasks: &Tasks) {
+        if self.pass(Routes::All).await {
+            return;
+        }
+        let stop = tasks.clone();
+        tasks.spawn(async move {
+            loop {
+                tokio::select! {
+                    // The sleep is lost, nothing else.
+                    () = stop.stopping() => return,
+                    () = tokio::time::sleep(TRY_AGAIN) => {}
+                }
+                if self.pass(Routes::OnlyUnknown).await {
+                    return;
+                }
+            }
+        });
+    }
+
+    /// Reads, settles, publishes. Returns whether nothing remains to be done.
+    async fn pass(&self, routes: Routes) -> bool {
+        let _turn = self.turn().await;
+        let (source, target) = tokio::join!(self.read(ServerRole::Source), self.read(ServerRole::Target));
+        let (mut source, mut target) = (source, target);
+        let mut settled = source.is_some() && target.is_some();
+        if let Err(error) = Box::pin(self.settle(source.as_ref(), target.as_ref())).await {
+            tracing::warn!(%error, "what an earlier cutover has left is not settled yet");
+            settled = false;
+        }
+        // What was settled changes what the servers say.
+        for server in [&mut source, &mut target].into_iter().flatten() {
+            match claims::read(&*server.control).await {
+                Ok(claims) => server.claims = claims,
+                Err(error) => {
+                    tracing::warn!(%error, "a server stopped answering while an earlier cutover was being settled");
+                    return false;
+                }
+            }
+        }
+        let (source, target) = (source.map(|server| server.claims), target.map(|server| server.claims));
+        let published = self.publish(routes, source.as_ref(), target.as_ref());
+        self.tell_engine(source.as_ref(), target.as_ref()).await;
+        settled && published
+    }
+
+    async fn read(&self, role: ServerRole) -> Option<Readable> {
+        let attempt = async {
+            let control = self.connector(role).control(&self.control_database, "resolve").await?;
+            let claims = claims::read(&*control).await?;
+            Ok::<_, CutoverError>(Readable { control, claims })
+        };
+        match attempt.await {
+            Ok(readable) => Some(readable),
+            Err(error) => {
+                tracing::warn!(server = %role, %error, "cannot read who is active");
+                None
+            }
+        }
+    }
+
+    fn connector(&self, role: ServerRole) -> &Connector {
+        match role {
+            ServerRole::Source => &self.source,
+            ServerRole::Target => &self.target,
+        }
+    }
+
+    /// Gives every cutover without an outcome one, and acts on outcomes that were not acted on.
+    async fn settle(&self, source: Option<&Readable>, target: Option<&Readable>) -> Result<(), CutoverError> {
+        let (Some(source), Some(target)) = (source, target) else { return Ok(()) };
+        let mut chores = resolve::chores(Some(&source.claims), Some(&target.claims));
+        for (own, other, role) in [(source, target, ServerRole::Source), (target, source, ServerRole::Target)] {
+            for epoch in undecided(own, role, &source.claims, &target.claims) {
+                let Some((fence, _)) = fence::read(&*own.control, epoch).await? else { continue };
+                if let Some(outcome) = self.settle_one(&fence.case, other).await? {
+                    chores.push(resolve::Chore { on: role, epoch, outcome });
+                }
+            }
+        }
+        for chore in chores {
+            let on = match chore.on {
+                ServerRole::Source => source,
+                ServerRole::Target => target,
+            };
+            match chore.outcome {
+                Outcome::Decided => settle::note_decided(&on.control, chore.epoch).await?,
+                Outcome::Aborted => {
+                    if let Some((fence, _)) = fence::read(&*on.control, chore.epoch).await? {
+                        settle::lift(self.connector(chore.on), &self.control_database, &fence).await?;
+                    }
+                }
+            }
+            tracing::info!(epoch = chore.epoch.0, server = %chore.on, outcome = chore.outcome.as_str(), "settled a cutover");
+        }
+        Ok(())
+    }
+
+    /// Proposes to abort, unless the coordinator lives.
+    async fn settle_one(&self, case: &Case, other: &Readable) -> Result<Option<Outcome>, CutoverError> {
+        if !claim_coordination(&other.control, &case.migration).await? {
+            tracing::warn!(epoch = case.epoch.0, "a cutover is undecided and its coordinator lives: waiting for it");
+            return Ok(None);
+        }
+        let identity = &other.claims.identity;
+        Ok(Some(decision::propose(&*other.control, case, Outcome::Aborted, identity).await?))
+    }
+
+    /// Publishes what is known. Returns whether everything is.
+    fn publish(&self, routes: Routes, source: Option<&Claims>, target: Option<&Claims>) -> bool {
+        // Databases that no cutover ever covered have no name in the claims; the empty name stands for them.
+        let elsewhere = resolve::resolve("", source, target);
+        let mut known = matches!(elsewhere, Verdict::Active { .. });
+        self.switchboard.set_initial(route(&elsewhere));
+        for name in resolve::covered(source, target) {
+            self.switchboard.database(&name);
+        }
+        for database in self.switchboard.all() {
+            let is_unknown = matches!(&*database.route(), Route::Unknown { .. });
+            if routes == Routes::OnlyUnknown && !is_unknown {
+                continue;
+            }
+            let verdict = resolve::resolve(database.name(), source, target);
+            known &= matches!(verdict, Verdict::Active { .. });
+            apply(&database, &verdict);
+        }
+        known
+    }
+
+    /// The engine may have been stopped between a verdict and its own note of it.
+    async fn tell_engine(&self, source: Option<&Claims>, target: Option<&Claims>) {
+        let fences = [source, target].into_iter().flatten().flat_map(|claims| &claims.fences);
+        let mut latest: BTreeMap<&str, (Epoch, Outcome)> = BTreeMap::new();
+        for fence in fences {
+            let Some(outcome) = fence.outcome else { continue };
+            let entry = latest.entry(&fence.migration).or_insert((fence.epoch, outcome));
+            if fence.epoch > entry.0 {
+                *entry = (fence.epoch, outcome);
+            }
+        }
+        for (migration, (epoch, outcome)) in latest {
+            if let Err(reason) = self.engine.cutover_settled(migration, outcome).await {
+                tracing::warn!(migration, epoch = epoch.0, reason, "the engine could not be told how its cutover ended");
+            }
+        }
+    }
+}
+
+/// Fences of `own` that resolve as undecided.
+fn undecided(own: &Readable, role: ServerRole, source: &Claims, target: &Claims) -> Vec<Epoch> {
+    let open = own.claims.fences.iter().filter(|fence| fence.outcome.is_none());
+    open.filter(|fence| {
+        fence.databases.iter().any(|database| {
+            let verdict = resolve::resolve(database, Some(source), Some(target));
+            verdict == Verdict::Undecided { epoch: fence.epoch, fenced: role }
+        })
+    })
+    .map(|fence| fence.epoch)
+    .collect()
+}
+
+fn route(verdict: &Verdict) -> Route {
+    match verdict {
+        Verdict::Active { server, epoch } => Route::To { server: *server, epoch: *epoch },
+        Verdict::Undecided { epoch, .. } => Route::Unknown { reason: format!("cutover {epoch} is being decided") },
+        Verdict::Refuse { reason } => Route::Unknown { reason: reason.clone() },
+    }
+}
+
+fn apply(database: &Database, verdict: &Verdict) {
+    let wanted = route(verdict);
+    match wanted {
+        Route::To { .. } if *database.route() == wanted && !database.is_fenced() => {}
+        Route::To { server, epoch } => {
+            tracing::info!(database = database.name(), server = %server, epoch = epoch.0, "active");
+            database.set_prepare_window(None);
+            database.open(server, epoch);
+        }
+        Route::Unknown { reason } => {
+            if *database.route() == (Route::Unknown { reason: reason.clone() }) {
+                return;
+            }
+            tracing::error!(database = database.name(), reason, "nobody is known to be active: clients are refused");
+            database.set_unknown(reason);
+        }
+    }
+}

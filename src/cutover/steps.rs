@@ -1,0 +1,376 @@
+//! The protocol of a cutover: one type for each step, each consuming the one before it.
+//!
+//! ```text
+//! Ready ─prepare→ Prepared ─pause→ Paused ─drain→ Drained ─decide→ Decided ─switch→ report
+//!   │                │                │              │       │
+//!   │                │                │              │       ├→ InDoubt ─settle→ Decided, or aborted
+//!   └────────────────┴────────────────┴──────────────┘       └→ aborted (read from the other server)
+//!                     abort: undo everything
+//! ```
+//!
+//! A wrong order does not compile; neither does an abort after the decision was sent, because what could abort has been
+//! consumed. A step that fails hands back everything it was given in a [`Stopped`], whose only use is to be undone.
+
+use std::time::{Duration, Instant};
+
+use super::CutoverError;
+use super::hard_fence;
+use super::phase::Event;
+use super::report::{CutoverOutcome, CutoverReport};
+use super::settle::{self, Answer};
+use super::soft_fence::{self, Before};
+use super::work::{LineSessions, Work, bounded};
+use crate::catalog::decision::Outcome;
+use crate::catalog::fence::Fence;
+use crate::catalog::{Place, bootstrap};
+use crate::config::FencePolicy;
+
+/// Every failpoint of a cutover, in the order in which one that goes well passes them, then those of an abort. Crash
+/// tests walk this list.
+pub const ALL_FAILPOINTS: &[&str] = &[
+    "prepare.before_fence",
+    "prepare.after_fence",
+    "pause.after_gate",
+    "pause.after_hard_fence",
+    "drain.after_sessions",
+    "drain.after_marker",
+    "drain.after_applied",
+    "decide.before_sequences",
+    "decide.before_decision",
+    "decide.after_decision",
+    "switch.before_open",
+    "switch.after_open",
+    "switch.after_note",
+    "switch.after_finish",
+    "abort.before_decision",
+    "abort.after_decision",
+    "abort.after_lift",
+];
+
+/// Between two questions while the decision is in doubt.
+const ASK_AGAIN: Duration = Duration::from_millis(250);
+
+/// The cutover was accepted; nothing has been done.
+#[derive(Debug)]
+pub(super) struct Ready(pub(super) Box<Work>);
+
+/// Sessions have their other backend, the server that is left is fenced softly.
+#[derive(Debug)]
+pub(super) struct Prepared(Box<Work>);
+
+/// No transaction begins any more, and the server lets nobody in.
+#[derive(Debug)]
+pub(super) struct Paused(Box<Work>, Pause);
+
+/// Everything that was ever written there is durable on the other server.
+#[derive(Debug)]
+pub(super) struct Drained(Box<Work>, Pause);
+
+/// `decided` was read. There is no way back.
+#[derive(Debug)]
+pub(super) struct Decided(Box<Work>);
+
+/// The decision was sent and the answer lost.
+#[derive(Debug)]
+pub(super) struct InDoubt(Box<Work>);
+
+/// A step did not go through. Undo it.
+#[derive(Debug)]
+pub(super) struct Stopped(Box<Work>, CutoverError);
+
+/// What the other server answered to the decision.
+#[derive(Debug)]
+pub(super) enum Verdict {
+    /// Go on.
+    Decided(Decided),
+    /// Somebody aborted before the decision arrived, or it was never sent.
+    Stopped(Stopped),
+    /// Ask again.
+    InDoubt(InDoubt),
+}
+
+/// When the pause must have ended.
+#[derive(Clone, Copy, Debug)]
+struct Pause {
+    deadline: Instant,
+    limit: Duration,
+}
+
+impl Stopped {
+    /// Undoes everything; it runs where it ran before.
+    pub(super) async fn abort(self) -> CutoverReport {
+        let Self(work, error) = self;
+        tracing::warn!(migration = work.case.migration, epoch = work.case.epoch.0, %error, "cutover aborted");
+        work.undo(CutoverOutcome::Aborted, Some(error)).await
+    }
+}
+
+/// Runs a step on the work, so that whatever it has begun is still in our hands when it fails or is dropped.
+macro_rules! attempt {
+    ($work:ident, $pause:expr, $step:expr) => {{
+        let orders = $work.orders.clone();
+        let pause: Option<Pause> = $pause;
+        let bound = pause.map(|pause| (pause.deadline, pause.limit));
+        match Box::pin(bounded(&orders, bound, $step)).await {
+            Ok(done) => done,
+            Err(error) => return Err(Stopped($work, error)),
+        }
+    }};
+}
+
+impl Ready {
+    /// Checks the guardrails, lets sessions prepare their move, and fences softly.
+    pub(super) async fn prepare(self) -> Result<Prepared, Stopped> {
+        let Self(mut work) = self;
+        attempt!(work, None, work.prepare());
+        match work.advance(Event::StepDone) {
+            Ok(()) => Ok(Prepared(work)),
+            Err(error) => Err(Stopped(work, error)),
+        }
+    }
+}
+
+impl Prepared {
+    /// Closes the gates and shuts the server.
+    pub(super) async fn pause(self) -> Result<Paused, Stopped> {
+        let Self(mut work) = self;
+        let limit = work.options.max_pause;
+        let pause = Pause { deadline: Instant::now() + limit, limit };
+        attempt!(work, Some(pause), work.pause());
+        match work.advance(Event::StepDone) {
+            Ok(()) => Ok(Paused(work, pause)),
+            Err(error) => Err(Stopped(work, error)),
+        }
+    }
+}
+
+impl Paused {
+    /// Waits until everything that was let in has ended and everything written has arrived.
+    pub(super) async fn drain(self) -> Result<Drained, Stopped> {
+        let Self(mut work, pause) = self;
+        attempt!(work, Some(pause), work.drain(pause.deadline));
+        match work.advance(Event::StepDone) {
+            Ok(()) => Ok(Drained(work, pause)),
+            Err(error) => Err(Stopped(work, error)),
+        }
+    }
+}
+
+impl Drained {
+    /// Whether it was asked only how long it would take.
+    pub(super) fn is_dry_run(&self) -> bool {
+        self.0.options.dry_run
+    }
+
+    /// The planned end of a dry run.
+    pub(super) async fn resume(self) -> CutoverReport {
+        self.0.undo(CutoverOutcome::DryRun, None).await
+    }
+
+    /// Writes sequences and boundaries, then sends the decision.
+    pub(super) async fn decide(self) -> Verdict {
+        let Self(work, pause) = self;
+        let mut work = match write_target(work, pause).await {
+            Ok(work) => work,
+            Err(stopped) => return Verdict::Stopped(stopped),
+        };
+        // The last moment at which max_pause can fire.
+        if Instant::now() >= pause.deadline {
+            let error = CutoverError::MaxPause(pause.limit);
+            return Verdict::Stopped(Stopped(work, error));
+        }
+        if let Err(error) = work.advance(Event::Sent) {
+            return Verdict::Stopped(Stopped(work, error));
+        }
+        let answer = Box::pin(work.send_decision()).await;
+        take_answer(work, answer)
+    }
+}
+
+async fn write_target(work: Box<Work>, pause: Pause) -> Result<Box<Work>, Stopped> {
+    attempt!(work, Some(pause), async {
+        work.failpoint("decide.before_sequences").await?;
+        work.write_target().await?;
+        work.failpoint("decide.before_decision").await?;
+        Ok(())
+    });
+    Ok(work)
+}
+
+/// Only an answer that was read moves the cutover on.
+fn take_answer(mut work: Box<Work>, answer: Answer) -> Verdict {
+    let (event, lost) = match answer {
+        Answer::Read(Outcome::Decided) => (Event::ReadDecided, None),
+        Answer::Read(Outcome::Aborted) => (Event::ReadAborted, None),
+        Answer::Lost(error) => (Event::AnswerLost, Some(error)),
+    };
+    // In doubt and no answer again: still in doubt.
+    if !(event == Event::AnswerLost && work.phase == super::phase::Phase::InDoubt)
+        && let Err(error) = work.advance(event)
+    {
+        tracing::error!(%error, "cutover");
+    }
+    match (event, lost) {
+        (Event::ReadDecided, _) => Verdict::Decided(Decided(work)),
+        (_, Some(error)) => {
+            tracing::warn!(epoch = work.case.epoch.0, %error, "the decision is in doubt");
+            Verdict::InDoubt(InDoubt(work))
+        }
+        (_, None) => {
+            let error = CutoverError::Stopped("the cutover was aborted before its decision arrived");
+            Verdict::Stopped(Stopped(work, error))
+        }
+    }
+}
+
+impl InDoubt {
+    /// Stays fenced and asks until an answer is read. New sessions are refused with 57P03 meanwhile, held ones stay held.
+    /// Ends without an answer only when the process stops: the next start asks.
+    pub(super) async fn settle(self) -> Verdict {
+        let Self(mut work) = self;
+        for line in &work.lines {
+            line.gate.set_unknown(format!(
+                "cutover {} is being decided and the {} does not answer",
+                work.case.epoch, work.to.role
+            ));
+        }
+        loop {
+            let answer = Box::pin(work.ask_again()).await;
+            match take_answer(work, answer) {
+                Verdict::InDoubt(Self(again)) => work = again,
+                verdict @ (Verdict::Decided(_) | Verdict::Stopped(_)) => return verdict,
+            }
+            if work.orders.tasks.is_stopping() {
+                return Verdict::InDoubt(Self(work));
+            }
+            tokio::time::sleep(ASK_AGAIN).await;
+        }
+    }
+
+    /// What can be said when the process stops before an answer was read. Nothing is undone.
+    pub(super) fn give_up(self) -> CutoverReport {
+        let error = CutoverError::Stopped("pgcutover stopped while the decision was in doubt; the next start settles it");
+        self.0.report(CutoverOutcome::Aborted, Some(&error))
+    }
+}
+
+impl Decided {
+    /// Publishes the routes, opens the gates, and tidies up. Nothing in here can fail the cutover.
+    pub(super) async fn switch(self) -> CutoverReport {
+        let Self(mut work) = self;
+        work.pass("decide.after_decision").await;
+        work.pass("switch.before_open").await;
+        for line in &work.lines {
+            line.gate.open(work.to.role, work.case.epoch);
+        }
+        work.timings.gates_opened();
+        work.pass("switch.after_open").await;
+        if let Err(error) = work.advance(Event::Finished) {
+            tracing::error!(%error, "cutover");
+        }
+        // Our locks on the tables of the old server are of no use to anybody now.
+        work.lines.iter_mut().for_each(|line| line.sessions = None);
+        if let Err(error) = settle::note_decided(&work.from.control, work.case.epoch).await {
+            tracing::warn!(%error, "the {} could not be told that it was left; the next start tells it", work.from.role);
+            work.notes.push(format!("the {} could not be told that it was left: {error}", work.from.role));
+        }
+        work.pass("switch.after_note").await;
+        if let Err(reason) = work.lease.finish(Outcome::Decided).await {
+            tracing::error!(reason, "the engine could not finish the migration; the next start tries again");
+            work.notes.push(format!("the engine could not finish the migration: {reason}"));
+        }
+        work.pass("switch.after_finish").await;
+        work.report(CutoverOutcome::Switched, None)
+    }
+}
+
+impl Work {
+    async fn prepare(&mut self) -> Result<(), CutoverError> {
+        self.check_guardrails().await?;
+        self.open_sessions().await?;
+        self.check_fingerprints().await?;
+        let deadline = Instant::now() + self.to.connector.server().connect_timeout + self.options.drain_timeout;
+        self.undo.moves = true;
+        let (to, epoch) = (self.to.role, self.case.epoch);
+        let reports = self.sessions.prepare_moves(&self.case.databases, to, epoch, deadline).await;
+        let unmoved = self.take_moves(&reports);
+        self.check_moves(unmoved)?;
+        // The reverse publication and slot belong here, before the fence: making a slot waits for every transaction that
+        // is open on the other server.
+        if self.options.dry_run {
+            return Ok(());
+        }
+        self.failpoint("prepare.before_fence").await?;
+        self.raise_soft_fence().await?;
+        self.failpoint("prepare.after_fence").await?;
+        Ok(())
+    }
+
+    async fn open_sessions(&mut self) -> Result<(), CutoverError> {
+        for line in &mut self.lines {
+            let onward = self.to.connector.control(&line.name, "cutover").await?;
+            bootstrap(&onward, Place::TargetDatabase).await?;
+            line.sessions = Some(LineSessions {
+                marker: self.from.connector.control(&line.name, "cutover-marker").await?,
+                locks: self.from.connector.control(&line.name, "cutover-locks").await?,
+                onward,
+            });
+        }
+        Ok(())
+    }
+
+    async fn raise_soft_fence(&mut self) -> Result<(), CutoverError> {
+        let before = soft_fence::read_before(&*self.from.control, &self.case.databases, self.case.epoch).await?;
+        let fence = Fence {
+            case: self.case.clone(),
+            on: self.from.identity.clone(),
+            leads_to: self.to.identity.clone(),
+            saved: before.iter().map(|Before { saved, .. }| saved.clone()).collect(),
+        };
+        // Noted, and the windows opened, before the fence can be felt: its commit may be lost on the way back.
+        self.undo.fence = Some(fence.clone());
+        for Before { saved, window } in before {
+            if let Some(line) = self.lines.iter().find(|line| line.name == saved.name) {
+                line.gate.set_prepare_window(Some(window));
+            }
+        }
+        for role in soft_fence::raise(&mut self.from.control, &fence).await? {
+            self.notes.push(format!("role {role:?} sets default_transaction_read_only itself and could not be overridden"));
+        }
+        Ok(())
+    }
+
+    async fn pause(&mut self) -> Result<(), CutoverError> {
+        self.undo.gates = true;
+        self.timings.gates_closed();
+        for line in &self.lines {
+            line.gate.fence();
+            line.gate.set_prepare_window(None);
+        }
+        self.publish();
+        self.failpoint("pause.after_gate").await?;
+        if self.options.fence == FencePolicy::Hard && !self.options.dry_run {
+            hard_fence::shut(&mut self.from.control, &self.case.databases).await?;
+            self.sessions_ended +=
+                hard_fence::expel(&self.from.control, &self.case.databases, || self.known()).await?;
+        }
+        self.failpoint("pause.after_hard_fence").await?;
+        Ok(())
+    }
+
+    async fn drain(&mut self, deadline: Instant) -> Result<(), CutoverError> {
+        self.drain_sessions().await?;
+        self.failpoint("drain.after_sessions").await?;
+        if !self.options.dry_run {
+            self.lock_tables().await?;
+        }
+        let nonce = format!("{}-{:016x}", self.case.epoch, rand::random::<u64>());
+        self.write_markers(&nonce).await?;
+        self.failpoint("drain.after_marker").await?;
+        // Sessions settle while the marker travels: neither needs the other.
+        self.settle_sessions(deadline).await?;
+        self.wait_markers(&nonce).await?;
+        self.failpoint("drain.after_applied").await?;
+        Ok(())
+    }
+}

@@ -1,0 +1,218 @@
+//! What a cutover works with, passed by value from step to step.
+
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use tokio::sync::watch;
+use tokio_util::sync::CancellationToken;
+
+use super::CutoverError;
+use super::hard_fence::Known;
+use super::parts::{Lease, MoveOutcome, MoveReport, Sessions};
+use super::phase::{Event, Phase};
+use super::report::{CutoverOutcome, CutoverProgress, CutoverReport, Timings};
+use super::undo::Undo;
+use crate::catalog::claims::ServerIdentity;
+use crate::catalog::decision::Case;
+use crate::config::{FencePolicy, Stragglers};
+use crate::failpoint::{Failed, Failpoints};
+use crate::postgres::{Connector, Control};
+use crate::shutdown::Tasks;
+use crate::switch::{Database, Epoch, ServerRole};
+
+/// What the operator asked for; bounds come from the configuration where the command does not give them.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct CutoverOptions {
+    /// Everything up to the decision, without fencing the server, then resume where it ran.
+    pub dry_run: bool,
+    /// From the closing of the gates to the sending of the decision.
+    pub max_pause: Duration,
+    /// For running transactions to end.
+    pub drain_timeout: Duration,
+    /// What happens to those that do not.
+    pub stragglers: Stragglers,
+    /// Not begun with more than this to replay, in bytes.
+    pub max_lag_at_start_bytes: u64,
+    /// How strongly the server that is left is fenced.
+    pub fence: FencePolicy,
+}
+
+/// One of the two servers of a cutover.
+pub(super) struct Side {
+    pub(super) role: ServerRole,
+    pub(super) connector: Connector,
+    /// Session in the control database.
+    pub(super) control: Control,
+    pub(super) identity: ServerIdentity,
+}
+
+/// One database of the migration.
+pub(super) struct Line {
+    pub(super) name: String,
+    pub(super) gate: Arc<Database>,
+    /// The epoch that its route stood at when the cutover began.
+    pub(super) earlier: Epoch,
+    /// Sessions that are open before the databases are shut: marker and sequences, table locks, the other server.
+    pub(super) sessions: Option<LineSessions>,
+}
+
+/// Control sessions in one database, opened by prepare.
+pub(super) struct LineSessions {
+    pub(super) marker: Control,
+    pub(super) locks: Control,
+    pub(super) onward: Control,
+}
+
+/// Who may tell a cutover to give up.
+#[derive(Clone, Debug)]
+pub(super) struct Orders {
+    /// The operator.
+    pub(super) cancel: CancellationToken,
+    /// The process, when it stops.
+    pub(super) tasks: Tasks,
+}
+
+/// Everything. Owned by the step that is current; nobody else can touch it.
+pub(super) struct Work {
+    pub(super) options: CutoverOptions,
+    pub(super) case: Case,
+    /// Name of the database that holds fences and decisions, on both servers.
+    pub(super) control_database: String,
+    /// The server that is left.
+    pub(super) from: Side,
+    /// The server that it leads to. Its control session holds the lock that says this coordinator lives.
+    pub(super) to: Side,
+    pub(super) lines: Vec<Line>,
+    pub(super) sessions: Arc<dyn Sessions>,
+    pub(super) lease: Arc<dyn Lease>,
+    pub(super) failpoints: Failpoints,
+    pub(super) orders: Orders,
+    pub(super) undo: Undo,
+    pub(super) phase: Phase,
+    pub(super) progress: watch::Sender<Option<CutoverProgress>>,
+    pub(super) timings: Timings,
+    pub(super) notes: Vec<String>,
+    pub(super) sessions_moved: u64,
+    pub(super) sessions_ended: u64,
+}
+
+impl std::fmt::Debug for Work {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Work").field("case", &self.case).field("phase", &self.phase).finish_non_exhaustive()
+    }
+}
+
+impl Work {
+    /// Reports an event: the one place where the phase changes.
+    pub(super) fn advance(&mut self, event: Event) -> Result<(), CutoverError> {
+        let from = self.phase;
+        let to = from.after(event).map_err(|rejected| CutoverError::Unexpected(rejected.to_string()))?;
+        self.timings.lap(from);
+        self.phase = to;
+        tracing::info!(
+            migration = self.case.migration,
+            epoch = self.case.epoch.0,
+            from = from.as_str(),
+            to = to.as_str(),
+            "cutover"
+        );
+        self.publish();
+        Ok(())
+    }
+
+    /// Shows observers where the cutover stands.
+    pub(super) fn publish(&self) {
+        self.progress.send_replace(Some(CutoverProgress {
+            epoch: self.case.epoch.0,
+            phase: self.phase,
+            elapsed_ms: self.timings.elapsed_ms(),
+            paused_ms: self.timings.paused_ms(),
+        }));
+    }
+
+    pub(super) async fn failpoint(&self, name: &'static str) -> Result<(), Failed> {
+        self.failpoints.hit(name).await
+    }
+
+    /// Backends that are not strangers, as of now.
+    pub(super) fn known(&self) -> Known {
+        let databases = &self.case.databases;
+        Known {
+            pids: databases.iter().flat_map(|database| self.sessions.backend_pids(database)).collect(),
+            own_prefix: self.from.connector.instance().application_name(""),
+            slots: databases.iter().map(|database| self.lease.replication(database).slot).collect(),
+        }
+    }
+
+    /// Counts what has moved and returns, in words, what cannot.
+    pub(super) fn take_moves(&mut self, reports: &[MoveReport]) -> Unmoved {
+        self.sessions_moved = reports.iter().filter(|report| report.outcome == MoveOutcome::Ready).count() as u64;
+        let mut unmoved = Unmoved::default();
+        for MoveReport { session, outcome } in reports {
+            let words = match outcome {
+                MoveOutcome::Ready => continue,
+                MoveOutcome::Busy => {
+                    unmoved.busy.push(*session);
+                    continue;
+                }
+                MoveOutcome::Blocked(blockers) => blockers.join(", "),
+                MoveOutcome::Failed(reason) => reason.clone(),
+            };
+            unmoved.sessions.push(*session);
+            unmoved.words.push(format!("session {session}: {words}"));
+        }
+        unmoved
+    }
+
+    /// The report, as things stand.
+    pub(super) fn report(&self, outcome: CutoverOutcome, error: Option<&CutoverError>) -> CutoverReport {
+        CutoverReport {
+            outcome,
+            reason: error.map(ToString::to_string).unwrap_or_default(),
+            pause_ms: self.timings.pause_ms(),
+            phases_ms: self.timings.phases(),
+            sessions_moved: self.sessions_moved,
+            sessions_ended: self.sessions_ended,
+            epoch: self.case.epoch.0,
+            blockers: error.map(|error| error.obstacles().to_vec()).unwrap_or_default(),
+            notes: self.notes.clone(),
+        }
+    }
+}
+
+/// Sessions that a round of moves has left behind.
+#[derive(Debug, Default)]
+pub(super) struct Unmoved {
+    /// Not at a safe point yet; they are asked again.
+    pub(super) busy: Vec<u64>,
+    /// Cannot be moved.
+    pub(super) sessions: Vec<u64>,
+    /// Why, one line for each of `sessions`.
+    pub(super) words: Vec<String>,
+}
+
+/// Runs a step that may be given up: until `deadline` at the latest, and until somebody says stop. The step is dropped
+/// then; whatever it may have begun is in [`Undo`] already.
+pub(super) async fn bounded<T>(
+    orders: &Orders,
+    pause: Option<(Instant, Duration)>,
+    step: impl Future<Output = Result<T, CutoverError>>,
+) -> Result<T, CutoverError> {
+    let pause_ends = async {
+        match pause {
+            Some((deadline, limit)) => {
+                tokio::time::sleep_until(deadline.into()).await;
+                limit
+            }
+            None => std::future::pending().await,
+        }
+    };
+    tokio::select! {
+        // Dropping the waits loses nothing; dropping the step is what giving up means.
+        biased;
+        done = step => done,
+        () = orders.cancel.cancelled() => Err(CutoverError::Stopped("the cutover was cancelled")),
+        () = orders.tasks.stopping() => Err(CutoverError::Stopped("pgcutover is stopping")),
+        limit = pause_ends => Err(CutoverError::MaxPause(limit)),
+    }
+}
