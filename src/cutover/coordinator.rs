@@ -167,7 +167,9 @@ impl Coordinator {
 
     async fn run_to_the_end(&self, migration: &str, options: CutoverOptions) -> Result<CutoverReport, CutoverError> {
         let Ok(turn) = tokio::time::timeout(WAIT_FOR_TURN, self.resolver.turn()).await else {
-            return Err(CutoverError::Guardrail("another cutover is running, or one is still being settled".to_owned()));
+            return Err(CutoverError::Guardrail(
+                "another cutover is running, or one is still being settled".to_owned(),
+            ));
         };
         let lease = self.deps.engine.begin_cutover(migration).await.map_err(CutoverError::Engine)?;
         let (progress, seen) = watch::channel(None);
@@ -220,7 +222,12 @@ impl Coordinator {
         for name in &databases {
             match resolve::resolve(name, Some(&left), Some(&led_to)) {
                 Claimed::Active { server, epoch: earlier } if server == from.role => {
-                    lines.push(Line { name: name.clone(), gate: self.deps.switchboard.database(name), earlier, sessions: None });
+                    lines.push(Line {
+                        name: name.clone(),
+                        gate: self.deps.switchboard.database(name),
+                        earlier,
+                        sessions: None,
+                    });
                 }
                 Claimed::Active { server, .. } => {
                     return Err(CutoverError::Guardrail(format!("database {name:?} runs on the {server} already")));

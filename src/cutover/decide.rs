@@ -27,7 +27,8 @@ impl Work {
     /// retry sets everything again and nobody has seen it.
     pub(super) async fn write_target(&self) -> Result<(), CutoverError> {
         let epoch = self.case.epoch;
-        let written = self.lines.iter().filter_map(|line| line.sessions.as_ref()).map(|sessions| write_one(sessions, epoch));
+        let written =
+            self.lines.iter().filter_map(|line| line.sessions.as_ref()).map(|sessions| write_one(sessions, epoch));
         try_join_all(written).await?;
         Ok(())
     }

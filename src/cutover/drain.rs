@@ -110,7 +110,11 @@ impl Work {
         for line in &self.lines {
             let stragglers = self.sessions.stragglers(&line.name);
             let sessions: Vec<u64> = stragglers.iter().map(|straggler| straggler.session).collect();
-            self.sessions.end(&sessions, sqlstate::ADMIN_SHUTDOWN, "ended by an operator's order: the database is moving");
+            self.sessions.end(
+                &sessions,
+                sqlstate::ADMIN_SHUTDOWN,
+                "ended by an operator's order: the database is moving",
+            );
             ended.extend(stragglers.iter().filter_map(|straggler| straggler.pid));
         }
         ended.extend(blockers.iter().map(|blocker| blocker.pid));
@@ -139,7 +143,10 @@ impl Work {
         }
         // ONLY: partitions are published, and so locked, by themselves.
         let wait = self.options.drain_timeout.as_millis().max(1);
-        let script = format!("BEGIN; SET LOCAL lock_timeout = {wait}; LOCK TABLE ONLY {} IN EXCLUSIVE MODE", tables.join(", ONLY "));
+        let script = format!(
+            "BEGIN; SET LOCAL lock_timeout = {wait}; LOCK TABLE ONLY {} IN EXCLUSIVE MODE",
+            tables.join(", ONLY ")
+        );
         let Err(error) = locks.batch_execute(&script).await else { return Ok(None) };
         let code = error.code().map_or("", |code| code.code());
         match code {

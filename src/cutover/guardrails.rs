@@ -107,7 +107,11 @@ impl Work {
             super::hard_fence::backends(&self.from.control, &self.case.databases, &self.known(), looking).await?;
         for obstacle in busy {
             if obstacle.age_seconds > self.options.drain_timeout.as_secs_f64() {
-                tracing::warn!(pid = obstacle.pid, age_seconds = obstacle.age_seconds, "long transaction before a cutover");
+                tracing::warn!(
+                    pid = obstacle.pid,
+                    age_seconds = obstacle.age_seconds,
+                    "long transaction before a cutover"
+                );
                 self.notes.push(format!("long transaction before the cutover: {obstacle}"));
             }
         }

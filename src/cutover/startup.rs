@@ -210,7 +210,12 @@ impl Resolver {
         }
         for (migration, (epoch, outcome)) in latest {
             if let Err(reason) = self.engine.cutover_settled(migration, outcome).await {
-                tracing::warn!(migration, epoch = epoch.0, reason, "the engine could not be told how its cutover ended");
+                tracing::warn!(
+                    migration,
+                    epoch = epoch.0,
+                    reason,
+                    "the engine could not be told how its cutover ended"
+                );
             }
         }
     }

@@ -249,7 +249,8 @@ impl InDoubt {
 
     /// What can be said when the process stops before an answer was read. Nothing is undone.
     pub(super) fn give_up(self) -> CutoverReport {
-        let error = CutoverError::Stopped("pgcutover stopped while the decision was in doubt; the next start settles it");
+        let error =
+            CutoverError::Stopped("pgcutover stopped while the decision was in doubt; the next start settles it");
         self.0.report(CutoverOutcome::Aborted, Some(&error))
     }
 }
@@ -335,7 +336,8 @@ impl Work {
             }
         }
         for role in soft_fence::raise(&mut self.from.control, &fence).await? {
-            self.notes.push(format!("role {role:?} sets default_transaction_read_only itself and could not be overridden"));
+            self.notes
+                .push(format!("role {role:?} sets default_transaction_read_only itself and could not be overridden"));
         }
         Ok(())
     }
@@ -351,8 +353,7 @@ impl Work {
         self.failpoint("pause.after_gate").await?;
         if self.options.fence == FencePolicy::Hard && !self.options.dry_run {
             hard_fence::shut(&mut self.from.control, &self.case.databases).await?;
-            self.sessions_ended +=
-                hard_fence::expel(&self.from.control, &self.case.databases, || self.known()).await?;
+            self.sessions_ended += hard_fence::expel(&self.from.control, &self.case.databases, || self.known()).await?;
         }
         self.failpoint("pause.after_hard_fence").await?;
         Ok(())

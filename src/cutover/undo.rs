@@ -33,7 +33,11 @@ pub(super) struct Undo {
 impl Work {
     /// Undoes everything and says so in a report. `outcome` is what the report calls it: an abort, or the planned end of
     /// a dry run.
-    pub(super) async fn undo(mut self: Box<Self>, outcome: CutoverOutcome, error: Option<CutoverError>) -> CutoverReport {
+    pub(super) async fn undo(
+        mut self: Box<Self>,
+        outcome: CutoverOutcome,
+        error: Option<CutoverError>,
+    ) -> CutoverReport {
         if self.phase.may_give_up()
             && let Err(rejected) = self.advance(Event::GiveUp)
         {
