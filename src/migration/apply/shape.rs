@@ -44,7 +44,7 @@ pub enum ColumnKind {
 pub const SHAPE_SQL: &str = "
 SELECT a.attname::text,
        pg_catalog.format_type(a.atttypid, -1),
-       coalesce(pg_catalog.to_jsonb(a) ->> 'attgenerated', '') || '/' || a.attidentity,
+       coalesce(pg_catalog.to_jsonb(a) ->> 'attgenerated', '') || '/' || a.attidentity::text,
        (SELECT pg_catalog.quote_ident(n.nspname) || '.' || o.oprname
           FROM pg_catalog.pg_index i
           CROSS JOIN LATERAL unnest(i.indclass::oid[], i.indkey::int2[]) AS k (opclass, attnum)

@@ -1,0 +1,338 @@
+//! The stream of one database on real PostgreSQL: a hand-made publication and slot, every shape of change, lost
+//! connections on both sides, and the failures that must never be skipped.
+
+mod support;
+
+use std::collections::HashMap;
+use std::time::Duration;
+
+use pgcutover::catalog::migrations::Generation;
+use pgcutover::catalog::{Place, bootstrap};
+use pgcutover::config::Server;
+use pgcutover::demo::cluster::{Cluster, ClusterOptions};
+use pgcutover::failpoint::Failpoints;
+use pgcutover::lsn::Lsn;
+use pgcutover::migration::stream::{self, StreamContext, StreamError, StreamStatus};
+use pgcutover::postgres::walsender::ReplicationConnection;
+use pgcutover::postgres::{Connector, InstanceId};
+use support::{connect, installations, wait_for};
+use tokio::task::JoinHandle;
+
+/// One table of every kind that needs care, the same on both servers.
+const TABLES: &str = r#"
+CREATE TABLE plain (id int PRIMARY KEY, note text);
+CREATE TABLE "Odd ""Name" ("Key" text, "a b" int, PRIMARY KEY ("Key"));
+CREATE TABLE toasted (id int PRIMARY KEY, big text, small int);
+ALTER TABLE toasted ALTER big SET STORAGE EXTERNAL;
+CREATE TABLE always (id int GENERATED ALWAYS AS IDENTITY PRIMARY KEY, note text);
+CREATE TABLE side_identity (k int PRIMARY KEY, n int GENERATED ALWAYS AS IDENTITY, big text, note text);
+ALTER TABLE side_identity ALTER big SET STORAGE EXTERNAL;
+CREATE TABLE computed (id int PRIMARY KEY, twice int GENERATED ALWAYS AS (id * 2) STORED, note text);
+CREATE TABLE keyless (a int, b text, c float8, d jsonb);
+ALTER TABLE keyless REPLICA IDENTITY FULL;
+CREATE TABLE by_index (a int NOT NULL, b int NOT NULL, c text, UNIQUE (b, a));
+ALTER TABLE by_index REPLICA IDENTITY USING INDEX by_index_b_a_key;
+CREATE TABLE parts (id int, region text, note text, PRIMARY KEY (id, region)) PARTITION BY LIST (region);
+CREATE TABLE parts_north PARTITION OF parts FOR VALUES IN ('north');
+CREATE TABLE parts_south PARTITION OF parts FOR VALUES IN ('south');
+CREATE TABLE empty ();
+CREATE TABLE parent (id int PRIMARY KEY);
+CREATE TABLE child (id int PRIMARY KEY, parent int REFERENCES parent);
+CREATE FUNCTION fail() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN RAISE EXCEPTION 'trigger fired'; END $$;
+"#;
+
+/// Every kind of change. Run on the source only.
+const CHANGES: &str = r#"
+INSERT INTO plain SELECT g, 'note ' || g FROM generate_series(1, 100) g;
+UPDATE plain SET note = NULL WHERE id = 1;
+UPDATE plain SET id = 1000 WHERE id = 2;
+DELETE FROM plain WHERE id BETWEEN 10 AND 20;
+INSERT INTO "Odd ""Name" VALUES ('it''s', 1), ('back\slash', 2);
+UPDATE "Odd ""Name" SET "a b" = 3, "Key" = 'new' WHERE "a b" = 2;
+INSERT INTO toasted VALUES (1, repeat('x', 100000), 1);
+UPDATE toasted SET small = 2;
+UPDATE toasted SET id = 2;
+INSERT INTO always (note) VALUES ('a'), ('b');
+UPDATE always SET note = 'c' WHERE id = 1;
+UPDATE always SET id = DEFAULT WHERE id = 2;
+INSERT INTO side_identity (k, big, note) VALUES (1, repeat('y', 100000), 'a');
+UPDATE side_identity SET note = 'b';
+UPDATE side_identity SET n = DEFAULT;
+INSERT INTO computed (id, note) VALUES (1, 'a'), (2, 'b');
+UPDATE computed SET id = 5 WHERE id = 2;
+INSERT INTO keyless VALUES (1, 'same', 0.1, '{"a": 1}'), (1, 'same', 0.1, '{"a": 1}'), (NULL, NULL, 'NaN', NULL);
+UPDATE keyless SET b = 'one of two' WHERE ctid = (SELECT ctid FROM keyless WHERE b = 'same' LIMIT 1);
+DELETE FROM keyless WHERE a IS NULL;
+INSERT INTO by_index VALUES (1, 2, 'a'), (3, 4, 'b');
+UPDATE by_index SET a = 9 WHERE b = 2;
+DELETE FROM by_index WHERE b = 4;
+INSERT INTO parts VALUES (1, 'north', 'a'), (2, 'south', 'b');
+UPDATE parts SET region = 'south' WHERE id = 1;
+INSERT INTO empty DEFAULT VALUES;
+INSERT INTO parent VALUES (1), (2);
+INSERT INTO child VALUES (1, 1), (2, 2);
+TRUNCATE parent CASCADE;
+INSERT INTO parent VALUES (3);
+INSERT INTO child VALUES (3, 3);
+"#;
+
+const ALL: [&str; 13] = [
+    "plain",
+    "\"Odd \"\"Name\"",
+    "toasted",
+    "always",
+    "side_identity",
+    "computed",
+    "keyless",
+    "by_index",
+    "parts_north",
+    "parts_south",
+    "empty",
+    "parent",
+    "child",
+];
+
+struct Bench {
+    source: Cluster,
+    target: Cluster,
+    context: StreamContext,
+}
+
+impl Bench {
+    async fn start(majors: (u16, u16)) -> Self {
+        let found = installations();
+        let options = |major, name: &str| {
+            ClusterOptions::new(found.major(major).unwrap_or_else(|| panic!("PostgreSQL {major} is not there")), name)
+        };
+        let (source, target) =
+            Cluster::start_two(options(majors.0, "source"), options(majors.1, "target")).expect("started");
+        for cluster in [&source, &target] {
+            connect(cluster, "postgres").await.batch_execute("CREATE DATABASE shop").await.expect("made");
+            connect(cluster, "shop").await.batch_execute(TABLES).await.expect("tables");
+        }
+        let triggers = "CREATE TRIGGER t BEFORE INSERT ON plain FOR EACH ROW EXECUTE FUNCTION fail()";
+        connect(&target, "shop").await.batch_execute(triggers).await.expect("trigger");
+        let instance = InstanceId::random();
+        let connector = |cluster: &Cluster, label| {
+            let server = Server::new(cluster.host(), cluster.port(), "postgres");
+            Connector::new(&server, label, &instance).expect("connector")
+        };
+        let (from, to) = (connector(&source, "source"), connector(&target, "target"));
+        bootstrap(&from.control("shop", "test").await.expect("source"), Place::SourceDatabase).await.expect("made");
+        bootstrap(&to.control("shop", "test").await.expect("target"), Place::TargetDatabase).await.expect("made");
+        let tables = ALL.join(", ");
+        connect(&source, "shop")
+            .await
+            .batch_execute(&format!("CREATE PUBLICATION p FOR TABLE {tables}, pgcutover.marker"))
+            .await
+            .expect("publication");
+        let mut replication = ReplicationConnection::connect(&from, "shop").await.expect("walsender");
+        let slot = replication.create_logical_slot("s", Duration::from_secs(30)).await.expect("slot");
+        replication.terminate().await.expect("ended");
+        let context = StreamContext {
+            source: from,
+            target: to,
+            database: "shop".to_owned(),
+            migration: "m".to_owned(),
+            generation: Generation(1),
+            slot: "s".to_owned(),
+            slot_start: slot.consistent_point,
+            publication: "p".to_owned(),
+            hand_overs: HashMap::new(),
+            queue_bytes: 1 << 20,
+            failpoints: Failpoints::none(),
+        };
+        Self { source, target, context }
+    }
+
+    fn run(&self) -> (StreamStatus, JoinHandle<StreamError>) {
+        let (status, context) = (StreamStatus::default(), self.context.clone());
+        let shared = status.clone();
+        (status, tokio::spawn(async move { stream::run(&context, &shared).await }))
+    }
+
+    /// Waits until everything the source has done so far is applied.
+    async fn drain(&self, status: &StreamStatus, nonce: &str) {
+        let source = connect(&self.source, "shop").await;
+        source.execute("UPDATE pgcutover.marker SET nonce = $1", &[&nonce]).await.expect("marker");
+        let mut applied = status.applied.subscribe();
+        let wanted = applied.wait_for(|applied| applied.marker.as_deref() == Some(nonce));
+        let _applied = tokio::time::timeout(support::PATIENCE, wanted).await.expect("in time").expect("running");
+    }
+
+    async fn assert_equal(&self) {
+        let (source, target) = (connect(&self.source, "shop").await, connect(&self.target, "shop").await);
+        for table in ALL {
+            assert_eq!(rows(&source, table).await, rows(&target, table).await, "{table}");
+        }
+    }
+}
+
+/// A table's rows as text, in order, and their number.
+async fn rows(client: &tokio_postgres::Client, table: &str) -> (String, i64) {
+    let sql = format!("SELECT coalesce(string_agg(t::text, E'\\n' ORDER BY t::text), ''), count(*) FROM {table} t");
+    let row = client.query_one(&sql, &[]).await.expect("rows");
+    (row.get(0), row.get(1))
+}
+
+async fn every_change(majors: (u16, u16)) {
+    let bench = Bench::start(majors).await;
+    let (status, running) = bench.run();
+    connect(&bench.source, "shop").await.batch_execute(CHANGES).await.expect("one transaction");
+    bench.drain(&status, "first").await;
+    bench.assert_equal().await;
+    assert_eq!(status.counters.of(&pgcutover::ident::QualifiedName::new("public", "plain")).inserts, 100);
+
+    // A new shape of a table that is streaming already.
+    for cluster in [&bench.target, &bench.source] {
+        let sql = "ALTER TABLE plain ADD COLUMN extra int";
+        connect(cluster, "shop").await.batch_execute(sql).await.expect("altered");
+    }
+    let sql = "UPDATE plain SET extra = id; INSERT INTO plain VALUES (5000, 'x', 5000)";
+    connect(&bench.source, "shop").await.batch_execute(sql).await.expect("changed");
+    bench.drain(&status, "second").await;
+    bench.assert_equal().await;
+
+    // While nothing of ours happens, the slot moves on all the same.
+    let source = connect(&bench.source, "shop").await;
+    let before: Lsn = source.query_one("SELECT pg_current_wal_insert_lsn()", &[]).await.expect("LSN").get(0);
+    source.batch_execute("CREATE TABLE not_published AS SELECT generate_series(1, 10000)").await.expect("made");
+    wait_for("the slot to be confirmed while idle", || async {
+        let sql = "SELECT confirmed_flush_lsn FROM pg_replication_slots WHERE slot_name = 's'";
+        source.query_one(sql, &[]).await.expect("slot").get::<_, Lsn>(0) > before
+    })
+    .await;
+    running.abort();
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn every_kind_of_change_arrives_in_the_same_major() {
+    every_change((any_major(), any_major())).await;
+}
+
+/// From 12 on, because of the generated columns.
+#[tokio::test(flavor = "multi_thread")]
+async fn every_kind_of_change_arrives_from_the_oldest_in_the_newest() {
+    let found = installations();
+    let mut majors = found.all().iter().map(|installation| installation.major).filter(|major| *major >= 12);
+    let oldest = majors.next().expect("at least one");
+    every_change((oldest, majors.next_back().unwrap_or(oldest))).await;
+}
+
+/// The major with client tools, which every machine that builds this has.
+fn any_major() -> u16 {
+    installations().newest_with_client_tools().expect("checked by installations()").major
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn lost_connections_and_restarts_neither_lose_nor_double() {
+    let bench = Bench::start((any_major(), any_major())).await;
+    let (mut status, mut running) = bench.run();
+    let source = connect(&bench.source, "shop").await;
+    let killers = (connect(&bench.source, "postgres").await, connect(&bench.target, "postgres").await);
+    let kill = "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE application_name LIKE 'pgcutover/%'";
+    let mut next = 0;
+    for round in 0..12 {
+        let from = next + 1;
+        next += 500;
+        let sql = format!(
+            "INSERT INTO plain SELECT g, 'x' FROM generate_series({from}, {next}) g;
+             INSERT INTO keyless SELECT g, 'x', g, NULL FROM generate_series({from}, {next}) g;"
+        );
+        for row in from..=next {
+            // Single-row transactions, so that kills fall between and into batches.
+            if row % 50 == 0 {
+                source.execute("INSERT INTO parent VALUES ($1)", &[&(100_000 + row)]).await.expect("insert");
+            }
+        }
+        source.batch_execute(&sql).await.expect("insert");
+        match round % 3 {
+            0 => drop(killers.0.query(kill, &[]).await.expect("killed on the source")),
+            1 => drop(killers.1.query(kill, &[]).await.expect("killed on the target")),
+            _ => {
+                running.abort();
+                (status, running) = bench.run();
+            }
+        }
+    }
+    bench.drain(&status, "end").await;
+    bench.assert_equal().await;
+    running.abort();
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_transaction_larger_than_the_queue_flows_through() {
+    let bench = Bench::start((any_major(), any_major())).await;
+    let (status, running) = bench.run();
+    let sql = "INSERT INTO toasted SELECT g, repeat('z', 20000), g FROM generate_series(1, 2000) g;
+               UPDATE toasted SET small = small + 1;";
+    connect(&bench.source, "shop").await.batch_execute(sql).await.expect("40 MB in one transaction");
+    bench.drain(&status, "large").await;
+    bench.assert_equal().await;
+    running.abort();
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_would_lose_changes_is_a_failure_and_never_skipped() {
+    let bench = Bench::start((any_major(), any_major())).await;
+    let source = connect(&bench.source, "shop").await;
+    let target = connect(&bench.target, "shop").await;
+    let (status, running) = bench.run();
+    bench.drain(&status, "begun").await;
+    running.abort();
+    let _aborted = running.await;
+
+    // Somebody has advanced the slot behind our back.
+    wait_for("the walsender to be gone", || async {
+        let sql = "SELECT active FROM pg_replication_slots WHERE slot_name = 's'";
+        !source.query_one(sql, &[]).await.expect("slot").get::<_, bool>(0)
+    })
+    .await;
+    source.batch_execute("INSERT INTO plain VALUES (1, 'lost')").await.expect("insert");
+    let advance = "SELECT pg_replication_slot_advance('s', pg_current_wal_lsn())";
+    source.batch_execute(advance).await.expect("advanced");
+    let (_status, running) = bench.run();
+    let error = running.await.expect("no panic");
+    assert!(matches!(error, StreamError::SlotAhead { .. }), "{error}");
+
+    // An engine that was replaced writes nothing.
+    target.batch_execute("UPDATE pgcutover.progress SET generation = 2").await.expect("taken over");
+    let (_status, running) = bench.run();
+    assert!(matches!(running.await.expect("no panic"), StreamError::Catalog(_)));
+
+    // The slot is gone.
+    target.batch_execute("UPDATE pgcutover.progress SET generation = 1").await.expect("set back");
+    source.batch_execute("SELECT pg_drop_replication_slot('s')").await.expect("dropped");
+    let (_status, running) = bench.run();
+    let error = running.await.expect("no panic");
+    assert!(matches!(error, StreamError::SlotMissing { .. }), "{error}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_engine_that_is_replaced_while_streaming_commits_nothing_more() {
+    let bench = Bench::start((any_major(), any_major())).await;
+    let (status, running) = bench.run();
+    bench.drain(&status, "begun").await;
+    let target = connect(&bench.target, "shop").await;
+    target.batch_execute("UPDATE pgcutover.progress SET generation = 2").await.expect("taken over");
+    let source = connect(&bench.source, "shop").await;
+    source.batch_execute("INSERT INTO plain VALUES (1, 'not for us')").await.expect("insert");
+    let error = running.await.expect("no panic");
+    assert!(error.to_string().contains("taken over"), "{error}");
+    let rows: i64 = target.query_one("SELECT count(*) FROM plain", &[]).await.expect("count").get(0);
+    assert_eq!(rows, 0);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_row_that_is_missing_on_the_target_stops_the_stream_without_quoting_it() {
+    let bench = Bench::start((any_major(), any_major())).await;
+    let (status, running) = bench.run();
+    let source = connect(&bench.source, "shop").await;
+    source.batch_execute("INSERT INTO by_index VALUES (1, 1, 'secret')").await.expect("insert");
+    bench.drain(&status, "begun").await;
+    connect(&bench.target, "shop").await.batch_execute("DELETE FROM by_index").await.expect("tampered");
+    source.batch_execute("UPDATE by_index SET c = 'secret too'").await.expect("update");
+    let error = running.await.expect("no panic");
+    assert_eq!((error.code(), error.table().as_deref()), ("target_differs", Some("\"public\".\"by_index\"")));
+    assert!(!error.to_string().contains("secret"), "{error}");
+}
