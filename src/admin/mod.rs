@@ -1,6 +1,7 @@
 //! What operators see and order: one [`command::Command`], one [`service::Service`], three ways in.
 //!
 //! * [`console`]: the database `pgcutover` on the proxy's own port, for any PostgreSQL client;
+//! * [`http`]: the JSON API, `/metrics`, `/healthz`, `/readyz`; the command line speaks it;
 //! * [`parts`]: what the service drives, as traits.
 //!
 //! Nothing here decides anything about a migration or a cutover, and nothing shows a secret.
@@ -8,6 +9,7 @@
 pub mod command;
 pub mod console;
 pub mod error;
+pub mod http;
 pub mod parts;
 pub mod reply;
 pub mod service;
