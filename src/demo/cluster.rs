@@ -23,11 +23,8 @@ mod process;
 
 pub use crate::demo::installations::{Installation, Installations};
 pub use options::{ClusterAuth, ClusterError, ClusterOptions, ClusterTls, Stop};
-pub use process::free_port;
-use process::{
-    Account, DEFAULT_SETTINGS, GUARDIAN, account_for_server, pause, postmaster_status, send_signal, setting_line, tail,
-    temp_root,
-};
+use process::{Account, DEFAULT_SETTINGS, account_for_server, pause, postmaster_status, setting_line, tail, temp_root};
+pub use process::{free_port, guarded, send_signal, send_signal_to_group};
 
 /// How long a server may take to start or stop; generous, because continuous integration machines are slow.
 const PATIENCE: Duration = Duration::from_secs(90);
@@ -244,9 +241,8 @@ impl Cluster {
         }
     }
 
-    /// A command that runs as the server's account, with nothing of our environment that PostgreSQL would read.
-    fn command(&self, program: &Path) -> Command {
-        let mut command = Command::new(program);
+    /// The command runs as the server's account, with nothing of our environment that PostgreSQL would read.
+    fn set_account(&self, command: &mut Command) {
         command.env_clear().env("HOME", &self.path).env("LC_ALL", "C").env("TZ", "UTC").current_dir(&self.path);
         if let Some(path) = std::env::var_os("PATH") {
             command.env("PATH", path);
@@ -254,7 +250,6 @@ impl Cluster {
         if let Some(account) = self.account {
             command.uid(account.uid).gid(account.gid);
         }
-        command
     }
 
     fn initdb(&self) -> Result<(), ClusterError> {
@@ -262,7 +257,8 @@ impl Cluster {
         let mut output = String::new();
         // Some minimal systems have no C.UTF-8; the encoding is UTF8 either way.
         for locale in ["C.UTF-8", "C"] {
-            let mut command = self.command(&program);
+            let mut command = Command::new(&program);
+            self.set_account(&mut command);
             command.arg("-D").arg(self.data_dir()).args(["-U", "postgres", "-E", "UTF8", "--no-sync", "--auth=trust"]);
             command.arg(format!("--locale={locale}")).stdin(Stdio::null());
             if let Some(password) = self.password() {
@@ -374,19 +370,14 @@ impl Cluster {
             .open(self.log_path())
             .and_then(|log| Ok((log.try_clone()?, log)))
             .map_err(|source| self.io_error("open the server's log".into(), source))?;
-        let mut guardian = self
-            .command(Path::new("/bin/sh"))
-            .args(["-c", GUARDIAN, "pgcutover-cluster"])
-            .arg(&self.path)
-            .arg(&program)
+        let mut command = guarded(&self.path, "QUIT", &program);
+        self.set_account(&mut command);
+        let mut guardian = command
             .arg("-D")
             .arg(self.data_dir())
             .args(["-p", &self.port.to_string()])
-            .stdin(Stdio::piped())
             .stdout(log.0)
             .stderr(log.1)
-            // Ctrl-C at the terminal is for us; we then stop the servers in order.
-            .process_group(0)
             .spawn()
             .map_err(|source| self.io_error(format!("run {}", program.display()), source))?;
         while Instant::now() < deadline {

@@ -18,7 +18,7 @@ use crate::demo::ledger::ClientLedger;
 use crate::demo::shop::Size;
 
 /// An answer that takes longer is remembered with its time, in case it turns out to be the longest.
-const REMEMBERED_WAIT: Duration = Duration::from_millis(20);
+const REMEMBERED_WAIT: Duration = Duration::from_millis(2);
 
 /// A client that has waited this long gives up and reports it.
 const ANSWER_BOUND: Duration = Duration::from_secs(120);

@@ -3,8 +3,9 @@
 use std::fs;
 use std::net::{Ipv4Addr, TcpListener};
 use std::os::unix::fs::MetadataExt as _;
+use std::os::unix::process::CommandExt as _;
 use std::path::{Path, PathBuf};
-use std::process::Command;
+use std::process::{Command, Stdio};
 use std::time::Duration;
 
 use rand::Rng as _;
@@ -16,20 +17,28 @@ pub(super) struct Account {
     pub(super) gid: u32,
 }
 
-/// Runs the server; ends it and removes the directory when standard input ends without the line `keep`.
-/// `$1` is the directory, the rest the server's command line.
-pub(super) const GUARDIAN: &str = r#"
-directory=$1; shift
+/// A shell around `program`: it ends the program with `signal` (such as `QUIT`) and removes `directory` when its standard
+/// input ends without the line `keep`. Arguments of the program can be added. The shell exits as the program does.
+pub fn guarded(directory: &Path, signal: &str, program: &Path) -> Command {
+    let mut command = Command::new("/bin/sh");
+    command.args(["-c", GUARDIAN, "pgcutover-guardian"]).arg(directory).arg(signal).arg(program);
+    // Ctrl-C at the terminal is for us; we then stop our children in order.
+    command.stdin(Stdio::piped()).process_group(0);
+    command
+}
+
+const GUARDIAN: &str = r#"
+directory=$1; signal=$2; shift 2
 exec 3<&0
-"$@" </dev/null 3<&- & server=$!
+"$@" </dev/null 3<&- & program=$!
 (
     read -r word <&3
     [ "$word" = keep ] && exit
     : >"$directory/abandoned"
-    kill -QUIT "$server"
+    kill -s "$signal" "$program"
 ) 2>/dev/null & watcher=$!
 exec 3<&-
-wait "$server"; status=$?
+wait "$program"; status=$?
 kill "$watcher" 2>/dev/null
 if [ -e "$directory/abandoned" ]; then cd / && rm -rf "$directory"; fi
 exit "$status"
@@ -81,12 +90,20 @@ fn parse_postmaster_pid(text: &str) -> Option<PostmasterStatus> {
 }
 
 /// The shell's own `kill`, because the program of that name is not everywhere and the system call is not in `std`.
-pub(super) fn send_signal(pid: u32, signal: &str) {
-    let result = Command::new("/bin/sh")
-        .args(["-c", "kill -s \"$1\" \"$2\" 2>/dev/null", "kill", signal, &pid.to_string()])
-        .status();
+pub fn send_signal(pid: u32, signal: &str) {
+    send(&pid.to_string(), signal);
+}
+
+/// The same for every process of the group that `leader` leads.
+pub fn send_signal_to_group(leader: u32, signal: &str) {
+    send(&format!("-{leader}"), signal);
+}
+
+fn send(to: &str, signal: &str) {
+    let result =
+        Command::new("/bin/sh").args(["-c", "kill -s \"$1\" -- \"$2\" 2>/dev/null", "kill", signal, to]).status();
     if let Err(error) = result {
-        tracing::warn!(pid, signal, %error, "cannot send a signal");
+        tracing::warn!(to, signal, %error, "cannot send a signal");
     }
 }
 
