@@ -242,6 +242,8 @@ impl CopyIn<'_> {
             self.message[1..HEADER_BYTES].copy_from_slice(&length.to_be_bytes());
             sent = self.connection.send_and_read(&self.message).await;
             self.message.truncate(HEADER_BYTES);
+            // A fast sender never waits, and a runtime learns of arrived bytes only between two tasks.
+            tokio::task::yield_now().await;
         }
         // Even where the link broke: the server may have said why. Before CopyDone it says nothing but notices and that.
         while let Some(frame) = self.connection.frame_at_hand()? {
