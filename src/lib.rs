@@ -18,7 +18,7 @@
 //! 4  admin
 //! 3  cutover
 //! 2  proxy | migration            never each other
-//! 1  switch | catalog | postgres | wire | pgoutput     catalog may use postgres, postgres may use wire
+//! 1  switch | catalog | postgres | wire | pgoutput     catalog may use postgres and switch, postgres may use wire
 //! 0  lsn ident sqlstate config shutdown failpoint telemetry
 //! ```
 

@@ -17,7 +17,7 @@ const LAYERS: &[(u8, &[&str])] = &[
 ];
 
 /// Who may use whom within a layer; layers 5 and 0 are free.
-const SIDEWAYS: &[(&str, &str)] = &[("catalog", "postgres"), ("postgres", "wire")];
+const SIDEWAYS: &[(&str, &str)] = &[("catalog", "postgres"), ("catalog", "switch"), ("postgres", "wire")];
 
 /// Files and folders (below src/) that have no sockets, no clock and no runtime.
 const PURE: &[&str] = &[
@@ -41,8 +41,8 @@ const STATEFUL: &[&str] =
 /// Names that say nothing about the domain.
 const EMPTY_NAMES: &[&str] = &["utils", "util", "common", "helpers", "helper", "types", "manager", "misc"];
 
-/// Longer than this needs a reason in [`LONG_FILES`].
-const LINES: usize = 600;
+/// Longer than this, tests at the end not counted, needs a reason in [`LONG_FILES`].
+const LINES: usize = 640;
 
 /// Long files, and why they are one straight story.
 const LONG_FILES: &[(&str, &str)] = &[];
@@ -165,7 +165,7 @@ fn file_findings(path: &str, text: &str) -> Vec<String> {
     if EMPTY_NAMES.contains(&stem.as_str()) {
         findings.push(format!("1: `{stem}` is not a noun of the domain"));
     }
-    let lines = text.lines().count();
+    let lines = text.lines().take_while(|line| !line.starts_with("#[cfg(test)]")).count();
     if lines > LINES && !LONG_FILES.iter().any(|(long, _)| *long == path) {
         findings.push(format!("1: {lines} lines; split it, or give the reason in LONG_FILES"));
     }
@@ -253,7 +253,9 @@ fn ident(text: &str) -> String {
 /// `src/a.rs` and `src/a/mod.rs`: 1; `src/a/b.rs`: 2.
 fn module_depth(path: &str) -> usize {
     let parts = path.trim_start_matches("src/").trim_end_matches(".rs").split('/');
-    parts.filter(|part| !matches!(*part, "mod" | "lib" | "main")).count()
+    let depth = parts.filter(|part| !matches!(*part, "mod" | "lib" | "main")).count();
+    // `a_tests.rs` is the module `tests` of `a.rs`, by a path attribute.
+    if path.ends_with("_tests.rs") { depth + 1 } else { depth }
 }
 
 fn top_module(path: &str) -> &str {
@@ -419,6 +421,7 @@ fn purity_state_lints_headers_and_dependencies_can_be_found_wanting() {
     assert_eq!(file_findings("src/utils.rs", "//! A bag.").len(), 1);
     assert_eq!(file_findings("src/a.rs", &("//! Long.\n".to_owned() + &"\n".repeat(LINES))).len(), 1);
     assert!(file_findings("src/a.rs", "//! A thing.").is_empty());
+    assert!(file_findings("src/a.rs", &("//! Tests.\n#[cfg(test)]\n".to_owned() + &"\n".repeat(LINES))).is_empty());
 
     assert_eq!(dependency_findings("[dependencies]\n# Why.\na = \"1\"\nb = \"1\"\n").len(), 1);
     assert!(dependency_findings("[package]\nname = \"x\"\n[dev-dependencies]\n# Why.\na = \"1\"\n").is_empty());
