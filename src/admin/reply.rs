@@ -4,7 +4,7 @@ use serde_json::Value;
 
 use super::table::Kind::{Float, Integer, Text};
 use super::table::{Cell, Column, Table};
-use super::view::{BlockerView, CutoverView, MemberView, StatusView};
+use super::view::{BlockerView, CutoverView, MemberView, MigrationEntry, StatusView};
 use super::{command::Command, show};
 use crate::config::Changes;
 use crate::migration::preflight::{Level, RuleResult};
@@ -18,7 +18,7 @@ pub enum Reply {
     /// `status`
     Status(Box<StatusView>),
     /// Migrations, newest first.
-    Migrations(Vec<MigrationView>),
+    Migrations(Vec<MigrationEntry>),
     /// One migration.
     Migration(Box<MigrationView>),
     /// Its tables.
@@ -93,15 +93,18 @@ const VALIDATION: &[Column] = &[
 ];
 const CUTOVER: &[Column] = &[
     ("outcome", Text),
+    ("phase", Text),
     ("reason", Text),
-    ("pause_ms", Float),
-    ("prepare_ms", Float),
-    ("pause_phase_ms", Float),
-    ("drain_ms", Float),
-    ("decide_ms", Float),
-    ("switch_ms", Float),
+    ("pause_ms", Integer),
+    ("prepare_ms", Integer),
+    ("pause_phase_ms", Integer),
+    ("drain_ms", Integer),
+    ("decide_ms", Integer),
+    ("switch_ms", Integer),
     ("sessions_moved", Integer),
     ("sessions_ended", Integer),
+    ("blockers", Text),
+    ("notes", Text),
 ];
 const BLOCKERS: &[Column] = &[
     ("database", Text),
@@ -209,7 +212,8 @@ fn word(value: impl serde::Serialize) -> String {
     serde_json::to_value(value).ok().and_then(|value| value.as_str().map(str::to_owned)).unwrap_or_default()
 }
 
-fn migration_row(migration: &MigrationView) -> Vec<Cell> {
+fn migration_row(entry: &MigrationEntry) -> Vec<Cell> {
+    let migration = &entry.migration;
     let databases: Vec<&str> = migration.databases.iter().map(|database| database.name.as_str()).collect();
     vec![
         migration.name.clone().into(),
@@ -218,7 +222,7 @@ fn migration_row(migration: &MigrationView) -> Vec<Cell> {
         word(migration.mode).into(),
         word(migration.option).into(),
         migration.source.clone().into(),
-        Cell::Null,
+        entry.source_server_type.clone().into(),
         databases.join(",").into(),
         migration.duration_seconds.into(),
         show::timestamp(migration.started_at).into(),
@@ -295,9 +299,15 @@ fn rule_row(rule: &RuleResult) -> Vec<Cell> {
 }
 
 fn cutover_row(cutover: &CutoverView) -> Vec<Cell> {
-    let mut row = vec![cutover.outcome.clone().into(), cutover.reason.clone().into(), cutover.pause_ms.into()];
+    let mut row = vec![
+        cutover.outcome.clone().into(),
+        cutover.phase.clone().into(),
+        cutover.reason.clone().into(),
+        cutover.pause_ms.into(),
+    ];
     row.extend(cutover.phases_ms.pairs().map(|(_, length)| length.into()));
     row.extend([cutover.sessions_moved.into(), cutover.sessions_ended.into()]);
+    row.extend([cutover.blockers.join("; ").into(), cutover.notes.join("; ").into()]);
     row
 }
 

@@ -12,7 +12,7 @@ use super::error::{AdminError, ErrorKind};
 use super::parts::{Clients, Cutovers, Daemon, Migrations};
 use super::reply::Reply;
 use super::show;
-use super::view::{MigrationBrief, RouteView, StatusView};
+use super::view::{MigrationBrief, MigrationEntry, RouteView, StatusView};
 use crate::config::{Config, Server};
 use crate::migration::view::{MigrationName, MigrationView};
 use crate::shutdown::Tasks;
@@ -111,7 +111,13 @@ impl Inner {
             Command::Members => Ok(Reply::Members(deps.cutovers.members().await?)),
             Command::Blockers => Ok(Reply::Blockers(deps.cutovers.blockers().await?)),
             Command::Status => Ok(Reply::Status(Box::new(self.status(&config).await))),
-            Command::Migrations(filter) => Ok(Reply::Migrations(self.list(filter).await?)),
+            Command::Migrations(filter) => {
+                let entry = |migration| MigrationEntry {
+                    migration,
+                    source_server_type: config.source.kind.as_str().to_owned(),
+                };
+                Ok(Reply::Migrations(self.list(filter).await?.into_iter().map(entry).collect()))
+            }
             Command::Migration(name) => Ok(Reply::Migration(Box::new(deps.migrations.show(&name).await?))),
             Command::Tables(name) => Ok(Reply::Tables(deps.migrations.tables(&name).await?)),
             Command::Validation(name) => Ok(Reply::Validation(deps.migrations.validation(&name).await?)),

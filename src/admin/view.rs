@@ -4,43 +4,52 @@
 
 use serde::{Deserialize, Serialize};
 
+use crate::migration::view::MigrationView;
 use crate::switch::ServerRole;
 
 /// How a cutover ended, or how far it is.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 pub struct CutoverView {
-    /// `switched`, `aborted`, `dry-run`, `in-doubt`, or `running`.
+    /// `switched`, `aborted`, `dry-run`, or `running`.
     pub outcome: String,
-    /// Why it did not switch; null: it did, or a dry run would have.
-    pub reason: Option<String>,
-    /// From the fence to the moment sessions went on, in milliseconds.
-    pub pause_ms: f64,
+    /// Why it did not switch; empty: it did, or a dry run would have.
+    pub reason: String,
+    /// From the closing of the gates to their opening, in milliseconds; 0: they were never closed.
+    pub pause_ms: u64,
     /// Each phase.
     pub phases_ms: PhasesView,
     /// Sessions that went on without being reconnected.
     pub sessions_moved: u64,
     /// Sessions that were ended.
     pub sessions_ended: u64,
+    /// Number of the cutover; null: it never got one.
+    pub epoch: Option<u64>,
+    /// What it is doing; null: it has ended.
+    pub phase: Option<String>,
+    /// What stood in the way when it was aborted.
+    pub blockers: Vec<String>,
+    /// What the operator should know all the same.
+    pub notes: Vec<String>,
 }
 
-/// Length of each phase in milliseconds; null: it was not reached.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Serialize, Deserialize)]
+/// Length of each phase in milliseconds; 0: it was not reached.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct PhasesView {
     /// Before anybody waits.
-    pub prepare: Option<f64>,
+    pub prepare: u64,
     /// New transactions wait.
-    pub pause: Option<f64>,
+    pub pause: u64,
     /// The last transactions end and are applied.
-    pub drain: Option<f64>,
+    pub drain: u64,
     /// The decision is made durable.
-    pub decide: Option<f64>,
+    pub decide: u64,
     /// Sessions go on.
-    pub switch: Option<f64>,
+    pub switch: u64,
 }
 
 impl PhasesView {
     /// Name and length, in order.
-    pub fn pairs(&self) -> [(&'static str, Option<f64>); 5] {
+    pub fn pairs(&self) -> [(&'static str, u64); 5] {
         [
             ("prepare", self.prepare),
             ("pause", self.pause),
@@ -49,6 +58,16 @@ impl PhasesView {
             ("switch", self.switch),
         ]
     }
+}
+
+/// A migration in a list.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct MigrationEntry {
+    /// As `show` shows it.
+    #[serde(flatten)]
+    pub migration: MigrationView,
+    /// `kind` of `[source]`.
+    pub source_server_type: String,
 }
 
 /// One thing that would keep a cutover from moving a session, or from draining.

@@ -163,6 +163,7 @@ impl Reader {
 }
 
 /// Every key that is read, by section.
+#[cfg_attr(not(test), expect(dead_code, reason = "tests compare it with the example file and with SHOW CONFIG"))]
 pub struct KnownKeys(pub BTreeMap<&'static str, BTreeSet<&'static str>>);
 
 /// One section under reading.
