@@ -1,7 +1,8 @@
 //! Materialized views: no dump without data fills them, no stream carries them, so they are refreshed on the target.
 
+use crate::ident::QualifiedName;
 use crate::migration::schema::{RestoreFailure, SchemaError};
-use crate::postgres::Connector;
+use crate::postgres::{Connector, Control};
 
 /// Refreshes, in the order of their dependencies, the materialized views of `database` that are populated on the source.
 /// One that cannot be refreshed is a recorded failure; the others go on.
@@ -10,6 +11,43 @@ pub async fn refresh(
     target: &Connector,
     database: &str,
 ) -> Result<Vec<RestoreFailure>, SchemaError> {
-    let _ = (source, target, database);
-    unimplemented!()
+    let read = |error| SchemaError::Read { database: database.to_owned(), source: error };
+    let populated = populated(&source.control(database, "refresh").await?).await.map_err(read)?;
+    if populated.is_empty() {
+        return Ok(Vec::new());
+    }
+    let control = target.control(database, "refresh").await?;
+    let mut failures = Vec::new();
+    for view in populated {
+        let Err(error) = control.batch_execute(&format!("REFRESH MATERIALIZED VIEW {view}")).await else { continue };
+        let Some(refusal) = error.as_db_error() else {
+            return Err(SchemaError::Lost { object: format!("MATERIALIZED VIEW {view}"), source: error });
+        };
+        failures.push(RestoreFailure {
+            kind: "MATERIALIZED VIEW DATA".to_owned(),
+            object: view.to_string(),
+            sqlstate: refusal.code().code().to_owned(),
+            message: refusal.message().to_owned(),
+        });
+    }
+    Ok(failures)
+}
+
+/// Populated materialized views, each after those it reads, directly or through views. What a function reads stands in no
+/// catalogue: such views keep the order in which they were made.
+async fn populated(source: &Control) -> Result<Vec<QualifiedName>, tokio_postgres::Error> {
+    let query = "\
+        WITH RECURSIVE uses AS ( \
+            SELECT DISTINCT r.ev_class AS view, d.refobjid AS used FROM pg_rewrite r \
+            JOIN pg_depend d ON d.classid = 'pg_rewrite'::regclass AND d.objid = r.oid AND d.refclassid = 'pg_class'::regclass \
+            JOIN pg_class c ON c.oid = d.refobjid AND c.relkind IN ('v', 'm') WHERE d.refobjid <> r.ev_class), \
+        depth AS ( \
+            SELECT c.oid, 0 AS level FROM pg_class c WHERE c.relkind IN ('v', 'm') \
+            UNION SELECT u.view, d.level + 1 FROM depth d JOIN uses u ON u.used = d.oid WHERE d.level < 1000) \
+        SELECT n.nspname::text, c.relname::text FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace \
+        JOIN depth d ON d.oid = c.oid \
+        WHERE c.relkind = 'm' AND c.relispopulated AND n.nspname <> 'pgcutover' \
+        GROUP BY c.oid, n.nspname, c.relname ORDER BY max(d.level), c.oid";
+    let rows = source.query(query, &[]).await?;
+    Ok(rows.iter().map(|row| QualifiedName::new(row.get::<_, String>(0), row.get::<_, String>(1))).collect())
 }

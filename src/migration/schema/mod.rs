@@ -22,6 +22,7 @@ use crate::migration::made::{Journal, JournalError};
 use crate::postgres::{ConnectError, Connector};
 
 pub use archive::Archive;
+pub(in crate::migration) use database::parameters as database_parameters;
 
 pub(in crate::migration) use restore::{Locking, Restorer};
 pub(in crate::migration) use toc::Entry;
