@@ -106,7 +106,8 @@ impl Stage {
         for cluster in [&self.source, &self.target] {
             let admin = connect(cluster, "postgres").await;
             admin.batch_execute("DROP SCHEMA pgcutover CASCADE").await.expect("ours");
-            wait_for("nobody in the database", || async { admin.batch_execute("DROP DATABASE shop").await.is_ok() }).await;
+            wait_for("nobody in the database", || async { admin.batch_execute("DROP DATABASE shop").await.is_ok() })
+                .await;
         }
         self.furnish().await;
     }
@@ -114,7 +115,8 @@ impl Stage {
     async fn furnish(&self) {
         for cluster in [&self.source, &self.target] {
             connect(cluster, "postgres").await.batch_execute("CREATE DATABASE shop").await.expect("a new database");
-            let schema = "CREATE TABLE item (id bigserial PRIMARY KEY, name text); CREATE SEQUENCE never_called START 7";
+            let schema =
+                "CREATE TABLE item (id bigserial PRIMARY KEY, name text); CREATE SEQUENCE never_called START 7";
             connect(cluster, "shop").await.batch_execute(schema).await.expect("a new schema");
         }
         let life = self.life("");
@@ -256,7 +258,10 @@ async fn a_cutover_switches_and_leaves_the_old_server_fenced() {
 
     let target = connect(&stage.target, "shop").await;
     let sequences = target
-        .query_one("SELECT nextval('item_id_seq'), nextval('never_called'), (SELECT count(*) FROM pgcutover.boundary)", &[])
+        .query_one(
+            "SELECT nextval('item_id_seq'), nextval('never_called'), (SELECT count(*) FROM pgcutover.boundary)",
+            &[],
+        )
         .await
         .expect("sequences can be read");
     assert_eq!((sequences.get::<_, i64>(0), sequences.get::<_, i64>(1), sequences.get::<_, i64>(2)), (6, 7, 1));
@@ -333,10 +338,7 @@ async fn during_the_fence_roles_with_their_own_setting_are_read_only_too() {
         let options = life.options();
         tokio::spawn(async move { coordinator.run(NAME, options).await })
     };
-    wait_for("the soft fence", || async {
-        stage.rows().await.0.len() == 1
-    })
-    .await;
+    wait_for("the soft fence", || async { stage.rows().await.0.len() == 1 }).await;
     let window = database.prepare_window().expect("opened before the fence commits");
     assert_eq!((window.earlier_read_only_of("postgres"), window.earlier_read_only_of("reader")), ("off", "on"));
     for role in ["postgres", "writer"] {
@@ -554,7 +556,8 @@ async fn leave_behind(stage: &Stage, failpoint: &str) {
 }
 
 async fn leave_behind_at(stage: &Stage, failpoints: &str) {
-    let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build().expect("a runtime");
+    let runtime =
+        tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build().expect("a runtime");
     let life = stage.life(failpoints);
     let ended = runtime.spawn({
         let coordinator = life.coordinator.clone();
