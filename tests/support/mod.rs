@@ -6,6 +6,7 @@
 
 pub mod daemon;
 pub mod link;
+pub mod shop;
 
 use std::future::Future;
 use std::time::{Duration, Instant};
