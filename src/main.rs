@@ -1,7 +1,3 @@
 //! `pgcutover`: see the library's documentation.
 
-use std::process::ExitCode;
-
-fn main() -> ExitCode {
-    pgcutover::cli::main()
-}
+fn main() {}

@@ -257,4 +257,5 @@ fn refuse(reason: String) -> Verdict {
 }
 
 #[cfg(test)]
+#[path = "resolve_tests.rs"]
 mod tests;

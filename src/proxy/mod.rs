@@ -1,3 +1,262 @@
-//! proxy.
+//! The proxy: what applications connect to.
+//!
+//! # One query, from socket to backend and back
+//!
+//! 1. [`listener`] accepts a connection and gives it to one [`worker`], a thread with its own runtime.
+//! 2. [`handshake`] negotiates TLS and reads the startup packet; [`auth`] lets the client prove who it is.
+//! 3. [`session`] waits for admission, opens a backend as that user ([`backend`]), and tells the client that it is ready.
+//! 4. [`relay`] is the hot path: it reads the client's bytes, looks at tag and length of each frame, asks the gate of
+//!    [`crate::switch`] before the first frame of a transaction, and writes the bytes to the backend unchanged. On the way
+//!    back it looks for ReadyForQuery, and leaves the gate when the session is at a safe point.
+//! 5. [`hold`](relay) is not a place but a state: a session whose next frame may not pass keeps reading into its one
+//!    buffer, so that Terminate, a lost client and a cancel are noticed.
+//! 6. [`moves`] takes a session to the other server at a cutover, with the help of [`handoff`].
+//! 7. [`orphan`] stays behind when a client vanishes in the middle of something: the gate is left only when the server
+//!    has said that it is over, or its process is gone.
+//!
+//! The data path knows nothing of migrations: it sees gates and routes.
 
+mod auth;
+mod backend;
+mod buffers;
+mod cancel;
+mod client_error;
+mod departures;
 pub mod handoff;
+mod handshake;
+mod listener;
+mod login;
+mod meters;
+mod moves;
+mod orphan;
+mod relay;
+mod session;
+mod sessions;
+mod tls;
+mod worker;
+
+use std::net::SocketAddr;
+use std::sync::Arc;
+use std::sync::atomic::AtomicUsize;
+use std::time::Duration;
+
+use futures_util::future::BoxFuture;
+use tokio::sync::mpsc;
+use tokio_rustls::TlsAcceptor;
+
+use crate::config::Config;
+use crate::failpoint::Failpoints;
+use crate::postgres::{Connector, Stream};
+use crate::shutdown::Tasks;
+use crate::switch::{ServerRole, Switchboard};
+use crate::telemetry::metrics::Metrics;
+
+use listener::Listener;
+pub use sessions::{MoveOrder, MoveOutcome, MoveReport, MoveState, SessionState, SessionView, Sessions};
+
+/// The database name that leads to the administration console.
+pub const CONSOLE_DATABASE: &str = "pgcutover";
+
+/// Port in the name of the Unix socket where there is no TCP listener.
+const DEFAULT_UNIX_PORT: u16 = 6432;
+
+/// Connections that wait for a worker to take them.
+const ACCEPT_QUEUE: usize = 256;
+
+/// Serves clients of the database [`CONSOLE_DATABASE`].
+pub trait ConsoleHandler: Send + Sync {
+    /// Takes over a client that has proved that it is `user`, one of `admin.users`. AuthenticationOk has been sent and
+    /// nothing after it. Runs on the main runtime.
+    fn serve(&self, stream: Stream, user: String, parameters: Vec<(String, String)>) -> BoxFuture<'static, ()>;
+}
+
+/// What the proxy is made of.
+pub struct ProxyDeps {
+    /// Validated configuration.
+    pub config: Arc<Config>,
+    /// Gates and routes.
+    pub switchboard: Arc<Switchboard>,
+    /// `[source]`
+    pub source: Connector,
+    /// `[target]`
+    pub target: Connector,
+    /// Where is counted.
+    pub metrics: Arc<Metrics>,
+    /// The administration console.
+    pub console: Arc<dyn ConsoleHandler>,
+    /// Owns the accepting tasks; told to stop, the proxy accepts nobody any more.
+    pub tasks: Tasks,
+    /// Named points where tests interfere.
+    pub failpoints: Failpoints,
+}
+
+/// The proxy could not be started.
+#[derive(Debug, thiserror::Error)]
+pub enum ProxyError {
+    /// An address cannot be bound.
+    #[error("cannot listen on {address}: {source}")]
+    Listen {
+        /// The address or path.
+        address: String,
+        /// Why.
+        source: std::io::Error,
+    },
+    /// Neither an address nor a socket directory is configured.
+    #[error("[listen] names neither an address nor a unix_socket_dir")]
+    Nowhere,
+    /// Certificate or key cannot be used.
+    #[error("[listen.tls] {0}")]
+    Tls(String),
+    /// The users file cannot be read.
+    #[error("{0}")]
+    Users(String),
+    /// A thread could not be started.
+    #[error("cannot start a worker thread: {0}")]
+    Thread(std::io::Error),
+}
+
+/// What all workers share.
+struct Shared {
+    config: Arc<Config>,
+    switchboard: Arc<Switchboard>,
+    source: Connector,
+    target: Connector,
+    metrics: Arc<Metrics>,
+    console: Arc<dyn ConsoleHandler>,
+    sessions: Arc<Sessions>,
+    keys: Arc<cancel::CancelKeys>,
+    verifiers: Arc<auth::Verifiers>,
+    departures: Arc<departures::Departures>,
+    catalogue: Arc<moves::CatalogueNames>,
+    tls: Option<TlsAcceptor>,
+    /// Client connections at this moment, in handshake too.
+    clients: AtomicUsize,
+    /// The main runtime, for what must not run on a worker.
+    runtime: tokio::runtime::Handle,
+    failpoints: Failpoints,
+}
+
+impl Shared {
+    fn connector(&self, server: ServerRole) -> &Connector {
+        match server {
+            ServerRole::Source => &self.source,
+            ServerRole::Target => &self.target,
+        }
+    }
+}
+
+/// The running proxy.
+pub struct Proxy {
+    shared: Arc<Shared>,
+    address: Option<SocketAddr>,
+    workers: Vec<std::thread::JoinHandle<()>>,
+}
+
+impl Proxy {
+    /// Binds the listeners and starts the workers. Must be called on the main runtime.
+    pub fn start(deps: ProxyDeps) -> Result<Self, ProxyError> {
+        let runtime = tokio::runtime::Handle::current();
+        let listeners = bind(&deps.config)?;
+        let address = listeners.iter().find_map(Listener::tcp_address);
+        let verifiers = auth::Verifiers::new(&deps.config, deps.source.clone(), deps.target.clone(), runtime.clone())
+            .map_err(|error| ProxyError::Users(error.to_string()))?;
+        let departures = departures::Departures::new(
+            deps.config.control.database.clone(),
+            deps.source.clone(),
+            deps.target.clone(),
+            runtime.clone(),
+        );
+        let tls = deps.config.listen.tls.as_ref().map(tls::acceptor).transpose().map_err(ProxyError::Tls)?;
+        let shared = Arc::new(Shared {
+            config: deps.config,
+            switchboard: deps.switchboard,
+            source: deps.source,
+            target: deps.target,
+            metrics: deps.metrics,
+            console: deps.console,
+            sessions: Arc::default(),
+            keys: Arc::default(),
+            verifiers: Arc::new(verifiers),
+            departures: Arc::new(departures),
+            catalogue: Arc::new(moves::CatalogueNames::new(runtime.clone())),
+            tls,
+            clients: AtomicUsize::new(0),
+            runtime,
+            failpoints: deps.failpoints,
+        });
+        let (senders, workers) = start_workers(&shared)?;
+        for listener in listeners {
+            deps.tasks.spawn(listener.run(senders.clone(), deps.tasks.clone()));
+        }
+        Ok(Self { shared, address, workers })
+    }
+
+    /// The registry that cutover and admin work with.
+    pub fn sessions(&self) -> Arc<Sessions> {
+        self.shared.sessions.clone()
+    }
+
+    /// The TCP address that clients connect to.
+    pub fn address(&self) -> Option<SocketAddr> {
+        self.address
+    }
+
+    /// Ends every session with 57P01 and waits for the workers, at most `grace`. The tasks that were passed at start
+    /// must have been told to stop. Returns whether every session ended in time.
+    pub async fn stop(self, grace: Duration) -> bool {
+        self.shared.sessions.end_all();
+        let threads = tokio::task::spawn_blocking(move || {
+            for worker in self.workers {
+                // A worker that panicked has reported it already.
+                let _joined = worker.join();
+            }
+        });
+        tokio::time::timeout(grace, threads).await.is_ok()
+    }
+}
+
+fn bind(config: &Config) -> Result<Vec<Listener>, ProxyError> {
+    let mut listeners = Vec::new();
+    let mut port = DEFAULT_UNIX_PORT;
+    if let Some(address) = config.listen.address {
+        let bound = Listener::tcp(address);
+        let listener = bound.map_err(|source| ProxyError::Listen { address: address.to_string(), source })?;
+        port = listener.tcp_address().map_or(address.port(), |bound| bound.port());
+        listeners.push(listener);
+    }
+    if let Some(directory) = &config.listen.unix_socket_dir {
+        let bound = Listener::unix(directory, port);
+        let address = directory.display().to_string();
+        listeners.push(bound.map_err(|source| ProxyError::Listen { address, source })?);
+    }
+    if listeners.is_empty() { Err(ProxyError::Nowhere) } else { Ok(listeners) }
+}
+
+type Workers = (Vec<mpsc::Sender<listener::Accepted>>, Vec<std::thread::JoinHandle<()>>);
+
+fn start_workers(shared: &Arc<Shared>) -> Result<Workers, ProxyError> {
+    let (mut senders, mut threads) = (Vec::new(), Vec::new());
+    for number in 0..shared.config.listen.workers.max(1) {
+        let (sender, accepted) = mpsc::channel(ACCEPT_QUEUE);
+        let shared = shared.clone();
+        let (report, started) = std::sync::mpsc::channel();
+        let thread = std::thread::Builder::new().name(format!("worker-{number}")).spawn(move || {
+            let runtime = tokio::runtime::Builder::new_current_thread()
+                .enable_all()
+                .build_local(tokio::runtime::LocalOptions::default());
+            let (runtime, outcome) = match runtime {
+                Ok(runtime) => (Some(runtime), Ok(())),
+                Err(error) => (None, Err(error)),
+            };
+            // Nobody listens only when starting was given up.
+            let _heard = report.send(outcome);
+            if let Some(runtime) = runtime {
+                runtime.block_on(worker::Worker::run(shared, accepted));
+            }
+        });
+        threads.push(thread.map_err(ProxyError::Thread)?);
+        started.recv().unwrap_or(Ok(())).map_err(ProxyError::Thread)?;
+        senders.push(sender);
+    }
+    Ok((senders, threads))
+}

@@ -285,6 +285,11 @@ impl Switchboard {
         self.databases.read().unwrap_or_else(PoisonError::into_inner).get(name).cloned()
     }
 
+    /// Where `name` runs, or would run, now. Allocates nothing, so it may be asked for names of strangers.
+    pub fn route_of(&self, name: &str) -> Arc<Route> {
+        self.existing(name).map_or_else(|| self.initial.load_full(), |database| database.route())
+    }
+
     /// Every known database, by name.
     pub fn all(&self) -> Vec<Arc<Database>> {
         let mut all: Vec<_> = self.databases.read().unwrap_or_else(PoisonError::into_inner).values().cloned().collect();

@@ -131,6 +131,11 @@ impl Ledger {
         self.copy_in || self.lost || (self.unsynced && !self.awaits_ready())
     }
 
+    /// Whether the server reads CopyData.
+    pub fn is_copying_in(&self) -> bool {
+        self.copy_in
+    }
+
     /// Whether so much is outstanding that nothing more should be forwarded.
     #[inline]
     pub fn is_full(&self) -> bool {

@@ -1,6 +1,6 @@
 //! The messages that the proxy says itself, appended to a buffer.
 
-use super::frame::{FrameError, backend, take_cstr};
+use super::frame::{FrameError, backend, frontend, take_cstr};
 use super::ledger::TransactionStatus;
 use super::startup::PROTOCOL_3_0;
 
@@ -97,6 +97,14 @@ pub fn ready_for_query(out: &mut Vec<u8>, status: TransactionStatus) {
         TransactionStatus::Failed => b'E',
     };
     message(out, backend::READY_FOR_QUERY, |out| out.push(byte));
+}
+
+/// Close of a prepared statement, as a client says it.
+pub fn close_statement(out: &mut Vec<u8>, name: &str) {
+    message(out, frontend::CLOSE, |out| {
+        out.push(b'S');
+        cstr(out, name);
+    });
 }
 
 /// The body of a ParameterStatus as name and value; `None` where it is malformed or not UTF-8.

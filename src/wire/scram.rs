@@ -15,6 +15,7 @@
 use base64::Engine as _;
 use base64::engine::general_purpose::STANDARD as BASE64;
 use hmac::{Hmac, Mac as _};
+use postgres_protocol::authentication::sasl::{ChannelBinding, ScramSha256};
 use sha2::{Digest as _, Sha256};
 use subtle::ConstantTimeEq as _;
 
@@ -77,6 +78,22 @@ impl Verifier {
             stored_key: BASE64.decode(stored_key).ok()?.try_into().ok()?,
             server_key: BASE64.decode(server_key).ok()?.try_into().ok()?,
         })
+    }
+
+    /// Whether this clear text password is the one. Costs as many rounds of HMAC as the verifier asks for.
+    pub fn is_satisfied_by(&self, password: &[u8]) -> bool {
+        // The client's side, which normalises passwords as PostgreSQL's clients do, plays against ours.
+        let mut client = ScramSha256::new(password, ChannelBinding::unsupported());
+        let exchange = Self::begin_with(client.message(), self.clone());
+        let proven = exchange.and_then(|exchange| {
+            client.update(exchange.server_first().as_bytes()).ok()?;
+            exchange.finish(client.message()).ok()?
+        });
+        proven.is_some()
+    }
+
+    fn begin_with(client_first: &[u8], verifier: Self) -> Option<Exchange> {
+        Exchange::begin(client_first, Some(verifier.clone()), verifier, "checked").ok()
     }
 
     /// A verifier that no password satisfies. The salt depends on the name and on a secret of this process, so that
@@ -199,7 +216,6 @@ fn md5_hex(parts: &[&[u8]]) -> String {
 
 #[cfg(test)]
 mod tests {
-    use postgres_protocol::authentication::sasl::{ChannelBinding, ScramSha256};
     use postgres_protocol::password;
     use proptest::prelude::*;
 
@@ -225,6 +241,13 @@ mod tests {
         assert_ne!(proven.client_key, [0; 32]);
         assert!(converse("wrong", Some("right")).is_none());
         assert!(converse("any", None).is_none(), "an unknown user goes all the way and fails");
+    }
+
+    #[test]
+    fn a_clear_text_password_is_checked_against_the_verifier() {
+        let verifier = Verifier::parse(&password::scram_sha_256("päss".as_bytes())).expect("valid");
+        assert!(verifier.is_satisfied_by("päss".as_bytes()));
+        assert!(!verifier.is_satisfied_by(b"pass"));
     }
 
     #[test]

@@ -1,0 +1,11 @@
+//! Who a client is, and what it proved that can be used towards the servers.
+//!
+//! [`verifiers`] finds what is stored for a user; [`exchange`] lets the client prove that it knows the password. What
+//! comes out is a [`Credential`](crate::postgres::Credential) that logs in to the source and to the target alike.
+
+mod exchange;
+mod users_file;
+mod verifiers;
+
+pub(super) use exchange::{AuthError, authenticate};
+pub(super) use verifiers::Verifiers;

@@ -1,0 +1,111 @@
+//! The users file: `"user" "password or verifier"` lines, PgBouncer's format.
+//!
+//! Names and secrets stand in double quotes, a double quote inside is doubled; lines that do not begin with a quote are
+//! comments. A secret that begins with `SCRAM-SHA-256$` or is `md5` and 32 hexadecimal digits is a verifier.
+
+use std::collections::HashMap;
+
+use crate::config::Secret;
+use crate::wire::scram::Verifier;
+
+/// What is stored for a user.
+#[derive(Clone, Debug)]
+pub(in crate::proxy) enum Stored {
+    /// A SCRAM verifier.
+    Scram(Verifier),
+    /// `md5` and the digest.
+    Md5(Secret),
+    /// The password itself, and the SCRAM verifier made from it.
+    Plain { password: Secret, verifier: Verifier },
+}
+
+impl Stored {
+    /// Tells what kind of secret `text` is. Expensive for a plain password (4096 rounds), so done once.
+    pub(in crate::proxy) fn read(text: &str) -> Option<Self> {
+        if text.is_empty() {
+            return None;
+        }
+        if let Some(verifier) = Verifier::parse(text) {
+            return Some(Self::Scram(verifier));
+        }
+        if text.strip_prefix("md5").is_some_and(|hex| hex.len() == 32 && hex.bytes().all(|b| b.is_ascii_hexdigit())) {
+            return Some(Self::Md5(Secret::new(text)));
+        }
+        let verifier = Verifier::parse(&postgres_protocol::password::scram_sha_256(text.as_bytes()))?;
+        Some(Self::Plain { password: Secret::new(text), verifier })
+    }
+}
+
+/// Reads the file's text. Returns the users and the numbers of lines that make no sense.
+pub(super) fn parse(text: &str) -> (HashMap<String, Stored>, Vec<usize>) {
+    let mut users = HashMap::new();
+    let mut bad = Vec::new();
+    for (index, line) in text.lines().enumerate() {
+        let line = line.trim();
+        if !line.starts_with('"') {
+            continue;
+        }
+        let parsed = quoted(line).and_then(|(user, rest)| {
+            let (secret, _rest) = quoted(rest.trim_start())?;
+            Some((user, secret))
+        });
+        match parsed {
+            // An empty secret lets nobody in, as in PgBouncer.
+            Some((user, secret)) => {
+                if let Some(stored) = Stored::read(&secret) {
+                    users.insert(user, stored);
+                }
+            }
+            None => bad.push(index + 1),
+        }
+    }
+    (users, bad)
+}
+
+/// A quoted string at the front of `text`, unquoted, and what follows it.
+fn quoted(text: &str) -> Option<(String, &str)> {
+    let mut rest = text.strip_prefix('"')?;
+    let mut value = String::new();
+    loop {
+        let end = rest.find('"')?;
+        value.push_str(&rest[..end]);
+        rest = &rest[end + 1..];
+        match rest.strip_prefix('"') {
+            Some(after) => {
+                value.push('"');
+                rest = after;
+            }
+            None => return Some((value, rest)),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    #[test]
+    fn pgbouncers_format_is_read() {
+        let text = concat!(
+            "; comment\n\"ann\" \"secret\"\n",
+            "\"b\"\"ob\" \"md50123456789abcdef0123456789abcdef\" ignored\n",
+            "\"cy\" \"SCRAM-SHA-256$4096:c2FsdA==$AAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAA=:AAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAA=\"\n",
+            "\"dee\" \"\"\n\"broken\n",
+        );
+        let (users, bad) = parse(text);
+        assert!(matches!(users.get("ann"), Some(Stored::Plain { password, .. }) if password.expose() == "secret"));
+        assert!(matches!(users.get("b\"ob"), Some(Stored::Md5(_))));
+        assert!(matches!(users.get("cy"), Some(Stored::Scram(_))));
+        assert!(!users.contains_key("dee"));
+        assert_eq!(bad, [6]);
+    }
+
+    proptest! {
+        #[test]
+        fn any_text_is_read_without_a_panic(text in "[\"a\\n ]{0,60}") {
+            let _ = parse(&text);
+        }
+    }
+}

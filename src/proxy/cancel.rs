@@ -1,0 +1,79 @@
+//! Cancel keys of the proxy's own.
+//!
+//! A client gets a process id and a secret that mean something here only, so they stay valid when its session moves to
+//! another server. A CancelRequest is passed to the session itself, which alone knows whether it is held, which backend
+//! is its own at this moment, and that this backend is not given up while a cancel is on its way to it.
+
+use std::collections::HashMap;
+use std::sync::{Arc, Mutex, PoisonError};
+
+use subtle::ConstantTimeEq as _;
+
+use super::sessions::Entry;
+
+/// Bytes of a secret: protocol 3.0 has room for four.
+pub(super) const KEY_BYTES: usize = 4;
+
+/// Which session a key belongs to.
+#[derive(Debug, Default)]
+pub(super) struct CancelKeys {
+    keys: Mutex<HashMap<i32, ([u8; KEY_BYTES], Arc<Entry>)>>,
+}
+
+/// A session's key; gives it up when dropped.
+#[derive(Debug)]
+pub(super) struct CancelKey {
+    registry: Arc<CancelKeys>,
+    /// Shown to the client as its backend's process id.
+    pub(super) pid: i32,
+    /// Secret.
+    pub(super) secret: [u8; KEY_BYTES],
+}
+
+impl CancelKeys {
+    /// A fresh key for a session.
+    pub(super) fn issue(self: &Arc<Self>, entry: &Arc<Entry>) -> CancelKey {
+        let secret = rand::random();
+        let mut keys = self.keys.lock().unwrap_or_else(PoisonError::into_inner);
+        loop {
+            let pid = rand::random_range(1..=i32::MAX);
+            if let std::collections::hash_map::Entry::Vacant(free) = keys.entry(pid) {
+                free.insert((secret, entry.clone()));
+                return CancelKey { registry: self.clone(), pid, secret };
+            }
+        }
+    }
+
+    /// The session that this key was given to.
+    pub(super) fn find(&self, pid: i32, key: &[u8]) -> Option<Arc<Entry>> {
+        let keys = self.keys.lock().unwrap_or_else(PoisonError::into_inner);
+        let (secret, entry) = keys.get(&pid)?;
+        bool::from(secret.as_slice().ct_eq(key)).then(|| entry.clone())
+    }
+}
+
+impl Drop for CancelKey {
+    fn drop(&mut self) {
+        self.registry.keys.lock().unwrap_or_else(PoisonError::into_inner).remove(&self.pid);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_the_right_secret_finds_the_session_and_only_while_it_lives() {
+        let keys = Arc::new(CancelKeys::default());
+        let entry = Entry::for_tests(7);
+        let key = keys.issue(&entry);
+        assert_eq!(keys.find(key.pid, &key.secret).map(|found| found.id()), Some(7));
+        let mut wrong = key.secret;
+        wrong[3] ^= 1;
+        assert!(keys.find(key.pid, &wrong).is_none());
+        assert!(keys.find(key.pid, &[]).is_none());
+        let (pid, secret) = (key.pid, key.secret);
+        drop(key);
+        assert!(keys.find(pid, &secret).is_none());
+    }
+}

@@ -1,0 +1,230 @@
+//! The one place that decides what a client is told when something goes wrong.
+//!
+//! Where PostgreSQL has a text for a case, it is PostgreSQL's, so that drivers and people recognise it. Internal
+//! causes (addresses, errno, verifiers) never reach a client: they are logged where they are handled.
+
+use std::borrow::Cow;
+
+use crate::sqlstate;
+use crate::wire::error::{ErrorFields, Severity};
+
+/// `08P01`-like refusals quote only what the client itself sent.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum ClientError {
+    /// Authentication failed; also for users that do not exist.
+    PasswordFailed {
+        /// Role asked for.
+        user: String,
+        /// The method that was spoken, which PostgreSQL does not tell, but decides the code: SCRAM and passwords 28P01.
+        code: &'static str,
+    },
+    /// The message or its order was wrong during authentication or later.
+    Protocol(Cow<'static, str>),
+    /// The startup packet asks for something that does not exist here.
+    Unsupported(Cow<'static, str>),
+    /// The startup packet names no user.
+    NoUser,
+    /// Bytes came in the clear behind an SSLRequest: somebody may have injected them.
+    PlaintextAfterSslRequest,
+    /// TLS is required on TCP.
+    TlsRequired,
+    /// Clear text passwords are asked for, and the connection is not private.
+    CleartextRefused,
+    /// `max_client_connections` reached.
+    TooManyClients,
+    /// `client_login_timeout` reached.
+    LoginTimeout,
+    /// Nobody is known to be the active server.
+    RouteUnknown {
+        /// Why, written for clients.
+        reason: String,
+    },
+    /// The active server could not be reached, or said nothing that a client should see.
+    ServerUnreachable,
+    /// The active server refused the login and said so itself.
+    ServerRefused {
+        /// SQLSTATE of the server.
+        code: String,
+        /// Primary message of the server, as a direct connection would have shown it.
+        message: String,
+    },
+    /// The console is for the users named in the configuration.
+    ConsoleForbidden {
+        /// Role asked for.
+        user: String,
+    },
+    /// The link to the server broke, or the server closed it, in the middle of something.
+    ServerLost {
+        /// A statement was under way, and nobody knows whether it took effect.
+        in_doubt: bool,
+    },
+    /// The session was held, and its client cancelled.
+    CancelledWhileHeld,
+    /// An operator ended the session, or the proxy stops.
+    Terminated,
+    /// A replication connection at a switch.
+    ReplicationEnded,
+    /// The session could not be moved to the new server.
+    MoveFailed {
+        /// What was missing, in words for a client.
+        reason: Cow<'static, str>,
+    },
+    /// A coordinator ended the session with words of its own.
+    Ordered {
+        /// SQLSTATE.
+        code: String,
+        /// Primary message.
+        message: String,
+    },
+    /// The session's task failed; the backend is being looked after.
+    Internal,
+}
+
+impl ClientError {
+    /// Every client with a wrong password and every unknown user gets the same.
+    pub fn password_failed(user: &str) -> Self {
+        Self::PasswordFailed { user: user.to_owned(), code: sqlstate::INVALID_PASSWORD }
+    }
+
+    /// SQLSTATE.
+    pub fn code(&self) -> &str {
+        match self {
+            Self::PasswordFailed { code, .. } => code,
+            Self::Protocol(_) | Self::PlaintextAfterSslRequest => sqlstate::PROTOCOL_VIOLATION,
+            Self::Unsupported(_) => sqlstate::FEATURE_NOT_SUPPORTED,
+            Self::NoUser | Self::TlsRequired | Self::CleartextRefused => sqlstate::INVALID_AUTHORIZATION,
+            Self::TooManyClients => sqlstate::TOO_MANY_CONNECTIONS,
+            Self::LoginTimeout => sqlstate::INVALID_AUTHORIZATION,
+            Self::RouteUnknown { .. } => sqlstate::CANNOT_CONNECT_NOW,
+            Self::ServerUnreachable => sqlstate::CANNOT_ESTABLISH_CONNECTION,
+            Self::ServerRefused { code, .. } | Self::Ordered { code, .. } => code,
+            Self::ConsoleForbidden { .. } => sqlstate::INSUFFICIENT_PRIVILEGE,
+            Self::ServerLost { .. } => sqlstate::CONNECTION_FAILURE,
+            Self::CancelledWhileHeld => sqlstate::QUERY_CANCELED,
+            Self::Terminated | Self::ReplicationEnded | Self::MoveFailed { .. } => sqlstate::ADMIN_SHUTDOWN,
+            Self::Internal => sqlstate::INTERNAL_ERROR,
+        }
+    }
+
+    /// Whether the session goes on.
+    pub fn severity(&self) -> Severity {
+        match self {
+            Self::CancelledWhileHeld => Severity::Error,
+            _ => Severity::Fatal,
+        }
+    }
+
+    fn message(&self) -> Cow<'_, str> {
+        match self {
+            Self::PasswordFailed { user, .. } => format!("password authentication failed for user \"{user}\"").into(),
+            Self::Protocol(text) | Self::Unsupported(text) => text.as_ref().into(),
+            Self::NoUser => "no PostgreSQL user name specified in startup packet".into(),
+            Self::PlaintextAfterSslRequest => "received unencrypted data after SSL request".into(),
+            Self::TlsRequired => "connection requires TLS".into(),
+            Self::CleartextRefused => "clear text passwords need TLS or a Unix socket".into(),
+            Self::TooManyClients => "sorry, too many clients already".into(),
+            Self::LoginTimeout => "canceling authentication due to timeout".into(),
+            Self::RouteUnknown { reason } => {
+                format!("the database is not available through this proxy now: {reason}").into()
+            }
+            Self::ServerUnreachable => "the database server could not be reached".into(),
+            Self::ServerRefused { message, .. } | Self::Ordered { message, .. } => message.into(),
+            Self::ConsoleForbidden { user } => format!("user \"{user}\" may not use the administration console").into(),
+            Self::ServerLost { .. } => "the connection to the database server was lost".into(),
+            Self::CancelledWhileHeld => "canceling statement due to user request".into(),
+            Self::Terminated => "terminating connection due to administrator command".into(),
+            Self::ReplicationEnded => {
+                "terminating replication connection: the database has moved to another server".into()
+            }
+            Self::MoveFailed { .. } => {
+                "terminating connection: the session could not follow its database to another server".into()
+            }
+            Self::Internal => "internal error of the proxy".into(),
+        }
+    }
+
+    fn detail(&self) -> Option<Cow<'_, str>> {
+        match self {
+            Self::PlaintextAfterSslRequest => {
+                Some("This could be either a client-software bug or evidence of an attempted man-in-the-middle attack.".into())
+            }
+            Self::ServerLost { in_doubt: true } => {
+                Some("A statement was being executed. Whether it, or a COMMIT among it, took effect is not known; it was not sent again.".into())
+            }
+            Self::CancelledWhileHeld => Some("The statement was waiting for a cutover to end and had not been sent to a server.".into()),
+            Self::MoveFailed { reason } => Some(reason.as_ref().into()),
+            _ => None,
+        }
+    }
+
+    fn hint(&self) -> Option<&'static str> {
+        match self {
+            Self::TlsRequired => Some("Use sslmode=require or stronger."),
+            Self::CleartextRefused => Some("Use sslmode=require or stronger, or the Unix socket."),
+            Self::ServerLost { in_doubt: true } => {
+                Some("Connect again and look whether the change is there before repeating it.")
+            }
+            Self::ServerLost { in_doubt: false } | Self::MoveFailed { .. } | Self::ReplicationEnded => {
+                Some("Connect again.")
+            }
+            Self::RouteUnknown { .. } | Self::ServerUnreachable => Some("Try again in a moment."),
+            Self::ConsoleForbidden { .. } => Some("The users that may are listed in the proxy's configuration."),
+            _ => None,
+        }
+    }
+
+    /// Appends the ErrorResponse.
+    pub fn encode(&self, out: &mut Vec<u8>) {
+        let (message, detail) = (self.message(), self.detail());
+        let fields = ErrorFields {
+            severity: self.severity(),
+            code: self.code(),
+            message: &message,
+            detail: detail.as_deref(),
+            hint: self.hint(),
+        };
+        fields.encode(out);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::wire::{error, frame};
+
+    #[test]
+    fn every_error_has_its_code_and_severity() {
+        let table: &[(ClientError, &str, &str)] = &[
+            (ClientError::password_failed("ann"), "FATAL", "28P01"),
+            (ClientError::Protocol("x".into()), "FATAL", "08P01"),
+            (ClientError::Unsupported("x".into()), "FATAL", "0A000"),
+            (ClientError::NoUser, "FATAL", "28000"),
+            (ClientError::PlaintextAfterSslRequest, "FATAL", "08P01"),
+            (ClientError::TlsRequired, "FATAL", "28000"),
+            (ClientError::CleartextRefused, "FATAL", "28000"),
+            (ClientError::TooManyClients, "FATAL", "53300"),
+            (ClientError::LoginTimeout, "FATAL", "28000"),
+            (ClientError::RouteUnknown { reason: "r".to_owned() }, "FATAL", "57P03"),
+            (ClientError::ServerUnreachable, "FATAL", "08001"),
+            (ClientError::ServerRefused { code: "3D000".to_owned(), message: "m".to_owned() }, "FATAL", "3D000"),
+            (ClientError::ConsoleForbidden { user: "ann".to_owned() }, "FATAL", "42501"),
+            (ClientError::ServerLost { in_doubt: true }, "FATAL", "08006"),
+            (ClientError::ServerLost { in_doubt: false }, "FATAL", "08006"),
+            (ClientError::CancelledWhileHeld, "ERROR", "57014"),
+            (ClientError::Terminated, "FATAL", "57P01"),
+            (ClientError::ReplicationEnded, "FATAL", "57P01"),
+            (ClientError::MoveFailed { reason: "r".into() }, "FATAL", "57P01"),
+            (ClientError::Ordered { code: "57P01".to_owned(), message: "m".to_owned() }, "FATAL", "57P01"),
+            (ClientError::Internal, "FATAL", "XX000"),
+        ];
+        for (error, severity, code) in table {
+            let mut out = Vec::new();
+            error.encode(&mut out);
+            let (_, body) = frame::first(&out).expect("valid").expect("whole");
+            assert_eq!(error::field(body, b'S'), Some(severity.as_bytes()), "{error:?}");
+            assert_eq!(error::field(body, b'V'), Some(severity.as_bytes()), "{error:?}");
+            assert_eq!(error::field(body, b'C'), Some(code.as_bytes()), "{error:?}");
+            assert!(!error::field(body, b'M').unwrap_or_default().is_empty(), "{error:?}");
+        }
+    }
+}

@@ -1,0 +1,311 @@
+//! From an accepted socket to a session with a backend, or to one of the other things a client may want.
+
+use std::rc::Rc;
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+use std::{io, pin::pin};
+
+use super::auth::{AuthError, authenticate};
+use super::client_error::ClientError;
+use super::handshake::{ClientChannel, HandshakeError, Request, TlsOffer, negotiate, wants_replication};
+use super::listener::Accepted;
+use super::session::{Link, Session};
+use super::sessions::{Entry, Order, Registration, SessionState};
+use super::worker::Worker;
+use super::{CONSOLE_DATABASE, Shared, backend};
+use crate::postgres::{Credential, Login, Stream};
+use crate::switch::{Admission, Member, Route, ServerRole};
+use crate::wire::ledger::TransactionStatus;
+use crate::wire::message;
+use crate::wire::startup::SessionStartup;
+
+/// Connections beyond the limit that may be in handshake at one time, so that they can be told; others are just closed.
+const REFUSALS_MAX: usize = 1000;
+
+/// Bytes that a client may send while its login is held.
+const EARLY_INPUT_MAX: usize = 64 * 1024;
+
+/// A client's place among those that are connected.
+pub(super) struct ClientSlot {
+    shared: Arc<Shared>,
+    /// How many were connected with it.
+    number: usize,
+}
+
+impl ClientSlot {
+    fn take(shared: &Arc<Shared>) -> Self {
+        let number = shared.clients.fetch_add(1, Ordering::AcqRel) + 1;
+        Self { shared: shared.clone(), number }
+    }
+
+    fn excess(&self) -> usize {
+        self.number.saturating_sub(self.shared.config.limits.max_client_connections)
+    }
+}
+
+impl Drop for ClientSlot {
+    fn drop(&mut self) {
+        self.shared.clients.fetch_sub(1, Ordering::AcqRel);
+    }
+}
+
+/// The client is not let in, or is gone.
+enum Refused {
+    With(ClientError),
+    Lost,
+}
+
+impl From<io::Error> for Refused {
+    fn from(_: io::Error) -> Self {
+        Self::Lost
+    }
+}
+
+/// Takes a connection through handshake, authentication and login. `None`: it is dealt with.
+pub(super) async fn log_in(worker: &Rc<Worker>, accepted: Accepted) -> Option<Session> {
+    let shared = &worker.shared;
+    let slot = ClientSlot::take(shared);
+    if slot.excess() > REFUSALS_MAX {
+        return None;
+    }
+    let address = accepted.client_address.clone();
+    let channel = ClientChannel::new(accepted.into_stream().ok()?);
+    let deadline = tokio::time::Instant::now() + shared.config.limits.client_login_timeout;
+    let offer = TlsOffer {
+        acceptor: shared.tls.as_ref(),
+        required: shared.config.listen.tls.as_ref().is_some_and(|tls| tls.required),
+    };
+    let (channel, startup) = match tokio::time::timeout_at(deadline, negotiate(channel, &offer)).await {
+        Ok(Ok((channel, Request::Session(startup)))) => (channel, startup),
+        Ok(Ok((channel, Request::Cancel { pid, key }))) => {
+            cancel(shared, channel, pid, &key).await;
+            return None;
+        }
+        Ok(Err(error)) => {
+            log_handshake(&address, &error);
+            return None;
+        }
+        // PostgreSQL too closes without a word when authentication_timeout ends before the startup packet came.
+        Err(_) => return None,
+    };
+    let registration = shared.sessions.register(address);
+    let mut login = LoginInProgress { worker, channel, startup, registration, slot, deadline };
+    match login.until_ready().await {
+        Ok(Done::Session(parts)) => Some(Session::start(worker.clone(), login.finish(), parts)),
+        Ok(Done::Console) => {
+            login.hand_to_console();
+            None
+        }
+        Err(Refused::With(error)) => {
+            tracing::info!(
+                client = login.registration.view().client_address,
+                user = login.startup.user,
+                database = login.startup.database,
+                sqlstate = error.code(),
+                "client refused"
+            );
+            login.channel.refuse(&error).await;
+            None
+        }
+        Err(Refused::Lost) => None,
+    }
+}
+
+fn log_handshake(address: &str, error: &HandshakeError) {
+    match error {
+        HandshakeError::Refused(refused) => {
+            tracing::info!(client = address, sqlstate = refused.code(), "client refused in the handshake");
+        }
+        // Port scanners and health checks do this all day.
+        HandshakeError::Lost(cause) => tracing::debug!(client = address, %cause, "client lost in the handshake"),
+    }
+}
+
+/// Passes a CancelRequest to its session. The connection is closed when the cancel has been dealt with, as PostgreSQL
+/// does; the requester learns nothing else.
+async fn cancel(shared: &Shared, channel: ClientChannel, pid: i32, key: &[u8]) {
+    if let Some(entry) = shared.keys.find(pid, key) {
+        let (done, dealt_with) = tokio::sync::oneshot::channel();
+        entry.order(Order::Cancel { done });
+        // An error means that the session has ended: dealt with.
+        let _dropped = tokio::time::timeout(shared.config.limits.client_login_timeout, dealt_with).await;
+    }
+    drop(channel);
+}
+
+/// What a login came to.
+enum Done {
+    Session(Link),
+    Console,
+}
+
+struct LoginInProgress<'a> {
+    worker: &'a Rc<Worker>,
+    channel: ClientChannel,
+    startup: SessionStartup,
+    registration: Registration,
+    slot: ClientSlot,
+    deadline: tokio::time::Instant,
+}
+
+/// What a session takes over from its login.
+pub(super) struct LoggedIn {
+    pub(super) channel: ClientChannel,
+    pub(super) registration: Registration,
+    pub(super) slot: ClientSlot,
+}
+
+impl LoginInProgress<'_> {
+    fn finish(self) -> LoggedIn {
+        LoggedIn { channel: self.channel, registration: self.registration, slot: self.slot }
+    }
+
+    fn shared(&self) -> &Arc<Shared> {
+        &self.worker.shared
+    }
+
+    async fn until_ready(&mut self) -> Result<Done, Refused> {
+        if self.slot.excess() > 0 {
+            return Err(Refused::With(ClientError::TooManyClients));
+        }
+        let is_console = self.startup.database == CONSOLE_DATABASE;
+        let active = self.active_server(is_console)?;
+        if self.startup.needs_negotiation() {
+            message::negotiate_protocol_version(&mut self.channel.out, &self.startup.protocol_options);
+        }
+        let credential = self.authenticate(active).await?;
+        if is_console {
+            return self.may_use_console().map(|()| Done::Console);
+        }
+        self.connect(credential).await.map(Done::Session)
+    }
+
+    /// Where verifiers are read: the server that the database runs on. The console answers whoever is active, and when
+    /// nobody is, so that it can be used to find out why.
+    fn active_server(&self, is_console: bool) -> Result<ServerRole, Refused> {
+        match &*self.shared().switchboard.route_of(&self.startup.database) {
+            Route::To { server, .. } => Ok(*server),
+            Route::Unknown { .. } if is_console => Ok(ServerRole::Source),
+            Route::Unknown { reason } => Err(Refused::With(ClientError::RouteUnknown { reason: reason.clone() })),
+        }
+    }
+
+    async fn authenticate(&mut self, active: ServerRole) -> Result<Credential, Refused> {
+        let shared = self.worker.shared.clone();
+        let proof = authenticate(&mut self.channel, &shared.config.auth, &shared.verifiers, active, &self.startup.user);
+        let error = match tokio::time::timeout_at(self.deadline, proof).await {
+            Ok(Ok(credential)) => return Ok(credential),
+            Ok(Err(error)) => error,
+            Err(_) => return Err(Refused::With(ClientError::LoginTimeout)),
+        };
+        Err(match error {
+            AuthError::Refused(error) => Refused::With(error),
+            AuthError::Lookup(error) => {
+                tracing::error!(%error, "clients cannot be authenticated");
+                Refused::With(if error.is_unreachable() {
+                    ClientError::ServerUnreachable
+                } else {
+                    ClientError::password_failed(&self.startup.user)
+                })
+            }
+            AuthError::Lost(_) => Refused::Lost,
+        })
+    }
+
+    fn may_use_console(&self) -> Result<(), Refused> {
+        let user = &self.startup.user;
+        if self.shared().config.admin.users.contains(user) {
+            return Ok(());
+        }
+        Err(Refused::With(ClientError::ConsoleForbidden { user: user.clone() }))
+    }
+
+    fn hand_to_console(mut self) {
+        let shared = self.worker.shared.clone();
+        let SessionStartup { user, parameters, .. } = self.startup;
+        let runtime = shared.runtime.clone();
+        runtime.spawn(async move {
+            // Held until the console is left, so that its clients count as clients.
+            let _slot = self.slot;
+            if self.channel.input.is_empty() && self.channel.flush().await.is_ok() {
+                shared.console.serve(self.channel.stream, user, parameters).await;
+            }
+        });
+    }
+
+    /// Waits for admission and opens the backend inside it, so that a cutover never meets a login half done.
+    async fn connect(&mut self, credential: Credential) -> Result<Link, Refused> {
+        let exempt = wants_replication(&self.startup);
+        let (user, database) = (self.startup.user.clone(), self.startup.database.clone());
+        let application_name = self.startup.parameter("application_name").unwrap_or_default().to_owned();
+        let key = self.shared().keys.issue(&self.registration);
+        let tls = matches!(self.channel.stream, Stream::Tls(_));
+        self.registration.set_identity(&user, &database, &application_name, key.pid, tls);
+        let local = self.worker.database(&database);
+        let login = Login { user, database, credential, parameters: std::mem::take(&mut self.startup.parameters) };
+        let member = local.database.join();
+        let admission = admit(&mut self.channel, &member, &self.registration).await?;
+        let server = match &*local.database.route() {
+            Route::To { server, .. } => *server,
+            Route::Unknown { reason } => {
+                return Err(Refused::With(ClientError::RouteUnknown { reason: reason.clone() }));
+            }
+        };
+        let opened = backend::open(self.shared(), &login, &local.database, server).await;
+        let backend = opened.map_err(|error| {
+            tracing::warn!(%error, "no backend for a client");
+            Refused::With(backend::refusal(&error))
+        })?;
+        let out = &mut self.channel.out;
+        for (name, value) in &backend.connection.parameters {
+            message::parameter_status(out, name, value);
+        }
+        message::backend_key_data(out, key.pid, &key.secret);
+        message::ready_for_query(out, TransactionStatus::Idle);
+        let state = if exempt { SessionState::Replication } else { SessionState::Idle };
+        self.registration.set_backend(Some((backend.server, backend.connection.pid)));
+        self.registration.set_state(state);
+        // From here on a move that is ordered finds the session; only then may the coordinator stop waiting for it.
+        member.leave();
+        let member = (!exempt).then_some(member);
+        Ok(Link { login, local, member, backend, epoch: admission.epoch, key })
+    }
+}
+
+/// Waits until the gate is open. A client that goes away meanwhile, or sends more than a client has reason to, ends it.
+async fn admit(channel: &mut ClientChannel, member: &Member, entry: &Arc<Entry>) -> Result<Admission, Refused> {
+    let database = member.database();
+    loop {
+        let mut changed = pin!(database.changed());
+        // Listening begins before looking, so that no change falls between.
+        if futures_util::poll!(changed.as_mut()).is_ready() {
+            continue;
+        }
+        if let Route::Unknown { reason } = &*database.route() {
+            return Err(Refused::With(ClientError::RouteUnknown { reason: reason.clone() }));
+        }
+        if let Some(admission) = member.try_enter() {
+            return Ok(admission);
+        }
+        tokio::select! {
+            // Dropped and made anew in the next round.
+            () = changed => {}
+            // Cancel-safe: what was read is in the channel.
+            read = channel.read_some(), if channel.input.len() < EARLY_INPUT_MAX => read?,
+            // Looks at a flag only.
+            () = entry.ordered() => {
+                if let Some(error) = ended_by(entry) {
+                    return Err(Refused::With(error));
+                }
+            }
+        }
+    }
+}
+
+/// The order to end, if there is one; a session in login has nothing to do for the others.
+fn ended_by(entry: &Entry) -> Option<ClientError> {
+    entry.take_orders().into_iter().find_map(|order| match order {
+        Order::End(error) => Some(error),
+        Order::Cancel { .. } | Order::Prepare { .. } | Order::Settle { .. } | Order::Discard => None,
+    })
+}

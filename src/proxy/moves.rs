@@ -1,0 +1,511 @@
+//! Taking sessions to the other server.
+//!
+//! ```text
+//! order      a task of its own opens a backend on the other server; the client's traffic goes on
+//! safe point state is captured from the session's backend and replayed there      → Ready
+//! pause      touched since? captured again, the difference replayed               → Ready
+//! gate opens the backends are exchanged, changed parameters reported, the old one is closed
+//! ```
+//!
+//! A session that was never ordered to move, because it came late, does all of it when the gate has opened. It is inside
+//! the gate meanwhile, so no cutover overtakes it.
+
+use std::collections::HashMap;
+use std::future::Future;
+use std::pin::Pin;
+use std::sync::Arc;
+use std::task::{Context, Poll};
+use std::time::Duration;
+
+use bytes::BytesMut;
+use tokio::sync::{Mutex, oneshot};
+use tokio::task::JoinHandle;
+
+use super::Shared;
+use super::backend::{self, Backend};
+use super::client_error::ClientError;
+use super::handoff::{
+    Blocker, HandoffError, ReplayReport, SessionState as State, apply_delta, capture, catalogue_settings,
+    changed_parameters, delta, replay,
+};
+use super::session::{End, Place, Session, Step};
+use super::sessions::{MoveOrder, MoveOutcome, MoveState};
+use crate::postgres::{ConnectError, Connector, Frame, RawConnection, RawError};
+use crate::switch::{Epoch, Route, ServerRole};
+use crate::wire::frame::backend as server;
+use crate::wire::message;
+
+/// How long an old backend may take to hand over its last notifications and to close.
+const OLD_BACKEND: Duration = Duration::from_secs(1);
+
+/// Names of custom settings that a database's own objects use, read once for each database and cutover.
+#[derive(Debug)]
+pub(super) struct CatalogueNames {
+    runtime: tokio::runtime::Handle,
+    known: Mutex<HashMap<(ServerRole, String), (Epoch, Arc<Vec<String>>)>>,
+}
+
+impl CatalogueNames {
+    pub(super) fn new(runtime: tokio::runtime::Handle) -> Self {
+        Self { runtime, known: Mutex::default() }
+    }
+
+    /// Of many sessions that ask at once, one reads and the others wait.
+    async fn of(
+        self: &Arc<Self>,
+        from: (ServerRole, Connector),
+        database: &str,
+        epoch: Epoch,
+    ) -> Result<Arc<Vec<String>>, String> {
+        let (this, database) = (self.clone(), database.to_owned());
+        let (server, connector) = from;
+        let read = self.runtime.spawn(async move {
+            let mut known = this.known.lock().await;
+            let key = (server, database);
+            if let Some((at, names)) = known.get(&key).filter(|(at, _)| *at == epoch) {
+                let _ = at;
+                return Ok(names.clone());
+            }
+            let control = connector.control(&key.1, "handoff").await.map_err(|error| error.to_string())?;
+            let names = Arc::new(catalogue_settings(&control).await.map_err(|error| error.to_string())?);
+            control.close().await;
+            known.insert(key, (epoch, names.clone()));
+            Ok(names)
+        });
+        read.await.unwrap_or_else(|failure| Err(failure.to_string()))
+    }
+}
+
+/// A backend on the other server, and the names that are needed to read the session's state.
+struct Opened {
+    backend: Backend,
+    names: Arc<Vec<String>>,
+}
+
+/// How far a move is.
+enum Stage {
+    /// The backend is being opened.
+    Opening(JoinHandle<Result<Opened, String>>),
+    /// It is open; no state is on it.
+    Open(Opened),
+    /// It has the session's state as of the last capture.
+    Filled { opened: Opened, state: State, report: ReplayReport },
+    /// It could not be opened or filled.
+    Failed,
+}
+
+/// A move that was ordered.
+pub(super) struct Moving {
+    order: MoveOrder,
+    stage: Stage,
+    /// Who waits to hear how far it is.
+    replies: Vec<oneshot::Sender<MoveOutcome>>,
+    /// A capture is wanted at the next safe point.
+    wanted: bool,
+    blockers: Vec<Blocker>,
+}
+
+impl Moving {
+    fn answer(&mut self, outcome: &MoveOutcome) {
+        for reply in self.replies.drain(..) {
+            // Whoever asked may have stopped waiting.
+            let _heard = reply.send(outcome.clone());
+        }
+    }
+}
+
+/// Why a capture or a replay came to nothing.
+enum Unmoved {
+    /// The session's own backend is gone: the session ends.
+    OwnLost,
+    /// Anything else.
+    Because(String),
+}
+
+/// Opens a backend on `to` for a session, and learns the names.
+async fn open(
+    shared: Arc<Shared>,
+    login: crate::postgres::Login,
+    from: ServerRole,
+    order: MoveOrder,
+    database: Arc<crate::switch::Database>,
+) -> Result<Opened, String> {
+    let from = (from, shared.connector(from).clone());
+    let names = shared.catalogue.of(from, database.name(), order.epoch).await?;
+    let backend = backend::open(&shared, &login, &database, order.to).await.map_err(|error| describe(&error))?;
+    Ok(Opened { backend, names })
+}
+
+fn describe(error: &ConnectError) -> String {
+    match error.sqlstate() {
+        Some(code) => format!("the other server refuses the session's login ({code})"),
+        None => "the other server cannot be reached".to_owned(),
+    }
+}
+
+impl Session {
+    /// Orders a move. A session that is there already, or has no backend to move, is ready at once.
+    pub(super) fn begin_move(&mut self, order: MoveOrder, reply: Option<oneshot::Sender<MoveOutcome>>) {
+        if self.moving.as_ref().is_some_and(|moving| moving.order == order && !matches!(moving.stage, Stage::Failed)) {
+            self.join_move(reply, false);
+            return;
+        }
+        self.discard_move();
+        let Some(from) = self.backend.as_ref().map(|own| own.server).filter(|from| *from != order.to) else {
+            reply.map(|reply| reply.send(MoveOutcome::Ready));
+            return;
+        };
+        let (shared, login) = (self.worker.shared.clone(), self.login.clone());
+        let opening = tokio::task::spawn_local(open(shared, login, from, order, self.local.database.clone()));
+        self.moving = Some(Box::new(Moving {
+            order,
+            stage: Stage::Opening(opening),
+            replies: reply.into_iter().collect(),
+            wanted: true,
+            blockers: Vec::new(),
+        }));
+        self.entry.set_moving(MoveState::Preparing, Vec::new());
+    }
+
+    /// The pause: what changed since the capture is wanted too.
+    pub(super) fn settle_move(&mut self, order: MoveOrder, reply: oneshot::Sender<MoveOutcome>) {
+        match &self.moving {
+            Some(moving) if moving.order == order && !matches!(moving.stage, Stage::Failed) => {
+                self.join_move(Some(reply), true);
+            }
+            Some(_) | None => self.begin_move(order, Some(reply)),
+        }
+    }
+
+    fn join_move(&mut self, reply: Option<oneshot::Sender<MoveOutcome>>, up_to_date: bool) {
+        let Some(moving) = &mut self.moving else { return };
+        moving.replies.extend(reply);
+        let filled = matches!(moving.stage, Stage::Filled { .. });
+        if filled && moving.blockers.is_empty() && !(up_to_date && self.touched) {
+            moving.answer(&MoveOutcome::Ready);
+        } else {
+            moving.wanted = true;
+        }
+    }
+
+    /// Closes what was prepared.
+    pub(super) fn discard_move(&mut self) {
+        let Some(mut moving) = self.moving.take() else { return };
+        self.entry.set_moving(MoveState::None, Vec::new());
+        moving.answer(&MoveOutcome::Failed("the move was given up".to_owned()));
+        match moving.stage {
+            Stage::Opening(opening) => {
+                tokio::task::spawn_local(async move {
+                    if let Ok(Ok(opened)) = opening.await {
+                        close(opened.backend).await;
+                    }
+                });
+            }
+            Stage::Open(opened) | Stage::Filled { opened, .. } => {
+                tokio::task::spawn_local(close(opened.backend));
+            }
+            Stage::Failed => {}
+        }
+    }
+
+    /// Looks whether the other backend has been opened.
+    pub(super) fn poll_move(&mut self, cx: &mut Context<'_>) -> Option<Step> {
+        let moving = self.moving.as_mut()?;
+        let Stage::Opening(opening) = &mut moving.stage else { return None };
+        let Poll::Ready(opened) = Pin::new(opening).poll(cx) else { return None };
+        let failure = match opened {
+            Ok(Ok(opened)) => {
+                moving.stage = Stage::Open(opened);
+                return None;
+            }
+            Ok(Err(failure)) => failure,
+            Err(_) => "the attempt was aborted".to_owned(),
+        };
+        self.fail_move(failure);
+        None
+    }
+
+    fn fail_move(&mut self, failure: String) {
+        tracing::warn!(session = self.entry.id(), failure, "a session cannot be prepared for the other server");
+        if let Some(moving) = &mut self.moving {
+            moving.answer(&MoveOutcome::Failed(failure));
+            moving.stage = Stage::Failed;
+            moving.wanted = false;
+            self.entry.set_moving(MoveState::Failed, Vec::new());
+        }
+    }
+
+    /// Whether a capture is wanted and possible.
+    pub(super) fn ready_to_move(&self) -> Option<Step> {
+        let moving = self.moving.as_ref()?;
+        let open = matches!(moving.stage, Stage::Open(_) | Stage::Filled { .. });
+        (moving.wanted && open && self.is_at_safe_point() && self.backend.is_some()).then_some(Step::Move)
+    }
+
+    /// Whether the other backend has the session's state as it is now.
+    pub(super) fn is_prepared(&self) -> bool {
+        !self.touched
+            && self
+                .moving
+                .as_ref()
+                .is_some_and(|moving| matches!(moving.stage, Stage::Filled { .. }) && moving.blockers.is_empty())
+    }
+
+    /// Captures and replays at a safe point.
+    pub(super) async fn advance_move(&mut self) -> Result<(), End> {
+        let Some(moving) = &mut self.moving else { return Ok(()) };
+        moving.wanted = false;
+        let stage = std::mem::replace(&mut moving.stage, Stage::Failed);
+        match self.fill(stage).await {
+            Ok((opened, state, report)) => {
+                let mut blockers = state.blockers().to_vec();
+                blockers.extend(report.blockers());
+                self.touched = false;
+                if let Some(moving) = &mut self.moving {
+                    moving.stage = Stage::Filled { opened, state, report };
+                    moving.blockers.clone_from(&blockers);
+                    let outcome =
+                        if blockers.is_empty() { MoveOutcome::Ready } else { MoveOutcome::Blocked(blockers.clone()) };
+                    moving.answer(&outcome);
+                }
+                let moving = if blockers.is_empty() { MoveState::Prepared } else { MoveState::Blocked };
+                self.entry.set_moving(moving, blockers);
+                Ok(())
+            }
+            Err(Unmoved::OwnLost) => Err(End::ServerLost),
+            Err(Unmoved::Because(failure)) => {
+                self.fail_move(failure);
+                Ok(())
+            }
+        }
+    }
+
+    /// Brings the state of the session's backend to the other one.
+    async fn fill(&mut self, stage: Stage) -> Result<(Opened, State, ReplayReport), Unmoved> {
+        let (mut opened, before) = match stage {
+            Stage::Open(opened) => (opened, None),
+            Stage::Filled { opened, state, report } => (opened, Some((state, report))),
+            Stage::Opening(_) | Stage::Failed => {
+                return Err(Unmoved::Because("no backend on the other server".to_owned()));
+            }
+        };
+        let state = self.capture(&opened.names).await?;
+        if !state.blockers().is_empty() && before.is_none() {
+            // Nothing is replayed that cannot be complete; the backend stays for another try.
+            return Ok((opened, state, ReplayReport::default()));
+        }
+        let other = &mut opened.backend.connection;
+        let replayed = match before {
+            None => replay(other, &state).await,
+            Some((old, report)) => {
+                let change = delta(&old, &state);
+                apply_delta(other, &change).await.map(|later| report.then(&change, later))
+            }
+        };
+        match replayed {
+            Ok(report) => Ok((opened, state, report)),
+            Err(error) => Err(Unmoved::Because(error.to_string())),
+        }
+    }
+
+    /// Reads the state of the session's own backend. What arrives for the client meanwhile is kept for it.
+    async fn capture(&mut self, names: &[String]) -> Result<State, Unmoved> {
+        self.expect_stray_answers().await.map_err(|_| Unmoved::OwnLost)?;
+        let Some(own) = &mut self.backend else { return Err(Unmoved::OwnLost) };
+        self.tracked.at_safe_point();
+        let mut for_client = BytesMut::new();
+        let captured = capture(&mut own.connection, &self.tracked, names, &mut for_client).await;
+        self.down.buffer.append(&for_client);
+        self.absorb_leftovers().map_err(|_| Unmoved::OwnLost)?;
+        captured.map_err(|error| match error {
+            HandoffError::Lost { .. } => Unmoved::OwnLost,
+            other => Unmoved::Because(other.to_string()),
+        })
+    }
+
+    /// After a failed COPY a ReadyForQuery may still be under way; a round trip brings it in, and to the client.
+    async fn expect_stray_answers(&mut self) -> Result<(), RawError> {
+        let Some(own) = self.backend.as_mut().filter(|_| self.ledger.is_uncertain()) else { return Ok(()) };
+        let mut probe = Vec::new();
+        message::close_statement(&mut probe, "pgcutover_probe");
+        probe.extend_from_slice(&message::SYNC);
+        own.connection.send(&probe).await?;
+        let mut probed = false;
+        loop {
+            let frame = own.connection.next_frame().await?;
+            match frame.tag {
+                server::CLOSE_COMPLETE => probed = true,
+                server::READY_FOR_QUERY if probed => break,
+                _ => append(&mut self.down.buffer, &frame),
+            }
+        }
+        self.ledger = crate::wire::ledger::Ledger::new();
+        Ok(())
+    }
+
+    /// The gate is open and the session inside it; its backend is not where the database is now.
+    pub(super) async fn adopt(&mut self, epoch: Epoch) -> Result<(), End> {
+        let route = self.local.database.route();
+        let Route::To { server: to, .. } = *route else {
+            // The route was lost again; the session leaves and is held.
+            self.leave_if_quiet();
+            return Ok(());
+        };
+        if self.backend.as_ref().is_some_and(|own| own.server == to) {
+            self.epoch = epoch;
+            self.leave_if_quiet();
+            return Ok(());
+        }
+        self.settle_cancels().await;
+        if let Err(error) = self.worker.shared.failpoints.hit("session.adopt").await {
+            return Err(End::Told(ClientError::MoveFailed { reason: error.to_string().into() }));
+        }
+        let order = MoveOrder { to, epoch };
+        let (opened, listens) = match self.prepared_for(to) {
+            Some(prepared) => prepared,
+            None => self.move_late(order).await?,
+        };
+        self.exchange(opened.backend, listens).await?;
+        self.epoch = epoch;
+        self.moving = None;
+        self.entry.set_moving(MoveState::Moved, Vec::new());
+        self.leave_if_quiet();
+        Ok(())
+    }
+
+    fn prepared_for(&mut self, to: ServerRole) -> Option<(Opened, bool)> {
+        if !self.is_prepared() || self.moving.as_ref().is_none_or(|moving| moving.order.to != to) {
+            return None;
+        }
+        match self.moving.take()?.stage {
+            Stage::Filled { opened, state, .. } => Some((opened, state.listens())),
+            Stage::Opening(_) | Stage::Open(_) | Stage::Failed => None,
+        }
+    }
+
+    /// A session that was not prepared, or was touched since, moves itself now.
+    async fn move_late(&mut self, order: MoveOrder) -> Result<(Opened, bool), End> {
+        let told = |reason: String| End::Told(ClientError::MoveFailed { reason: reason.into() });
+        let stage = match self.moving.take().map(|moving| *moving) {
+            Some(Moving { order: known, stage, .. }) if known.to == order.to => stage,
+            other => {
+                self.moving = other.map(Box::new);
+                self.discard_move();
+                Stage::Failed
+            }
+        };
+        let stage = match stage {
+            Stage::Opening(opening) => match opening.await {
+                Ok(Ok(opened)) => Stage::Open(opened),
+                Ok(Err(_)) | Err(_) => Stage::Failed,
+            },
+            stage => stage,
+        };
+        let stage = match stage {
+            Stage::Failed => {
+                let from = self.backend.as_ref().map_or(order.to, |own| own.server);
+                let (shared, login) = (self.worker.shared.clone(), self.login.clone());
+                let opened = open(shared, login, from, order, self.local.database.clone()).await;
+                Stage::Open(opened.map_err(told)?)
+            }
+            stage => stage,
+        };
+        match self.fill(stage).await {
+            Ok((opened, state, report)) => {
+                let blockers: Vec<_> = state.blockers().iter().cloned().chain(report.blockers()).collect();
+                if let Some(blocker) = blockers.first() {
+                    tokio::task::spawn_local(close(opened.backend));
+                    return Err(told(format!("The session {blocker}.")));
+                }
+                Ok((opened, state.listens()))
+            }
+            Err(Unmoved::OwnLost) => {
+                Err(told("Its connection to the old server was lost before its state could be read.".to_owned()))
+            }
+            Err(Unmoved::Because(reason)) => Err(told(reason)),
+        }
+    }
+
+    /// The old backend's last notifications, then the new one's, then what is reported differently there.
+    async fn exchange(&mut self, mut new: Backend, listens: bool) -> Result<(), End> {
+        let told: Vec<_> = self.backend.as_ref().map(|own| own.connection.parameters.clone()).unwrap_or_default();
+        let old = self.backend.take();
+        if listens {
+            let ours = self.worker.shared.sessions.backend_pids(self.local.database.name());
+            let mut old = old;
+            let (from_old, from_new) = tokio::join!(
+                last_words(old.as_mut().map(|old| &mut old.connection)),
+                last_words(Some(&mut new.connection))
+            );
+            from_old.iter().for_each(|frame| append(&mut self.down.buffer, frame));
+            // What the target's own triggers sent while changes were applied has been heard already, from the source.
+            let own_pid = new.connection.pid;
+            let heard =
+                from_new.iter().filter(|frame| sender(frame).is_none_or(|pid| pid == own_pid || ours.contains(&pid)));
+            heard.for_each(|frame| append(&mut self.down.buffer, frame));
+            old.map(|old| tokio::task::spawn_local(close(old)));
+        } else {
+            old.map(|old| tokio::task::spawn_local(close(old)));
+        }
+        let mut changes = Vec::new();
+        for (name, value) in changed_parameters(&told, &new.connection.parameters) {
+            message::parameter_status(&mut changes, &name, &value);
+        }
+        self.down.buffer.append(&changes);
+        self.entry.set_backend(Some((new.server, new.connection.pid)));
+        tracing::debug!(session = self.entry.id(), server = %new.server, pid = new.connection.pid, "session moved");
+        self.backend = Some(new);
+        self.ledger = crate::wire::ledger::Ledger::new();
+        self.touched = true;
+        self.absorb_leftovers()
+    }
+
+    /// The session's backend said good-bye while the session waits with its state on the other server: it goes on there.
+    pub(super) fn survives_loss(&mut self) -> bool {
+        let waits = self.place != Place::Inside;
+        if !waits || !self.is_prepared() {
+            return false;
+        }
+        self.backend = None;
+        self.entry.set_backend(None);
+        true
+    }
+}
+
+/// A round trip that brings in every notification that was sent before it.
+async fn last_words(connection: Option<&mut RawConnection>) -> Vec<Frame> {
+    let mut words = Vec::new();
+    let Some(connection) = connection else { return words };
+    let talk = async {
+        connection.send(&message::SYNC).await?;
+        loop {
+            let frame = connection.next_frame().await?;
+            match frame.tag {
+                server::READY_FOR_QUERY => return Ok::<(), RawError>(()),
+                server::NOTIFICATION_RESPONSE => words.push(frame),
+                _ => {}
+            }
+        }
+    };
+    // An old backend that is gone, or silent, has nothing to say any more.
+    let _ended = tokio::time::timeout(OLD_BACKEND, talk).await;
+    words
+}
+
+/// Process id of the backend that sent a notification.
+fn sender(frame: &Frame) -> Option<i32> {
+    frame.body.first_chunk::<4>().map(|pid| i32::from_be_bytes(*pid))
+}
+
+fn append(buffer: &mut super::buffers::Buffer, frame: &Frame) {
+    let mut bytes = Vec::with_capacity(frame.body.len() + 5);
+    bytes.push(frame.tag);
+    bytes.extend_from_slice(&(frame.body.len() as u32 + 4).to_be_bytes());
+    bytes.extend_from_slice(&frame.body);
+    buffer.append(&bytes);
+}
+
+async fn close(backend: Backend) {
+    // Best effort: the server notices a closed socket too.
+    let _closed = tokio::time::timeout(OLD_BACKEND, backend.connection.terminate()).await;
+}

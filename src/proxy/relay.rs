@@ -1,0 +1,551 @@
+//! The hot path: frames from client to backend and back, without a copy, a timer or an allocation for a message.
+//!
+//! ```text
+//! client ──read──▶ up.buffer ──clear──▶ written to the backend      clear: tag and length of each frame, the gate
+//! client ◀─write── down.buffer ◀─scan── read from the backend       scan: tags, ReadyForQuery, ParameterStatus
+//! ```
+//!
+//! Each direction owns at most one block of memory; when it is full nothing more is read, which holds the other side
+//! back. A frame never has to fit in a block. One wake-up of the task does as much as the sockets allow: with an
+//! edge-triggered poller a read that does not fill its block has emptied the socket, so no second read finds out.
+//!
+//! # Who may pass
+//!
+//! Outside, the first frame of a transaction asks the gate; if it is fenced, the frame and all behind it stay in the
+//! buffer and the session is *held*. Inside, everything passes, but under a fence nothing passes a Sync or Query whose
+//! ReadyForQuery has not come: if that says `I` the session leaves and is held, so an endless pipeline ends there too.
+
+use std::io;
+use std::pin::Pin;
+use std::task::{Context, Poll};
+use std::time::Instant;
+
+use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
+
+use super::client_error::ClientError;
+use super::handoff::Tracked;
+use super::meters::add;
+use super::session::{End, Place, Session, Step};
+use super::sessions::{Entry, SessionState};
+use crate::postgres::Stream;
+use crate::wire::frame::{self, FrameError, HEADER_BYTES, Header, backend as server, frontend};
+use crate::wire::ledger::{Ledger, TransactionStatus};
+use crate::wire::message;
+use crate::wire::scanner::Sink;
+
+/// What was done in one direction.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Progress {
+    Some,
+    None,
+}
+
+/// Whether the next frame may go to the server.
+enum Passage {
+    /// It may.
+    Free,
+    /// Not now.
+    Blocked,
+    /// The server would ignore it: it is thrown away here.
+    Pointless,
+    /// Admitted, but the backend is not on the active server.
+    Elsewhere(Step),
+}
+
+impl Session {
+    /// Relays as much as the sockets allow. Ready when something else is to be done.
+    pub(super) fn poll_relay(&mut self, cx: &mut Context<'_>) -> Poll<Step> {
+        if self.entry.has_orders() {
+            return Poll::Ready(Step::Orders);
+        }
+        if let Some(step) = self.poll_move(cx) {
+            return Poll::Ready(step);
+        }
+        if let Some(step) = self.catch_up_with_route() {
+            return Poll::Ready(step);
+        }
+        loop {
+            let up = match self.pump_up(cx) {
+                Ok(up) => up,
+                Err(step) => return Poll::Ready(step),
+            };
+            let down = match self.pump_down(cx) {
+                Ok(down) => down,
+                Err(End::ServerLost) if self.survives_loss() => Progress::Some,
+                Err(end) => return Poll::Ready(Step::End(end)),
+            };
+            if up == Progress::None && down == Progress::None {
+                break;
+            }
+        }
+        if self.cancelled {
+            self.answer_cancel();
+            cx.waker().wake_by_ref();
+        }
+        if let Some(step) = self.ready_to_move() {
+            return Poll::Ready(step);
+        }
+        self.up.buffer.release();
+        self.down.buffer.release();
+        Poll::Pending
+    }
+
+    /// A safe point: nothing asked is unanswered, and no frame is cut, in either direction.
+    pub(super) fn is_at_safe_point(&self) -> bool {
+        self.place != Place::Inside && self.is_quiet()
+    }
+
+    fn is_quiet(&self) -> bool {
+        self.ledger.is_quiet() && self.down.scanner.is_at_boundary() && self.up.cleared == 0 && self.up.body_left == 0
+    }
+
+    /// After a switch, a session without activity follows at once: it may be waiting for notifications.
+    fn catch_up_with_route(&mut self) -> Option<Step> {
+        let database = &self.local.database;
+        if database.epoch() == self.epoch || self.place == Place::Inside || database.is_fenced() {
+            return None;
+        }
+        let Some(member) = &self.member else {
+            return Some(Step::End(End::Told(ClientError::ReplicationEnded)));
+        };
+        if !self.is_quiet() {
+            return None;
+        }
+        let admission = member.try_enter()?;
+        self.enter();
+        Some(Step::Adopt(admission.epoch))
+    }
+
+    /// Client to backend.
+    fn pump_up(&mut self, cx: &mut Context<'_>) -> Result<Progress, Step> {
+        let mut progress = Progress::None;
+        loop {
+            let read = self.read_client(cx)?;
+            self.clear()?;
+            let written = self.write_backend(cx)?;
+            if self.up.ended && self.up.cleared == 0 {
+                return Err(Step::End(End::ClientLeft));
+            }
+            if read == Progress::None && written == Progress::None {
+                return Ok(progress);
+            }
+            progress = Progress::Some;
+        }
+    }
+
+    fn read_client(&mut self, cx: &mut Context<'_>) -> Result<Progress, Step> {
+        if self.up.ended || self.up.buffer.is_full() {
+            return Ok(Progress::None);
+        }
+        let mut into = ReadBuf::new(self.up.buffer.room());
+        match Pin::new(&mut self.client).poll_read(cx, &mut into) {
+            Poll::Pending => Ok(Progress::None),
+            Poll::Ready(Err(_)) => Err(Step::End(End::ClientLeft)),
+            Poll::Ready(Ok(())) => {
+                let count = into.filled().len();
+                if count == 0 {
+                    self.up.ended = true;
+                    return Ok(Progress::Some);
+                }
+                self.up.buffer.fill(count);
+                if matches!(self.place, Place::Held { .. }) {
+                    self.look_for_terminate()?;
+                }
+                Ok(Progress::Some)
+            }
+        }
+    }
+
+    fn write_backend(&mut self, cx: &mut Context<'_>) -> Result<Progress, Step> {
+        let mut progress = Progress::None;
+        let Some(backend) = &mut self.backend else { return Ok(progress) };
+        let stream = &mut backend.connection.stream;
+        while self.up.cleared > 0 {
+            let cleared = &self.up.buffer.filled()[..self.up.cleared];
+            match Pin::new(&mut *stream).poll_write(cx, cleared) {
+                Poll::Pending => break,
+                Poll::Ready(Ok(0)) | Poll::Ready(Err(_)) => return self.after_write_error(cx),
+                Poll::Ready(Ok(count)) => {
+                    add(&self.local.meters.bytes_from_client, count as u64);
+                    self.up.buffer.consume(count);
+                    self.up.cleared -= count;
+                    progress = Progress::Some;
+                }
+            }
+        }
+        flush_tls(stream, cx).map_err(|_| Step::End(End::ServerLost))?;
+        Ok(progress)
+    }
+
+    /// The server may have said why before it closed.
+    fn after_write_error(&mut self, cx: &mut Context<'_>) -> Result<Progress, Step> {
+        while let Ok(Progress::Some) = self.read_backend(cx) {
+            if self.down.buffer.is_full() {
+                break;
+            }
+        }
+        Err(Step::End(End::ServerLost))
+    }
+
+    /// Looks at the frames that have been read and lets pass what may.
+    fn clear(&mut self) -> Result<(), Step> {
+        loop {
+            let held = self.up.buffer.len();
+            if self.up.discard_left > 0 {
+                let gone = self.up.discard_left.min(held);
+                self.up.buffer.consume(gone);
+                self.up.discard_left -= gone;
+                if self.up.discard_left > 0 {
+                    return Ok(());
+                }
+                continue;
+            }
+            if self.up.body_left > 0 {
+                let passing = self.up.body_left.min(held - self.up.cleared);
+                self.up.cleared += passing;
+                self.up.body_left -= passing;
+                if self.up.body_left > 0 {
+                    return Ok(());
+                }
+                continue;
+            }
+            if self.member.is_none() {
+                // A replication connection: nothing is looked at.
+                self.up.cleared = held;
+                return Ok(());
+            }
+            let header = match Header::parse(&self.up.buffer.filled()[self.up.cleared..]) {
+                Ok(None) => return Ok(()),
+                Ok(Some(header)) => header,
+                Err(error) => return self.refuse_frame(error),
+            };
+            if !frame::is_frontend_tag(header.tag) {
+                return self.refuse_frame(FrameError::FrontendTag(header.tag));
+            }
+            if u64::from(header.body_bytes) > self.worker.shared.config.limits.max_message_bytes {
+                return self.refuse_frame(FrameError::Length);
+            }
+            match self.may_pass(header)? {
+                Passage::Free => self.pass(header),
+                Passage::Blocked => return Ok(()),
+                Passage::Pointless => self.up.discard_left = HEADER_BYTES + header.body_bytes as usize,
+                Passage::Elsewhere(step) => return Err(step),
+            }
+        }
+    }
+
+    /// As PostgreSQL: the session ends. What is already cleared is written first, so that its effect is not in doubt.
+    fn refuse_frame(&self, error: FrameError) -> Result<(), Step> {
+        if self.up.cleared > 0 {
+            return Ok(());
+        }
+        Err(Step::End(End::Told(ClientError::Protocol(error.to_string().into()))))
+    }
+
+    #[inline]
+    fn pass(&mut self, header: Header) {
+        let body_bytes = header.body_bytes as usize;
+        if is_tracked(header.tag) {
+            let frame = &self.up.buffer.filled()[self.up.cleared..];
+            let body = &frame[HEADER_BYTES..frame.len().min(HEADER_BYTES + body_bytes)];
+            self.tracked.on_client_frame(header.tag, body, body_bytes);
+        }
+        self.ledger.forwarded(header.tag);
+        self.touched = true;
+        self.up.cleared += HEADER_BYTES;
+        self.up.body_left = body_bytes;
+    }
+
+    #[inline]
+    fn may_pass(&mut self, header: Header) -> Result<Passage, Step> {
+        if header.tag == frontend::TERMINATE {
+            // What came before it is sent first.
+            return if self.up.cleared > 0 { Ok(Passage::Blocked) } else { Err(Step::End(End::ClientLeft)) };
+        }
+        if self.up.discard_to_sync {
+            return Ok(self.discard_cancelled(header));
+        }
+        if matches!(header.tag, frontend::QUERY | frontend::PARSE | frontend::CLOSE) && !self.is_whole(header) {
+            return Ok(Passage::Blocked);
+        }
+        if self.place == Place::Inside {
+            return Ok(self.may_pass_inside(header.tag));
+        }
+        if matches!(header.tag, frontend::COPY_DATA | frontend::COPY_DONE | frontend::COPY_FAIL | frontend::FLUSH) {
+            // The rest of a COPY that has failed, or a Flush with nothing to flush: no answer would end our stay inside.
+            return Ok(if self.up.cleared > 0 { Passage::Blocked } else { Passage::Pointless });
+        }
+        let Some(member) = &self.member else { return Ok(Passage::Free) };
+        match member.try_enter() {
+            Some(admission) => {
+                self.enter();
+                if self.backend.is_none() && admission.epoch == self.epoch {
+                    return Err(Step::End(End::ServerLost));
+                }
+                if admission.epoch == self.epoch {
+                    Ok(Passage::Free)
+                } else {
+                    Ok(Passage::Elsewhere(Step::Adopt(admission.epoch)))
+                }
+            }
+            None => {
+                self.hold()?;
+                Ok(Passage::Blocked)
+            }
+        }
+    }
+
+    fn may_pass_inside(&self, tag: u8) -> Passage {
+        if self.ledger.is_full() {
+            return Passage::Blocked;
+        }
+        let is_copy = matches!(tag, frontend::COPY_DATA | frontend::COPY_DONE | frontend::COPY_FAIL);
+        if self.ledger.awaits_ready() && self.local.database.is_fenced() && !is_copy && !self.ledger.is_copying_in() {
+            return Passage::Blocked;
+        }
+        Passage::Free
+    }
+
+    /// Statements that are read for tracking pass only when they are whole, unless they are larger than a block.
+    fn is_whole(&self, header: Header) -> bool {
+        let wanted = HEADER_BYTES + header.body_bytes as usize;
+        let at_hand = self.up.buffer.len() - self.up.cleared;
+        at_hand >= wanted || (self.up.buffer.is_full() && self.up.cleared == 0)
+    }
+
+    pub(super) fn enter(&mut self) {
+        if let Place::Held { since } = self.place {
+            self.local.meters.waited(since.elapsed());
+        }
+        self.place = Place::Inside;
+        self.entry.set_state(SessionState::Active);
+    }
+
+    fn hold(&mut self) -> Result<(), Step> {
+        if !matches!(self.place, Place::Held { .. }) {
+            self.place = Place::Held { since: Instant::now() };
+            self.entry.set_state(SessionState::Held);
+            self.look_for_terminate()?;
+        }
+        Ok(())
+    }
+
+    /// Leaves the gate if everything that was asked is answered with `I`.
+    pub(super) fn leave_if_quiet(&mut self) {
+        if self.place != Place::Inside || !self.is_quiet() {
+            return;
+        }
+        self.place = Place::Outside;
+        self.entry.set_state(SessionState::Idle);
+        add(&self.local.meters.transactions, 1);
+        if let Some(member) = &self.member {
+            member.leave();
+        }
+    }
+
+    /// A held client that says Terminate, or behind whose messages the end of its stream stands, is let go.
+    fn look_for_terminate(&self) -> Result<(), Step> {
+        let mut frames = self.up.buffer.filled();
+        while let Ok(Some(header)) = Header::parse(frames) {
+            if header.tag == frontend::TERMINATE {
+                return Err(Step::End(End::ClientLeft));
+            }
+            match frames.get(HEADER_BYTES + header.body_bytes as usize..) {
+                Some(rest) => frames = rest,
+                None => break,
+            }
+        }
+        Ok(())
+    }
+
+    /// Backend to client.
+    fn pump_down(&mut self, cx: &mut Context<'_>) -> Result<Progress, End> {
+        let mut progress = Progress::None;
+        loop {
+            let read = self.read_backend(cx)?;
+            let written = self.write_client(cx)?;
+            if read == Progress::None && written == Progress::None {
+                return Ok(progress);
+            }
+            progress = Progress::Some;
+        }
+    }
+
+    fn read_backend(&mut self, cx: &mut Context<'_>) -> Result<Progress, End> {
+        let Some(backend) = &mut self.backend else { return Ok(Progress::None) };
+        if self.down.buffer.is_full() {
+            return Ok(Progress::None);
+        }
+        let mut into = ReadBuf::new(self.down.buffer.room());
+        match Pin::new(&mut backend.connection.stream).poll_read(cx, &mut into) {
+            Poll::Pending => return Ok(Progress::None),
+            Poll::Ready(Err(_)) => return Err(End::ServerLost),
+            Poll::Ready(Ok(())) => {}
+        }
+        let count = into.filled().len();
+        if count == 0 {
+            return Err(End::ServerLost);
+        }
+        if into.filled()[0] == server::ERROR_RESPONSE && self.is_farewell() {
+            // The old server ends a session that goes on elsewhere: its client need not know.
+            return Err(End::ServerLost);
+        }
+        self.down.buffer.fill(count);
+        self.look_at_answers(count)?;
+        Ok(Progress::Some)
+    }
+
+    /// Whether an ErrorResponse now answers nothing, and the session can do without this backend.
+    fn is_farewell(&self) -> bool {
+        self.down.scanner.is_at_boundary() && self.is_at_safe_point() && self.is_prepared()
+    }
+
+    /// Follows the last `count` bytes of the down buffer.
+    pub(super) fn look_at_answers(&mut self, count: usize) -> Result<(), End> {
+        let Some(backend) = &mut self.backend else { return Ok(()) };
+        let filled = self.down.buffer.filled();
+        let mut answers = Answers {
+            ledger: &mut self.ledger,
+            tracked: &mut self.tracked,
+            reported: &mut backend.connection.parameters,
+            entry: &self.entry,
+            last_was_error: &mut self.down.last_was_error,
+        };
+        if self.down.scanner.scan(&filled[filled.len() - count..], &mut answers).is_err() {
+            tracing::error!(session = self.entry.id(), "the server does not speak the protocol; the session is ended");
+            return Err(End::ServerLost);
+        }
+        self.leave_if_quiet();
+        Ok(())
+    }
+
+    fn write_client(&mut self, cx: &mut Context<'_>) -> Result<Progress, End> {
+        let mut progress = Progress::None;
+        while !self.down.buffer.is_empty() {
+            match Pin::new(&mut self.client).poll_write(cx, self.down.buffer.filled()) {
+                Poll::Pending => break,
+                Poll::Ready(Ok(0)) | Poll::Ready(Err(_)) => return Err(End::ClientLeft),
+                Poll::Ready(Ok(count)) => {
+                    add(&self.local.meters.bytes_to_client, count as u64);
+                    self.down.buffer.consume(count);
+                    progress = Progress::Some;
+                }
+            }
+        }
+        flush_tls(&mut self.client, cx).map_err(|_| End::ClientLeft)?;
+        Ok(progress)
+    }
+
+    /// Bytes that the login or a handoff has read from the backend and not used.
+    pub(super) fn absorb_leftovers(&mut self) -> Result<(), End> {
+        let Some(backend) = &mut self.backend else { return Ok(()) };
+        let bytes = std::mem::take(&mut backend.connection.read_buf);
+        if bytes.is_empty() {
+            return Ok(());
+        }
+        self.down.buffer.append(&bytes);
+        self.look_at_answers(bytes.len())
+    }
+
+    /// A held session's client has cancelled: an error, what it asked for is thrown away, and it is ready again.
+    fn answer_cancel(&mut self) {
+        if !matches!(self.place, Place::Held { .. }) {
+            self.cancelled = false;
+            return;
+        }
+        if !self.down.scanner.is_at_boundary() {
+            return;
+        }
+        self.cancelled = false;
+        let Ok(Some(header)) = Header::parse(self.up.buffer.filled()) else { return };
+        if header.tag == frontend::SYNC {
+            // Nothing is asked that could be cancelled.
+            return;
+        }
+        let mut answer = Vec::new();
+        ClientError::CancelledWhileHeld.encode(&mut answer);
+        if matches!(header.tag, frontend::QUERY | frontend::FUNCTION_CALL) {
+            self.up.discard_left = HEADER_BYTES + header.body_bytes as usize;
+            message::ready_for_query(&mut answer, TransactionStatus::Idle);
+        } else {
+            self.up.discard_to_sync = true;
+        }
+        self.down.buffer.append(&answer);
+        self.place = Place::Outside;
+        self.entry.set_state(SessionState::Idle);
+    }
+
+    /// After a cancel in the extended protocol: everything is thrown away up to the Sync, which is answered here.
+    fn discard_cancelled(&mut self, header: Header) -> Passage {
+        if self.up.cleared > 0 || !self.down.scanner.is_at_boundary() {
+            return Passage::Blocked;
+        }
+        if header.tag == frontend::SYNC {
+            self.up.discard_to_sync = false;
+            let mut answer = Vec::new();
+            message::ready_for_query(&mut answer, TransactionStatus::Idle);
+            self.down.buffer.append(&answer);
+        }
+        Passage::Pointless
+    }
+}
+
+/// Frames that the handoff needs to know of.
+#[inline]
+fn is_tracked(tag: u8) -> bool {
+    matches!(tag, frontend::QUERY | frontend::PARSE | frontend::CLOSE | frontend::SYNC | frontend::FUNCTION_CALL)
+}
+
+/// Only TLS holds written bytes back.
+#[inline]
+fn flush_tls(stream: &mut Stream, cx: &mut Context<'_>) -> io::Result<()> {
+    if let Stream::Tls(tls) = stream {
+        if let Poll::Ready(flushed) = Pin::new(tls).poll_flush(cx) {
+            return flushed;
+        }
+    }
+    Ok(())
+}
+
+/// Told of every frame that the server sends.
+struct Answers<'a> {
+    ledger: &'a mut Ledger,
+    tracked: &'a mut Tracked,
+    reported: &'a mut Vec<(String, String)>,
+    entry: &'a Entry,
+    last_was_error: &'a mut bool,
+}
+
+impl Sink for Answers<'_> {
+    #[inline]
+    fn frame(&mut self, tag: u8, body: &[u8]) {
+        *self.last_was_error = tag == server::ERROR_RESPONSE;
+        match tag {
+            server::READY_FOR_QUERY => {
+                self.tracked.on_server_frame(tag);
+                if let Ok(status) = message::read_ready_for_query(body) {
+                    self.ledger.ready(status);
+                }
+            }
+            server::PARAMETER_STATUS => self.note_parameter(body),
+            server::PARSE_COMPLETE => {
+                self.tracked.on_server_frame(tag);
+                self.ledger.answered(tag);
+            }
+            _ => self.ledger.answered(tag),
+        }
+    }
+}
+
+impl Answers<'_> {
+    fn note_parameter(&mut self, body: &[u8]) {
+        let Some((name, value)) = message::read_parameter_status(body) else { return };
+        match self.reported.iter_mut().find(|(known, _)| known == name) {
+            Some((_, old)) => value.clone_into(old),
+            None => self.reported.push((name.to_owned(), value.to_owned())),
+        }
+        if name == "application_name" {
+            self.entry.set_application_name(value);
+        }
+    }
+}

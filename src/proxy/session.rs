@@ -1,0 +1,310 @@
+//! A client's session: its sockets, where it stands, and the slow path around the relay.
+//!
+//! One task owns both sockets for the session's whole life. It relays ([`super::relay`]) until something else is to be
+//! done (an order, a switch, an end), does that, and relays on. Whatever ends it, a panic included, the backend is
+//! looked after before the gate is left ([`super::orphan`]).
+
+use std::panic::AssertUnwindSafe;
+use std::rc::Rc;
+use std::time::Duration;
+
+use futures_util::FutureExt as _;
+use tokio::io::AsyncWriteExt as _;
+
+use super::backend::Backend;
+use super::buffers::Buffer;
+use super::cancel::CancelKey;
+use super::client_error::ClientError;
+use super::handoff::Tracked;
+use super::listener::Accepted;
+use super::login::{ClientSlot, LoggedIn, log_in};
+use super::moves::Moving;
+use super::orphan;
+use super::sessions::{Order, Registration, SessionState};
+use super::worker::{LocalDatabase, Watch, Worker};
+use crate::postgres::{Login, Stream};
+use crate::switch::{Epoch, Member};
+use crate::wire::ledger::Ledger;
+use crate::wire::scanner::Scanner;
+
+/// How long a client may take to read its last words.
+const FAREWELL: Duration = Duration::from_secs(5);
+/// How long the backend of an idle session may take to close.
+const CLOSING: Duration = Duration::from_secs(5);
+
+/// What login hands to a session, apart from the client's side.
+pub(super) struct Link {
+    pub(super) login: Login,
+    pub(super) local: Rc<LocalDatabase>,
+    /// None for a replication connection, which is exempt from admission.
+    pub(super) member: Option<Member>,
+    pub(super) backend: Backend,
+    /// Epoch of the gate when the backend was opened.
+    pub(super) epoch: Epoch,
+    pub(super) key: CancelKey,
+}
+
+/// Bytes from the client to the backend.
+pub(super) struct Up {
+    pub(super) buffer: Buffer,
+    /// So many bytes at the front of the buffer may be written to the backend.
+    pub(super) cleared: usize,
+    /// Body bytes of the last cleared frame that have not been cleared yet, because they have not been read.
+    pub(super) body_left: usize,
+    /// Bytes that are to be thrown away once they come.
+    pub(super) discard_left: usize,
+    /// A cancelled client's messages are thrown away up to its Sync.
+    pub(super) discard_to_sync: bool,
+    /// The client has closed its side.
+    pub(super) ended: bool,
+}
+
+/// Bytes from the backend to the client.
+pub(super) struct Down {
+    pub(super) buffer: Buffer,
+    pub(super) scanner: Scanner,
+    /// The last frame was an ErrorResponse: if the server closes now, it has said why.
+    pub(super) last_was_error: bool,
+}
+
+/// Where a session stands with admission.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Place {
+    /// At a safe point.
+    Outside,
+    /// Outside, and its next frame may not pass.
+    Held { since: std::time::Instant },
+    /// In a transaction or statement.
+    Inside,
+}
+
+/// A client's session.
+pub(super) struct Session {
+    pub(super) worker: Rc<Worker>,
+    pub(super) local: Rc<LocalDatabase>,
+    pub(super) entry: Registration,
+    pub(super) client: Stream,
+    /// Taken when the session ends, and while it is exchanged.
+    pub(super) backend: Option<Backend>,
+    pub(super) member: Option<Member>,
+    pub(super) login: Login,
+    pub(super) epoch: Epoch,
+    pub(super) place: Place,
+    pub(super) up: Up,
+    pub(super) down: Down,
+    pub(super) ledger: Ledger,
+    pub(super) tracked: Tracked,
+    /// A move to the other server that was ordered.
+    pub(super) moving: Option<Box<Moving>>,
+    /// Something was forwarded since the state was captured.
+    pub(super) touched: bool,
+    /// Cancels on their way to the backend, which must not be given up before they have arrived.
+    pub(super) cancels: Vec<tokio::task::JoinHandle<()>>,
+    /// The client of a held session has cancelled; it is told at the next frame boundary.
+    pub(super) cancelled: bool,
+    _key: CancelKey,
+    _watch: Watch,
+    _slot: ClientSlot,
+}
+
+/// What the relay needs done.
+pub(super) enum Step {
+    /// The mailbox is not empty.
+    Orders,
+    /// The backend is not on the active server, and the session has been admitted for the exchange.
+    Adopt(Epoch),
+    /// A move can go on at this safe point.
+    Move,
+    /// The session ends.
+    End(End),
+}
+
+/// Why a session ends.
+#[derive(Debug)]
+pub(super) enum End {
+    /// Terminate, or the link to the client is gone.
+    ClientLeft,
+    /// The link to the server is gone.
+    ServerLost,
+    /// The client is told this and closed.
+    Told(ClientError),
+    /// The session's code panicked.
+    Panicked,
+}
+
+/// Serves one accepted connection to its end.
+pub(super) async fn serve(worker: Rc<Worker>, accepted: Accepted) {
+    // Boxed, so that what only the login needs is freed before the relay begins.
+    let session = Box::pin(log_in(&worker, accepted)).await;
+    if let Some(session) = session {
+        Box::pin(session.run()).await;
+    }
+}
+
+impl Session {
+    /// A session whose client waits for ReadyForQuery, which stands in its channel's output.
+    pub(super) fn start(worker: Rc<Worker>, client: LoggedIn, link: Link) -> Self {
+        let LoggedIn { channel, registration, slot } = client;
+        let mut up = Buffer::new(worker.pool.clone());
+        let mut down = Buffer::new(worker.pool.clone());
+        if !channel.input.is_empty() {
+            up.append(&channel.input);
+        }
+        down.append(&channel.out);
+        let watch = link.local.watch(&registration);
+        Self {
+            local: link.local,
+            client: channel.stream,
+            backend: Some(link.backend),
+            member: link.member,
+            login: link.login,
+            epoch: link.epoch,
+            place: Place::Outside,
+            up: Up { buffer: up, cleared: 0, body_left: 0, discard_left: 0, discard_to_sync: false, ended: false },
+            down: Down { buffer: down, scanner: Scanner::new(), last_was_error: false },
+            ledger: Ledger::new(),
+            tracked: Tracked::new(),
+            moving: None,
+            touched: true,
+            cancels: Vec::new(),
+            cancelled: false,
+            _key: link.key,
+            _watch: watch,
+            _slot: slot,
+            entry: registration,
+            worker,
+        }
+    }
+
+    /// Relays until the session ends, and sees to it that nothing of it is left behind.
+    async fn run(mut self) {
+        let end = match AssertUnwindSafe(self.serve()).catch_unwind().await {
+            Ok(end) => end,
+            // The panic hook has reported it; here it must only not break the promise that admission makes.
+            Err(_panic) => End::Panicked,
+        };
+        self.finish(end).await;
+    }
+
+    async fn serve(&mut self) -> End {
+        std::future::poll_fn(|cx| {
+            self.entry.set_waker(cx.waker());
+            std::task::Poll::Ready(())
+        })
+        .await;
+        if let Err(end) = self.absorb_leftovers() {
+            return end;
+        }
+        loop {
+            let step = std::future::poll_fn(|cx| self.poll_relay(cx)).await;
+            let outcome = match step {
+                Step::Orders => self.obey().await,
+                Step::Adopt(epoch) => Box::pin(self.adopt(epoch)).await,
+                Step::Move => Box::pin(self.advance_move()).await,
+                Step::End(end) => Err(end),
+            };
+            if let Err(end) = outcome {
+                return end;
+            }
+        }
+    }
+
+    /// Deals with what the mailbox holds.
+    async fn obey(&mut self) -> Result<(), End> {
+        for order in self.entry.take_orders() {
+            match order {
+                Order::Cancel { done } => self.cancel(done),
+                Order::End(error) => return Err(End::Told(error)),
+                Order::Prepare { order, reply } => self.begin_move(order, Some(reply)),
+                Order::Settle { order, reply } => self.settle_move(order, reply),
+                Order::Discard => self.discard_move(),
+            }
+        }
+        Ok(())
+    }
+
+    /// A client asked for a cancel. A held statement is cancelled here; one that runs is cancelled on the session's own
+    /// backend; with none there is nothing to do, as in PostgreSQL.
+    fn cancel(&mut self, done: tokio::sync::oneshot::Sender<()>) {
+        self.cancels.retain(|cancel| !cancel.is_finished());
+        match (self.place, &self.backend) {
+            (Place::Held { .. }, _) => self.cancelled = true,
+            (Place::Outside, _) if self.member.is_some() => {}
+            (_, None) => {}
+            (_, Some(backend)) => {
+                let connector = self.worker.shared.connector(backend.server).clone();
+                let (pid, key) = (backend.connection.pid, backend.connection.cancel_key.clone());
+                self.cancels.push(tokio::task::spawn_local(async move {
+                    if let Err(error) = connector.cancel(pid, &key).await {
+                        tracing::warn!(%error, pid, "a cancel could not be passed on");
+                    }
+                    drop(done);
+                }));
+            }
+        }
+    }
+
+    /// Waits until no cancel is on its way: its backend may then be given up.
+    pub(super) async fn settle_cancels(&mut self) {
+        for cancel in self.cancels.drain(..) {
+            // A cancel that panicked has ended too.
+            let _ended = cancel.await;
+        }
+    }
+
+    /// Says good-bye on both sides. When this returns, nothing of the session runs anywhere.
+    async fn finish(mut self, end: End) {
+        tracing::debug!(session = self.entry.id(), ?end, "session ends");
+        let in_doubt = matches!(self.place, Place::Inside);
+        let words = match &end {
+            End::ClientLeft => None,
+            End::ServerLost if self.down.last_was_error => None,
+            End::ServerLost => Some(ClientError::ServerLost { in_doubt }),
+            End::Told(error) => Some(error.clone()),
+            End::Panicked => Some(ClientError::Internal),
+        };
+        self.discard_move();
+        if !matches!(end, End::ClientLeft) {
+            self.say_farewell(words).await;
+        }
+        self.settle_cancels().await;
+        let Some(backend) = self.backend.take() else { return };
+        let is_inside = self.member.as_ref().is_some_and(Member::is_inside);
+        if is_inside {
+            let remains = orphan::Remains {
+                backend,
+                ledger: std::mem::take(&mut self.ledger),
+                scanner: std::mem::take(&mut self.down.scanner),
+                cut: self.up.cleared > 0 || self.up.body_left > 0,
+                lost: matches!(end, End::ServerLost | End::Panicked),
+            };
+            self.entry.set_state(SessionState::Orphan);
+            let Self { worker, entry, member, client, .. } = self;
+            drop(client);
+            orphan::bury(&worker.shared, &entry, remains).await;
+            drop(member);
+        } else if !matches!(end, End::ServerLost) {
+            self.entry.set_backend(None);
+            drop(self.member.take());
+            // The link may be gone; the server notices that too.
+            let _closed = tokio::time::timeout(CLOSING, backend.connection.terminate()).await;
+        }
+    }
+
+    /// Lets the client have what is still in the buffer, and the last words, as far as it reads them.
+    async fn say_farewell(&mut self, words: Option<ClientError>) {
+        let whole = self.down.scanner.is_at_boundary();
+        if let Some(error) = words.filter(|_| whole) {
+            let mut message = Vec::new();
+            error.encode(&mut message);
+            self.down.buffer.append(&message);
+        }
+        let send = async {
+            self.client.write_all(self.down.buffer.filled()).await?;
+            self.client.flush().await?;
+            self.client.shutdown().await
+        };
+        // A client that does not read in time, or is gone, misses them.
+        let _sent = tokio::time::timeout(FAREWELL, send).await;
+    }
+}

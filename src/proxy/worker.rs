@@ -1,0 +1,129 @@
+//! A worker: one thread, one current-thread runtime, and every session that was given to it.
+//!
+//! Both sockets of a session live on its worker, so relaying wakes no other thread. What sessions of one worker share
+//! (spare buffers, counters, the watch on a database's gate) is reached through `Rc` and costs no atomics.
+
+use std::cell::RefCell;
+use std::collections::HashMap;
+use std::future::Future;
+use std::pin::Pin;
+use std::rc::Rc;
+use std::sync::Arc;
+use std::task::{Context, Poll};
+
+use futures_util::task::noop_waker_ref;
+use tokio::sync::mpsc;
+
+use super::Shared;
+use super::buffers::Pool;
+use super::listener::Accepted;
+use super::meters::DatabaseMeters;
+use super::sessions::Entry;
+use crate::switch::Database;
+
+/// What the sessions of one worker share.
+pub(super) struct Worker {
+    pub(super) shared: Arc<Shared>,
+    pub(super) pool: Rc<Pool>,
+    databases: RefCell<HashMap<String, Rc<LocalDatabase>>>,
+}
+
+/// A database as one worker sees it.
+pub(super) struct LocalDatabase {
+    /// Gate and route.
+    pub(super) database: Arc<Database>,
+    /// Counted without contention, handed to the metrics once a second.
+    pub(super) meters: DatabaseMeters,
+    /// Sessions to be woken when gate or route change.
+    sessions: RefCell<HashMap<u64, Arc<Entry>>>,
+}
+
+/// A session's wish to be woken when its database's gate changes; ends when dropped.
+pub(super) struct Watch {
+    local: Rc<LocalDatabase>,
+    id: u64,
+}
+
+impl Worker {
+    fn new(shared: Arc<Shared>) -> Rc<Self> {
+        let pool = Pool::new(shared.config.limits.buffer_bytes);
+        Rc::new(Self { shared, pool, databases: RefCell::default() })
+    }
+
+    /// Serves sockets until the channel closes and every session has ended.
+    pub(super) async fn run(shared: Arc<Shared>, mut accepted: mpsc::Receiver<Accepted>) {
+        let worker = Self::new(shared);
+        let sessions = tokio_util::task::TaskTracker::new();
+        let meters = tokio::task::spawn_local(worker.clone().flush_meters());
+        while let Some(socket) = accepted.recv().await {
+            // Boxed here once: the task then holds a pointer, and the handshake's part is freed before the relay.
+            sessions.spawn_local(Box::pin(super::session::serve(worker.clone(), socket)));
+        }
+        sessions.close();
+        sessions.wait().await;
+        meters.abort();
+        worker.databases.borrow().values().for_each(|local| local.meters.flush());
+    }
+
+    /// The database `name`, watched from its first use on. Only for clients that have proved who they are.
+    pub(super) fn database(&self, name: &str) -> Rc<LocalDatabase> {
+        if let Some(known) = self.databases.borrow().get(name) {
+            return known.clone();
+        }
+        let database = self.shared.switchboard.database(name);
+        let local = Rc::new(LocalDatabase {
+            meters: DatabaseMeters::new(&self.shared.metrics, name),
+            sessions: RefCell::default(),
+            database,
+        });
+        // Listening begins before the first session looks at the gate, so that no change falls between.
+        let first = listen(&local.database);
+        tokio::task::spawn_local(watch(local.clone(), first));
+        self.databases.borrow_mut().insert(name.to_owned(), local.clone());
+        local
+    }
+
+    async fn flush_meters(self: Rc<Self>) {
+        let mut every_second = tokio::time::interval(std::time::Duration::from_secs(1));
+        loop {
+            every_second.tick().await;
+            self.databases.borrow().values().for_each(|local| local.meters.flush());
+        }
+    }
+}
+
+impl LocalDatabase {
+    /// From now on `entry` is woken when gate or route change.
+    pub(super) fn watch(self: &Rc<Self>, entry: &Arc<Entry>) -> Watch {
+        self.sessions.borrow_mut().insert(entry.id(), entry.clone());
+        Watch { local: self.clone(), id: entry.id() }
+    }
+}
+
+impl Drop for Watch {
+    fn drop(&mut self) {
+        self.local.sessions.borrow_mut().remove(&self.id);
+    }
+}
+
+type Change = Pin<Box<dyn Future<Output = ()>>>;
+
+/// A future that resolves at the next change; listening has begun when this returns.
+fn listen(database: &Arc<Database>) -> Change {
+    let database = database.clone();
+    let mut change: Change = Box::pin(async move { database.changed().await });
+    match change.as_mut().poll(&mut Context::from_waker(noop_waker_ref())) {
+        Poll::Pending => change,
+        Poll::Ready(()) => Box::pin(std::future::ready(())),
+    }
+}
+
+/// Wakes the sessions at every change of gate or route.
+async fn watch(local: Rc<LocalDatabase>, mut change: Change) {
+    loop {
+        change.await;
+        // First listen again, then wake: a change during the waking is not missed.
+        change = listen(&local.database);
+        local.sessions.borrow().values().for_each(|entry| entry.wake());
+    }
+}
