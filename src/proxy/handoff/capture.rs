@@ -88,7 +88,9 @@ const LOCKS: &str = "SELECT pg_catalog.count(*) FROM pg_catalog.pg_locks l \
 /// transaction. `tracked` must have been told so ([`Tracked::at_safe_point`]). `catalogue_names` are custom settings
 /// that policies and functions of the database use (see [`super::catalogue_settings`]).
 ///
-/// Notifications that arrive meanwhile are appended to `for_client` as whole messages, also when this fails.
+/// Notifications that arrive meanwhile are appended to `for_client` as whole messages, also when this fails. The future
+/// must not be dropped before it ends: the backend's answers would be left for the client to read. After
+/// [`HandoffError::Refused`] the backend serves its client as before; after any other error it is to be closed.
 pub async fn capture(
     connection: &mut RawConnection,
     tracked: &Tracked,

@@ -43,6 +43,17 @@ const LATE: [&str; 9] = [
     "log_statement",
 ];
 
+/// Settings that newer majors do without, and that never changed a result: not to have them is no reason to stay.
+const GONE: [&str; 4] = [
+    "force_parallel_mode",
+    "operator_precedence_warning",
+    "replacement_sort_tuples",
+    "vacuum_cleanup_index_scale_factor",
+];
+
+/// undefined_object: how a setting is refused that the server does not know.
+const UNKNOWN_SETTING: &str = "42704";
+
 /// What could not be replayed. Empty for almost every session.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct ReplayReport {
@@ -132,12 +143,15 @@ impl ReplayReport {
     }
 }
 
-/// Gives a fresh backend the state of a session. Advisory locks are taken apart, in the pause.
+/// Gives a fresh backend the state of a session.
+///
+/// A future that is dropped, and an error, leave the backend half done: it is to be closed.
 pub async fn replay(connection: &mut RawConnection, state: &SessionState) -> Result<ReplayReport, HandoffError> {
     apply_delta(connection, &delta(&SessionState::default(), state)).await
 }
 
-/// Brings a backend from one state to another. No round trip when there is nothing to do.
+/// Brings a backend from one state to another. No round trip when there is nothing to do. The first state must have
+/// been replayed there: see [`replay`], also for what an error means.
 pub async fn apply_delta(connection: &mut RawConnection, delta: &Delta) -> Result<ReplayReport, HandoffError> {
     let mut report = ReplayReport::default();
     if delta.is_empty() {
@@ -216,6 +230,10 @@ fn translate_body(body: &Bytes, translated: &Translated) -> Option<Bytes> {
         out.put_u32(translate(oid, translated)?);
     }
     Some(out.freeze())
+}
+
+fn is_harmless(what: &Failed, sqlstate: &str) -> bool {
+    matches!(what, Failed::Setting(name) if sqlstate == UNKNOWN_SETTING && GONE.contains(&name.as_str()))
 }
 
 /// A pipeline, and what each of its units is for.
@@ -364,7 +382,9 @@ impl Script {
                 Step::Own => drop(answer.rows(REPLAYING)?),
                 Step::Types => types = answer.rows(REPLAYING)?.pop(),
                 Step::Of(what) => {
-                    if let Answer::Refused(sqlstate) = answer {
+                    if let Answer::Refused(sqlstate) = answer
+                        && !is_harmless(&what, &sqlstate)
+                    {
                         report.failed.insert(what, sqlstate);
                     }
                 }
@@ -397,6 +417,15 @@ mod tests {
         let mended = Delta { settings: vec![("app.x".to_owned(), None)], ..Delta::default() };
         assert_eq!(before.clone().then(&mended, ReplayReport::default()).blockers(), []);
         assert_eq!(before.then(&Delta::default(), ReplayReport::default()).blockers().len(), 1);
+    }
+
+    #[test]
+    fn settings_that_newer_majors_have_dropped_are_missed_by_nobody() {
+        let setting = |name: &str| Failed::Setting(name.to_owned());
+        assert!(is_harmless(&setting("force_parallel_mode"), UNKNOWN_SETTING));
+        assert!(!is_harmless(&setting("force_parallel_mode"), "42501"));
+        assert!(!is_harmless(&setting("app.tenant"), UNKNOWN_SETTING));
+        assert!(!is_harmless(&Failed::Role, UNKNOWN_SETTING));
     }
 
     #[test]
