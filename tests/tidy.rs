@@ -91,6 +91,17 @@ fn every_pure_path_exists() {
     }
 }
 
+#[test]
+fn the_readme_names_only_what_exists() {
+    let text = fs::read_to_string(root().join("README.md")).expect("README.md is readable");
+    let findings = readme_findings(&text, &make_targets(), &help_of);
+    assert!(findings.is_empty(), "\n{}", findings.join("\n"));
+    for link in text.split("](").skip(1).filter_map(|rest| rest.split(')').next()) {
+        let outside = link.starts_with("http") || link.starts_with('#');
+        assert!(outside || root().join(link).exists(), "README.md links to {link}, which is not there");
+    }
+}
+
 // --- the checks -----------------------------------------------------------------------------------------------------
 
 fn layer_findings(path: &str, text: &str) -> Vec<String> {
@@ -185,6 +196,67 @@ fn dependency_findings(text: &str) -> Vec<String> {
         previous = line;
     }
     findings
+}
+
+/// `help` gives the help text of a subcommand, if there is one.
+fn readme_findings(text: &str, targets: &[String], help: &dyn Fn(&[&str]) -> Option<String>) -> Vec<String> {
+    let mut findings = Vec::new();
+    for code in code_of_markdown(text) {
+        let words: Vec<&str> = code.split_whitespace().collect();
+        if let ["make", target, ..] = words.as_slice()
+            && !targets.iter().any(|known| known == target)
+        {
+            findings.push(format!("`make {target}` is not in the Makefile"));
+        }
+        let Some(at) = words.iter().position(|word| *word == "pgcutover") else { continue };
+        let command: Vec<&str> = words[at + 1..].iter().copied().take_while(|word| is_subcommand(word)).collect();
+        // A migration's name follows the verb: `migration show move`.
+        let verb = if command.first() == Some(&"migration") { 2 } else { 1 };
+        let command = &command[..command.len().min(verb)];
+        let Some(help) = help(command) else {
+            findings.push(format!("`{code}`: there is no such command"));
+            continue;
+        };
+        let options = words[at + 1..].iter().take_while(|word| !word.starts_with('#'));
+        for option in options.filter(|word| word.starts_with("--")) {
+            let option = option.split('=').next().unwrap_or(option);
+            if !has_word(&help, option) && option != "--help" {
+                findings.push(format!("`{code}`: no option {option}"));
+            }
+        }
+    }
+    findings
+}
+
+fn is_subcommand(word: &str) -> bool {
+    word.starts_with(|c: char| c.is_ascii_lowercase()) && word.chars().all(|c| c.is_ascii_lowercase() || c == '-')
+}
+
+/// Lines of fenced blocks, and what stands between single backticks.
+fn code_of_markdown(text: &str) -> Vec<String> {
+    let mut found = Vec::new();
+    let mut fenced = false;
+    for line in text.lines() {
+        if line.trim_start().starts_with("```") {
+            fenced = !fenced;
+        } else if fenced {
+            found.push(line.split(" # ").next().unwrap_or(line).trim().to_owned());
+        } else {
+            found.extend(line.split('`').skip(1).step_by(2).map(str::to_owned));
+        }
+    }
+    found
+}
+
+fn make_targets() -> Vec<String> {
+    let text = fs::read_to_string(root().join("Makefile")).expect("the Makefile is readable");
+    text.lines().filter_map(|line| line.split_once(':')).map(|(target, _)| target.to_owned()).collect()
+}
+
+fn help_of(command: &[&str]) -> Option<String> {
+    let output = std::process::Command::new(env!("CARGO_BIN_EXE_pgcutover")).args(command).arg("--help").output();
+    let output = output.expect("the program can be run");
+    output.status.success().then(|| String::from_utf8_lossy(&output.stdout).into_owned())
 }
 
 // --- reading Rust ---------------------------------------------------------------------------------------------------
@@ -401,6 +473,23 @@ fn layers_are_found_in_every_way_of_writing_a_path() {
         "// crate::admin\nconst A: &str = \"crate::admin\";\n/* crate::admin */ const B: &str = r#\"crate::admin\"#;"
     ));
     assert!(!bad("src/lsn.rs", "pub(crate) fn f<'a>(x: &'a str) -> char { '\"' }"));
+}
+
+#[test]
+fn absent_commands_are_found_in_a_readme() {
+    let help = |command: &[&str]| match command {
+        ["run"] => Some("  -c, --config".to_owned()),
+        ["migration", "show"] => Some("--watch".to_owned()),
+        _ => None,
+    };
+    let findings = |text: &str| readme_findings(text, &["demo".to_owned()], &help).len();
+    assert_eq!(
+        findings("`make demo`, `pgcutover run --config x` and\n```sh\npgcutover migration show move --watch\n```"),
+        0
+    );
+    assert_eq!(findings("`make tea`"), 1);
+    assert_eq!(findings("`pgcutover fly`"), 1);
+    assert_eq!(findings("```\npgcutover run --fast   # really --slow\n```"), 1);
 }
 
 #[test]
