@@ -1,1 +1,397 @@
-//! The command line.
+//! The command line: what can be typed, and with which status it ends.
+//!
+//! `run` is the daemon. Every other command but `check` and `demo` speaks HTTP to it, so that the command line can do
+//! nothing that console and API cannot. The address and the token are those of `[admin]` in the same file.
+
+mod check;
+mod client;
+mod migration;
+mod output;
+mod properties;
+mod watch;
+
+use std::ffi::OsString;
+use std::path::{Path, PathBuf};
+use std::process::ExitCode;
+use std::time::Duration;
+
+use clap::{Args, CommandFactory, Parser, Subcommand, ValueEnum};
+
+use self::client::{Client, ClientError};
+use self::output::Output;
+use crate::admin::command::Filter;
+use crate::config::{self, ConfigError, Environment, Stragglers, units};
+use crate::demo::DemoArgs;
+use crate::migration::view::{MigrationName, MigrationOption, Mode};
+
+/// Files that are tried when none is named.
+const DEFAULT_FILES: [&str; 2] = ["pgcutover.toml", "/etc/pgcutover/pgcutover.toml"];
+
+const EXIT_STATUSES: &str = "Exit status:\n  \
+    0  done; for `migration cutover`: switched, or with --dry-run: it would have\n  \
+    1  it was tried and failed, was refused, or a cutover was aborted\n  \
+    2  wrong usage, or a configuration that cannot be used\n  \
+    3  the daemon cannot be reached";
+
+/// Moves a live PostgreSQL database to another server without the application noticing.
+#[derive(Debug, Parser)]
+#[command(name = "pgcutover", version, after_help = EXIT_STATUSES, max_term_width = 110)]
+struct Cli {
+    #[command(flatten)]
+    global: Global,
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Clone, Debug, Args)]
+struct Global {
+    /// Configuration file [default: ./pgcutover.toml, then /etc/pgcutover/pgcutover.toml, then the environment alone]
+    #[arg(short, long, global = true, value_name = "FILE", env = "PGCUTOVER_CONFIG")]
+    config: Option<PathBuf>,
+    /// How answers are printed
+    #[arg(long, global = true, value_enum, default_value_t = Format::Text)]
+    output: Format,
+    /// HTTP address of the daemon [default: address of the section admin]
+    #[arg(long, global = true, value_name = "HOST:PORT")]
+    address: Option<String>,
+    /// File with the bearer token [default: token of the section admin]
+    #[arg(long, global = true, value_name = "FILE")]
+    token_file: Option<PathBuf>,
+}
+
+/// How answers are printed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum Format {
+    /// For people: tables, and progress bars on a terminal.
+    Text,
+    /// The JSON shapes that scripts may rely on.
+    Json,
+}
+
+#[derive(Debug, Subcommand)]
+enum Command {
+    /// Run the daemon: proxy, engine, console, HTTP API, metrics
+    Run,
+    /// Validate the configuration and test both connections
+    Check,
+    /// Show the whole thing on throw-away clusters
+    Demo(DemoArgs),
+    /// Create, watch, cut over and cancel migrations
+    #[command(subcommand)]
+    Migration(MigrationCommand),
+    /// Proxies, routes, sessions, blockers
+    Status,
+    /// What the console's SHOW shows
+    Show {
+        /// What to show
+        #[arg(value_enum)]
+        what: Shown,
+    },
+    /// Read the configuration again; says what waits for a restart
+    Reload,
+    /// End the session whose server side has this process id
+    Kill {
+        /// Process id, as `show clients` lists it under remote_pid
+        pid: i32,
+    },
+    /// End the daemon in good order
+    Shutdown,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+enum Shown {
+    Databases,
+    Pools,
+    Clients,
+    Servers,
+    Stats,
+    Lists,
+    Users,
+    Config,
+    Members,
+    Blockers,
+}
+
+#[derive(Debug, Subcommand)]
+enum MigrationCommand {
+    /// Begin a migration; returns once it is accepted
+    Create(Create),
+    /// Migrations, newest first
+    List {
+        /// Which ones
+        #[arg(long, value_enum, default_value_t = Filter::All)]
+        filter: Filter,
+    },
+    /// One migration: state, databases, latency
+    Show {
+        /// Its name
+        name: MigrationName,
+        /// Follow it until it is ready to cut over, finished or failed
+        #[arg(long)]
+        watch: bool,
+    },
+    /// Its tables: full load, incremental sync, indexes
+    Tables {
+        /// Its name
+        name: MigrationName,
+    },
+    /// The answers of its premigration validation
+    Validation {
+        /// Its name
+        name: MigrationName,
+    },
+    /// Switch its databases to the target
+    Cutover(Cutover),
+    /// Remove what it made on both servers, and list it; the target's data stays
+    Cancel {
+        /// Its name
+        name: MigrationName,
+    },
+    /// Go on after a failure whose cause is mended
+    Retry {
+        /// Its name
+        name: MigrationName,
+    },
+}
+
+#[derive(Debug, Args)]
+struct Create {
+    /// Letters, digits and hyphens, not starting with a hyphen
+    name: MigrationName,
+    /// Database to migrate; may be repeated [default: every database of the source but its templates]
+    #[arg(long = "database", value_name = "D")]
+    databases: Vec<String>,
+    /// Stream changes until a cutover, or copy once [default: online]
+    #[arg(long, value_parser = word::<Mode>, value_name = "online|offline")]
+    mode: Option<Mode>,
+    /// How much is asked for [default: validate-and-migrate]
+    #[arg(long, value_parser = word::<MigrationOption>, value_name = "validate|migrate|validate-and-migrate")]
+    option: Option<MigrationOption>,
+    /// Empty databases of the target that already hold something
+    #[arg(long)]
+    overwrite_target: bool,
+    /// JSON file in the form of the Azure migration service
+    #[arg(long, value_name = "FILE.json")]
+    properties: Option<PathBuf>,
+    /// Cut over without being told, as soon as everything is ready
+    #[arg(long)]
+    cutover_when_ready: bool,
+    /// Stay until it is ready to cut over, finished or failed
+    #[arg(long)]
+    wait: bool,
+}
+
+#[derive(Debug, Args)]
+struct Cutover {
+    /// Its name
+    name: MigrationName,
+    /// Measure the pause and resume on the source
+    #[arg(long)]
+    dry_run: bool,
+    /// Longest time that transactions may wait, such as 5s [default: that of the section cutover]
+    #[arg(long, value_name = "T", value_parser = units::parse_duration)]
+    max_pause: Option<Duration>,
+    /// Time for running transactions to end, such as 3s [default: that of the section cutover]
+    #[arg(long, value_name = "T", value_parser = units::parse_duration)]
+    drain_timeout: Option<Duration>,
+    /// What happens to transactions that outlast it: give up, or end their sessions
+    #[arg(long, value_parser = word::<Stragglers>, value_name = "abort|terminate")]
+    stragglers: Option<Stragglers>,
+}
+
+/// One of the words that serde knows for `T`.
+fn word<T: serde::de::DeserializeOwned>(text: &str) -> Result<T, String> {
+    let error = |error: serde_json::Error| error.to_string();
+    serde_json::from_value(serde_json::Value::String(text.to_owned())).map_err(error)
+}
+
+/// Why a command failed, and so its exit status.
+#[derive(Debug, thiserror::Error)]
+enum CliError {
+    /// Status 2.
+    #[error(transparent)]
+    Config(#[from] ConfigError),
+    /// Status 2.
+    #[error("{0}")]
+    Usage(String),
+    /// Status 1 or 3.
+    #[error(transparent)]
+    Client(#[from] ClientError),
+    /// Status 1.
+    #[error("{0:#}")]
+    Failed(#[from] anyhow::Error),
+}
+
+impl CliError {
+    fn status(&self) -> u8 {
+        match self {
+            Self::Config(_) | Self::Usage(_) => 2,
+            Self::Client(error) if error.is_unreachable() => 3,
+            Self::Client(_) | Self::Failed(_) => 1,
+        }
+    }
+}
+
+/// The result of a command that ran: status 0 or 1.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Verdict {
+    Good,
+    Bad,
+}
+
+/// Everything that the process does.
+pub fn main() -> ExitCode {
+    let cli = Cli::parse();
+    let output = Output::new(cli.global.output);
+    match dispatch(cli, &output) {
+        Ok(status) => status,
+        Err(error) => {
+            output.error(&error);
+            ExitCode::from(error.status())
+        }
+    }
+}
+
+fn dispatch(cli: Cli, output: &Output) -> Result<ExitCode, CliError> {
+    let global = cli.global;
+    let command = match cli.command {
+        // Its statuses are its own; see `pgcutover demo --help`.
+        Command::Demo(arguments) => return demo(arguments),
+        Command::Run => return run(&global),
+        command => command,
+    };
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
+    let runtime = runtime.map_err(|error| anyhow::anyhow!("cannot start: {error}"))?;
+    let verdict = runtime.block_on(async {
+        match command {
+            Command::Check => check::check(&load(&global)?, output).await,
+            other => order(other, &client(&global)?, output).await,
+        }
+    })?;
+    Ok(if verdict == Verdict::Good { ExitCode::SUCCESS } else { ExitCode::FAILURE })
+}
+
+async fn order(command: Command, client: &Client, output: &Output) -> Result<Verdict, CliError> {
+    match command {
+        Command::Migration(command) => return migration::run(command, client, output).await,
+        Command::Status => output.status(&client.get("/api/v1/status").await?)?,
+        Command::Show { what } => {
+            let name = what.to_possible_value().map(|value| value.get_name().to_owned()).unwrap_or_default();
+            output.rows(&client.get(&format!("/api/v1/{name}")).await?)?;
+        }
+        Command::Reload => output.reloaded(&client.post("/api/v1/reload", None).await?)?,
+        Command::Kill { pid } => output.done(&client.delete(&format!("/api/v1/sessions/{pid}")).await?, "ended")?,
+        Command::Shutdown => output.done(&client.post("/api/v1/shutdown", None).await?, "stopping")?,
+        Command::Run | Command::Check | Command::Demo(_) => {
+            let message = Cli::command().render_usage().to_string();
+            return Err(CliError::Usage(message));
+        }
+    }
+    Ok(Verdict::Good)
+}
+
+fn run(global: &Global) -> Result<ExitCode, CliError> {
+    let path = config_path(global);
+    let config = config::load(path.as_deref(), &environment())?;
+    crate::app::run(config, path)?;
+    Ok(ExitCode::SUCCESS)
+}
+
+fn demo(arguments: DemoArgs) -> Result<ExitCode, CliError> {
+    let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build();
+    let runtime = runtime.map_err(|error| anyhow::anyhow!("cannot start: {error}"))?;
+    Ok(runtime.block_on(crate::demo::run(arguments)))
+}
+
+fn load(global: &Global) -> Result<config::Config, CliError> {
+    Ok(config::load(config_path(global).as_deref(), &environment())?)
+}
+
+fn client(global: &Global) -> Result<Client, CliError> {
+    let admin = config::load_admin(config_path(global).as_deref(), &environment());
+    // Both may be named on the command line, and then no file is needed.
+    let admin = match (admin, &global.address) {
+        (Ok(admin), _) => Some(admin),
+        (Err(ConfigError::Read { .. }), Some(_)) if global.config.is_none() => None,
+        (Err(error), _) => return Err(error.into()),
+    };
+    let address = match (&global.address, admin.as_ref().and_then(|admin| admin.address)) {
+        (Some(address), _) => address.clone(),
+        (None, Some(address)) => reachable(address).to_string(),
+        (None, None) => {
+            let message = "the daemon's HTTP address is not known: set [admin] address in the configuration file, \
+                           name the file with -c, or the address with --address";
+            return Err(CliError::Usage(message.to_owned()));
+        }
+    };
+    let token = match &global.token_file {
+        Some(path) => Some(read_token(path)?),
+        None => admin.and_then(|admin| admin.token),
+    };
+    Ok(Client::new(address, token))
+}
+
+/// A daemon that listens on every address is reached on this machine.
+fn reachable(mut address: std::net::SocketAddr) -> std::net::SocketAddr {
+    if address.ip().is_unspecified() {
+        address.set_ip(if address.is_ipv4() {
+            std::net::Ipv4Addr::LOCALHOST.into()
+        } else {
+            std::net::Ipv6Addr::LOCALHOST.into()
+        });
+    }
+    address
+}
+
+fn read_token(path: &Path) -> Result<config::Secret, CliError> {
+    match std::fs::read_to_string(path) {
+        Ok(text) => Ok(config::Secret::new(text.trim_end())),
+        Err(error) => Err(CliError::Usage(format!("--token-file {}: {error}", path.display()))),
+    }
+}
+
+fn config_path(global: &Global) -> Option<PathBuf> {
+    global.config.clone().or_else(|| DEFAULT_FILES.map(PathBuf::from).into_iter().find(|path| path.exists()))
+}
+
+/// Variables that are not Unicode cannot be ours.
+fn environment() -> Environment {
+    let text = |(name, value): (OsString, OsString)| Some((name.into_string().ok()?, value.into_string().ok()?));
+    std::env::vars_os().filter_map(text).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_command_line_is_consistent() {
+        Cli::command().debug_assert();
+    }
+
+    #[test]
+    fn wrong_usage_says_what_is_expected() {
+        for (arguments, expected) in [
+            ("migration create -x", "unexpected argument '-x'"),
+            ("migration create a_b", "letters, digits and hyphens"),
+            ("migration create shop --mode live", "expected `online` or `offline`"),
+            ("migration cutover shop --max-pause 5", "write a number with us, ms, s, min, h or d"),
+            ("migration cutover shop --stragglers kill", "expected `abort` or `terminate`"),
+            ("migration rollback shop", "unrecognized subcommand 'rollback'"),
+            ("show nothing", "possible values: databases"),
+        ] {
+            let words = std::iter::once("pgcutover").chain(arguments.split(' '));
+            let error = Cli::try_parse_from(words).expect_err(arguments);
+            let text = error.to_string();
+            assert!(text.contains(expected), "{arguments}: {text}");
+            assert_eq!(error.exit_code(), 2);
+        }
+    }
+
+    #[test]
+    fn options_may_stand_after_the_command() {
+        let words = ["pgcutover", "migration", "cutover", "shop", "--dry-run", "-c", "f.toml", "--output", "json"];
+        let cli = Cli::try_parse_from(words).expect("valid");
+        assert_eq!((cli.global.config, cli.global.output), (Some(PathBuf::from("f.toml")), Format::Json));
+    }
+}

@@ -16,7 +16,7 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 pub use error::{ConfigError, Origin, Problem};
-pub use load::{DEFAULT_AUTH_QUERY, DEFAULT_PORT, load};
+pub use load::{DEFAULT_AUTH_QUERY, DEFAULT_PORT, load, load_admin};
 pub use reader::nearest;
 pub use settings::{Changes, Live, Setting};
 

@@ -1,3 +1,7 @@
 //! `pgcutover`: see the library's documentation.
 
-fn main() {}
+use std::process::ExitCode;
+
+fn main() -> ExitCode {
+    pgcutover::cli::main()
+}

@@ -8,20 +8,14 @@ use std::time::Duration;
 
 use pgcutover::demo::compare;
 use pgcutover::demo::ledger::{self, ClientLedger, Reconciliation};
-use pgcutover::demo::shop::{self, Size};
 use pgcutover::demo::workload::Workload;
 use support::{connect, one_cluster, wait_for};
 
 #[tokio::test]
 async fn the_ledger_agrees_with_the_server_and_notices_what_is_lost() {
     let cluster = one_cluster("shop");
-    let admin = connect(&cluster, "postgres").await;
-    admin.batch_execute("CREATE ROLE shop LOGIN").await.expect("a new cluster");
-    admin.batch_execute("CREATE DATABASE shop OWNER shop").await.expect("a new cluster");
-    let size = Size::at_scale(0.01);
+    let size = support::shop::build(&cluster, 0.01).await;
     let shop = connect(&cluster, "shop").await;
-    shop::build(&shop, cluster.major(), size).await.expect("the schema fits this major");
-
     let mut config = cluster.config("shop");
     config.user("shop");
     let application = Workload::start(&config, 12, size);

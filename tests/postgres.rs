@@ -505,7 +505,6 @@ async fn copy_errors_name_their_side_and_leave_the_connection_usable() {
         }
     };
     assert!(error.to_string().starts_with("COPY into the source: "), "{error}");
-    drop(input);
     let input = raw.copy_in("COPY public.t FROM STDIN").await.expect("usable after the error");
     assert_eq!(input.finish().await.expect("nothing to copy"), 0);
 
@@ -514,8 +513,7 @@ async fn copy_errors_name_their_side_and_leave_the_connection_usable() {
     input.fail("the source failed").await.expect("rolled back");
     assert_eq!(raw.simple_query("SELECT n FROM public.t").await.expect("usable"), Vec::<Vec<_>>::new());
 
-    let output = raw.copy_out("COPY (SELECT generate_series(1, 100000)) TO STDOUT").await.expect("starts");
-    drop(output);
+    raw.copy_out("COPY (SELECT generate_series(1, 100000)) TO STDOUT").await.expect("starts and is dropped");
     assert!(raw.simple_query("SELECT 1").await.is_err(), "a COPY was abandoned");
 }
 

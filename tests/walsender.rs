@@ -172,17 +172,24 @@ async fn check_changes(stream: &mut ReplicationStream, cluster: &Cluster) {
 /// Somebody else's slot is told apart from every other failure, and WAIT waits for it.
 #[tokio::test]
 async fn a_slot_in_use_is_told_apart() {
-    let cluster = one_cluster("in-use");
-    let admin = connect(&cluster, "postgres").await;
+    let found = installations();
+    for installation in [found.all().first(), found.all().last()].into_iter().flatten() {
+        let cluster = Cluster::start(ClusterOptions::new(installation, "in-use")).expect("starts");
+        check_slot_in_use(&cluster).await;
+    }
+}
+
+async fn check_slot_in_use(cluster: &Cluster) {
+    let admin = connect(cluster, "postgres").await;
     admin.batch_execute("CREATE PUBLICATION p FOR ALL TABLES").await.expect("made");
-    let mut control = replication(&cluster).await;
+    let mut control = replication(cluster).await;
     control.create_logical_slot("s", support::PATIENCE).await.expect("made");
-    let stream = replication(&cluster).await.start("s", Lsn::ZERO, "p", 1).await.expect("starts");
-    let second = replication(&cluster).await.start("s", Lsn::ZERO, "p", 1).await;
+    let stream = replication(cluster).await.start("s", Lsn::ZERO, "p", 1).await.expect("starts");
+    let second = replication(cluster).await.start("s", Lsn::ZERO, "p", 1).await;
     assert!(matches!(second, Err(WalsenderError::SlotInUse { .. })), "{second:?}");
     let dropped = control.drop_slot("s", WhenInUse::Fail).await;
     assert!(matches!(dropped, Err(WalsenderError::SlotInUse { .. })), "{dropped:?}");
-    let missing = replication(&cluster).await.start("nope", Lsn::ZERO, "p", 1).await;
+    let missing = replication(cluster).await.start("nope", Lsn::ZERO, "p", 1).await;
     assert!(matches!(missing, Err(WalsenderError::SlotMissing { .. })), "{missing:?}");
 
     let waiter = tokio::spawn(async move { control.drop_slot("s", WhenInUse::Wait).await });

@@ -257,5 +257,4 @@ fn refuse(reason: String) -> Verdict {
 }
 
 #[cfg(test)]
-#[path = "resolve_tests.rs"]
 mod tests;

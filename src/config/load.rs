@@ -21,19 +21,31 @@ const GB: u64 = 1 << 30;
 
 /// Reads `path` (none: the environment alone) and applies the overrides of `environment`.
 pub fn load(path: Option<&Path>, environment: &Environment) -> Result<Config, ConfigError> {
-    let (text, base) = match path {
-        None => (String::new(), PathBuf::new()),
-        Some(path) => {
-            let text =
-                std::fs::read_to_string(path).map_err(|source| ConfigError::Read { path: path.to_owned(), source })?;
-            (text, path.parent().map(Path::to_owned).unwrap_or_default())
-        }
-    };
+    let (text, base) = contents(path)?;
     let (config, problems, _known) = read(&text, &base, environment);
     if problems.is_empty() {
         return Ok(config);
     }
     Err(ConfigError::Invalid { path: path.map(Path::to_owned), problems })
+}
+
+/// Reads `[admin]` alone: the command line needs no more, and whoever runs it may not have the servers' passwords.
+pub fn load_admin(path: Option<&Path>, environment: &Environment) -> Result<Admin, ConfigError> {
+    let (text, base) = contents(path)?;
+    let mut reader = Reader::new(&text, &base, environment);
+    let admin = admin(reader.section("admin"));
+    let problems = reader.into_problems();
+    if problems.is_empty() {
+        return Ok(admin);
+    }
+    Err(ConfigError::Invalid { path: path.map(Path::to_owned), problems })
+}
+
+/// The text of the file, and the directory that its relative paths start from.
+fn contents(path: Option<&Path>) -> Result<(String, PathBuf), ConfigError> {
+    let Some(path) = path else { return Ok((String::new(), PathBuf::new())) };
+    let text = std::fs::read_to_string(path).map_err(|source| ConfigError::Read { path: path.to_owned(), source })?;
+    Ok((text, path.parent().map(Path::to_owned).unwrap_or_default()))
 }
 
 /// The configuration as far as it can be read, what is wrong with it, and every key that exists.

@@ -115,6 +115,11 @@ impl Reader {
         Section { reader: self, name }
     }
 
+    /// Every problem so far; for a reader of some sections only.
+    pub fn into_problems(self) -> Vec<Problem> {
+        self.problems
+    }
+
     /// Reports what nobody asked for, and returns every problem.
     pub fn finish(mut self) -> (Vec<Problem>, KnownKeys) {
         let sections: Vec<&str> = self.known.keys().copied().collect();

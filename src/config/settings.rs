@@ -29,7 +29,7 @@ pub enum Live {
 }
 
 /// What a reload did, or would do.
-#[derive(Clone, Debug, Default, PartialEq, Eq, serde::Serialize)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
 pub struct Changes {
     /// `section.key` of what is in force now.
     pub applied: Vec<String>,

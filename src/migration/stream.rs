@@ -35,7 +35,7 @@ use crate::lsn::Lsn;
 use crate::postgres::walsender::{
     Feedback, ReplicationConnection, ReplicationMessage, ReplicationStream, WalsenderError,
 };
-use crate::postgres::{ConnectError, Connector, Control, RawError};
+use crate::postgres::{ConnectError, Connector, Control, PipelineError, RawError};
 
 /// Messages that may wait in the queue, besides the bound in bytes.
 const QUEUE_MESSAGES: usize = 8192;
@@ -179,11 +179,13 @@ impl StreamError {
                 WalsenderError::Raw(error) => transient_raw(error),
             },
             Self::Apply(error) => match error {
-                ApplyError::Execute(ExecuteError::Connection { source, .. }) => transient_raw(source),
+                ApplyError::Execute(ExecuteError::Connection { source, .. }) => transient_pipeline(source),
                 ApplyError::Execute(ExecuteError::Refused { sqlstate, .. }) => transient_sqlstate(sqlstate),
                 ApplyError::Shape { source, .. } => transient_query(source),
                 ApplyError::StreamEnded => true,
-                ApplyError::Execute(ExecuteError::WrongCount { .. } | ExecuteError::Fenced)
+                ApplyError::Execute(
+                    ExecuteError::WrongCount { .. } | ExecuteError::Fenced | ExecuteError::Unsendable(_),
+                )
                 | ApplyError::Decode(_)
                 | ApplyError::Plan(_)
                 | ApplyError::Failpoint(_) => false,
@@ -238,6 +240,14 @@ pub(super) fn transient_raw(error: &RawError) -> bool {
         RawError::Io { .. } => true,
         RawError::Server { code, .. } => transient_sqlstate(code),
         RawError::Protocol { .. } => false,
+    }
+}
+
+fn transient_pipeline(error: &PipelineError) -> bool {
+    match error {
+        PipelineError::Step { error, .. } => transient_raw(error),
+        PipelineError::Raw(error) => transient_raw(error),
+        PipelineError::RolledBack => true,
     }
 }
 

@@ -35,15 +35,16 @@ mod message;
 mod reader;
 #[cfg(test)]
 mod tests;
+mod unfinished;
 
 use bytes::Bytes;
 
 pub use message::{
-    Begin, BeginPrepare, Column, Commit, CommitPrepared, Delete, Insert, LogicalMessage, Message, OldTuple, Origin,
-    Prepare, Relation, ReplicaIdentity, RollbackPrepared, StreamAbort, StreamCommit, StreamStart, Timestamp, Truncate,
-    Tuple, TupleValue, TypeName, Update,
+    Begin, Column, Commit, Delete, Insert, LogicalMessage, Message, OldTuple, Origin, Relation, ReplicaIdentity,
+    Timestamp, Truncate, Tuple, TupleValue, TypeName, Update,
 };
 use reader::Reader;
+pub use unfinished::{BeginPrepare, CommitPrepared, Prepare, RollbackPrepared, StreamAbort, StreamCommit, StreamStart};
 
 /// Bytes that are no pgoutput message. Names the part, never the content.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]

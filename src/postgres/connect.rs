@@ -260,7 +260,7 @@ impl Connector {
     fn login_error(&self, login: &Login, error: &LoginError) -> ConnectError {
         let step = format!("logging in as {:?} to database {:?}", login.user, login.database);
         match error {
-            LoginError::Raw(RawError::Server { code, message, .. }) => self.refused(&step, code, message),
+            LoginError::Raw(RawError::Server { code, report }) => self.refused(&step, code, &report.message),
             LoginError::Raw(RawError::Io { source, .. }) => {
                 let cause = if source.kind() == io::ErrorKind::UnexpectedEof {
                     "the server closed the connection".to_owned()

@@ -22,11 +22,14 @@ use std::fmt;
 use bytes::{BufMut as _, Bytes, BytesMut};
 use postgres_protocol::message::frontend;
 
-use crate::postgres::raw::Frame;
-use crate::postgres::{RawConnection, RawError};
+use crate::postgres::frame::affected_rows;
+use crate::postgres::{Frame, RawConnection, RawError};
 
 /// Pieces are gathered into CopyData messages of about this size.
 const MESSAGE_BYTES: usize = 64 * 1024;
+
+/// Room to read ahead of a COPY out: fewer and larger reads.
+const READ_BYTES: usize = 256 * 1024;
 
 /// Tag and length of a CopyData.
 const HEADER_BYTES: usize = 5;
@@ -76,7 +79,10 @@ impl RawConnection {
     /// Starts `COPY … TO STDOUT`.
     pub async fn copy_out(&mut self, sql: &str) -> Result<CopyOut<'_>, CopyError> {
         match begin(self, sql, b'H').await {
-            Ok(()) => Ok(CopyOut { connection: self, rows: None }),
+            Ok(()) => {
+                self.read_buf.reserve(READ_BYTES);
+                Ok(CopyOut { connection: self, rows: None })
+            }
             Err(error) => Err(CopyError::new(Direction::Out, self, error)),
         }
     }
@@ -123,8 +129,8 @@ async fn finish(connection: &mut RawConnection, complete: Frame) -> Result<u64, 
     if complete.tag != b'C' {
         return Err(connection.violation(format!("message {:?} at the end of COPY", char::from(complete.tag))));
     }
-    let rows = super::raw::affected_rows(&complete.body)
-        .ok_or_else(|| connection.violation("COPY without a row count".to_owned()))?;
+    let rows =
+        affected_rows(&complete.body).ok_or_else(|| connection.violation("COPY without a row count".to_owned()))?;
     connection.collect_rows().await?;
     Ok(rows)
 }

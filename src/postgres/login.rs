@@ -16,9 +16,8 @@ use postgres_protocol::authentication::md5_hash;
 use postgres_protocol::authentication::sasl::{ChannelBinding, ScramSha256};
 use postgres_protocol::message::frontend;
 
-use crate::postgres::raw::Frame;
 use crate::postgres::scram::{MECHANISM, ScramClient};
-use crate::postgres::{Credential, Login, RawConnection, RawError};
+use crate::postgres::{Credential, Frame, Login, RawConnection, RawError};
 
 /// Why a login failed.
 #[derive(Debug, thiserror::Error)]

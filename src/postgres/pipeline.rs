@@ -16,8 +16,8 @@ use bytes::BytesMut;
 use postgres_protocol::IsNull;
 use postgres_protocol::message::frontend;
 
-use crate::postgres::raw::{Frame, affected_rows};
-use crate::postgres::{RawConnection, RawError};
+use crate::postgres::frame::affected_rows;
+use crate::postgres::{Frame, RawConnection, RawError};
 
 /// What a step is, and so what answers it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -6,17 +6,15 @@ use std::pin::Pin;
 use std::sync::Arc;
 use std::task::Poll;
 
-use bytes::{Buf as _, Bytes, BytesMut};
+use bytes::BytesMut;
 use postgres_protocol::IsNull;
 use postgres_protocol::message::frontend;
 use tokio::io::{AsyncReadExt as _, AsyncWrite as _, AsyncWriteExt as _};
 use tokio_util::io::poll_read_buf;
 
 use crate::config::Secret;
-use crate::postgres::Stream;
-
-/// PostgreSQL never sends a longer message (`PQ_LARGE_MESSAGE_LIMIT`, one gigabyte).
-const MAX_FRAME_BYTES: usize = 0x4000_0000;
+use crate::postgres::frame::{data_row, parameter_status, take_frame};
+use crate::postgres::{Frame, RawError, Stream, settings};
 
 /// How much is read from the socket at a time, at least.
 const READ_BYTES: usize = 16 * 1024;
@@ -52,15 +50,6 @@ pub struct Login {
     pub parameters: Vec<(String, String)>,
 }
 
-/// One whole backend message. For control use: the relay forwards pieces and never holds a whole one.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Frame {
-    /// Message type (PostgreSQL documentation, "Message Formats").
-    pub tag: u8,
-    /// What follows the length.
-    pub body: Bytes,
-}
-
 /// Result rows in text form; NULL is `None`.
 pub type TextRows = Vec<Vec<Option<String>>>;
 
@@ -90,80 +79,12 @@ pub struct RawConnection {
     awaited: u32,
 }
 
-/// The connection failed, or the server answered with an error.
-#[derive(Debug, thiserror::Error)]
-pub enum RawError {
-    /// The link broke.
-    #[error("connection to the {label} lost while {doing}")]
-    Io {
-        /// `source` or `target`.
-        label: String,
-        /// What was being done.
-        doing: String,
-        /// Why.
-        source: std::io::Error,
-    },
-    /// The server refused. Message text comes from the server and may quote data: never shown to clients.
-    #[error("{severity} {code}: {message}")]
-    Server {
-        /// `ERROR`, `FATAL`, …
-        severity: String,
-        /// SQLSTATE.
-        code: String,
-        /// Primary message.
-        message: String,
-        /// DETAIL.
-        detail: Option<String>,
-        /// HINT.
-        hint: Option<String>,
-    },
-    /// Bytes that make no sense where they came.
-    #[error("protocol violation by the {label}: {what}")]
-    Protocol {
-        /// `source` or `target`.
-        label: String,
-        /// What was wrong.
-        what: String,
-    },
-}
-
-impl RawError {
-    /// The SQLSTATE, where the server refused.
-    pub fn sqlstate(&self) -> Option<&str> {
-        match self {
-            Self::Server { code, .. } => Some(code),
-            Self::Io { .. } | Self::Protocol { .. } => None,
-        }
-    }
-
-    /// Reads the fields of an ErrorResponse (PostgreSQL documentation, "Error and Notice Message Fields"). Fields that
-    /// are missing are empty: an error that cannot be read in full is still an error.
-    pub(crate) fn from_error_response(body: &[u8]) -> Self {
-        let (mut severity, mut code, mut message) = (String::new(), String::new(), String::new());
-        let (mut detail, mut hint) = (None, None);
-        for field in body.split(|byte| *byte == 0) {
-            let Some((kind, text)) = field.split_first() else { continue };
-            let text = || String::from_utf8_lossy(text).into_owned();
-            match kind {
-                // `V` is `S` in English whatever lc_messages says; it comes after `S`.
-                b'S' | b'V' => severity = text(),
-                b'C' => code = text(),
-                b'M' => message = text(),
-                b'D' => detail = Some(text()),
-                b'H' => hint = Some(text()),
-                _ => {}
-            }
-        }
-        Self::Server { severity, code, message, detail, hint }
-    }
-}
-
 impl RawConnection {
     /// A stream that is about to log in to `label`.
     pub(super) fn before_login(stream: Stream, label: &str) -> Self {
         Self {
             stream,
-            read_buf: BytesMut::with_capacity(READ_BYTES),
+            read_buf: BytesMut::new(),
             pid: 0,
             cancel_key: Vec::new(),
             parameters: Vec::new(),
@@ -191,7 +112,7 @@ impl RawConnection {
 
     /// `server_version_num`, from the `server_version` that the server reported; 0 where it reported none.
     pub fn version_num(&self) -> u32 {
-        self.parameter("server_version").and_then(super::settings::version_num).unwrap_or(0)
+        self.parameter("server_version").and_then(settings::version_num).unwrap_or(0)
     }
 
     /// NotificationResponse frames that came in during [`Self::simple_query`] and its like, oldest first; they are
@@ -413,57 +334,6 @@ impl RawConnection {
     pub(super) fn violation(&self, what: String) -> RawError {
         RawError::Protocol { label: self.label.to_string(), what }
     }
-}
-
-/// Takes one whole message off the front of `buffer`, or `None` while it is incomplete. A length that lies costs no
-/// memory: room is made only for bytes that have come.
-pub(super) fn take_frame(buffer: &mut BytesMut) -> Result<Option<Frame>, String> {
-    let Some((tag, length)) = buffer.split_first_chunk::<5>().map(|([tag, a, b, c, d], _)| {
-        (*tag, usize::try_from(u32::from_be_bytes([*a, *b, *c, *d])).unwrap_or(usize::MAX))
-    }) else {
-        return Ok(None);
-    };
-    if !(4..=MAX_FRAME_BYTES).contains(&length) {
-        return Err(format!("message {:?} of length {length}", char::from(tag)));
-    }
-    if buffer.len() < length + 1 {
-        return Ok(None);
-    }
-    let mut message = buffer.split_to(length + 1).freeze();
-    message.advance(5);
-    Ok(Some(Frame { tag, body: message }))
-}
-
-/// The row count at the end of a CommandComplete tag (`UPDATE 3`, `INSERT 0 1`, `COPY 7`); `None` where there is none.
-pub(super) fn affected_rows(tag: &[u8]) -> Option<u64> {
-    let text = std::str::from_utf8(tag.strip_suffix(b"\0")?).ok()?;
-    text.rsplit_once(' ')?.1.parse().ok()
-}
-
-/// The values of a DataRow in text form; `None` where the bytes are not one, or not UTF-8.
-fn data_row(body: &[u8]) -> Option<Vec<Option<String>>> {
-    let (count, mut rest) = body.split_first_chunk::<2>()?;
-    let mut row = Vec::with_capacity(usize::from(u16::from_be_bytes(*count)));
-    for _ in 0..u16::from_be_bytes(*count) {
-        let (length, after) = rest.split_first_chunk::<4>()?;
-        rest = after;
-        row.push(match i32::from_be_bytes(*length) {
-            -1 => None,
-            length => {
-                let (value, after) = rest.split_at_checked(usize::try_from(length).ok()?)?;
-                rest = after;
-                Some(String::from_utf8(value.to_vec()).ok()?)
-            }
-        });
-    }
-    rest.is_empty().then_some(row)
-}
-
-/// Name and value of a ParameterStatus.
-fn parameter_status(body: &[u8]) -> Option<(String, String)> {
-    let mut parts = body.split(|byte| *byte == 0);
-    let mut text = || parts.next().map(|part| String::from_utf8_lossy(part).into_owned());
-    Some((text()?, text()?))
 }
 
 /// Parse, Bind, Describe, Execute, Close of portal and statement, Sync.

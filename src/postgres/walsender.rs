@@ -23,7 +23,7 @@
 //! From CopyBothResponse on both sides send when they like. A walsender that hears nothing for `wal_sender_timeout`
 //! ends the connection, so status must flow even while the applier is blocked for minutes on a lock: a task of its own,
 //! owned by [`ReplicationStream`], holds the writing half of the socket. It sends the last status reported through
-//! [`Feedback`] whenever that changed (at most every [`MIN_GAP`]), at once when the server asks, and otherwise every
+//! [`Feedback`] whenever that changed (gathering changes for a moment), at once when the server asks, and otherwise every
 //! third of `wal_sender_timeout`, at most [`MAX_PERIOD`] apart. It never invents a position.
 //!
 //! # What is durable: one timeline
@@ -57,39 +57,24 @@
 //! The positions in the XLogData header are those of the decoded record and say nothing about progress.
 //!
 //! Positions reported never go back here: older servers would take `confirmed_flush_lsn` back with them.
+//!
+//! A server that is asked to stop (`fast`) waits until all it has written is confirmed, and then ends the stream. So
+//! positions of keepalives are to be reported too, or the source cannot be shut down while we are connected.
 
-use std::io;
+mod stream;
+
 use std::pin::pin;
-use std::sync::Arc;
-use std::time::{Duration, SystemTime};
-
-use bytes::{Buf as _, BufMut as _, Bytes, BytesMut};
-use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _, ReadHalf, WriteHalf};
-use tokio::sync::watch;
-use tokio::task::JoinHandle;
-use tokio::time::Instant;
+use std::time::Duration;
 
 use crate::ident::{quote_ident, quote_literal};
 use crate::lsn::Lsn;
-use crate::postgres::raw::{Frame, take_frame};
-use crate::postgres::{ConnectError, Connector, RawConnection, RawError, Stream};
+use crate::postgres::{ConnectError, Connector, RawConnection, RawError};
 use crate::sqlstate;
+
+pub use stream::{Feedback, ReplicationMessage, ReplicationStream};
 
 /// Longest time between two statuses.
 const MAX_PERIOD: Duration = Duration::from_secs(10);
-
-/// Changed positions are gathered for this long; the server writes the slot to disk for some of them.
-const MIN_GAP: Duration = Duration::from_millis(100);
-
-/// Every status asks for a keepalive in return, so a stream this silent is dead. Generous: old servers answer nothing
-/// while they decode a long transaction of which nothing is published.
-const MAX_SILENCE: Duration = Duration::from_secs(600);
-
-/// Read from the socket at a time, at least.
-const READ_BYTES: usize = 64 * 1024;
-
-/// Microseconds from 1970-01-01 to 2000-01-01, PostgreSQL's epoch.
-const POSTGRES_EPOCH_US: u128 = 946_684_800_000_000;
 
 /// A replication command failed, or the stream ended.
 #[derive(Debug, thiserror::Error)]
@@ -145,10 +130,10 @@ impl WalsenderError {
     fn about(slot: &str, error: RawError) -> Self {
         let slot = slot.to_owned();
         match error {
-            RawError::Server { code, message, .. } if code == "55006" => Self::SlotInUse { slot, message },
+            RawError::Server { code, report } if code == "55006" => Self::SlotInUse { slot, message: report.message },
             RawError::Server { code, .. } if code == "42704" => Self::SlotMissing { slot },
             RawError::Server { code, .. } if code == "42710" => Self::SlotExists { slot },
-            RawError::Server { code, message, .. } if code == "55000" => Self::SlotLost { slot, message },
+            RawError::Server { code, report } if code == "55000" => Self::SlotLost { slot, message: report.message },
             other => Self::Raw(other),
         }
     }
@@ -320,253 +305,6 @@ fn start_command(slot: &str, from: Lsn, publication: &str, proto_version: u32) -
     )
 }
 
-/// One message of the stream.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub enum ReplicationMessage {
-    /// One message of the output plugin.
-    XLogData {
-        /// Position of the record that it was decoded from.
-        start: Lsn,
-        /// The same again, in logical replication.
-        end: Lsn,
-        /// The plugin's message, for `pgoutput::decode`.
-        data: Bytes,
-    },
-    /// The server is alive. The answer it may ask for is given by the stream itself.
-    Keepalive {
-        /// Everything that commits before this position has been sent.
-        end: Lsn,
-        /// The server was waiting for a status.
-        reply_requested: bool,
-    },
-}
-
-/// What the writing task has to say.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-struct Outgoing {
-    written: Lsn,
-    flushed: Lsn,
-    applied: Lsn,
-    /// Counts up whenever a status must go out at once.
-    urgent: u64,
-    /// Say goodbye after the next status.
-    ending: bool,
-}
-
-/// Reports positions, from any task, without waiting: also while nobody reads the stream. Cheap to clone; after the
-/// stream has ended it does nothing.
-#[derive(Clone, Debug)]
-pub struct Feedback {
-    outgoing: Arc<watch::Sender<Outgoing>>,
-}
-
-impl Feedback {
-    /// Reports what was received, what is durable on the target, and what is visible there. `flushed` releases the
-    /// source's WAL up to there for ever. A position behind one reported earlier changes nothing.
-    pub fn send_status(&self, written: Lsn, flushed: Lsn, applied: Lsn) {
-        self.outgoing.send_if_modified(|outgoing| {
-            let before = *outgoing;
-            outgoing.written = before.written.max(written);
-            outgoing.flushed = before.flushed.max(flushed);
-            outgoing.applied = before.applied.max(applied);
-            before != *outgoing
-        });
-    }
-
-    /// Sends the status at once.
-    fn hurry(&self) {
-        self.outgoing.send_modify(|outgoing| outgoing.urgent += 1);
-    }
-}
-
-/// A running stream. Dropping it closes the connection; the server then releases the slot when it notices.
-#[derive(Debug)]
-pub struct ReplicationStream {
-    socket: ReadHalf<Stream>,
-    read_buf: BytesMut,
-    label: String,
-    feedback: Feedback,
-    /// Holds the writing half; ended by [`Self::stop`] or by dropping.
-    writer: JoinHandle<io::Result<()>>,
-}
-
-impl ReplicationStream {
-    fn new(connection: RawConnection, period: Duration) -> Self {
-        let label = connection.label().to_owned();
-        let (socket, write_half) = tokio::io::split(connection.stream);
-        let (outgoing, said) = watch::channel(Outgoing::default());
-        let writer = tokio::spawn(write_statuses(write_half, said, period));
-        let feedback = Feedback { outgoing: Arc::new(outgoing) };
-        Self { socket, read_buf: connection.read_buf, label, feedback, writer }
-    }
-
-    /// A handle to report positions with.
-    pub fn feedback(&self) -> Feedback {
-        self.feedback.clone()
-    }
-
-    /// See [`Feedback::send_status`].
-    pub fn send_status(&self, written: Lsn, flushed: Lsn, applied: Lsn) {
-        self.feedback.send_status(written, flushed, applied);
-    }
-
-    /// The next message. Dropping the future loses nothing. An error ends the stream.
-    pub async fn next(&mut self) -> Result<ReplicationMessage, WalsenderError> {
-        loop {
-            let frame = self.next_frame().await?;
-            match frame.tag {
-                b'd' => {
-                    let message = replication_message(frame.body)
-                        .ok_or_else(|| self.violation("malformed replication message".to_owned()))?;
-                    if let ReplicationMessage::Keepalive { reply_requested: true, .. } = message {
-                        self.feedback.hurry();
-                    }
-                    return Ok(message);
-                }
-                b'E' => return Err(RawError::from_error_response(&frame.body).into()),
-                b'N' | b'S' => {}
-                // CopyDone and CommandComplete: the server shuts down, or its walsender was told to.
-                b'c' | b'C' => return Err(self.lost(io::ErrorKind::UnexpectedEof.into()).into()),
-                other => return Err(self.violation(format!("message {:?} in the stream", char::from(other))).into()),
-            }
-        }
-    }
-
-    /// Sends the last status and ends the connection; when it returns, the walsender is gone and the slot is free.
-    pub async fn stop(mut self) -> Result<(), WalsenderError> {
-        self.feedback.outgoing.send_modify(|outgoing| outgoing.ending = true);
-        let said_goodbye = async {
-            // Read on, so that a walsender blocked on a full socket comes to our goodbye.
-            loop {
-                self.read_buf.clear();
-                self.read_buf.reserve(READ_BYTES);
-                match self.socket.read_buf(&mut self.read_buf).await {
-                    Ok(0) => return Ok(()),
-                    Ok(_) => {}
-                    Err(error) if error.kind() == io::ErrorKind::ConnectionReset => return Ok(()),
-                    Err(error) if error.kind() == io::ErrorKind::UnexpectedEof => return Ok(()),
-                    Err(error) => return Err(error),
-                }
-            }
-        };
-        let ended = match tokio::time::timeout(MAX_SILENCE, said_goodbye).await {
-            Ok(ended) => ended,
-            Err(_) => Err(io::ErrorKind::TimedOut.into()),
-        };
-        ended.map_err(|error| self.lost(error))?;
-        Ok(())
-    }
-
-    async fn next_frame(&mut self) -> Result<Frame, RawError> {
-        loop {
-            if let Some(frame) = take_frame(&mut self.read_buf).map_err(|what| self.violation(what))? {
-                return Ok(frame);
-            }
-            self.read_buf.reserve(READ_BYTES);
-            match tokio::time::timeout(MAX_SILENCE, self.socket.read_buf(&mut self.read_buf)).await {
-                Ok(Ok(0)) => return Err(self.lost(io::ErrorKind::UnexpectedEof.into())),
-                Ok(Ok(_)) => {}
-                Ok(Err(error)) => return Err(self.lost(error)),
-                Err(_) => return Err(self.lost(io::ErrorKind::TimedOut.into())),
-            }
-        }
-    }
-
-    fn lost(&self, source: io::Error) -> RawError {
-        RawError::Io { label: self.label.clone(), doing: "streaming changes".to_owned(), source }
-    }
-
-    fn violation(&self, what: String) -> RawError {
-        RawError::Protocol { label: self.label.clone(), what }
-    }
-}
-
-impl Drop for ReplicationStream {
-    fn drop(&mut self) {
-        // The writing half must not outlive the reading half: the socket would stay open, and the slot taken.
-        self.writer.abort();
-    }
-}
-
-/// Sends statuses until told to stop, until every [`Feedback`] is gone, or until the link breaks (which the reading
-/// side notices too, and reports).
-async fn write_statuses(
-    mut socket: WriteHalf<Stream>,
-    mut said: watch::Receiver<Outgoing>,
-    period: Duration,
-) -> io::Result<()> {
-    loop {
-        let outgoing = *said.borrow_and_update();
-        socket.write_all(&status_message(&outgoing, SystemTime::now())).await?;
-        socket.flush().await?;
-        if outgoing.ending {
-            // Terminate: the walsender ends at once, even in the middle of a transaction.
-            socket.write_all(&[b'X', 0, 0, 0, 4]).await?;
-            return socket.flush().await;
-        }
-        if until_due(&mut said, &outgoing, period).await.is_err() {
-            return Ok(());
-        }
-    }
-}
-
-/// Waits until the next status is due: at once when urgent, soon after a change, else after `period`.
-async fn until_due(
-    said: &mut watch::Receiver<Outgoing>,
-    sent: &Outgoing,
-    period: Duration,
-) -> Result<(), watch::error::RecvError> {
-    let mut due = Instant::now() + period;
-    loop {
-        tokio::select! {
-            // A sleep and a watch both lose nothing when dropped: the deadline and the value are kept outside.
-            () = tokio::time::sleep_until(due) => return Ok(()),
-            changed = said.changed() => {
-                changed?;
-                let outgoing = *said.borrow_and_update();
-                if outgoing.ending || outgoing.urgent != sent.urgent {
-                    return Ok(());
-                }
-                due = due.min(Instant::now() + MIN_GAP);
-            }
-        }
-    }
-}
-
-/// CopyData with a standby status update that asks for a keepalive in return.
-fn status_message(outgoing: &Outgoing, now: SystemTime) -> BytesMut {
-    let unix_us = now.duration_since(SystemTime::UNIX_EPOCH).map_or(0, |since| since.as_micros());
-    let now_us = i64::try_from(unix_us.saturating_sub(POSTGRES_EPOCH_US)).unwrap_or(i64::MAX);
-    let mut message = BytesMut::with_capacity(39);
-    message.put_u8(b'd');
-    message.put_u32(38);
-    message.put_u8(b'r');
-    message.put_u64(outgoing.written.0);
-    message.put_u64(outgoing.flushed.0);
-    message.put_u64(outgoing.applied.0);
-    message.put_i64(now_us);
-    message.put_u8(1);
-    message
-}
-
-/// The content of a CopyData; `None` where it is malformed.
-fn replication_message(mut body: Bytes) -> Option<ReplicationMessage> {
-    let (kind, header) = (*body.first()?, body.get(1..)?);
-    match kind {
-        b'w' if header.len() >= 24 => {
-            body.advance(1);
-            let (start, end, _sent_at) = (Lsn(body.get_u64()), Lsn(body.get_u64()), body.get_u64());
-            Some(ReplicationMessage::XLogData { start, end, data: body })
-        }
-        b'k' if header.len() == 17 => {
-            body.advance(1);
-            let (end, _sent_at) = (Lsn(body.get_u64()), body.get_u64());
-            Some(ReplicationMessage::Keepalive { end, reply_requested: body.get_u8() != 0 })
-        }
-        _ => None,
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -578,93 +316,5 @@ mod tests {
             "START_REPLICATION SLOT \"s\" LOGICAL 16/B374D848 (proto_version '1', \
              publication_names '\"it''s \"\"a\\b\"\"\"')"
         );
-    }
-
-    #[test]
-    fn status_is_laid_out_as_documented() {
-        let outgoing = Outgoing { written: Lsn(3), flushed: Lsn(2), applied: Lsn(1), ..Outgoing::default() };
-        let now = SystemTime::UNIX_EPOCH + Duration::from_secs(946_684_801);
-        let mut expected = vec![b'd', 0, 0, 0, 38, b'r'];
-        for value in [3u64, 2, 1, 1_000_000] {
-            expected.extend(value.to_be_bytes());
-        }
-        expected.push(1);
-        assert_eq!(status_message(&outgoing, now)[..], expected[..]);
-    }
-
-    #[test]
-    fn messages_are_read_and_malformed_ones_refused() {
-        let data = [&[b'w'][..], &[0; 7], &[5], &[0; 7], &[6], &[0; 8], b"B"].concat();
-        let expected = ReplicationMessage::XLogData { start: Lsn(5), end: Lsn(6), data: Bytes::from_static(b"B") };
-        assert_eq!(replication_message(Bytes::from(data)), Some(expected));
-        let keepalive = [&[b'k'][..], &[0; 7], &[9], &[0; 8], &[1]].concat();
-        let expected = ReplicationMessage::Keepalive { end: Lsn(9), reply_requested: true };
-        assert_eq!(replication_message(Bytes::from(keepalive)), Some(expected));
-        for bad in [&b""[..], b"w", b"k12345678", b"x12345678901234567890123456789"] {
-            assert_eq!(replication_message(Bytes::copy_from_slice(bad)), None, "{bad:?}");
-        }
-    }
-
-    #[test]
-    fn reported_positions_never_go_back() {
-        let (outgoing, said) = watch::channel(Outgoing::default());
-        let feedback = Feedback { outgoing: Arc::new(outgoing) };
-        feedback.send_status(Lsn(9), Lsn(5), Lsn(5));
-        feedback.send_status(Lsn(7), Lsn(6), Lsn(4));
-        let seen = *said.borrow();
-        assert_eq!((seen.written, seen.flushed, seen.applied), (Lsn(9), Lsn(6), Lsn(5)));
-    }
-
-    /// The writing task alone, over a socket pair that nobody reads on our side.
-    struct Writer {
-        server: tokio::net::UnixStream,
-        feedback: Feedback,
-        task: JoinHandle<io::Result<()>>,
-        _read_half: ReadHalf<Stream>,
-    }
-
-    impl Writer {
-        fn start(period: Duration) -> Self {
-            let (ours, server) = tokio::net::UnixStream::pair().expect("socket pair");
-            let (read_half, write_half) = tokio::io::split(Stream::Unix(ours));
-            let (outgoing, said) = watch::channel(Outgoing::default());
-            let feedback = Feedback { outgoing: Arc::new(outgoing) };
-            let task = tokio::spawn(write_statuses(write_half, said, period));
-            Self { server, feedback, task, _read_half: read_half }
-        }
-
-        /// The flushed position of the next status that the server gets.
-        async fn flushed(&mut self) -> u64 {
-            let mut status = [0u8; 39];
-            self.server.read_exact(&mut status).await.expect("a status");
-            u64::from_be_bytes(status[14..22].try_into().expect("8 bytes"))
-        }
-    }
-
-    #[tokio::test]
-    async fn statuses_flow_while_nobody_reads_or_reports() {
-        let mut writer = Writer::start(Duration::from_millis(1));
-        for _ in 0..5 {
-            assert_eq!(writer.flushed().await, 0);
-        }
-    }
-
-    /// With a period of an hour, what arrives has been sent for its own reason.
-    #[tokio::test]
-    async fn changes_requests_and_the_end_do_not_wait_for_the_period() {
-        let mut writer = Writer::start(Duration::from_secs(3600));
-        assert_eq!(writer.flushed().await, 0);
-        writer.feedback.send_status(Lsn(7), Lsn(7), Lsn(7));
-        writer.feedback.send_status(Lsn(8), Lsn(8), Lsn(8));
-        assert_eq!(writer.flushed().await, 8, "changes are gathered");
-        writer.feedback.hurry();
-        assert_eq!(writer.flushed().await, 8);
-        writer.feedback.send_status(Lsn(9), Lsn(9), Lsn(9));
-        writer.feedback.outgoing.send_modify(|outgoing| outgoing.ending = true);
-        assert_eq!(writer.flushed().await, 9, "the last status comes before the goodbye");
-        let mut goodbye = [0; 5];
-        writer.server.read_exact(&mut goodbye).await.expect("goodbye");
-        assert_eq!(goodbye, [b'X', 0, 0, 0, 4]);
-        writer.task.await.expect("no panic").expect("no error");
     }
 }

@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Output, Stdio};
 use std::time::{Duration, Instant};
 
-use pgcutover::demo::cluster::{Cluster, free_port};
+use pgcutover::demo::cluster::{Cluster, Installations, free_port};
 
 /// How the daemon is configured.
 #[derive(Clone, Debug, Default)]
@@ -69,6 +69,10 @@ impl Daemon {
         if let (None, None) = (source.password(), target.password()) {
             // Clusters that trust everyone have no verifiers to check clients against.
             sections.push(("auth".to_owned(), "method = \"trust\"".to_owned()));
+        }
+        if let Some(tools) = Installations::find().newest_with_client_tools() {
+            // The newest pg_dump reads sources of every major.
+            sections.push(("migration".to_owned(), format!("bindir = \"{}\"", tools.bindir.display())));
         }
         sections.extend(daemon.options.sections.clone());
         fs::write(daemon.config_path(), toml_text(&sections)).expect("temporary directory is writable");

@@ -5,6 +5,8 @@
 #![expect(dead_code, reason = "each test binary uses its own part of this module")]
 
 pub mod daemon;
+pub mod link;
+pub mod shop;
 
 use std::future::Future;
 use std::time::{Duration, Instant};

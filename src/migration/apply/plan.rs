@@ -73,14 +73,8 @@ pub struct Change {
     pub truncated: Vec<Arc<QualifiedName>>,
 }
 
-/// A value as the source sent it.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub enum Value {
-    /// Text form.
-    Text(Bytes),
-    /// Binary form.
-    Binary(Bytes),
-}
+/// A value in text form, as the source sent it.
+pub type Value = Bytes;
 
 /// What a message asks for.
 #[derive(Debug)]
@@ -429,12 +423,15 @@ impl Mapped {
             .collect()
     }
 
-    fn check_width(&self, tuple: &Tuple) -> Result<(), PlanError> {
-        if tuple.values.len() == self.relation.columns.len() {
-            Ok(())
-        } else {
-            Err(PlanError::OutOfPlace("a row of another width than its relation"))
+    /// As many values as columns, all of them text: binary was not asked for.
+    fn check(&self, tuple: &Tuple) -> Result<(), PlanError> {
+        if tuple.values.len() != self.relation.columns.len() {
+            return Err(PlanError::OutOfPlace("a row of another width than its relation"));
         }
+        if tuple.values.iter().any(|value| matches!(value, TupleValue::Binary(_))) {
+            return Err(PlanError::OutOfPlace("a value in binary form"));
+        }
+        Ok(())
     }
 
     /// The statement of this shape, made if it is new.
@@ -455,7 +452,7 @@ impl Mapped {
     }
 
     fn insert(&mut self, insert: &Insert, numbers: &mut Statements) -> Result<Change, PlanError> {
-        self.check_width(&insert.new)?;
+        self.check(&insert.new)?;
         let set = self.writable(&insert.new);
         let parameters = values(&insert.new, &set);
         let key = ShapeKey { form: Form::Insert, set, matched: Vec::new(), find: Find::Key };
@@ -465,7 +462,7 @@ impl Mapped {
     }
 
     fn update(&mut self, update: &Update, numbers: &mut Statements) -> Result<Change, PlanError> {
-        self.check_width(&update.new)?;
+        self.check(&update.new)?;
         let row = match &update.old {
             Some(old) => self.identify(old, Operation::Update)?,
             // The identity did not change, so the new row has it.
@@ -543,12 +540,12 @@ impl Mapped {
     fn identify(&self, old: &OldTuple, operation: Operation) -> Result<Identified, PlanError> {
         match old {
             OldTuple::Key(tuple) => {
-                self.check_width(tuple)?;
+                self.check(tuple)?;
                 let columns = self.key_columns(operation)?;
                 Ok(Identified { find: Find::Key, values: values(tuple, &columns), columns })
             }
             OldTuple::Full(tuple) => {
-                self.check_width(tuple)?;
+                self.check(tuple)?;
                 let (find, columns) = match self.primary_key(tuple) {
                     Some(keys) => (Find::Key, keys),
                     None => (Find::Whole, self.writable(tuple)),
@@ -573,7 +570,7 @@ impl Mapped {
         let columns = &self.relation.columns;
         let position = |name: &String| {
             let index = columns.iter().position(|column| column.name == *name)?;
-            matches!(tuple.values.get(index)?, TupleValue::Text(_) | TupleValue::Binary(_)).then_some(index)
+            matches!(tuple.values.get(index)?, TupleValue::Text(_)).then_some(index)
         };
         let found: Option<Vec<u16>> = self
             .shape
@@ -594,9 +591,8 @@ fn values(tuple: &Tuple, indexes: &[u16]) -> Vec<Option<Value>> {
     indexes
         .iter()
         .map(|&index| match tuple.values.get(usize::from(index)) {
-            Some(TupleValue::Text(bytes)) => Some(Value::Text(bytes.clone())),
-            Some(TupleValue::Binary(bytes)) => Some(Value::Binary(bytes.clone())),
-            Some(TupleValue::Null | TupleValue::UnchangedToast) | None => None,
+            Some(TupleValue::Text(bytes)) => Some(bytes.clone()),
+            Some(TupleValue::Null | TupleValue::UnchangedToast | TupleValue::Binary(_)) | None => None,
         })
         .collect()
 }

@@ -23,7 +23,7 @@ fn tuple(values: &[TupleValue]) -> Tuple {
 }
 
 fn sent(values: &[Option<&'static str>]) -> Vec<Option<Value>> {
-    values.iter().map(|value| value.map(|text| Value::Text(Bytes::from_static(text.as_bytes())))).collect()
+    values.iter().map(|value| value.map(|text| Bytes::from_static(text.as_bytes()))).collect()
 }
 
 fn relation(oid: u32, name: &str, identity: ReplicaIdentity, columns: &[(&str, bool)]) -> Relation {

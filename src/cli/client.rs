@@ -1,0 +1,129 @@
+//! Speaks HTTP to the daemon: one request, one connection.
+
+use std::time::Duration;
+
+use http_body_util::{BodyExt, Full};
+use hyper::body::Bytes;
+use hyper::header::{AUTHORIZATION, CONTENT_TYPE, HOST};
+use hyper::{Method, Request};
+use hyper_util::rt::TokioIo;
+use serde::Deserialize;
+use serde_json::Value;
+use tokio::net::TcpStream;
+
+use crate::config::Secret;
+
+/// For the connection; an answer may take as long as a cutover.
+const CONNECT_BOUND: Duration = Duration::from_secs(5);
+
+/// An answer of a few hundred thousand tables; more is a mistake.
+const MAX_BODY_BYTES: usize = 256 << 20;
+
+/// What the daemon answered when it refused (RFC 9457).
+#[derive(Clone, Debug, Deserialize)]
+pub(super) struct Refusal {
+    pub(super) detail: String,
+    pub(super) code: String,
+    pub(super) hint: Option<String>,
+}
+
+/// No answer, or a refusal.
+#[derive(Debug, thiserror::Error)]
+pub(super) enum ClientError {
+    /// Nobody listens, or the connection was lost.
+    #[error("cannot reach the daemon at {address}: {reason}")]
+    Unreachable {
+        /// Where.
+        address: String,
+        /// Why.
+        reason: String,
+    },
+    /// It said no.
+    #[error("{}", .0.detail)]
+    Refused(Refusal),
+    /// Somebody else listens there.
+    #[error("what listens at {address} is not pgcutover: {reason}")]
+    Stranger {
+        /// Where.
+        address: String,
+        /// Why we think so.
+        reason: String,
+    },
+}
+
+impl ClientError {
+    pub(super) fn is_unreachable(&self) -> bool {
+        matches!(self, Self::Unreachable { .. } | Self::Stranger { .. })
+    }
+}
+
+/// Where the daemon is.
+#[derive(Debug)]
+pub(super) struct Client {
+    address: String,
+    token: Option<Secret>,
+}
+
+impl Client {
+    pub(super) fn new(address: String, token: Option<Secret>) -> Self {
+        let address = address.trim_start_matches("http://").trim_end_matches('/').to_owned();
+        Self { address, token }
+    }
+
+    pub(super) async fn get(&self, path: &str) -> Result<Value, ClientError> {
+        self.send(Method::GET, path, None).await
+    }
+
+    pub(super) async fn post(&self, path: &str, body: Option<&Value>) -> Result<Value, ClientError> {
+        self.send(Method::POST, path, body).await
+    }
+
+    pub(super) async fn delete(&self, path: &str) -> Result<Value, ClientError> {
+        self.send(Method::DELETE, path, None).await
+    }
+
+    async fn send(&self, method: Method, path: &str, body: Option<&Value>) -> Result<Value, ClientError> {
+        let stream = match tokio::time::timeout(CONNECT_BOUND, TcpStream::connect(&self.address)).await {
+            Ok(Ok(stream)) => stream,
+            Ok(Err(error)) => return Err(self.unreachable(error)),
+            Err(_) => return Err(self.unreachable("no answer")),
+        };
+        let handshake = hyper::client::conn::http1::handshake(TokioIo::new(stream)).await;
+        let (mut sender, connection) = handshake.map_err(|error| self.unreachable(error))?;
+        let mut request = Request::builder().method(method).uri(path).header(HOST, &self.address);
+        if let Some(token) = &self.token {
+            request = request.header(AUTHORIZATION, format!("Bearer {}", token.expose()));
+        }
+        let body = body.map(Value::to_string).unwrap_or_default();
+        let request = request.header(CONTENT_TYPE, "application/json").body(Full::new(Bytes::from(body)));
+        let request = request.map_err(|error| self.unreachable(error))?;
+        let exchange = async {
+            let response = sender.send_request(request).await?;
+            let status = response.status();
+            let body = http_body_util::Limited::new(response.into_body(), MAX_BODY_BYTES);
+            Ok::<_, hyper::Error>((status, body.collect().await.map(http_body_util::Collected::to_bytes)))
+        };
+        tokio::pin!(exchange, connection);
+        let answer = tokio::select! {
+            biased;
+            answer = &mut exchange => answer,
+            // The connection ends first when the daemon hangs up; then the exchange has its error or its answer.
+            _ = &mut connection => exchange.await,
+        };
+        let (status, body) = answer.map_err(|error| self.unreachable(error))?;
+        let body = body.map_err(|error| self.unreachable(error))?;
+        if status.is_success() {
+            return serde_json::from_slice(&body).map_err(|error| self.stranger(error));
+        }
+        let refusal = serde_json::from_slice(&body).map_err(|_| self.stranger(format!("it answered {status}")))?;
+        Err(ClientError::Refused(refusal))
+    }
+
+    fn unreachable(&self, reason: impl std::fmt::Display) -> ClientError {
+        ClientError::Unreachable { address: self.address.clone(), reason: reason.to_string() }
+    }
+
+    fn stranger(&self, reason: impl std::fmt::Display) -> ClientError {
+        ClientError::Stranger { address: self.address.clone(), reason: reason.to_string() }
+    }
+}

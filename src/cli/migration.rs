@@ -1,0 +1,117 @@
+//! `pgcutover migration …`
+
+use serde_json::{Value, json};
+
+use super::client::Client;
+use super::output::{Output, typed};
+use super::{CliError, Create, Cutover, MigrationCommand, Verdict, properties, watch};
+use crate::admin::command::{CutoverRequest, Filter};
+use crate::admin::view::CutoverView;
+use crate::migration::view::{MigrationName, MigrationOption, MigrationSpec, Mode};
+
+pub(super) async fn run(command: MigrationCommand, client: &Client, output: &Output) -> Result<Verdict, CliError> {
+    match command {
+        MigrationCommand::Create(create) => self::create(create, client, output).await,
+        MigrationCommand::List { filter } => {
+            let filter = if filter == Filter::Active { "active" } else { "all" };
+            output.migrations(&client.get(&format!("/api/v1/migrations?filter={filter}")).await?)?;
+            Ok(Verdict::Good)
+        }
+        MigrationCommand::Show { name, watch: true } => watch::until_settled(&name, client, output).await,
+        MigrationCommand::Show { name, watch: false } => {
+            output.migration(&client.get(&path(&name, "")).await?)?;
+            Ok(Verdict::Good)
+        }
+        MigrationCommand::Tables { name } => {
+            output.tables(&client.get(&path(&name, "/tables")).await?)?;
+            Ok(Verdict::Good)
+        }
+        MigrationCommand::Validation { name } => validation(&client.get(&path(&name, "/validation")).await?, output),
+        MigrationCommand::Cutover(cutover) => self::cutover(cutover, client, output).await,
+        MigrationCommand::Cancel { name } => {
+            output.cancelled(&client.post(&path(&name, "/cancel"), None).await?)?;
+            Ok(Verdict::Good)
+        }
+        MigrationCommand::Retry { name } => {
+            output.done(&client.post(&path(&name, "/retry"), None).await?, "going on")?;
+            Ok(Verdict::Good)
+        }
+    }
+}
+
+pub(super) fn path(name: &MigrationName, rest: &str) -> String {
+    format!("/api/v1/migrations/{name}{rest}")
+}
+
+async fn create(create: Create, client: &Client, output: &Output) -> Result<Verdict, CliError> {
+    let mut spec = MigrationSpec {
+        name: create.name,
+        databases: create.databases,
+        mode: create.mode.unwrap_or(Mode::Online),
+        option: create.option.unwrap_or(MigrationOption::ValidateAndMigrate),
+        overwrite_target: create.overwrite_target,
+        cutover_when_ready: create.cutover_when_ready,
+    };
+    if let Some(path) = create.properties {
+        let properties = properties::read(&path)?;
+        properties.compare(&client.get("/api/v1/config").await?)?;
+        properties.notes().iter().for_each(|note| output.note(note));
+        // What is typed goes before what the file says.
+        if spec.databases.is_empty() {
+            spec.databases = properties.databases;
+        }
+        spec.mode = create.mode.or(properties.mode).unwrap_or(spec.mode);
+        spec.option = create.option.or(properties.option).unwrap_or(spec.option);
+        spec.overwrite_target |= properties.overwrite_target;
+    }
+    let body = to_json(&spec)?;
+    let accepted = client.post("/api/v1/migrations", Some(&body)).await?;
+    if create.wait {
+        return watch::until_settled(&spec.name, client, output).await;
+    }
+    output.migration(&accepted)?;
+    Ok(Verdict::Good)
+}
+
+/// Bad when a rule failed.
+fn validation(answer: &Value, output: &Output) -> Result<Verdict, CliError> {
+    let rules: Vec<crate::migration::preflight::RuleResult> = typed(answer)?;
+    let failed = rules.iter().any(|rule| rule.outcome == crate::migration::preflight::Outcome::Failed);
+    if output.is_json() {
+        output.json(answer);
+    } else {
+        for rule in &rules {
+            let place = match &rule.level {
+                crate::migration::preflight::Level::Instance => "instance",
+                crate::migration::preflight::Level::Database(name) => name,
+            };
+            output.line(&format!("{:?}: {place}: {}", rule.outcome, rule.code));
+            rule.evidence.iter().for_each(|item| output.line(&format!("    {item}")));
+            if rule.outcome != crate::migration::preflight::Outcome::Succeeded {
+                output.line(&format!("    why: {}", rule.why));
+                output.line(&format!("    fix: {}", rule.fix));
+            }
+        }
+    }
+    Ok(if failed { Verdict::Bad } else { Verdict::Good })
+}
+
+/// Good only when switched, or when a dry run would have.
+async fn cutover(cutover: Cutover, client: &Client, output: &Output) -> Result<Verdict, CliError> {
+    let request = CutoverRequest {
+        dry_run: cutover.dry_run,
+        max_pause: cutover.max_pause,
+        drain_timeout: cutover.drain_timeout,
+        stragglers: cutover.stragglers,
+    };
+    let body = to_json(&request)?;
+    let answer = client.post(&path(&cutover.name, "/cutover"), Some(&body)).await?;
+    output.cutover(&answer)?;
+    let report: CutoverView = typed(&answer)?;
+    let expected = if cutover.dry_run { "dry-run" } else { "switched" };
+    Ok(if report.outcome == expected { Verdict::Good } else { Verdict::Bad })
+}
+
+fn to_json(value: &impl serde::Serialize) -> Result<Value, CliError> {
+    serde_json::to_value(value).or(Ok(json!(null)))
+}

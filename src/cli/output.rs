@@ -1,0 +1,317 @@
+//! Prints answers: JSON for scripts, tables for people. Answers go to standard output, everything else to standard error.
+
+use std::io::Write;
+
+use serde::de::DeserializeOwned;
+use serde_json::{Value, json};
+
+use super::client::ClientError;
+use super::{CliError, Format};
+use crate::admin::view::{CutoverView, MigrationEntry, StatusView};
+use crate::config::units::format_size;
+use crate::migration::view::{CancelReport, MigrationView, TableView};
+
+/// Prints.
+pub(super) struct Output {
+    format: Format,
+}
+
+impl Output {
+    pub(super) fn new(format: Format) -> Self {
+        Self { format }
+    }
+
+    pub(super) fn is_json(&self) -> bool {
+        self.format == Format::Json
+    }
+
+    pub(super) fn json(&self, value: &Value) {
+        self.line(&serde_json::to_string_pretty(value).unwrap_or_default());
+    }
+
+    /// One line to standard output. A reader that has gone away is no error of ours.
+    pub(super) fn line(&self, text: &str) {
+        let _ = writeln!(std::io::stdout(), "{text}");
+    }
+
+    /// Something that is not part of the answer.
+    pub(super) fn note(&self, text: &str) {
+        let _ = writeln!(std::io::stderr(), "{text}");
+    }
+
+    pub(super) fn error(&self, error: &CliError) {
+        let (code, hint) = match error {
+            CliError::Client(ClientError::Refused(refusal)) => (refusal.code.as_str(), refusal.hint.clone()),
+            CliError::Client(_) => {
+                ("unreachable", Some("is `pgcutover run` running, with [admin] address set?".into()))
+            }
+            CliError::Config(_) => ("configuration", None),
+            CliError::Usage(_) => ("usage", None),
+            CliError::Failed(_) => ("failed", None),
+        };
+        if self.is_json() {
+            self.note(&json!({"error": {"code": code, "message": error.to_string(), "hint": hint}}).to_string());
+            return;
+        }
+        self.note(&format!("pgcutover: {error}"));
+        if let Some(hint) = hint {
+            self.note(&format!("hint: {hint}"));
+        }
+    }
+
+    /// The JSON answer as it is, or the text that `text` makes of its typed form.
+    pub(super) fn either<T: DeserializeOwned>(
+        &self,
+        answer: &Value,
+        text: impl FnOnce(&Self, T),
+    ) -> Result<(), CliError> {
+        if self.is_json() {
+            self.json(answer);
+        } else {
+            text(self, typed(answer)?);
+        }
+        Ok(())
+    }
+
+    pub(super) fn done(&self, answer: &Value, text: &str) -> Result<(), CliError> {
+        self.either(answer, |output, _: Value| output.line(text))
+    }
+
+    /// A list of flat objects, as the console's SHOW gives it.
+    pub(super) fn rows(&self, answer: &Value) -> Result<(), CliError> {
+        self.either(answer, |output, rows: Vec<serde_json::Map<String, Value>>| {
+            let Some(first) = rows.first() else { return output.line("(none)") };
+            let columns: Vec<&str> = first.keys().map(String::as_str).collect();
+            let cells = rows.iter().map(|row| columns.iter().map(|column| plain(row.get(*column))).collect()).collect();
+            output.table(&columns, cells);
+        })
+    }
+
+    pub(super) fn reloaded(&self, answer: &Value) -> Result<(), CliError> {
+        self.either(answer, |output, changes: crate::config::Changes| {
+            changes.applied.iter().for_each(|key| output.line(&format!("{key}: applied")));
+            changes.needs_restart.iter().for_each(|key| output.line(&format!("{key}: needs a restart")));
+            if changes.applied.is_empty() && changes.needs_restart.is_empty() {
+                output.line("nothing has changed");
+            }
+        })
+    }
+
+    pub(super) fn status(&self, answer: &Value) -> Result<(), CliError> {
+        self.either(answer, |output, status: StatusView| {
+            let ready = status.reason.as_ref().map_or("serving".to_owned(), |reason| format!("not serving: {reason}"));
+            output.line(&format!("pgcutover {} {ready}", status.version));
+            output.line(&format!("source {}  target {}", status.source, status.target));
+            output.line("");
+            let routes = status.routes.iter().map(|route| {
+                let server = route.server.map_or("unknown".to_owned(), |server| server.to_string());
+                let held = if route.held { "held" } else { "" };
+                let counts = [route.epoch.to_string(), route.sessions.to_string(), route.inside.to_string()];
+                let [epoch, sessions, inside] = counts;
+                vec![route.database.clone(), server, epoch, sessions, inside, held.to_owned()]
+            });
+            output.table(&["Database", "Runs on", "Epoch", "Sessions", "In transaction", ""], routes.collect());
+            match &status.migrations {
+                None => output.line("migrations: cannot be asked now"),
+                Some(list) => {
+                    list.iter().for_each(|m| output.line(&format!("migration {}: {} {}", m.name, m.state, m.substate)));
+                }
+            }
+            match &status.blockers {
+                None => output.line("blockers: cannot be found out now"),
+                Some(list) if list.is_empty() => output.line("blockers: none"),
+                Some(list) => list.iter().for_each(|blocker| {
+                    let pid = blocker.pid.map_or("?".to_owned(), |pid| pid.to_string());
+                    output.line(&format!("blocker: {} pid {pid}: {}", blocker.database, blocker.reason));
+                }),
+            }
+        })
+    }
+
+    pub(super) fn migrations(&self, answer: &Value) -> Result<(), CliError> {
+        self.either(answer, |output, entries: Vec<MigrationEntry>| {
+            let columns = [
+                "Name",
+                "Status",
+                "Migration mode",
+                "Migration type",
+                "Source server",
+                "Source server type",
+                "Databases",
+                "Duration",
+                "Start time",
+            ];
+            let row = |entry: &MigrationEntry| {
+                let migration = &entry.migration;
+                let databases: Vec<&str> = migration.databases.iter().map(|d| d.name.as_str()).collect();
+                vec![
+                    migration.name.clone(),
+                    format!("{} {}", migration.state, migration.substate),
+                    word(migration.mode),
+                    word(migration.option),
+                    migration.source.clone(),
+                    entry.source_server_type.clone(),
+                    databases.join(","),
+                    seconds(migration.duration_seconds),
+                    crate::admin::show::timestamp(migration.started_at),
+                ]
+            };
+            output.table(&columns, entries.iter().map(row).collect());
+        })
+    }
+
+    pub(super) fn migration(&self, answer: &Value) -> Result<(), CliError> {
+        self.either(answer, |output, migration: MigrationView| output.migration_text(&migration))
+    }
+
+    pub(super) fn migration_text(&self, migration: &MigrationView) {
+        self.line(&format!("{}: {} {}", migration.name, migration.state, migration.substate));
+        self.line(&format!(
+            "{}, {}, for {}",
+            word(migration.mode),
+            word(migration.option),
+            seconds(migration.duration_seconds)
+        ));
+        if let Some(error) = &migration.error {
+            self.line(&format!("error: {error}"));
+            if let Some(hint) = &error.hint {
+                self.line(&format!("hint: {hint}"));
+            }
+        }
+        let unknown = || "unknown".to_owned();
+        let rows = migration.databases.iter().map(|database| {
+            vec![
+                database.name.clone(),
+                database.state.clone(),
+                format!("{}/{}", database.tables_ready, database.tables_total),
+                database.latency_bytes.map_or_else(unknown, approximate),
+                database.latency_seconds.map_or_else(unknown, |latency| format!("{latency:.1}s")),
+                database.pending_changes.map_or_else(unknown, |pending| pending.to_string()),
+            ]
+        });
+        self.table(&["Database", "State", "Tables", "Latency", "Latency", "Pending changes"], rows.collect());
+    }
+
+    pub(super) fn tables(&self, answer: &Value) -> Result<(), CliError> {
+        self.either(answer, |output, tables: Vec<TableView>| {
+            let columns =
+                ["Table", "Full load", "Rows", "Bytes", "Inserts", "Updates", "Deletes", "Pending", "Indexes"];
+            let row = |table: &TableView| {
+                let (load, sync) = (&table.full_load, &table.incremental_sync);
+                vec![
+                    format!("{}.{}.{}", table.database, table.schema, table.name),
+                    load.state.clone(),
+                    load.rows.to_string(),
+                    approximate(load.bytes),
+                    sync.inserts.to_string(),
+                    sync.updates.to_string(),
+                    sync.deletes.to_string(),
+                    sync.pending.map_or("unknown".to_owned(), |pending| pending.to_string()),
+                    table.indexes.clone(),
+                ]
+            };
+            output.table(&columns, tables.iter().map(row).collect());
+            for table in &tables {
+                if let Some(error) = &table.error {
+                    output.line(&format!("{}.{}: {error}", table.schema, table.name));
+                }
+            }
+        })
+    }
+
+    pub(super) fn cutover(&self, answer: &Value) -> Result<(), CliError> {
+        self.either(answer, |output, report: CutoverView| {
+            match report.outcome.as_str() {
+                "switched" => output.line("switched: the databases run on the target"),
+                "dry-run" => output.line("dry run: it would have switched; everything runs on the source"),
+                other => output.line(&format!("{other}: {}", report.reason)),
+            }
+            let phases: Vec<String> =
+                report.phases_ms.pairs().iter().map(|(phase, length)| format!("{phase} {length} ms")).collect();
+            output.line(&format!("transactions waited {} ms ({})", report.pause_ms, phases.join(", ")));
+            output.line(&format!("sessions moved {}, ended {}", report.sessions_moved, report.sessions_ended));
+            report.blockers.iter().for_each(|blocker| output.line(&format!("blocker: {blocker}")));
+            report.notes.iter().for_each(|note| output.line(&format!("note: {note}")));
+        })
+    }
+
+    pub(super) fn cancelled(&self, answer: &Value) -> Result<(), CliError> {
+        self.either(answer, |output, report: CancelReport| {
+            for object in &report.removed {
+                output.line(&format!("removed {} {} on the {}", object.kind, object.name, object.side));
+            }
+            for left in &report.left {
+                let object = &left.object;
+                output.line(&format!("left {} {} on the {}: {}", object.kind, object.name, object.side, left.reason));
+            }
+        })
+    }
+
+    /// Columns as wide as their widest cell; the last one is not padded.
+    pub(super) fn table(&self, columns: &[&str], rows: Vec<Vec<String>>) {
+        let width = |index: usize| {
+            let cells = rows.iter().filter_map(|row| row.get(index)).map(|cell| cell.chars().count());
+            cells.chain([columns[index].chars().count()]).max().unwrap_or(0)
+        };
+        let widths: Vec<usize> = (0..columns.len()).map(width).collect();
+        let header: Vec<String> = columns.iter().map(|column| (*column).to_owned()).collect();
+        for row in std::iter::once(&header).chain(&rows) {
+            let cells: Vec<String> = row.iter().zip(&widths).map(|(cell, width)| format!("{cell:<width$}")).collect();
+            self.line(cells.join("  ").trim_end());
+        }
+    }
+}
+
+/// The typed form of an answer; the daemon is of another version when it has none.
+pub(super) fn typed<T: DeserializeOwned>(answer: &Value) -> Result<T, CliError> {
+    T::deserialize(answer).map_err(|error| {
+        CliError::Failed(anyhow::anyhow!("the daemon's answer is not understood, is it of another version? ({error})"))
+    })
+}
+
+fn plain(value: Option<&Value>) -> String {
+    match value {
+        None | Some(Value::Null) => String::new(),
+        Some(Value::String(text)) => text.clone(),
+        Some(other) => other.to_string(),
+    }
+}
+
+/// The word that serde writes for a unit variant.
+fn word(value: impl serde::Serialize) -> String {
+    serde_json::to_value(value).ok().and_then(|value| value.as_str().map(str::to_owned)).unwrap_or_default()
+}
+
+/// `1d 2h`, `3min 4s`, `5s`: the two largest units.
+pub(super) fn seconds(seconds: f64) -> String {
+    let total = std::time::Duration::try_from_secs_f64(seconds).map_or(0, |duration| duration.as_secs());
+    let parts = [(total / 86_400, "d"), (total / 3600 % 24, "h"), (total / 60 % 60, "min"), (total % 60, "s")];
+    let shown: Vec<String> = parts
+        .iter()
+        .skip_while(|(number, _)| *number == 0)
+        .take(2)
+        .map(|(number, unit)| format!("{number}{unit}"))
+        .collect();
+    if shown.is_empty() { "0s".to_owned() } else { shown.join(" ") }
+}
+
+/// A size to the unit that has at most four digits.
+pub(super) fn approximate(bytes: u64) -> String {
+    let scale = [40, 30, 20, 10].into_iter().map(|bits| 1_u64 << bits).find(|scale| bytes >= 10 * scale).unwrap_or(1);
+    format_size(bytes / scale * scale)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn numbers_are_short_for_people() {
+        for (input, text) in [(0.4, "0s"), (61.0, "1min 1s"), (90_061.0, "1d 1h"), (3600.0, "1h 0min")] {
+            assert_eq!(seconds(input), text);
+        }
+        for (input, text) in [(0, "0B"), (5_000, "5000B"), (20_000, "19kB"), (50 << 20, "50MB")] {
+            assert_eq!(approximate(input), text);
+        }
+    }
+}

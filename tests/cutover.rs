@@ -1,0 +1,584 @@
+//! The cutover on two real clusters, with its surroundings scripted: no sessions, and an engine whose stream is instant.
+//!
+//! What only a whole daemon can show is in `crash.rs` and in the end-to-end tests.
+
+mod support;
+
+use std::sync::{Arc, Mutex};
+use std::time::{Duration, Instant};
+
+use async_trait::async_trait;
+use pgcutover::catalog::decision::Outcome;
+use pgcutover::catalog::{Place, bootstrap};
+use pgcutover::config::{Config, FencePolicy, Stragglers};
+use pgcutover::cutover::coordinator::{Coordinator, CoordinatorDeps, CutoverOptions};
+use pgcutover::cutover::parts::{Engine, Lease, MoveReport, Replication, Sessions, Straggler};
+use pgcutover::cutover::report::{CutoverOutcome, CutoverReport};
+use pgcutover::demo::cluster::Cluster;
+use pgcutover::failpoint::Failpoints;
+use pgcutover::postgres::{Connector, InstanceId};
+use pgcutover::shutdown::Tasks;
+use pgcutover::switch::{Epoch, Route, ServerRole, Switchboard};
+use support::link::{Cut, Link};
+use support::{connect, connect_with, try_connect, two_clusters, wait_for};
+
+const NAME: &str = "move";
+
+/// No sessions.
+struct Nobody;
+
+#[async_trait]
+impl Sessions for Nobody {
+    fn backend_pids(&self, _: &str) -> Vec<i32> {
+        Vec::new()
+    }
+    fn stragglers(&self, _: &str) -> Vec<Straggler> {
+        Vec::new()
+    }
+    async fn prepare_moves(&self, _: &[String], _: ServerRole, _: Epoch, _: Instant) -> Vec<MoveReport> {
+        Vec::new()
+    }
+    async fn settle_moves(&self, _: &[String], _: Instant) -> Vec<MoveReport> {
+        Vec::new()
+    }
+    fn discard_moves(&self, _: &[String]) {}
+    fn end(&self, _: &[u64], _: &'static str, _: &str) {}
+}
+
+/// An engine that is always ready and has always applied everything.
+#[derive(Clone, Default)]
+struct Instantly {
+    databases: Vec<String>,
+    finished: Arc<Mutex<Vec<Outcome>>>,
+    settled: Arc<Mutex<Vec<Outcome>>>,
+}
+
+#[async_trait]
+impl Engine for Instantly {
+    async fn databases(&self, _: &str) -> Result<Vec<String>, String> {
+        Ok(self.databases.clone())
+    }
+    async fn begin_cutover(&self, _: &str) -> Result<Arc<dyn Lease>, String> {
+        Ok(Arc::new(self.clone()))
+    }
+    async fn cutover_settled(&self, _: &str, outcome: Outcome) -> Result<(), String> {
+        self.settled.lock().expect("not poisoned").push(outcome);
+        Ok(())
+    }
+}
+
+#[async_trait]
+impl Lease for Instantly {
+    fn databases(&self) -> Vec<String> {
+        self.databases.clone()
+    }
+    fn lag_bytes(&self) -> Option<u64> {
+        Some(0)
+    }
+    fn replication(&self, _: &str) -> Replication {
+        Replication { slot: "slot".to_owned(), publication: "publication".to_owned() }
+    }
+    async fn wait_marker(&self, _: &str, _: &str) -> Result<(), String> {
+        Ok(())
+    }
+    async fn finish(&self, outcome: Outcome) -> Result<(), String> {
+        self.finished.lock().expect("not poisoned").push(outcome);
+        Ok(())
+    }
+}
+
+/// Two clusters with a database `shop` on both, published on the source.
+struct Stage {
+    source: Cluster,
+    target: Cluster,
+}
+
+impl Stage {
+    async fn set() -> Self {
+        let (source, target) = two_clusters();
+        let stage = Self { source, target };
+        stage.furnish().await;
+        stage
+    }
+
+    /// Puts everything back to the beginning on the same clusters: starting others costs seconds.
+    async fn reset(&self) {
+        for cluster in [&self.source, &self.target] {
+            let admin = connect(cluster, "postgres").await;
+            admin.batch_execute("DROP SCHEMA pgcutover CASCADE").await.expect("ours");
+            wait_for("nobody in the database", || async { admin.batch_execute("DROP DATABASE shop").await.is_ok() })
+                .await;
+        }
+        self.furnish().await;
+    }
+
+    async fn furnish(&self) {
+        for cluster in [&self.source, &self.target] {
+            connect(cluster, "postgres").await.batch_execute("CREATE DATABASE shop").await.expect("a new database");
+            let schema =
+                "CREATE TABLE item (id bigserial PRIMARY KEY, name text); CREATE SEQUENCE never_called START 7";
+            connect(cluster, "shop").await.batch_execute(schema).await.expect("a new schema");
+        }
+        let life = self.life("");
+        let places = [
+            (&life.source, "postgres", Place::SourceControl),
+            (&life.target, "postgres", Place::TargetControl),
+            (&life.source, "shop", Place::SourceDatabase),
+            (&life.target, "shop", Place::TargetDatabase),
+        ];
+        for (connector, database, place) in places {
+            let control = connector.control(database, "test").await.expect("the server runs");
+            bootstrap(&control, place).await.expect("the schema can be made");
+        }
+        let publish = "CREATE PUBLICATION publication FOR TABLE item, pgcutover.marker";
+        connect(&self.source, "shop").await.batch_execute(publish).await.expect("a new publication");
+    }
+
+    fn config(&self) -> Config {
+        let text = format!(
+            "[source]\nhost = \"127.0.0.1\"\nport = {}\nuser = \"postgres\"\n[target]\nhost = \"127.0.0.1\"\nport = {}\n\
+             user = \"postgres\"\n[listen]\naddress = \"127.0.0.1:6432\"\n",
+            self.source.port(),
+            self.target.port()
+        );
+        let file = tempfile::Builder::new().suffix(".toml").tempfile().expect("a temporary file");
+        std::fs::write(file.path(), text).expect("the file is writable");
+        pgcutover::config::load(Some(file.path()), &Default::default()).expect("a valid configuration")
+    }
+
+    /// One life of a coordinator, with its own tasks and switchboard.
+    fn life(&self, failpoints: &str) -> Life {
+        self.life_through(failpoints, None)
+    }
+
+    /// The same, reaching the target through `link`.
+    fn life_through(&self, failpoints: &str, link: Option<&Link>) -> Life {
+        let mut config = self.config();
+        if let Some(link) = link {
+            config.target.port = link.address.port();
+        }
+        config.target.connect_timeout = Duration::from_secs(3);
+        let instance = InstanceId::random();
+        let source = Connector::new(&config.source, "source", &instance).expect("no certificates to read");
+        let target = Connector::new(&config.target, "target", &instance).expect("no certificates to read");
+        let unresolved = Route::Unknown { reason: "starting".to_owned() };
+        let switchboard = Arc::new(Switchboard::new(unresolved));
+        let engine = Instantly { databases: vec!["shop".to_owned()], ..Instantly::default() };
+        let tasks = Tasks::new();
+        let coordinator = Coordinator::start(CoordinatorDeps {
+            config: Arc::new(config),
+            switchboard: switchboard.clone(),
+            sessions: Arc::new(Nobody),
+            engine: Arc::new(engine.clone()),
+            source: source.clone(),
+            target: target.clone(),
+            failpoints: Failpoints::parse(failpoints).expect("valid failpoints"),
+            tasks: tasks.clone(),
+        });
+        Life { coordinator, switchboard, engine, source, target, tasks }
+    }
+
+    /// Settings of databases and roles on the source, as the catalogues hold them.
+    async fn settings(&self) -> Vec<String> {
+        let client = connect(&self.source, "postgres").await;
+        let rows = client
+            .query(
+                "SELECT format('%s %s %s', datname, datallowconn, datconnlimit) FROM pg_database
+                 UNION ALL
+                 SELECT format('%s %s %s', setdatabase, setrole, setconfig) FROM pg_db_role_setting ORDER BY 1",
+                &[],
+            )
+            .await
+            .expect("catalogues can be read");
+        rows.iter().map(|row| row.get(0)).collect()
+    }
+
+    /// `fence: outcome` and `decision: outcome` rows, in order.
+    async fn rows(&self) -> (Vec<Option<String>>, Vec<String>) {
+        let fences = connect(&self.source, "postgres").await;
+        let fences = fences.query("SELECT outcome FROM pgcutover.fence ORDER BY epoch", &[]).await.expect("readable");
+        let decisions = connect(&self.target, "postgres").await;
+        let decisions =
+            decisions.query("SELECT outcome FROM pgcutover.decision ORDER BY epoch", &[]).await.expect("readable");
+        (fences.iter().map(|row| row.get(0)).collect(), decisions.iter().map(|row| row.get(0)).collect())
+    }
+}
+
+struct Life {
+    coordinator: Arc<Coordinator>,
+    switchboard: Arc<Switchboard>,
+    engine: Instantly,
+    source: Connector,
+    target: Connector,
+    tasks: Tasks,
+}
+
+impl Life {
+    async fn resolved(self) -> Self {
+        self.coordinator.resolve_at_startup().await;
+        self
+    }
+
+    fn options(&self) -> CutoverOptions {
+        CutoverOptions { max_pause: Duration::from_secs(30), ..self.coordinator.default_options() }
+    }
+
+    async fn cut_over(&self) -> CutoverReport {
+        self.cut_over_with(self.options()).await
+    }
+
+    async fn cut_over_with(&self, options: CutoverOptions) -> CutoverReport {
+        self.coordinator.run(NAME, options).await.expect("the migration is ready")
+    }
+
+    fn route(&self) -> Route {
+        (*self.switchboard.database("shop").route()).clone()
+    }
+
+    fn runs_on(&self, server: ServerRole, epoch: u64) -> bool {
+        let database = self.switchboard.database("shop");
+        !database.is_fenced() && self.route() == Route::To { server, epoch: Epoch(epoch) }
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_cutover_switches_and_leaves_the_old_server_fenced() {
+    let stage = Stage::set().await;
+    let life = stage.life("").resolved().await;
+    assert!(life.runs_on(ServerRole::Source, 0), "{:?}", life.route());
+    let shop = connect(&stage.source, "shop").await;
+    shop.batch_execute("INSERT INTO item (name) SELECT 'x' FROM generate_series(1, 5)").await.expect("writable");
+    drop(shop);
+
+    let report = life.cut_over().await;
+    assert_eq!(report.outcome, CutoverOutcome::Switched, "{report:?}");
+    assert!(life.runs_on(ServerRole::Target, 1), "{:?}", life.route());
+    assert_eq!(stage.rows().await, (vec![Some("decided".to_owned())], vec!["decided".to_owned()]));
+    assert_eq!(*life.engine.finished.lock().expect("not poisoned"), [Outcome::Decided]);
+
+    let target = connect(&stage.target, "shop").await;
+    let sequences = target
+        .query_one(
+            "SELECT nextval('item_id_seq'), nextval('never_called'), (SELECT count(*) FROM pgcutover.boundary)",
+            &[],
+        )
+        .await
+        .expect("sequences can be read");
+    assert_eq!((sequences.get::<_, i64>(0), sequences.get::<_, i64>(1), sequences.get::<_, i64>(2)), (6, 7, 1));
+    let refused = try_connect(&stage.source.config("shop")).await.err().expect("the old server is shut");
+    assert_eq!(refused.code().map(|code| code.code()), Some("55000"));
+
+    // A second start finds the same, and the same order again is refused with a reason.
+    let next = stage.life("").resolved().await;
+    assert!(next.runs_on(ServerRole::Target, 1), "{:?}", next.route());
+    let again = next.cut_over().await;
+    assert_eq!(again.outcome, CutoverOutcome::Aborted);
+    assert!(again.reason.contains("runs on the target already"), "{}", again.reason);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn an_abort_restores_every_setting_exactly() {
+    let stage = Stage::set().await;
+    let admin = connect(&stage.source, "postgres").await;
+    admin
+        .batch_execute(
+            "CREATE ROLE writer; CREATE ROLE reader; CREATE ROLE \"odd 'name'\";
+             ALTER DATABASE shop SET default_transaction_read_only = 'off';
+             ALTER DATABASE shop SET work_mem = '5MB';
+             ALTER DATABASE shop CONNECTION LIMIT 77;
+             ALTER ROLE writer SET default_transaction_read_only = off;
+             ALTER ROLE reader SET default_transaction_read_only = on;
+             ALTER ROLE \"odd 'name'\" IN DATABASE shop SET default_transaction_read_only = 'no';
+             ALTER ROLE \"odd 'name'\" IN DATABASE shop SET work_mem = '6MB';",
+        )
+        .await
+        .expect("a superuser may");
+    let before = stage.settings().await;
+    for failpoint in [
+        "prepare.before_fence",
+        "prepare.after_fence",
+        "pause.after_gate",
+        "pause.after_hard_fence",
+        "drain.after_sessions",
+        "drain.after_marker",
+        "drain.after_applied",
+        "decide.before_sequences",
+        "decide.before_decision",
+    ] {
+        let life = stage.life(&format!("{failpoint}=error")).resolved().await;
+        let report = life.cut_over().await;
+        assert_eq!(report.outcome, CutoverOutcome::Aborted, "{failpoint}");
+        assert_eq!(report.reason, format!("failpoint {failpoint}"));
+        assert_eq!(stage.settings().await, before, "{failpoint}");
+        assert!(life.runs_on(ServerRole::Source, 0), "{failpoint}: {:?}", life.route());
+        assert!(life.switchboard.database("shop").prepare_window().is_none());
+        assert_eq!(*life.engine.finished.lock().expect("not poisoned"), [Outcome::Aborted], "{failpoint}");
+        assert_eq!(life.tasks.join(Duration::from_secs(5)).await, 0);
+    }
+    let (fences, decisions) = stage.rows().await;
+    assert_eq!(fences, vec![Some("aborted".to_owned()); 8], "one fence for each attempt that came to it");
+    assert_eq!(decisions, vec!["aborted".to_owned(); 8]);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn during_the_fence_roles_with_their_own_setting_are_read_only_too() {
+    let stage = Stage::set().await;
+    let admin = connect(&stage.source, "postgres").await;
+    admin
+        .batch_execute(
+            "CREATE ROLE writer LOGIN; ALTER ROLE writer SET default_transaction_read_only = off;
+             CREATE ROLE reader LOGIN; ALTER ROLE reader SET default_transaction_read_only = on",
+        )
+        .await
+        .expect("a superuser may");
+    let life = stage.life("prepare.after_fence=sleep:1500ms;pause.after_gate=error").resolved().await;
+    let database = life.switchboard.database("shop");
+    let running = {
+        let coordinator = life.coordinator.clone();
+        let options = life.options();
+        tokio::spawn(async move { coordinator.run(NAME, options).await })
+    };
+    wait_for("the soft fence", || async { stage.rows().await.0.len() == 1 }).await;
+    let window = database.prepare_window().expect("opened before the fence commits");
+    assert_eq!((window.earlier_read_only_of("postgres"), window.earlier_read_only_of("reader")), ("off", "on"));
+    for role in ["postgres", "writer"] {
+        let mut config = stage.source.config("shop");
+        config.user(role);
+        let stranger = connect_with(&config).await;
+        let shown = stranger.query_one("SHOW default_transaction_read_only", &[]).await.expect("shown");
+        assert_eq!(shown.get::<_, &str>(0), "on", "{role}");
+    }
+    let report = running.await.expect("no panic").expect("begun");
+    assert_eq!(report.outcome, CutoverOutcome::Aborted);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn writers_that_bypass_the_proxy_are_ended_and_kept_out() {
+    let stage = Stage::set().await;
+    let life = stage.life("drain.after_applied=sleep:1000ms").resolved().await;
+    // One says BEGIN READ WRITE in a session that was there before; one comes back in a loop.
+    let stop = Arc::new(std::sync::atomic::AtomicBool::new(false));
+    let mut writers = Vec::new();
+    for _ in 0..3 {
+        let (config, stop) = (stage.source.config("shop"), stop.clone());
+        writers.push(tokio::spawn(async move {
+            let mut acknowledged = 0_u64;
+            while !stop.load(std::sync::atomic::Ordering::SeqCst) {
+                if let Ok(client) = try_connect(&config).await {
+                    let script = "BEGIN READ WRITE; INSERT INTO item (name) VALUES ('bypass'); COMMIT";
+                    while client.batch_execute(script).await.is_ok() {
+                        acknowledged += 1;
+                    }
+                } else {
+                    tokio::time::sleep(Duration::from_millis(1)).await;
+                }
+            }
+            acknowledged
+        }));
+    }
+    tokio::time::sleep(Duration::from_millis(200)).await;
+    let report = life.cut_over().await;
+    assert_eq!(report.outcome, CutoverOutcome::Switched, "{report:?}");
+    assert!(report.sessions_ended >= 3, "{report:?}");
+    tokio::time::sleep(Duration::from_millis(300)).await;
+    stop.store(true, std::sync::atomic::Ordering::SeqCst);
+    let mut acknowledged = 0;
+    for writer in writers {
+        acknowledged += writer.await.expect("no panic");
+    }
+    assert!(acknowledged > 0, "the writers did write before");
+    // The sequence was read after the last of them: the next number on the target is above every row of the source.
+    let next = connect(&stage.target, "shop").await;
+    let next: i64 = next.query_one("SELECT nextval('item_id_seq')", &[]).await.expect("readable").get(0);
+    let admin = connect(&stage.source, "postgres").await;
+    admin.batch_execute("ALTER DATABASE shop ALLOW_CONNECTIONS true").await.expect("an operator lifts it so");
+    let left = connect(&stage.source, "shop").await;
+    let left: i64 = left.query_one("SELECT coalesce(max(id), 0) FROM item", &[]).await.expect("readable").get(0);
+    assert!(next > left, "a write after the sequences were read: {left} on the source, next {next} on the target");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_long_transaction_aborts_the_cutover_and_is_named() {
+    let stage = Stage::set().await;
+    let life = stage.life("").resolved().await;
+    let mut config = stage.source.config("shop");
+    config.application_name("nightly-report");
+    let reporter = connect_with(&config).await;
+    let pid: i32 = reporter.query_one("SELECT pg_backend_pid()", &[]).await.expect("answers").get(0);
+    reporter.batch_execute("BEGIN; INSERT INTO item (name) VALUES ('slow')").await.expect("writable");
+    let before = stage.settings().await;
+    let options = CutoverOptions {
+        // The soft fence leaves strangers alone, so the drain has to wait for this one.
+        fence: FencePolicy::Soft,
+        drain_timeout: Duration::from_millis(300),
+        stragglers: Stragglers::Abort,
+        ..life.options()
+    };
+    let report = life.cut_over_with(options).await;
+    assert_eq!(report.outcome, CutoverOutcome::Aborted);
+    assert!(report.reason.contains("drain_timeout"), "{}", report.reason);
+    assert!(report.reason.contains(&format!("pid {pid} (\"nightly-report\")")), "{}", report.reason);
+    assert_eq!(report.blockers.len(), 1);
+    assert_eq!(stage.settings().await, before);
+    assert!(life.runs_on(ServerRole::Source, 0));
+    reporter.batch_execute("COMMIT").await.expect("carries on");
+
+    // The other policy ends it.
+    reporter.batch_execute("BEGIN; INSERT INTO item (name) VALUES ('slow')").await.expect("writable");
+    let report = life.cut_over_with(CutoverOptions { stragglers: Stragglers::Terminate, ..options }).await;
+    assert_eq!(report.outcome, CutoverOutcome::Switched, "{report:?}");
+    assert_eq!(report.sessions_ended, 1);
+    assert!(reporter.batch_execute("COMMIT").await.is_err());
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_dry_run_leaves_strangers_and_settings_alone() {
+    let stage = Stage::set().await;
+    let life = stage.life("").resolved().await;
+    let stranger = connect(&stage.source, "shop").await;
+    stranger.batch_execute("BEGIN; INSERT INTO item (name) VALUES ('x')").await.expect("writable");
+    let before = stage.settings().await;
+    let report = life.cut_over_with(CutoverOptions { dry_run: true, ..life.options() }).await;
+    assert_eq!(report.outcome, CutoverOutcome::DryRun, "{report:?}");
+    assert!(report.is_success());
+    assert_eq!(stage.settings().await, before);
+    assert_eq!(stage.rows().await, (Vec::new(), Vec::new()));
+    stranger.batch_execute("COMMIT").await.expect("not ended");
+    assert!(life.runs_on(ServerRole::Source, 0));
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_decision_whose_answer_is_lost_counts_as_what_the_server_says() {
+    let stage = Stage::set().await;
+    for (cut, decided) in [(Cut::Before("decided"), false), (Cut::After("decided"), true)] {
+        let link = Link::to(stage.target.address()).await;
+        let life = stage.life_through("", Some(&link)).resolved().await;
+        let before = stage.settings().await;
+        link.cut_once(cut.clone());
+        let report = life.cut_over().await;
+        assert_eq!(link.cuts(), 1, "the test must hit the decision");
+        let (fences, decisions) = stage.rows().await;
+        if decided {
+            assert_eq!(report.outcome, CutoverOutcome::Switched, "{cut:?}: {report:?}");
+            assert!(life.runs_on(ServerRole::Target, 1), "{:?}", life.route());
+            assert_eq!((fences, decisions), (vec![Some("decided".to_owned())], vec!["decided".to_owned()]));
+        } else {
+            assert_eq!(report.outcome, CutoverOutcome::Aborted, "{cut:?}: {report:?}");
+            assert!(life.runs_on(ServerRole::Source, 0), "{:?}", life.route());
+            assert_eq!((fences, decisions), (vec![Some("aborted".to_owned())], vec!["aborted".to_owned()]));
+            assert_eq!(stage.settings().await, before);
+        }
+        assert_eq!(life.tasks.join(Duration::from_secs(5)).await, 0);
+        drop(life);
+        stage.reset().await;
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn two_coordinators_that_meet_an_undecided_cutover_read_the_same() {
+    let stage = Stage::set().await;
+    leave_behind(&stage, "drain.after_applied").await;
+    assert_eq!(stage.rows().await, (vec![None], Vec::new()), "the first coordinator left it undecided");
+    let lives = [stage.life(""), stage.life("")];
+    let settle = |life: &Life| {
+        let coordinator = life.coordinator.clone();
+        tokio::spawn(async move { coordinator.resolve_at_startup().await })
+    };
+    for settling in [settle(&lives[0]), settle(&lives[1])] {
+        settling.await.expect("no panic");
+    }
+    for life in &lives {
+        wait_for("a verdict", || async { life.runs_on(ServerRole::Source, 0) }).await;
+    }
+    assert_eq!(stage.rows().await, (vec![Some("aborted".to_owned())], vec!["aborted".to_owned()]));
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_late_decision_loses_against_the_abort_of_another_coordinator() {
+    let stage = Stage::set().await;
+    let slow = stage.life("decide.before_decision=sleep:2500ms").resolved().await;
+    let running = {
+        let (coordinator, options) = (slow.coordinator.clone(), slow.options());
+        tokio::spawn(async move { coordinator.run(NAME, options).await })
+    };
+    wait_for("the fence", || async { stage.rows().await.0.len() == 1 }).await;
+    // The other one sees a live coordinator and waits; then somebody aborts all the same.
+    let other = stage.life("").resolved().await;
+    assert!(matches!(other.route(), Route::Unknown { .. }), "{:?}", other.route());
+    let target = connect(&stage.target, "postgres").await;
+    target
+        .batch_execute(
+            "INSERT INTO pgcutover.decision SELECT 1, 'aborted', 'move', '{shop}', system_identifier::text, 1
+             FROM pg_control_system()",
+        )
+        .await
+        .expect("the first decision");
+    let report = running.await.expect("no panic").expect("begun");
+    assert_eq!(report.outcome, CutoverOutcome::Aborted, "{report:?}");
+    assert!(slow.runs_on(ServerRole::Source, 0));
+    wait_for("the other one to learn of it", || async { other.runs_on(ServerRole::Source, 0) }).await;
+    assert_eq!(stage.rows().await, (vec![Some("aborted".to_owned())], vec!["aborted".to_owned()]));
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_crash_at_any_failpoint_ends_on_exactly_one_side() {
+    let stage = Stage::set().await;
+    for failpoint in pgcutover::cutover::steps::ALL_FAILPOINTS {
+        let before = stage.settings().await;
+        // Failpoints of an abort are reached by failing just before the decision.
+        let failpoints = match failpoint.strip_prefix("abort.") {
+            Some(_) => format!("decide.before_decision=error;{failpoint}=hang"),
+            None => format!("{failpoint}=hang"),
+        };
+        leave_behind_at(&stage, &failpoints).await;
+        let next = stage.life("").resolved().await;
+        wait_for("a verdict", || async { !matches!(next.route(), Route::Unknown { .. }) }).await;
+        let (fences, decisions) = stage.rows().await;
+        if decisions == ["decided"] {
+            assert!(next.runs_on(ServerRole::Target, 1), "{failpoint}: {:?}", next.route());
+            assert_eq!(fences, [Some("decided".to_owned())], "{failpoint}");
+            assert!(try_connect(&stage.source.config("shop")).await.is_err(), "{failpoint}");
+        } else {
+            assert!(next.runs_on(ServerRole::Source, 0), "{failpoint}: {:?}", next.route());
+            assert!(fences.iter().all(|outcome| outcome.as_deref() == Some("aborted")), "{failpoint}: {fences:?}");
+            assert_eq!(stage.settings().await, before, "{failpoint}");
+        }
+        let past_the_decision = failpoint.starts_with("switch.") || *failpoint == "decide.after_decision";
+        assert_eq!(decisions == ["decided"], past_the_decision, "{failpoint}: {decisions:?}");
+        assert_eq!(next.tasks.join(Duration::from_secs(5)).await, 0);
+        stage.reset().await;
+    }
+}
+
+/// Runs a cutover up to a failpoint and lets its whole process vanish, connections and all.
+async fn leave_behind(stage: &Stage, failpoint: &str) {
+    leave_behind_at(stage, &format!("{failpoint}=hang")).await;
+}
+
+async fn leave_behind_at(stage: &Stage, failpoints: &str) {
+    let runtime =
+        tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build().expect("a runtime");
+    let life = stage.life(failpoints);
+    let ended = runtime.spawn({
+        let coordinator = life.coordinator.clone();
+        async move {
+            coordinator.resolve_at_startup().await;
+            let options = CutoverOptions { max_pause: Duration::from_secs(60), ..coordinator.default_options() };
+            let report = coordinator.run(NAME, options).await;
+            panic!("the failpoint was not reached: {report:?}");
+        }
+    });
+    // Hanging is not visible from outside; the phase stops changing.
+    let mut seen = (None, Instant::now());
+    wait_for("the cutover to hang", || {
+        let phase = life.coordinator.progress(NAME).map(|progress| progress.phase);
+        if phase != seen.0 || phase.is_none() {
+            seen = (phase, Instant::now());
+        }
+        let stuck = seen.1.elapsed() > Duration::from_millis(700);
+        async move { stuck }
+    })
+    .await;
+    ended.abort();
+    runtime.shutdown_background();
+}

@@ -1,0 +1,102 @@
+//! A TCP link to a server that a test can watch and cut at a chosen message.
+//!
+//! Stands between the code under test and a real server. Bytes pass unchanged until the client sends the trigger text;
+//! then the connection that carried it is cut, before or after the server has received it.
+
+use std::net::SocketAddr;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex};
+
+use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
+use tokio::net::{TcpListener, TcpStream};
+
+/// When a connection is cut.
+#[derive(Clone, Debug)]
+pub enum Cut {
+    /// The server never sees the message that contains this text.
+    Before(&'static str),
+    /// The server receives it and carries it out; its answer is lost.
+    After(&'static str),
+}
+
+/// A running link. Ends with the runtime.
+#[derive(Clone)]
+pub struct Link {
+    /// Where to connect instead of the server.
+    pub address: SocketAddr,
+    cut: Arc<Mutex<Option<Cut>>>,
+    cuts: Arc<AtomicU64>,
+}
+
+impl Link {
+    /// A link to `server`.
+    pub async fn to(server: SocketAddr) -> Self {
+        let listener = TcpListener::bind("127.0.0.1:0").await.expect("a free port");
+        let address = listener.local_addr().expect("bound");
+        let link = Self { address, cut: Arc::default(), cuts: Arc::default() };
+        let inner = link.clone();
+        tokio::spawn(async move {
+            while let Ok((client, _)) = listener.accept().await {
+                let link = inner.clone();
+                tokio::spawn(async move {
+                    if let Ok(server) = TcpStream::connect(server).await {
+                        link.carry(client, server).await;
+                    }
+                });
+            }
+        });
+        link
+    }
+
+    /// Cuts the next connection that carries the text, once.
+    pub fn cut_once(&self, cut: Cut) {
+        *self.cut.lock().expect("not poisoned") = Some(cut);
+    }
+
+    /// How many connections have been cut.
+    pub fn cuts(&self) -> u64 {
+        self.cuts.load(Ordering::SeqCst)
+    }
+
+    fn triggered(&self, bytes: &[u8]) -> Option<Cut> {
+        let mut cut = self.cut.lock().expect("not poisoned");
+        let text = match cut.as_ref()? {
+            Cut::Before(text) | Cut::After(text) => text.as_bytes(),
+        };
+        let found = bytes.windows(text.len()).any(|window| window == text);
+        if found { cut.take() } else { None }
+    }
+
+    async fn carry(&self, client: TcpStream, server: TcpStream) {
+        let (mut from_client, mut to_client) = client.into_split();
+        let (mut from_server, mut to_server) = server.into_split();
+        let answers = tokio::spawn(async move {
+            let _ = tokio::io::copy(&mut from_server, &mut to_client).await;
+        });
+        let mut buffer = vec![0; 64 * 1024];
+        while let Ok(read) = from_client.read(&mut buffer).await
+            && read > 0
+        {
+            match self.triggered(&buffer[..read]) {
+                Some(Cut::Before(_)) => {
+                    self.cuts.fetch_add(1, Ordering::SeqCst);
+                    break;
+                }
+                Some(Cut::After(_)) => {
+                    // The answer is lost: the way back is cut before the request goes on its way.
+                    answers.abort();
+                    self.cuts.fetch_add(1, Ordering::SeqCst);
+                    let _ = to_server.write_all(&buffer[..read]).await;
+                    // The server ends an idle connection at once, one at work when it has finished.
+                    break;
+                }
+                None => {
+                    if to_server.write_all(&buffer[..read]).await.is_err() {
+                        break;
+                    }
+                }
+            }
+        }
+        answers.abort();
+    }
+}
