@@ -114,7 +114,10 @@ pub(super) async fn definitions(
         .map_err(|error| SchemaError::Split { database: database.to_owned(), source: error })?;
     // Numbers and OIDs differ; kinds, names, owners and statements must not.
     let entries = toc.entries.iter().map(|entry| {
-        let settings: String = entry.settings.iter().map(|setting| format!("{setting}\n")).collect();
+        // Access methods came with PostgreSQL 12: of an older server nothing is said, which means the same.
+        let defaults = ["SET default_tablespace = '';", "SET default_table_access_method = heap;"];
+        let settings = entry.settings.iter().filter(|setting| !defaults.contains(&setting.as_str()));
+        let settings: String = settings.map(|setting| format!("{setting}\n")).collect();
         format!("-- {} {}\n{settings}{}\n\n", entry.kind, entry.object(), entry.sql)
     });
     Ok(entries.collect())
