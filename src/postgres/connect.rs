@@ -1,6 +1,7 @@
 //! Opening connections to one of the two configured servers.
 
 use std::sync::Arc;
+use std::time::Duration;
 use std::{fmt, io};
 
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
@@ -15,6 +16,9 @@ use crate::postgres::dial::{self, Encryption};
 use crate::postgres::login::{LoginError, cancel_request, log_in};
 use crate::postgres::{Credential, Login, RawConnection, RawError, Stream, settings, tls};
 use crate::sqlstate;
+
+/// A control session whose server does not even acknowledge what it is sent is given up after this.
+const MAX_UNACKNOWLEDGED: Duration = Duration::from_secs(60);
 
 /// A random name of this process, part of the `application_name` of everything it opens
 /// (`pgcutover/<instance>/<purpose>`), so that its own backends can be told from strangers.
@@ -175,6 +179,8 @@ impl Connector {
         encryption: Encryption,
     ) -> Result<Control, ConnectError> {
         let stream = self.open(encryption).await?;
+        let limited = stream.limit_unacknowledged(MAX_UNACKNOWLEDGED);
+        limited.map_err(|error| self.error("preparing the socket", &error.to_string(), ""))?;
         let mut config = tokio_postgres::Config::new();
         config
             .user(&self.inner.server.user)

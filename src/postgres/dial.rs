@@ -96,15 +96,16 @@ async fn negotiate(
             let handshake = Box::pin(connector.connect(name, stream)).await;
             match handshake {
                 Ok(stream) => Ok(Stream::Tls(Box::new(stream.into()))),
-                Err(_) if server.sslmode == SslMode::Prefer => {
+                Err(error) if server.sslmode == SslMode::Prefer => {
                     // As libpq does: prefer protects against nothing that can break a handshake.
+                    tracing::debug!(host = server.host, port = server.port, %error, "no TLS, goes on without");
                     Box::pin(open(server, None, Encryption::Without)).await
                 }
                 Err(error) => Err(DialError {
                     step: "negotiating TLS",
                     cause: error.to_string(),
                     hint: "check sslrootcert against the issuer of the server's certificate, and for verify-full the host \
-                           against its subjectAltName",
+                           against its subjectAltName; it must be a version 3 certificate",
                 }),
             }
         }

@@ -258,7 +258,8 @@ impl RawConnection {
         answer
     }
 
-    /// Sends Terminate and waits until the server has closed the connection: then its backend has ended.
+    /// Sends Terminate and waits until the server has closed the connection: then its backend has ended. Not bounded in
+    /// time, because only the caller knows what an unproven end means.
     pub async fn terminate(mut self) -> Result<(), RawError> {
         self.send(&[b'X', 0, 0, 0, 4]).await?;
         loop {

@@ -3,6 +3,7 @@
 use std::io;
 use std::pin::Pin;
 use std::task::{Context, Poll};
+use std::time::Duration;
 
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio::net::{TcpStream, UnixStream};
@@ -23,6 +24,22 @@ impl Stream {
     /// Whether what is sent cannot be read on the way: TLS, or a Unix socket that never leaves the machine.
     pub fn is_private(&self) -> bool {
         !matches!(self, Self::Tcp(_))
+    }
+
+    /// Breaks the connection once sent bytes stay unacknowledged for `limit`; the kernel's own limit is about a quarter
+    /// of an hour, because keepalive probes wait until everything sent is acknowledged. Only for peers that always
+    /// read: a full receive window counts as silence too. Does nothing for Unix sockets, nor where the system cannot.
+    pub(super) fn limit_unacknowledged(&self, limit: Duration) -> io::Result<()> {
+        let tcp = match self {
+            Self::Tcp(stream) => stream,
+            Self::Tls(stream) => stream.get_ref().0,
+            Self::Unix(_) => return Ok(()),
+        };
+        #[cfg(target_os = "linux")]
+        socket2::SockRef::from(tcp).set_tcp_user_timeout(Some(limit))?;
+        #[cfg(not(target_os = "linux"))]
+        let _unsupported = (tcp, limit);
+        Ok(())
     }
 }
 

@@ -3,6 +3,9 @@
 //!
 //! `prefer` and `require` check nothing unless `sslrootcert` is given, `verify-ca` checks the chain, `verify-full` the
 //! chain and the name. Only rustls with ring is used; a server that speaks nothing newer than TLS 1.1 is refused.
+//!
+//! Stricter than libpq where something is checked: certificates must be X.509 version 3, and their name must be in
+//! subjectAltName (libpq falls back to the common name).
 
 use std::path::Path;
 use std::sync::Arc;
@@ -22,6 +25,8 @@ use crate::config::{self, SslMode};
 /// What `sslmode` asks of a server's certificate.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Check {
+    /// Nor its signature: with any certificate accepted, that would prove nothing, and rustls cannot read version 1,
+    /// which is what PostgreSQL's own instructions make with OpenSSL before 3.2.
     Nothing,
     Chain,
     ChainAndName,
@@ -88,7 +93,8 @@ fn read_certificates(path: &Path) -> Result<Vec<CertificateDer<'static>>, String
 #[derive(Debug)]
 struct Verifier {
     check: Check,
-    /// Trusted as they stand: OpenSSL, and so libpq, takes a server whose own certificate is in `sslrootcert`.
+    /// Trusted as they stand, whatever their dates: OpenSSL, and so libpq, takes a server whose own certificate is in
+    /// `sslrootcert`.
     pinned: Vec<CertificateDer<'static>>,
     chain: Option<Arc<WebPkiServerVerifier>>,
     provider: Arc<CryptoProvider>,
@@ -155,7 +161,12 @@ impl ServerCertVerifier for Verifier {
         cert: &CertificateDer<'_>,
         dss: &DigitallySignedStruct,
     ) -> Result<HandshakeSignatureValid, rustls::Error> {
-        verify_tls12_signature(message, cert, dss, &self.provider.signature_verification_algorithms)
+        match self.check {
+            Check::Nothing => Ok(HandshakeSignatureValid::assertion()),
+            Check::Chain | Check::ChainAndName => {
+                verify_tls12_signature(message, cert, dss, &self.provider.signature_verification_algorithms)
+            }
+        }
     }
 
     fn verify_tls13_signature(
@@ -164,7 +175,12 @@ impl ServerCertVerifier for Verifier {
         cert: &CertificateDer<'_>,
         dss: &DigitallySignedStruct,
     ) -> Result<HandshakeSignatureValid, rustls::Error> {
-        verify_tls13_signature(message, cert, dss, &self.provider.signature_verification_algorithms)
+        match self.check {
+            Check::Nothing => Ok(HandshakeSignatureValid::assertion()),
+            Check::Chain | Check::ChainAndName => {
+                verify_tls13_signature(message, cert, dss, &self.provider.signature_verification_algorithms)
+            }
+        }
     }
 
     fn supported_verify_schemes(&self) -> Vec<SignatureScheme> {

@@ -76,6 +76,9 @@ pub use stream::{Feedback, ReplicationMessage, ReplicationStream};
 /// Longest time between two statuses.
 const MAX_PERIOD: Duration = Duration::from_secs(10);
 
+/// A server that does not even acknowledge our statuses for this long is gone.
+const MAX_UNACKNOWLEDGED: Duration = Duration::from_secs(60);
+
 /// A replication command failed, or the stream ended.
 #[derive(Debug, thiserror::Error)]
 pub enum WalsenderError {
@@ -179,6 +182,9 @@ impl ReplicationConnection {
         let mut login = connector.own_login(database, "walsender");
         login.parameters.push(("replication".to_owned(), "database".to_owned()));
         let connection = Box::pin(connector.raw(&login)).await?;
+        // A walsender always reads, also while it sends.
+        let limited = connection.stream.limit_unacknowledged(MAX_UNACKNOWLEDGED);
+        limited.map_err(|error| connection.lost("preparing the socket", error))?;
         Ok(Self { connection, connector: connector.clone() })
     }
 
