@@ -4,7 +4,7 @@ use std::path::PathBuf;
 
 use crate::demo::installations::Installation;
 
-/// What [`Cluster::start`] is told.
+/// What [`Cluster::start`](super::Cluster::start) is told.
 #[derive(Clone, Debug)]
 pub struct ClusterOptions {
     /// Directory with `postgres` and `initdb`.
