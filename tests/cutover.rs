@@ -11,7 +11,7 @@ use async_trait::async_trait;
 use pgcutover::catalog::decision::Outcome;
 use pgcutover::catalog::{Place, bootstrap};
 use pgcutover::config::{Config, FencePolicy, Stragglers};
-use pgcutover::cutover::coordinator::{Coordinator, CoordinatorDeps, CutoverOptions};
+use pgcutover::cutover::coordinator::{Coordinator, CoordinatorDeps, CutoverOptions, CutoverState};
 use pgcutover::cutover::parts::{Engine, Lease, MoveReport, Replication, Sessions, Straggler};
 use pgcutover::cutover::report::{CutoverOutcome, CutoverReport};
 use pgcutover::demo::cluster::Cluster;
@@ -19,6 +19,7 @@ use pgcutover::failpoint::Failpoints;
 use pgcutover::postgres::{Connector, InstanceId};
 use pgcutover::shutdown::Tasks;
 use pgcutover::switch::{Epoch, Route, ServerRole, Switchboard};
+use pgcutover::telemetry::metrics::Metrics;
 use support::link::{Cut, Link};
 use support::{connect, connect_with, try_connect, two_clusters, wait_for};
 
@@ -55,9 +56,6 @@ struct Instantly {
 
 #[async_trait]
 impl Engine for Instantly {
-    async fn databases(&self, _: &str) -> Result<Vec<String>, String> {
-        Ok(self.databases.clone())
-    }
     async fn begin_cutover(&self, _: &str) -> Result<Arc<dyn Lease>, String> {
         Ok(Arc::new(self.clone()))
     }
@@ -172,6 +170,7 @@ impl Stage {
             engine: Arc::new(engine.clone()),
             source: source.clone(),
             target: target.clone(),
+            metrics: Arc::new(Metrics::new().expect("a fresh registry")),
             failpoints: Failpoints::parse(failpoints).expect("valid failpoints"),
             tasks: tasks.clone(),
         });
@@ -571,7 +570,11 @@ async fn leave_behind_at(stage: &Stage, failpoints: &str) {
     // Hanging is not visible from outside; the phase stops changing.
     let mut seen = (None, Instant::now());
     wait_for("the cutover to hang", || {
-        let phase = life.coordinator.progress(NAME).map(|progress| progress.phase);
+        let phase = life.coordinator.progress(NAME);
+        let phase = phase.and_then(|state| match state {
+            CutoverState::Running(progress) => Some(progress.phase),
+            CutoverState::Ended(_) => None,
+        });
         if phase != seen.0 || phase.is_none() {
             seen = (phase, Instant::now());
         }

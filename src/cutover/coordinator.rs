@@ -5,7 +5,7 @@
 //! that a crash has left.
 
 use std::collections::HashMap;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use tokio::sync::{oneshot, watch};
@@ -27,7 +27,8 @@ use crate::config::Config;
 use crate::failpoint::Failpoints;
 use crate::postgres::{Connector, Control};
 use crate::shutdown::Tasks;
-use crate::switch::{Epoch, ServerRole, Switchboard};
+use crate::switch::{Epoch, Route, ServerRole, Switchboard};
+use crate::telemetry::metrics::{self, Metrics};
 
 pub use super::work::CutoverOptions;
 
@@ -52,6 +53,8 @@ pub struct CoordinatorDeps {
     pub source: Connector,
     /// `[target]`
     pub target: Connector,
+    /// Where phases and outcomes are counted.
+    pub metrics: Arc<Metrics>,
     /// Points at which tests kill us.
     pub failpoints: Failpoints,
     /// Owner of the tasks.
@@ -61,6 +64,17 @@ pub struct CoordinatorDeps {
 struct Running {
     progress: watch::Receiver<Option<CutoverProgress>>,
     cancel: CancellationToken,
+    /// Set when it has ended.
+    report: Option<CutoverReport>,
+}
+
+/// The running cutover of a migration, or its last one.
+#[derive(Clone, Debug, PartialEq)]
+pub enum CutoverState {
+    /// It runs.
+    Running(CutoverProgress),
+    /// It has ended.
+    Ended(CutoverReport),
 }
 
 /// See the module. Shared as `Arc`.
@@ -136,33 +150,71 @@ impl Coordinator {
         answer.await.unwrap_or(Err(CutoverError::Stopped("pgcutover is stopping")))
     }
 
-    /// Where the running or last cutover of `migration` stands.
-    pub fn progress(&self, migration: &str) -> Option<CutoverProgress> {
-        let running = self.running.lock().unwrap_or_else(PoisonError::into_inner);
-        running.get(migration).and_then(|running| running.progress.borrow().clone())
+    /// The running or last cutover of `migration`; none since this process began: `None`.
+    pub fn progress(&self, migration: &str) -> Option<CutoverState> {
+        let running = self.running();
+        let running = running.get(migration)?;
+        match &running.report {
+            Some(report) => Some(CutoverState::Ended(report.clone())),
+            None => running.progress.borrow().clone().map(CutoverState::Running),
+        }
     }
 
     /// Tells a running cutover to give up. Has no effect once its decision has been sent. Returns whether one was running.
     pub fn cancel(&self, migration: &str) -> bool {
-        let running = self.running.lock().unwrap_or_else(PoisonError::into_inner);
-        let Some(running) = running.get(migration) else { return false };
-        let is_over = running.progress.borrow().as_ref().is_some_and(|progress| progress.phase.is_over());
+        let running = self.running();
+        let Some(running) = running.get(migration).filter(|running| running.report.is_none()) else { return false };
         running.cancel.cancel();
-        !is_over
+        true
     }
 
-    /// What would stand in the way of a cutover now: work on the source that is older than the drain would wait for.
-    pub async fn blockers(&self, migration: &str) -> Result<Vec<Obstacle>, CutoverError> {
-        let databases = self.deps.engine.databases(migration).await.map_err(CutoverError::Guardrail)?;
+    /// Work on the source, in databases that the proxy serves, that is older than the drain of a cutover would wait for.
+    pub async fn long_work(&self) -> Result<Vec<Obstacle>, CutoverError> {
+        let on_source = |route: &Route| matches!(route, Route::To { server: ServerRole::Source, .. });
+        let databases: Vec<String> = self
+            .deps
+            .switchboard
+            .all()
+            .iter()
+            .filter(|database| on_source(&database.route()))
+            .map(|database| database.name().to_owned())
+            .collect();
         let control = self.deps.source.control(&self.deps.config.control.database, "blockers").await?;
-        let known = Known {
-            pids: databases.iter().flat_map(|database| self.deps.sessions.backend_pids(database)).collect(),
-            own_prefix: self.deps.source.instance().application_name(""),
-            slots: Vec::new(),
-        };
+        let known =
+            Known { pids: Vec::new(), own_prefix: self.deps.source.instance().application_name(""), slots: Vec::new() };
         let mut busy = hard_fence::backends(&control, &databases, &known, Looking::ForWork).await?;
         busy.retain(|obstacle| obstacle.age_seconds > self.deps.config.cutover.drain_timeout.as_secs_f64());
         Ok(busy)
+    }
+
+    fn running(&self) -> MutexGuard<'_, HashMap<String, Running>> {
+        self.running.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn measure(&self, report: &CutoverReport) {
+        let metrics = &self.deps.metrics;
+        let outcome = match report.outcome {
+            CutoverOutcome::Switched => metrics::Outcome::Switched,
+            CutoverOutcome::Aborted => metrics::Outcome::Aborted,
+            CutoverOutcome::DryRun => metrics::Outcome::DryRun,
+        };
+        metrics.cutovers.with_label_values(&[metrics::Direction::Forward.as_str(), outcome.as_str()]).inc();
+        let phases = report.phases_ms;
+        for (phase, spent_ms) in [
+            (metrics::Phase::Prepare, phases.prepare),
+            (metrics::Phase::Pause, phases.pause),
+            (metrics::Phase::Drain, phases.drain),
+            (metrics::Phase::Decide, phases.decide),
+            (metrics::Phase::Switch, phases.switch),
+        ] {
+            if spent_ms > 0 {
+                let seconds = Duration::from_millis(spent_ms).as_secs_f64();
+                metrics.cutover_phase_seconds.with_label_values(&[phase.as_str()]).observe(seconds);
+            }
+        }
+        if report.pause_ms > 0 {
+            metrics.cutover_pause_seconds.observe(Duration::from_millis(report.pause_ms).as_secs_f64());
+        }
     }
 
     async fn run_to_the_end(&self, migration: &str, options: CutoverOptions) -> Result<CutoverReport, CutoverError> {
@@ -174,10 +226,8 @@ impl Coordinator {
         let lease = self.deps.engine.begin_cutover(migration).await.map_err(CutoverError::Engine)?;
         let (progress, seen) = watch::channel(None);
         let cancel = CancellationToken::new();
-        self.running
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner)
-            .insert(migration.to_owned(), Running { progress: seen, cancel: cancel.clone() });
+        let running = Running { progress: seen, cancel: cancel.clone(), report: None };
+        self.running().insert(migration.to_owned(), running);
         let orders = Orders { cancel, tasks: self.deps.tasks.clone() };
         let report = match Box::pin(self.accept(migration, options, lease.clone(), orders, progress)).await {
             Ok(work) => Box::pin(walk(work)).await,
@@ -190,6 +240,10 @@ impl Coordinator {
             }
         };
         drop(turn);
+        self.measure(&report);
+        if let Some(running) = self.running().get_mut(migration) {
+            running.report = Some(report.clone());
+        }
         tracing::info!(migration, outcome = ?report.outcome, pause_ms = report.pause_ms, reason = report.reason, "cutover ended");
         if self.deps.switchboard.all().iter().any(|database| is_unknown(&database.route())) {
             // In doubt, or contradictory: the rows decide.

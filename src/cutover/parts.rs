@@ -100,9 +100,6 @@ pub struct Replication {
 /// The engine.
 #[async_trait]
 pub trait Engine: Send + Sync {
-    /// The databases of a migration.
-    async fn databases(&self, migration: &str) -> Result<Vec<String>, String>;
-
     /// Takes a migration that is ready to be cut over.
     async fn begin_cutover(&self, migration: &str) -> Result<Arc<dyn Lease>, String>;
 

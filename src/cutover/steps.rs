@@ -19,7 +19,7 @@ use super::phase::Event;
 use super::report::{CutoverOutcome, CutoverReport};
 use super::settle::{self, Answer};
 use super::soft_fence::{self, Before};
-use super::work::{LineSessions, Work, bounded};
+use super::work::{Line, LineSessions, Work, bounded};
 use crate::catalog::decision::Outcome;
 use crate::catalog::fence::Fence;
 use crate::catalog::{Place, bootstrap};
@@ -49,6 +49,9 @@ pub const ALL_FAILPOINTS: &[&str] = &[
 
 /// Between two questions while the decision is in doubt.
 const ASK_AGAIN: Duration = Duration::from_millis(250);
+
+/// Between two looks at sessions that are logging in.
+const LOOK_AGAIN: Duration = Duration::from_millis(2);
 
 /// The cutover was accepted; nothing has been done.
 #[derive(Debug)]
@@ -351,12 +354,23 @@ impl Work {
         }
         self.publish();
         self.failpoint("pause.after_gate").await?;
+        self.wait_for_logins().await;
         if self.options.fence == FencePolicy::Hard && !self.options.dry_run {
             hard_fence::shut(&mut self.from.control, &self.case.databases).await?;
             self.sessions_ended += hard_fence::expel(&self.from.control, &self.case.databases, || self.known()).await?;
         }
         self.failpoint("pause.after_hard_fence").await?;
         Ok(())
+    }
+
+    /// A login opens its backend inside the gate, and its client would feel the shut door. Those that are on their way
+    /// are let through; one that takes longer than a transaction may is refused.
+    async fn wait_for_logins(&self) {
+        let logging_in = |line: &Line| line.gate.inside() > self.sessions.stragglers(&line.name).len();
+        let deadline = Instant::now() + self.options.drain_timeout;
+        while self.lines.iter().any(logging_in) && Instant::now() < deadline {
+            tokio::time::sleep(LOOK_AGAIN).await;
+        }
     }
 
     async fn drain(&mut self, deadline: Instant) -> Result<(), CutoverError> {
