@@ -12,11 +12,12 @@ use pgcutover::catalog::decision::Outcome;
 use pgcutover::catalog::{Place, bootstrap};
 use pgcutover::config::{Config, FencePolicy, Stragglers};
 use pgcutover::cutover::coordinator::{Coordinator, CoordinatorDeps, CutoverOptions, CutoverState};
-use pgcutover::cutover::parts::{Engine, Lease, MoveReport, Replication, Sessions, Straggler};
+use pgcutover::cutover::parts::{Engine, Lease, Replication};
 use pgcutover::cutover::report::{CutoverOutcome, CutoverReport};
 use pgcutover::demo::cluster::Cluster;
 use pgcutover::failpoint::Failpoints;
 use pgcutover::postgres::{Connector, InstanceId};
+use pgcutover::proxy::Sessions;
 use pgcutover::shutdown::Tasks;
 use pgcutover::switch::{Epoch, Route, ServerRole, Switchboard};
 use pgcutover::telemetry::metrics::Metrics;
@@ -24,27 +25,6 @@ use support::link::{Cut, Link};
 use support::{connect, connect_with, try_connect, two_clusters, wait_for};
 
 const NAME: &str = "move";
-
-/// No sessions.
-struct Nobody;
-
-#[async_trait]
-impl Sessions for Nobody {
-    fn backend_pids(&self, _: &str) -> Vec<i32> {
-        Vec::new()
-    }
-    fn stragglers(&self, _: &str) -> Vec<Straggler> {
-        Vec::new()
-    }
-    async fn prepare_moves(&self, _: &[String], _: ServerRole, _: Epoch, _: Instant) -> Vec<MoveReport> {
-        Vec::new()
-    }
-    async fn settle_moves(&self, _: &[String], _: Instant) -> Vec<MoveReport> {
-        Vec::new()
-    }
-    fn discard_moves(&self, _: &[String]) {}
-    fn end(&self, _: &[u64], _: &'static str, _: &str) {}
-}
 
 /// An engine that is always ready and has always applied everything.
 #[derive(Clone, Default)]
@@ -166,7 +146,7 @@ impl Stage {
         let coordinator = Coordinator::start(CoordinatorDeps {
             config: Arc::new(config),
             switchboard: switchboard.clone(),
-            sessions: Arc::new(Nobody),
+            sessions: Arc::new(Sessions::default()),
             engine: Arc::new(engine.clone()),
             source: source.clone(),
             target: target.clone(),

@@ -13,7 +13,7 @@ use tokio_util::sync::CancellationToken;
 
 use super::CutoverError;
 use super::hard_fence::{self, Known, Looking, Obstacle};
-use super::parts::{Engine, Lease, Sessions};
+use super::parts::{Engine, Lease};
 use super::phase::Phase;
 use super::report::{CutoverOutcome, CutoverProgress, CutoverReport, Timings};
 use super::startup::Resolver;
@@ -26,6 +26,7 @@ use crate::catalog::{Place, bootstrap, claims};
 use crate::config::Config;
 use crate::failpoint::Failpoints;
 use crate::postgres::{Connector, Control};
+use crate::proxy::Sessions;
 use crate::shutdown::Tasks;
 use crate::switch::{Epoch, Route, ServerRole, Switchboard};
 use crate::telemetry::metrics::{self, Metrics};
@@ -46,7 +47,7 @@ pub struct CoordinatorDeps {
     /// Routes and gates.
     pub switchboard: Arc<Switchboard>,
     /// The proxied sessions.
-    pub sessions: Arc<dyn Sessions>,
+    pub sessions: Arc<Sessions>,
     /// The migrations.
     pub engine: Arc<dyn Engine>,
     /// `[source]`

@@ -13,7 +13,7 @@ use tokio::time::timeout_at;
 use super::CutoverError;
 use super::guardrails::published_tables;
 use super::hard_fence::{self, Looking, Obstacle};
-use super::work::{Line, LineSessions, Work};
+use super::work::{Line, LineSessions, Unmoved, Work};
 use crate::config::{FencePolicy, Stragglers};
 use crate::sqlstate;
 
@@ -89,14 +89,14 @@ impl Work {
         blockers.extend(self.prepared_transactions().await?);
         for line in &self.lines {
             for straggler in self.sessions.stragglers(&line.name) {
-                let pid = straggler.pid.unwrap_or(0);
+                let pid = straggler.backend_pid.unwrap_or(0);
                 if pid == 0 || !blockers.iter().any(|blocker| blocker.pid == pid) {
                     blockers.push(Obstacle {
                         pid,
                         database: line.name.clone(),
-                        application_name: String::new(),
-                        doing: format!("proxied session {} has not been answered", straggler.session),
-                        age_seconds: self.options.drain_timeout.as_secs_f64(),
+                        application_name: straggler.application_name,
+                        doing: format!("session {} has not been answered", straggler.client_pid),
+                        age_seconds: straggler.for_time.as_secs_f64(),
                     });
                 }
             }
@@ -109,13 +109,13 @@ impl Work {
         let mut ended = std::collections::HashSet::new();
         for line in &self.lines {
             let stragglers = self.sessions.stragglers(&line.name);
-            let sessions: Vec<u64> = stragglers.iter().map(|straggler| straggler.session).collect();
+            let sessions: Vec<u64> = stragglers.iter().map(|straggler| straggler.id).collect();
             self.sessions.end(
                 &sessions,
                 sqlstate::ADMIN_SHUTDOWN,
                 "ended by an operator's order: the database is moving",
             );
-            ended.extend(stragglers.iter().filter_map(|straggler| straggler.pid));
+            ended.extend(stragglers.iter().filter_map(|straggler| straggler.backend_pid));
         }
         ended.extend(blockers.iter().map(|blocker| blocker.pid));
         ended.remove(&0);
@@ -190,14 +190,13 @@ impl Work {
 
     /// Held sessions bring their other backend up to date. Those that cannot are ended or stop the cutover.
     pub(super) async fn settle_sessions(&mut self, deadline: Instant) -> Result<(), CutoverError> {
-        let reports = self.sessions.settle_moves(&self.case.databases, deadline).await;
-        let mut unmoved = self.take_moves(&reports);
-        for session in std::mem::take(&mut unmoved.busy) {
-            unmoved.words.push(format!("session {session}: not at a safe point"));
-            unmoved.sessions.push(session);
-        }
-        let sessions = unmoved.sessions.clone();
-        self.check_moves(unmoved)?;
+        // Half of what is left of the pause, so that a session which does not answer is named, not max_pause.
+        let in_time = Instant::now() + deadline.saturating_duration_since(Instant::now()) / 2;
+        let reports = self.sessions.settle_moves(&self.case.databases, in_time.into()).await;
+        let Unmoved { busy, mut stuck } = self.take_moves(&reports);
+        stuck.extend(busy);
+        let sessions: Vec<u64> = stuck.iter().map(|session| session.id).collect();
+        self.check_moves(stuck)?;
         if !sessions.is_empty() && !self.options.dry_run {
             self.sessions.end(&sessions, sqlstate::ADMIN_SHUTDOWN, "this session cannot be moved to the new server");
             self.sessions_ended += sessions.len() as u64;

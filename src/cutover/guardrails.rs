@@ -1,7 +1,7 @@
 //! What must hold before a cutover begins. Read-only; an operator who is refused here has lost nothing.
 
 use super::CutoverError;
-use super::work::{LineSessions, Work};
+use super::work::{LineSessions, UnmovedSession, Work};
 use crate::config::{FencePolicy, Stragglers};
 use crate::postgres::Control;
 use crate::switch::Route;
@@ -130,12 +130,15 @@ impl Work {
     }
 
     /// Whether sessions that cannot be moved stop the cutover now or are ended in the pause.
-    pub(super) fn check_moves(&mut self, unmoved: super::work::Unmoved) -> Result<(), CutoverError> {
+    pub(super) fn check_moves(&mut self, stuck: Vec<UnmovedSession>) -> Result<(), CutoverError> {
+        if stuck.is_empty() {
+            return Ok(());
+        }
+        let words = stuck.into_iter().map(|session| session.words);
         match self.options.stragglers {
-            _ if unmoved.sessions.is_empty() => Ok(()),
-            Stragglers::Abort => Err(CutoverError::Sessions(unmoved.words)),
+            Stragglers::Abort => Err(CutoverError::Sessions(words.collect())),
             Stragglers::Terminate => {
-                self.notes.extend(unmoved.words.into_iter().map(|words| format!("cannot be moved: {words}")));
+                self.notes.extend(words.map(|words| format!("cannot be moved: {words}")));
                 Ok(())
             }
         }

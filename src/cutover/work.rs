@@ -8,7 +8,7 @@ use tokio_util::sync::CancellationToken;
 
 use super::CutoverError;
 use super::hard_fence::Known;
-use super::parts::{Lease, MoveOutcome, MoveReport, Sessions};
+use super::parts::Lease;
 use super::phase::{Event, Phase};
 use super::report::{CutoverOutcome, CutoverProgress, CutoverReport, Timings};
 use super::undo::Undo;
@@ -17,6 +17,7 @@ use crate::catalog::decision::Case;
 use crate::config::{FencePolicy, Stragglers};
 use crate::failpoint::{Failed, Failpoints};
 use crate::postgres::{Connector, Control};
+use crate::proxy::{MoveOrder, MoveOutcome, MoveReport, SessionView, Sessions};
 use crate::shutdown::Tasks;
 use crate::switch::{Database, Epoch, ServerRole};
 
@@ -83,7 +84,7 @@ pub(super) struct Work {
     /// The server that it leads to. Its control session holds the lock that says this coordinator lives.
     pub(super) to: Side,
     pub(super) lines: Vec<Line>,
-    pub(super) sessions: Arc<dyn Sessions>,
+    pub(super) sessions: Arc<Sessions>,
     pub(super) lease: Arc<dyn Lease>,
     pub(super) failpoints: Failpoints,
     pub(super) orders: Orders,
@@ -144,6 +145,11 @@ impl Work {
         }
     }
 
+    /// Where sessions are to be moved.
+    pub(super) fn move_order(&self) -> MoveOrder {
+        MoveOrder { to: self.to.role, epoch: self.case.epoch }
+    }
+
     /// Counts what has moved and returns, in words, what cannot.
     pub(super) fn take_moves(&mut self, reports: &[MoveReport]) -> Unmoved {
         self.sessions_moved = reports.iter().filter(|report| report.outcome == MoveOutcome::Ready).count() as u64;
@@ -152,14 +158,15 @@ impl Work {
             let words = match outcome {
                 MoveOutcome::Ready => continue,
                 MoveOutcome::Busy => {
-                    unmoved.busy.push(*session);
+                    unmoved.busy.push(describe(session, "not at a safe point"));
                     continue;
                 }
-                MoveOutcome::Blocked(blockers) => blockers.join(", "),
+                MoveOutcome::Blocked(blockers) => {
+                    blockers.iter().map(ToString::to_string).collect::<Vec<_>>().join(", ")
+                }
                 MoveOutcome::Failed(reason) => reason.clone(),
             };
-            unmoved.sessions.push(*session);
-            unmoved.words.push(format!("session {session}: {words}"));
+            unmoved.stuck.push(describe(session, &words));
         }
         unmoved
     }
@@ -183,12 +190,24 @@ impl Work {
 /// Sessions that a round of moves has left behind.
 #[derive(Debug, Default)]
 pub(super) struct Unmoved {
-    /// Not at a safe point yet; they are asked again.
-    pub(super) busy: Vec<u64>,
+    /// Not at a safe point yet; they go on trying.
+    pub(super) busy: Vec<UnmovedSession>,
     /// Cannot be moved.
-    pub(super) sessions: Vec<u64>,
-    /// Why, one line for each of `sessions`.
-    pub(super) words: Vec<String>,
+    pub(super) stuck: Vec<UnmovedSession>,
+}
+
+/// A session that is left behind, and why.
+#[derive(Debug)]
+pub(super) struct UnmovedSession {
+    pub(super) id: u64,
+    /// For operators.
+    pub(super) words: String,
+}
+
+fn describe(session: &SessionView, why: &str) -> UnmovedSession {
+    let SessionView { id, user, application_name, client_address, client_pid, .. } = session;
+    let words = format!("session {client_pid} of {user:?} ({application_name:?}, from {client_address}): {why}");
+    UnmovedSession { id: *id, words }
 }
 
 /// Runs a step that may be given up: until `deadline` at the latest, and until somebody says stop. The step is dropped
