@@ -152,8 +152,9 @@ impl EngineLock {
     pub async fn lost(&self, every: std::time::Duration) {
         while !self.client.is_closed() {
             tokio::time::sleep(every).await;
-            if self.client.simple_query("SELECT").await.is_err() {
-                return;
+            match tokio::time::timeout(every * 3, self.client.simple_query("SELECT")).await {
+                Ok(Ok(_)) => {}
+                Ok(Err(_)) | Err(_) => return,
             }
         }
     }

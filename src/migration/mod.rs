@@ -5,17 +5,21 @@
 //!                 schema, copy (a snapshot for each table), indexes, stream + apply, constraints → ready
 //! ```
 //!
-//! [`state`] is the machine; [`snapshot`] the rule by which a table passes from its copy to the stream without a gap
+//! [`engine`] owns the migrations of a target and is the way in. [`state`] is the machine; [`snapshot`] the rule by which a table passes from its copy to the stream without a gap
 //! and without a double; [`view`] what operators see.
 
 pub mod apply;
 pub mod copy;
+pub mod engine;
 pub mod identity;
+pub mod lag;
 pub mod made;
 pub mod materialized;
 pub mod preflight;
+pub mod publication;
 pub mod roles;
 pub mod schema;
+pub mod sequences;
 mod settings;
 pub mod snapshot;
 pub mod state;

@@ -1,0 +1,318 @@
+//! The one place through which the state of a migration changes: durable first, then visible, then acted upon.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use tokio::sync::{mpsc, oneshot};
+use tokio::task::JoinHandle;
+
+use super::cancel;
+use super::context::Context;
+use super::error::{EngineError, WorkError};
+use super::live::unix_now;
+use super::worker::{WorkEnd, Worker};
+use crate::catalog::decision::Outcome;
+use crate::catalog::journal::Side;
+use crate::migration::state::{Effect, Event, State, resume, transition};
+use crate::migration::stream::describe;
+use crate::migration::view::{CancelReport, Problem};
+use crate::shutdown::Tasks;
+
+/// How long until something that failed is tried again by itself.
+const AGAIN: Duration = Duration::from_secs(5);
+
+/// What an actor is asked to do. The answer comes when it is durable.
+pub(super) enum Command {
+    /// From the worker: something happened.
+    Report(Event, oneshot::Sender<Result<(), WorkError>>),
+    /// An operator gives up.
+    Cancel(oneshot::Sender<Result<CancelReport, EngineError>>),
+    /// An operator wants it tried again.
+    Retry(oneshot::Sender<Result<(), EngineError>>),
+    /// A cutover begins.
+    Begin(oneshot::Sender<Result<(), EngineError>>),
+    /// A cutover has ended.
+    Settle(Outcome, oneshot::Sender<Result<(), EngineError>>),
+}
+
+/// See the module.
+pub(super) struct Actor {
+    pub(super) context: Arc<Context>,
+    pub(super) commands: mpsc::Receiver<Command>,
+    /// For the worker.
+    pub(super) sender: mpsc::Sender<Command>,
+    pub(super) tasks: Tasks,
+    work: Option<JoinHandle<WorkEnd>>,
+    /// An event of the worker, or an undoing, that could not be recorded yet.
+    unfinished: Option<Unfinished>,
+}
+
+/// What has to be tried again.
+enum Unfinished {
+    /// The state after the worker's end is not durable yet.
+    End(Event, Option<Problem>),
+    /// The forward slot and publication are not gone yet.
+    EndStream,
+}
+
+impl Actor {
+    pub(super) fn new(context: Arc<Context>, tasks: Tasks) -> (Self, mpsc::Sender<Command>) {
+        let (sender, commands) = mpsc::channel(16);
+        let actor = Self { context, commands, sender: sender.clone(), tasks, work: None, unfinished: None };
+        (actor, sender)
+    }
+
+    /// Goes on from the state in which the catalogue has it, until the engine stops.
+    pub(super) async fn run(mut self) {
+        for effect in resume(self.context.live.state()) {
+            self.perform(effect).await;
+        }
+        let tasks = self.tasks.clone();
+        loop {
+            let retry = self.unfinished.is_some();
+            // A channel, a handle that is only borrowed, a sleep and a token: nothing is lost by dropping a wait for them.
+            tokio::select! {
+                command = self.commands.recv() => match command {
+                    Some(command) => self.obey(command).await,
+                    None => break,
+                },
+                end = finished(&mut self.work) => {
+                    self.work = None;
+                    self.ended(end).await;
+                }
+                () = tokio::time::sleep(AGAIN), if retry => self.try_again().await,
+                () = tasks.stopping() => break,
+            }
+        }
+        self.stop_work().await;
+    }
+
+    async fn obey(&mut self, command: Command) {
+        // Whoever asked may have gone; what was done stays done.
+        match command {
+            Command::Report(event, reply) => {
+                let _ = reply.send(self.change(event, None).await);
+            }
+            Command::Cancel(reply) => {
+                let _ = reply.send(self.cancel().await);
+            }
+            Command::Retry(reply) => {
+                let _ = reply.send(self.ordered(Event::RetryAsked).await);
+            }
+            Command::Begin(reply) => {
+                let _ = reply.send(self.ordered(Event::CutoverBegun).await);
+            }
+            Command::Settle(outcome, reply) => {
+                let _ = reply.send(self.settle(outcome).await);
+            }
+        }
+    }
+
+    async fn ordered(&mut self, event: Event) -> Result<(), EngineError> {
+        transition(self.context.live.state(), event)?;
+        self.change(event, None).await.map_err(|error| EngineError::Unavailable(describe(&error)))
+    }
+
+    /// The verdict of a cutover. One that is known already changes nothing.
+    async fn settle(&mut self, outcome: Outcome) -> Result<(), EngineError> {
+        if self.context.live.state() != State::CompletingMigration {
+            return Ok(());
+        }
+        self.ordered(match outcome {
+            Outcome::Decided => Event::CutoverDecided,
+            Outcome::Aborted => Event::CutoverAborted,
+        })
+        .await
+    }
+
+    async fn cancel(&mut self) -> Result<CancelReport, EngineError> {
+        if self.context.live.state() == State::Cancelled
+            && let Some(report) = self.context.live.cancelled()
+        {
+            return Ok(report);
+        }
+        self.ordered(Event::CancelAsked).await?;
+        Ok(self.context.live.cancelled().unwrap_or_default())
+    }
+
+    /// The worker has ended.
+    async fn ended(&mut self, end: WorkEnd) {
+        let WorkEnd::Event(event, problem) = end else { return };
+        if self.context.live.state() == State::CompletingMigration {
+            // The cutover learns it from the stream and aborts; work that is begun again then fails again.
+            return;
+        }
+        if let Err(error) = self.change(event, problem.clone()).await {
+            if error.is_fenced() {
+                return;
+            }
+            tracing::warn!(
+                migration = self.context.live.name(),
+                error = describe(&error),
+                "the end is not recorded yet"
+            );
+            self.unfinished = Some(Unfinished::End(event, problem));
+        }
+    }
+
+    async fn try_again(&mut self) {
+        match self.unfinished.take() {
+            Some(Unfinished::End(event, problem)) => self.ended(WorkEnd::Event(event, problem)).await,
+            Some(Unfinished::EndStream) => self.end_stream().await,
+            None => {}
+        }
+    }
+
+    /// The choke point: checks, makes durable, publishes, acts.
+    async fn change(&mut self, event: Event, problem: Option<Problem>) -> Result<(), WorkError> {
+        let live = self.context.live.clone();
+        let from = live.state();
+        let (to, effects) = match transition(from, event) {
+            Ok(next) => next,
+            Err(rejected) => {
+                // A worker that reports what a command has overtaken; the command's effects have dealt with it.
+                tracing::debug!(migration = live.name(), %rejected, "event without a place");
+                return Ok(());
+            }
+        };
+        let finished = !to.is_active();
+        let error = problem.as_ref().map(|problem| serde_json::to_value(problem).unwrap_or_default());
+        self.context.catalog.set_state(live.name(), to.substate(), error.as_ref(), finished).await?;
+        self.context.failpoints.hit("engine.after_state").await?;
+        live.publish(|status| {
+            status.state = to;
+            status.error = problem;
+            status.finished_at = finished.then(unix_now);
+        });
+        self.context.changes.send_modify(|changes| *changes += 1);
+        let gauge = &self.context.metrics.migration_state;
+        gauge.with_label_values(&[live.name(), from.substate()]).set(0);
+        gauge.with_label_values(&[live.name(), to.substate()]).set(1);
+        tracing::info!(
+            migration = live.name(),
+            %from,
+            %to,
+            ?event,
+            generation = self.context.catalog.generation().0,
+            "state changed"
+        );
+        for effect in effects {
+            self.perform(effect).await;
+        }
+        Ok(())
+    }
+
+    async fn perform(&mut self, effect: Effect) {
+        match effect {
+            Effect::StartWork => self.start_work(),
+            Effect::StopWork => self.stop_work().await,
+            Effect::Undo => self.undo().await,
+            Effect::EndStream => self.end_stream().await,
+            Effect::AwaitVerdict => {}
+        }
+    }
+
+    fn start_work(&mut self) {
+        if self.work.as_ref().is_some_and(|work| !work.is_finished()) {
+            return;
+        }
+        let worker = Worker { context: self.context.clone(), commands: self.sender.clone() };
+        self.work = Some(tokio::spawn(worker.run()));
+    }
+
+    /// Stops at once: whatever the work is in the middle of can be done again.
+    async fn stop_work(&mut self) {
+        if let Some(work) = self.work.take() {
+            work.abort();
+            // Either it had ended, or it was aborted.
+            let _ended = work.await;
+        }
+        for database in &self.context.live.databases {
+            database.forget_lag();
+        }
+    }
+
+    async fn undo(&mut self) {
+        let undone = match Box::pin(cancel::undo(&self.context, |_| true)).await {
+            Ok(undone) => undone,
+            Err(error) => {
+                let problem = error.problem(None);
+                tracing::warn!(
+                    migration = self.context.live.name(),
+                    error = describe(&error),
+                    "the cancel was interrupted"
+                );
+                self.context.live.publish(|status| status.error = Some(problem));
+                return;
+            }
+        };
+        self.context.live.set_cancelled(&undone.report);
+        if !undone.complete {
+            let problem = Problem {
+                code: "left".to_owned(),
+                message: "not everything could be removed".to_owned(),
+                object: undone.report.left.first().map(|left| format!("{} {}", left.object.kind, left.object.name)),
+                hint: Some("mend the cause and cancel again; the report names what is left".to_owned()),
+            };
+            self.context.live.publish(|status| status.error = Some(problem));
+            return;
+        }
+        if let Err(error) = Box::pin(self.change(Event::Undone, None)).await {
+            tracing::warn!(
+                migration = self.context.live.name(),
+                error = describe(&error),
+                "the cancel is not recorded yet"
+            );
+        }
+    }
+
+    /// Drops the forward slots and publications; tried again until it has succeeded.
+    async fn end_stream(&mut self) {
+        let is_stream = |object: &crate::catalog::journal::MadeObject| {
+            object.side == Side::Source && matches!(object.kind.as_str(), "slot" | "publication")
+        };
+        match Box::pin(cancel::undo(&self.context, is_stream)).await {
+            Ok(undone) => {
+                // A publication in a database that refuses connections stays, listed, until `complete`; a slot that
+                // stays holds WAL back.
+                if undone.report.left.iter().any(|left| left.object.kind == "slot") {
+                    self.unfinished = Some(Unfinished::EndStream);
+                }
+                for left in undone.report.left {
+                    tracing::warn!(
+                        migration = self.context.live.name(),
+                        kind = left.object.kind,
+                        name = left.object.name,
+                        reason = left.reason,
+                        "not removed yet"
+                    );
+                }
+            }
+            Err(error) if error.is_fenced() => {}
+            Err(error) => {
+                tracing::warn!(
+                    migration = self.context.live.name(),
+                    error = describe(&error),
+                    "the stream is not removed yet"
+                );
+                self.unfinished = Some(Unfinished::EndStream);
+            }
+        }
+    }
+}
+
+/// Resolves when the work has ended; never while there is none.
+async fn finished(work: &mut Option<JoinHandle<WorkEnd>>) -> WorkEnd {
+    match work {
+        Some(handle) => handle.await.unwrap_or_else(|error| {
+            let problem = Problem {
+                code: "internal".to_owned(),
+                message: format!("the worker ended unexpectedly: {error}"),
+                object: None,
+                hint: Some("retry goes on where it ended; please report this".to_owned()),
+            };
+            WorkEnd::Event(Event::WorkFailed, Some(problem))
+        }),
+        None => std::future::pending().await,
+    }
+}

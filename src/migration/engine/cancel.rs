@@ -1,0 +1,109 @@
+//! Removing what was made.
+//!
+//! The journal is the list; nothing else is touched. An object is struck out only after its removal has succeeded, and
+//! every removal succeeds when there is nothing to remove, so a cancel that was interrupted is simply done again.
+
+use std::collections::HashMap;
+
+use super::context::Context;
+use super::error::WorkError;
+use crate::catalog::journal::{Journal, MadeObject, Side};
+use crate::migration::publication;
+use crate::migration::stream::describe;
+use crate::migration::view::{CancelReport, Left};
+use crate::postgres::Control;
+
+/// Kinds that are removed first, because they hold WAL back or hinder the application; the rest in reverse order.
+fn rank(object: &MadeObject) -> u8 {
+    match object.kind.as_str() {
+        "slot" => 0,
+        "publication" => 1,
+        "replica_identity" => 2,
+        _ => 3,
+    }
+}
+
+/// Undoes those entries of the journal that `chosen` picks. Whether everything that could be undone was, is told by
+/// [`Undone::complete`].
+pub(super) async fn undo(context: &Context, chosen: impl Fn(&MadeObject) -> bool) -> Result<Undone, WorkError> {
+    let journal = Journal::new(context.catalog.clone(), context.live.name());
+    let mut objects: Vec<MadeObject> = journal.list().await?.into_iter().filter(chosen).collect();
+    objects.reverse();
+    objects.sort_by_key(rank);
+    let mut sessions = Sessions { context, open: HashMap::new() };
+    let mut undone = Undone { report: CancelReport::default(), complete: true };
+    for object in objects {
+        let Some(sql) = object.undo.clone() else {
+            let reason = if object.note.is_empty() { "stays on purpose".to_owned() } else { object.note.clone() };
+            undone.report.left.push(Left { object, reason });
+            continue;
+        };
+        context.failpoints.hit("engine.before_undo").await?;
+        match sessions.remove(&object, &sql).await {
+            Ok(()) => {
+                journal.forget(&object).await?;
+                tracing::info!(
+                    migration = context.live.name(),
+                    side = %object.side,
+                    kind = object.kind,
+                    name = object.name,
+                    "removed"
+                );
+                undone.report.removed.push(object);
+            }
+            Err(error) => {
+                undone.complete = false;
+                undone.report.left.push(Left { object, reason: describe(&error) });
+            }
+        }
+    }
+    Ok(undone)
+}
+
+/// What became of it.
+pub(super) struct Undone {
+    pub(super) report: CancelReport,
+    /// Nothing is left but what stays on purpose.
+    pub(super) complete: bool,
+}
+
+/// One session for each database of each server.
+struct Sessions<'a> {
+    context: &'a Context,
+    open: HashMap<(Side, String), Control>,
+}
+
+impl Sessions<'_> {
+    async fn remove(&mut self, object: &MadeObject, sql: &str) -> Result<(), WorkError> {
+        let control = self.context.config.control.database.clone();
+        let database = object.database.clone().unwrap_or_else(|| control.clone());
+        let is_slot = object.kind == "slot";
+        let session = match self.session(object.side, &database).await {
+            Ok(session) => session,
+            // A database that refuses connections still lets its slots be dropped from elsewhere.
+            Err(_) if is_slot && database != control => self.session(object.side, &control).await?,
+            Err(WorkError::Connect(error)) if error.sqlstate() == Some(crate::sqlstate::INVALID_CATALOG_NAME) => {
+                // The database is gone, and with it what was in it.
+                return Ok(());
+            }
+            Err(error) => return Err(error),
+        };
+        if is_slot {
+            return Ok(publication::drop_slot(session, &object.name).await?);
+        }
+        let removed = session.batch_execute(sql).await;
+        removed.map_err(|source| WorkError::Query { doing: "removing it", source })
+    }
+
+    async fn session(&mut self, side: Side, database: &str) -> Result<&Control, WorkError> {
+        let key = (side, database.to_owned());
+        if self.open.get(&key).is_none_or(|session| session.is_closed()) {
+            let session = match side {
+                Side::Source => self.context.source_control(database, "cancel").await?,
+                Side::Target => self.context.target.control(database, "cancel").await?,
+            };
+            self.open.insert(key.clone(), session);
+        }
+        Ok(self.open.get(&key).expect("just opened"))
+    }
+}

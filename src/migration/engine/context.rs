@@ -1,0 +1,52 @@
+//! What every worker of one migration needs.
+
+use std::sync::Arc;
+
+use tokio::sync::watch;
+
+use super::error::WorkError;
+use super::live::Live;
+use crate::catalog::migrations::MigrationCatalog;
+use crate::config::Config;
+use crate::failpoint::Failpoints;
+use crate::migration::copy::Workers;
+use crate::postgres::{Connector, Control};
+use crate::telemetry::metrics::Metrics;
+
+pub(super) struct Context {
+    pub(super) config: Arc<Config>,
+    pub(super) source: Connector,
+    pub(super) target: Connector,
+    pub(super) catalog: MigrationCatalog,
+    pub(super) metrics: Arc<Metrics>,
+    pub(super) failpoints: Failpoints,
+    pub(super) workers: Workers,
+    pub(super) live: Arc<Live>,
+    /// Counts up with every change of a state.
+    pub(super) changes: watch::Sender<u64>,
+}
+
+impl Context {
+    /// A control session on the source whose own commits wait for no standby: what we make there is worth nothing on
+    /// another server, because the slot is not there.
+    pub(super) async fn source_control(&self, database: &str, purpose: &str) -> Result<Control, WorkError> {
+        let control = self.source.control(database, purpose).await?;
+        control
+            .batch_execute("SET synchronous_commit = local")
+            .await
+            .map_err(|source| WorkError::Query { doing: "preparing a session on the source", source })?;
+        Ok(control)
+    }
+
+    /// Removes the pgcutover schema of a migrated database. In the control database only our part of it: fences,
+    /// decisions and other migrations stay. `part` is the entry of `pgcutover.part` to strike out, or empty.
+    pub(super) fn undo_schema(&self, database: &str, ours: &str, part: &str) -> String {
+        if database != self.config.control.database {
+            return "DROP SCHEMA IF EXISTS pgcutover CASCADE".to_owned();
+        }
+        if part.is_empty() {
+            return ours.to_owned();
+        }
+        format!("DO $$ BEGIN {ours}; DELETE FROM pgcutover.part WHERE name = '{part}'; END $$")
+    }
+}

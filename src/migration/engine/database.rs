@@ -1,0 +1,465 @@
+//! The work on one database: from nothing to a stream that follows the source. Every step can be done again; what is
+//! done is in the catalogue, so a restart goes on behind the last completed one.
+
+use std::collections::HashMap;
+use std::sync::Arc;
+use std::time::Duration;
+
+use tokio::sync::watch;
+
+use super::context::Context;
+use super::error::WorkError;
+use super::live::{DatabaseLive, Step};
+use super::recorder::Recorder;
+use crate::catalog::journal::{Journal, MadeObject, Side};
+use crate::catalog::progress::{self, LANE};
+use crate::catalog::tables::{DatabaseRow, TableRow, TableState};
+use crate::catalog::{Place, bootstrap};
+use crate::ident::{QualifiedName, quote_literal};
+use crate::lsn::Lsn;
+use crate::migration::copy::{self, CopyContext, SourceTable, Stage};
+use crate::migration::identity::{self, Remedy};
+use crate::migration::schema::{self, Archive, Existing, PgDump, RestoreFailure, RestoreTarget};
+use crate::migration::snapshot::HandOver;
+use crate::migration::stream::{self, StreamContext, describe};
+use crate::migration::view::Mode;
+use crate::migration::{materialized, publication, sequences};
+use crate::postgres::Control;
+use crate::postgres::walsender::ReplicationConnection;
+use crate::telemetry::metrics::Direction;
+
+/// How often the source's position is looked at.
+const LAG_INTERVAL: Duration = Duration::from_millis(500);
+
+/// First and longest wait before interrupted work is begun again.
+const BACKOFF: (Duration, Duration) = (Duration::from_millis(500), Duration::from_secs(15));
+
+/// The worker of one database.
+pub(super) struct DatabaseWork {
+    pub(super) context: Arc<Context>,
+    pub(super) live: Arc<DatabaseLive>,
+    pub(super) pg_dump: PgDump,
+    /// Set once the database is ready to be cut over.
+    pub(super) ready: watch::Sender<bool>,
+}
+
+impl DatabaseWork {
+    /// Works until the offline copy is complete, or for ever; interrupted work is begun again.
+    pub(super) async fn run(&self) -> Result<(), WorkError> {
+        let mut wait = BACKOFF.0;
+        let mut retries = 0;
+        loop {
+            let step = self.live.step();
+            let error = match Box::pin(self.once()).await {
+                Ok(()) => return Ok(()),
+                Err(error) => error,
+            };
+            if !error.is_transient() {
+                self.live.broken.send_replace(Some(describe(&error)));
+                return Err(error);
+            }
+            if self.live.step() > step {
+                (retries, wait) = (0, BACKOFF.0);
+            }
+            retries += 1;
+            let last_error = describe(&error);
+            tracing::warn!(
+                migration = self.context.live.name(),
+                database = self.live.name,
+                retries,
+                error = last_error,
+                "the work was interrupted and begins again"
+            );
+            self.live.stream.trouble.send_replace(Some(stream::Trouble { retries, last_error }));
+            tokio::time::sleep(wait).await;
+            wait = (wait * 2).min(BACKOFF.1);
+        }
+    }
+
+    async fn once(&self) -> Result<(), WorkError> {
+        let mut row = self.row().await?;
+        self.live.set_step(Step::parse(&row.step).unwrap_or(Step::Waiting));
+        if self.live.step() < Step::Published {
+            Box::pin(self.publish(&mut row)).await?;
+        }
+        let (Some(slot_start), Some(barrier)) = (row.slot_start, row.barrier) else {
+            let what = format!("database {} without its slot's start", row.database);
+            return Err(crate::catalog::migrations::CatalogError::Unreadable { what }.into());
+        };
+        let mut archive = None;
+        if self.live.step() < Step::Restored {
+            let archive = self.archive(&mut archive).await?;
+            Box::pin(self.restore(&mut row, slot_start, archive)).await?;
+        }
+        if self.live.step() < Step::Copied {
+            let archive = self.archive(&mut archive).await?;
+            Box::pin(self.copy(&mut row, barrier, archive)).await?;
+        }
+        let tables = self.context.catalog.tables(self.migration(), &row.database).await?;
+        self.live.load_tables(&tables);
+        let stream = self.stream_context(&row, slot_start, &tables)?;
+        let last = stream.hand_overs.values().map(|hand_over| hand_over.position).max().unwrap_or(Lsn::ZERO);
+        // The stream never ends by itself; the work beside it ends when an offline copy is complete.
+        tokio::select! {
+            error = stream::run(&stream, &self.live.stream) => Err(error.into()),
+            done = self.finish(row, last, archive) => done,
+            error = self.watch_lag() => Err(error),
+        }
+    }
+
+    fn migration(&self) -> &str {
+        self.context.live.name()
+    }
+
+    async fn row(&self) -> Result<DatabaseRow, WorkError> {
+        let rows = self.context.catalog.databases(self.migration()).await?;
+        rows.into_iter().find(|row| row.database == self.live.name).ok_or_else(|| {
+            let what = format!("no row for database {}", self.live.name);
+            crate::catalog::migrations::CatalogError::Unreadable { what }.into()
+        })
+    }
+
+    /// Makes a step durable, then visible.
+    async fn completed(&self, row: &mut DatabaseRow, step: Step) -> Result<(), WorkError> {
+        row.step = step.as_str().to_owned();
+        self.context.catalog.set_database(self.migration(), row).await?;
+        self.live.set_step(step);
+        tracing::info!(migration = self.migration(), database = row.database, step = step.as_str(), "step completed");
+        Ok(())
+    }
+
+    fn journal(&self) -> Journal {
+        Journal::new(self.context.catalog.clone(), self.migration())
+    }
+
+    fn made(&self, side: Side, kind: &str, name: &str, undo: String) -> MadeObject {
+        MadeObject {
+            side,
+            database: Some(self.live.name.clone()),
+            kind: kind.to_owned(),
+            name: name.to_owned(),
+            undo: Some(undo),
+            note: String::new(),
+        }
+    }
+
+    /// Replica identities, publication, slot, barrier; in this order.
+    async fn publish(&self, row: &mut DatabaseRow) -> Result<(), WorkError> {
+        let journal = self.journal();
+        let mut source = self.context.source_control(&row.database, "publish").await?;
+        let undo = self.context.undo_schema(&row.database, "DROP TABLE IF EXISTS pgcutover.marker", "marker");
+        journal.record(&self.made(Side::Source, "schema", "pgcutover", undo)).await?;
+        bootstrap(&source, Place::SourceDatabase).await?;
+
+        let identities = identity::plan(&source, self.context.config.migration.without_identity).await?;
+        let refused = identities.iter().filter(|table| table.remedy == Remedy::Refuse);
+        let refused: Vec<String> = refused.map(|table| table.table.to_string()).collect();
+        if !refused.is_empty() {
+            return Err(WorkError::NoIdentity(refused));
+        }
+        let lock_timeout = self.context.config.migration.lock_timeout;
+        for table in &identities {
+            identity::mend(&source, &row.database, table, lock_timeout, &journal).await?;
+        }
+        self.context.failpoints.hit("engine.after_identities").await?;
+
+        let tables = copy::list_tables(&source).await?;
+        let signed = |number: u64| i64::try_from(number).unwrap_or(i64::MAX);
+        let listed: Vec<(QualifiedName, i64, i64)> = tables
+            .iter()
+            .map(|table| (table.name.clone(), table.rows_estimate.map_or(0, signed), signed(table.bytes)))
+            .collect();
+        self.context.catalog.add_tables(self.migration(), &row.database, &listed).await?;
+        self.live.load_tables(&self.context.catalog.tables(self.migration(), &row.database).await?);
+
+        let undo = publication::drop_publication_sql(&row.publication);
+        let made = self.made(Side::Source, "publication", &row.publication, undo);
+        self.not_somebody_elses(&source, &journal, &made).await?;
+        journal.record(&made).await?;
+        let made = self.made(Side::Source, "slot", &row.slot, publication::drop_slot_sql(&row.slot));
+        journal.record(&made).await?;
+        // A slot from before a crash is older than the publication that is made now.
+        publication::drop_slot(&source, &row.slot).await?;
+        let names: Vec<QualifiedName> = tables.into_iter().map(|table| table.name).collect();
+        publication::create(&mut source, &row.publication, &names, lock_timeout).await?;
+        self.context.failpoints.hit("engine.after_publication").await?;
+
+        let mut replication = ReplicationConnection::connect(&self.context.source, &row.database).await?;
+        let created = replication.create_logical_slot(&row.slot, self.context.config.migration.slot_timeout).await?;
+        replication.terminate().await?;
+        self.context.failpoints.hit("engine.after_slot").await?;
+        row.slot_start = Some(created.consistent_point);
+        row.barrier = Some(publication::barrier(&mut source).await?);
+        self.context.failpoints.hit("engine.after_barrier").await?;
+        self.completed(row, Step::Published).await
+    }
+
+    async fn not_somebody_elses(
+        &self,
+        source: &Control,
+        journal: &Journal,
+        made: &MadeObject,
+    ) -> Result<(), WorkError> {
+        if journal.list().await?.contains(made) {
+            return Ok(());
+        }
+        let found = source
+            .query_opt("SELECT FROM pg_catalog.pg_publication WHERE pubname = $1", &[&made.name])
+            .await
+            .map_err(|source| WorkError::Query { doing: "looking for publications on the source", source })?;
+        if found.is_some() { Err(WorkError::PublicationTaken(made.name.clone())) } else { Ok(()) }
+    }
+
+    /// The definitions, dumped once for this attempt.
+    async fn archive<'a>(&self, kept: &'a mut Option<Archive>) -> Result<&'a Archive, WorkError> {
+        if kept.is_none() {
+            let lock_timeout = self.context.config.migration.lock_timeout;
+            let dumped = schema::dump(&self.pg_dump, &self.context.source, &self.live.name, lock_timeout).await?;
+            *kept = Some(dumped);
+        }
+        Ok(kept.as_ref().expect("just filled"))
+    }
+
+    /// The database, our progress row in it, and everything that comes before the rows.
+    async fn restore(&self, row: &mut DatabaseRow, slot_start: Lsn, archive: &Archive) -> Result<(), WorkError> {
+        let journal = self.journal();
+        let (source, target) = (&self.context.source, &self.context.target);
+        let is_control = row.database == self.context.config.control.database;
+        let existing =
+            if self.context.live.spec.overwrite_target && !is_control { Existing::Drop } else { Existing::Keep };
+        schema::create_database(source, target, &row.database, existing, &journal).await?;
+        let forget = format!("DELETE FROM pgcutover.progress WHERE migration = {}", quote_literal(self.migration()));
+        let undo = self.context.undo_schema(&row.database, &forget, "");
+        journal.record(&self.made(Side::Target, "schema", "pgcutover", undo)).await?;
+        let control = target.control(&row.database, "restore").await?;
+        bootstrap(&control, Place::TargetDatabase).await?;
+        progress::claim(&*control, self.migration(), self.context.catalog.generation(), slot_start).await?;
+        drop(control);
+        self.context.failpoints.hit("engine.after_database").await?;
+        let guard = self.guard(Guard::Locking);
+        let restored = schema::restore_pre_data(&self.restore_target(&guard), archive).await?;
+        all_restored(restored.failures)?;
+        self.context.failpoints.hit("engine.after_schema").await?;
+        self.completed(row, Step::Restored).await
+    }
+
+    fn restore_target<'a>(&'a self, guard: &'a str) -> RestoreTarget<'a> {
+        RestoreTarget { connector: &self.context.target, database: &self.live.name, guard: Some(guard) }
+    }
+
+    /// Query by which every writing transaction makes sure that no other engine has taken over.
+    fn guard(&self, how: Guard) -> String {
+        let lock = match how {
+            Guard::Locking => " FOR SHARE",
+            Guard::Looking => "",
+        };
+        format!(
+            "SELECT 1 FROM pgcutover.progress WHERE migration = {} AND lane = {LANE} AND generation = {}{lock}",
+            quote_literal(self.migration()),
+            self.context.catalog.generation().0
+        )
+    }
+
+    /// Rows and indexes of every table that does not have them yet.
+    async fn copy(&self, row: &mut DatabaseRow, barrier: u64, archive: &Archive) -> Result<(), WorkError> {
+        // After a restart the row is still another engine's.
+        let control = self.context.target.control(&row.database, "copy-claim").await?;
+        let start = row.slot_start.unwrap_or_default();
+        progress::claim(&*control, self.migration(), self.context.catalog.generation(), start).await?;
+        drop(control);
+        let rows = self.context.catalog.tables(self.migration(), &row.database).await?;
+        self.live.load_tables(&rows);
+        let source = self.context.source_control(&row.database, "copy-list").await?;
+        let listed = copy::list_tables(&source).await?;
+        drop(source);
+        let tables = left_to_copy(&rows, listed)?;
+        let recorder = Arc::new(Recorder {
+            catalog: self.context.catalog.clone(),
+            migration: self.migration().to_owned(),
+            database: self.live.clone(),
+            metrics: self.context.metrics.clone(),
+        });
+        let context = CopyContext {
+            source: self.context.source.clone(),
+            target: self.context.target.clone(),
+            database: row.database.clone(),
+            config: self.context.config.migration.clone(),
+            workers: self.context.workers.clone(),
+            barrier_xid: Some(barrier),
+            guard: Some(self.guard(Guard::Locking)),
+            recorder: recorder.clone(),
+            progress: recorder,
+            failpoints: self.context.failpoints.clone(),
+        };
+        let report = copy::copy_database(&context, &tables, archive).await?;
+        all_restored(report.failures)?;
+        let guard = self.guard(Guard::Locking);
+        let restored = schema::restore_after_copy(&self.restore_target(&guard), archive).await?;
+        all_restored(restored.failures)?;
+        self.context.failpoints.hit("engine.after_copy").await?;
+        self.completed(row, Step::Copied).await
+    }
+
+    fn stream_context(
+        &self,
+        row: &DatabaseRow,
+        slot_start: Lsn,
+        tables: &[TableRow],
+    ) -> Result<StreamContext, WorkError> {
+        let mut hand_overs = HashMap::new();
+        for table in tables {
+            let unreadable = || crate::catalog::migrations::CatalogError::Unreadable {
+                what: format!("table {} without the snapshot of its copy", table.table),
+            };
+            let snapshot = table.snapshot.as_deref().and_then(|text| text.parse().ok()).ok_or_else(unreadable)?;
+            let position = table.hand_over.ok_or_else(unreadable)?;
+            hand_overs.insert(table.table.clone(), HandOver { snapshot, position });
+        }
+        Ok(StreamContext {
+            source: self.context.source.clone(),
+            target: self.context.target.clone(),
+            database: row.database.clone(),
+            migration: self.migration().to_owned(),
+            generation: self.context.catalog.generation(),
+            slot: row.slot.clone(),
+            slot_start,
+            publication: row.publication.clone(),
+            hand_overs,
+            queue_bytes: self.context.config.migration.apply_queue_bytes,
+            failpoints: self.context.failpoints.clone(),
+        })
+    }
+
+    /// Beside the stream: once it has caught up, what had to wait for that. Ends only for an offline migration.
+    async fn finish(&self, mut row: DatabaseRow, last: Lsn, mut archive: Option<Archive>) -> Result<(), WorkError> {
+        self.caught_up(last).await;
+        if self.live.step() < Step::Constrained {
+            let archive = self.archive(&mut archive).await?;
+            // No lock on the progress row here: the stream needs it all the time.
+            let guard = self.guard(Guard::Looking);
+            let target = self.restore_target(&guard);
+            all_restored(schema::restore_foreign_keys(&target, archive).await?.failures)?;
+            all_restored(schema::restore_last(&target, archive).await?.failures)?;
+            let (from, to) = (&self.context.source, &self.context.target);
+            all_restored(materialized::refresh(from, to, &row.database).await?)?;
+            schema::analyze(to, &row.database).await?;
+            self.context.failpoints.hit("engine.after_constraints").await?;
+            self.completed(&mut row, Step::Constrained).await?;
+        }
+        drop(archive);
+        self.caught_up(last).await;
+        match self.context.live.spec.mode {
+            Mode::Online => {
+                self.ready.send_replace(true);
+                std::future::pending().await
+            }
+            Mode::Offline => self.settle_offline(&row).await,
+        }
+    }
+
+    /// Waits until every table's hand-over is behind us and the lag is small enough for a cutover.
+    async fn caught_up(&self, last: Lsn) {
+        let enough = self.context.config.cutover.max_lag_at_start_bytes;
+        let mut applied = self.live.stream.applied.subscribe();
+        loop {
+            let seen = applied.borrow_and_update().seen;
+            if seen >= last && self.live.lag().is_some_and(|lag| lag.bytes <= enough) {
+                return;
+            }
+            // The lag is measured again all the time, the position changes when something is applied.
+            tokio::select! {
+                () = tokio::time::sleep(LAG_INTERVAL) => {}
+                _ = applied.changed() => {}
+            }
+        }
+    }
+
+    /// Everything the source has committed by now, and its sequences.
+    async fn settle_offline(&self, row: &DatabaseRow) -> Result<(), WorkError> {
+        let source = self.context.source_control(&row.database, "offline-marker").await?;
+        let nonce = format!("offline-{:016x}", rand::random::<u64>());
+        source
+            .execute("UPDATE pgcutover.marker SET nonce = $1", &[&nonce])
+            .await
+            .map_err(|source| WorkError::Query { doing: "writing the marker row on the source", source })?;
+        let mut applied = self.live.stream.applied.subscribe();
+        let reached = applied.wait_for(|applied| applied.marker.as_deref() == Some(nonce.as_str())).await;
+        reached.map(|_| ()).map_err(|_| WorkError::Stopping)?;
+        let values = sequences::read(&*source).await?;
+        let target = self.context.target.control(&row.database, "offline-sequences").await?;
+        sequences::set(&*target, &values).await?;
+        Ok(())
+    }
+
+    /// Looks at the source's position all the time. A look that fails makes the lag unknown, and is tried again.
+    async fn watch_lag(&self) -> WorkError {
+        let mut connection = None;
+        loop {
+            if let Err(error) = self.look(&mut connection).await {
+                connection = None;
+                self.live.forget_lag();
+                if error.is_fenced() {
+                    return error;
+                }
+                tracing::debug!(database = self.live.name, error = describe(&error), "the lag could not be measured");
+            }
+            tokio::time::sleep(LAG_INTERVAL).await;
+        }
+    }
+
+    async fn look(&self, connection: &mut Option<Control>) -> Result<(), WorkError> {
+        let source = match connection {
+            Some(source) => source,
+            None => connection.insert(self.context.source_control(&self.live.name, "lag").await?),
+        };
+        let row = source
+            .query_one(
+                "SELECT pg_catalog.pg_current_wal_flush_lsn(),
+                        (SELECT pg_catalog.pg_wal_lsn_diff(pg_catalog.pg_current_wal_flush_lsn(), restart_lsn)::bigint
+                           FROM pg_catalog.pg_replication_slots WHERE slot_name = $1)",
+                &[&self.live.slot],
+            )
+            .await
+            .map_err(|source| WorkError::Query { doing: "looking at the source's position", source })?;
+        self.live.observe(row.get(0));
+        let labels = [self.migration(), &self.live.name, Direction::Forward.as_str()];
+        if let Some(lag) = self.live.lag() {
+            let bytes = i64::try_from(lag.bytes).unwrap_or(i64::MAX);
+            self.context.metrics.replication_lag_bytes.with_label_values(&labels).set(bytes);
+            self.context.metrics.replication_latency_seconds.with_label_values(&labels).set(lag.seconds);
+        }
+        if let Some(retained) = row.get::<_, Option<i64>>(1) {
+            self.context.metrics.slot_retained_wal_bytes.with_label_values(&labels).set(retained.max(0));
+        }
+        Ok(())
+    }
+}
+
+/// Whether the guard keeps a later engine from claiming the row while the transaction runs.
+#[derive(Clone, Copy)]
+enum Guard {
+    Locking,
+    Looking,
+}
+
+/// Nothing that could not be restored is passed over.
+fn all_restored(failures: Vec<RestoreFailure>) -> Result<(), WorkError> {
+    if failures.is_empty() { Ok(()) } else { Err(WorkError::Restore(failures)) }
+}
+
+/// What is left to do for each table of the catalogue.
+fn left_to_copy(rows: &[TableRow], listed: Vec<SourceTable>) -> Result<Vec<(SourceTable, Stage)>, WorkError> {
+    let mut listed: HashMap<QualifiedName, SourceTable> =
+        listed.into_iter().map(|table| (table.name.clone(), table)).collect();
+    let mut left = Vec::new();
+    for row in rows {
+        let stage = match row.state {
+            TableState::Waiting | TableState::Copying | TableState::Failed => Stage::Rows,
+            TableState::Copied => Stage::Indexes,
+            TableState::Ready => continue,
+        };
+        let table = listed.remove(&row.table).ok_or_else(|| WorkError::TableGone(row.table.to_string()))?;
+        left.push((table, stage));
+    }
+    Ok(left)
+}

@@ -1,0 +1,250 @@
+//! What the engine answers when it cannot, and why a worker cannot go on.
+
+use crate::catalog::RecordError;
+use crate::catalog::migrations::CatalogError;
+use crate::failpoint;
+use crate::migration::copy::CopyError;
+use crate::migration::identity::IdentityError;
+use crate::migration::made::JournalError;
+use crate::migration::publication::PublicationError;
+use crate::migration::roles::RolesError;
+use crate::migration::schema::{RestoreFailure, SchemaError};
+use crate::migration::sequences::SequenceError;
+use crate::migration::state::Rejected;
+use crate::migration::stream::{StreamError, describe, transient_query, transient_raw, transient_sqlstate};
+use crate::migration::view::Problem;
+use crate::postgres::walsender::WalsenderError;
+use crate::postgres::{ConnectError, RawError};
+
+/// An order could not be carried out.
+#[derive(Debug, thiserror::Error)]
+pub enum EngineError {
+    /// No such migration.
+    #[error("there is no migration named {0:?}")]
+    NotFound(String),
+    /// The order has no place where the migration stands.
+    #[error(transparent)]
+    Rejected(#[from] Rejected),
+    /// The order makes no sense.
+    #[error("{0}")]
+    BadRequest(String),
+    /// This process does not run the engine at the moment.
+    #[error("the engine is not running here: {0}")]
+    Unavailable(String),
+    /// The catalogue could not be read or written; nothing was changed.
+    #[error(transparent)]
+    Catalog(#[from] CatalogError),
+    /// A server could not be reached.
+    #[error(transparent)]
+    Connect(#[from] ConnectError),
+    /// The source's databases could not be listed.
+    #[error("the databases of the source could not be listed")]
+    Databases(#[source] tokio_postgres::Error),
+}
+
+/// A worker cannot go on.
+#[derive(Debug, thiserror::Error)]
+pub(super) enum WorkError {
+    #[error(transparent)]
+    Connect(#[from] ConnectError),
+    #[error(transparent)]
+    Catalog(#[from] CatalogError),
+    #[error(transparent)]
+    Bootstrap(#[from] RecordError),
+    #[error(transparent)]
+    Journal(#[from] JournalError),
+    #[error("{doing} failed")]
+    Query { doing: &'static str, source: tokio_postgres::Error },
+    #[error("{} tables have no replica identity and may not be given one: {}", .0.len(), .0.join(", "))]
+    NoIdentity(Vec<String>),
+    #[error(transparent)]
+    Identity(#[from] IdentityError),
+    #[error(transparent)]
+    Publication(#[from] PublicationError),
+    #[error("publication {0} exists on the source already and is not this migration's")]
+    PublicationTaken(String),
+    #[error(transparent)]
+    Slot(#[from] WalsenderError),
+    #[error(transparent)]
+    Roles(#[from] RolesError),
+    #[error(transparent)]
+    Schema(#[from] SchemaError),
+    #[error("{} definitions could not be restored on the target, the first: {}", .0.len(), .0.first().map(ToString::to_string).unwrap_or_default())]
+    Restore(Vec<RestoreFailure>),
+    #[error(transparent)]
+    Copy(#[from] CopyError),
+    #[error("table {0} is not on the source any more")]
+    TableGone(String),
+    #[error(transparent)]
+    Stream(#[from] StreamError),
+    #[error(transparent)]
+    Sequences(#[from] SequenceError),
+    #[error(transparent)]
+    Failpoint(#[from] failpoint::Failed),
+    #[error("the engine is stopping")]
+    Stopping,
+}
+
+impl WorkError {
+    /// Whether another engine has taken over: there is nothing to record and nobody to tell.
+    pub(super) fn is_fenced(&self) -> bool {
+        match self {
+            Self::Catalog(CatalogError::Fenced(_)) | Self::Stopping => true,
+            Self::Copy(CopyError::Superseded { .. }) | Self::Schema(SchemaError::Superseded { .. }) => true,
+            Self::Stream(StreamError::Catalog(CatalogError::Fenced(_))) => true,
+            other => chain(other).any(|cause| matches!(cause.downcast_ref(), Some(CatalogError::Fenced(_)))),
+        }
+    }
+
+    /// Whether trying again can help without anybody doing anything about it.
+    pub(super) fn is_transient(&self) -> bool {
+        match self {
+            Self::Connect(error)
+            | Self::Schema(SchemaError::Connect(error))
+            | Self::Roles(RolesError::Connect(error))
+            | Self::Copy(CopyError::Connect(error)) => connect_is_transient(error),
+            Self::Catalog(error) => catalog_is_transient(error),
+            Self::Stream(error) => error.is_transient(),
+            Self::Slot(WalsenderError::Connect(error)) => connect_is_transient(error),
+            Self::Slot(WalsenderError::Raw(error)) => transient_raw(error),
+            Self::NoIdentity(_)
+            | Self::PublicationTaken(_)
+            | Self::Restore(_)
+            | Self::TableGone(_)
+            | Self::Failpoint(_)
+            | Self::Slot(_)
+            | Self::Stopping => false,
+            Self::Bootstrap(_)
+            | Self::Journal(_)
+            | Self::Query { .. }
+            | Self::Identity(_)
+            | Self::Publication(_)
+            | Self::Roles(_)
+            | Self::Schema(_)
+            | Self::Copy(_)
+            | Self::Sequences(_) => chain(self).find_map(cause_is_transient).unwrap_or(false),
+        }
+    }
+
+    /// For the operator. Never quotes a row.
+    pub(super) fn problem(&self, database: Option<&str>) -> Problem {
+        let (code, hint) = match self {
+            Self::Connect(_) => ("connection", "check that both servers run and that the configured role may log in"),
+            Self::Catalog(_) | Self::Bootstrap(_) | Self::Journal(_) => {
+                ("catalog", "the configured role must be able to create and write the pgcutover schema")
+            }
+            Self::Query { .. } => ("query", ""),
+            Self::NoIdentity(_) => (
+                "replica_identity",
+                "give each table a primary key, or set REPLICA IDENTITY, or set migration.without_identity = \"full\"",
+            ),
+            Self::Identity(_) => ("replica_identity", "end the transactions that lock the table, then retry"),
+            Self::Publication(_) | Self::PublicationTaken(_) => {
+                ("publication", "the configured role must own the tables or be a superuser")
+            }
+            Self::Slot(WalsenderError::SlotTimeout { .. }) => {
+                ("slot_timeout", "end the transactions that have been open for long on the source, then retry")
+            }
+            Self::Slot(_) => ("slot", "wal_level must be logical, with free replication slots and walsenders"),
+            Self::Roles(_) => ("roles", ""),
+            Self::Schema(_) => ("schema", ""),
+            Self::Restore(_) => ("restore", "mend the cause on the target, or make the object by hand, then retry"),
+            Self::Copy(_) => ("copy", ""),
+            Self::TableGone(_) => ("table_gone", "cancel the migration and create it again"),
+            Self::Stream(error) => (error.code(), stream_hint(error)),
+            Self::Sequences(_) => ("sequences", ""),
+            Self::Failpoint(_) => ("failpoint", ""),
+            Self::Stopping => ("stopping", ""),
+        };
+        let object = match self {
+            Self::Stream(error) => error.table(),
+            Self::Restore(failures) => failures.first().map(|failure| format!("{} {}", failure.kind, failure.object)),
+            _ => None,
+        };
+        Problem {
+            code: code.to_owned(),
+            message: describe(self),
+            object: object.or_else(|| database.map(|name| format!("database {name}"))),
+            hint: Some(hint).filter(|hint| !hint.is_empty()).map(str::to_owned),
+        }
+    }
+}
+
+fn stream_hint(error: &StreamError) -> &'static str {
+    match error.code() {
+        "slot_missing" | "slot_lost" | "slot_ahead" => {
+            "the target cannot catch up any more: cancel the migration and create it again with --overwrite-target"
+        }
+        "schema_differs" => "make the same change of definition on the target, then retry",
+        "target_differs" => {
+            "somebody else writes to the target: cancel the migration and create it again with --overwrite-target"
+        }
+        _ => "",
+    }
+}
+
+fn chain<'a>(
+    error: &'a (dyn std::error::Error + 'static),
+) -> impl Iterator<Item = &'a (dyn std::error::Error + 'static)> {
+    std::iter::successors(Some(error), |error| error.source())
+}
+
+fn connect_is_transient(error: &ConnectError) -> bool {
+    error.sqlstate().is_none_or(transient_sqlstate)
+}
+
+fn catalog_is_transient(error: &CatalogError) -> bool {
+    match error {
+        CatalogError::Connect { source, .. } => connect_is_transient(source),
+        CatalogError::Query { source, .. } => transient_query(source),
+        CatalogError::Fenced(_) | CatalogError::Unreadable { .. } | CatalogError::Exists(_) => false,
+    }
+}
+
+/// Whether a cause is one that may pass; none: it does not say.
+fn cause_is_transient(cause: &(dyn std::error::Error + 'static)) -> Option<bool> {
+    if let Some(error) = cause.downcast_ref::<tokio_postgres::Error>() {
+        return Some(transient_query(error));
+    }
+    if let Some(error) = cause.downcast_ref::<RawError>() {
+        return Some(transient_raw(error));
+    }
+    if let Some(error) = cause.downcast_ref::<Box<RawError>>() {
+        return Some(transient_raw(error));
+    }
+    if let Some(error) = cause.downcast_ref::<CatalogError>() {
+        return Some(catalog_is_transient(error));
+    }
+    cause.downcast_ref::<ConnectError>().map(connect_is_transient)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn lost() -> RawError {
+        RawError::Io {
+            label: "source".to_owned(),
+            doing: "reading".to_owned(),
+            source: std::io::ErrorKind::ConnectionReset.into(),
+        }
+    }
+
+    #[test]
+    fn a_lost_connection_is_tried_again_wherever_it_was_lost() {
+        let table = crate::ident::QualifiedName::new("s", "t");
+        let copy = CopyError::Server { table, server: "source", doing: "COPY", source: lost() };
+        assert!(WorkError::Copy(copy).is_transient());
+        assert!(WorkError::Slot(WalsenderError::Raw(lost())).is_transient());
+        assert!(!WorkError::TableGone("s.t".to_owned()).is_transient());
+    }
+
+    #[test]
+    fn a_fenced_engine_is_recognised_behind_other_errors() {
+        let fenced = || CatalogError::Fenced(3);
+        let journal = JournalError { object: "x".to_owned(), source: Box::new(fenced()) };
+        assert!(WorkError::Journal(journal).is_fenced());
+        assert!(WorkError::Catalog(fenced()).is_fenced());
+        assert!(!WorkError::NoIdentity(vec![]).is_fenced());
+    }
+}

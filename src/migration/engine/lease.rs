@@ -1,0 +1,150 @@
+//! What a cutover holds of a migration: nobody else changes it until the verdict is given.
+
+use std::sync::Arc;
+
+use super::Engine;
+use super::error::EngineError;
+use super::live::{DatabaseLive, Live};
+use crate::catalog::decision::Outcome;
+use crate::migration::lag::Lag;
+use crate::migration::sequences::{self, SequenceError, SequenceValue};
+use crate::postgres::{ConnectError, Connector, Control};
+
+/// A migration that is being cut over. It must be given back by [`CutoverLease::finish`]: dropping it leaves the
+/// migration in CompletingMigration until the verdict is told to [`Engine::settle_cutover`].
+#[derive(Debug)]
+pub struct CutoverLease {
+    engine: Arc<Engine>,
+    live: Arc<Live>,
+}
+
+/// Waiting for the marker is in vain.
+#[derive(Debug, thiserror::Error)]
+#[error("the stream of database {database} has ended: {reason}")]
+pub struct StreamBroken {
+    /// The database.
+    pub database: String,
+    /// Why.
+    pub reason: String,
+}
+
+/// Sequences could not be brought over.
+#[derive(Debug, thiserror::Error)]
+pub enum HandleError {
+    /// A server could not be reached.
+    #[error(transparent)]
+    Connect(#[from] ConnectError),
+    /// The sequences could not be read or set.
+    #[error(transparent)]
+    Sequences(#[from] SequenceError),
+}
+
+impl CutoverLease {
+    pub(super) fn new(engine: Arc<Engine>, live: Arc<Live>) -> Self {
+        Self { engine, live }
+    }
+
+    /// Name of the migration.
+    pub fn migration(&self) -> &str {
+        self.live.name()
+    }
+
+    /// Its databases, by name.
+    pub fn databases(&self) -> Vec<String> {
+        self.live.databases.iter().map(|database| database.name.clone()).collect()
+    }
+
+    /// The largest lag of its databases; none when one is not known.
+    pub fn lag(&self) -> Option<Lag> {
+        let none = Lag { bytes: 0, seconds: 0.0 };
+        self.live.databases.iter().try_fold(none, |worst, database| {
+            let lag = database.lag()?;
+            Some(Lag { bytes: worst.bytes.max(lag.bytes), seconds: worst.seconds.max(lag.seconds) })
+        })
+    }
+
+    /// One of its databases.
+    pub fn handle(&self, database: &str) -> Option<DatabaseHandle> {
+        let live = self.live.database(database)?.clone();
+        let (source, target) = self.engine.connectors();
+        Some(DatabaseHandle { live, source, target })
+    }
+
+    /// Gives the migration back with the verdict.
+    pub async fn finish(self, outcome: Outcome) -> Result<(), EngineError> {
+        self.engine.settle_cutover(self.live.name(), outcome).await
+    }
+}
+
+/// One database of a migration that is being cut over.
+#[derive(Clone, Debug)]
+pub struct DatabaseHandle {
+    live: Arc<DatabaseLive>,
+    source: Connector,
+    target: Connector,
+}
+
+impl DatabaseHandle {
+    /// Its name.
+    pub fn name(&self) -> &str {
+        &self.live.name
+    }
+
+    /// Its replication slot on the source.
+    pub fn slot(&self) -> &str {
+        &self.live.slot
+    }
+
+    /// Its publication on the source.
+    pub fn publication(&self) -> &str {
+        &self.live.publication
+    }
+
+    /// How far the target is behind; none when it is not known.
+    pub fn lag(&self) -> Option<Lag> {
+        self.live.lag()
+    }
+
+    /// A control session in this database on the source.
+    pub async fn source_control(&self, purpose: &str) -> Result<Control, ConnectError> {
+        self.source.control(&self.live.name, purpose).await
+    }
+
+    /// A control session in this database on the target.
+    pub async fn target_control(&self, purpose: &str) -> Result<Control, ConnectError> {
+        self.target.control(&self.live.name, purpose).await
+    }
+
+    /// Resolves once every lane has durably applied the commit that set the marker to `nonce`. Everything that the
+    /// source committed before it is then on the target's disk.
+    pub async fn wait_marker(&self, nonce: &str) -> Result<(), StreamBroken> {
+        let mut applied = self.live.stream.applied.subscribe();
+        let mut broken = self.live.broken.subscribe();
+        let failed = |reason: String| StreamBroken { database: self.live.name.clone(), reason };
+        // Waiting for values loses nothing when dropped.
+        tokio::select! {
+            reached = applied.wait_for(|applied| applied.marker.as_deref() == Some(nonce)) => {
+                reached.map(|_| ()).map_err(|_| failed("it was taken down".to_owned()))
+            }
+            reason = broken.wait_for(Option::is_some) => {
+                let reason = reason.ok().and_then(|reason| reason.clone());
+                Err(failed(reason.unwrap_or_else(|| "it was taken down".to_owned())))
+            }
+        }
+    }
+
+    /// Sets the target's sequences `steps` further than the source's, so that nothing that is given out by mistake
+    /// before the exact values are set collides.
+    pub async fn sequences_set_ahead(&self, steps: i64) -> Result<usize, HandleError> {
+        let values = self.sequences_read().await?;
+        let target = self.target_control("sequences").await?;
+        sequences::set(&*target, &sequences::ahead(&values, steps)).await?;
+        Ok(values.len())
+    }
+
+    /// Where the source's sequences stand now.
+    pub async fn sequences_read(&self) -> Result<Vec<SequenceValue>, HandleError> {
+        let source = self.source_control("sequences").await?;
+        Ok(sequences::read(&*source).await?)
+    }
+}

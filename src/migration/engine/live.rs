@@ -1,0 +1,311 @@
+//! What is going on at the moment, shared between the worker that does it and the views that show it.
+//!
+//! The catalogue holds what survives; this holds what changes by the second. State is changed by the actor alone.
+
+use std::collections::BTreeMap;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::{Instant, SystemTime, UNIX_EPOCH};
+
+use tokio::sync::watch;
+
+use crate::catalog::tables::{TableRow, TableState};
+use crate::ident::QualifiedName;
+use crate::lsn::Lsn;
+use crate::migration::lag::{Lag, LagMeter};
+use crate::migration::state::State;
+use crate::migration::stream::StreamStatus;
+use crate::migration::view::{
+    CancelReport, DatabaseView, FullLoadView, MigrationSpec, MigrationView, Problem, TableView,
+};
+
+/// One migration.
+#[derive(Debug)]
+pub(super) struct Live {
+    pub(super) spec: MigrationSpec,
+    pub(super) source: String,
+    pub(super) started_at: f64,
+    pub(super) databases: Vec<Arc<DatabaseLive>>,
+    status: watch::Sender<Status>,
+    cancelled: Mutex<Option<CancelReport>>,
+}
+
+/// Where a migration stands.
+#[derive(Clone, Debug, PartialEq)]
+pub(super) struct Status {
+    pub(super) state: State,
+    pub(super) error: Option<Problem>,
+    pub(super) validation: Option<serde_json::Value>,
+    pub(super) finished_at: Option<f64>,
+}
+
+/// One database of a migration.
+#[derive(Debug)]
+pub(super) struct DatabaseLive {
+    pub(super) name: String,
+    pub(super) slot: String,
+    pub(super) publication: String,
+    pub(super) stream: StreamStatus,
+    /// Why its worker has ended; none while it runs.
+    pub(super) broken: watch::Sender<Option<String>>,
+    inner: Mutex<Inner>,
+}
+
+#[derive(Debug)]
+struct Inner {
+    step: Step,
+    tables: BTreeMap<QualifiedName, TableLive>,
+    lag: LagMeter,
+}
+
+/// The last step of a database that was completed, in their order. Stored in the catalogue.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub(super) enum Step {
+    /// Nothing was made.
+    Waiting,
+    /// Publication, slot and barrier are there.
+    Published,
+    /// The tables are there.
+    Restored,
+    /// All rows and indexes are there; the stream may begin.
+    Copied,
+    /// Foreign keys, triggers and the rest are there.
+    Constrained,
+}
+
+impl Step {
+    const ALL: [Self; 5] = [Self::Waiting, Self::Published, Self::Restored, Self::Copied, Self::Constrained];
+
+    pub(super) fn as_str(self) -> &'static str {
+        match self {
+            Self::Waiting => "Waiting",
+            Self::Published => "Published",
+            Self::Restored => "Restored",
+            Self::Copied => "Copied",
+            Self::Constrained => "Constrained",
+        }
+    }
+
+    /// What is going on after it, for operators.
+    fn doing(self) -> &'static str {
+        match self {
+            Self::Waiting => "Preparing",
+            Self::Published => "RestoringSchema",
+            Self::Restored => "CopyingData",
+            Self::Copied => "CatchingUp",
+            Self::Constrained => "Streaming",
+        }
+    }
+
+    pub(super) fn parse(text: &str) -> Option<Self> {
+        Self::ALL.into_iter().find(|step| step.as_str() == text)
+    }
+}
+
+/// One table's full load.
+#[derive(Clone, Debug, Default)]
+pub(super) struct TableLive {
+    pub(super) state: Option<TableState>,
+    pub(super) rows: u64,
+    pub(super) bytes: u64,
+    pub(super) rows_total: Option<u64>,
+    pub(super) bytes_total: Option<u64>,
+    pub(super) indexes: Option<(usize, usize)>,
+}
+
+impl Live {
+    pub(super) fn new(
+        spec: MigrationSpec,
+        source: String,
+        started_at: f64,
+        databases: Vec<Arc<DatabaseLive>>,
+        status: Status,
+    ) -> Self {
+        Self { spec, source, started_at, databases, status: watch::Sender::new(status), cancelled: Mutex::new(None) }
+    }
+
+    pub(super) fn name(&self) -> &str {
+        self.spec.name.as_str()
+    }
+
+    pub(super) fn state(&self) -> State {
+        self.status.borrow().state
+    }
+
+    pub(super) fn status(&self) -> Status {
+        self.status.borrow().clone()
+    }
+
+    pub(super) fn publish(&self, change: impl FnOnce(&mut Status)) {
+        self.status.send_modify(change);
+    }
+
+    pub(super) fn cancelled(&self) -> Option<CancelReport> {
+        self.cancelled.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    pub(super) fn set_cancelled(&self, report: &CancelReport) {
+        *self.cancelled.lock().unwrap_or_else(PoisonError::into_inner) = Some(report.clone());
+    }
+
+    pub(super) fn database(&self, name: &str) -> Option<&Arc<DatabaseLive>> {
+        self.databases.iter().find(|database| database.name == name)
+    }
+
+    pub(super) fn view(&self) -> MigrationView {
+        let status = self.status();
+        let now = unix_now();
+        MigrationView {
+            name: self.name().to_owned(),
+            state: status.state.name().to_owned(),
+            substate: status.state.substate().to_owned(),
+            mode: self.spec.mode,
+            option: self.spec.option,
+            cutover_when_ready: self.spec.cutover_when_ready,
+            databases: self.databases.iter().map(|database| database.view(status.state)).collect(),
+            error: status.error,
+            started_at: self.started_at,
+            finished_at: status.finished_at,
+            duration_seconds: (status.finished_at.unwrap_or(now) - self.started_at).max(0.0),
+            source: self.source.clone(),
+            validation: status.validation,
+        }
+    }
+
+    pub(super) fn tables(&self) -> Vec<TableView> {
+        self.databases.iter().flat_map(|database| database.table_views()).collect()
+    }
+}
+
+/// Seconds since the Unix epoch.
+pub(super) fn unix_now() -> f64 {
+    SystemTime::now().duration_since(UNIX_EPOCH).map_or(0.0, |since| since.as_secs_f64())
+}
+
+impl DatabaseLive {
+    pub(super) fn new(name: String, slot: String, publication: String, step: Step) -> Self {
+        Self {
+            name,
+            slot,
+            publication,
+            stream: StreamStatus::default(),
+            broken: watch::Sender::new(None),
+            inner: Mutex::new(Inner { step, tables: BTreeMap::new(), lag: LagMeter::default() }),
+        }
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Inner> {
+        self.inner.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    pub(super) fn step(&self) -> Step {
+        self.lock().step
+    }
+
+    pub(super) fn set_step(&self, step: Step) {
+        self.lock().step = step;
+    }
+
+    pub(super) fn load_tables(&self, rows: &[TableRow]) {
+        let unsigned = |number: i64| u64::try_from(number).unwrap_or(0);
+        let tables = rows.iter().map(|row| {
+            let live = TableLive {
+                state: Some(row.state),
+                rows: unsigned(row.rows),
+                bytes: unsigned(row.bytes),
+                rows_total: row.rows_total.map(unsigned),
+                bytes_total: row.bytes_total.map(unsigned),
+                indexes: None,
+            };
+            (row.table.clone(), live)
+        });
+        self.lock().tables = tables.collect();
+    }
+
+    pub(super) fn update_table(&self, table: &QualifiedName, change: impl FnOnce(&mut TableLive)) {
+        let mut inner = self.lock();
+        change(inner.tables.entry(table.clone()).or_default());
+    }
+
+    pub(super) fn table(&self, table: &QualifiedName) -> TableLive {
+        self.lock().tables.get(table).cloned().unwrap_or_default()
+    }
+
+    /// How many tables are in each state.
+    pub(super) fn table_states(&self) -> BTreeMap<&'static str, i64> {
+        let mut states = BTreeMap::new();
+        for table in self.lock().tables.values() {
+            *states.entry(table.state.unwrap_or(TableState::Waiting).as_str()).or_default() += 1;
+        }
+        states
+    }
+
+    pub(super) fn observe(&self, written: Lsn) {
+        let applied = self.stream.applied.borrow().seen;
+        self.lock().lag.observe(Instant::now(), written, applied);
+    }
+
+    pub(super) fn forget_lag(&self) {
+        self.lock().lag.forget();
+    }
+
+    /// How far the target is behind; none when it is not known, which is so while the stream is interrupted.
+    pub(super) fn lag(&self) -> Option<Lag> {
+        if self.stream.trouble.borrow().is_some() || self.broken.borrow().is_some() {
+            return None;
+        }
+        let applied = self.stream.applied.borrow().seen;
+        self.lock().lag.lag(Instant::now(), applied)
+    }
+
+    fn view(&self, state: State) -> DatabaseView {
+        let lag = self.lag();
+        let trouble = self.stream.trouble.borrow().clone();
+        let inner = self.lock();
+        let ready = inner.tables.values().filter(|table| table.state == Some(TableState::Ready)).count();
+        DatabaseView {
+            name: self.name.clone(),
+            state: if state.is_active() { inner.step.doing() } else { state.substate() }.to_owned(),
+            latency_bytes: lag.map(|lag| lag.bytes),
+            latency_seconds: lag.map(|lag| lag.seconds),
+            // Rows can be counted only once they are received; with nothing behind there is none.
+            pending_changes: lag.filter(|lag| lag.bytes == 0).map(|_| 0),
+            tables_total: inner.tables.len(),
+            tables_ready: ready,
+            retries: trouble.as_ref().map_or(0, |trouble| trouble.retries),
+            last_error: trouble.map(|trouble| trouble.last_error),
+        }
+    }
+
+    fn table_views(&self) -> Vec<TableView> {
+        let caught_up = self.lag().is_some_and(|lag| lag.bytes == 0);
+        let inner = self.lock();
+        let view = |(name, table): (&QualifiedName, &TableLive)| {
+            let state = table.state.unwrap_or(TableState::Waiting);
+            let indexes = match (state, table.indexes) {
+                (TableState::Ready, _) => "built".to_owned(),
+                (_, Some((built, total))) => format!("{built}/{total}"),
+                (_, None) => "pending".to_owned(),
+            };
+            TableView {
+                database: self.name.clone(),
+                schema: name.schema.clone(),
+                name: name.name.clone(),
+                full_load: FullLoadView {
+                    state: state.as_str().to_owned(),
+                    rows: table.rows,
+                    bytes: table.bytes,
+                    rows_total: table.rows_total,
+                    bytes_total: table.bytes_total,
+                },
+                incremental_sync: crate::migration::view::IncrementalView {
+                    pending: caught_up.then_some(0),
+                    ..self.stream.counters.of(name)
+                },
+                indexes,
+                verification: None,
+                error: None,
+            }
+        };
+        inner.tables.iter().map(view).collect()
+    }
+}

@@ -1,0 +1,223 @@
+//! The work on one migration, from the state in which the catalogue has it. It changes no state itself: it asks the
+//! actor to, and goes on once the change is durable.
+
+use std::sync::Arc;
+
+use futures_util::future::try_join_all;
+use tokio::sync::{mpsc, oneshot, watch};
+
+use super::actor::Command;
+use super::context::Context;
+use super::database::DatabaseWork;
+use super::error::WorkError;
+use super::live::Step;
+use crate::catalog::journal::Journal;
+use crate::catalog::{Place, bootstrap};
+use crate::migration::preflight::{self, Outcome, Preflight};
+use crate::migration::state::{Event, State};
+use crate::migration::stream::{Trouble, describe};
+use crate::migration::view::{MigrationOption, Mode, Problem};
+use crate::migration::{roles, schema};
+
+/// How the work ended.
+#[derive(Debug)]
+pub(super) enum WorkEnd {
+    /// With an event that ends a state.
+    Event(Event, Option<Problem>),
+    /// Another engine has taken over, or this one is stopping: there is nothing to say.
+    Silent,
+}
+
+pub(super) struct Worker {
+    pub(super) context: Arc<Context>,
+    pub(super) commands: mpsc::Sender<Command>,
+}
+
+impl Worker {
+    /// Works until there is nothing left to do, or something happens that only a person can mend.
+    pub(super) async fn run(self) -> WorkEnd {
+        match Box::pin(self.work()).await {
+            Ok(event) => WorkEnd::Event(event, None),
+            Err((error, _)) if error.is_fenced() => WorkEnd::Silent,
+            Err((error, database)) => {
+                tracing::error!(
+                    migration = self.context.live.name(),
+                    database,
+                    error = describe(&error),
+                    "the migration cannot go on"
+                );
+                WorkEnd::Event(Event::WorkFailed, Some(error.problem(database.as_deref())))
+            }
+        }
+    }
+
+    async fn work(&self) -> Result<Event, (WorkError, Option<String>)> {
+        let plain = |error| (error, None);
+        if self.state() == State::PerformingPreRequisiteSteps {
+            self.patiently("prerequisites", || self.prerequisites()).await.map_err(plain)?;
+            self.report(Event::PrerequisitesMet).await.map_err(plain)?;
+        }
+        if self.state() == State::ValidationInProgress {
+            if let Some(end) = self.validate().await.map_err(plain)? {
+                return Ok(end);
+            }
+            self.report(Event::ValidationPassed).await.map_err(plain)?;
+        }
+        if self.live_steps().any(|step| step < Step::Copied) {
+            self.patiently("roles", || self.roles()).await.map_err(plain)?;
+        }
+        let pg_dump = self.patiently("pg_dump", || self.pg_dump()).await.map_err(plain)?;
+        let mut ready = Vec::new();
+        let works: Vec<DatabaseWork> = self
+            .context
+            .live
+            .databases
+            .iter()
+            .map(|live| {
+                live.broken.send_replace(None);
+                let (sender, receiver) = watch::channel(false);
+                ready.push(receiver);
+                let context = self.context.clone();
+                DatabaseWork { context, live: live.clone(), pg_dump: pg_dump.clone(), ready: sender }
+            })
+            .collect();
+        let all = try_join_all(
+            works
+                .iter()
+                .map(|work| async move { work.run().await.map_err(|error| (error, Some(work.live.name.clone()))) }),
+        );
+        tokio::select! {
+            done = all => done.map(|_| Event::CopiedOffline),
+            error = self.tell_when_ready(ready) => Err((error, None)),
+        }
+    }
+
+    fn state(&self) -> State {
+        self.context.live.state()
+    }
+
+    fn live_steps(&self) -> impl Iterator<Item = Step> {
+        self.context.live.databases.iter().map(|database| database.step())
+    }
+
+    /// Tries again as long as the reason may pass by itself.
+    async fn patiently<T, F>(&self, what: &str, attempt: impl Fn() -> F) -> Result<T, WorkError>
+    where
+        F: Future<Output = Result<T, WorkError>>,
+    {
+        let mut wait = std::time::Duration::from_millis(500);
+        let mut retries = 0;
+        loop {
+            match Box::pin(attempt()).await {
+                Err(error) if error.is_transient() => {
+                    let error = describe(&error);
+                    tracing::warn!(migration = self.context.live.name(), what, error, "interrupted, begins again");
+                    retries += 1;
+                    for database in &self.context.live.databases {
+                        let trouble = Trouble { retries, last_error: error.clone() };
+                        database.stream.trouble.send_replace(Some(trouble));
+                    }
+                    tokio::time::sleep(wait).await;
+                    wait = (wait * 2).min(std::time::Duration::from_secs(15));
+                }
+                other => return other,
+            }
+        }
+    }
+
+    /// Has the actor change the state; comes back once that is durable.
+    async fn report(&self, event: Event) -> Result<(), WorkError> {
+        let once = || async {
+            let (reply, answer) = oneshot::channel();
+            self.commands.send(Command::Report(event, reply)).await.map_err(|_| WorkError::Stopping)?;
+            answer.await.map_err(|_| WorkError::Stopping)?
+        };
+        self.patiently("state", once).await
+    }
+
+    /// Both servers are reached, and our schema is in the target's control database.
+    async fn prerequisites(&self) -> Result<(), WorkError> {
+        let database = &self.context.config.control.database;
+        let source = self.context.source.control(database, "prerequisites").await?;
+        let target = self.context.target.control(database, "prerequisites").await?;
+        bootstrap(&target, Place::TargetControl).await?;
+        tracing::info!(
+            migration = self.context.live.name(),
+            source = source.version_num(),
+            target = target.version_num(),
+            "both servers are reached"
+        );
+        Ok(())
+    }
+
+    /// Runs the rules; an event when that is the end. What a migration has made itself would fail them, so one that has
+    /// begun is not validated again.
+    async fn validate(&self) -> Result<Option<Event>, WorkError> {
+        let spec = &self.context.live.spec;
+        if spec.option == MigrationOption::Migrate || self.live_steps().any(|step| step > Step::Waiting) {
+            return Ok(None);
+        }
+        let databases: Vec<String> = self.context.live.databases.iter().map(|database| database.name.clone()).collect();
+        let results = preflight::validate(&Preflight {
+            source: &self.context.source,
+            target: &self.context.target,
+            databases: &databases,
+            config: &self.context.config,
+            mode: match spec.mode {
+                Mode::Online => preflight::Mode::Online,
+                Mode::Offline => preflight::Mode::Offline,
+            },
+            overwrite_target: spec.overwrite_target,
+        })
+        .await;
+        let json = serde_json::to_value(&results).unwrap_or_default();
+        self.patiently("validation", || async {
+            Ok(self.context.catalog.set_validation(self.context.live.name(), &json).await?)
+        })
+        .await?;
+        self.context.live.publish(|status| status.validation = Some(json.clone()));
+        let failed = results.iter().filter(|result| result.outcome == Outcome::Failed).count();
+        tracing::info!(migration = self.context.live.name(), rules = results.len(), failed, "validated");
+        Ok(match spec.option {
+            _ if failed > 0 => Some(Event::ValidationRejected),
+            MigrationOption::Validate => Some(Event::ValidatedOnly),
+            MigrationOption::Migrate | MigrationOption::ValidateAndMigrate => None,
+        })
+    }
+
+    async fn roles(&self) -> Result<(), WorkError> {
+        let journal = Journal::new(self.context.catalog.clone(), self.context.live.name());
+        let reports = roles::copy_roles(&self.context.source, &self.context.target, &journal).await?;
+        for report in reports {
+            for warning in report.warnings {
+                tracing::warn!(migration = self.context.live.name(), role = report.role, warning, "role");
+            }
+        }
+        self.context.failpoints.hit("engine.after_roles").await?;
+        Ok(())
+    }
+
+    async fn pg_dump(&self) -> Result<schema::PgDump, WorkError> {
+        let database = &self.context.config.control.database;
+        let source = self.context.source.control(database, "version").await?;
+        let target = self.context.target.control(database, "version").await?;
+        let major = |version_num: u32| version_num / 10_000;
+        let config = &self.context.config.migration;
+        Ok(schema::find_pg_dump(config, major(source.version_num()), major(target.version_num())).await?)
+    }
+
+    /// Reports once that every database is ready. Never ends otherwise.
+    async fn tell_when_ready(&self, ready: Vec<watch::Receiver<bool>>) -> WorkError {
+        for mut database in ready {
+            if database.wait_for(|ready| *ready).await.is_err() {
+                std::future::pending::<()>().await;
+            }
+        }
+        if self.state() == State::MigratingData
+            && let Err(error) = self.report(Event::CaughtUp).await
+        {
+            return error;
+        }
+        std::future::pending().await
+    }
+}

@@ -1,0 +1,112 @@
+//! The forward publication and slot of one database, and the visibility barrier behind them.
+//!
+//! The order is everything:
+//!
+//! ```text
+//! publication   a slot decodes with the catalogue of its time: one made before the publication does not find it
+//! slot          from here on every commit is streamed
+//! barrier       a transaction of ours with xid B commits
+//! snapshots     only with xmin > B: whatever committed before the slot has then become visible. (Its commit record can
+//!               be written long before it is visible: with synchronous replication until the standby answers.)
+//! ```
+
+use std::time::Duration;
+
+use crate::ident::{QualifiedName, quote_ident, quote_literal};
+use crate::postgres::Control;
+
+/// Tries to lock the tables of the publication, each bounded by `lock_timeout`.
+const ATTEMPTS: u32 = 30;
+
+/// Publication or slot could not be made.
+#[derive(Debug, thiserror::Error)]
+pub enum PublicationError {
+    /// A statement failed.
+    #[error("{doing} failed on the source")]
+    Query {
+        /// What was being done.
+        doing: &'static str,
+        /// Why.
+        source: tokio_postgres::Error,
+    },
+}
+
+fn failed(doing: &'static str) -> impl Fn(tokio_postgres::Error) -> PublicationError {
+    move |source| PublicationError::Query { doing, source }
+}
+
+/// Makes the publication of these tables and the marker table, anew if it is there. It takes a lock on each table that
+/// lets reads and writes pass, but waits behind ALTER TABLE and the like.
+pub async fn create(
+    source: &mut Control,
+    name: &str,
+    tables: &[QualifiedName],
+    lock_timeout: Duration,
+) -> Result<(), PublicationError> {
+    let publication = quote_ident(name);
+    let marker = QualifiedName::new("pgcutover", "marker");
+    let list: Vec<String> = tables.iter().chain([&marker]).map(|table| format!("ONLY {table}")).collect();
+    let script = format!(
+        "SET LOCAL lock_timeout = {}; DROP PUBLICATION IF EXISTS {publication}; CREATE PUBLICATION {publication} FOR TABLE {}",
+        lock_timeout.as_millis().max(1),
+        list.join(", ")
+    );
+    let mut attempt = 1;
+    loop {
+        let transaction = source.transaction().await.map_err(failed("CREATE PUBLICATION"))?;
+        match transaction.batch_execute(&script).await {
+            Ok(()) => return transaction.commit().await.map_err(failed("CREATE PUBLICATION")),
+            Err(error) if error.code().is_some_and(|code| code.code() == "55P03") && attempt < ATTEMPTS => {
+                transaction.rollback().await.map_err(failed("CREATE PUBLICATION"))?;
+                attempt += 1;
+                tokio::time::sleep(lock_timeout.min(Duration::from_secs(1))).await;
+            }
+            Err(error) => return Err(failed("CREATE PUBLICATION")(error)),
+        }
+    }
+}
+
+/// The statement that removes it and succeeds when it is not there.
+pub fn drop_publication_sql(name: &str) -> String {
+    format!("DROP PUBLICATION IF EXISTS {}", quote_ident(name))
+}
+
+/// The statement that removes the slot and succeeds when it is not there; fails while a walsender uses it.
+pub fn drop_slot_sql(name: &str) -> String {
+    format!(
+        "SELECT pg_catalog.pg_drop_replication_slot(slot_name) FROM pg_catalog.pg_replication_slots WHERE slot_name = {}",
+        quote_literal(name)
+    )
+}
+
+/// Ends a walsender that holds the slot, then removes the slot; nothing when it is not there.
+pub async fn drop_slot(source: &Control, name: &str) -> Result<(), PublicationError> {
+    let doing = "dropping the replication slot";
+    for _ in 0..ATTEMPTS {
+        source
+            .execute(
+                "SELECT pg_catalog.pg_terminate_backend(active_pid) FROM pg_catalog.pg_replication_slots
+                  WHERE slot_name = $1 AND active_pid IS NOT NULL",
+                &[&name],
+            )
+            .await
+            .map_err(failed(doing))?;
+        match source.batch_execute(&drop_slot_sql(name)).await {
+            Ok(()) => return Ok(()),
+            Err(error) if error.code().is_some_and(|code| code.code() == "55006") => {
+                tokio::time::sleep(Duration::from_millis(200)).await;
+            }
+            Err(error) => return Err(failed(doing)(error)),
+        }
+    }
+    source.batch_execute(&drop_slot_sql(name)).await.map_err(failed(doing))
+}
+
+/// Commits a transaction of our own and returns its xid, with epoch. It writes nothing, so it waits for no standby.
+pub async fn barrier(source: &mut Control) -> Result<u64, PublicationError> {
+    let doing = "the visibility barrier";
+    let transaction = source.transaction().await.map_err(failed(doing))?;
+    let row = transaction.query_one("SELECT pg_catalog.txid_current()", &[]).await.map_err(failed(doing))?;
+    transaction.commit().await.map_err(failed(doing))?;
+    Ok(row.get::<_, i64>(0).cast_unsigned())
+}
