@@ -174,11 +174,17 @@ impl CopyOut<'_> {
 }
 
 /// A running COPY in.
-#[derive(Debug)]
 pub struct CopyIn<'a> {
     connection: &'a mut RawConnection,
     /// A CopyData in the making: room for the header, then data.
     message: BytesMut,
+}
+
+impl fmt::Debug for CopyIn<'_> {
+    /// Not the data.
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "CopyIn({:?}, {} bytes gathered)", self.connection, self.message.len())
+    }
 }
 
 fn empty_message() -> BytesMut {

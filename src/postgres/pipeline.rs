@@ -10,7 +10,7 @@
 //! After an error the server skips to the Sync; the error is returned with the index of the step that failed. When the
 //! link breaks after COMMIT was sent, nobody knows whether it took effect: only the progress row on the server does.
 
-use std::io;
+use std::{fmt, io};
 
 use bytes::BytesMut;
 use postgres_protocol::IsNull;
@@ -35,10 +35,17 @@ enum Step {
 }
 
 /// Steps in the order in which they will run.
-#[derive(Debug, Default)]
+#[derive(Default)]
 pub struct Pipeline {
     encoded: BytesMut,
     steps: Vec<Step>,
+}
+
+impl fmt::Debug for Pipeline {
+    /// Not the parameters.
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "Pipeline({} steps, {} bytes)", self.steps.len(), self.encoded.len())
+    }
 }
 
 /// Why a pipeline failed.

@@ -1,10 +1,10 @@
 //! A connection at the level of protocol frames: what proxied sessions, COPY, apply and replication speak through.
 
 use std::future::poll_fn;
-use std::io;
 use std::pin::Pin;
 use std::sync::Arc;
 use std::task::Poll;
+use std::{fmt, io};
 
 use bytes::BytesMut;
 use postgres_protocol::IsNull;
@@ -19,8 +19,8 @@ use crate::postgres::{Frame, RawError, Stream, settings};
 /// How much is read from the socket at a time, at least.
 const READ_BYTES: usize = 16 * 1024;
 
-/// How a login proves itself.
-#[derive(Clone, Debug)]
+/// How a login proves itself. `Debug` names the kind alone.
+#[derive(Clone)]
 pub enum Credential {
     /// Nothing to show (trust, peer, certificate).
     None,
@@ -35,6 +35,17 @@ pub enum Credential {
     },
     /// `md5` verifier (`md5` and 32 hexadecimal digits): enough to log in to a server that asks for md5.
     Md5Hash(Secret),
+}
+
+impl fmt::Debug for Credential {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::None => "None",
+            Self::Password(_) => "Password(…)",
+            Self::ScramKeys { .. } => "ScramKeys(…)",
+            Self::Md5Hash(_) => "Md5Hash(…)",
+        })
+    }
 }
 
 /// Everything a startup packet and an authentication exchange need.
@@ -56,7 +67,6 @@ pub type TextRows = Vec<Vec<Option<String>>>;
 /// An open connection that has been authenticated and has said ReadyForQuery once.
 ///
 /// Dropping it closes the socket without a Terminate; the server notices when it next reads.
-#[derive(Debug)]
 pub struct RawConnection {
     /// The socket.
     pub stream: Stream,
@@ -77,6 +87,13 @@ pub struct RawConnection {
     /// ReadyForQuery that our own queries still await. Not 0 between calls: one of them was dropped half-way, and
     /// whatever is read next answers that one.
     awaited: u32,
+}
+
+impl fmt::Debug for RawConnection {
+    /// Neither the cancel key nor what is in the buffers.
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "RawConnection({}, pid {}, status {:?})", self.label, self.pid, char::from(self.status))
+    }
 }
 
 impl RawConnection {
@@ -364,4 +381,22 @@ fn encode_named(name: &str, sql: &str, params: &[Option<&str>], out: &mut BytesM
     frontend::close(b'S', name, out)?;
     frontend::sync(out);
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn debug_shows_no_secret() {
+        for credential in [
+            Credential::Password(Secret::new("hidden")),
+            Credential::Md5Hash(Secret::new("hidden")),
+            Credential::ScramKeys { client_key: [77; 32], server_key: [77; 32] },
+        ] {
+            let login = Login { user: "u".to_owned(), database: "d".to_owned(), credential, parameters: Vec::new() };
+            let shown = format!("{login:?}");
+            assert!(!shown.contains("hidden") && !shown.contains("77"), "{shown}");
+        }
+    }
 }

@@ -24,7 +24,7 @@
 //! ends the connection, so status must flow even while the applier is blocked for minutes on a lock: a task of its own,
 //! owned by [`ReplicationStream`], holds the writing half of the socket. It sends the last status reported through
 //! [`Feedback`] whenever that changed (gathering changes for a moment), at once when the server asks, and otherwise every
-//! third of `wal_sender_timeout`, at most [`MAX_PERIOD`] apart. It never invents a position.
+//! third of `wal_sender_timeout`, at most ten seconds apart. It never invents a position.
 //!
 //! # What is durable: one timeline
 //!

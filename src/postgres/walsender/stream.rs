@@ -1,8 +1,8 @@
 //! A running stream: the reading half with its owner, the writing half with a task that sends statuses.
 
-use std::io;
 use std::sync::Arc;
 use std::time::{Duration, SystemTime};
+use std::{fmt, io};
 
 use bytes::{Buf as _, BufMut as _, Bytes, BytesMut};
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _, ReadHalf, WriteHalf};
@@ -88,7 +88,6 @@ impl Feedback {
 }
 
 /// A running stream. Dropping it closes the connection; the server then releases the slot when it notices.
-#[derive(Debug)]
 pub struct ReplicationStream {
     socket: ReadHalf<Stream>,
     read_buf: BytesMut,
@@ -96,6 +95,13 @@ pub struct ReplicationStream {
     feedback: Feedback,
     /// Holds the writing half; ended by [`Self::stop`] or by dropping.
     writer: JoinHandle<io::Result<()>>,
+}
+
+impl fmt::Debug for ReplicationStream {
+    /// Not what is in the buffer.
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "ReplicationStream({}, {:?})", self.label, self.feedback)
+    }
 }
 
 impl ReplicationStream {
