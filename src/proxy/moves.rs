@@ -257,12 +257,13 @@ impl Session {
         moving.wanted = false;
         let stage = std::mem::replace(&mut moving.stage, Stage::Failed);
         match self.fill(stage).await {
-            Ok((opened, state, report)) => {
-                let mut blockers = state.blockers().to_vec();
-                blockers.extend(report.blockers());
+            Ok((opened, replayed, blockers)) => {
                 self.touched = false;
                 if let Some(moving) = &mut self.moving {
-                    moving.stage = Stage::Filled { opened, state, report };
+                    moving.stage = match replayed {
+                        Some((state, report)) => Stage::Filled { opened, state, report },
+                        None => Stage::Open(opened),
+                    };
                     moving.blockers.clone_from(&blockers);
                     let outcome =
                         if blockers.is_empty() { MoveOutcome::Ready } else { MoveOutcome::Blocked(blockers.clone()) };
@@ -280,8 +281,9 @@ impl Session {
         }
     }
 
-    /// Brings the state of the session's backend to the other one.
-    async fn fill(&mut self, stage: Stage) -> Result<(Opened, State, ReplayReport), Unmoved> {
+    /// Brings the state of the session's backend to the other one. What is returned as replayed is there, and only
+    /// that: a later difference is taken from it.
+    async fn fill(&mut self, stage: Stage) -> Result<(Opened, Option<(State, ReplayReport)>, Vec<Blocker>), Unmoved> {
         let (mut opened, before) = match stage {
             Stage::Open(opened) => (opened, None),
             Stage::Filled { opened, state, report } => (opened, Some((state, report))),
@@ -290,9 +292,10 @@ impl Session {
             }
         };
         let state = self.capture(&opened.names).await?;
-        if !state.blockers().is_empty() && before.is_none() {
+        let mut blockers = state.blockers().to_vec();
+        if !blockers.is_empty() && before.is_none() {
             // Nothing is replayed that cannot be complete; the backend stays for another try.
-            return Ok((opened, state, ReplayReport::default()));
+            return Ok((opened, None, blockers));
         }
         let other = &mut opened.backend.connection;
         let replayed = match before {
@@ -303,7 +306,10 @@ impl Session {
             }
         };
         match replayed {
-            Ok(report) => Ok((opened, state, report)),
+            Ok(report) => {
+                blockers.extend(report.blockers());
+                Ok((opened, Some((state, report)), blockers))
+            }
             Err(error) => Err(Unmoved::Because(error.to_string())),
         }
     }
@@ -411,13 +417,12 @@ impl Session {
             stage => stage,
         };
         match self.fill(stage).await {
-            Ok((opened, state, report)) => {
-                let blockers: Vec<_> = state.blockers().iter().cloned().chain(report.blockers()).collect();
+            Ok((opened, replayed, blockers)) => {
                 if let Some(blocker) = blockers.first() {
                     tokio::task::spawn_local(close(opened.backend));
                     return Err(told(format!("The session {blocker}.")));
                 }
-                Ok((opened, state.listens()))
+                Ok((opened, replayed.is_some_and(|(state, _)| state.listens())))
             }
             Err(Unmoved::OwnLost) => {
                 Err(told("Its connection to the old server was lost before its state could be read.".to_owned()))
