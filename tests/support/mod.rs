@@ -6,6 +6,7 @@
 
 pub mod daemon;
 pub mod link;
+pub mod proxy;
 pub mod shop;
 
 use std::future::Future;
