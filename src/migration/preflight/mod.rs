@@ -9,17 +9,8 @@ mod instance;
 use tokio_postgres::types::ToSql;
 
 use crate::config::Config;
+pub use crate::migration::view::Mode;
 use crate::postgres::{Connector, Control};
-
-/// How the source is used while it is copied.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, serde::Serialize, serde::Deserialize)]
-#[serde(rename_all = "lowercase")]
-pub enum Mode {
-    /// The application keeps writing; changes are streamed.
-    Online,
-    /// The application is stopped; a copy is enough.
-    Offline,
-}
 
 /// What a rule is about.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, serde::Serialize, serde::Deserialize)]
