@@ -1,224 +1,20 @@
 //! The cutover on two real clusters, with its surroundings scripted: no sessions, and an engine whose stream is instant.
 //!
-//! What only a whole daemon can show is in `crash.rs` and in the end-to-end tests.
+//! What sessions see is in `cutover_sessions.rs`; what only a whole daemon can show is in `crash.rs`.
 
 mod support;
 
-use std::sync::{Arc, Mutex};
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use async_trait::async_trait;
 use pgcutover::catalog::decision::Outcome;
-use pgcutover::catalog::{Place, bootstrap};
-use pgcutover::config::{Config, FencePolicy, Stragglers};
-use pgcutover::cutover::coordinator::{Coordinator, CoordinatorDeps, CutoverOptions, CutoverState};
-use pgcutover::cutover::parts::{Engine, Lease, Replication};
-use pgcutover::cutover::report::{CutoverOutcome, CutoverReport};
-use pgcutover::demo::cluster::Cluster;
-use pgcutover::failpoint::Failpoints;
-use pgcutover::postgres::{Connector, InstanceId};
-use pgcutover::proxy::Sessions;
-use pgcutover::shutdown::Tasks;
-use pgcutover::switch::{Epoch, Route, ServerRole, Switchboard};
-use pgcutover::telemetry::metrics::Metrics;
+use pgcutover::config::{FencePolicy, Stragglers};
+use pgcutover::cutover::coordinator::{CutoverOptions, CutoverState};
+use pgcutover::cutover::report::CutoverOutcome;
+use pgcutover::switch::{Route, ServerRole};
 use support::link::{Cut, Link};
-use support::{connect, connect_with, try_connect, two_clusters, wait_for};
-
-const NAME: &str = "move";
-
-/// An engine that is always ready and has always applied everything.
-#[derive(Clone, Default)]
-struct Instantly {
-    databases: Vec<String>,
-    finished: Arc<Mutex<Vec<Outcome>>>,
-    settled: Arc<Mutex<Vec<Outcome>>>,
-}
-
-#[async_trait]
-impl Engine for Instantly {
-    async fn begin_cutover(&self, _: &str) -> Result<Arc<dyn Lease>, String> {
-        Ok(Arc::new(self.clone()))
-    }
-    async fn cutover_settled(&self, _: &str, outcome: Outcome) -> Result<(), String> {
-        self.settled.lock().expect("not poisoned").push(outcome);
-        Ok(())
-    }
-}
-
-#[async_trait]
-impl Lease for Instantly {
-    fn databases(&self) -> Vec<String> {
-        self.databases.clone()
-    }
-    fn lag_bytes(&self) -> Option<u64> {
-        Some(0)
-    }
-    fn replication(&self, _: &str) -> Replication {
-        Replication { slot: "slot".to_owned(), publication: "publication".to_owned() }
-    }
-    async fn wait_marker(&self, _: &str, _: &str) -> Result<(), String> {
-        Ok(())
-    }
-    async fn finish(&self, outcome: Outcome) -> Result<(), String> {
-        self.finished.lock().expect("not poisoned").push(outcome);
-        Ok(())
-    }
-}
-
-/// Two clusters with a database `shop` on both, published on the source.
-struct Stage {
-    source: Cluster,
-    target: Cluster,
-}
-
-impl Stage {
-    async fn set() -> Self {
-        let (source, target) = two_clusters();
-        let stage = Self { source, target };
-        stage.furnish().await;
-        stage
-    }
-
-    /// Puts everything back to the beginning on the same clusters: starting others costs seconds.
-    async fn reset(&self) {
-        for cluster in [&self.source, &self.target] {
-            let admin = connect(cluster, "postgres").await;
-            admin.batch_execute("DROP SCHEMA pgcutover CASCADE").await.expect("ours");
-            wait_for("nobody in the database", || async { admin.batch_execute("DROP DATABASE shop").await.is_ok() })
-                .await;
-        }
-        self.furnish().await;
-    }
-
-    async fn furnish(&self) {
-        for cluster in [&self.source, &self.target] {
-            connect(cluster, "postgres").await.batch_execute("CREATE DATABASE shop").await.expect("a new database");
-            let schema =
-                "CREATE TABLE item (id bigserial PRIMARY KEY, name text); CREATE SEQUENCE never_called START 7";
-            connect(cluster, "shop").await.batch_execute(schema).await.expect("a new schema");
-        }
-        let life = self.life("");
-        let places = [
-            (&life.source, "postgres", Place::SourceControl),
-            (&life.target, "postgres", Place::TargetControl),
-            (&life.source, "shop", Place::SourceDatabase),
-            (&life.target, "shop", Place::TargetDatabase),
-        ];
-        for (connector, database, place) in places {
-            let control = connector.control(database, "test").await.expect("the server runs");
-            bootstrap(&control, place).await.expect("the schema can be made");
-        }
-        let publish = "CREATE PUBLICATION publication FOR TABLE item, pgcutover.marker";
-        connect(&self.source, "shop").await.batch_execute(publish).await.expect("a new publication");
-    }
-
-    fn config(&self) -> Config {
-        let text = format!(
-            "[source]\nhost = \"127.0.0.1\"\nport = {}\nuser = \"postgres\"\n[target]\nhost = \"127.0.0.1\"\nport = {}\n\
-             user = \"postgres\"\n[listen]\naddress = \"127.0.0.1:6432\"\n",
-            self.source.port(),
-            self.target.port()
-        );
-        let file = tempfile::Builder::new().suffix(".toml").tempfile().expect("a temporary file");
-        std::fs::write(file.path(), text).expect("the file is writable");
-        pgcutover::config::load(Some(file.path()), &Default::default()).expect("a valid configuration")
-    }
-
-    /// One life of a coordinator, with its own tasks and switchboard.
-    fn life(&self, failpoints: &str) -> Life {
-        self.life_through(failpoints, None)
-    }
-
-    /// The same, reaching the target through `link`.
-    fn life_through(&self, failpoints: &str, link: Option<&Link>) -> Life {
-        let mut config = self.config();
-        if let Some(link) = link {
-            config.target.port = link.address.port();
-        }
-        config.target.connect_timeout = Duration::from_secs(3);
-        let instance = InstanceId::random();
-        let source = Connector::new(&config.source, "source", &instance).expect("no certificates to read");
-        let target = Connector::new(&config.target, "target", &instance).expect("no certificates to read");
-        let unresolved = Route::Unknown { reason: "starting".to_owned() };
-        let switchboard = Arc::new(Switchboard::new(unresolved));
-        let engine = Instantly { databases: vec!["shop".to_owned()], ..Instantly::default() };
-        let tasks = Tasks::new();
-        let coordinator = Coordinator::start(CoordinatorDeps {
-            config: Arc::new(config),
-            switchboard: switchboard.clone(),
-            sessions: Arc::new(Sessions::default()),
-            engine: Arc::new(engine.clone()),
-            source: source.clone(),
-            target: target.clone(),
-            metrics: Arc::new(Metrics::new().expect("a fresh registry")),
-            failpoints: Failpoints::parse(failpoints).expect("valid failpoints"),
-            tasks: tasks.clone(),
-        });
-        Life { coordinator, switchboard, engine, source, target, tasks }
-    }
-
-    /// Settings of databases and roles on the source, as the catalogues hold them.
-    async fn settings(&self) -> Vec<String> {
-        let client = connect(&self.source, "postgres").await;
-        let rows = client
-            .query(
-                "SELECT format('%s %s %s', datname, datallowconn, datconnlimit) FROM pg_database
-                 UNION ALL
-                 SELECT format('%s %s %s', setdatabase, setrole, setconfig) FROM pg_db_role_setting ORDER BY 1",
-                &[],
-            )
-            .await
-            .expect("catalogues can be read");
-        rows.iter().map(|row| row.get(0)).collect()
-    }
-
-    /// `fence: outcome` and `decision: outcome` rows, in order.
-    async fn rows(&self) -> (Vec<Option<String>>, Vec<String>) {
-        let fences = connect(&self.source, "postgres").await;
-        let fences = fences.query("SELECT outcome FROM pgcutover.fence ORDER BY epoch", &[]).await.expect("readable");
-        let decisions = connect(&self.target, "postgres").await;
-        let decisions =
-            decisions.query("SELECT outcome FROM pgcutover.decision ORDER BY epoch", &[]).await.expect("readable");
-        (fences.iter().map(|row| row.get(0)).collect(), decisions.iter().map(|row| row.get(0)).collect())
-    }
-}
-
-struct Life {
-    coordinator: Arc<Coordinator>,
-    switchboard: Arc<Switchboard>,
-    engine: Instantly,
-    source: Connector,
-    target: Connector,
-    tasks: Tasks,
-}
-
-impl Life {
-    async fn resolved(self) -> Self {
-        self.coordinator.resolve_at_startup().await;
-        self
-    }
-
-    fn options(&self) -> CutoverOptions {
-        CutoverOptions { max_pause: Duration::from_secs(30), ..self.coordinator.default_options() }
-    }
-
-    async fn cut_over(&self) -> CutoverReport {
-        self.cut_over_with(self.options()).await
-    }
-
-    async fn cut_over_with(&self, options: CutoverOptions) -> CutoverReport {
-        self.coordinator.run(NAME, options).await.expect("the migration is ready")
-    }
-
-    fn route(&self) -> Route {
-        (*self.switchboard.database("shop").route()).clone()
-    }
-
-    fn runs_on(&self, server: ServerRole, epoch: u64) -> bool {
-        let database = self.switchboard.database("shop");
-        !database.is_fenced() && self.route() == Route::To { server, epoch: Epoch(epoch) }
-    }
-}
+use support::stage::{Life, NAME, Stage};
+use support::{connect, connect_with, try_connect, wait_for};
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_cutover_switches_and_leaves_the_old_server_fenced() {
@@ -431,7 +227,7 @@ async fn a_decision_whose_answer_is_lost_counts_as_what_the_server_says() {
     let stage = Stage::set().await;
     for (cut, decided) in [(Cut::Before("decided"), false), (Cut::After("decided"), true)] {
         let link = Link::to(stage.target.address()).await;
-        let life = stage.life_through("", Some(&link)).resolved().await;
+        let life = stage.life_through("", &link).resolved().await;
         let before = stage.settings().await;
         link.cut_once(cut.clone());
         let report = life.cut_over().await;

@@ -190,9 +190,10 @@ impl Session {
 
     /// Closes what was prepared.
     pub(super) fn discard_move(&mut self) {
-        let Some(mut moving) = self.moving.take() else { return };
+        let Some(moving) = self.moving.take() else { return };
         self.entry.set_moving(MoveState::None, Vec::new());
-        moving.answer(&MoveOutcome::Failed("the move was given up".to_owned()));
+        // Who waits for an answer learns that there is nothing to move: an abort, or a client that has left.
+        drop(moving.replies);
         match moving.stage {
             Stage::Opening(opening) => {
                 tokio::task::spawn_local(async move {

@@ -8,6 +8,7 @@ pub mod daemon;
 pub mod link;
 pub mod proxy;
 pub mod shop;
+pub mod stage;
 
 use std::future::Future;
 use std::time::{Duration, Instant};

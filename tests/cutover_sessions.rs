@@ -1,0 +1,302 @@
+//! What clients of the proxy see of a cutover: time, and nothing else.
+
+mod support;
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::time::{Duration, Instant};
+
+use pgcutover::config::Stragglers;
+use pgcutover::cutover::coordinator::CutoverOptions;
+use pgcutover::cutover::report::CutoverOutcome;
+use pgcutover::switch::ServerRole;
+use support::stage::{NAME, Stage};
+use support::{connect, connect_with, try_connect, wait_for};
+use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
+use tokio::net::TcpStream;
+use tokio_postgres::Client;
+
+/// Port of the server that the session's backend runs on.
+async fn port(client: &Client) -> i32 {
+    client.query_one("SELECT inet_server_port()", &[]).await.expect("answers").get(0)
+}
+
+/// A session whose socket can be torn away: aborting the task closes it with whatever is under way.
+async fn connect_loosely(config: &tokio_postgres::Config) -> (Client, tokio::task::AbortHandle) {
+    let (client, connection) = config.connect(tokio_postgres::NoTls).await.expect("let in");
+    let driver = tokio::spawn(async move {
+        let _ = connection.await;
+    });
+    (client, driver.abort_handle())
+}
+
+/// A session without a driver: what is written goes out as it is.
+async fn connect_raw(port: u16) -> TcpStream {
+    let mut startup = vec![0, 0, 0, 0, 0, 3, 0, 0];
+    startup.extend_from_slice(b"user\0postgres\0database\0shop\0application_name\0leaver\0\0");
+    startup[3] = u8::try_from(startup.len()).expect("a short packet");
+    let mut stream = TcpStream::connect(("127.0.0.1", port)).await.expect("the proxy listens");
+    stream.write_all(&startup).await.expect("taken");
+    let mut greeting = Vec::new();
+    while !greeting.ends_with(b"Z\0\0\0\x05I") {
+        assert!(stream.read_buf(&mut greeting).await.expect("answered") > 0, "let in");
+    }
+    stream
+}
+
+/// Counts what a crowd of clients has done and what went wrong.
+#[derive(Default)]
+struct Crowd {
+    stop: AtomicBool,
+    transactions: AtomicU64,
+    logins: AtomicU64,
+    errors: std::sync::Mutex<Vec<String>>,
+}
+
+impl Crowd {
+    fn goes_on(&self) -> bool {
+        !self.stop.load(Ordering::SeqCst)
+    }
+
+    fn failed(&self, what: &str, error: &tokio_postgres::Error) {
+        let said = error
+            .as_db_error()
+            .map_or_else(|| error.to_string(), |error| format!("{} {}", error.code().code(), error.message()));
+        self.errors.lock().expect("not poisoned").push(format!("{what}: {said}"));
+    }
+
+    /// Transactions on one connection for ever.
+    async fn work(&self, client: Client) {
+        while self.goes_on() {
+            match client.batch_execute("BEGIN; SELECT count(*) FROM item; COMMIT").await {
+                Ok(()) => self.transactions.fetch_add(1, Ordering::SeqCst),
+                Err(error) => return self.failed("transaction", &error),
+            };
+        }
+    }
+
+    /// A new connection for each statement.
+    async fn come_and_go(&self, config: tokio_postgres::Config) {
+        while self.goes_on() {
+            let visit = async {
+                let client = try_connect(&config).await?;
+                client.simple_query("SELECT 1").await
+            };
+            match visit.await {
+                Ok(_) => self.logins.fetch_add(1, Ordering::SeqCst),
+                Err(error) => return self.failed("login", &error),
+            };
+        }
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn clients_at_work_and_clients_that_come_and_go_see_no_error() {
+    let stage = Stage::set().await;
+    let life = stage.life_with_proxy("").resolved().await;
+    let crowd = Arc::new(Crowd::default());
+    let mut tasks = Vec::new();
+    for _ in 0..8 {
+        let client = connect_with(&life.client("worker")).await;
+        let crowd = crowd.clone();
+        tasks.push(tokio::spawn(async move { crowd.work(client).await }));
+    }
+    for _ in 0..4 {
+        let (crowd, config) = (crowd.clone(), life.client("visitor"));
+        tasks.push(tokio::spawn(async move { crowd.come_and_go(config).await }));
+    }
+    let idle = connect_with(&life.client("idle")).await;
+    idle.batch_execute("SET work_mem = '7MB'").await.expect("settable");
+    assert_eq!(port(&idle).await, i32::from(stage.source.port()));
+
+    // Dry runs and aborts are felt no more than the switch.
+    let options = CutoverOptions { drain_timeout: Duration::from_secs(20), ..life.options() };
+    for dry_run in [true, true, false] {
+        let before = crowd.transactions.load(Ordering::SeqCst);
+        wait_for("work", || async { crowd.transactions.load(Ordering::SeqCst) > before + 20 }).await;
+        let report = life.cut_over_with(CutoverOptions { dry_run, ..options }).await;
+        let expected = if dry_run { CutoverOutcome::DryRun } else { CutoverOutcome::Switched };
+        assert_eq!(report.outcome, expected, "{report:?}");
+        assert!(report.pause_ms > 0 && report.sessions_moved >= 9, "{report:?}");
+    }
+    let (transactions, logins) = (crowd.transactions.load(Ordering::SeqCst), crowd.logins.load(Ordering::SeqCst));
+    wait_for("work on the other server", || async {
+        crowd.transactions.load(Ordering::SeqCst) > transactions + 20
+            && crowd.logins.load(Ordering::SeqCst) > logins + 4
+            || !crowd.errors.lock().expect("not poisoned").is_empty()
+    })
+    .await;
+    crowd.stop.store(true, Ordering::SeqCst);
+    for task in tasks {
+        task.await.expect("no panic");
+    }
+    assert_eq!(*crowd.errors.lock().expect("not poisoned"), Vec::<String>::new());
+    assert_eq!(port(&idle).await, i32::from(stage.target.port()));
+    let kept: String = idle.query_one("SHOW work_mem", &[]).await.expect("answers").get(0);
+    assert_eq!(kept, "7MB");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn an_abort_at_every_step_is_felt_by_nobody() {
+    let stage = Stage::set().await;
+    for failpoint in ["prepare.after_fence", "pause.after_hard_fence", "drain.after_applied", "decide.before_decision"]
+    {
+        let life = stage.life_with_proxy(&format!("{failpoint}=error")).resolved().await;
+        let crowd = Arc::new(Crowd::default());
+        let mut tasks = Vec::new();
+        for _ in 0..4 {
+            let client = connect_with(&life.client("worker")).await;
+            let (worker, visitor, config) = (crowd.clone(), crowd.clone(), life.client("visitor"));
+            tasks.push(tokio::spawn(async move { worker.work(client).await }));
+            tasks.push(tokio::spawn(async move { visitor.come_and_go(config).await }));
+        }
+        let report =
+            life.cut_over_with(CutoverOptions { drain_timeout: Duration::from_secs(20), ..life.options() }).await;
+        assert_eq!(report.reason, format!("failpoint {failpoint}"));
+        let after = crowd.transactions.load(Ordering::SeqCst);
+        wait_for("work after the abort", || async {
+            crowd.transactions.load(Ordering::SeqCst) > after + 20
+                || !crowd.errors.lock().expect("not poisoned").is_empty()
+        })
+        .await;
+        crowd.stop.store(true, Ordering::SeqCst);
+        for task in tasks {
+            task.await.expect("no panic");
+        }
+        assert_eq!(*crowd.errors.lock().expect("not poisoned"), Vec::<String>::new(), "{failpoint}");
+        assert!(life.runs_on(ServerRole::Source, 0), "{failpoint}");
+        life.tasks.stop();
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_long_transaction_through_the_proxy_aborts_and_carries_on() {
+    let stage = Stage::set().await;
+    let life = stage.life_with_proxy("").resolved().await;
+    let client = connect_with(&life.client("nightly-report")).await;
+    client.batch_execute("BEGIN; INSERT INTO item (name) VALUES ('slow')").await.expect("writable");
+    let pid: i32 = client.query_one("SELECT pg_backend_pid()", &[]).await.expect("answers").get(0);
+    let options = CutoverOptions { drain_timeout: Duration::from_millis(400), ..life.options() };
+    let report = life.cut_over_with(options).await;
+    assert_eq!(report.outcome, CutoverOutcome::Aborted);
+    assert!(report.reason.contains("drain_timeout"), "{}", report.reason);
+    assert!(report.reason.contains(&format!("pid {pid} (\"nightly-report\")")), "{}", report.reason);
+    client.batch_execute("INSERT INTO item (name) VALUES ('still'); COMMIT").await.expect("carries on");
+
+    // By policy it is ended instead, and told so.
+    client.batch_execute("BEGIN; INSERT INTO item (name) VALUES ('slow')").await.expect("writable");
+    let report = life.cut_over_with(CutoverOptions { stragglers: Stragglers::Terminate, ..options }).await;
+    assert_eq!(report.outcome, CutoverOutcome::Switched, "{report:?}");
+    assert!(client.batch_execute("COMMIT").await.is_err());
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_statement_whose_client_has_vanished_is_waited_for() {
+    let stage = Stage::set().await;
+    let life = stage.life_with_proxy("").resolved().await;
+    let (client, socket) = connect_loosely(&life.client("vanishing")).await;
+    let slow = "INSERT INTO item (name) SELECT 'vanished' FROM generate_series(1, 10), pg_sleep(2)";
+    let sent = tokio::spawn(async move {
+        let _ = client.batch_execute(slow).await;
+    });
+    let watcher = connect(&stage.source, "postgres").await;
+    wait_for("the statement to run", || async {
+        let running = "SELECT count(*) FROM pg_stat_activity WHERE application_name = 'vanishing' AND state = 'active'";
+        watcher.query_one(running, &[]).await.expect("answers").get::<_, i64>(0) == 1
+    })
+    .await;
+    // The client vanishes; its statement goes on and will commit.
+    socket.abort();
+    sent.await.expect("no panic");
+    let report = life.cut_over_with(CutoverOptions { drain_timeout: Duration::from_secs(20), ..life.options() }).await;
+    assert_eq!(report.outcome, CutoverOutcome::Switched, "{report:?}");
+    // The sequence was read after the statement had committed or had been proven gone.
+    watcher.batch_execute("ALTER DATABASE shop ALLOW_CONNECTIONS true").await.expect("an operator lifts it so");
+    let left = connect(&stage.source, "shop").await;
+    let left: i64 = left.query_one("SELECT coalesce(max(id), 0) FROM item", &[]).await.expect("readable").get(0);
+    let next = connect(&stage.target, "shop").await;
+    let next: i64 = next.query_one("SELECT nextval('item_id_seq')", &[]).await.expect("readable").get(0);
+    assert!(next > left, "{next} follows {left}");
+    tokio::time::sleep(Duration::from_millis(100)).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_held_client_may_leave_and_may_cancel() {
+    let stage = Stage::set().await;
+    let life = stage.life_with_proxy("pause.after_hard_fence=sleep:5000ms").resolved().await;
+    let port_of_proxy = life.proxy.as_ref().and_then(|proxy| proxy.address()).expect("a proxy").port();
+    let mut leaver = connect_raw(port_of_proxy).await;
+    let (torn, socket) = connect_loosely(&life.client("torn")).await;
+    let canceller = connect_with(&life.client("canceller")).await;
+    let patient = connect_with(&life.client("patient")).await;
+    let running = {
+        let (coordinator, options) = (life.coordinator.clone(), life.options());
+        tokio::spawn(async move { coordinator.run(NAME, options).await })
+    };
+    let gate = life.switchboard.database("shop");
+    wait_for("the gate to close", || async { gate.is_fenced() }).await;
+    let began = Instant::now();
+    let patient = tokio::spawn(async move {
+        patient.simple_query("SELECT 1").await.expect("only held");
+        patient
+    });
+    // Cancelled while it is held: 57014 at once, and the session goes on.
+    let token = canceller.cancel_token();
+    let held = tokio::spawn(async move {
+        let refused = canceller.simple_query("SELECT 2").await.expect_err("cancelled");
+        (canceller, refused)
+    });
+    tokio::time::sleep(Duration::from_millis(200)).await;
+    token.cancel_query(tokio_postgres::NoTls).await.expect("accepted");
+    let (canceller, refused) = held.await.expect("no panic");
+    assert_eq!(refused.code().map(|code| code.code()), Some("57014"));
+    assert!(began.elapsed() < Duration::from_millis(4500), "answered while the gate was closed");
+    // One that says goodbye while it is held, and one whose link breaks, are not waited for.
+    let sessions = life.proxy.as_ref().expect("a proxy").sessions();
+    let count = sessions.list().len();
+    leaver.write_all(b"Q\0\0\0\x0dSELECT 3\0X\0\0\0\x04").await.expect("taken");
+    let tearing = tokio::spawn(async move { torn.simple_query("SELECT 4").await });
+    tokio::time::sleep(Duration::from_millis(100)).await;
+    socket.abort();
+    wait_for("both to be gone", || async { sessions.list().len() + 2 == count }).await;
+    assert!(gate.is_fenced(), "noticed while the gate was closed");
+    assert!(tearing.await.expect("no panic").is_err());
+
+    let report = running.await.expect("no panic").expect("begun");
+    assert_eq!(report.outcome, CutoverOutcome::Switched, "{report:?}");
+    let patient = patient.await.expect("no panic");
+    assert_eq!(port(&patient).await, i32::from(stage.target.port()));
+    assert_eq!(port(&canceller).await, i32::from(stage.target.port()));
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_pipeliner_without_end_is_held_at_a_sync() {
+    let stage = Stage::set().await;
+    let life = stage.life_with_proxy("").resolved().await;
+    let client = Arc::new(connect_with(&life.client("pipeliner")).await);
+    let stop = Arc::new(AtomicBool::new(false));
+    let done = Arc::new(AtomicU64::new(0));
+    // Always sixteen statements under way on one connection, each with its own Sync.
+    let pipeline: Vec<_> = (0..16)
+        .map(|_| {
+            let (client, stop, done) = (client.clone(), stop.clone(), done.clone());
+            tokio::spawn(async move {
+                while !stop.load(Ordering::SeqCst) {
+                    client.simple_query("SELECT 1").await?;
+                    done.fetch_add(1, Ordering::SeqCst);
+                }
+                Ok::<_, tokio_postgres::Error>(())
+            })
+        })
+        .collect();
+    wait_for("the pipeline to flow", || async { done.load(Ordering::SeqCst) > 100 }).await;
+    let report = life.cut_over().await;
+    assert_eq!(report.outcome, CutoverOutcome::Switched, "{report:?}");
+    let after = done.load(Ordering::SeqCst);
+    wait_for("the pipeline to flow on", || async { done.load(Ordering::SeqCst) > after + 100 }).await;
+    stop.store(true, Ordering::SeqCst);
+    for lane in pipeline {
+        lane.await.expect("no panic").expect("no error");
+    }
+    assert_eq!(port(&client).await, i32::from(stage.target.port()));
+}

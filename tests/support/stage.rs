@@ -1,0 +1,276 @@
+//! A stage for cutovers: two clusters, a coordinator in this process, and an engine whose stream is instant.
+
+use std::sync::{Arc, Mutex};
+use std::time::Duration;
+
+use async_trait::async_trait;
+use futures_util::future::BoxFuture;
+use pgcutover::catalog::decision::Outcome;
+use pgcutover::catalog::{Place, bootstrap};
+use pgcutover::config::Config;
+use pgcutover::cutover::coordinator::{Coordinator, CoordinatorDeps, CutoverOptions};
+use pgcutover::cutover::parts::{Engine, Lease, Replication};
+use pgcutover::cutover::report::CutoverReport;
+use pgcutover::demo::cluster::Cluster;
+use pgcutover::failpoint::Failpoints;
+use pgcutover::postgres::{Connector, InstanceId, Stream};
+use pgcutover::proxy::{ConsoleHandler, Proxy, ProxyDeps, Sessions};
+use pgcutover::shutdown::Tasks;
+use pgcutover::switch::{Epoch, Route, ServerRole, Switchboard};
+use pgcutover::telemetry::metrics::Metrics;
+
+use super::link::Link;
+use super::{connect, two_clusters, wait_for};
+
+/// Name of the migration.
+pub const NAME: &str = "move";
+
+/// An engine that is always ready and has always applied everything.
+#[derive(Clone, Default)]
+pub struct Instantly {
+    databases: Vec<String>,
+    pub finished: Arc<Mutex<Vec<Outcome>>>,
+    pub settled: Arc<Mutex<Vec<Outcome>>>,
+}
+
+#[async_trait]
+impl Engine for Instantly {
+    async fn begin_cutover(&self, _: &str) -> Result<Arc<dyn Lease>, String> {
+        Ok(Arc::new(self.clone()))
+    }
+    async fn cutover_settled(&self, _: &str, outcome: Outcome) -> Result<(), String> {
+        self.settled.lock().expect("not poisoned").push(outcome);
+        Ok(())
+    }
+}
+
+#[async_trait]
+impl Lease for Instantly {
+    fn databases(&self) -> Vec<String> {
+        self.databases.clone()
+    }
+    fn lag_bytes(&self) -> Option<u64> {
+        Some(0)
+    }
+    fn replication(&self, _: &str) -> Replication {
+        Replication { slot: "slot".to_owned(), publication: "publication".to_owned() }
+    }
+    async fn wait_marker(&self, _: &str, _: &str) -> Result<(), String> {
+        Ok(())
+    }
+    async fn finish(&self, outcome: Outcome) -> Result<(), String> {
+        self.finished.lock().expect("not poisoned").push(outcome);
+        Ok(())
+    }
+}
+
+/// Whether a life has a proxy.
+enum Clients {
+    None,
+    Proxied,
+}
+
+/// Answers nobody.
+struct NoConsole;
+
+impl ConsoleHandler for NoConsole {
+    fn serve(&self, _: Stream, _: String, _: Vec<(String, String)>) -> BoxFuture<'static, ()> {
+        Box::pin(async {})
+    }
+}
+
+/// Two clusters with a database `shop` on both, published on the source.
+pub struct Stage {
+    pub source: Cluster,
+    pub target: Cluster,
+}
+
+impl Stage {
+    pub async fn set() -> Self {
+        let (source, target) = two_clusters();
+        let stage = Self { source, target };
+        stage.furnish().await;
+        stage
+    }
+
+    /// Puts everything back to the beginning on the same clusters: starting others costs seconds.
+    pub async fn reset(&self) {
+        for cluster in [&self.source, &self.target] {
+            let admin = connect(cluster, "postgres").await;
+            admin.batch_execute("DROP SCHEMA pgcutover CASCADE").await.expect("ours");
+            wait_for("nobody in the database", || async { admin.batch_execute("DROP DATABASE shop").await.is_ok() })
+                .await;
+        }
+        self.furnish().await;
+    }
+
+    async fn furnish(&self) {
+        for cluster in [&self.source, &self.target] {
+            connect(cluster, "postgres").await.batch_execute("CREATE DATABASE shop").await.expect("a new database");
+            let schema =
+                "CREATE TABLE item (id bigserial PRIMARY KEY, name text); CREATE SEQUENCE never_called START 7";
+            connect(cluster, "shop").await.batch_execute(schema).await.expect("a new schema");
+        }
+        let life = self.life("");
+        let places = [
+            (&life.source, "postgres", Place::SourceControl),
+            (&life.target, "postgres", Place::TargetControl),
+            (&life.source, "shop", Place::SourceDatabase),
+            (&life.target, "shop", Place::TargetDatabase),
+        ];
+        for (connector, database, place) in places {
+            let control = connector.control(database, "test").await.expect("the server runs");
+            bootstrap(&control, place).await.expect("the schema can be made");
+        }
+        let publish = "CREATE PUBLICATION publication FOR TABLE item, pgcutover.marker";
+        connect(&self.source, "shop").await.batch_execute(publish).await.expect("a new publication");
+    }
+
+    fn config(&self) -> Config {
+        let text = format!(
+            "[source]\nhost = \"127.0.0.1\"\nport = {}\nuser = \"postgres\"\n[target]\nhost = \"127.0.0.1\"\nport = {}\n\
+             user = \"postgres\"\n[listen]\naddress = \"127.0.0.1:0\"\nworkers = 2\n[auth]\nmethod = \"trust\"\n",
+            self.source.port(),
+            self.target.port()
+        );
+        let file = tempfile::Builder::new().suffix(".toml").tempfile().expect("a temporary file");
+        std::fs::write(file.path(), text).expect("the file is writable");
+        pgcutover::config::load(Some(file.path()), &Default::default()).expect("a valid configuration")
+    }
+
+    /// One life of a coordinator, with its own tasks and switchboard, and nobody connected.
+    pub fn life(&self, failpoints: &str) -> Life {
+        self.begin(failpoints, None, Clients::None)
+    }
+
+    /// The same, reaching the target through `link`.
+    pub fn life_through(&self, failpoints: &str, link: &Link) -> Life {
+        self.begin(failpoints, Some(link), Clients::None)
+    }
+
+    /// The same behind a real proxy that trusts everyone.
+    pub fn life_with_proxy(&self, failpoints: &str) -> Life {
+        self.begin(failpoints, None, Clients::Proxied)
+    }
+
+    fn begin(&self, failpoints: &str, link: Option<&Link>, clients: Clients) -> Life {
+        let mut config = self.config();
+        if let Some(link) = link {
+            config.target.port = link.address.port();
+        }
+        config.target.connect_timeout = Duration::from_secs(3);
+        let instance = InstanceId::random();
+        let source = Connector::new(&config.source, "source", &instance).expect("no certificates to read");
+        let target = Connector::new(&config.target, "target", &instance).expect("no certificates to read");
+        let unresolved = Route::Unknown { reason: "starting".to_owned() };
+        let switchboard = Arc::new(Switchboard::new(unresolved));
+        let engine = Instantly { databases: vec!["shop".to_owned()], ..Instantly::default() };
+        let (tasks, config) = (Tasks::new(), Arc::new(config));
+        let metrics = Arc::new(Metrics::new().expect("a fresh registry"));
+        let proxy = match clients {
+            Clients::None => None,
+            Clients::Proxied => {
+                let deps = ProxyDeps {
+                    config: config.clone(),
+                    switchboard: switchboard.clone(),
+                    source: source.clone(),
+                    target: target.clone(),
+                    metrics: metrics.clone(),
+                    console: Arc::new(NoConsole),
+                    tasks: tasks.clone(),
+                    failpoints: Failpoints::none(),
+                };
+                Some(Proxy::start(deps).expect("a free port"))
+            }
+        };
+        let coordinator = Coordinator::start(CoordinatorDeps {
+            config,
+            switchboard: switchboard.clone(),
+            sessions: proxy.as_ref().map_or_else(|| Arc::new(Sessions::default()), Proxy::sessions),
+            engine: Arc::new(engine.clone()),
+            source: source.clone(),
+            target: target.clone(),
+            metrics,
+            failpoints: Failpoints::parse(failpoints).expect("valid failpoints"),
+            tasks: tasks.clone(),
+        });
+        Life { coordinator, switchboard, engine, source, target, tasks, proxy }
+    }
+
+    /// Settings of databases and roles on the source, as the catalogues hold them.
+    pub async fn settings(&self) -> Vec<String> {
+        let client = connect(&self.source, "postgres").await;
+        let rows = client
+            .query(
+                "SELECT format('%s %s %s', datname, datallowconn, datconnlimit) FROM pg_database
+                 UNION ALL
+                 SELECT format('%s %s %s', setdatabase, setrole, setconfig) FROM pg_db_role_setting ORDER BY 1",
+                &[],
+            )
+            .await
+            .expect("catalogues can be read");
+        rows.iter().map(|row| row.get(0)).collect()
+    }
+
+    /// `fence: outcome` and `decision: outcome` rows, in order.
+    pub async fn rows(&self) -> (Vec<Option<String>>, Vec<String>) {
+        let fences = connect(&self.source, "postgres").await;
+        let fences = fences.query("SELECT outcome FROM pgcutover.fence ORDER BY epoch", &[]).await.expect("readable");
+        let decisions = connect(&self.target, "postgres").await;
+        let decisions =
+            decisions.query("SELECT outcome FROM pgcutover.decision ORDER BY epoch", &[]).await.expect("readable");
+        (fences.iter().map(|row| row.get(0)).collect(), decisions.iter().map(|row| row.get(0)).collect())
+    }
+}
+
+pub struct Life {
+    pub coordinator: Arc<Coordinator>,
+    pub switchboard: Arc<Switchboard>,
+    pub engine: Instantly,
+    pub source: Connector,
+    pub target: Connector,
+    pub tasks: Tasks,
+    /// None: there are no sessions.
+    pub proxy: Option<Proxy>,
+}
+
+impl Life {
+    pub async fn resolved(self) -> Self {
+        self.coordinator.resolve_at_startup().await;
+        self
+    }
+
+    pub fn options(&self) -> CutoverOptions {
+        CutoverOptions { max_pause: Duration::from_secs(30), ..self.coordinator.default_options() }
+    }
+
+    pub async fn cut_over(&self) -> CutoverReport {
+        self.cut_over_with(self.options()).await
+    }
+
+    pub async fn cut_over_with(&self, options: CutoverOptions) -> CutoverReport {
+        self.coordinator.run(NAME, options).await.expect("the migration is ready")
+    }
+
+    pub fn route(&self) -> Route {
+        (*self.switchboard.database("shop").route()).clone()
+    }
+
+    pub fn runs_on(&self, server: ServerRole, epoch: u64) -> bool {
+        let database = self.switchboard.database("shop");
+        !database.is_fenced() && self.route() == Route::To { server, epoch: Epoch(epoch) }
+    }
+
+    /// Parameters of a client of the proxy.
+    pub fn client(&self, application_name: &str) -> tokio_postgres::Config {
+        let address = self.proxy.as_ref().and_then(Proxy::address).expect("a life with a proxy");
+        let mut config = tokio_postgres::Config::new();
+        config
+            .host("127.0.0.1")
+            .port(address.port())
+            .user("postgres")
+            .dbname("shop")
+            .application_name(application_name);
+        config
+    }
+}
