@@ -28,7 +28,7 @@ pub(super) async fn open(
     let mut connection = match database.prepare_window() {
         Some(window) if is_active && !sets_read_only(login) => {
             let mut login = login.clone();
-            login.parameters.push((READ_ONLY.to_owned(), window.earlier_read_only.clone()));
+            login.parameters.push((READ_ONLY.to_owned(), window.earlier_read_only_of(&login.user).to_owned()));
             connector.raw(&login).await?
         }
         Some(_) | None => connector.raw(login).await?,

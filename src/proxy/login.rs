@@ -15,6 +15,7 @@ use super::worker::Worker;
 use super::{CONSOLE_DATABASE, Shared, backend};
 use crate::postgres::{Credential, Login, Stream};
 use crate::switch::{Admission, Member, Route, ServerRole};
+use crate::telemetry::metrics::AuthFailure;
 use crate::wire::ledger::TransactionStatus;
 use crate::wire::message;
 use crate::wire::startup::SessionStartup;
@@ -196,12 +197,23 @@ impl LoginInProgress<'_> {
         let error = match tokio::time::timeout_at(self.deadline, proof).await {
             Ok(Ok(credential)) => return Ok(credential),
             Ok(Err(error)) => error,
-            Err(_) => return Err(Refused::With(ClientError::LoginTimeout)),
+            Err(_) => {
+                self.count_failure(AuthFailure::Timeout);
+                return Err(Refused::With(ClientError::LoginTimeout));
+            }
         };
         Err(match error {
-            AuthError::Refused(error) => Refused::With(error),
+            AuthError::Refused(error) => {
+                self.count_failure(AuthFailure::Method);
+                Refused::With(error)
+            }
+            AuthError::NoProof { user, known } => {
+                self.count_failure(if known { AuthFailure::Password } else { AuthFailure::UnknownUser });
+                Refused::With(ClientError::password_failed(&user))
+            }
             AuthError::Lookup(error) => {
                 tracing::error!(%error, "clients cannot be authenticated");
+                self.count_failure(AuthFailure::Unavailable);
                 Refused::With(if error.is_unreachable() {
                     ClientError::ServerUnreachable
                 } else {
@@ -210,6 +222,10 @@ impl LoginInProgress<'_> {
             }
             AuthError::Lost(_) => Refused::Lost,
         })
+    }
+
+    fn count_failure(&self, reason: AuthFailure) {
+        self.shared().metrics.auth_failures.with_label_values(&[reason.as_str()]).inc();
     }
 
     fn may_use_console(&self) -> Result<(), Refused> {

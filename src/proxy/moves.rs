@@ -228,11 +228,11 @@ impl Session {
 
     fn fail_move(&mut self, failure: String) {
         tracing::warn!(session = self.entry.id(), failure, "a session cannot be prepared for the other server");
+        self.entry.set_moving(MoveState::Failed, Vec::new());
         if let Some(moving) = &mut self.moving {
-            moving.answer(&MoveOutcome::Failed(failure));
             moving.stage = Stage::Failed;
             moving.wanted = false;
-            self.entry.set_moving(MoveState::Failed, Vec::new());
+            moving.answer(&MoveOutcome::Failed(failure));
         }
     }
 
@@ -260,18 +260,20 @@ impl Session {
         match self.fill(stage).await {
             Ok((opened, replayed, blockers)) => {
                 self.touched = false;
+                let (seen, outcome) = if blockers.is_empty() {
+                    (MoveState::Prepared, MoveOutcome::Ready)
+                } else {
+                    (MoveState::Blocked, MoveOutcome::Blocked(blockers.clone()))
+                };
+                self.entry.set_moving(seen, blockers.clone());
                 if let Some(moving) = &mut self.moving {
                     moving.stage = match replayed {
                         Some((state, report)) => Stage::Filled { opened, state, report },
                         None => Stage::Open(opened),
                     };
-                    moving.blockers.clone_from(&blockers);
-                    let outcome =
-                        if blockers.is_empty() { MoveOutcome::Ready } else { MoveOutcome::Blocked(blockers.clone()) };
+                    moving.blockers = blockers;
                     moving.answer(&outcome);
                 }
-                let moving = if blockers.is_empty() { MoveState::Prepared } else { MoveState::Blocked };
-                self.entry.set_moving(moving, blockers);
                 Ok(())
             }
             Err(Unmoved::OwnLost) => Err(End::ServerLost),

@@ -123,6 +123,13 @@ impl Session {
             let read = self.read_client(cx)?;
             self.clear()?;
             let written = self.write_backend(cx)?;
+            if self.up.terminated {
+                // Only the end of the stream is of interest now.
+                self.up.buffer.consume(self.up.buffer.len());
+                if !self.ledger.awaits_ready() && self.down.buffer.is_empty() {
+                    return Err(Step::End(End::ClientLeft));
+                }
+            }
             if self.up.ended && self.up.cleared == 0 {
                 return Err(Step::End(End::ClientLeft));
             }
@@ -189,6 +196,9 @@ impl Session {
 
     /// Looks at the frames that have been read and lets pass what may.
     fn clear(&mut self) -> Result<(), Step> {
+        if self.up.terminated {
+            return Ok(());
+        }
         loop {
             let held = self.up.buffer.len();
             if self.up.discard_left > 0 {
@@ -259,8 +269,7 @@ impl Session {
     #[inline]
     fn may_pass(&mut self, header: Header) -> Result<Passage, Step> {
         if header.tag == frontend::TERMINATE {
-            // What came before it is sent first.
-            return if self.up.cleared > 0 { Ok(Passage::Blocked) } else { Err(Step::End(End::ClientLeft)) };
+            return self.terminate();
         }
         if self.up.discard_to_sync {
             return Ok(self.discard_cancelled(header));
@@ -293,6 +302,18 @@ impl Session {
                 Ok(Passage::Blocked)
             }
         }
+    }
+
+    /// What came before Terminate is sent and answered first. Nothing behind it is looked at.
+    fn terminate(&mut self) -> Result<Passage, Step> {
+        if self.up.cleared > 0 {
+            return Ok(Passage::Blocked);
+        }
+        if !self.ledger.awaits_ready() {
+            return Err(Step::End(End::ClientLeft));
+        }
+        self.up.terminated = true;
+        Ok(Passage::Blocked)
     }
 
     fn may_pass_inside(&self, tag: u8) -> Passage {

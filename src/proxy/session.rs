@@ -57,6 +57,8 @@ pub(super) struct Up {
     pub(super) discard_to_sync: bool,
     /// The client has closed its side.
     pub(super) ended: bool,
+    /// The client has said Terminate while answers were due: it still gets them, as from PostgreSQL.
+    pub(super) terminated: bool,
 }
 
 /// Bytes from the backend to the client.
@@ -160,7 +162,15 @@ impl Session {
             login: link.login,
             epoch: link.epoch,
             place: Place::Outside,
-            up: Up { buffer: up, cleared: 0, body_left: 0, discard_left: 0, discard_to_sync: false, ended: false },
+            up: Up {
+                buffer: up,
+                cleared: 0,
+                body_left: 0,
+                discard_left: 0,
+                discard_to_sync: false,
+                ended: false,
+                terminated: false,
+            },
             down: Down { buffer: down, scanner: Scanner::new(), last_was_error: false },
             ledger: Ledger::new(),
             tracked: Tracked::new(),

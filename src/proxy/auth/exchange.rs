@@ -24,6 +24,14 @@ pub(in crate::proxy) enum AuthError {
     /// The client must be told this.
     #[error("refused: {0:?}")]
     Refused(ClientError),
+    /// No proof: told as PostgreSQL tells it, the same whether the user exists or not.
+    #[error("no proof of being {user:?}")]
+    NoProof {
+        /// Role asked for.
+        user: String,
+        /// Whether anything is stored for it.
+        known: bool,
+    },
     /// What is stored for the user could not be found out; the client learns no more than that.
     #[error(transparent)]
     Lookup(#[from] VerifierError),
@@ -36,8 +44,19 @@ pub(in crate::proxy) enum AuthError {
 enum Challenge {
     Nothing(Credential),
     Scram { verifier: Option<Verifier>, login: Option<Credential> },
-    Md5 { verifier: Option<Secret> },
+    Md5 { verifier: Option<Secret>, login: Option<Credential> },
     Cleartext { stored: Option<Stored> },
+}
+
+impl Challenge {
+    fn is_of_known_user(&self) -> bool {
+        match self {
+            Self::Nothing(_) => true,
+            Self::Scram { verifier, .. } => verifier.is_some(),
+            Self::Md5 { verifier, .. } => verifier.is_some(),
+            Self::Cleartext { stored } => stored.is_some(),
+        }
+    }
 }
 
 /// Lets the client prove that it is `user`. Ends with AuthenticationOk queued on `channel`.
@@ -52,16 +71,18 @@ pub(in crate::proxy) async fn authenticate(
     if auth.method == AuthMethod::Password && !private {
         return Err(AuthError::Refused(ClientError::CleartextRefused));
     }
-    let outcome = match challenge(auth, verifiers, active, user).await? {
+    let challenge = challenge(auth, verifiers, active, user).await?;
+    let known = challenge.is_of_known_user();
+    let outcome = match challenge {
         Challenge::Nothing(credential) => Ok(Some(credential)),
         Challenge::Scram { verifier, login } => scram_exchange(channel, verifiers, user, verifier, login).await,
-        Challenge::Md5 { verifier } => md5_exchange(channel, verifier).await,
+        Challenge::Md5 { verifier, login } => md5_exchange(channel, verifier, login).await,
         Challenge::Cleartext { stored } => cleartext_exchange(channel, user, stored).await,
     }?;
     let Some(credential) = outcome else {
         // The password may have been changed since it was read: the next attempt asks the server again.
         verifiers.doubt(active, user);
-        return Err(AuthError::Refused(ClientError::password_failed(user)));
+        return Err(AuthError::NoProof { user: user.to_owned(), known });
     };
     message::authentication_ok(&mut channel.out);
     Ok(credential)
@@ -86,17 +107,18 @@ async fn challenge(
     Ok(match (auth.method, stored) {
         (AuthMethod::Password, stored) => Challenge::Cleartext { stored },
         (AuthMethod::Md5, Some(Stored::Md5(hash))) | (AuthMethod::Auto, Some(Stored::Md5(hash))) => {
-            Challenge::Md5 { verifier: Some(hash) }
+            Challenge::Md5 { verifier: Some(hash), login: None }
         }
         (AuthMethod::Md5, Some(Stored::Plain { password, .. })) => {
-            Challenge::Md5 { verifier: Some(Secret::new(scram::md5_verifier(password.expose().as_bytes(), user))) }
+            let verifier = Secret::new(scram::md5_verifier(password.expose().as_bytes(), user));
+            Challenge::Md5 { verifier: Some(verifier), login: Some(Credential::Password(password)) }
         }
         // PostgreSQL does SCRAM where a role has a SCRAM verifier and pg_hba.conf says md5.
         (_, Some(Stored::Scram(verifier))) => Challenge::Scram { verifier: Some(verifier), login: None },
         (_, Some(Stored::Plain { password, verifier })) => {
             Challenge::Scram { verifier: Some(verifier), login: Some(Credential::Password(password)) }
         }
-        (AuthMethod::Md5, None) => Challenge::Md5 { verifier: None },
+        (AuthMethod::Md5, None) => Challenge::Md5 { verifier: None, login: None },
         (_, Some(Stored::Md5(_)) | None) => Challenge::Scram { verifier: None, login: None },
     })
 }
@@ -125,7 +147,11 @@ async fn scram_exchange(
     Ok(Some(login.unwrap_or(keys)))
 }
 
-async fn md5_exchange(channel: &mut ClientChannel, verifier: Option<Secret>) -> Result<Option<Credential>, AuthError> {
+async fn md5_exchange(
+    channel: &mut ClientChannel,
+    verifier: Option<Secret>,
+    login: Option<Credential>,
+) -> Result<Option<Credential>, AuthError> {
     let salt: [u8; 4] = rand::random();
     message::authentication_md5(&mut channel.out, salt);
     let body = password_message(channel).await?;
@@ -134,7 +160,7 @@ async fn md5_exchange(channel: &mut ClientChannel, verifier: Option<Secret>) -> 
     let stored = verifier.as_ref().map_or("md5ffffffffffffffffffffffffffffffff", Secret::expose);
     let expected = scram::md5_response(stored, salt).unwrap_or_default();
     let right = bool::from(expected.as_bytes().ct_eq(answer));
-    Ok(verifier.filter(|_| right).map(Credential::Md5Hash))
+    Ok(verifier.filter(|_| right).map(|hash| login.unwrap_or(Credential::Md5Hash(hash))))
 }
 
 async fn cleartext_exchange(

@@ -1,0 +1,1 @@
+//! In front of a scripted server, which does what no real one does on demand.
