@@ -317,6 +317,7 @@ async fn what_cannot_be_restored_is_named_and_can_be_tried_again() {
     let report = copy::copy_database(&rig.context(None), &only_indexes, &archive).await.unwrap();
     assert_eq!((report.tables, report.failures.len()), (0, 0));
     assert_eq!(*rig.journal.indexed.lock().unwrap(), ["t"]);
+    rig.finish(&archive).await;
     rig.assert_same_definitions().await;
 }
 

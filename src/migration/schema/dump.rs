@@ -118,7 +118,12 @@ pub(super) async fn definitions(
         let defaults = ["SET default_tablespace = '';", "SET default_table_access_method = heap;"];
         let settings = entry.settings.iter().filter(|setting| !defaults.contains(&setting.as_str()));
         let settings: String = settings.map(|setting| format!("{setting}\n")).collect();
-        format!("-- {} {}\n{settings}{}\n\n", entry.kind, entry.object(), entry.sql)
+        let sql = match entry.kind.as_str() {
+            // PostgreSQL 10 and 11 print the older of two words for the same.
+            "TRIGGER" => entry.sql.replacen(" EXECUTE PROCEDURE ", " EXECUTE FUNCTION ", 1),
+            _ => entry.sql.clone(),
+        };
+        format!("-- {} {}\n{settings}{sql}\n\n", entry.kind, entry.object())
     });
     Ok(entries.collect())
 }
