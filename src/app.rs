@@ -1,10 +1,189 @@
 //! Builds everything, owns the tasks, and stops them in order.
+//!
+//! # Order of start
+//!
+//! logs → connectors → engine → coordinator: who is active? → HTTP and console → the proxy listens. Nobody is let in
+//! before it is known which server is active; where that cannot be found out, clients are refused with the reason while
+//! it is asked again.
+//!
+//! # Order of stop
+//!
+//! A cutover that runs ends first, because it needs the proxy and the engine. Then the proxy ends its sessions, then the
+//! engine stops at a place from which it goes on, HTTP last.
 
+mod control;
+mod cutovers;
+mod migrations;
+mod sessions;
+mod when_ready;
+
+use std::collections::HashMap;
 use std::path::PathBuf;
+use std::sync::{Arc, Mutex};
+use std::time::Duration;
 
+use anyhow::Context;
+use arc_swap::ArcSwap;
+use futures_util::future::BoxFuture;
+
+use self::control::Control;
+use self::cutovers::CutoverDesk;
+use self::migrations::EngineDesk;
+use self::sessions::SessionDesk;
+use crate::admin::console::Console;
+use crate::admin::http;
+use crate::admin::service::{Service, ServiceDeps};
 use crate::config::Config;
+use crate::cutover::coordinator::{Coordinator, CoordinatorDeps};
+use crate::failpoint::Failpoints;
+use crate::postgres::{Connector, InstanceId, Stream};
+use crate::proxy::{ConsoleHandler, Proxy, ProxyDeps};
+use crate::shutdown::Tasks;
+use crate::switch::{Route, Switchboard};
+use crate::telemetry;
+use crate::telemetry::metrics::Metrics;
 
-/// Runs the daemon until it is told to stop.
-pub fn run(_config: Config, _path: Option<PathBuf>) -> anyhow::Result<()> {
-    anyhow::bail!("the daemon is not put together yet")
+pub use self::control::environment;
+
+/// For a running cutover to abort, or to end what it has decided.
+const CUTOVER_GRACE: Duration = Duration::from_secs(30);
+/// For sessions to be told that they are ended.
+const SESSIONS_GRACE: Duration = Duration::from_secs(5);
+/// For the engine to write down how far it is.
+const ENGINE_GRACE: Duration = Duration::from_secs(15);
+/// For the last answer of HTTP.
+const HTTP_GRACE: Duration = Duration::from_secs(2);
+
+/// Runs the daemon until it is told to stop. `path` is read again at a reload.
+pub fn run(config: Config, path: Option<PathBuf>) -> anyhow::Result<()> {
+    let log = telemetry::init(&config.telemetry)?;
+    let failpoints = Failpoints::parse(&std::env::var("PGCUTOVER_FAILPOINTS").unwrap_or_default())?;
+    if failpoints.any() {
+        tracing::warn!("failpoints are switched on: this process is under test");
+    }
+    let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build().context("cannot start")?;
+    runtime.block_on(async move {
+        let live = Arc::new(ArcSwap::from_pointee(config));
+        let control = Arc::new(Control::new(path, live.clone(), log));
+        control.clone().obey_signals().await.context("cannot listen to signals")?;
+        let daemon = tokio::select! {
+            started = Daemon::start(live, control.clone(), failpoints) => started?,
+            // Safe to drop: nobody has been let in yet.
+            () = control.stopping() => return Ok(()),
+        };
+        control.stopping().await;
+        daemon.stop().await;
+        Ok(())
+    })
+}
+
+/// Everything that runs.
+struct Daemon {
+    proxy: Proxy,
+    /// Listeners, and what follows sessions.
+    proxy_tasks: Tasks,
+    /// Cutovers and operators' orders.
+    cutover_tasks: Tasks,
+    engine_tasks: Tasks,
+    http_tasks: Tasks,
+}
+
+impl Daemon {
+    async fn start(live: Arc<ArcSwap<Config>>, control: Arc<Control>, failpoints: Failpoints) -> anyhow::Result<Self> {
+        let config = live.load_full();
+        let instance = InstanceId::random();
+        tracing::info!(version = env!("CARGO_PKG_VERSION"), instance = instance.as_str(), "starting");
+        let source = Connector::new(&config.source, "source", &instance)?;
+        let target = Connector::new(&config.target, "target", &instance)?;
+        let metrics = Arc::new(Metrics::new()?);
+        let switchboard = Arc::new(Switchboard::new(Route::Unknown { reason: "pgcutover is starting".to_owned() }));
+        let [proxy_tasks, cutover_tasks, engine_tasks, http_tasks] = std::array::from_fn(|_| Tasks::new());
+        let sessions = Arc::new(crate::proxy::Sessions::default());
+        let session_desk = Arc::new(SessionDesk(sessions.clone()));
+
+        let engine = Arc::new(EngineDesk::start(&config, &source, &target, &metrics, &engine_tasks, &failpoints));
+        let coordinator = Coordinator::start(CoordinatorDeps {
+            config: config.clone(),
+            switchboard: switchboard.clone(),
+            sessions: session_desk.clone(),
+            engine: engine.clone(),
+            source: source.clone(),
+            target: target.clone(),
+            failpoints: failpoints.clone(),
+            tasks: cutover_tasks.clone(),
+        });
+        let cutovers = Arc::new(CutoverDesk {
+            coordinator: coordinator.clone(),
+            config: live.clone(),
+            metrics: metrics.clone(),
+            migrations: engine.clone(),
+            clients: session_desk.clone(),
+            instance,
+            reports: Mutex::new(HashMap::new()),
+        });
+        let service = Service::new(ServiceDeps {
+            config: live,
+            switchboard: switchboard.clone(),
+            metrics: metrics.clone(),
+            migrations: engine,
+            cutovers: cutovers.clone(),
+            clients: session_desk,
+            daemon: control,
+            tasks: cutover_tasks.clone(),
+        });
+        if let Some(address) = config.admin.address {
+            let taken = http::start(address, service.clone(), &http_tasks).await;
+            let taken = taken.with_context(|| format!("[admin] address: cannot listen on {address}"))?;
+            tracing::info!(address = %taken, "HTTP listens");
+        }
+        coordinator.resolve_at_startup().await;
+        when_ready::spawn(cutovers, service.clone(), &cutover_tasks);
+        let proxy = Proxy::start(ProxyDeps {
+            config,
+            switchboard,
+            source,
+            target,
+            metrics,
+            console: Arc::new(ConsoleDesk { console: Console::new(service.clone(), proxy_tasks.clone()), service }),
+            sessions,
+            tasks: proxy_tasks.clone(),
+            failpoints,
+        })?;
+        Ok(Self { proxy, proxy_tasks, cutover_tasks, engine_tasks, http_tasks })
+    }
+
+    async fn stop(self) {
+        join("cutovers and orders", &self.cutover_tasks, CUTOVER_GRACE).await;
+        self.proxy_tasks.stop();
+        if !self.proxy.stop(SESSIONS_GRACE).await {
+            tracing::warn!("not every session ended in time");
+        }
+        join("proxy", &self.proxy_tasks, SESSIONS_GRACE).await;
+        join("engine", &self.engine_tasks, ENGINE_GRACE).await;
+        join("HTTP", &self.http_tasks, HTTP_GRACE).await;
+        tracing::info!("stopped");
+    }
+}
+
+async fn join(what: &str, tasks: &Tasks, grace: Duration) {
+    let left = tasks.join(grace).await;
+    if left > 0 {
+        tracing::warn!(what, left, "tasks did not end in time");
+    }
+}
+
+/// The console behind the proxy's own listener.
+struct ConsoleDesk {
+    console: Console,
+    service: Service,
+}
+
+impl ConsoleHandler for ConsoleDesk {
+    fn admits(&self, user: &str) -> bool {
+        self.service.config().admin.users.iter().any(|known| known == user)
+    }
+
+    fn serve(&self, stream: Stream, user: String, _parameters: Vec<(String, String)>) -> BoxFuture<'static, ()> {
+        Box::pin(self.console.clone().serve(stream, user))
+    }
 }

@@ -10,7 +10,6 @@ mod output;
 mod properties;
 mod watch;
 
-use std::ffi::OsString;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::time::Duration;
@@ -20,7 +19,8 @@ use clap::{Args, CommandFactory, Parser, Subcommand, ValueEnum};
 use self::client::{Client, ClientError};
 use self::output::Output;
 use crate::admin::command::Filter;
-use crate::config::{self, ConfigError, Environment, Stragglers, units};
+use crate::app::environment;
+use crate::config::{self, ConfigError, Stragglers, units};
 use crate::demo::DemoArgs;
 use crate::migration::view::{MigrationName, MigrationOption, Mode};
 
@@ -352,12 +352,6 @@ fn read_token(path: &Path) -> Result<config::Secret, CliError> {
 
 fn config_path(global: &Global) -> Option<PathBuf> {
     global.config.clone().or_else(|| DEFAULT_FILES.map(PathBuf::from).into_iter().find(|path| path.exists()))
-}
-
-/// Variables that are not Unicode cannot be ours.
-fn environment() -> Environment {
-    let text = |(name, value): (OsString, OsString)| Some((name.into_string().ok()?, value.into_string().ok()?));
-    std::env::vars_os().filter_map(text).collect()
 }
 
 #[cfg(test)]

@@ -116,6 +116,10 @@ impl Cutovers for Fake {
         Ok(None)
     }
 
+    async fn stop(&self, _name: &MigrationName) -> Result<(), AdminError> {
+        Ok(())
+    }
+
     async fn blockers(&self) -> Result<Vec<BlockerView>, AdminError> {
         Err(AdminError::new(ErrorKind::Unavailable, "the source cannot be reached"))
     }

@@ -9,6 +9,7 @@
 pub mod command;
 pub mod console;
 pub mod error;
+mod gauges;
 pub mod http;
 pub mod parts;
 pub mod reply;

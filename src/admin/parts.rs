@@ -37,6 +37,8 @@ pub trait Cutovers: Send + Sync {
     async fn run(&self, name: &MigrationName, request: CutoverRequest) -> Result<CutoverView, AdminError>;
     /// The cutover that runs, or the last one; `None`: there was none since this process began.
     async fn progress(&self, name: &MigrationName) -> Result<Option<CutoverView>, AdminError>;
+    /// Makes a cutover that runs give up, and waits until it has; nothing when none runs or it is decided already.
+    async fn stop(&self, name: &MigrationName) -> Result<(), AdminError>;
     /// What would keep sessions from being moved.
     async fn blockers(&self) -> Result<Vec<BlockerView>, AdminError>;
     /// The proxies that take part.

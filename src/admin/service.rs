@@ -11,8 +11,8 @@ use super::command::{Command, CutoverRequest, Filter};
 use super::error::{AdminError, ErrorKind};
 use super::parts::{Clients, Cutovers, Daemon, Migrations};
 use super::reply::Reply;
-use super::show;
 use super::view::{MigrationBrief, MigrationEntry, RouteView, StatusView};
+use super::{gauges, show};
 use crate::config::{Config, Server};
 use crate::migration::view::{MigrationName, MigrationView};
 use crate::shutdown::Tasks;
@@ -59,9 +59,14 @@ impl Service {
         self.0.deps.config.load_full()
     }
 
-    /// The metrics.
-    pub fn metrics(&self) -> &Metrics {
-        &self.0.deps.metrics
+    /// What Prometheus reads: gauges are set from the live state first.
+    pub async fn metrics(&self) -> Result<String, AdminError> {
+        let deps = &self.0.deps;
+        gauges::set_sessions(&deps.metrics, &deps.switchboard, &deps.clients.list());
+        if let Ok(migrations) = deps.migrations.list().await {
+            gauges::set_migrations(&deps.metrics, &migrations);
+        }
+        deps.metrics.render().map_err(|error| AdminError::from_chain(ErrorKind::Failed, &error))
     }
 
     /// Carries out `command`. Dropping the future does not stop what it has begun.
@@ -145,7 +150,10 @@ impl Inner {
             Command::Cutover(name, request) => {
                 Ok(Reply::Cutover(Some(deps.cutovers.run(&name, self.with_defaults(request)).await?)))
             }
-            Command::Cancel(name) => Ok(Reply::Cancelled(deps.migrations.cancel(&name).await?)),
+            Command::Cancel(name) => {
+                deps.cutovers.stop(&name).await?;
+                Ok(Reply::Cancelled(deps.migrations.cancel(&name).await?))
+            }
             Command::Retry(name) => {
                 deps.migrations.retry(&name).await?;
                 Ok(Reply::Done("RETRY"))

@@ -92,7 +92,7 @@ impl Config {
         let cutover = &self.cutover;
         add("cutover", "max_pause", format_duration(cutover.max_pause), Reload);
         add("cutover", "drain_timeout", format_duration(cutover.drain_timeout), Reload);
-        add("cutover", "max_lag_at_start", format_size(cutover.max_lag_at_start_bytes), Restart);
+        add("cutover", "max_lag_at_start", format_size(cutover.max_lag_at_start_bytes), Reload);
         add("cutover", "stragglers", cutover.stragglers.as_str().to_owned(), Reload);
         add("admin", "address", address(self.admin.address), Restart);
         add("admin", "users", self.admin.users.join(","), Reload);
@@ -101,6 +101,16 @@ impl Config {
         let format = if self.telemetry.json { "json" } else { "text" };
         add("telemetry", "format", format.to_owned(), Restart);
         list
+    }
+
+    /// This configuration with what a reload can change taken from `new`.
+    pub fn with_live_changes(&self, new: Self) -> Self {
+        let mut config = self.clone();
+        config.cutover = new.cutover;
+        config.admin.users = new.admin.users;
+        config.admin.token = new.admin.token;
+        config.telemetry.log = new.telemetry.log;
+        config
     }
 
     /// Which keys differ in `new`, by what a reload can do about them. Secrets are compared, never shown.

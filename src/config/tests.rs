@@ -204,6 +204,10 @@ fn a_reload_says_what_it_cannot_change() {
     let new = good(MINIMAL, &[("TARGET_PASSWORD", "other"), ("PGCUTOVER_SOURCE_HOST", "10.0.0.9")]);
     assert_eq!(old.changes(&new).needs_restart, ["source.host", "target.password"]);
     assert_eq!(old.changes(&old), Changes::default());
+    let both = good(&format!("{MINIMAL}\n[cutover]\nmax_pause = \"6s\"\n[limits]\nbuffer = \"8kB\"\n"), &variables);
+    let merged = old.with_live_changes(both.clone());
+    assert_eq!(merged.changes(&both).applied, [""; 0], "everything that a reload applies was applied");
+    assert_eq!(merged.changes(&both).needs_restart, ["limits.buffer"]);
 }
 
 #[test]

@@ -230,7 +230,7 @@ impl LoginInProgress<'_> {
 
     fn may_use_console(&self) -> Result<(), Refused> {
         let user = &self.startup.user;
-        if self.shared().config.admin.users.contains(user) {
+        if self.shared().console.admits(user) {
             return Ok(());
         }
         Err(Refused::With(ClientError::ConsoleForbidden { user: user.clone() }))

@@ -65,7 +65,10 @@ const ACCEPT_QUEUE: usize = 256;
 
 /// Serves clients of the database [`CONSOLE_DATABASE`].
 pub trait ConsoleHandler: Send + Sync {
-    /// Takes over a client that has proved that it is `user`, one of `admin.users`. AuthenticationOk has been sent and
+    /// Whether `user` may use the console at all. Asked at login; the list may change while the program runs.
+    fn admits(&self, user: &str) -> bool;
+
+    /// Takes over a client that has proved that it is `user`, who is admitted. AuthenticationOk has been sent and
     /// nothing after it. Runs on the main runtime.
     fn serve(&self, stream: Stream, user: String, parameters: Vec<(String, String)>) -> BoxFuture<'static, ()>;
 }
@@ -84,6 +87,8 @@ pub struct ProxyDeps {
     pub metrics: Arc<Metrics>,
     /// The administration console.
     pub console: Arc<dyn ConsoleHandler>,
+    /// Where sessions are registered. Made before the proxy, so that it is known who is active before anybody is let in.
+    pub sessions: Arc<Sessions>,
     /// Owns the accepting tasks; told to stop, the proxy accepts nobody any more.
     pub tasks: Tasks,
     /// Named points where tests interfere.
@@ -174,7 +179,7 @@ impl Proxy {
             target: deps.target,
             metrics: deps.metrics,
             console: deps.console,
-            sessions: Arc::default(),
+            sessions: deps.sessions,
             keys: Arc::default(),
             verifiers: Arc::new(verifiers),
             departures: Arc::new(departures),

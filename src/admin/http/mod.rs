@@ -99,7 +99,7 @@ impl<S: Send + Sync> axum::extract::FromRequestParts<S> for Caller {
 }
 
 async fn metrics_text(State(service): Shared) -> Answer {
-    let text = service.metrics().render().map_err(|error| AdminError::from_chain(ErrorKind::Failed, &error))?;
+    let text = service.metrics().await?;
     Ok(([(header::CONTENT_TYPE, metrics::CONTENT_TYPE)], text).into_response())
 }
 

@@ -1,0 +1,218 @@
+//! The coordinator as operators see it: orders in their words, the last report of each migration, metrics.
+
+use std::collections::HashMap;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
+
+use arc_swap::ArcSwap;
+use async_trait::async_trait;
+
+use crate::admin::command::CutoverRequest;
+use crate::admin::error::{AdminError, ErrorKind};
+use crate::admin::parts::{Clients, Cutovers, Migrations};
+use crate::admin::service::is_active;
+use crate::admin::view::{BlockerView, CutoverView, MemberView, PhasesView};
+use crate::config::Config;
+use crate::cutover::CutoverError;
+use crate::cutover::coordinator::{Coordinator, CutoverOptions};
+use crate::cutover::hard_fence::Obstacle;
+use crate::cutover::report::{CutoverOutcome, CutoverReport};
+use crate::migration::view::{MigrationName, MigrationView};
+use crate::postgres::InstanceId;
+use crate::telemetry::metrics::{Direction, Metrics, Outcome};
+
+/// For a cutover that was told to give up.
+const STOP_BOUND: Duration = Duration::from_secs(30);
+
+/// See the module.
+pub(super) struct CutoverDesk {
+    pub(super) coordinator: Arc<Coordinator>,
+    pub(super) config: Arc<ArcSwap<Config>>,
+    pub(super) metrics: Arc<Metrics>,
+    pub(super) migrations: Arc<dyn Migrations>,
+    pub(super) clients: Arc<dyn Clients>,
+    pub(super) instance: InstanceId,
+    /// How the last cutover of each migration ended, since this process began.
+    pub(super) reports: Mutex<HashMap<String, CutoverView>>,
+}
+
+#[async_trait]
+impl Cutovers for CutoverDesk {
+    async fn run(&self, name: &MigrationName, request: CutoverRequest) -> Result<CutoverView, AdminError> {
+        // Says "no such migration" before anything else does.
+        self.migrations.show(name).await?;
+        let (config, defaults) = (self.config.load(), self.coordinator.default_options());
+        let options = CutoverOptions {
+            dry_run: request.dry_run,
+            max_pause: request.max_pause.unwrap_or(config.cutover.max_pause),
+            drain_timeout: request.drain_timeout.unwrap_or(config.cutover.drain_timeout),
+            stragglers: request.stragglers.unwrap_or(config.cutover.stragglers),
+            max_lag_at_start_bytes: config.cutover.max_lag_at_start_bytes,
+            ..defaults
+        };
+        let report = self.coordinator.run(name.as_str(), options).await.map_err(|error| refused(&error))?;
+        self.count(&report);
+        let view = view(&report);
+        self.lock_reports().insert(name.as_str().to_owned(), view.clone());
+        Ok(view)
+    }
+
+    async fn progress(&self, name: &MigrationName) -> Result<Option<CutoverView>, AdminError> {
+        let running = self.coordinator.progress(name.as_str()).filter(|progress| !progress.phase.is_over());
+        Ok(match running {
+            Some(progress) => Some(CutoverView {
+                outcome: "running".to_owned(),
+                phase: word(progress.phase),
+                pause_ms: progress.paused_ms.unwrap_or(0),
+                epoch: Some(progress.epoch),
+                ..CutoverView::default()
+            }),
+            None => self.lock_reports().get(name.as_str()).cloned(),
+        })
+    }
+
+    async fn stop(&self, name: &MigrationName) -> Result<(), AdminError> {
+        if !self.coordinator.cancel(name.as_str()) {
+            return Ok(());
+        }
+        let over = async {
+            while self.coordinator.progress(name.as_str()).is_some_and(|progress| !progress.phase.is_over()) {
+                tokio::time::sleep(Duration::from_millis(20)).await;
+            }
+        };
+        let late = |_| AdminError::new(ErrorKind::Conflict, format!("the cutover of {name} has not ended yet"));
+        tokio::time::timeout(STOP_BOUND, over).await.map_err(late)
+    }
+
+    async fn blockers(&self) -> Result<Vec<BlockerView>, AdminError> {
+        let mut blockers: Vec<BlockerView> = self.clients.list().iter().flat_map(of_session).collect();
+        for migration in self.migrations.list().await?.iter().filter(|migration| is_active(migration)) {
+            match self.coordinator.blockers(&migration.name).await {
+                Ok(obstacles) => blockers.extend(obstacles.into_iter().map(of_obstacle)),
+                Err(error) => return Err(refused(&error)),
+            }
+        }
+        self.metrics.cutover_blockers.set(i64::try_from(blockers.len()).unwrap_or(i64::MAX));
+        Ok(blockers)
+    }
+
+    async fn members(&self) -> Result<Vec<MemberView>, AdminError> {
+        Ok(vec![MemberView {
+            instance: self.instance.as_str().to_owned(),
+            address: self.config.load().listen.address.map(|address| address.to_string()),
+            role: "leader".to_owned(),
+            version: env!("CARGO_PKG_VERSION").to_owned(),
+        }])
+    }
+}
+
+impl CutoverDesk {
+    /// Migrations that were created with "cut over when ready" and are ready now.
+    pub(super) async fn due(&self) -> Vec<MigrationView> {
+        let due = |migration: &MigrationView| {
+            migration.cutover_when_ready && migration.substate == "WaitingForCutoverTrigger"
+        };
+        match self.migrations.list().await {
+            Ok(list) => list.into_iter().filter(due).collect(),
+            Err(_) => Vec::new(),
+        }
+    }
+
+    fn count(&self, report: &CutoverReport) {
+        let outcome = match report.outcome {
+            CutoverOutcome::Switched => Outcome::Switched,
+            CutoverOutcome::Aborted => Outcome::Aborted,
+            CutoverOutcome::DryRun => Outcome::DryRun,
+        };
+        self.metrics.cutovers.with_label_values(&[Direction::Forward.as_str(), outcome.as_str()]).inc();
+        if report.pause_ms > 0 {
+            self.metrics.cutover_pause_seconds.observe(seconds(report.pause_ms));
+        }
+        for (phase, length) in phases(report).pairs().into_iter().filter(|(_, length)| *length > 0) {
+            self.metrics.cutover_phase_seconds.with_label_values(&[phase]).observe(seconds(length));
+        }
+    }
+
+    fn lock_reports(&self) -> std::sync::MutexGuard<'_, HashMap<String, CutoverView>> {
+        self.reports.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+fn seconds(millis: u64) -> f64 {
+    Duration::from_millis(millis).as_secs_f64()
+}
+
+fn phases(report: &CutoverReport) -> PhasesView {
+    let phases = report.phases_ms;
+    PhasesView {
+        prepare: phases.prepare,
+        pause: phases.pause,
+        drain: phases.drain,
+        decide: phases.decide,
+        switch: phases.switch,
+    }
+}
+
+fn view(report: &CutoverReport) -> CutoverView {
+    CutoverView {
+        outcome: word(report.outcome).unwrap_or_default(),
+        reason: report.reason.clone(),
+        pause_ms: report.pause_ms,
+        phases_ms: phases(report),
+        sessions_moved: report.sessions_moved,
+        sessions_ended: report.sessions_ended,
+        epoch: Some(report.epoch).filter(|epoch| *epoch > 0),
+        phase: None,
+        blockers: report.blockers.iter().map(ToString::to_string).collect(),
+        notes: report.notes.clone(),
+    }
+}
+
+/// The word that serde writes for a unit variant.
+fn word(value: impl serde::Serialize) -> Option<String> {
+    serde_json::to_value(value).ok()?.as_str().map(str::to_owned)
+}
+
+/// A cutover that was not begun.
+fn refused(error: &CutoverError) -> AdminError {
+    let kind = match error {
+        CutoverError::Connect(_) | CutoverError::Stopped(_) => ErrorKind::Unavailable,
+        CutoverError::Guardrail(_)
+        | CutoverError::Engine(_)
+        | CutoverError::Blocked { .. }
+        | CutoverError::Sessions(_)
+        | CutoverError::MaxPause(_) => ErrorKind::Conflict,
+        CutoverError::Query { .. }
+        | CutoverError::Record(_)
+        | CutoverError::Failpoint(_)
+        | CutoverError::Unexpected(_) => ErrorKind::Failed,
+    };
+    AdminError::new(kind, error.to_string())
+}
+
+fn of_obstacle(obstacle: Obstacle) -> BlockerView {
+    BlockerView {
+        reason: format!("{} for {:.1}s", obstacle.doing, obstacle.age_seconds),
+        database: obstacle.database,
+        pid: Some(obstacle.pid),
+        user: None,
+        application_name: Some(obstacle.application_name),
+        client: None,
+        code: "long_transaction".to_owned(),
+        hint: Some("let it end, or end the session".to_owned()),
+    }
+}
+
+fn of_session(client: &crate::admin::view::ClientView) -> Vec<BlockerView> {
+    let blocker = |reason: &String| BlockerView {
+        database: client.database.clone(),
+        pid: client.backend_pid,
+        user: Some(client.user.clone()),
+        application_name: client.application_name.clone(),
+        client: Some(client.client.clone()),
+        code: "session_state".to_owned(),
+        reason: reason.clone(),
+        hint: Some("let the client give it up, or end the session with KILL".to_owned()),
+    };
+    client.blockers.iter().map(blocker).collect()
+}
