@@ -17,9 +17,8 @@ mod migrations;
 mod sessions;
 mod when_ready;
 
-use std::collections::HashMap;
 use std::path::PathBuf;
-use std::sync::{Arc, Mutex};
+use std::sync::Arc;
 use std::time::Duration;
 
 use anyhow::Context;
@@ -36,6 +35,7 @@ use crate::admin::service::{Service, ServiceDeps};
 use crate::config::Config;
 use crate::cutover::coordinator::{Coordinator, CoordinatorDeps};
 use crate::failpoint::Failpoints;
+use crate::migration::engine::{Engine, EngineDeps};
 use crate::postgres::{Connector, InstanceId, Stream};
 use crate::proxy::{ConsoleHandler, Proxy, ProxyDeps};
 use crate::shutdown::Tasks;
@@ -62,7 +62,7 @@ pub fn run(config: Config, path: Option<PathBuf>) -> anyhow::Result<()> {
         tracing::warn!("failpoints are switched on: this process is under test");
     }
     let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build().context("cannot start")?;
-    runtime.block_on(async move {
+    let ended = runtime.block_on(async move {
         let live = Arc::new(ArcSwap::from_pointee(config));
         let control = Arc::new(Control::new(path, live.clone(), log));
         control.clone().obey_signals().await.context("cannot listen to signals")?;
@@ -74,7 +74,10 @@ pub fn run(config: Config, path: Option<PathBuf>) -> anyhow::Result<()> {
         control.stopping().await;
         daemon.stop().await;
         Ok(())
-    })
+    });
+    // What did not end in time is not waited for again.
+    runtime.shutdown_background();
+    ended
 }
 
 /// Everything that runs.
@@ -101,14 +104,22 @@ impl Daemon {
         let sessions = Arc::new(crate::proxy::Sessions::default());
         let session_desk = Arc::new(SessionDesk(sessions.clone()));
 
-        let engine = Arc::new(EngineDesk::start(&config, &source, &target, &metrics, &engine_tasks, &failpoints));
+        let engine = Arc::new(EngineDesk(Engine::start(EngineDeps {
+            config: config.clone(),
+            source: source.clone(),
+            target: target.clone(),
+            metrics: metrics.clone(),
+            tasks: engine_tasks.clone(),
+            failpoints: failpoints.clone(),
+        })));
         let coordinator = Coordinator::start(CoordinatorDeps {
             config: config.clone(),
             switchboard: switchboard.clone(),
-            sessions: session_desk.clone(),
+            sessions: sessions.clone(),
             engine: engine.clone(),
             source: source.clone(),
             target: target.clone(),
+            metrics: metrics.clone(),
             failpoints: failpoints.clone(),
             tasks: cutover_tasks.clone(),
         });
@@ -119,7 +130,6 @@ impl Daemon {
             migrations: engine.clone(),
             clients: session_desk.clone(),
             instance,
-            reports: Mutex::new(HashMap::new()),
         });
         let service = Service::new(ServiceDeps {
             config: live,

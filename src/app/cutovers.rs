@@ -1,7 +1,6 @@
-//! The coordinator as operators see it: orders in their words, the last report of each migration, metrics.
+//! The coordinator as operators see it: orders and answers in their words.
 
-use std::collections::HashMap;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::Arc;
 use std::time::Duration;
 
 use arc_swap::ArcSwap;
@@ -10,16 +9,15 @@ use async_trait::async_trait;
 use crate::admin::command::CutoverRequest;
 use crate::admin::error::{AdminError, ErrorKind};
 use crate::admin::parts::{Clients, Cutovers, Migrations};
-use crate::admin::service::is_active;
 use crate::admin::view::{BlockerView, CutoverView, MemberView, PhasesView};
 use crate::config::Config;
 use crate::cutover::CutoverError;
-use crate::cutover::coordinator::{Coordinator, CutoverOptions};
+use crate::cutover::coordinator::{Coordinator, CutoverOptions, CutoverState};
 use crate::cutover::hard_fence::Obstacle;
-use crate::cutover::report::{CutoverOutcome, CutoverReport};
+use crate::cutover::report::CutoverReport;
 use crate::migration::view::{MigrationName, MigrationView};
 use crate::postgres::InstanceId;
-use crate::telemetry::metrics::{Direction, Metrics, Outcome};
+use crate::telemetry::metrics::Metrics;
 
 /// For a cutover that was told to give up.
 const STOP_BOUND: Duration = Duration::from_secs(30);
@@ -32,8 +30,6 @@ pub(super) struct CutoverDesk {
     pub(super) migrations: Arc<dyn Migrations>,
     pub(super) clients: Arc<dyn Clients>,
     pub(super) instance: InstanceId,
-    /// How the last cutover of each migration ended, since this process began.
-    pub(super) reports: Mutex<HashMap<String, CutoverView>>,
 }
 
 #[async_trait]
@@ -51,24 +47,20 @@ impl Cutovers for CutoverDesk {
             ..defaults
         };
         let report = self.coordinator.run(name.as_str(), options).await.map_err(|error| refused(&error))?;
-        self.count(&report);
-        let view = view(&report);
-        self.lock_reports().insert(name.as_str().to_owned(), view.clone());
-        Ok(view)
+        Ok(view(&report))
     }
 
     async fn progress(&self, name: &MigrationName) -> Result<Option<CutoverView>, AdminError> {
-        let running = self.coordinator.progress(name.as_str()).filter(|progress| !progress.phase.is_over());
-        Ok(match running {
-            Some(progress) => Some(CutoverView {
+        Ok(self.coordinator.progress(name.as_str()).map(|state| match state {
+            CutoverState::Running(progress) => CutoverView {
                 outcome: "running".to_owned(),
                 phase: word(progress.phase),
                 pause_ms: progress.paused_ms.unwrap_or(0),
                 epoch: Some(progress.epoch),
                 ..CutoverView::default()
-            }),
-            None => self.lock_reports().get(name.as_str()).cloned(),
-        })
+            },
+            CutoverState::Ended(report) => view(&report),
+        }))
     }
 
     async fn stop(&self, name: &MigrationName) -> Result<(), AdminError> {
@@ -76,7 +68,7 @@ impl Cutovers for CutoverDesk {
             return Ok(());
         }
         let over = async {
-            while self.coordinator.progress(name.as_str()).is_some_and(|progress| !progress.phase.is_over()) {
+            while matches!(self.coordinator.progress(name.as_str()), Some(CutoverState::Running(_))) {
                 tokio::time::sleep(Duration::from_millis(20)).await;
             }
         };
@@ -86,12 +78,10 @@ impl Cutovers for CutoverDesk {
 
     async fn blockers(&self) -> Result<Vec<BlockerView>, AdminError> {
         let mut blockers: Vec<BlockerView> = self.clients.list().iter().flat_map(of_session).collect();
-        for migration in self.migrations.list().await?.iter().filter(|migration| is_active(migration)) {
-            match self.coordinator.blockers(&migration.name).await {
-                Ok(obstacles) => blockers.extend(obstacles.into_iter().map(of_obstacle)),
-                Err(error) => return Err(refused(&error)),
-            }
-        }
+        let obstacles = self.coordinator.long_work().await.map_err(|error| refused(&error))?;
+        // A session of ours that is long at work is shown once, by what the server says of it.
+        blockers.retain(|blocker| !obstacles.iter().any(|obstacle| Some(obstacle.pid) == blocker.pid));
+        blockers.extend(obstacles.into_iter().map(of_obstacle));
         self.metrics.cutover_blockers.set(i64::try_from(blockers.len()).unwrap_or(i64::MAX));
         Ok(blockers)
     }
@@ -117,29 +107,6 @@ impl CutoverDesk {
             Err(_) => Vec::new(),
         }
     }
-
-    fn count(&self, report: &CutoverReport) {
-        let outcome = match report.outcome {
-            CutoverOutcome::Switched => Outcome::Switched,
-            CutoverOutcome::Aborted => Outcome::Aborted,
-            CutoverOutcome::DryRun => Outcome::DryRun,
-        };
-        self.metrics.cutovers.with_label_values(&[Direction::Forward.as_str(), outcome.as_str()]).inc();
-        if report.pause_ms > 0 {
-            self.metrics.cutover_pause_seconds.observe(seconds(report.pause_ms));
-        }
-        for (phase, length) in phases(report).pairs().into_iter().filter(|(_, length)| *length > 0) {
-            self.metrics.cutover_phase_seconds.with_label_values(&[phase]).observe(seconds(length));
-        }
-    }
-
-    fn lock_reports(&self) -> std::sync::MutexGuard<'_, HashMap<String, CutoverView>> {
-        self.reports.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-}
-
-fn seconds(millis: u64) -> f64 {
-    Duration::from_millis(millis).as_secs_f64()
 }
 
 fn phases(report: &CutoverReport) -> PhasesView {

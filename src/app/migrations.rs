@@ -1,75 +1,123 @@
 //! The engine as the cutover and operators see it.
 
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError};
 
 use async_trait::async_trait;
 
 use crate::admin::error::{AdminError, ErrorKind};
 use crate::admin::parts::Migrations;
 use crate::catalog::decision::Outcome;
-use crate::config::Config;
-use crate::cutover::parts;
-use crate::failpoint::Failpoints;
+use crate::catalog::migrations::CatalogError;
+use crate::cutover::parts::{self, Replication};
+use crate::migration::engine::{CutoverLease, DatabaseHandle, Engine, EngineError};
 use crate::migration::preflight::RuleResult;
 use crate::migration::view::{CancelReport, MigrationName, MigrationSpec, MigrationView, TableView};
-use crate::postgres::Connector;
-use crate::shutdown::Tasks;
-use crate::telemetry::metrics::Metrics;
 
 /// See the module.
-pub(super) struct EngineDesk {}
-
-impl EngineDesk {
-    pub(super) fn start(
-        _config: &Arc<Config>,
-        _source: &Connector,
-        _target: &Connector,
-        _metrics: &Arc<Metrics>,
-        _tasks: &Tasks,
-        _failpoints: &Failpoints,
-    ) -> Self {
-        Self {}
-    }
-}
-
-fn absent() -> AdminError {
-    AdminError::new(ErrorKind::Unsupported, "this build has no migration engine")
-}
+pub(super) struct EngineDesk(pub(super) Arc<Engine>);
 
 #[async_trait]
 impl Migrations for EngineDesk {
-    async fn create(&self, _spec: MigrationSpec) -> Result<(), AdminError> {
-        Err(absent())
+    async fn create(&self, spec: MigrationSpec) -> Result<(), AdminError> {
+        self.0.create(spec).await.map(|_view| ()).map_err(|error| refused(&error))
     }
+
     async fn list(&self) -> Result<Vec<MigrationView>, AdminError> {
-        Ok(Vec::new())
+        self.0.list().map_err(|error| refused(&error))
     }
-    async fn show(&self, _name: &MigrationName) -> Result<MigrationView, AdminError> {
-        Err(absent())
+
+    async fn show(&self, name: &MigrationName) -> Result<MigrationView, AdminError> {
+        self.0.show(name.as_str()).map_err(|error| refused(&error))
     }
-    async fn tables(&self, _name: &MigrationName) -> Result<Vec<TableView>, AdminError> {
-        Err(absent())
+
+    async fn tables(&self, name: &MigrationName) -> Result<Vec<TableView>, AdminError> {
+        self.0.tables(name.as_str()).map_err(|error| refused(&error))
     }
-    async fn validation(&self, _name: &MigrationName) -> Result<Vec<RuleResult>, AdminError> {
-        Err(absent())
+
+    async fn validation(&self, name: &MigrationName) -> Result<Vec<RuleResult>, AdminError> {
+        let Some(rules) = self.show(name).await?.validation else { return Ok(Vec::new()) };
+        serde_json::from_value(rules).map_err(|error| {
+            AdminError::new(ErrorKind::Failed, format!("the validation on record is not understood: {error}"))
+        })
     }
-    async fn cancel(&self, _name: &MigrationName) -> Result<CancelReport, AdminError> {
-        Err(absent())
+
+    async fn cancel(&self, name: &MigrationName) -> Result<CancelReport, AdminError> {
+        self.0.cancel(name.as_str()).await.map_err(|error| refused(&error))
     }
-    async fn retry(&self, _name: &MigrationName) -> Result<(), AdminError> {
-        Err(absent())
+
+    async fn retry(&self, name: &MigrationName) -> Result<(), AdminError> {
+        self.0.retry(name.as_str()).await.map_err(|error| refused(&error))
+    }
+}
+
+fn refused(error: &EngineError) -> AdminError {
+    let (kind, hint) = match error {
+        EngineError::NotFound(_) => (ErrorKind::NotFound, Some("`migration list` shows those that exist")),
+        EngineError::BadRequest(_) => (ErrorKind::Invalid, None),
+        EngineError::Catalog(CatalogError::Exists(_)) => {
+            (ErrorKind::Conflict, Some("choose another name; names are never used twice on one target"))
+        }
+        EngineError::Rejected(_) => (ErrorKind::Conflict, None),
+        EngineError::Unavailable(_) | EngineError::Connect(_) | EngineError::Catalog(_) | EngineError::Databases(_) => {
+            (ErrorKind::Unavailable, None)
+        }
+    };
+    let refused = AdminError::from_chain(kind, error);
+    match hint {
+        Some(hint) => refused.hint(hint),
+        None => refused,
     }
 }
 
 #[async_trait]
 impl parts::Engine for EngineDesk {
-    async fn databases(&self, _migration: &str) -> Result<Vec<String>, String> {
-        Err(absent().message)
+    async fn begin_cutover(&self, migration: &str) -> Result<Arc<dyn parts::Lease>, String> {
+        let lease = self.0.begin_cutover(migration).await.map_err(|error| refused(&error).message)?;
+        Ok(Arc::new(Lease(Mutex::new(Some(lease)))))
     }
-    async fn begin_cutover(&self, _migration: &str) -> Result<Arc<dyn parts::Lease>, String> {
-        Err(absent().message)
+
+    async fn cutover_settled(&self, migration: &str, outcome: Outcome) -> Result<(), String> {
+        self.0.settle_cutover(migration, outcome).await.map_err(|error| refused(&error).message)
     }
-    async fn cutover_settled(&self, _migration: &str, _outcome: Outcome) -> Result<(), String> {
-        Ok(())
+}
+
+/// The engine's lease is used up when it is finished; none after that.
+struct Lease(Mutex<Option<CutoverLease>>);
+
+impl Lease {
+    fn with<T>(&self, use_it: impl FnOnce(&CutoverLease) -> T) -> Option<T> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner).as_ref().map(use_it)
+    }
+
+    fn handle(&self, database: &str) -> Option<DatabaseHandle> {
+        self.with(|lease| lease.handle(database)).flatten()
+    }
+}
+
+#[async_trait]
+impl parts::Lease for Lease {
+    fn databases(&self) -> Vec<String> {
+        self.with(CutoverLease::databases).unwrap_or_default()
+    }
+
+    fn lag_bytes(&self) -> Option<u64> {
+        self.with(CutoverLease::lag).flatten().map(|lag| lag.bytes)
+    }
+
+    fn replication(&self, database: &str) -> Replication {
+        let names = self.handle(database).map(|handle| (handle.slot().to_owned(), handle.publication().to_owned()));
+        let (slot, publication) = names.unwrap_or_default();
+        Replication { slot, publication }
+    }
+
+    async fn wait_marker(&self, database: &str, nonce: &str) -> Result<(), String> {
+        let handle = self.handle(database).ok_or_else(|| format!("database {database:?} is not leased"))?;
+        handle.wait_marker(nonce).await.map_err(|error| error.to_string())
+    }
+
+    async fn finish(&self, outcome: Outcome) -> Result<(), String> {
+        let lease = self.0.lock().unwrap_or_else(PoisonError::into_inner).take();
+        let Some(lease) = lease else { return Ok(()) };
+        lease.finish(outcome).await.map_err(|error| refused(&error).message)
     }
 }

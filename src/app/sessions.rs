@@ -1,73 +1,15 @@
-//! The proxy's sessions as the cutover and operators see them.
+//! The proxy's sessions as operators see them.
 
 use std::sync::Arc;
-use std::time::{Instant, SystemTime, UNIX_EPOCH};
-
-use async_trait::async_trait;
+use std::time::{SystemTime, UNIX_EPOCH};
 
 use crate::admin::parts::Clients;
 use crate::admin::view::ClientView;
-use crate::cutover::parts;
-use crate::proxy::{self, MoveOrder, SessionState, SessionView};
+use crate::proxy::{self, SessionState, SessionView};
 use crate::sqlstate;
-use crate::switch::{Epoch, ServerRole};
 
-/// See the module. One registry behind two traits.
+/// See the module.
 pub(super) struct SessionDesk(pub(super) Arc<proxy::Sessions>);
-
-#[async_trait]
-impl parts::Sessions for SessionDesk {
-    fn backend_pids(&self, database: &str) -> Vec<i32> {
-        self.0.backend_pids(database)
-    }
-
-    fn stragglers(&self, database: &str) -> Vec<parts::Straggler> {
-        let straggler = |view: SessionView| parts::Straggler { session: view.id, pid: view.backend_pid };
-        self.0.stragglers(database).into_iter().map(straggler).collect()
-    }
-
-    async fn prepare_moves(
-        &self,
-        databases: &[String],
-        to: ServerRole,
-        epoch: Epoch,
-        deadline: Instant,
-    ) -> Vec<parts::MoveReport> {
-        let reports = self.0.prepare_moves(databases, MoveOrder { to, epoch }, deadline).await;
-        reports.into_iter().map(report).collect()
-    }
-
-    async fn settle_moves(&self, databases: &[String], deadline: Instant) -> Vec<parts::MoveReport> {
-        self.0.settle_moves(databases, deadline).await.into_iter().map(report).collect()
-    }
-
-    fn discard_moves(&self, databases: &[String]) {
-        self.0.discard_moves(databases);
-    }
-
-    fn end(&self, sessions: &[u64], sqlstate: &'static str, message: &str) {
-        self.0.end(sessions, sqlstate, message);
-    }
-}
-
-fn report(report: proxy::MoveReport) -> parts::MoveReport {
-    let view = report.session;
-    let outcome = match report.outcome {
-        proxy::MoveOutcome::Ready => parts::MoveOutcome::Ready,
-        proxy::MoveOutcome::Busy => parts::MoveOutcome::Busy,
-        proxy::MoveOutcome::Blocked(blockers) => {
-            parts::MoveOutcome::Blocked(blockers.iter().map(|blocker| named(&view, blocker)).collect())
-        }
-        proxy::MoveOutcome::Failed(reason) => parts::MoveOutcome::Failed(named(&view, &reason)),
-    };
-    parts::MoveReport { session: view.id, outcome }
-}
-
-/// The operator finds the session by its process id and by what its client calls itself.
-fn named(view: &SessionView, reason: &dyn std::fmt::Display) -> String {
-    let pid = view.backend_pid.map_or("unknown".to_owned(), |pid| pid.to_string());
-    format!("pid {pid} ({:?}, user {:?}, database {:?}): {reason}", view.application_name, view.user, view.database)
-}
 
 impl Clients for SessionDesk {
     fn list(&self) -> Vec<ClientView> {
