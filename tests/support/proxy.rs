@@ -42,6 +42,7 @@ impl LoneProxy {
             switchboard: switchboard.clone(),
             metrics: Arc::new(Metrics::new().expect("names are distinct")),
             console: Arc::new(NoConsole),
+            sessions: Arc::default(),
             tasks: tasks.clone(),
             failpoints: Failpoints::none(),
         })
@@ -93,6 +94,10 @@ impl LoneProxy {
 struct NoConsole;
 
 impl ConsoleHandler for NoConsole {
+    fn admits(&self, _: &str) -> bool {
+        false
+    }
+
     fn serve(&self, _: Stream, _: String, _: Vec<(String, String)>) -> BoxFuture<'static, ()> {
         Box::pin(async {})
     }

@@ -74,6 +74,10 @@ enum Clients {
 struct NoConsole;
 
 impl ConsoleHandler for NoConsole {
+    fn admits(&self, _: &str) -> bool {
+        false
+    }
+
     fn serve(&self, _: Stream, _: String, _: Vec<(String, String)>) -> BoxFuture<'static, ()> {
         Box::pin(async {})
     }
@@ -177,6 +181,7 @@ impl Stage {
                     target: target.clone(),
                     metrics: metrics.clone(),
                     console: Arc::new(NoConsole),
+                    sessions: Arc::default(),
                     tasks: tasks.clone(),
                     failpoints: Failpoints::none(),
                 };
