@@ -6,7 +6,7 @@ use super::view::ClientView;
 use crate::migration::state::State;
 use crate::migration::view::MigrationView;
 use crate::switch::{Route, ServerRole, Switchboard};
-use crate::telemetry::metrics::{BackendState, ClientState, Direction, Metrics};
+use crate::telemetry::metrics::{BackendState, ClientState, Metrics};
 
 /// Sets every gauge that belongs to routes and sessions.
 pub(super) fn set_sessions(metrics: &Metrics, switchboard: &Switchboard, clients: &[ClientView]) {
@@ -46,26 +46,14 @@ pub(super) fn set_sessions(metrics: &Metrics, switchboard: &Switchboard, clients
     }
 }
 
-/// Sets every gauge that belongs to migrations. A migration that is gone, and a lag that is not known, have no series.
+/// Sets the state of each migration; one that is gone has no series. What is known of replication the engine sets itself.
 pub(super) fn set_migrations(metrics: &Metrics, migrations: &[MigrationView]) {
     metrics.migration_state.reset();
-    metrics.replication_lag_bytes.reset();
-    metrics.replication_latency_seconds.reset();
     let states: BTreeMap<&str, State> = State::ALL.iter().map(|state| (state.substate(), *state)).collect();
     for migration in migrations {
         for substate in states.keys() {
             let gauge = metrics.migration_state.with_label_values(&[migration.name.as_str(), substate]);
             gauge.set(i64::from(migration.substate == *substate));
-        }
-        for database in &migration.databases {
-            let labels = [migration.name.as_str(), database.name.as_str(), Direction::Forward.as_str()];
-            if let Some(bytes) = database.latency_bytes {
-                let gauge = metrics.replication_lag_bytes.with_label_values(&labels);
-                gauge.set(i64::try_from(bytes).unwrap_or(i64::MAX));
-            }
-            if let Some(seconds) = database.latency_seconds {
-                metrics.replication_latency_seconds.with_label_values(&labels).set(seconds);
-            }
         }
     }
 }

@@ -18,9 +18,15 @@ use crate::support::{self, wait_for};
 use crate::wire_client::WireClient;
 
 /// Says who got there and closes.
-struct Console;
+struct Console {
+    users: Vec<String>,
+}
 
 impl ConsoleHandler for Console {
+    fn admits(&self, user: &str) -> bool {
+        self.users.iter().any(|known| known == user)
+    }
+
     fn serve(&self, mut stream: Stream, user: String, _: Vec<(String, String)>) -> BoxFuture<'static, ()> {
         Box::pin(async move {
             use tokio::io::AsyncWriteExt as _;
@@ -66,10 +72,11 @@ impl Rig {
         let deps = ProxyDeps {
             source: connector(&config.source, "source"),
             target: connector(&config.target, "target"),
+            console: Arc::new(Console { users: config.admin.users.clone() }),
             config: Arc::new(config),
             switchboard: board.clone(),
             metrics: metrics.clone(),
-            console: Arc::new(Console),
+            sessions: Arc::default(),
             tasks: tasks.clone(),
             failpoints: Failpoints::none(),
         };
