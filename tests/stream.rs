@@ -4,6 +4,7 @@
 mod support;
 
 use std::collections::HashMap;
+use std::sync::Arc;
 use std::time::Duration;
 
 use pgcutover::catalog::migrations::Generation;
@@ -15,6 +16,7 @@ use pgcutover::lsn::Lsn;
 use pgcutover::migration::stream::{self, StreamContext, StreamError, StreamStatus};
 use pgcutover::postgres::walsender::ReplicationConnection;
 use pgcutover::postgres::{Connector, InstanceId};
+use pgcutover::telemetry::metrics::Metrics;
 use support::{connect, installations, wait_for};
 use tokio::task::JoinHandle;
 
@@ -140,6 +142,7 @@ impl Bench {
             publication: "p".to_owned(),
             hand_overs: HashMap::new(),
             queue_bytes: 1 << 20,
+            metrics: Arc::new(Metrics::new().expect("metrics")),
             failpoints: Failpoints::none(),
         };
         Self { source, target, context }

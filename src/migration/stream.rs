@@ -23,7 +23,7 @@ use std::time::Duration;
 
 use tokio::sync::{Semaphore, mpsc, watch};
 
-use super::apply::applier::{Applied, Applier, ApplyError, Counters, Received};
+use super::apply::applier::{Applied, Applier, ApplyError, Counters, Received, Tally};
 use super::apply::executor::{ExecuteError, Executor};
 use super::apply::plan::Planner;
 use super::snapshot::HandOver;
@@ -36,6 +36,7 @@ use crate::postgres::walsender::{
     Feedback, ReplicationConnection, ReplicationMessage, ReplicationStream, WalsenderError,
 };
 use crate::postgres::{ConnectError, Connector, Control, PipelineError, RawError};
+use crate::telemetry::metrics::Metrics;
 
 /// Messages that may wait in the queue, besides the bound in bytes.
 const QUEUE_MESSAGES: usize = 8192;
@@ -72,6 +73,8 @@ pub struct StreamContext {
     pub hand_overs: HashMap<QualifiedName, HandOver>,
     /// Bound on what has been read and not yet been sent to the target, in bytes.
     pub queue_bytes: usize,
+    /// Counters.
+    pub metrics: Arc<Metrics>,
     /// Test points.
     pub failpoints: Failpoints,
 }
@@ -332,7 +335,7 @@ async fn attempt(context: &StreamContext, status: &StreamStatus) -> Result<Never
         target,
         &progress,
         status.applied.clone(),
-        status.counters.clone(),
+        Tally { tables: status.counters.clone(), metrics: context.metrics.clone() },
         context.failpoints.clone(),
     );
     let (sender, queue) = mpsc::channel(QUEUE_MESSAGES);

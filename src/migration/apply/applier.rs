@@ -23,6 +23,7 @@ use crate::lsn::Lsn;
 use crate::migration::view::IncrementalView;
 use crate::pgoutput::{self, Message, Relation};
 use crate::postgres::Control;
+use crate::telemetry::metrics::{self, Metrics};
 
 /// A target transaction is ended after the source transaction with which it reaches this many changes.
 const BATCH_CHANGES: u64 = 2000;
@@ -86,6 +87,31 @@ impl Counters {
     }
 }
 
+/// Where applied rows are counted.
+#[derive(Clone, Debug)]
+pub struct Tally {
+    /// By table, for the views.
+    pub tables: Arc<Counters>,
+    /// By operation, for the metrics.
+    pub metrics: Arc<Metrics>,
+}
+
+impl Tally {
+    fn add(&self, batch: &Batch) {
+        self.tables.add(&batch.rows);
+        self.metrics.apply_transactions.inc_by(batch.transactions);
+        for ((_, operation), count) in &batch.rows {
+            let operation = match operation {
+                Operation::Insert => metrics::Operation::Insert,
+                Operation::Update => metrics::Operation::Update,
+                Operation::Delete => metrics::Operation::Delete,
+                Operation::Truncate => metrics::Operation::Truncate,
+            };
+            self.metrics.apply_rows.with_label_values(&[operation.as_str()]).inc_by(*count);
+        }
+    }
+}
+
 /// Applying stopped.
 #[derive(Debug, thiserror::Error)]
 pub enum ApplyError {
@@ -122,7 +148,7 @@ pub struct Applier {
     /// For the target's catalogue.
     control: Arc<Control>,
     applied: watch::Sender<Applied>,
-    counters: Arc<Counters>,
+    tally: Tally,
     failpoints: Failpoints,
     /// What the progress row will say after the next commit.
     commit_lsn: Lsn,
@@ -149,7 +175,7 @@ impl Applier {
         control: Arc<Control>,
         progress: &Progress,
         applied: watch::Sender<Applied>,
-        counters: Arc<Counters>,
+        tally: Tally,
         failpoints: Failpoints,
     ) -> Self {
         applied.send_modify(|applied| {
@@ -162,7 +188,7 @@ impl Applier {
             executor,
             control,
             applied,
-            counters,
+            tally,
             failpoints,
             commit_lsn: progress.commit_lsn,
             end_lsn: progress.end_lsn,
@@ -290,7 +316,7 @@ impl Applier {
         self.failpoints.hit("apply.after_commit").await?;
         self.idle_written = Instant::now();
         let batch = std::mem::take(&mut self.batch);
-        self.counters.add(&batch.rows);
+        self.tally.add(&batch);
         let (marker, durable) = (self.marker.take(), self.end_lsn);
         self.applied.send_modify(|applied| {
             applied.durable = durable;

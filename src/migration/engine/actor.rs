@@ -8,6 +8,7 @@ use tokio::task::JoinHandle;
 
 use super::cancel;
 use super::context::Context;
+use super::database::Gauges;
 use super::error::{EngineError, WorkError};
 use super::live::unix_now;
 use super::worker::{WorkEnd, Worker};
@@ -229,6 +230,8 @@ impl Actor {
         }
         for database in &self.context.live.databases {
             database.forget_lag();
+            let (metrics, migration) = (&self.context.metrics, self.context.live.name());
+            Gauges { metrics, migration, database: &database.name }.clear();
         }
     }
 

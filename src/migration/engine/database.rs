@@ -19,6 +19,7 @@ use crate::ident::{QualifiedName, quote_literal};
 use crate::lsn::Lsn;
 use crate::migration::copy::{self, CopyContext, SourceTable, Stage};
 use crate::migration::identity::{self, Remedy};
+use crate::migration::lag::Lag;
 use crate::migration::schema::{self, Archive, Existing, PgDump, RestoreFailure, RestoreTarget};
 use crate::migration::snapshot::HandOver;
 use crate::migration::stream::{self, StreamContext, describe};
@@ -26,7 +27,7 @@ use crate::migration::view::Mode;
 use crate::migration::{materialized, publication, sequences};
 use crate::postgres::Control;
 use crate::postgres::walsender::ReplicationConnection;
-use crate::telemetry::metrics::Direction;
+use crate::telemetry::metrics::{Direction, Metrics};
 
 /// How often the source's position is looked at.
 const LAG_INTERVAL: Duration = Duration::from_millis(500);
@@ -326,6 +327,7 @@ impl DatabaseWork {
             publication: row.publication.clone(),
             hand_overs,
             queue_bytes: self.context.config.migration.apply_queue_bytes,
+            metrics: self.context.metrics.clone(),
             failpoints: self.context.failpoints.clone(),
         })
     }
@@ -398,6 +400,8 @@ impl DatabaseWork {
             if let Err(error) = self.look(&mut connection).await {
                 connection = None;
                 self.live.forget_lag();
+                Gauges { metrics: &self.context.metrics, migration: self.migration(), database: &self.live.name }
+                    .clear();
                 if error.is_fenced() {
                     return error;
                 }
@@ -415,23 +419,53 @@ impl DatabaseWork {
         let row = source
             .query_one(
                 "SELECT pg_catalog.pg_current_wal_flush_lsn(),
-                        (SELECT pg_catalog.pg_wal_lsn_diff(pg_catalog.pg_current_wal_flush_lsn(), restart_lsn)::bigint
-                           FROM pg_catalog.pg_replication_slots WHERE slot_name = $1)",
+                        (SELECT pg_catalog.pg_wal_lsn_diff(pg_catalog.pg_current_wal_flush_lsn(), s.restart_lsn)::bigint
+                           FROM pg_catalog.pg_replication_slots s WHERE s.slot_name = $1),
+                        (SELECT (pg_catalog.to_jsonb(s) ->> 'safe_wal_size')::bigint
+                           FROM pg_catalog.pg_replication_slots s WHERE s.slot_name = $1)",
                 &[&self.live.slot],
             )
             .await
             .map_err(|source| WorkError::Query { doing: "looking at the source's position", source })?;
         self.live.observe(row.get(0));
-        let labels = [self.migration(), &self.live.name, Direction::Forward.as_str()];
-        if let Some(lag) = self.live.lag() {
-            let bytes = i64::try_from(lag.bytes).unwrap_or(i64::MAX);
-            self.context.metrics.replication_lag_bytes.with_label_values(&labels).set(bytes);
-            self.context.metrics.replication_latency_seconds.with_label_values(&labels).set(lag.seconds);
-        }
-        if let Some(retained) = row.get::<_, Option<i64>>(1) {
-            self.context.metrics.slot_retained_wal_bytes.with_label_values(&labels).set(retained.max(0));
-        }
+        let gauges = Gauges { metrics: &self.context.metrics, migration: self.migration(), database: &self.live.name };
+        gauges.set(self.live.lag(), row.get(1), row.get(2));
         Ok(())
+    }
+}
+
+/// What is shown of the replication of one database; absent while it is not known.
+pub(super) struct Gauges<'a> {
+    pub(super) metrics: &'a Metrics,
+    pub(super) migration: &'a str,
+    pub(super) database: &'a str,
+}
+
+impl Gauges<'_> {
+    fn set(&self, lag: Option<Lag>, retained: Option<i64>, safe: Option<i64>) {
+        let stream = [self.migration, self.database, Direction::Forward.as_str()];
+        let slot = [self.migration, self.database];
+        let bytes = lag.map(|lag| i64::try_from(lag.bytes).unwrap_or(i64::MAX));
+        for (gauge, labels, value) in [
+            (&self.metrics.replication_lag_bytes, &stream[..], bytes),
+            (&self.metrics.slot_retained_wal_bytes, &slot, retained.map(|bytes| bytes.max(0))),
+            (&self.metrics.slot_safe_wal_bytes, &slot, safe),
+        ] {
+            match value {
+                Some(value) => gauge.with_label_values(labels).set(value),
+                // One that was never set cannot be removed, which is as well.
+                None => drop(gauge.remove_label_values(labels)),
+            }
+        }
+        match lag {
+            Some(lag) => self.metrics.replication_latency_seconds.with_label_values(&stream).set(lag.seconds),
+            None => drop(self.metrics.replication_latency_seconds.remove_label_values(&stream)),
+        }
+    }
+
+    /// Nothing is known any more.
+    pub(super) fn clear(&self) {
+        self.set(None, None, None);
     }
 }
 

@@ -71,7 +71,7 @@ impl CutoverLease {
     }
 
     /// Gives the migration back with the verdict.
-    pub async fn finish(self, outcome: Outcome) -> Result<(), EngineError> {
+    pub async fn finish(&self, outcome: Outcome) -> Result<(), EngineError> {
         self.engine.settle_cutover(self.live.name(), outcome).await
     }
 }

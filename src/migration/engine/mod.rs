@@ -169,7 +169,9 @@ impl Engine {
             .collect();
         let status = Status { state, error: None, validation: None, finished_at: None };
         let live = Arc::new(Live::new(spec, self.source_address(), live::unix_now(), databases, status));
-        self.employ(live.clone(), catalog, &actors);
+        let entry = self.employ(live.clone(), catalog, &actors);
+        self.migrations.write().unwrap_or_else(PoisonError::into_inner).insert(name, entry);
+        self.changes.send_modify(|changes| *changes += 1);
         Ok(live.view())
     }
 
@@ -329,12 +331,8 @@ impl Engine {
             changes: self.changes.clone(),
         });
         let (actor, commands) = Actor::new(context, actors.clone());
-        let entry = Entry { live, commands };
-        let name = entry.live.name().to_owned();
-        self.migrations.write().unwrap_or_else(PoisonError::into_inner).insert(name, entry.clone());
-        self.changes.send_modify(|changes| *changes += 1);
         actors.spawn(actor.run());
-        entry
+        Entry { live, commands }
     }
 
     /// Looks for the lock, works while it is held, and begins again when it is lost.
@@ -395,8 +393,9 @@ impl Engine {
         }
     }
 
-    /// Reads the migrations and goes on with them.
+    /// Reads the migrations and goes on with them. They become visible together: half a list would be a wrong one.
     async fn load(&self, catalog: &MigrationCatalog, actors: &Tasks) -> Result<(), CatalogError> {
+        let mut entries = BTreeMap::new();
         for row in catalog.all().await? {
             let name = row.name.clone();
             let Some(live) = self.revive(catalog, row).await? else {
@@ -414,7 +413,9 @@ impl Engine {
                 // The actor has just been started and has room.
                 let _ = entry.commands.try_send(Command::Settle(outcome, reply));
             }
+            entries.insert(name, entry);
         }
+        *self.migrations.write().unwrap_or_else(PoisonError::into_inner) = entries;
         Ok(())
     }
 
