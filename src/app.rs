@@ -104,7 +104,7 @@ impl Daemon {
         let sessions = Arc::new(crate::proxy::Sessions::default());
         let session_desk = Arc::new(SessionDesk(sessions.clone()));
 
-        let engine = Arc::new(EngineDesk(Engine::start(EngineDeps {
+        let engine = Arc::new(EngineDesk::new(Engine::start(EngineDeps {
             config: config.clone(),
             source: source.clone(),
             target: target.clone(),

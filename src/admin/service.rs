@@ -19,6 +19,9 @@ use crate::shutdown::Tasks;
 use crate::switch::{Route, Switchboard};
 use crate::telemetry::metrics::Metrics;
 
+/// How long a scrape waits for the engine's answer.
+const SCRAPE_BOUND: std::time::Duration = std::time::Duration::from_secs(1);
+
 /// What the service works with.
 pub struct ServiceDeps {
     /// The configuration in force; a reload replaces it.
@@ -63,7 +66,8 @@ impl Service {
     pub async fn metrics(&self) -> Result<String, AdminError> {
         let deps = &self.0.deps;
         gauges::set_sessions(&deps.metrics, &deps.switchboard, &deps.clients.list());
-        if let Ok(migrations) = deps.migrations.list().await {
+        // A scrape does not wait for an engine that is still looking for its target.
+        if let Ok(Ok(migrations)) = tokio::time::timeout(SCRAPE_BOUND, deps.migrations.list()).await {
             gauges::set_migrations(&deps.metrics, &migrations);
         }
         deps.metrics.render().map_err(|error| AdminError::from_chain(ErrorKind::Failed, &error))

@@ -1,6 +1,7 @@
 //! The engine as the cutover and operators see it.
 
 use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
 
 use async_trait::async_trait;
 
@@ -13,25 +14,49 @@ use crate::migration::engine::{CutoverLease, DatabaseHandle, Engine, EngineError
 use crate::migration::preflight::RuleResult;
 use crate::migration::view::{CancelReport, MigrationName, MigrationSpec, MigrationView, TableView};
 
+/// After the start of the process the engine needs a moment to find its target; orders wait for it, but not longer.
+const TIME_TO_BEGIN: Duration = Duration::from_secs(10);
+
 /// See the module.
-pub(super) struct EngineDesk(pub(super) Arc<Engine>);
+pub(super) struct EngineDesk {
+    engine: Arc<Engine>,
+    patience_ends: tokio::time::Instant,
+}
+
+impl EngineDesk {
+    pub(super) fn new(engine: Arc<Engine>) -> Self {
+        Self { engine, patience_ends: tokio::time::Instant::now() + TIME_TO_BEGIN }
+    }
+
+    /// The engine, once it runs here or has had its time to begin.
+    async fn engine(&self) -> &Arc<Engine> {
+        let mut changes = self.engine.changes();
+        while matches!(self.engine.list(), Err(EngineError::Unavailable(_))) {
+            match tokio::time::timeout_at(self.patience_ends, changes.changed()).await {
+                Ok(Ok(())) => {}
+                Ok(Err(_)) | Err(_) => break,
+            }
+        }
+        &self.engine
+    }
+}
 
 #[async_trait]
 impl Migrations for EngineDesk {
     async fn create(&self, spec: MigrationSpec) -> Result<(), AdminError> {
-        self.0.create(spec).await.map(|_view| ()).map_err(|error| refused(&error))
+        self.engine().await.create(spec).await.map(|_view| ()).map_err(|error| refused(&error))
     }
 
     async fn list(&self) -> Result<Vec<MigrationView>, AdminError> {
-        self.0.list().map_err(|error| refused(&error))
+        self.engine().await.list().map_err(|error| refused(&error))
     }
 
     async fn show(&self, name: &MigrationName) -> Result<MigrationView, AdminError> {
-        self.0.show(name.as_str()).map_err(|error| refused(&error))
+        self.engine().await.show(name.as_str()).map_err(|error| refused(&error))
     }
 
     async fn tables(&self, name: &MigrationName) -> Result<Vec<TableView>, AdminError> {
-        self.0.tables(name.as_str()).map_err(|error| refused(&error))
+        self.engine().await.tables(name.as_str()).map_err(|error| refused(&error))
     }
 
     async fn validation(&self, name: &MigrationName) -> Result<Vec<RuleResult>, AdminError> {
@@ -42,11 +67,11 @@ impl Migrations for EngineDesk {
     }
 
     async fn cancel(&self, name: &MigrationName) -> Result<CancelReport, AdminError> {
-        self.0.cancel(name.as_str()).await.map_err(|error| refused(&error))
+        self.engine().await.cancel(name.as_str()).await.map_err(|error| refused(&error))
     }
 
     async fn retry(&self, name: &MigrationName) -> Result<(), AdminError> {
-        self.0.retry(name.as_str()).await.map_err(|error| refused(&error))
+        self.engine().await.retry(name.as_str()).await.map_err(|error| refused(&error))
     }
 }
 
@@ -72,12 +97,12 @@ fn refused(error: &EngineError) -> AdminError {
 #[async_trait]
 impl parts::Engine for EngineDesk {
     async fn begin_cutover(&self, migration: &str) -> Result<Arc<dyn parts::Lease>, String> {
-        let lease = self.0.begin_cutover(migration).await.map_err(|error| refused(&error).message)?;
+        let lease = self.engine.begin_cutover(migration).await.map_err(|error| refused(&error).message)?;
         Ok(Arc::new(Lease(Mutex::new(Some(lease)))))
     }
 
     async fn cutover_settled(&self, migration: &str, outcome: Outcome) -> Result<(), String> {
-        self.0.settle_cutover(migration, outcome).await.map_err(|error| refused(&error).message)
+        self.engine.settle_cutover(migration, outcome).await.map_err(|error| refused(&error).message)
     }
 }
 
