@@ -9,11 +9,12 @@ use std::collections::BTreeMap;
 use std::time::Duration;
 
 use pgcutover::config::{Migration, WithoutIdentity};
+use pgcutover::demo::cluster::ClusterAuth;
 use pgcutover::failpoint::Failpoints;
 use pgcutover::migration::copy::{self, CopyContext, CopyError, Stage};
 use pgcutover::migration::identity::{self, Identity, Remedy};
 use pgcutover::migration::roles::{self, RoleAction};
-use pgcutover::migration::schema::{self, RestoreTarget};
+use pgcutover::migration::schema::{self, Existing, RestoreTarget};
 use rig::{DATABASE, Rig};
 
 /// Everything that is awkward about definitions.
@@ -401,4 +402,161 @@ async fn roles_arrive_with_their_passwords_and_only_once() {
     assert!(!format!("{made:?}").contains("SCRAM"), "verifiers do not reach the journal");
     let again = roles::copy_roles(&rig.source, &rig.target, &rig.journal).await.unwrap();
     assert!(again.iter().all(|report| report.action == RoleAction::Unchanged), "{again:?}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn the_database_is_made_like_the_sources() {
+    let rig = Rig::start();
+    let source = support::connect(&rig.source_cluster, "postgres").await;
+    source.batch_execute("CREATE ROLE owner; CREATE ROLE app LOGIN; CREATE ROLE reader").await.unwrap();
+    source
+        .batch_execute(
+            "CREATE DATABASE latin TEMPLATE template0 ENCODING 'LATIN1' LC_COLLATE 'C' LC_CTYPE 'C' OWNER owner",
+        )
+        .await
+        .unwrap();
+    source
+        .batch_execute(
+            "ALTER DATABASE latin CONNECTION LIMIT 33; COMMENT ON DATABASE latin IS 'it''s';
+             ALTER DATABASE latin SET search_path = \"$user\", 'a b', public; ALTER DATABASE latin SET app.x = 'y, z';
+             ALTER ROLE app IN DATABASE latin SET work_mem = '3MB';
+             REVOKE ALL ON DATABASE latin FROM PUBLIC; GRANT CONNECT ON DATABASE latin TO app WITH GRANT OPTION;
+             GRANT TEMPORARY ON DATABASE latin TO reader",
+        )
+        .await
+        .unwrap();
+    let client = support::connect(&rig.source_cluster, "latin").await;
+    client
+        .batch_execute(
+            "CREATE TABLE \"Straße\" (\"Größe\" text, n int); INSERT INTO \"Straße\" VALUES ('ÄÖÜ', 1), ('ß', 2)",
+        )
+        .await
+        .unwrap();
+    drop(client);
+
+    roles::copy_roles(&rig.source, &rig.target, &rig.journal).await.unwrap();
+    schema::create_database(&rig.source, &rig.target, "latin", Existing::Keep, &rig.journal).await.unwrap();
+    let target = support::connect(&rig.target_cluster, "postgres").await;
+    let everything = "SELECT concat_ws('|', pg_get_userbyid(datdba), pg_encoding_to_char(encoding), datcollate, datctype, \
+        datconnlimit, shobj_description(d.oid, 'pg_database'), (SELECT string_agg(a::text, ',' ORDER BY a::text) FROM \
+        (SELECT coalesce(r.rolname, 'PUBLIC'), x.privilege_type, x.is_grantable FROM aclexplode(d.datacl) x \
+         LEFT JOIN pg_roles r ON r.oid = x.grantee) a), (SELECT string_agg(s.setconfig::text || coalesce(r.rolname, '-'), \
+         ',' ORDER BY s.setconfig::text) FROM pg_db_role_setting s LEFT JOIN pg_roles r ON r.oid = s.setrole \
+         WHERE s.setdatabase = d.oid)) FROM pg_database d WHERE datname = 'latin'";
+    let read =
+        async |client: &tokio_postgres::Client| -> String { client.query_one(everything, &[]).await.unwrap().get(0) };
+    assert_eq!(read(&source).await, read(&target).await);
+
+    // Settings may change later; what a fence has set is left alone.
+    source
+        .batch_execute(
+            "ALTER DATABASE latin RESET app.x; ALTER DATABASE latin SET work_mem = '5MB';
+             ALTER DATABASE latin SET default_transaction_read_only = on",
+        )
+        .await
+        .unwrap();
+    let except = ["default_transaction_read_only"];
+    let sync = async || schema::sync_database(&rig.source, &rig.target, "latin", &except).await.unwrap();
+    assert_eq!(sync().await, 2);
+    assert_eq!(sync().await, 0);
+
+    // Bytes of another encoding are not converted on the way.
+    let pg_dump = rig.pg_dump().await;
+    let archive = schema::dump(&pg_dump, &rig.source, "latin", rig.config.lock_timeout).await.unwrap();
+    let place = RestoreTarget { database: "latin", ..rig.restore_target() };
+    assert_eq!(schema::restore_pre_data(&place, &archive).await.unwrap().failures, []);
+    let control = rig.source.control("latin", "test").await.unwrap();
+    let tables: Vec<_> =
+        copy::list_tables(&control).await.unwrap().into_iter().map(|table| (table, Stage::Rows)).collect();
+    let context = CopyContext { database: "latin".to_owned(), ..rig.context(None) };
+    assert_eq!(copy::copy_database(&context, &tables, &archive).await.unwrap().copied.rows, 2);
+    let there = support::connect(&rig.target_cluster, "latin").await;
+    let text = "SELECT string_agg(\"Größe\", ',' ORDER BY n) FROM \"Straße\"";
+    assert_eq!(there.query_one(text, &[]).await.unwrap().get::<_, String>(0), "ÄÖÜ,ß");
+    drop(there);
+
+    let again = schema::create_database(&rig.source, &rig.target, "latin", Existing::Keep, &rig.journal).await;
+    again.expect("it is the same");
+    target.batch_execute("ALTER DATABASE latin RENAME TO latin_1").await.unwrap();
+    target.batch_execute("CREATE DATABASE latin").await.unwrap();
+    let differs = schema::create_database(&rig.source, &rig.target, "latin", Existing::Keep, &rig.journal).await;
+    assert!(matches!(differs, Err(schema::SchemaError::Differs { .. })), "{differs:?}");
+    schema::create_database(&rig.source, &rig.target, "latin", Existing::Drop, &rig.journal).await.unwrap();
+    let made: Vec<String> = rig.journal.made.lock().unwrap().iter().map(|made| made.kind.clone()).collect();
+    assert!(made.ends_with(&["database".to_owned(), "database_dropped".to_owned(), "database".to_owned()]), "{made:?}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn passwords_reach_pg_dump_without_being_seen() {
+    let auth = || ClusterAuth::Scram { password: "it's: a \\ \"secret\"".to_owned() };
+    let rig = Rig::start_with(|source| source.auth(auth()), |target| target.auth(auth()));
+    rig.make_source("CREATE TABLE t (id int PRIMARY KEY); INSERT INTO t VALUES (1), (2)").await;
+    let archive = rig.dump().await;
+    rig.restore_pre_data(&archive).await;
+    rig.copy(&archive).await.unwrap();
+    rig.assert_same_rows().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn foreign_keys_give_way_to_an_applier() {
+    let rig = Rig::start();
+    rig.make_source(
+        "CREATE TABLE a (id int PRIMARY KEY); CREATE TABLE b (id int REFERENCES a); INSERT INTO a VALUES (1);
+         INSERT INTO b VALUES (1)",
+    )
+    .await;
+    let archive = rig.dump().await;
+    rig.restore_pre_data(&archive).await;
+    rig.copy(&archive).await.unwrap();
+    // An applier that holds one table and then wants the other: a foreign key locks both.
+    let applier = support::connect(&rig.target_cluster, DATABASE).await;
+    applier.batch_execute("BEGIN; INSERT INTO a VALUES (2)").await.unwrap();
+    let (connector, archived) = (rig.target.clone(), archive.clone());
+    let adding = tokio::spawn(async move {
+        let target = RestoreTarget { connector: &connector, database: DATABASE, guard: None };
+        schema::restore_foreign_keys(&target, &archived).await
+    });
+    let watcher = support::connect(&rig.target_cluster, DATABASE).await;
+    support::wait_for("a foreign key that waits", async || {
+        let query = "SELECT count(*) FROM pg_locks WHERE NOT granted";
+        watcher.query_one(query, &[]).await.unwrap().get::<_, i64>(0) > 0
+    })
+    .await;
+    applier.batch_execute("INSERT INTO b VALUES (2); COMMIT").await.expect("the applier is never the victim");
+    let report = adding.await.unwrap().unwrap();
+    assert_eq!((report.failures, report.executed), (Vec::new(), 2));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_entry_that_a_lost_backend_finished_is_done() {
+    let rig = Rig::start();
+    rig.make_source("CREATE TABLE t (id int PRIMARY KEY)").await;
+    let archive = rig.dump().await;
+    rig.restore_pre_data(&archive).await;
+    let tables = rig.tables().await;
+    // The engine dies while its index is being built, and the next one starts before that is done.
+    let lost = support::connect(&rig.target_cluster, DATABASE).await;
+    copy::copy_database(&rig.context(None), &tables, &archive).await.unwrap();
+    let last = "DELETE FROM pgcutover.restored_entry WHERE restored_at = \
+                (SELECT max(restored_at) FROM pgcutover.restored_entry) RETURNING entry";
+    let key: String = lost.query_one(last, &[]).await.unwrap().get(0);
+    lost.batch_execute(
+        "ALTER TABLE t DROP CONSTRAINT t_pkey; BEGIN; ALTER TABLE t ADD CONSTRAINT t_pkey PRIMARY KEY (id)",
+    )
+    .await
+    .unwrap();
+    let archived = archive.clone();
+    let connector = rig.target.clone();
+    let building = tokio::spawn(async move {
+        let target = RestoreTarget { connector: &connector, database: DATABASE, guard: None };
+        schema::restore_after_copy(&target, &archived).await
+    });
+    support::wait_for("the second build", async || {
+        let query = "SELECT count(*) FROM pg_locks WHERE NOT granted";
+        lost.query_one(query, &[]).await.unwrap().get::<_, i64>(0) > 0
+    })
+    .await;
+    lost.execute("INSERT INTO pgcutover.restored_entry (entry) VALUES ($1)", &[&key]).await.unwrap();
+    lost.batch_execute("COMMIT").await.unwrap();
+    assert_eq!(building.await.unwrap().unwrap().failures, []);
 }

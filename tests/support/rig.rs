@@ -80,8 +80,9 @@ fn configuration(source: &Cluster, target: &Cluster) -> Config {
     let directory = tempfile::tempdir().unwrap();
     let path = directory.path().join("pgcutover.toml");
     let section = |name: &str, cluster: &Cluster| {
+        let password = cluster.password().map_or_else(String::new, |password| format!("password = {password:?}\n"));
         format!(
-            "[{name}]\nhost = {:?}\nport = {}\nuser = \"postgres\"\nsslmode = \"disable\"\n",
+            "[{name}]\nhost = {:?}\nport = {}\nuser = \"postgres\"\nsslmode = \"disable\"\n{password}",
             cluster.host(),
             cluster.port()
         )

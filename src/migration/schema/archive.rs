@@ -43,7 +43,8 @@ pub(super) enum Adding {
     ThenValidate {
         /// `ALTER TABLE … VALIDATE CONSTRAINT …`.
         validate: String,
-        /// The referencing table is partitioned: PostgreSQL 18 is the first that can.
+        /// One of the two tables is partitioned: PostgreSQL 18 is the first that can, and that marks the constraints
+        /// of every partition as validated.
         partitioned: bool,
     },
 }
@@ -91,6 +92,8 @@ struct Owner {
     relkind: String,
     /// Constraint's name and whether it is validated.
     constraint: Option<(String, bool)>,
+    /// Either table of a foreign key is partitioned.
+    partitioned: bool,
 }
 
 /// Sorts the entries; `source` is the transaction that the dump shared its snapshot with.
@@ -137,9 +140,9 @@ fn is_last(entry: &Entry) -> bool {
 
 fn adding(owner: Option<&Owner>) -> Adding {
     match owner {
-        Some(Owner { table, relkind, constraint: Some((name, true)), .. }) => Adding::ThenValidate {
+        Some(Owner { table, partitioned, constraint: Some((name, true)), .. }) => Adding::ThenValidate {
             validate: format!("ALTER TABLE {table} VALIDATE CONSTRAINT {}", quote_ident(name)),
-            partitioned: relkind == "p",
+            partitioned: *partitioned,
         },
         Some(_) | None => Adding::AsDumped,
     }
@@ -152,18 +155,21 @@ async fn owners(source: &Transaction<'_>, entries: &[Entry]) -> Result<HashMap<(
     let oids = |class: u32| -> Vec<u32> {
         entries.iter().filter(|entry| entry.class_oid == class && entry.oid != 0).map(|entry| entry.oid).collect()
     };
-    let indexes = "SELECT i.indexrelid, c.oid, n.nspname::text, c.relname::text, c.relkind::text, NULL::text, NULL::bool \
+    let indexes = "SELECT i.indexrelid, c.oid, n.nspname::text, c.relname::text, c.relkind::text, NULL::text, NULL::bool, false \
                    FROM pg_index i JOIN pg_class c ON c.oid = i.indrelid JOIN pg_namespace n ON n.oid = c.relnamespace \
                    WHERE i.indexrelid = ANY ($1)";
-    let constraints = "SELECT o.oid, c.oid, n.nspname::text, c.relname::text, c.relkind::text, o.conname::text, o.convalidated \
+    let constraints = "SELECT o.oid, c.oid, n.nspname::text, c.relname::text, c.relkind::text, o.conname::text, o.convalidated, \
+         c.relkind = 'p' OR coalesce(f.relkind = 'p', false) \
          FROM pg_constraint o JOIN pg_class c ON c.oid = o.conrelid JOIN pg_namespace n ON n.oid = c.relnamespace \
+         LEFT JOIN pg_class f ON f.oid = o.confrelid \
          WHERE o.oid = ANY ($1)";
     let mut owners = HashMap::new();
     for (class, query) in [(PG_CLASS, indexes), (PG_CONSTRAINT, constraints)] {
         for row in source.query(query, &[&oids(class)]).await? {
             let constraint = row.get::<_, Option<String>>(5).zip(row.get::<_, Option<bool>>(6));
             let table = QualifiedName::new(row.get::<_, String>(2), row.get::<_, String>(3));
-            let owner = Owner { table_oid: row.get(1), table, relkind: row.get(4), constraint };
+            let owner =
+                Owner { table_oid: row.get(1), table, relkind: row.get(4), constraint, partitioned: row.get(7) };
             owners.insert((class, row.get(0)), owner);
         }
     }
@@ -191,7 +197,13 @@ mod tests {
 
     fn owner(table_oid: u32, relkind: &str, constraint: Option<(&str, bool)>) -> Owner {
         let constraint = constraint.map(|(name, valid)| (name.to_owned(), valid));
-        Owner { table_oid, table: QualifiedName::new("s", "t"), relkind: relkind.to_owned(), constraint }
+        Owner {
+            table_oid,
+            table: QualifiedName::new("s", "t"),
+            relkind: relkind.to_owned(),
+            constraint,
+            partitioned: relkind == "p",
+        }
     }
 
     fn ids(entries: &[Entry]) -> Vec<u32> {

@@ -70,6 +70,49 @@ pub(super) async fn create(
     carry_over(&control, name, &wanted).await
 }
 
+/// See [`super::sync_database`].
+pub(super) async fn sync(
+    source: &Connector,
+    target: &Connector,
+    name: &str,
+    except: &[&str],
+) -> Result<usize, SchemaError> {
+    let from = source.control(name, "schema").await?;
+    let wanted = read(&from, name).await.map_err(|source| read_error(name, source))?;
+    let wanted = wanted.ok_or_else(|| SchemaError::NoDatabase(name.to_owned()))?;
+    let control = maintenance(target, name).await?;
+    let found = read(&control, name).await.map_err(|source| read_error(name, source))?;
+    let found = found.ok_or_else(|| SchemaError::NoDatabase(name.to_owned()))?;
+    let known = parameters(&control).await.map_err(|source| read_error(name, source))?;
+    let counts = |setting: &Setting| !except.contains(&setting.name.to_lowercase().as_str());
+    let mut statements = Vec::new();
+    for (role, setting) in wanted.settings.iter().filter(|(_, setting)| counts(setting)) {
+        let same = found.settings.iter().any(|there| there == &(role.clone(), setting.clone()));
+        if !same && (setting.is_custom() || known.contains(&setting.name.to_lowercase())) {
+            statements.push(format!("{} {}", whose(name, role.as_deref()), setting.clause()));
+        }
+    }
+    for (role, setting) in found.settings.iter().filter(|(_, setting)| counts(setting)) {
+        let stays = |(whose, wanted): &(Option<String>, Setting)| whose == role && wanted.name == setting.name;
+        if !wanted.settings.iter().any(stays) {
+            statements.push(format!("{} RESET {}", whose(name, role.as_deref()), quote_ident(&setting.name)));
+        }
+    }
+    for statement in &statements {
+        run(&control, name, "bringing its settings in line", statement).await?;
+    }
+    Ok(statements.len())
+}
+
+/// What a setting is altered of.
+fn whose(database: &str, role: Option<&str>) -> String {
+    let database = quote_ident(database);
+    match role {
+        Some(role) => format!("ALTER ROLE {} IN DATABASE {database}", quote_ident(role)),
+        None => format!("ALTER DATABASE {database}"),
+    }
+}
+
 fn read_error(database: &str, source: Error) -> SchemaError {
     SchemaError::Read { database: database.to_owned(), source }
 }
@@ -184,11 +227,7 @@ async fn carry_over(control: &Control, name: &str, wanted: &Database) -> Result<
             tracing::warn!(database = name, setting = setting.name, "the target does not know this setting; left out");
             continue;
         }
-        let whose = match role {
-            Some(role) => format!("ALTER ROLE {} IN DATABASE {database}", quote_ident(role)),
-            None => format!("ALTER DATABASE {database}"),
-        };
-        statements.push(format!("{whose} {}", setting.clause()));
+        statements.push(format!("{} {}", whose(name, role.as_deref()), setting.clause()));
     }
     for statement in statements {
         let doing: String = statement.split_whitespace().take(2).collect::<Vec<_>>().join(" ");

@@ -75,8 +75,29 @@ async fn version(path: &Path) -> Option<u32> {
     number.split(|c: char| !c.is_ascii_digit()).next()?.parse().ok()
 }
 
+/// Attempts at a dump while somebody holds a table exclusively.
+const LOCK_ATTEMPTS: u32 = 30;
+
 /// See [`super::dump`].
 pub(super) async fn dump(
+    pg_dump: &PgDump,
+    source: &Connector,
+    database: &str,
+    lock_timeout: Duration,
+) -> Result<Archive, SchemaError> {
+    for _ in 1..LOCK_ATTEMPTS {
+        match attempt(pg_dump, source, database, lock_timeout).await {
+            Err(SchemaError::Dump { why, .. }) if why.contains("lock timeout") => {
+                // What queued behind pg_dump gets its turn.
+                tokio::time::sleep(lock_timeout.min(Duration::from_secs(1))).await;
+            }
+            other => return other,
+        }
+    }
+    attempt(pg_dump, source, database, lock_timeout).await
+}
+
+async fn attempt(
     pg_dump: &PgDump,
     source: &Connector,
     database: &str,

@@ -196,6 +196,18 @@ pub async fn create_database(
     database::create(source, target, database, existing, journal).await
 }
 
+/// Brings the settings of `database`, and of roles in it, in line with the source's once more, also by resetting what the
+/// source no longer sets; the names in `except` (in lower case) are left alone: those that a fence has set. Returns how
+/// many were changed.
+pub async fn sync_database(
+    source: &Connector,
+    target: &Connector,
+    database: &str,
+    except: &[&str],
+) -> Result<usize, SchemaError> {
+    database::sync(source, target, database, except).await
+}
+
 /// Types, functions, tables, views: everything before the rows.
 pub async fn restore_pre_data(target: &RestoreTarget<'_>, archive: &Archive) -> Result<RestoreReport, SchemaError> {
     let mut restorer = Restorer::open(*target, archive, "schema").await?;
