@@ -16,6 +16,9 @@ use support::{connect, installations, one_cluster, two_clusters, wait_for};
 const SCHEMA: &str = "CREATE SCHEMA shop; CREATE TYPE shop.mood AS ENUM ('glad', 'sad'); \
     CREATE TABLE shop.driver_writes (driver text, n int, mood shop.mood NOT NULL, note text, PRIMARY KEY (driver, n))";
 
+/// How many numbers a driver has written, and the last.
+const COUNT: &str = "SELECT count(*), coalesce(max(n), 0)::int8 FROM shop.driver_writes WHERE driver = $1";
+
 /// For a script to start, and to end once it has been told that the database has moved.
 const PATIENCE: Duration = Duration::from_secs(120);
 
@@ -76,21 +79,25 @@ async fn each_driver_keeps_its_one_connection_across_a_cutover() {
     let report = daemon.json(&["migration", "cutover", "drivers"]);
     assert_eq!(report["outcome"], "switched", "{report}\n{}", daemon.log());
 
-    let count = "SELECT driver, count(*), max(n)::int8 FROM shop.driver_writes GROUP BY driver";
-    let on_source = connect(&source, "shop").await.query(count, &[]).await.expect("counted").len();
     running.iter().for_each(|script| script.tell_switched(target.port()));
+    let mut counted = Vec::new();
     for script in &mut running {
         let acknowledged = script.wait_for_pass();
         let name = script.name;
-        let there = connect(&target, "shop").await;
-        let ask = "SELECT count(*), coalesce(max(n), 0)::int8 FROM shop.driver_writes WHERE driver = $1";
-        let row = there.query_one(ask, &[&name]).await.expect("counted");
+        let row = connect(&target, "shop").await.query_one(COUNT, &[&name]).await.expect("counted");
         assert_eq!((row.get::<_, i64>(0), row.get::<_, i64>(1)), (acknowledged, acknowledged), "{name}");
-        let row = connect(&source, "shop").await.query_one(ask, &[&name]).await.expect("counted");
-        assert!(row.get::<_, i64>(1) < acknowledged, "{name} has gone on writing to the source");
         say(&format!("{name}: {acknowledged} acknowledged writes, all on the target"));
+        counted.push((name, acknowledged));
     }
-    assert_eq!(on_source, running.len(), "each has written before the switch");
+    // The old server has been shut to everyone; what it holds is what was written before the switch.
+    let open = "ALTER DATABASE shop ALLOW_CONNECTIONS true CONNECTION LIMIT -1";
+    connect(&source, "postgres").await.batch_execute(open).await.expect("opened");
+    for (name, acknowledged) in counted {
+        let row = connect(&source, "shop").await.query_one(COUNT, &[&name]).await.expect("counted");
+        let before: i64 = row.get(0);
+        assert!(0 < before && before < acknowledged, "{name}: {before} of {acknowledged} on the source");
+        assert_eq!(row.get::<_, i64>(1), before, "{name}: the source has the first ones and no other");
+    }
     wait_for("backends of the scripts to end", || async {
         let left = "SELECT count(*) FROM pg_stat_activity WHERE application_name LIKE 'driver-%'";
         let left: i64 = connect(&target, "shop").await.query_one(left, &[]).await.expect("counted").get(0);
