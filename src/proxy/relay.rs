@@ -255,7 +255,7 @@ impl Session {
     #[inline]
     fn pass(&mut self, header: Header) {
         let body_bytes = header.body_bytes as usize;
-        if is_tracked(header.tag) {
+        if is_tracked(header.tag) || self.is_read_bind(header.tag) {
             let frame = &self.up.buffer.filled()[self.up.cleared..];
             let body = &frame[HEADER_BYTES..frame.len().min(HEADER_BYTES + body_bytes)];
             self.tracked.on_client_frame(header.tag, body, body_bytes);
@@ -274,7 +274,8 @@ impl Session {
         if self.up.discard_to_sync {
             return Ok(self.discard_cancelled(header));
         }
-        if matches!(header.tag, frontend::QUERY | frontend::PARSE | frontend::CLOSE) && !self.is_whole(header) {
+        let is_read = matches!(header.tag, frontend::QUERY | frontend::PARSE | frontend::CLOSE);
+        if (is_read || self.is_read_bind(header.tag)) && !self.is_whole(header) {
             return Ok(Passage::Blocked);
         }
         if self.place == Place::Inside {
@@ -325,6 +326,12 @@ impl Session {
             return Passage::Blocked;
         }
         Passage::Free
+    }
+
+    /// Bind is looked at only in sessions that name settings by parameters.
+    #[inline]
+    fn is_read_bind(&self, tag: u8) -> bool {
+        tag == frontend::BIND && self.tracked.reads_binds()
     }
 
     /// Statements that are read for tracking pass only when they are whole, unless they are larger than a block.

@@ -73,6 +73,42 @@ pub fn settings_used(text: &str, mut found: impl FnMut(&str)) {
     }
 }
 
+/// Calls `found` with each parameter value in the body of a Bind message, as far as it is at hand.
+pub(super) fn bound_values(body: &[u8], mut found: impl FnMut(&[u8])) -> Option<()> {
+    fn count(body: &mut &[u8]) -> Option<usize> {
+        let (count, rest) = body.split_first_chunk::<2>()?;
+        *body = rest;
+        Some(usize::from(u16::from_be_bytes(*count)))
+    }
+    let mut rest = body;
+    // Portal and statement.
+    for _ in 0..2 {
+        let end = rest.iter().position(|byte| *byte == 0)?;
+        rest = &rest[end + 1..];
+    }
+    let formats = count(&mut rest)?;
+    rest = rest.get(2 * formats..)?;
+    for _ in 0..count(&mut rest)? {
+        let (length, after) = rest.split_first_chunk::<4>()?;
+        rest = after;
+        // -1 is NULL.
+        if let Ok(length) = usize::try_from(i32::from_be_bytes(*length)) {
+            let (value, after) = rest.split_at_checked(length)?;
+            found(value);
+            rest = after;
+        }
+    }
+    Some(())
+}
+
+/// `value` as the name of a custom setting, if it can be one: identifiers joined by dots.
+pub(super) fn custom_setting_name(value: &[u8]) -> Option<&str> {
+    let name = std::str::from_utf8(value).ok()?;
+    let is_start = |byte: u8| byte.is_ascii_alphabetic() || byte == b'_' || byte >= 0x80;
+    let is_part = |part: &str| part.bytes().next().is_some_and(is_start) && part.bytes().all(is_name_byte);
+    (name.contains('.') && name.split('.').all(is_part)).then_some(name)
+}
+
 /// Position of the next `set`, in any case, that starts a word.
 fn next_set(text: &[u8], from: usize) -> Option<usize> {
     let mut at = from;

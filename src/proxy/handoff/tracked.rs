@@ -85,7 +85,14 @@ impl Tracked {
         Self::default()
     }
 
-    /// A frame was sent on to the server: `Q`, `P`, `C`, `S` or `F` (others are ignored). `prefix` is as much of the
+    /// Whether Bind frames are wanted too: some statement computes the name of a setting, mostly as `set_config($1, $2,
+    /// false)`, so a name may be among the parameters.
+    #[inline]
+    pub fn reads_binds(&self) -> bool {
+        self.computed
+    }
+
+    /// A frame was sent on to the server: `Q`, `P`, `C`, `S`, `F` or `B` (others are ignored). `prefix` is as much of the
     /// body as is at hand, up to all of its `body_length` bytes.
     pub fn on_client_frame(&mut self, tag: u8, prefix: &[u8], body_length: usize) {
         match tag {
@@ -104,6 +111,7 @@ impl Tracked {
                 let text = prefix.get(name_end + 1..).unwrap_or_default();
                 self.scan(text, body_length.saturating_sub(name_end + 1));
             }
+            b'B' if self.computed => self.scan_bind(prefix, body_length),
             b'C' if prefix.starts_with(b"S\0") => self.unnamed = Unnamed::Absent,
             b'S' | b'F' => self.end_batch(),
             _ => {}
@@ -184,17 +192,31 @@ impl Tracked {
 
     fn scan(&mut self, text: &[u8], length: usize) {
         self.incomplete |= text.len() < length;
+        let mut computed = false;
         scan::settings_set(text, |finding| match finding {
-            Finding::Computed => self.computed = true,
-            Finding::Name(name) => {
-                if self.names.iter().any(|known| known.eq_ignore_ascii_case(&name)) {
-                } else if self.names.len() < NAMES_LIMIT && name.len() <= NAME_LIMIT_BYTES {
-                    self.names.push(name.into());
-                } else {
-                    self.overflowed = true;
-                }
+            Finding::Computed => computed = true,
+            Finding::Name(name) => self.learn(&name),
+        });
+        self.computed |= computed;
+    }
+
+    /// Learns every parameter that reads like the name of a custom setting. One that is none costs a question later.
+    fn scan_bind(&mut self, prefix: &[u8], body_length: usize) {
+        self.incomplete |= prefix.len() < body_length;
+        scan::bound_values(prefix, |value| {
+            if let Some(name) = scan::custom_setting_name(value) {
+                self.learn(name);
             }
         });
+    }
+
+    fn learn(&mut self, name: &str) {
+        if self.names.iter().any(|known| known.eq_ignore_ascii_case(name)) {
+        } else if self.names.len() < NAMES_LIMIT && name.len() <= NAME_LIMIT_BYTES {
+            self.names.push(name.into());
+        } else {
+            self.overflowed = true;
+        }
     }
 }
 
@@ -285,6 +307,27 @@ mod tests {
         answer(&mut tracked, b"1Z");
         tracked.at_safe_point();
         assert_eq!(tracked.unnamed(), UnnamedStatement::Body(B));
+    }
+
+    #[test]
+    fn a_name_that_comes_as_a_parameter_is_learned() {
+        let bind = |values: &[&[u8]]| {
+            let mut body = b"\0s1\0\0\x01\0\0".to_vec();
+            body.extend(u16::try_from(values.len()).expect("few").to_be_bytes());
+            for value in values {
+                body.extend(u32::try_from(value.len()).expect("short").to_be_bytes());
+                body.extend(*value);
+            }
+            body
+        };
+        let mut tracked = Tracked::new();
+        send(&mut tracked, b'B', &bind(&[b"app.early", b"x"]));
+        send(&mut tracked, b'P', b"s1\0SELECT set_config($1, $2, false)\0\0\0");
+        assert!(tracked.reads_binds());
+        send(&mut tracked, b'B', &bind(&[b"app.tenant", b"tenant-7"]));
+        send(&mut tracked, b'B', &bind(&[b"TimeZone", b"1.5"]));
+        send(&mut tracked, b'B', &[0, 0, 0, 9, 0]);
+        assert_eq!(tracked.names().collect::<Vec<_>>(), ["app.tenant"]);
     }
 
     #[test]
