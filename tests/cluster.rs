@@ -41,15 +41,17 @@ async fn data_outlives_a_stop_and_a_kill_and_nothing_outlives_drop() {
 #[tokio::test]
 async fn passwords_are_asked_for() {
     let found = installations();
-    for auth in [ClusterAuth::Scram { password: "it's \"odd\"".into() }, ClusterAuth::Md5 { password: "odd\\".into() }]
-    {
-        let installation = found.newest_with_client_tools().expect("there is one");
-        let cluster = Cluster::start(ClusterOptions::new(installation, "auth").auth(auth)).expect("starts");
-        connect(&cluster, "postgres").await;
-        let mut wrong = cluster.config("postgres");
-        wrong.password("wrong");
-        let refused = try_connect(&wrong).await.expect_err("refused");
-        assert_eq!(refused.code().map(|code| code.code()), Some("28P01"));
+    for installation in found.all() {
+        for auth in
+            [ClusterAuth::Scram { password: "it's \"odd\"".into() }, ClusterAuth::Md5 { password: "odd\\".into() }]
+        {
+            let cluster = Cluster::start(ClusterOptions::new(installation, "auth").auth(auth)).expect("starts");
+            connect(&cluster, "postgres").await;
+            let mut wrong = cluster.config("postgres");
+            wrong.password("wrong");
+            let refused = try_connect(&wrong).await.expect_err("refused");
+            assert_eq!(refused.code().map(|code| code.code()), Some("28P01"));
+        }
     }
 }
 

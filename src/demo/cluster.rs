@@ -259,7 +259,9 @@ impl Cluster {
         for locale in ["C.UTF-8", "C"] {
             let mut command = Command::new(&program);
             self.set_account(&mut command);
-            command.arg("-D").arg(self.data_dir()).args(["-U", "postgres", "-E", "UTF8", "--no-sync", "--auth=trust"]);
+            command.arg("-D").arg(self.data_dir()).args(["-U", "postgres", "-E", "UTF8", "--no-sync"]);
+            // initdb hashes the password of `postgres` in the way that this needs; pg_hba.conf is written later.
+            command.arg(format!("--auth={}", self.options.auth.method()));
             command.arg(format!("--locale={locale}")).stdin(Stdio::null());
             if let Some(password) = self.password() {
                 let path = self.write_private("password", password)?;

@@ -85,13 +85,19 @@ impl ClusterAuth {
         }
     }
 
-    pub(super) fn hba(&self) -> String {
-        let method = match self {
+    pub(super) fn method(&self) -> &'static str {
+        match self {
             Self::Trust => "trust",
-            Self::Scram { .. } => "scram-sha-256",
+            Self::Scram { .. } | Self::Hba { .. } => "scram-sha-256",
             Self::Md5 { .. } => "md5",
-            Self::Hba { lines, .. } => return lines.join("\n") + "\n",
-        };
+        }
+    }
+
+    pub(super) fn hba(&self) -> String {
+        if let Self::Hba { lines, .. } = self {
+            return lines.join("\n") + "\n";
+        }
+        let method = self.method();
         ["local all all", "local replication all", "host all all all", "host replication all all"]
             .map(|line| format!("{line} {method}\n"))
             .concat()
