@@ -37,6 +37,8 @@ pub struct FenceClaim {
 pub struct DecisionClaim {
     /// Number of the cutover.
     pub epoch: Epoch,
+    /// Name of the migration.
+    pub migration: String,
     /// What was decided.
     pub outcome: Outcome,
     /// The databases that it covers.
@@ -111,7 +113,8 @@ pub async fn read(control: &impl GenericClient) -> Result<Claims, RecordError> {
         let outcome = row.get::<_, Option<&str>>(8).map(Outcome::parse).transpose()?;
         match (row.get::<_, &str>(0), outcome) {
             ("decision", Some(outcome)) => {
-                claims.decisions.push(DecisionClaim { epoch, outcome, databases: row.get(3), on });
+                let migration = row.get(2);
+                claims.decisions.push(DecisionClaim { epoch, migration, outcome, databases: row.get(3), on });
             }
             _ => claims.fences.push(FenceClaim {
                 epoch,

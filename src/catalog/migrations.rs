@@ -335,6 +335,21 @@ impl MigrationCatalog {
     }
 }
 
+/// Names of the migrations that are being cut over, as far as the engine has noted. Needs no generation: it only reads.
+/// A target without our schema has none.
+pub async fn completing(control: &Control) -> Result<Vec<String>, CatalogError> {
+    let failed = |source| CatalogError::query("read the migrations that are being cut over", source);
+    let there = control.query_one("SELECT pg_catalog.to_regclass('pgcutover.migration') IS NOT NULL", &[]).await;
+    if !there.map_err(failed)?.get::<_, bool>(0) {
+        return Ok(Vec::new());
+    }
+    let rows = control
+        .query("SELECT name FROM pgcutover.migration WHERE state = 'CompletingMigration' ORDER BY name", &[])
+        .await
+        .map_err(failed)?;
+    Ok(rows.iter().map(|row| row.get(0)).collect())
+}
+
 /// A database of a migration that is being accepted.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct NewDatabase {

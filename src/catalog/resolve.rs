@@ -107,6 +107,28 @@ pub fn chores(source: Option<&Claims>, target: Option<&Claims>) -> Vec<Chore> {
     chores
 }
 
+/// What became of the last cutover of `migration`, for an engine that was stopped before it heard. `None`: not known, or
+/// not settled yet. A migration that was begun to be cut over and has no rows was never fenced: that is an abort.
+pub fn last_outcome(migration: &str, source: Option<&Claims>, target: Option<&Claims>) -> Option<Outcome> {
+    let both = || [source, target].into_iter().flatten();
+    let fences = both().flat_map(|claims| &claims.fences).filter(|fence| fence.migration == migration);
+    let decisions = both().flat_map(|claims| &claims.decisions).filter(|decision| decision.migration == migration);
+    let told = fences.clone().filter_map(|fence| fence.outcome.map(|outcome| (fence.epoch, outcome)));
+    let told = decisions.map(|decision| (decision.epoch, decision.outcome)).chain(told);
+    let latest = told.max_by_key(|(epoch, _)| *epoch);
+    if both().count() < 2 {
+        // A fence that cannot be read may be later than everything that can, but nothing takes a decision back.
+        return latest.map(|(_, outcome)| outcome).filter(|outcome| *outcome == Outcome::Decided);
+    }
+    let open = fences.map(|fence| fence.epoch).max();
+    match latest {
+        Some((epoch, _)) if open.is_some_and(|open| open > epoch) => None,
+        Some((_, outcome)) => Some(outcome),
+        None if open.is_some() => None,
+        None => Some(Outcome::Aborted),
+    }
+}
+
 /// Where `database` runs. `None` stands for a server that could not be read.
 pub fn resolve(database: &str, source: Option<&Claims>, target: Option<&Claims>) -> Verdict {
     let sides = [(ServerRole::Source, source, target), (ServerRole::Target, target, source)];

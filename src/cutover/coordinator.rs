@@ -6,7 +6,7 @@
 
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use tokio::sync::{oneshot, watch};
 use tokio_util::sync::CancellationToken;
@@ -39,6 +39,9 @@ const COORDINATOR_LOCK: i32 = 0x7067_6375;
 
 /// How long an order waits for the resolution of another cutover, or of the start, to end.
 const WAIT_FOR_TURN: Duration = Duration::from_secs(5);
+
+/// Between two attempts to take the lock.
+const LOOK_AGAIN: Duration = Duration::from_millis(50);
 
 /// What a coordinator works with.
 pub struct CoordinatorDeps {
@@ -224,13 +227,15 @@ impl Coordinator {
                 "another cutover is running, or one is still being settled".to_owned(),
             ));
         };
+        // The lock first: whoever settles leaves alone what has a living coordinator, from the engine's first note on.
+        let to = self.lead_to(migration).await?;
         let lease = self.deps.engine.begin_cutover(migration).await.map_err(CutoverError::Engine)?;
         let (progress, seen) = watch::channel(None);
         let cancel = CancellationToken::new();
         let running = Running { progress: seen, cancel: cancel.clone(), report: None };
         self.running().insert(migration.to_owned(), running);
         let orders = Orders { cancel, tasks: self.deps.tasks.clone() };
-        let report = match Box::pin(self.accept(migration, options, lease.clone(), orders, progress)).await {
+        let report = match Box::pin(self.accept(to, migration, options, lease.clone(), orders, progress)).await {
             Ok(work) => Box::pin(walk(work)).await,
             Err(error) => {
                 tracing::warn!(migration, %error, "cutover not begun");
@@ -253,9 +258,27 @@ impl Coordinator {
         Ok(report)
     }
 
-    /// Everything that a cutover needs to begin: sessions in both control databases, the lock, a number.
+    /// A session in the control database of the target that holds the coordinator's lock.
+    async fn lead_to(&self, migration: &str) -> Result<Side, CutoverError> {
+        let database = &self.deps.config.control.database;
+        let to = side(ServerRole::Target, &self.deps.target, database, Place::TargetControl).await?;
+        // A session that has just ended, ours or that of a process that was killed, holds it for a moment longer.
+        let deadline = Instant::now() + WAIT_FOR_TURN;
+        while !claim_coordination(&to.control, migration).await? {
+            if Instant::now() >= deadline {
+                return Err(CutoverError::Guardrail(format!(
+                    "another coordinator is working on migration {migration:?}; it ends, or its session on the target ends"
+                )));
+            }
+            tokio::time::sleep(LOOK_AGAIN).await;
+        }
+        Ok(to)
+    }
+
+    /// Everything else that a cutover needs to begin: the other control database, a number, the databases.
     async fn accept(
         &self,
+        to: Side,
         migration: &str,
         options: CutoverOptions,
         lease: Arc<dyn Lease>,
@@ -263,12 +286,6 @@ impl Coordinator {
         progress: watch::Sender<Option<CutoverProgress>>,
     ) -> Result<Box<Work>, CutoverError> {
         let control_database = self.deps.config.control.database.clone();
-        let to = side(ServerRole::Target, &self.deps.target, &control_database, Place::TargetControl).await?;
-        if !claim_coordination(&to.control, migration).await? {
-            return Err(CutoverError::Guardrail(format!(
-                "another coordinator is working on migration {migration:?}; it ends, or its session on the target ends"
-            )));
-        }
         let from = side(ServerRole::Source, &self.deps.source, &control_database, Place::SourceControl).await?;
         let (left, led_to) = (claims::read(&*from.control).await?, claims::read(&*to.control).await?);
         let epoch = Epoch(resolve::highest_epoch(&left, &led_to).0 + 1);
@@ -353,6 +370,15 @@ pub(super) async fn claim_coordination(control: &Control, migration: &str) -> Re
         .await
         .map_err(|source| CutoverError::query("take the coordinator's lock", source))?;
     Ok(row.get(0))
+}
+
+/// Gives the lock back.
+pub(super) async fn release_coordination(control: &Control, migration: &str) -> Result<(), CutoverError> {
+    control
+        .execute("SELECT pg_catalog.pg_advisory_unlock($1, pg_catalog.hashtext($2))", &[&COORDINATOR_LOCK, &migration])
+        .await
+        .map_err(|source| CutoverError::query("give the coordinator's lock back", source))?;
+    Ok(())
 }
 
 async fn side(

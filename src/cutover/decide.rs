@@ -6,21 +6,8 @@ use super::CutoverError;
 use super::settle::{self, Answer};
 use super::work::{LineSessions, Work};
 use crate::catalog::decision::{self, Outcome};
-use crate::ident::{QualifiedName, quote_literal};
-use crate::postgres::Control;
+use crate::migration::sequences;
 use crate::switch::Epoch;
-
-/// Sequences read by one statement.
-const SEQUENCES_AT_ONCE: usize = 200;
-
-/// A sequence as it stands.
-#[derive(Clone, Debug, PartialEq, Eq)]
-struct SequenceValue {
-    /// Quoted, ready for SQL.
-    name: String,
-    last_value: i64,
-    is_called: bool,
-}
 
 impl Work {
     /// Writes sequences and boundary of every database, one transaction each. The other server is not active yet, so a
@@ -56,50 +43,11 @@ impl Work {
 }
 
 async fn write_one(sessions: &LineSessions, epoch: Epoch) -> Result<(), CutoverError> {
-    let sequences = read_sequences(&sessions.marker).await?;
-    let failed = |source| CutoverError::query("set the sequences", source);
+    let values = sequences::read(&*sessions.marker).await?;
+    let failed = |source| CutoverError::query("write sequences and boundary", source);
     let onward = &sessions.onward;
     onward.batch_execute("BEGIN").await.map_err(failed)?;
-    let (names, values): (Vec<&str>, Vec<i64>) =
-        sequences.iter().map(|sequence| (sequence.name.as_str(), sequence.last_value)).unzip();
-    let called: Vec<bool> = sequences.iter().map(|sequence| sequence.is_called).collect();
-    onward
-        .execute(
-            "SELECT pg_catalog.setval(s.name::regclass, s.value, s.called)
-             FROM unnest($1::text[], $2::bigint[], $3::boolean[]) s (name, value, called)",
-            &[&names, &values, &called],
-        )
-        .await
-        .map_err(failed)?;
+    sequences::set(&**onward, &values).await?;
     decision::write_boundary(&**onward, epoch).await?;
     onward.batch_execute("COMMIT").await.map_err(failed)
-}
-
-/// Reads every sequence of the database from the sequence itself: the views hide the value of one that was set and
-/// never called.
-async fn read_sequences(control: &Control) -> Result<Vec<SequenceValue>, CutoverError> {
-    let failed = |source| CutoverError::query("read the sequences", source);
-    let names: Vec<QualifiedName> = control
-        .query(
-            "SELECT n.nspname, c.relname FROM pg_catalog.pg_class c
-             JOIN pg_catalog.pg_namespace n ON n.oid = c.relnamespace
-             WHERE c.relkind = 'S' AND c.relpersistence <> 't' AND n.nspname <> 'pgcutover' ORDER BY 1, 2",
-            &[],
-        )
-        .await
-        .map_err(failed)?
-        .iter()
-        .map(|row| QualifiedName::new(row.get::<_, String>(0), row.get::<_, String>(1)))
-        .collect();
-    let mut values = Vec::with_capacity(names.len());
-    for chunk in names.chunks(SEQUENCES_AT_ONCE) {
-        let selects: Vec<String> = chunk
-            .iter()
-            .map(|name| format!("SELECT {}, last_value, is_called FROM {name}", quote_literal(&name.to_string())))
-            .collect();
-        for row in control.query(&selects.join(" UNION ALL "), &[]).await.map_err(failed)? {
-            values.push(SequenceValue { name: row.get(0), last_value: row.get(1), is_called: row.get(2) });
-        }
-    }
-    Ok(values)
 }

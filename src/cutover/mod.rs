@@ -44,7 +44,9 @@ use std::time::Duration;
 
 use self::hard_fence::Obstacle;
 use crate::catalog::RecordError;
+use crate::catalog::migrations::CatalogError;
 use crate::failpoint;
+use crate::migration::sequences::SequenceError;
 use crate::postgres::ConnectError;
 
 /// Why a cutover stopped. The text is the reason in the report: for operators, never for clients of the proxy.
@@ -64,6 +66,12 @@ pub enum CutoverError {
     /// The schema with fences and decisions could not be read or written.
     #[error("{}", chain(.0))]
     Record(#[from] RecordError),
+    /// The rows of migrations could not be read.
+    #[error("{}", chain(.0))]
+    Catalog(#[from] CatalogError),
+    /// Sequences could not be read or set.
+    #[error("{}", chain(.0))]
+    Sequences(#[from] SequenceError),
     /// Something that must hold before a cutover does not.
     #[error("{0}")]
     Guardrail(String),
@@ -107,6 +115,8 @@ impl CutoverError {
             Self::Connect(_)
             | Self::Query { .. }
             | Self::Record(_)
+            | Self::Catalog(_)
+            | Self::Sequences(_)
             | Self::Guardrail(_)
             | Self::Sessions(_)
             | Self::Engine(_)

@@ -5,20 +5,19 @@
 //! so. Only then are routes published. What cannot be read now is tried again in the background: a restart never
 //! reverts a decided cutover and never stays paused.
 
-use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::Duration;
 
 use tokio::sync::{Mutex, MutexGuard};
 
 use super::CutoverError;
-use super::coordinator::claim_coordination;
+use super::coordinator::{claim_coordination, release_coordination};
 use super::parts::Engine;
 use super::settle;
 use crate::catalog::claims::{self, Claims};
 use crate::catalog::decision::{self, Case, Outcome};
-use crate::catalog::fence;
 use crate::catalog::resolve::{self, Verdict};
+use crate::catalog::{fence, migrations};
 use crate::postgres::{Connector, Control};
 use crate::shutdown::Tasks;
 use crate::switch::{Database, Epoch, Route, ServerRole, Switchboard};
@@ -108,9 +107,13 @@ impl Resolver {
                 }
             }
         }
-        let (source, target) = (source.map(|server| server.claims), target.map(|server| server.claims));
-        let published = self.publish(routes, source.as_ref(), target.as_ref());
-        self.tell_engine(source.as_ref(), target.as_ref()).await;
+        let source_claims = source.as_ref().map(|server| &server.claims);
+        let target_claims = target.as_ref().map(|server| &server.claims);
+        let published = self.publish(routes, source_claims, target_claims);
+        if let Err(error) = Box::pin(self.tell_engine(source.as_ref(), target.as_ref())).await {
+            tracing::warn!(%error, "the engine does not know yet how its cutover ended");
+            settled = false;
+        }
         settled && published
     }
 
@@ -172,8 +175,9 @@ impl Resolver {
             tracing::warn!(epoch = case.epoch.0, "a cutover is undecided and its coordinator lives: waiting for it");
             return Ok(None);
         }
-        let identity = &other.claims.identity;
-        Ok(Some(decision::propose(&*other.control, case, Outcome::Aborted, identity).await?))
+        let outcome = decision::propose(&*other.control, case, Outcome::Aborted, &other.claims.identity).await?;
+        release_coordination(&other.control, &case.migration).await?;
+        Ok(Some(outcome))
     }
 
     /// Publishes what is known. Returns whether everything is.
@@ -197,27 +201,30 @@ impl Resolver {
         known
     }
 
-    /// The engine may have been stopped between a verdict and its own note of it.
-    async fn tell_engine(&self, source: Option<&Claims>, target: Option<&Claims>) {
-        let fences = [source, target].into_iter().flatten().flat_map(|claims| &claims.fences);
-        let mut latest: BTreeMap<&str, (Epoch, Outcome)> = BTreeMap::new();
-        for fence in fences {
-            let Some(outcome) = fence.outcome else { continue };
-            let entry = latest.entry(&fence.migration).or_insert((fence.epoch, outcome));
-            if fence.epoch > entry.0 {
-                *entry = (fence.epoch, outcome);
+    /// The engine may have been stopped between a verdict and its own note of it, or before there was a fence.
+    async fn tell_engine(&self, source: Option<&Readable>, target: Option<&Readable>) -> Result<(), CutoverError> {
+        let Some(control) = target.map(|server| &server.control) else { return Ok(()) };
+        for migration in migrations::completing(control).await? {
+            // Who holds the lock is about to fence, or deciding, and tells its engine itself.
+            if !claim_coordination(control, &migration).await? {
+                continue;
             }
-        }
-        for (migration, (epoch, outcome)) in latest {
-            if let Err(reason) = self.engine.cutover_settled(migration, outcome).await {
-                tracing::warn!(
-                    migration,
-                    epoch = epoch.0,
-                    reason,
-                    "the engine could not be told how its cutover ended"
-                );
+            // Read under the lock: a coordinator may have come to its end since the last look.
+            let (source, target) = (reread(source).await?, reread(target).await?);
+            if let Some(outcome) = resolve::last_outcome(&migration, source.as_ref(), target.as_ref()) {
+                tracing::info!(migration, outcome = outcome.as_str(), "telling the engine how its cutover ended");
+                self.engine.cutover_settled(&migration, outcome).await.map_err(CutoverError::Engine)?;
             }
+            release_coordination(control, &migration).await?;
         }
+        Ok(())
+    }
+}
+
+async fn reread(server: Option<&Readable>) -> Result<Option<Claims>, CutoverError> {
+    match server {
+        Some(server) => Ok(Some(claims::read(&*server.control).await?)),
+        None => Ok(None),
     }
 }
 

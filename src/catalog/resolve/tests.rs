@@ -43,7 +43,8 @@ fn claims(text: &str, rival: &str) -> Option<Claims> {
                 outcome: noted.map(|word| outcome(word)),
             });
         } else {
-            claims.decisions.push(DecisionClaim { epoch, outcome: outcome(words[0]), databases, on });
+            let (migration, outcome) = ("m".to_owned(), outcome(words[0]));
+            claims.decisions.push(DecisionClaim { epoch, migration, outcome, databases, on });
         }
     }
     Some(claims)
@@ -152,6 +153,23 @@ fn outcomes_that_are_not_noted_yet() {
     assert!(found("S | fence 1 aborted", "T | aborted 1").is_empty());
     assert!(found("S | fence 1", "down").is_empty());
     assert!(found("S | fence 1 -> X", "T | decided 1").is_empty(), "another server's decision is not ours");
+}
+
+#[test]
+fn what_an_engine_is_told_that_was_stopped_before_it_heard() {
+    let found = |source: &str, target: &str| {
+        let (source, target) = (claims(source, "T"), claims(target, "S"));
+        last_outcome("m", source.as_ref(), target.as_ref()).map(Outcome::as_str)
+    };
+    assert_eq!(found("S", "T"), Some("aborted"), "begun and never fenced");
+    assert_eq!(found("S", "down"), None);
+    assert_eq!(found("S | fence 1", "T"), None, "undecided");
+    assert_eq!(found("S | fence 1", "T | decided 1"), Some("decided"));
+    assert_eq!(found("S | fence 1 aborted", "T"), Some("aborted"));
+    assert_eq!(found("down", "T | decided 1"), Some("decided"));
+    assert_eq!(found("down", "T | aborted 1"), None, "a second fence may stand on the source");
+    assert_eq!(found("S | fence 1 aborted; fence 2", "T | aborted 1"), None);
+    assert_eq!(found("S | fence 1 aborted; fence 2", "T | aborted 1; decided 2"), Some("decided"));
 }
 
 #[test]
