@@ -151,6 +151,8 @@ fn refused(error: &CutoverError) -> AdminError {
         | CutoverError::MaxPause(_) => ErrorKind::Conflict,
         CutoverError::Query { .. }
         | CutoverError::Record(_)
+        | CutoverError::Catalog(_)
+        | CutoverError::Sequences(_)
         | CutoverError::Failpoint(_)
         | CutoverError::Unexpected(_) => ErrorKind::Failed,
     };
