@@ -76,18 +76,25 @@ pub(super) async fn log_in(worker: &Rc<Worker>, accepted: Accepted) -> Option<Se
         acceptor: shared.tls.as_ref(),
         required: shared.config.listen.tls.as_ref().is_some_and(|tls| tls.required),
     };
-    let (channel, startup) = match tokio::time::timeout_at(deadline, negotiate(channel, &offer)).await {
-        Ok(Ok((channel, Request::Session(startup)))) => (channel, startup),
-        Ok(Ok((channel, Request::Cancel { pid, key }))) => {
+    let negotiation = async {
+        tokio::select! {
+            negotiated = negotiate(channel, &offer) => Some(negotiated),
+            // Whoever has not said what it wants yet is not told either.
+            () = shared.tasks.stopping() => None,
+        }
+    };
+    let (channel, startup) = match tokio::time::timeout_at(deadline, negotiation).await.ok().flatten() {
+        Some(Ok((channel, Request::Session(startup)))) => (channel, startup),
+        Some(Ok((channel, Request::Cancel { pid, key }))) => {
             cancel(shared, channel, pid, &key).await;
             return None;
         }
-        Ok(Err(error)) => {
+        Some(Err(error)) => {
             log_handshake(&address, &error);
             return None;
         }
         // PostgreSQL too closes without a word when authentication_timeout ends before the startup packet came.
-        Err(_) => return None,
+        None => return None,
     };
     let registration = shared.sessions.register(address);
     let mut login = LoginInProgress { worker, channel, startup, registration, slot, deadline };

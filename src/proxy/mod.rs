@@ -8,8 +8,8 @@
 //! 4. [`relay`] is the hot path: it reads the client's bytes, looks at tag and length of each frame, asks the gate of
 //!    [`crate::switch`] before the first frame of a transaction, and writes the bytes to the backend unchanged. On the way
 //!    back it looks for ReadyForQuery, and leaves the gate when the session is at a safe point.
-//! 5. [`hold`](relay) is not a place but a state: a session whose next frame may not pass keeps reading into its one
-//!    buffer, so that Terminate, a lost client and a cancel are noticed.
+//! 5. [`hold`]: a session whose next frame may not pass keeps reading into its one buffer, so that Terminate, a lost
+//!    client and a cancel are noticed.
 //! 6. [`moves`] takes a session to the other server at a cutover, with the help of [`handoff`].
 //! 7. [`orphan`] stays behind when a client vanishes in the middle of something: the gate is left only when the server
 //!    has said that it is over, or its process is gone.
@@ -24,6 +24,7 @@ mod client_error;
 mod departures;
 pub mod handoff;
 mod handshake;
+mod hold;
 mod listener;
 mod login;
 mod meters;
@@ -139,6 +140,8 @@ struct Shared {
     /// The main runtime, for what must not run on a worker.
     runtime: tokio::runtime::Handle,
     failpoints: Failpoints,
+    /// Told to stop when the proxy accepts nobody any more.
+    tasks: Tasks,
 }
 
 impl Shared {
@@ -188,6 +191,7 @@ impl Proxy {
             clients: AtomicUsize::new(0),
             runtime,
             failpoints: deps.failpoints,
+            tasks: deps.tasks.clone(),
         });
         let (senders, workers) = start_workers(&shared)?;
         for listener in listeners {

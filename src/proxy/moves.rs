@@ -28,7 +28,7 @@ use super::handoff::{
     Blocker, HandoffError, ReplayReport, SessionState as State, apply_delta, capture, catalogue_settings,
     changed_parameters, delta, replay,
 };
-use super::session::{End, Place, Session, Step};
+use super::session::{End, Session, Step};
 use super::sessions::{MoveOrder, MoveOutcome, MoveState};
 use crate::postgres::{ConnectError, Connector, Frame, RawConnection, RawError};
 use crate::switch::{Epoch, Route, ServerRole};
@@ -209,6 +209,12 @@ impl Session {
         }
     }
 
+    /// Where the session has a backend beside its own.
+    pub(super) fn prepared_server(&self) -> Option<ServerRole> {
+        let moving = self.moving.as_ref()?;
+        matches!(moving.stage, Stage::Open(_) | Stage::Filled { .. }).then_some(moving.order.to)
+    }
+
     /// Looks whether the other backend has been opened.
     pub(super) fn poll_move(&mut self, cx: &mut Context<'_>) -> Option<Step> {
         let moving = self.moving.as_mut()?;
@@ -274,6 +280,7 @@ impl Session {
                     moving.blockers = blockers;
                     moving.answer(&outcome);
                 }
+                self.recount();
                 Ok(())
             }
             Err(Unmoved::OwnLost) => Err(End::ServerLost),
@@ -372,12 +379,19 @@ impl Session {
         let order = MoveOrder { to, epoch };
         let (opened, listens) = match self.prepared_for(to) {
             Some(prepared) => prepared,
-            None => self.move_late(order).await?,
+            None => {
+                let moved = self.move_late(order).await;
+                if moved.is_err() {
+                    self.worker.shared.sessions.count_left_behind();
+                }
+                moved?
+            }
         };
         self.exchange(opened.backend, listens).await?;
         self.epoch = epoch;
         self.moving = None;
         self.entry.set_moving(MoveState::Moved, Vec::new());
+        self.recount();
         self.leave_if_quiet();
         Ok(())
     }
@@ -470,7 +484,7 @@ impl Session {
 
     /// The session's backend said good-bye while the session waits with its state on the other server: it goes on there.
     pub(super) fn survives_loss(&mut self) -> bool {
-        let waits = self.place != Place::Inside;
+        let waits = !self.is_inside();
         if !waits || !self.is_prepared() {
             return false;
         }

@@ -5,6 +5,7 @@
 //! sent, or the server says that the process is gone.
 
 use std::sync::Arc;
+use std::time::Duration;
 
 use tokio::io::AsyncReadExt as _;
 
@@ -18,6 +19,9 @@ use crate::wire::scanner::{Scanner, Sink};
 
 /// Answers are read and thrown away in pieces of this size.
 const SINK_BYTES: usize = 16 * 1024;
+
+/// How long a backend that has nothing to do may take to close.
+const CLOSING: Duration = Duration::from_secs(5);
 
 /// A backend without a client.
 pub(super) struct Remains {
@@ -52,7 +56,7 @@ pub(super) async fn bury(shared: &Arc<Shared>, entry: &Arc<Entry>, mut remains: 
     if !remains.cut && !remains.lost && read_to_the_end(&mut remains).await {
         if remains.ledger.is_quiet() {
             // It said I and has nothing to do: whether it closes now or later changes nothing.
-            let _closed = remains.backend.connection.terminate().await;
+            let _closed = tokio::time::timeout(CLOSING, remains.backend.connection.terminate()).await;
             return;
         }
         // In a transaction: Terminate aborts it.

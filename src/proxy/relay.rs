@@ -24,12 +24,11 @@ use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 
 use super::client_error::ClientError;
 use super::handoff::Tracked;
-use super::meters::add;
 use super::session::{End, Place, Session, Step};
 use super::sessions::{Entry, SessionState};
 use crate::postgres::Stream;
 use crate::wire::frame::{self, FrameError, HEADER_BYTES, Header, backend as server, frontend};
-use crate::wire::ledger::{Ledger, TransactionStatus};
+use crate::wire::ledger::Ledger;
 use crate::wire::message;
 use crate::wire::scanner::Sink;
 
@@ -41,7 +40,7 @@ enum Progress {
 }
 
 /// Whether the next frame may go to the server.
-enum Passage {
+pub(super) enum Passage {
     /// It may.
     Free,
     /// Not now.
@@ -82,6 +81,9 @@ impl Session {
             self.answer_cancel();
             cx.waker().wake_by_ref();
         }
+        if let Err(step) = self.watch_held_client(cx) {
+            return Poll::Ready(step);
+        }
         if let Some(step) = self.ready_to_move() {
             return Poll::Ready(step);
         }
@@ -92,7 +94,12 @@ impl Session {
 
     /// A safe point: nothing asked is unanswered, and no frame is cut, in either direction.
     pub(super) fn is_at_safe_point(&self) -> bool {
-        self.place != Place::Inside && self.is_quiet()
+        !self.is_inside() && self.is_quiet()
+    }
+
+    #[inline]
+    pub(super) fn is_inside(&self) -> bool {
+        matches!(self.place, Place::Inside { .. })
     }
 
     fn is_quiet(&self) -> bool {
@@ -102,7 +109,7 @@ impl Session {
     /// After a switch, a session without activity follows at once: it may be waiting for notifications.
     fn catch_up_with_route(&mut self) -> Option<Step> {
         let database = &self.local.database;
-        if database.epoch() == self.epoch || self.place == Place::Inside || database.is_fenced() {
+        if database.epoch() == self.epoch || self.is_inside() || database.is_fenced() {
             return None;
         }
         let Some(member) = &self.member else {
@@ -173,7 +180,7 @@ impl Session {
                 Poll::Pending => break,
                 Poll::Ready(Ok(0)) | Poll::Ready(Err(_)) => return self.after_write_error(cx),
                 Poll::Ready(Ok(count)) => {
-                    add(&self.local.meters.bytes_from_client, count as u64);
+                    self.local.meters.sent_up(count);
                     self.up.buffer.consume(count);
                     self.up.cleared -= count;
                     progress = Progress::Some;
@@ -278,7 +285,7 @@ impl Session {
         if (is_read || self.is_read_bind(header.tag)) && !self.is_whole(header) {
             return Ok(Passage::Blocked);
         }
-        if self.place == Place::Inside {
+        if self.is_inside() {
             return Ok(self.may_pass_inside(header.tag));
         }
         if matches!(header.tag, frontend::COPY_DATA | frontend::COPY_DONE | frontend::COPY_FAIL | frontend::FLUSH) {
@@ -342,48 +349,32 @@ impl Session {
     }
 
     pub(super) fn enter(&mut self) {
+        let now = Instant::now();
         if let Place::Held { since } = self.place {
-            self.local.meters.waited(since.elapsed());
+            self.local.meters.waited(now - since);
         }
-        self.place = Place::Inside;
-        self.entry.set_state(SessionState::Active);
+        self.go(Place::Inside { since: now }, SessionState::Active, now);
     }
 
-    fn hold(&mut self) -> Result<(), Step> {
-        if !matches!(self.place, Place::Held { .. }) {
-            self.place = Place::Held { since: Instant::now() };
-            self.entry.set_state(SessionState::Held);
-            self.look_for_terminate()?;
-        }
-        Ok(())
+    /// The session stands elsewhere from now on.
+    pub(super) fn go(&mut self, place: Place, state: SessionState, now: Instant) {
+        self.place = place;
+        self.entry.set_state_at(state, now);
+        self.recount();
     }
 
     /// Leaves the gate if everything that was asked is answered with `I`.
     pub(super) fn leave_if_quiet(&mut self) {
-        if self.place != Place::Inside || !self.is_quiet() {
+        let Place::Inside { since } = self.place else { return };
+        if !self.is_quiet() {
             return;
         }
-        self.place = Place::Outside;
-        self.entry.set_state(SessionState::Idle);
-        add(&self.local.meters.transactions, 1);
+        let now = Instant::now();
+        self.go(Place::Outside, SessionState::Idle, now);
+        self.local.meters.took(now - since);
         if let Some(member) = &self.member {
             member.leave();
         }
-    }
-
-    /// A held client that says Terminate, or behind whose messages the end of its stream stands, is let go.
-    fn look_for_terminate(&self) -> Result<(), Step> {
-        let mut frames = self.up.buffer.filled();
-        while let Ok(Some(header)) = Header::parse(frames) {
-            if header.tag == frontend::TERMINATE {
-                return Err(Step::End(End::ClientLeft));
-            }
-            match frames.get(HEADER_BYTES + header.body_bytes as usize..) {
-                Some(rest) => frames = rest,
-                None => break,
-            }
-        }
-        Ok(())
     }
 
     /// Backend to client.
@@ -454,7 +445,7 @@ impl Session {
                 Poll::Pending => break,
                 Poll::Ready(Ok(0)) | Poll::Ready(Err(_)) => return Err(End::ClientLeft),
                 Poll::Ready(Ok(count)) => {
-                    add(&self.local.meters.bytes_to_client, count as u64);
+                    self.local.meters.sent_down(count);
                     self.down.buffer.consume(count);
                     progress = Progress::Some;
                 }
@@ -473,48 +464,6 @@ impl Session {
         }
         self.down.buffer.append(&bytes);
         self.look_at_answers(bytes.len())
-    }
-
-    /// A held session's client has cancelled: an error, what it asked for is thrown away, and it is ready again.
-    fn answer_cancel(&mut self) {
-        if !matches!(self.place, Place::Held { .. }) {
-            self.cancelled = false;
-            return;
-        }
-        if !self.down.scanner.is_at_boundary() {
-            return;
-        }
-        self.cancelled = false;
-        let Ok(Some(header)) = Header::parse(self.up.buffer.filled()) else { return };
-        if header.tag == frontend::SYNC {
-            // Nothing is asked that could be cancelled.
-            return;
-        }
-        let mut answer = Vec::new();
-        ClientError::CancelledWhileHeld.encode(&mut answer);
-        if matches!(header.tag, frontend::QUERY | frontend::FUNCTION_CALL) {
-            self.up.discard_left = HEADER_BYTES + header.body_bytes as usize;
-            message::ready_for_query(&mut answer, TransactionStatus::Idle);
-        } else {
-            self.up.discard_to_sync = true;
-        }
-        self.down.buffer.append(&answer);
-        self.place = Place::Outside;
-        self.entry.set_state(SessionState::Idle);
-    }
-
-    /// After a cancel in the extended protocol: everything is thrown away up to the Sync, which is answered here.
-    fn discard_cancelled(&mut self, header: Header) -> Passage {
-        if self.up.cleared > 0 || !self.down.scanner.is_at_boundary() {
-            return Passage::Blocked;
-        }
-        if header.tag == frontend::SYNC {
-            self.up.discard_to_sync = false;
-            let mut answer = Vec::new();
-            message::ready_for_query(&mut answer, TransactionStatus::Idle);
-            self.down.buffer.append(&answer);
-        }
-        Passage::Pointless
     }
 }
 

@@ -18,12 +18,14 @@ use super::client_error::ClientError;
 use super::handoff::Tracked;
 use super::listener::Accepted;
 use super::login::{ClientSlot, LoggedIn, log_in};
+use super::meters::Counted;
 use super::moves::Moving;
 use super::orphan;
 use super::sessions::{Order, Registration, SessionState};
 use super::worker::{LocalDatabase, Watch, Worker};
 use crate::postgres::{Login, Stream};
 use crate::switch::{Epoch, Member};
+use crate::telemetry::metrics::{BackendState, ClientState};
 use crate::wire::ledger::Ledger;
 use crate::wire::scanner::Scanner;
 
@@ -77,7 +79,7 @@ pub(super) enum Place {
     /// Outside, and its next frame may not pass.
     Held { since: std::time::Instant },
     /// In a transaction or statement.
-    Inside,
+    Inside { since: std::time::Instant },
 }
 
 /// A client's session.
@@ -104,6 +106,10 @@ pub(super) struct Session {
     pub(super) cancels: Vec<tokio::task::JoinHandle<()>>,
     /// The client of a held session has cancelled; it is told at the next frame boundary.
     pub(super) cancelled: bool,
+    /// When a held client with a full buffer is looked at again.
+    pub(super) look_again: Option<std::pin::Pin<Box<tokio::time::Sleep>>>,
+    /// What the session counts as in the metrics.
+    counted: Counted,
     _key: CancelKey,
     _watch: Watch,
     _slot: ClientSlot,
@@ -178,12 +184,29 @@ impl Session {
             touched: true,
             cancels: Vec::new(),
             cancelled: false,
+            look_again: None,
+            counted: Counted::default(),
             _key: link.key,
             _watch: watch,
             _slot: slot,
             entry: registration,
             worker,
         }
+    }
+
+    /// Counts the session as what it is now.
+    pub(super) fn recount(&mut self) {
+        let (client, backend) = match self.place {
+            Place::Outside => (ClientState::Idle, BackendState::Idle),
+            Place::Held { .. } => (ClientState::Waiting, BackendState::Idle),
+            Place::Inside { .. } => (ClientState::Active, BackendState::Active),
+        };
+        let now = Counted {
+            client: Some(client),
+            backend: self.backend.as_ref().map(|own| (own.server, backend)),
+            prepared: self.prepared_server(),
+        };
+        self.local.meters.shift(std::mem::replace(&mut self.counted, now), now);
     }
 
     /// Relays until the session ends, and sees to it that nothing of it is left behind.
@@ -202,6 +225,7 @@ impl Session {
             std::task::Poll::Ready(())
         })
         .await;
+        self.recount();
         if let Err(end) = self.absorb_leftovers() {
             return end;
         }
@@ -221,6 +245,9 @@ impl Session {
 
     /// Deals with what the mailbox holds.
     async fn obey(&mut self) -> Result<(), End> {
+        if let Err(failed) = self.worker.shared.failpoints.hit("session.orders").await {
+            panic!("{failed}");
+        }
         for order in self.entry.take_orders() {
             match order {
                 Order::Cancel { done } => self.cancel(done),
@@ -265,7 +292,7 @@ impl Session {
     /// Says good-bye on both sides. When this returns, nothing of the session runs anywhere.
     async fn finish(mut self, end: End) {
         tracing::debug!(session = self.entry.id(), ?end, "session ends");
-        let in_doubt = matches!(self.place, Place::Inside);
+        let in_doubt = self.is_inside();
         let words = match &end {
             End::ClientLeft => None,
             End::ServerLost if self.down.last_was_error => None,
@@ -274,6 +301,7 @@ impl Session {
             End::Panicked => Some(ClientError::Internal),
         };
         self.discard_move();
+        self.local.meters.shift(std::mem::take(&mut self.counted), Counted::default());
         if !matches!(end, End::ClientLeft) {
             self.say_farewell(words).await;
         }

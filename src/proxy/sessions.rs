@@ -215,9 +215,14 @@ impl Entry {
 
     /// Set by the session's own task.
     pub(super) fn set_state(&self, state: SessionState) {
-        if self.state.swap(state as u8, Ordering::AcqRel) != state as u8 {
-            self.since_ms.store(self.connected.elapsed().as_millis() as u64, Ordering::Relaxed);
-        }
+        self.set_state_at(state, Instant::now());
+    }
+
+    /// The same for who knows the time already. Nobody else writes, so plain stores do.
+    #[inline]
+    pub(super) fn set_state_at(&self, state: SessionState, now: Instant) {
+        self.state.store(state as u8, Ordering::Release);
+        self.since_ms.store((now - self.connected).as_millis() as u64, Ordering::Relaxed);
     }
 
     pub(super) fn set_identity(&self, user: &str, database: &str, application_name: &str, client_pid: i32, tls: bool) {
@@ -327,6 +332,10 @@ impl Entry {
 #[derive(Debug, Default)]
 pub struct Sessions {
     entries: Mutex<HashMap<u64, Arc<Entry>>>,
+    /// The proxy stops: who comes now is told so.
+    closing: AtomicBool,
+    /// Sessions that could not follow their database and were ended.
+    left_behind: AtomicU64,
     /// The last move that was ordered for each database.
     ordered: Mutex<HashMap<String, MoveOrder>>,
     next_id: AtomicU64,
@@ -360,6 +369,9 @@ impl Sessions {
         let id = self.next_id.fetch_add(1, Ordering::Relaxed) + 1;
         let entry = Arc::new(Entry::new(id, client_address));
         lock(&self.entries).insert(id, entry.clone());
+        if self.closing.load(Ordering::Acquire) {
+            entry.order(Order::End(ClientError::Terminated));
+        }
         Registration { sessions: self.clone(), entry }
     }
 
@@ -410,9 +422,19 @@ impl Sessions {
 
     /// Ends every session, because the proxy stops.
     pub(super) fn end_all(&self) {
+        self.closing.store(true, Ordering::Release);
         for entry in self.entries() {
             entry.order(Order::End(ClientError::Terminated));
         }
+    }
+
+    /// How many sessions were ended since the start because they could not follow their database.
+    pub fn left_behind(&self) -> u64 {
+        self.left_behind.load(Ordering::Relaxed)
+    }
+
+    pub(super) fn count_left_behind(&self) {
+        self.left_behind.fetch_add(1, Ordering::Relaxed);
     }
 
     /// Lets every session of these databases open a backend on the other server, with its state, at its next safe

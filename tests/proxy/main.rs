@@ -1,4 +1,4 @@
-//! The proxy in front of real servers and of a scripted one: what applications rely on, and what a cutover must be able
+//! The proxy in front of real servers: what applications rely on, and what a cutover must be able
 //! to rely on.
 
 #[path = "../support/mod.rs"]
@@ -7,9 +7,10 @@ mod support;
 mod auth;
 mod cancel;
 mod fence;
+mod hostile;
+mod links;
 mod moves;
 mod orphans;
 mod protocol;
 mod rig;
-mod scripted;
 mod wire_client;

@@ -59,6 +59,15 @@ impl Rig {
 
     /// Clients are believed, unless `change` says otherwise.
     pub fn start(source: config::Server, target: config::Server, change: impl FnOnce(&mut Config)) -> Self {
+        Self::start_with(source, target, Failpoints::none(), change)
+    }
+
+    pub fn start_with(
+        source: config::Server,
+        target: config::Server,
+        failpoints: Failpoints,
+        change: impl FnOnce(&mut Config),
+    ) -> Self {
         let mut config = Config::new(source, target);
         config.listen.address = Some("127.0.0.1:0".parse().expect("valid"));
         config.listen.workers = 2;
@@ -78,7 +87,7 @@ impl Rig {
             metrics: metrics.clone(),
             sessions: Arc::default(),
             tasks: tasks.clone(),
-            failpoints: Failpoints::none(),
+            failpoints,
         };
         let proxy = Proxy::start(deps).expect("starts");
         let port = proxy.address().map_or(0, |address| address.port());

@@ -114,9 +114,13 @@ async fn challenge(
             Challenge::Md5 { verifier: Some(verifier), login: Some(Credential::Password(password)) }
         }
         // PostgreSQL does SCRAM where a role has a SCRAM verifier and pg_hba.conf says md5.
-        (_, Some(Stored::Scram(verifier))) => Challenge::Scram { verifier: Some(verifier), login: None },
-        (_, Some(Stored::Plain { password, verifier })) => {
-            Challenge::Scram { verifier: Some(verifier), login: Some(Credential::Password(password)) }
+        (_, Some(stored @ (Stored::Scram(_) | Stored::Plain { .. }))) => {
+            let verifier = stored.scram_verifier();
+            let login = match stored {
+                Stored::Plain { password, .. } => Some(Credential::Password(password)),
+                Stored::Scram(_) | Stored::Md5(_) => None,
+            };
+            Challenge::Scram { verifier, login }
         }
         (AuthMethod::Md5, None) => Challenge::Md5 { verifier: None, login: None },
         (_, Some(Stored::Md5(_)) | None) => Challenge::Scram { verifier: None, login: None },

@@ -4,6 +4,7 @@
 //! comments. A secret that begins with `SCRAM-SHA-256$` or is `md5` and 32 hexadecimal digits is a verifier.
 
 use std::collections::HashMap;
+use std::sync::{Arc, OnceLock};
 
 use crate::config::Secret;
 use crate::wire::scram::Verifier;
@@ -15,12 +16,17 @@ pub(in crate::proxy) enum Stored {
     Scram(Verifier),
     /// `md5` and the digest.
     Md5(Secret),
-    /// The password itself, and the SCRAM verifier made from it.
-    Plain { password: Secret, verifier: Verifier },
+    /// The password itself.
+    Plain {
+        /// In clear text.
+        password: Secret,
+        /// Made from it when it is first needed (4096 rounds), with a salt that then stays.
+        verifier: Arc<OnceLock<Option<Verifier>>>,
+    },
 }
 
 impl Stored {
-    /// Tells what kind of secret `text` is. Expensive for a plain password (4096 rounds), so done once.
+    /// Tells what kind of secret `text` is.
     pub(in crate::proxy) fn read(text: &str) -> Option<Self> {
         if text.is_empty() {
             return None;
@@ -31,8 +37,20 @@ impl Stored {
         if text.strip_prefix("md5").is_some_and(|hex| hex.len() == 32 && hex.bytes().all(|b| b.is_ascii_hexdigit())) {
             return Some(Self::Md5(Secret::new(text)));
         }
-        let verifier = Verifier::parse(&postgres_protocol::password::scram_sha_256(text.as_bytes()))?;
-        Some(Self::Plain { password: Secret::new(text), verifier })
+        Some(Self::Plain { password: Secret::new(text), verifier: Arc::default() })
+    }
+
+    /// The SCRAM verifier, where there is or can be one.
+    pub(in crate::proxy) fn scram_verifier(&self) -> Option<Verifier> {
+        match self {
+            Self::Scram(verifier) => Some(verifier.clone()),
+            Self::Md5(_) => None,
+            Self::Plain { password, verifier } => {
+                let made =
+                    || Verifier::parse(&postgres_protocol::password::scram_sha_256(password.expose().as_bytes()));
+                verifier.get_or_init(made).clone()
+            }
+        }
     }
 }
 

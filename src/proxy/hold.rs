@@ -1,0 +1,119 @@
+//! A session that is held: its next frame may not pass.
+//!
+//! It keeps what it has read in its one buffer and reads on until that is full, so that three things are noticed: a
+//! Terminate, a client that is gone, and a cancel. Nothing of what is held has been sent to a server, so all of it may be
+//! dropped without a trace.
+
+use std::future::Future as _;
+use std::task::Context;
+use std::time::{Duration, Instant};
+
+use futures_util::FutureExt as _;
+use tokio::io::Interest;
+
+use super::client_error::ClientError;
+use super::relay::Passage;
+use super::session::{End, Place, Session, Step};
+use super::sessions::SessionState;
+use crate::postgres::Stream;
+use crate::wire::frame::{HEADER_BYTES, Header, frontend};
+use crate::wire::ledger::TransactionStatus;
+use crate::wire::message;
+
+/// How often a held client is looked at whose buffer is full, so that reading does not tell that it is gone.
+const LOOK_EVERY: Duration = Duration::from_secs(1);
+
+impl Session {
+    pub(super) fn hold(&mut self) -> Result<(), Step> {
+        if !matches!(self.place, Place::Held { .. }) {
+            let now = Instant::now();
+            self.go(Place::Held { since: now }, SessionState::Held, now);
+            self.look_for_terminate()?;
+        }
+        Ok(())
+    }
+
+    /// A held client that says Terminate, or behind whose messages the end of its stream stands, is let go.
+    pub(super) fn look_for_terminate(&self) -> Result<(), Step> {
+        let mut frames = self.up.buffer.filled();
+        while let Ok(Some(header)) = Header::parse(frames) {
+            if header.tag == frontend::TERMINATE {
+                return Err(Step::End(End::ClientLeft));
+            }
+            match frames.get(HEADER_BYTES + header.body_bytes as usize..) {
+                Some(rest) => frames = rest,
+                None => break,
+            }
+        }
+        Ok(())
+    }
+
+    /// A held session's client has cancelled: an error, what it asked for is thrown away, and it is ready again.
+    pub(super) fn answer_cancel(&mut self) {
+        if !matches!(self.place, Place::Held { .. }) {
+            self.cancelled = false;
+            return;
+        }
+        if !self.down.scanner.is_at_boundary() {
+            return;
+        }
+        self.cancelled = false;
+        let Ok(Some(header)) = Header::parse(self.up.buffer.filled()) else { return };
+        if header.tag == frontend::SYNC {
+            // Nothing is asked that could be cancelled.
+            return;
+        }
+        let mut answer = Vec::new();
+        ClientError::CancelledWhileHeld.encode(&mut answer);
+        if matches!(header.tag, frontend::QUERY | frontend::FUNCTION_CALL) {
+            self.up.discard_left = HEADER_BYTES + header.body_bytes as usize;
+            message::ready_for_query(&mut answer, TransactionStatus::Idle);
+        } else {
+            self.up.discard_to_sync = true;
+        }
+        self.down.buffer.append(&answer);
+        self.go(Place::Outside, SessionState::Idle, Instant::now());
+    }
+
+    /// After a cancel in the extended protocol: everything is thrown away up to the Sync, which is answered here.
+    pub(super) fn discard_cancelled(&mut self, header: Header) -> Passage {
+        if self.up.cleared > 0 || !self.down.scanner.is_at_boundary() {
+            return Passage::Blocked;
+        }
+        if header.tag == frontend::SYNC {
+            self.up.discard_to_sync = false;
+            let mut answer = Vec::new();
+            message::ready_for_query(&mut answer, TransactionStatus::Idle);
+            self.down.buffer.append(&answer);
+        }
+        Passage::Pointless
+    }
+
+    /// With a full buffer nothing is read, so the end of the stream is looked for in another way.
+    pub(super) fn watch_held_client(&mut self, cx: &mut Context<'_>) -> Result<(), Step> {
+        if !matches!(self.place, Place::Held { .. }) || !self.up.buffer.is_full() {
+            self.look_again = None;
+            return Ok(());
+        }
+        loop {
+            let timer = self.look_again.get_or_insert_with(|| Box::pin(tokio::time::sleep(LOOK_EVERY)));
+            if timer.as_mut().poll(cx).is_pending() {
+                return Ok(());
+            }
+            self.look_again = None;
+            if is_closed(&self.client) {
+                return Err(Step::End(End::ClientLeft));
+            }
+        }
+    }
+}
+
+/// Whether the other side has closed, as far as the kernel has told already.
+fn is_closed(stream: &Stream) -> bool {
+    let ready = match stream {
+        Stream::Tcp(socket) => socket.ready(Interest::READABLE).now_or_never(),
+        Stream::Unix(socket) => socket.ready(Interest::READABLE).now_or_never(),
+        Stream::Tls(tls) => tls.get_ref().0.ready(Interest::READABLE).now_or_never(),
+    };
+    matches!(ready, Some(Ok(ready)) if ready.is_read_closed())
+}

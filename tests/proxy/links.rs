@@ -1,0 +1,148 @@
+//! Links that break: what is in doubt is said to be, nothing is sent twice, and the gate waits for proof.
+
+use std::sync::{Arc, Mutex};
+use std::time::Duration;
+
+use pgcutover::config;
+use pgcutover::demo::cluster::Cluster;
+use pgcutover::failpoint::Failpoints;
+use pgcutover::proxy::SessionState;
+use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
+use tokio::net::{TcpListener, TcpStream};
+use tokio::sync::watch;
+
+use crate::rig::{Rig, server, text};
+use crate::support::{connect, one_cluster};
+use crate::wire_client::query;
+
+/// What becomes of the connections that pass here.
+#[derive(Clone, Copy, PartialEq)]
+enum Order {
+    Pass,
+    /// Closed towards the proxy, kept open towards the server, which notices nothing.
+    Cut,
+    /// Closed on both sides.
+    Drop,
+}
+
+/// A stretch of wire between the proxy and a server.
+struct Wire {
+    port: u16,
+    /// One for each connection, oldest first.
+    connections: Arc<Mutex<Vec<watch::Sender<Order>>>>,
+}
+
+impl Wire {
+    async fn to(cluster: &Cluster) -> Self {
+        let listener = TcpListener::bind("127.0.0.1:0").await.expect("bound");
+        let port = listener.local_addr().expect("bound").port();
+        let connections: Arc<Mutex<Vec<watch::Sender<Order>>>> = Arc::default();
+        let (all, server_port) = (connections.clone(), cluster.port());
+        tokio::spawn(async move {
+            while let Ok((near, _)) = listener.accept().await {
+                let (order, told) = watch::channel(Order::Pass);
+                all.lock().expect("lives").push(order);
+                let far = TcpStream::connect(("127.0.0.1", server_port)).await.expect("connects");
+                tokio::spawn(pass(near, far, told));
+            }
+        });
+        Self { port, connections }
+    }
+
+    fn server(&self) -> config::Server {
+        config::Server::new("127.0.0.1", self.port, "postgres")
+    }
+
+    fn order(&self, connection: usize, order: Order) {
+        self.connections.lock().expect("lives")[connection].send_replace(order);
+    }
+
+    fn count(&self) -> usize {
+        self.connections.lock().expect("lives").len()
+    }
+}
+
+async fn pass(mut near: TcpStream, mut far: TcpStream, mut told: watch::Receiver<Order>) {
+    let (mut up, mut down) = (vec![0; 4096], vec![0; 4096]);
+    loop {
+        tokio::select! {
+            read = near.read(&mut up) => match read {
+                Ok(count @ 1..) if far.write_all(&up[..count]).await.is_ok() => {}
+                _ => return,
+            },
+            read = far.read(&mut down) => match read {
+                Ok(count @ 1..) if near.write_all(&down[..count]).await.is_ok() => {}
+                _ => return,
+            },
+            _ = told.changed() => break,
+        }
+    }
+    drop(near);
+    let _dropped = told.wait_for(|order| *order == Order::Drop).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_cut_link_is_in_doubt_and_the_gate_waits_for_the_backends_end() {
+    let cluster = one_cluster("cut");
+    let direct = connect(&cluster, "postgres").await;
+    direct.batch_execute("CREATE TABLE t(a int)").await.expect("created");
+    let wire = Wire::to(&cluster).await;
+    let rig = Rig::start(wire.server(), wire.server(), |_| {});
+    let database = rig.database();
+    let mut client = rig.wire("postgres").await;
+    let session = wire.count() - 1;
+    client.send(&query("INSERT INTO t SELECT 1 FROM pg_sleep(0.5)")).await;
+    rig.until(SessionState::Active).await;
+    tokio::time::sleep(Duration::from_millis(100)).await;
+    wire.order(session, Order::Cut);
+    let error = client.next().await.expect("an error");
+    assert_eq!(error.code(), "08006");
+    assert!(String::from_utf8_lossy(&error.body).contains("not known"), "it is said to be in doubt");
+    rig.until(SessionState::Orphan).await;
+    database.fence();
+    let emptied = tokio::time::timeout(Duration::from_secs(1), database.wait_empty()).await;
+    assert!(emptied.is_err(), "the backend is still there");
+    assert_eq!(text(&direct, "SELECT count(*) FROM t").await, "1", "it went on and committed, once");
+    wire.order(session, Order::Drop);
+    tokio::time::timeout(Duration::from_secs(20), database.wait_empty()).await.expect("its end is proven");
+    rig.until_no_session().await;
+    rig.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_idle_session_whose_link_breaks_is_told_without_doubt() {
+    let cluster = one_cluster("idlecut");
+    let wire = Wire::to(&cluster).await;
+    let rig = Rig::start(wire.server(), wire.server(), |_| {});
+    let mut client = rig.wire("postgres").await;
+    wire.order(wire.count() - 1, Order::Drop);
+    let error = client.next().await.expect("an error");
+    assert_eq!(error.code(), "08006");
+    assert!(!String::from_utf8_lossy(&error.body).contains("not known"));
+    assert_eq!(client.next().await, None);
+    rig.until_no_session().await;
+    rig.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_panic_leaves_the_gate_to_the_servers_word() {
+    let cluster = one_cluster("panic");
+    let failpoints = Failpoints::parse("session.orders=error").expect("valid");
+    let rig = Rig::start_with(server(&cluster), server(&cluster), failpoints, |_| {});
+    let database = rig.database();
+    let direct = connect(&cluster, "postgres").await;
+    let mut client = rig.wire("postgres").await;
+    client.send(&query("BEGIN")).await;
+    client.until_ready().await;
+    let view = rig.until(SessionState::Active).await;
+    let pid = view.backend_pid.expect("has one");
+    rig.sessions.end(&[view.id], "57P01", "never said");
+    assert_eq!(client.next().await.expect("an error").code(), "XX000");
+    database.fence();
+    tokio::time::timeout(Duration::from_secs(20), database.wait_empty()).await.expect("its end is proven");
+    let alive = text(&direct, &format!("SELECT count(*) FROM pg_stat_activity WHERE pid = {pid}")).await;
+    assert_eq!(alive, "0");
+    database.reopen();
+    // The worker serves on.
+    assert_eq!(text(&rig.connect("postgres").await, "SELECT 1").await, "1");
+}

@@ -1,1 +1,0 @@
-//! In front of a scripted server, which does what no real one does on demand.
