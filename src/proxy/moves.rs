@@ -209,12 +209,6 @@ impl Session {
         }
     }
 
-    /// Where the session has a backend beside its own.
-    pub(super) fn prepared_server(&self) -> Option<ServerRole> {
-        let moving = self.moving.as_ref()?;
-        matches!(moving.stage, Stage::Open(_) | Stage::Filled { .. }).then_some(moving.order.to)
-    }
-
     /// Looks whether the other backend has been opened.
     pub(super) fn poll_move(&mut self, cx: &mut Context<'_>) -> Option<Step> {
         let moving = self.moving.as_mut()?;
@@ -280,7 +274,6 @@ impl Session {
                     moving.blockers = blockers;
                     moving.answer(&outcome);
                 }
-                self.recount();
                 Ok(())
             }
             Err(Unmoved::OwnLost) => Err(End::ServerLost),
@@ -391,7 +384,6 @@ impl Session {
         self.epoch = epoch;
         self.moving = None;
         self.entry.set_moving(MoveState::Moved, Vec::new());
-        self.recount();
         self.leave_if_quiet();
         Ok(())
     }

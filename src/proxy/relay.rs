@@ -360,7 +360,6 @@ impl Session {
     pub(super) fn go(&mut self, place: Place, state: SessionState, now: Instant) {
         self.place = place;
         self.entry.set_state_at(state, now);
-        self.recount();
     }
 
     /// Leaves the gate if everything that was asked is answered with `I`.

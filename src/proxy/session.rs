@@ -18,14 +18,12 @@ use super::client_error::ClientError;
 use super::handoff::Tracked;
 use super::listener::Accepted;
 use super::login::{ClientSlot, LoggedIn, log_in};
-use super::meters::Counted;
 use super::moves::Moving;
 use super::orphan;
 use super::sessions::{Order, Registration, SessionState};
 use super::worker::{LocalDatabase, Watch, Worker};
 use crate::postgres::{Login, Stream};
 use crate::switch::{Epoch, Member};
-use crate::telemetry::metrics::{BackendState, ClientState};
 use crate::wire::ledger::Ledger;
 use crate::wire::scanner::Scanner;
 
@@ -108,8 +106,6 @@ pub(super) struct Session {
     pub(super) cancelled: bool,
     /// When a held client with a full buffer is looked at again.
     pub(super) look_again: Option<std::pin::Pin<Box<tokio::time::Sleep>>>,
-    /// What the session counts as in the metrics.
-    counted: Counted,
     _key: CancelKey,
     _watch: Watch,
     _slot: ClientSlot,
@@ -185,28 +181,12 @@ impl Session {
             cancels: Vec::new(),
             cancelled: false,
             look_again: None,
-            counted: Counted::default(),
             _key: link.key,
             _watch: watch,
             _slot: slot,
             entry: registration,
             worker,
         }
-    }
-
-    /// Counts the session as what it is now.
-    pub(super) fn recount(&mut self) {
-        let (client, backend) = match self.place {
-            Place::Outside => (ClientState::Idle, BackendState::Idle),
-            Place::Held { .. } => (ClientState::Waiting, BackendState::Idle),
-            Place::Inside { .. } => (ClientState::Active, BackendState::Active),
-        };
-        let now = Counted {
-            client: Some(client),
-            backend: self.backend.as_ref().map(|own| (own.server, backend)),
-            prepared: self.prepared_server(),
-        };
-        self.local.meters.shift(std::mem::replace(&mut self.counted, now), now);
     }
 
     /// Relays until the session ends, and sees to it that nothing of it is left behind.
@@ -225,7 +205,6 @@ impl Session {
             std::task::Poll::Ready(())
         })
         .await;
-        self.recount();
         if let Err(end) = self.absorb_leftovers() {
             return end;
         }
@@ -301,7 +280,6 @@ impl Session {
             End::Panicked => Some(ClientError::Internal),
         };
         self.discard_move();
-        self.local.meters.shift(std::mem::take(&mut self.counted), Counted::default());
         if !matches!(end, End::ClientLeft) {
             self.say_farewell(words).await;
         }

@@ -81,7 +81,7 @@ async fn a_held_client_cannot_fill_memory_and_its_end_is_noticed() {
     let sent = tokio::time::timeout(Duration::from_millis(500), greedy.stream.write_all(&flood)).await;
     assert!(sent.is_err(), "the proxy stops reading");
     // More than the proxy's buffer and less than the kernel's, so that the end of the stream arrives.
-    client.send(&flood[..200_000]).await;
+    client.send(&flood[..100_000]).await;
     drop(client);
     wait_for("its end to be noticed", || async { rig.sessions.list().len() == 1 }).await;
     rig.sessions.end(&[rig.sessions.list()[0].id], "57P01", "enough");
