@@ -14,7 +14,8 @@ use super::reply::Reply;
 use super::view::{MigrationBrief, MigrationEntry, RouteView, StatusView};
 use super::{gauges, show};
 use crate::config::{Config, Server};
-use crate::migration::view::{MigrationName, MigrationView};
+use crate::migration::preflight::{Level, Outcome, RuleResult};
+use crate::migration::view::{MigrationName, MigrationView, Problem};
 use crate::shutdown::Tasks;
 use crate::switch::{Route, Switchboard};
 use crate::telemetry::metrics::Metrics;
@@ -127,7 +128,7 @@ impl Inner {
                 };
                 Ok(Reply::Migrations(self.list(filter).await?.into_iter().map(entry).collect()))
             }
-            Command::Migration(name) => Ok(Reply::Migration(Box::new(deps.migrations.show(&name).await?))),
+            Command::Migration(name) => Ok(Reply::Migration(Box::new(explained(deps.migrations.show(&name).await?)))),
             Command::Tables(name) => Ok(Reply::Tables(deps.migrations.tables(&name).await?)),
             Command::Validation(name) => Ok(Reply::Validation(deps.migrations.validation(&name).await?)),
             Command::CutoverOf(name) => {
@@ -192,7 +193,7 @@ impl Inner {
         let mut list = self.deps.migrations.list().await?;
         list.retain(|migration| filter == Filter::All || is_active(migration));
         list.sort_by(|a, b| b.started_at.total_cmp(&a.started_at));
-        Ok(list)
+        Ok(list.into_iter().map(explained).collect())
     }
 
     fn not_ready(&self) -> Option<String> {
@@ -244,6 +245,33 @@ impl Inner {
     }
 }
 
+/// A failed validation has its reason in its rules: says it where every other reason stands, so that nobody has to look
+/// in two places.
+fn explained(mut migration: MigrationView) -> MigrationView {
+    let rules = migration.validation.clone().filter(|_| migration.error.is_none());
+    let rules: Vec<RuleResult> = rules.and_then(|rules| serde_json::from_value(rules).ok()).unwrap_or_default();
+    let mut failed = rules.iter().filter(|rule| rule.outcome == Outcome::Failed);
+    if migration.state == "ValidationFailed"
+        && let Some(first) = failed.next()
+    {
+        let evidence = first.evidence.join("; ");
+        let more = match failed.count() {
+            0 => String::new(),
+            count => format!(", and {count} more failed: see `migration validation {}`", migration.name),
+        };
+        migration.error = Some(Problem {
+            code: first.code.clone(),
+            message: format!("{}: {evidence}{more}", first.code),
+            object: match &first.level {
+                Level::Instance => None,
+                Level::Database(name) => Some(format!("database {name}")),
+            },
+            hint: Some(first.fix.clone()).filter(|fix| !fix.is_empty()),
+        });
+    }
+    migration
+}
+
 /// Whether work on it may still be going on.
 pub fn is_active(migration: &MigrationView) -> bool {
     matches!(migration.state.as_str(), "InProgress" | "WaitingForUserAction")
@@ -252,4 +280,27 @@ pub fn is_active(migration: &MigrationView) -> bool {
 /// The name, or the error that the order is answered with.
 pub fn migration_name(text: &str) -> Result<MigrationName, AdminError> {
     text.parse().map_err(|error| AdminError::from_chain(ErrorKind::Invalid, &error))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_failed_validation_says_its_first_reason_and_the_mend() {
+        let rule = |code: &str, outcome: &str| {
+            serde_json::json!({"code": code, "level": {"database": "shop"}, "outcome": outcome, "evidence": ["e"],
+                "evidence_total": 1, "why": "w", "fix": "f"})
+        };
+        let view = serde_json::json!({
+            "name": "m1", "state": "ValidationFailed", "substate": "ValidationFailed", "mode": "online",
+            "option": "validate", "cutover_when_ready": false, "databases": [], "error": null, "started_at": 1.0,
+            "finished_at": null, "duration_seconds": 2.5, "source": "a:1",
+            "validation": [rule("encoding", "Warning"), rule("target_empty", "Failed"), rule("large_objects", "Failed")],
+        });
+        let error = explained(serde_json::from_value(view).expect("a view")).error.expect("explained");
+        assert_eq!(error.code, "target_empty");
+        assert_eq!(error.message, "target_empty: e, and 1 more failed: see `migration validation m1`");
+        assert_eq!((error.object.as_deref(), error.hint.as_deref()), (Some("database shop"), Some("f")));
+    }
 }
