@@ -212,7 +212,7 @@ async fn query(
 }
 
 fn source_error(table: &SourceTable, doing: &'static str, source: RawError) -> CopyError {
-    CopyError::Server { table: table.name.clone(), server: "source", doing, source }
+    CopyError::Server { table: table.name.clone(), server: "source", doing, source: Box::new(source) }
 }
 
 fn unreadable(table: &SourceTable, what: &'static str) -> CopyError {

@@ -181,7 +181,7 @@ pub enum CopyError {
         /// What was being done.
         doing: &'static str,
         /// Why.
-        source: RawError,
+        source: Box<RawError>,
     },
     /// The COPY itself failed.
     #[error("{table}: its rows could not be copied")]
@@ -273,6 +273,9 @@ pub enum CopyError {
         /// Why.
         source: RecordError,
     },
+    /// The program is stopping.
+    #[error("the copy was stopped")]
+    Stopped,
     /// A test made it fail.
     #[error("{table}")]
     Failpoint {
@@ -291,7 +294,7 @@ impl CopyError {
                 None => return true,
                 Some(code) => code,
             },
-            Self::Server { source, .. } => match source {
+            Self::Server { source, .. } => match &**source {
                 RawError::Io { .. } => return true,
                 RawError::Server { code, .. } => code,
                 RawError::Protocol { .. } => return false,
@@ -391,7 +394,8 @@ fn finished(ended: Result<Result<TableReport, CopyError>, tokio::task::JoinError
         Ok(result) => result,
         Err(error) => match error.try_into_panic() {
             Ok(panic) => std::panic::resume_unwind(panic),
-            Err(_) => unreachable!("a table's task is aborted only by dropping the set"),
+            // Nobody aborts a table; its runtime is shutting down.
+            Err(_) => Err(CopyError::Stopped),
         },
     }
 }

@@ -289,5 +289,5 @@ async fn check_columns(table: &SourceTable, holder: &Holder, target: &mut RawCon
 }
 
 fn error(table: &SourceTable, server: &'static str, doing: &'static str, source: RawError) -> CopyError {
-    CopyError::Server { table: table.name.clone(), server, doing, source }
+    CopyError::Server { table: table.name.clone(), server, doing, source: Box::new(source) }
 }

@@ -233,7 +233,7 @@ mod tests {
     #[test]
     fn a_lost_connection_is_tried_again_wherever_it_was_lost() {
         let table = crate::ident::QualifiedName::new("s", "t");
-        let copy = CopyError::Server { table, server: "source", doing: "COPY", source: lost() };
+        let copy = CopyError::Server { table, server: "source", doing: "COPY", source: Box::new(lost()) };
         assert!(WorkError::Copy(copy).is_transient());
         assert!(WorkError::Slot(WalsenderError::Raw(lost())).is_transient());
         assert!(!WorkError::TableGone("s.t".to_owned()).is_transient());
