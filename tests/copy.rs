@@ -560,3 +560,72 @@ async fn an_entry_that_a_lost_backend_finished_is_done() {
     lost.batch_execute("COMMIT").await.unwrap();
     assert_eq!(building.await.unwrap().unwrap().failures, []);
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn ordinary_rights_suffice() {
+    let mut rig = Rig::start();
+    if rig.target_cluster.major() < 15 {
+        eprintln!("below PostgreSQL 15 only a superuser may set session_replication_role");
+        return;
+    }
+    let admin = support::connect(&rig.source_cluster, "postgres").await;
+    admin
+        .batch_execute(
+            "CREATE ROLE app LOGIN; CREATE ROLE reader; CREATE ROLE migrator LOGIN REPLICATION; GRANT app TO migrator",
+        )
+        .await
+        .unwrap();
+    rig.make_source(
+        "CREATE SCHEMA s AUTHORIZATION app; SET ROLE app; CREATE TABLE s.t (id int PRIMARY KEY, v text);
+         INSERT INTO s.t SELECT i, i::text FROM generate_series(1, 100) i; CREATE INDEX ON s.t (v);
+         CREATE TABLE s.u (id int REFERENCES s.t); INSERT INTO s.u VALUES (1); GRANT SELECT ON s.t TO reader;
+         CREATE FUNCTION s.f() RETURNS trigger LANGUAGE plpgsql AS 'BEGIN RETURN NEW; END';
+         CREATE TRIGGER tr BEFORE INSERT ON s.t FOR EACH ROW EXECUTE PROCEDURE s.f();
+         CREATE MATERIALIZED VIEW s.m AS SELECT count(*) FROM s.t; RESET ROLE;",
+    )
+    .await;
+    let database = format!("\"{}\"", DATABASE.replace('"', "\"\""));
+    admin
+        .batch_execute(&format!(
+            "ALTER DATABASE {database} OWNER TO app; ALTER DATABASE {database} SET work_mem = '5MB'"
+        ))
+        .await
+        .unwrap();
+    let there = support::connect(&rig.target_cluster, "postgres").await;
+    there
+        .batch_execute(
+            "CREATE ROLE migrator LOGIN CREATEDB CREATEROLE; GRANT SET ON PARAMETER session_replication_role TO migrator",
+        )
+        .await
+        .unwrap();
+    rig.log_in_as("migrator");
+    let reports = roles::copy_roles(&rig.source, &rig.target, &rig.journal).await.unwrap();
+    let app = reports.iter().find(|report| report.role == "app").unwrap();
+    assert!(app.warnings.iter().any(|warning| warning.contains("verifier cannot be read")), "{app:?}");
+    let archive = rig.dump().await;
+    rig.restore_pre_data(&archive).await;
+    rig.copy(&archive).await.unwrap();
+    rig.finish(&archive).await;
+    rig.assert_same_rows().await;
+    rig.assert_same_definitions().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn of_an_extensions_table_only_the_users_rows_are_replaced() {
+    let rig = Rig::start();
+    rig.make_source(
+        "CREATE TABLE config (id int, v text); INSERT INTO config VALUES (1, 'built in'), (100, 'mine'), (101, 'too')",
+    )
+    .await;
+    let archive = rig.dump().await;
+    rig.restore_pre_data(&archive).await;
+    // As CREATE EXTENSION of a newer version would have filled it.
+    let there = support::connect(&rig.target_cluster, DATABASE).await;
+    there.batch_execute("INSERT INTO config VALUES (1, 'newer'), (100, 'left by an attempt before')").await.unwrap();
+    let mut tables = rig.tables().await;
+    tables[0].0.filter = Some("WHERE id >= 100".to_owned());
+    let report = copy::copy_database(&rig.context(None), &tables, &archive).await.unwrap();
+    assert_eq!(report.copied.rows, 2);
+    let text = "SELECT string_agg(v, ',' ORDER BY id) FROM config";
+    assert_eq!(there.query_one(text, &[]).await.unwrap().get::<_, String>(0), "newer,mine,too");
+}

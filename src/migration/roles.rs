@@ -86,6 +86,8 @@ pub async fn copy_roles(
     };
     let wanted = Roles::read(&from).await.map_err(read(source))?;
     let found = Roles::read(&to).await.map_err(read(target))?;
+    let superuser = "SELECT rolsuper FROM pg_roles WHERE rolname = current_user";
+    let superuser: bool = to.query_one(superuser, &[]).await.map_err(read(target))?.get(0);
     quiet(&to).await;
     let mut writer = Writer {
         control: &to,
@@ -97,7 +99,11 @@ pub async fn copy_roles(
     };
     let mut reports = Vec::new();
     for role in &wanted.roles {
-        reports.push(writer.role(role).await?);
+        let mut report = writer.role(role).await?;
+        if !superuser && !role.attributes.superuser {
+            writer.join(&role.name).await?.note(&mut report);
+        }
+        reports.push(report);
     }
     for membership in &wanted.memberships {
         let done = writer.membership(membership).await?;
@@ -465,6 +471,33 @@ impl Writer<'_> {
                 Ok(Done { changed: false, warning: Some(warning) })
             }
         }
+    }
+
+    /// Makes our own role a member, so that it can give objects to the role and fill its tables. Only needed where our
+    /// role is no superuser.
+    async fn join(&self, role: &str) -> Result<Done, RolesError> {
+        let read = |source| RolesError::Read { server: "target".to_owned(), source };
+        let right = if self.control.version_num() >= 160_000 { "SET" } else { "MEMBER" };
+        let query = format!("SELECT pg_has_role($1::text::name, '{right}') AND pg_has_role($1::text::name, 'USAGE')");
+        if role == self.own || self.control.query_one(query.as_str(), &[&role]).await.map_err(read)?.get(0) {
+            return Ok(Done::default());
+        }
+        let (name, own) = (quote_ident(role), quote_ident(self.own));
+        let made = MadeObject {
+            side: Side::Target,
+            database: None,
+            kind: made::ROLE_MEMBERSHIP.to_owned(),
+            name: format!("{role} to {}", self.own),
+            undo: Some(format!("REVOKE {name} FROM {own}")),
+            note: "so that pgcutover can give objects to it".to_owned(),
+        };
+        self.journal.record(&made).await?;
+        let options = if self.control.version_num() >= 160_000 { " WITH INHERIT true, SET true" } else { "" };
+        let granted = self.control.batch_execute(&format!("GRANT {name} TO {own}{options}")).await;
+        let warning = granted
+            .err()
+            .map(|_| format!("{} could not be made a member of it: objects that it owns cannot be restored", self.own));
+        Ok(Done { changed: false, warning })
     }
 
     async fn record(&self, kind: &str, name: &str, note: &str) -> Result<(), JournalError> {

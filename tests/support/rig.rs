@@ -120,6 +120,16 @@ impl Rig {
         Self { whole, source_cluster, target_cluster, source, target, config, journal: Recorded::default() }
     }
 
+    /// From now on both servers are logged in to as `user`.
+    pub fn log_in_as(&mut self, user: &str) {
+        for (server, connector) in
+            [(&mut self.whole.source, &mut self.source), (&mut self.whole.target, &mut self.target)]
+        {
+            server.user = user.to_owned();
+            *connector = Connector::new(server, connector.label(), connector.instance()).unwrap();
+        }
+    }
+
     /// Runs statements on the source, in the database that is migrated.
     pub async fn on_source(&self, sql: &str) {
         let client = support::connect(&self.source_cluster, DATABASE).await;
