@@ -1,0 +1,143 @@
+//! The daemon as an operator uses it: commands, exit statuses, signals, a reload, a restart – and what is never said.
+
+mod support;
+
+use std::process::Command;
+use std::time::{Duration, Instant};
+
+use pgcutover::demo::cluster::{Cluster, ClusterAuth};
+use serde_json::{Value, json};
+
+use support::daemon::{Daemon, DaemonOptions};
+
+const OWN_PASSWORD: &str = "0wn-passw0rd-of-pgcutover";
+const APP_PASSWORD: &str = "app-passw0rd";
+const TOKEN: &str = "t0ken-of-the-operator";
+const ROW_VALUE: &str = "a-row-value-that-is-nobodys-business";
+/// Everything that must not be found anywhere.
+const SECRETS: [&str; 4] = [OWN_PASSWORD, APP_PASSWORD, TOKEN, ROW_VALUE];
+
+/// A shop with an application of its own, on clusters that want SCRAM.
+async fn shop() -> (Cluster, Cluster) {
+    let scram = |options: pgcutover::demo::cluster::ClusterOptions| {
+        options.auth(ClusterAuth::Scram { password: OWN_PASSWORD.to_owned() })
+    };
+    let (source, target) = support::two_clusters_with(scram, scram);
+    let admin = support::connect(&source, "postgres").await;
+    admin.batch_execute("CREATE DATABASE shop").await.unwrap();
+    admin.batch_execute(&format!("CREATE ROLE app LOGIN PASSWORD '{APP_PASSWORD}'")).await.unwrap();
+    let sql = "CREATE TABLE orders (id bigint GENERATED ALWAYS AS IDENTITY PRIMARY KEY, note text);
+               GRANT ALL ON orders TO app; INSERT INTO orders (note) SELECT g FROM generate_series(1, 1000) g";
+    support::connect(&source, "shop").await.batch_execute(sql).await.unwrap();
+    (source, target)
+}
+
+/// Status and both outputs of `pgcutover ARGUMENTS -c CONFIG`; none of it may hold a secret.
+fn command(daemon: &Daemon, arguments: &[&str]) -> (i32, String, String) {
+    let output = daemon.command(arguments);
+    let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).into_owned();
+    let (out, err) = (text(&output.stdout), text(&output.stderr));
+    for secret in SECRETS {
+        assert!(!out.contains(secret) && !err.contains(secret), "{arguments:?} says a secret:\n{out}{err}");
+    }
+    (output.status.code().unwrap_or(-1), out, err)
+}
+
+fn signal(daemon: &Daemon, name: &str) {
+    let pid = daemon.pid().expect("it runs").to_string();
+    assert!(Command::new("kill").args([&format!("-{name}"), &pid]).status().expect("kill can be run").success());
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_migration_by_the_command_line_from_the_first_check_to_a_restart() {
+    let (source, target) = shop().await;
+    let options = DaemonOptions::default()
+        .section("telemetry", "log = \"debug,pgcutover=trace\"\nformat = \"json\"")
+        .section("admin", &format!("token = \"{TOKEN}\""));
+    let mut daemon = Daemon::prepare(&source, &target, options);
+
+    let (status, _, err) = command(&daemon, &["status"]);
+    assert_eq!(status, 3, "not running yet: {err}");
+    assert!(err.contains("cannot reach the daemon"), "{err}");
+    let (status, out, _) = command(&daemon, &["check", "--output", "json"]);
+    assert_eq!(status, 0, "{out}");
+    daemon.start_again();
+
+    let (status, _, err) = command(&daemon, &["migration", "show", "none"]);
+    assert_eq!((status, err.contains("no migration named")), (1, true), "{err}");
+    let app = {
+        let mut config = daemon.client("shop");
+        support::connect_with(config.user("app").password(APP_PASSWORD)).await
+    };
+    let insert = app.prepare("INSERT INTO orders (note) VALUES ($1)").await.unwrap();
+    app.execute(&insert, &[&ROW_VALUE]).await.unwrap();
+
+    let shown = daemon.json(&["migration", "create", "first", "--database", "shop", "--wait"]);
+    assert_eq!(shown["substate"], json!("WaitingForCutoverTrigger"), "{shown}");
+    let tables = daemon.json(&["migration", "tables", "first"]);
+    assert_eq!(tables[0]["full_load"]["rows"], json!(1001), "{tables}");
+    let dry = daemon.json(&["migration", "cutover", "first", "--dry-run"]);
+    assert_eq!(dry["outcome"], json!("dry-run"), "{dry}");
+    app.execute(&insert, &[&ROW_VALUE]).await.unwrap();
+    let report = daemon.json(&["migration", "cutover", "first"]);
+    assert_eq!((&report["outcome"], &report["sessions_moved"]), (&json!("switched"), &json!(1)), "{report}");
+    // The same connection, the same prepared statement, the other server.
+    app.execute(&insert, &[&ROW_VALUE]).await.unwrap();
+    let port: i32 = app.query_one("SELECT inet_server_port()", &[]).await.unwrap().get(0);
+    assert_eq!(port, i32::from(target.port()));
+    let (status, _, err) = command(&daemon, &["migration", "cutover", "first"]);
+    assert_eq!(status, 1, "it is over: {err}");
+    let (_, status, _) = command(&daemon, &["status"]);
+    assert!(status.contains("target"), "{status}");
+
+    daemon.restart();
+    let mut config = daemon.client("shop");
+    let app = support::connect_with(config.user("app").password(APP_PASSWORD)).await;
+    let row = app.query_one("SELECT count(*), inet_server_port() FROM orders", &[]).await.unwrap();
+    assert_eq!((row.get::<_, i64>(0), row.get::<_, i32>(1)), (1003, i32::from(target.port())));
+    let list = daemon.json(&["migration", "list"]);
+    assert_eq!((&list[0]["name"], &list[0]["state"]), (&json!("first"), &json!("Succeeded")));
+
+    let log = daemon.log();
+    assert!(log.lines().any(|line| line.contains("state changed")), "the story is told");
+    for secret in SECRETS {
+        let found = log.lines().find(|line| line.contains(secret));
+        assert!(found.is_none(), "{found:?}");
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn signals_reload_and_stop_and_a_wrong_configuration_changes_nothing() {
+    let (source, target) = support::two_clusters();
+    let mut daemon = Daemon::start(&source, &target, DaemonOptions::default());
+    let file = daemon.config_path();
+    let text = std::fs::read_to_string(&file).unwrap();
+
+    std::fs::write(&file, text.replace("[\"postgres\"]", "[\"postgres\", \"ann\"]")).unwrap();
+    signal(&daemon, "HUP");
+    let users = || {
+        let config: Value = daemon.json(&["show", "config"]);
+        let rows = config.as_array().unwrap().clone();
+        rows.into_iter().find(|row| row["key"] == "admin.users").unwrap()["value"].clone()
+    };
+    support::wait_for("the reload", || async { users() == "postgres,ann" }).await;
+
+    std::fs::write(&file, text.replace("users", "user")).unwrap();
+    let (status, _, err) = command(&daemon, &["reload"]);
+    assert_eq!(status, 1, "{err}");
+    assert!(err.contains("unknown key `user` in [admin]; did you mean `users`?"), "{err}");
+    std::fs::write(&file, &text).unwrap();
+    assert_eq!(users(), "postgres,ann", "the old one stays in force");
+    std::fs::write(&file, text.replace("[auth]", "[limits]\nbuffer = \"16kB\"\n[auth]")).unwrap();
+    let changes = daemon.json(&["reload"]);
+    assert_eq!(changes, json!({"applied": ["admin.users"], "needs_restart": ["limits.buffer"]}));
+
+    let client = support::connect_with(&daemon.client("postgres")).await;
+    let asked = Instant::now();
+    signal(&daemon, "TERM");
+    daemon.wait_for_end();
+    assert!(asked.elapsed() < Duration::from_secs(30));
+    assert!(client.simple_query("SELECT 1").await.is_err(), "its session was ended");
+    let log = daemon.log();
+    assert!(log.contains("told to stop") && log.contains("stopped"), "{log}");
+}
