@@ -288,7 +288,8 @@ impl Stage {
         let daemon = daemon.keep();
         let (source, target) = (source.keep(), target.keep());
         eprintln!("demo: to end and remove all of it:");
-        eprintln!("demo:   pkill -TERM -f {}; kill -INT {}", daemon.join("pgcutover.toml").display(), pids.join(" "));
+        eprintln!("demo:   pgcutover shutdown -c {}", daemon.join("pgcutover.toml").display());
+        eprintln!("demo:   kill -INT {}", pids.join(" "));
         eprintln!("demo:   rm -rf {} {} {}", daemon.display(), source.display(), target.display());
     }
 }
