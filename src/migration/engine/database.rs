@@ -334,7 +334,8 @@ impl DatabaseWork {
 
     /// Beside the stream: once it has caught up, what had to wait for that. Ends only for an offline migration.
     async fn finish(&self, mut row: DatabaseRow, last: Lsn, mut archive: Option<Archive>) -> Result<(), WorkError> {
-        self.caught_up(last).await;
+        self.past_hand_overs(&row, last).await?;
+        self.caught_up().await;
         if self.live.step() < Step::Constrained {
             let archive = self.archive(&mut archive).await?;
             // No lock on the progress row here: the stream needs it all the time.
@@ -349,7 +350,7 @@ impl DatabaseWork {
             self.completed(&mut row, Step::Constrained).await?;
         }
         drop(archive);
-        self.caught_up(last).await;
+        self.caught_up().await;
         match self.context.live.spec.mode {
             Mode::Online => {
                 self.ready.send_replace(true);
@@ -359,15 +360,20 @@ impl DatabaseWork {
         }
     }
 
-    /// Waits until every table's hand-over is behind us and the lag is small enough for a cutover.
-    async fn caught_up(&self, last: Lsn) {
+    /// Waits until every table's hand-over is behind us. A marker committed now is behind all of them; the position
+    /// itself may never be seen: an insert position can stand past a page header that nothing ever flushes.
+    async fn past_hand_overs(&self, row: &DatabaseRow, last: Lsn) -> Result<(), WorkError> {
+        if self.live.stream.applied.borrow().seen >= last {
+            return Ok(());
+        }
+        self.marker_applied(row, "caught-up").await
+    }
+
+    /// Waits until the lag is small enough for a cutover.
+    async fn caught_up(&self) {
         let enough = self.context.config.cutover.max_lag_at_start_bytes;
         let mut applied = self.live.stream.applied.subscribe();
-        loop {
-            let seen = applied.borrow_and_update().seen;
-            if seen >= last && self.live.lag().is_some_and(|lag| lag.bytes <= enough) {
-                return;
-            }
+        while !self.live.lag().is_some_and(|lag| lag.bytes <= enough) {
             // The lag is measured again all the time, the position changes when something is applied.
             tokio::select! {
                 () = tokio::time::sleep(LAG_INTERVAL) => {}
@@ -376,17 +382,23 @@ impl DatabaseWork {
         }
     }
 
-    /// Everything the source has committed by now, and its sequences.
-    async fn settle_offline(&self, row: &DatabaseRow) -> Result<(), WorkError> {
-        let source = self.context.source_control(&row.database, "offline-marker").await?;
-        let nonce = format!("offline-{:016x}", rand::random::<u64>());
+    /// Commits a marker on the source and waits until the target has everything up to it.
+    async fn marker_applied(&self, row: &DatabaseRow, purpose: &str) -> Result<(), WorkError> {
+        let source = self.context.source_control(&row.database, &format!("{purpose}-marker")).await?;
+        let nonce = format!("{purpose}-{:016x}", rand::random::<u64>());
         source
             .execute("UPDATE pgcutover.marker SET nonce = $1", &[&nonce])
             .await
             .map_err(|source| WorkError::Query { doing: "writing the marker row on the source", source })?;
         let mut applied = self.live.stream.applied.subscribe();
         let reached = applied.wait_for(|applied| applied.marker.as_deref() == Some(nonce.as_str())).await;
-        reached.map(|_| ()).map_err(|_| WorkError::Stopping)?;
+        reached.map(|_| ()).map_err(|_| WorkError::Stopping)
+    }
+
+    /// Everything the source has committed by now, and its sequences.
+    async fn settle_offline(&self, row: &DatabaseRow) -> Result<(), WorkError> {
+        self.marker_applied(row, "offline").await?;
+        let source = self.context.source_control(&row.database, "offline-sequences").await?;
         let values = sequences::read(&*source).await?;
         let target = self.context.target.control(&row.database, "offline-sequences").await?;
         sequences::set(&*target, &values).await?;
