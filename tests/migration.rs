@@ -301,13 +301,19 @@ async fn whole_run(source: &Installation, target: &Installation) {
     assert_eq!(orders.full_load.state, "ready");
     assert!(orders.incremental_sync.inserts > 0 && orders.incremental_sync.updates > 0);
 
+    // What was defined on the source meanwhile would be missing without a word.
+    let source = connect(&world.source, "shop").await;
+    source.batch_execute("CREATE TABLE late (id int); ALTER TABLE log ADD COLUMN later int").await.expect("defined");
+    let refused = running.engine.begin_cutover("whole").await.expect_err("refused").to_string();
+    assert!(refused.contains("late") && refused.contains("later"), "{refused}");
+    source.batch_execute("DROP TABLE late; ALTER TABLE log DROP COLUMN later").await.expect("taken back");
+
     // The verdict 'decided' ends the stream and frees the source's WAL.
     let lease = running.engine.begin_cutover("whole").await.expect("ready");
     assert!(lease.handle("shop").expect("known").sequences_set_ahead(1000).await.expect("set") > 0);
     lease.finish(Outcome::Decided).await.expect("recorded");
     let done = reach(&running, "whole", "Completed").await;
     assert_eq!(done.state, "Succeeded");
-    let source = connect(&world.source, "shop").await;
     let slots: i64 = source.query_one("SELECT count(*) FROM pg_replication_slots", &[]).await.expect("count").get(0);
     assert_eq!(slots, 0, "a slot that nobody reads holds WAL back for ever");
     running.stop().await;

@@ -82,10 +82,12 @@ fn refused(error: &EngineError) -> AdminError {
         EngineError::Catalog(CatalogError::Exists(_)) => {
             (ErrorKind::Conflict, Some("choose another name; names are never used twice on one target"))
         }
-        EngineError::Rejected(_) => (ErrorKind::Conflict, None),
-        EngineError::Unavailable(_) | EngineError::Connect(_) | EngineError::Catalog(_) | EngineError::Databases(_) => {
-            (ErrorKind::Unavailable, None)
-        }
+        EngineError::Rejected(_) | EngineError::Drifted { .. } => (ErrorKind::Conflict, None),
+        EngineError::Unavailable(_)
+        | EngineError::Connect(_)
+        | EngineError::Catalog(_)
+        | EngineError::Databases(_)
+        | EngineError::Drift { .. } => (ErrorKind::Unavailable, None),
     };
     let refused = AdminError::from_chain(kind, error);
     match hint {

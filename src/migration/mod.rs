@@ -10,6 +10,7 @@
 
 pub mod apply;
 pub mod copy;
+pub mod drift;
 pub mod engine;
 pub mod identity;
 pub mod lag;
@@ -17,6 +18,7 @@ pub mod made;
 pub mod materialized;
 pub mod preflight;
 pub mod publication;
+pub mod reverse;
 pub mod roles;
 pub mod schema;
 pub mod sequences;

@@ -6,7 +6,7 @@
 
 use tokio_postgres::GenericClient;
 
-use crate::ident::{QualifiedName, quote_literal};
+use crate::ident::QualifiedName;
 
 /// Sequences read by one query.
 const READ_AT_ONCE: usize = 500;
@@ -117,15 +117,6 @@ pub fn ahead(values: &[SequenceValue], steps: i64) -> Vec<SequenceValue> {
     values.iter().map(further).collect()
 }
 
-/// A `setval` for each sequence, as a script to send with other statements of one transaction.
-pub fn script(values: &[SequenceValue]) -> String {
-    let line = |value: &SequenceValue| {
-        let name = quote_literal(&value.name.to_string());
-        format!("SELECT pg_catalog.setval({name}::regclass, {}, {});\n", value.last_value, value.is_called)
-    };
-    values.iter().map(line).collect()
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -142,10 +133,5 @@ mod tests {
         assert_eq!(last(10, -1), -40);
         assert_eq!(last(990, 1), 1000);
         assert_eq!(last(10, i64::MIN), -100);
-    }
-
-    #[test]
-    fn a_script_quotes_names_twice() {
-        assert_eq!(script(&[value(7, 1)]), "SELECT pg_catalog.setval('\"s\".\"it''s\"'::regclass, 7, false);\n");
     }
 }

@@ -201,9 +201,9 @@ impl StreamError {
         match self {
             Self::Connect(_) => "connection",
             Self::Catalog(_) => "catalog",
+            Self::SlotMissing { .. } | Self::Walsender(WalsenderError::SlotMissing { .. }) => "slot_missing",
+            Self::SlotLost { .. } | Self::Walsender(WalsenderError::SlotLost { .. }) => "slot_lost",
             Self::Slot(_) | Self::Walsender(_) => "replication",
-            Self::SlotMissing { .. } => "slot_missing",
-            Self::SlotLost { .. } => "slot_lost",
             Self::SlotAhead { .. } => "slot_ahead",
             Self::Apply(ApplyError::Execute(ExecuteError::WrongCount { .. })) => "target_differs",
             Self::Apply(ApplyError::Plan(_)) => "schema_differs",

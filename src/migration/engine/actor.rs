@@ -52,6 +52,8 @@ pub(super) struct Actor {
 enum Unfinished {
     /// The state after the worker's end is not durable yet.
     End(Event, Option<Problem>),
+    /// The verdict of the cutover is not durable yet.
+    Verdict(Outcome),
     /// The forward slot and publication are not gone yet.
     EndStream,
 }
@@ -65,6 +67,8 @@ impl Actor {
 
     /// Goes on from the state in which the catalogue has it, until the engine stops.
     pub(super) async fn run(mut self) {
+        let live = &self.context.live;
+        self.context.metrics.migration_state.with_label_values(&[live.name(), live.state().substate()]).set(1);
         for effect in resume(self.context.live.state()) {
             self.perform(effect).await;
         }
@@ -114,16 +118,21 @@ impl Actor {
         self.change(event, None).await.map_err(|error| EngineError::Unavailable(describe(&error)))
     }
 
-    /// The verdict of a cutover. One that is known already changes nothing.
+    /// The verdict of a cutover. One that is known already changes nothing; one that cannot be recorded now is recorded
+    /// as soon as it can be.
     async fn settle(&mut self, outcome: Outcome) -> Result<(), EngineError> {
         if self.context.live.state() != State::CompletingMigration {
             return Ok(());
         }
-        self.ordered(match outcome {
+        let event = match outcome {
             Outcome::Decided => Event::CutoverDecided,
             Outcome::Aborted => Event::CutoverAborted,
-        })
-        .await
+        };
+        let settled = self.ordered(event).await;
+        if settled.is_err() {
+            self.unfinished = Some(Unfinished::Verdict(outcome));
+        }
+        settled
     }
 
     async fn cancel(&mut self) -> Result<CancelReport, EngineError> {
@@ -159,6 +168,11 @@ impl Actor {
     async fn try_again(&mut self) {
         match self.unfinished.take() {
             Some(Unfinished::End(event, problem)) => self.ended(WorkEnd::Event(event, problem)).await,
+            Some(Unfinished::Verdict(outcome)) => {
+                if let Err(error) = self.settle(outcome).await {
+                    tracing::warn!(migration = self.context.live.name(), %error, "the verdict is not recorded yet");
+                }
+            }
             Some(Unfinished::EndStream) => self.end_stream().await,
             None => {}
         }

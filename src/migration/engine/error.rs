@@ -4,6 +4,7 @@ use crate::catalog::RecordError;
 use crate::catalog::migrations::CatalogError;
 use crate::failpoint;
 use crate::migration::copy::CopyError;
+use crate::migration::drift::Drift;
 use crate::migration::identity::IdentityError;
 use crate::migration::made::JournalError;
 use crate::migration::publication::PublicationError;
@@ -40,6 +41,24 @@ pub enum EngineError {
     /// The source's databases could not be listed.
     #[error("the databases of the source could not be listed")]
     Databases(#[source] tokio_postgres::Error),
+    /// The definitions could not be compared.
+    #[error("the definitions of database {database} could not be compared")]
+    Drift {
+        /// The database.
+        database: String,
+        /// Why.
+        source: tokio_postgres::Error,
+    },
+    /// Something was defined on the source after the migration began.
+    #[error(
+        "database {database}: the target lacks {drift}, defined on the source since the migration began; cancel the migration and create it again, or define the same on the target (not for tables that hold rows)"
+    )]
+    Drifted {
+        /// The database.
+        database: String,
+        /// What.
+        drift: Drift,
+    },
 }
 
 /// A worker cannot go on.
@@ -68,15 +87,15 @@ pub(super) enum WorkError {
     #[error(transparent)]
     Roles(#[from] RolesError),
     #[error(transparent)]
-    Schema(#[from] SchemaError),
+    Schema(Box<SchemaError>),
     #[error("{} definitions could not be restored on the target, the first: {}", .0.len(), .0.first().map(ToString::to_string).unwrap_or_default())]
     Restore(Vec<RestoreFailure>),
     #[error(transparent)]
-    Copy(#[from] CopyError),
+    Copy(Box<CopyError>),
     #[error("table {0} is not on the source any more")]
     TableGone(String),
     #[error(transparent)]
-    Stream(#[from] StreamError),
+    Stream(Box<StreamError>),
     #[error(transparent)]
     Sequences(#[from] SequenceError),
     #[error(transparent)]
@@ -85,27 +104,45 @@ pub(super) enum WorkError {
     Stopping,
 }
 
+impl From<SchemaError> for WorkError {
+    fn from(error: SchemaError) -> Self {
+        Self::Schema(Box::new(error))
+    }
+}
+
+impl From<CopyError> for WorkError {
+    fn from(error: CopyError) -> Self {
+        Self::Copy(Box::new(error))
+    }
+}
+
+impl From<StreamError> for WorkError {
+    fn from(error: StreamError) -> Self {
+        Self::Stream(Box::new(error))
+    }
+}
+
 impl WorkError {
     /// Whether another engine has taken over: there is nothing to record and nobody to tell.
     pub(super) fn is_fenced(&self) -> bool {
         match self {
             Self::Catalog(CatalogError::Fenced(_)) | Self::Stopping => true,
-            Self::Copy(CopyError::Superseded { .. }) | Self::Schema(SchemaError::Superseded { .. }) => true,
-            Self::Stream(StreamError::Catalog(CatalogError::Fenced(_))) => true,
+            Self::Copy(error) if matches!(**error, CopyError::Superseded { .. }) => true,
+            Self::Schema(error) if matches!(**error, SchemaError::Superseded { .. }) => true,
+            Self::Stream(error) if matches!(**error, StreamError::Catalog(CatalogError::Fenced(_))) => true,
             other => chain(other).any(|cause| matches!(cause.downcast_ref(), Some(CatalogError::Fenced(_)))),
         }
     }
 
     /// Whether trying again can help without anybody doing anything about it.
     pub(super) fn is_transient(&self) -> bool {
+        if let Some(error) = self.connect_error() {
+            return connect_is_transient(error);
+        }
         match self {
-            Self::Connect(error)
-            | Self::Schema(SchemaError::Connect(error))
-            | Self::Roles(RolesError::Connect(error))
-            | Self::Copy(CopyError::Connect(error)) => connect_is_transient(error),
+            Self::Connect(error) => connect_is_transient(error),
             Self::Catalog(error) => catalog_is_transient(error),
             Self::Stream(error) => error.is_transient(),
-            Self::Slot(WalsenderError::Connect(error)) => connect_is_transient(error),
             Self::Slot(WalsenderError::Raw(error)) => transient_raw(error),
             Self::NoIdentity(_)
             | Self::PublicationTaken(_)
@@ -123,6 +160,23 @@ impl WorkError {
             | Self::Schema(_)
             | Self::Copy(_)
             | Self::Sequences(_) => chain(self).find_map(cause_is_transient).unwrap_or(false),
+        }
+    }
+
+    /// The failed connection behind an error that passes it on as its own.
+    fn connect_error(&self) -> Option<&ConnectError> {
+        match self {
+            Self::Connect(error) | Self::Roles(RolesError::Connect(error)) => Some(error),
+            Self::Slot(WalsenderError::Connect(error)) => Some(error),
+            Self::Schema(error) => match &**error {
+                SchemaError::Connect(error) => Some(error),
+                _ => None,
+            },
+            Self::Copy(error) => match &**error {
+                CopyError::Connect(error) => Some(error),
+                _ => None,
+            },
+            _ => None,
         }
     }
 
@@ -234,7 +288,7 @@ mod tests {
     fn a_lost_connection_is_tried_again_wherever_it_was_lost() {
         let table = crate::ident::QualifiedName::new("s", "t");
         let copy = CopyError::Server { table, server: "source", doing: "COPY", source: Box::new(lost()) };
-        assert!(WorkError::Copy(copy).is_transient());
+        assert!(WorkError::from(copy).is_transient());
         assert!(WorkError::Slot(WalsenderError::Raw(lost())).is_transient());
         assert!(!WorkError::TableGone("s.t".to_owned()).is_transient());
     }

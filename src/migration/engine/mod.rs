@@ -55,6 +55,7 @@ use crate::catalog::{Place, bootstrap};
 use crate::config::Config;
 use crate::failpoint::Failpoints;
 use crate::migration::copy::Workers;
+use crate::migration::drift;
 use crate::migration::state::State;
 use crate::migration::stream::describe;
 use crate::migration::view::{CancelReport, MigrationSpec, MigrationView, TableView};
@@ -214,8 +215,13 @@ impl Engine {
         self.order(name, Command::Retry).await
     }
 
-    /// Takes a migration that is ready for its cutover.
+    /// Takes a migration that is ready for its cutover. Refused when the target lacks what was defined on the source
+    /// since the migration began.
     pub async fn begin_cutover(self: &Arc<Self>, name: &str) -> Result<CutoverLease, EngineError> {
+        let live = self.entry(name)?.live;
+        if live.state() == State::WaitingForCutoverTrigger {
+            Box::pin(self.check_drift(&live)).await?;
+        }
         self.order(name, Command::Begin).await?;
         Ok(CutoverLease::new(self.clone(), self.entry(name)?.live))
     }
@@ -296,6 +302,20 @@ impl Engine {
                     "database {taken:?} is being migrated by {:?} already; cancel that migration first",
                     live.name()
                 ));
+            }
+        }
+        Ok(())
+    }
+
+    /// Both servers must have the same definitions.
+    async fn check_drift(&self, live: &Live) -> Result<(), EngineError> {
+        for database in &live.databases {
+            let source = self.deps.source.control(&database.name, "drift").await?;
+            let target = self.deps.target.control(&database.name, "drift").await?;
+            let compared = drift::compare(&*source, &*target).await;
+            let drift = compared.map_err(|source| EngineError::Drift { database: database.name.clone(), source })?;
+            if let Some(drift) = drift {
+                return Err(EngineError::Drifted { database: database.name.clone(), drift });
             }
         }
         Ok(())

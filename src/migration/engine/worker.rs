@@ -13,7 +13,7 @@ use super::error::WorkError;
 use super::live::Step;
 use crate::catalog::journal::Journal;
 use crate::catalog::{Place, bootstrap};
-use crate::migration::preflight::{self, Outcome, Preflight};
+use crate::migration::preflight::{self, Outcome, Preflight, RuleResult};
 use crate::migration::state::{Event, State};
 use crate::migration::stream::{Trouble, describe};
 use crate::migration::view::{MigrationOption, Mode, Problem};
@@ -37,7 +37,7 @@ impl Worker {
     /// Works until there is nothing left to do, or something happens that only a person can mend.
     pub(super) async fn run(self) -> WorkEnd {
         match Box::pin(self.work()).await {
-            Ok(event) => WorkEnd::Event(event, None),
+            Ok((event, problem)) => WorkEnd::Event(event, problem),
             Err((error, _)) if error.is_fenced() => WorkEnd::Silent,
             Err((error, database)) => {
                 tracing::error!(
@@ -51,7 +51,7 @@ impl Worker {
         }
     }
 
-    async fn work(&self) -> Result<Event, (WorkError, Option<String>)> {
+    async fn work(&self) -> Result<(Event, Option<Problem>), (WorkError, Option<String>)> {
         let plain = |error| (error, None);
         if self.state() == State::PerformingPreRequisiteSteps {
             self.patiently("prerequisites", || self.prerequisites()).await.map_err(plain)?;
@@ -87,7 +87,7 @@ impl Worker {
                 .map(|work| async move { work.run().await.map_err(|error| (error, Some(work.live.name.clone()))) }),
         );
         tokio::select! {
-            done = all => done.map(|_| Event::CopiedOffline),
+            done = all => done.map(|_| (Event::CopiedOffline, None)),
             error = self.tell_when_ready(ready) => Err((error, None)),
         }
     }
@@ -152,7 +152,7 @@ impl Worker {
 
     /// Runs the rules; an event when that is the end. What a migration has made itself would fail them, so one that has
     /// begun is not validated again.
-    async fn validate(&self) -> Result<Option<Event>, WorkError> {
+    async fn validate(&self) -> Result<Option<(Event, Option<Problem>)>, WorkError> {
         let spec = &self.context.live.spec;
         if spec.option == MigrationOption::Migrate || self.live_steps().any(|step| step > Step::Waiting) {
             return Ok(None);
@@ -176,11 +176,11 @@ impl Worker {
         })
         .await?;
         self.context.live.publish(|status| status.validation = Some(json.clone()));
-        let failed = results.iter().filter(|result| result.outcome == Outcome::Failed).count();
-        tracing::info!(migration = self.context.live.name(), rules = results.len(), failed, "validated");
+        let failed: Vec<&RuleResult> = results.iter().filter(|result| result.outcome == Outcome::Failed).collect();
+        tracing::info!(migration = self.context.live.name(), rules = results.len(), failed = failed.len(), "validated");
         Ok(match spec.option {
-            _ if failed > 0 => Some(Event::ValidationRejected),
-            MigrationOption::Validate => Some(Event::ValidatedOnly),
+            _ if !failed.is_empty() => Some((Event::ValidationRejected, Some(rejection(&failed)))),
+            MigrationOption::Validate => Some((Event::ValidatedOnly, None)),
             MigrationOption::Migrate | MigrationOption::ValidateAndMigrate => None,
         })
     }
@@ -219,5 +219,17 @@ impl Worker {
             return error;
         }
         std::future::pending().await
+    }
+}
+
+/// Names the rules that failed; the first one's fix comes as the hint.
+fn rejection(failed: &[&RuleResult]) -> Problem {
+    let codes: Vec<&str> = failed.iter().map(|rule| rule.code.as_str()).collect();
+    let first = failed.first();
+    Problem {
+        code: "validation".to_owned(),
+        message: format!("{} rules of the premigration validation failed: {}", failed.len(), codes.join(", ")),
+        object: first.and_then(|rule| rule.evidence.first().cloned()),
+        hint: first.map(|rule| rule.fix.clone()).filter(|fix| !fix.is_empty()),
     }
 }

@@ -1,0 +1,106 @@
+//! What was defined on the source after the migration began.
+//!
+//! No logical stream carries definitions. A table that was made meanwhile is in no publication: its rows would be missing
+//! after a cutover, without an error anywhere. A column added to a table that nobody writes to says nothing either. So
+//! the definitions of both servers are compared before a cutover begins, and what the target lacks is named.
+//!
+//! Compared are names, columns with their types, indexes, constraints and functions; objects of extensions belong to the
+//! extension's version and are left out.
+
+use std::collections::BTreeSet;
+
+use tokio_postgres::GenericClient;
+
+/// Differences that are named; the rest is counted.
+const NAMED: usize = 5;
+
+/// One line for each thing that must be there on both servers. The types are written the same by every major.
+/// Constraints that partitions have from their parents are left out: the server names them, each major its own way.
+const DEFINITIONS: &str = "
+WITH namespace AS (
+    SELECT oid, nspname FROM pg_catalog.pg_namespace
+     WHERE nspname !~ '^pg_' AND nspname NOT IN ('information_schema', 'pgcutover')),
+relation AS (
+    SELECT c.oid, c.relkind, pg_catalog.format('%I.%I', n.nspname, c.relname) AS name
+      FROM pg_catalog.pg_class c JOIN namespace n ON n.oid = c.relnamespace
+     WHERE c.relpersistence <> 't'
+       AND NOT EXISTS (SELECT FROM pg_catalog.pg_depend d
+                        WHERE d.classid = 'pg_catalog.pg_class'::regclass AND d.objid = c.oid AND d.deptype = 'e'))
+SELECT CASE relkind WHEN 'v' THEN 'view' WHEN 'm' THEN 'materialized view' WHEN 'S' THEN 'sequence'
+                    WHEN 'f' THEN 'foreign table' ELSE 'table' END || ' ' || name
+  FROM relation WHERE relkind IN ('r', 'p', 'v', 'm', 'S', 'f')
+UNION ALL
+SELECT 'column ' || r.name || '.' || pg_catalog.quote_ident(a.attname) || ' '
+       || pg_catalog.format_type(a.atttypid, a.atttypmod)
+  FROM relation r JOIN pg_catalog.pg_attribute a ON a.attrelid = r.oid
+ WHERE r.relkind IN ('r', 'p', 'v', 'm', 'f') AND a.attnum > 0 AND NOT a.attisdropped
+UNION ALL
+SELECT 'index ' || i.name || ' on ' || r.name
+  FROM pg_catalog.pg_index x JOIN relation i ON i.oid = x.indexrelid JOIN relation r ON r.oid = x.indrelid
+ WHERE x.indisvalid
+UNION ALL
+SELECT 'constraint ' || pg_catalog.quote_ident(k.conname) || ' on ' || r.name
+  FROM pg_catalog.pg_constraint k JOIN relation r ON r.oid = k.conrelid
+ WHERE k.contype IN ('c', 'f', 'p', 'u', 'x') AND coalesce(pg_catalog.to_jsonb(k) ->> 'conparentid', '0') = '0'
+UNION ALL
+SELECT 'function ' || pg_catalog.format('%I.%I', n.nspname, p.proname)
+       || '(' || pg_catalog.pg_get_function_identity_arguments(p.oid) || ')'
+  FROM pg_catalog.pg_proc p JOIN namespace n ON n.oid = p.pronamespace
+ WHERE NOT EXISTS (SELECT FROM pg_catalog.pg_depend d
+                    WHERE d.classid = 'pg_catalog.pg_proc'::regclass AND d.objid = p.oid AND d.deptype = 'e')";
+
+/// What the target lacks.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Drift {
+    /// `table "public"."new"`, `column …`; at most a few.
+    pub named: Vec<String>,
+    /// How many there are.
+    pub total: usize,
+}
+
+impl std::fmt::Display for Drift {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(&self.named.join(", "))?;
+        match self.total - self.named.len() {
+            0 => Ok(()),
+            more => write!(f, " and {more} more"),
+        }
+    }
+}
+
+/// Compares the definitions of one database; none when the target has everything.
+pub async fn compare(
+    source: &impl GenericClient,
+    target: &impl GenericClient,
+) -> Result<Option<Drift>, tokio_postgres::Error> {
+    let wanted = definitions(source).await?;
+    let found = definitions(target).await?;
+    Ok(missing(&wanted, &found))
+}
+
+async fn definitions(client: &impl GenericClient) -> Result<BTreeSet<String>, tokio_postgres::Error> {
+    Ok(client.query(DEFINITIONS, &[]).await?.iter().map(|row| row.get(0)).collect())
+}
+
+fn missing(wanted: &BTreeSet<String>, found: &BTreeSet<String>) -> Option<Drift> {
+    let missing: Vec<&String> = wanted.difference(found).collect();
+    (!missing.is_empty()).then(|| Drift {
+        named: missing.iter().take(NAMED).map(|name| (*name).clone()).collect(),
+        total: missing.len(),
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_the_target_lacks_is_named_and_what_it_has_more_is_not() {
+        let set = |names: &[&str]| names.iter().map(|name| (*name).to_owned()).collect::<BTreeSet<_>>();
+        assert_eq!(missing(&set(&["table a"]), &set(&["table a", "table b"])), None);
+        let many: Vec<String> = (0..8).map(|number| format!("table t{number}")).collect();
+        let many: Vec<&str> = many.iter().map(String::as_str).collect();
+        let drift = missing(&set(&many), &set(&["table t0"])).expect("seven are missing");
+        assert_eq!(drift.to_string(), "table t1, table t2, table t3, table t4, table t5 and 2 more");
+    }
+}
