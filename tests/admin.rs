@@ -1,5 +1,7 @@
 //! Console and HTTP over one fake engine: the same order has the same effect whichever way it comes in.
 
+#![expect(clippy::unwrap_used, reason = "a test fails by panicking")]
+
 use std::net::SocketAddr;
 use std::sync::{Arc, Mutex};
 

@@ -1,5 +1,7 @@
 //! The daemon as an operator uses it: commands, exit statuses, signals, a reload, a restart – and what is never said.
 
+#![expect(clippy::unwrap_used, reason = "a test fails by panicking")]
+
 mod support;
 
 use std::process::Command;

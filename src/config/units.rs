@@ -43,7 +43,8 @@ pub fn format_size(bytes: u64) -> String {
 }
 
 fn in_largest_unit(value: u64, units: &[(&str, u64)]) -> String {
-    let (unit, scale) = units.iter().find(|(_, scale)| value >= *scale && value % scale == 0).unwrap_or(&("B", 1));
+    let (unit, scale) =
+        units.iter().find(|(_, scale)| value >= *scale && value.is_multiple_of(*scale)).unwrap_or(&("B", 1));
     format!("{}{unit}", value / scale)
 }
 
