@@ -166,7 +166,20 @@ impl Daemon {
             .expect("the program can be run")
     }
 
-    /// The same; panics with everything known if it fails, returns standard output.
+    /// Starts `pgcutover ARGUMENTS -c CONFIG` and does not wait for its end.
+    pub fn begin(&self, arguments: &[&str]) -> Child {
+        Command::new(env!("CARGO_BIN_EXE_pgcutover"))
+            .args(arguments)
+            .arg("-c")
+            .arg(self.config_path())
+            .stdin(Stdio::null())
+            .stdout(Stdio::null())
+            .stderr(Stdio::null())
+            .spawn()
+            .expect("the program can be run")
+    }
+
+    /// Runs `pgcutover ARGUMENTS -c CONFIG` to its end; panics with everything known if it fails, returns standard output.
     pub fn must(&self, arguments: &[&str]) -> String {
         let output = self.command(arguments);
         assert!(
