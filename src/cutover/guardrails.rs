@@ -1,5 +1,7 @@
 //! What must hold before a cutover begins. Read-only; an operator who is refused here has lost nothing.
 
+use std::time::{Duration, Instant};
+
 use super::CutoverError;
 use super::work::{LineSessions, UnmovedSession, Work};
 use crate::config::{FencePolicy, Stragglers};
@@ -19,6 +21,9 @@ const FINGERPRINT: &str = "
     FROM pg_catalog.pg_class c JOIN pg_catalog.pg_namespace n ON n.oid = c.relnamespace
     WHERE c.relkind = 'S' AND c.relpersistence <> 't' AND n.nspname <> 'pgcutover'
     ORDER BY 1";
+
+/// Between two looks at a lag that is not known.
+const LOOK_AGAIN: Duration = Duration::from_millis(50);
 
 /// At most this many differences are named.
 const NAMED: usize = 10;
@@ -47,20 +52,31 @@ impl Work {
                 self.control_database
             )));
         }
-        let allowed = self.options.max_lag_at_start_bytes;
-        match self.lease.lag_bytes() {
-            Some(lag) if lag <= allowed => {}
-            Some(lag) => {
-                return Err(CutoverError::Guardrail(format!(
-                    "the target is {lag} bytes behind, max_lag_at_start is {allowed}: wait until it has caught up"
-                )));
-            }
-            None => {
-                return Err(CutoverError::Guardrail("how far the target is behind is not known".to_owned()));
-            }
-        }
+        self.check_lag().await?;
         self.check_writable().await?;
         self.note_long_transactions().await
+    }
+
+    /// Unknown lag is not zero lag. A stream that has just begun again gets a moment to say how far it is.
+    async fn check_lag(&self) -> Result<(), CutoverError> {
+        let allowed = self.options.max_lag_at_start_bytes;
+        let deadline = Instant::now() + self.from.connector.server().connect_timeout;
+        loop {
+            match self.lease.lag_bytes() {
+                Some(lag) if lag <= allowed => return Ok(()),
+                Some(lag) => {
+                    return Err(CutoverError::Guardrail(format!(
+                        "the target is {lag} bytes behind, max_lag_at_start is {allowed}: wait until it has caught up"
+                    )));
+                }
+                None if Instant::now() < deadline => tokio::time::sleep(LOOK_AGAIN).await,
+                None => {
+                    let message =
+                        "how far the target is behind is not known: `migration show` says what the stream does";
+                    return Err(CutoverError::Guardrail(message.to_owned()));
+                }
+            }
+        }
     }
 
     /// The databases that are about to become active must accept connections and writes.
