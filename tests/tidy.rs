@@ -208,8 +208,10 @@ fn readme_findings(text: &str, targets: &[String], help: &dyn Fn(&[&str]) -> Opt
         {
             findings.push(format!("`make {target}` is not in the Makefile"));
         }
-        let Some(at) = words.iter().position(|word| *word == "pgcutover") else { continue };
-        let command: Vec<&str> = words[at + 1..].iter().copied().take_while(|word| is_subcommand(word)).collect();
+        if words.first() != Some(&"pgcutover") {
+            continue;
+        }
+        let command: Vec<&str> = words[1..].iter().copied().take_while(|word| is_subcommand(word)).collect();
         // A migration's name follows the verb: `migration show move`.
         let verb = if command.first() == Some(&"migration") { 2 } else { 1 };
         let command = &command[..command.len().min(verb)];
@@ -217,7 +219,7 @@ fn readme_findings(text: &str, targets: &[String], help: &dyn Fn(&[&str]) -> Opt
             findings.push(format!("`{code}`: there is no such command"));
             continue;
         };
-        let options = words[at + 1..].iter().take_while(|word| !word.starts_with('#'));
+        let options = words[1..].iter().take_while(|word| !word.starts_with('#'));
         for option in options.filter(|word| word.starts_with("--")) {
             let option = option.split('=').next().unwrap_or(option);
             if !has_word(&help, option) && option != "--help" {
