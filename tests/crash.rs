@@ -196,11 +196,17 @@ async fn killed_at_random_moments_of_copy_and_stream_it_goes_on() {
     let mut dice = StdRng::seed_from_u64(seed);
     let mut world = World::begin(0.03).await;
     let application = world.application();
+    world.daemon.kill();
+    // Tables are small; waiting in each keeps the copy long enough to be hit.
+    world.daemon.set_failpoints("copy.snapshot_taken=sleep:400ms;copy.committed=sleep:400ms");
+    world.daemon.start_again();
     world.daemon.must(&["migration", "create", NAME, "--database", SHOP]);
     for _ in 0..8 {
         tokio::time::sleep(Duration::from_millis(dice.random_range(50..2_500))).await;
         world.daemon.restart();
     }
+    world.daemon.set_failpoints("");
+    world.daemon.restart();
     world.wait_until_ready().await;
     for _ in 0..4 {
         world.wait_for_writes(&application, 50).await;

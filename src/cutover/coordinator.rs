@@ -186,7 +186,7 @@ impl Coordinator {
         let control = self.deps.source.control(&self.deps.config.control.database, "blockers").await?;
         let known =
             Known { pids: Vec::new(), own_prefix: self.deps.source.instance().application_name(""), slots: Vec::new() };
-        let mut busy = hard_fence::backends(&control, &databases, &known, Looking::ForWork).await?;
+        let mut busy = hard_fence::backends(&control, &databases, &known, Looking::Work).await?;
         busy.retain(|obstacle| obstacle.age_seconds > self.deps.config.cutover.drain_timeout.as_secs_f64());
         Ok(busy)
     }

@@ -58,7 +58,7 @@ impl Work {
 
     /// Backends that are at work, or have written and not committed.
     async fn busy(&self) -> Result<Vec<Obstacle>, CutoverError> {
-        let looking = if self.options.dry_run { Looking::ForWorkOfSessions } else { Looking::ForWork };
+        let looking = if self.options.dry_run { Looking::WorkOfSessions } else { Looking::Work };
         hard_fence::backends(&self.from.control, &self.case.databases, &self.known(), looking).await
     }
 
@@ -192,7 +192,7 @@ impl Work {
     pub(super) async fn settle_sessions(&mut self, deadline: Instant) -> Result<(), CutoverError> {
         // Half of what is left of the pause, so that a session which does not answer is named, not max_pause.
         let in_time = Instant::now() + deadline.saturating_duration_since(Instant::now()) / 2;
-        let reports = self.sessions.settle_moves(&self.case.databases, in_time.into()).await;
+        let reports = self.sessions.settle_moves(&self.case.databases, in_time).await;
         let Unmoved { busy, mut stuck } = self.take_moves(&reports);
         stuck.extend(busy);
         let sessions: Vec<u64> = stuck.iter().map(|session| session.id).collect();

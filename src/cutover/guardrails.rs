@@ -118,7 +118,7 @@ impl Work {
 
     /// Transactions that are older than the drain may take are told to the operator; they may end in time.
     async fn note_long_transactions(&mut self) -> Result<(), CutoverError> {
-        let looking = super::hard_fence::Looking::ForWork;
+        let looking = super::hard_fence::Looking::Work;
         let busy =
             super::hard_fence::backends(&self.from.control, &self.case.databases, &self.known(), looking).await?;
         for obstacle in busy {

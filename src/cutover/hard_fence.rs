@@ -61,11 +61,11 @@ impl std::fmt::Display for Obstacle {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Looking {
     /// Everybody who is not known.
-    ForStrangers,
+    Strangers,
     /// Everybody who is not ours and is not idle, or has written something; `known.pids` are looked at too.
-    ForWork,
+    Work,
     /// The same among `known.pids` only: a dry run leaves strangers alone.
-    ForWorkOfSessions,
+    WorkOfSessions,
 }
 
 /// Shuts the databases. They are open again when the fence is lifted (`soft_fence::lift`).
@@ -94,7 +94,7 @@ pub(super) async fn expel(
     let mut ended = std::collections::HashSet::new();
     loop {
         let starting = starting(control, databases, &known()).await?;
-        let strangers = backends(control, databases, &known(), Looking::ForStrangers).await?;
+        let strangers = backends(control, databases, &known(), Looking::Strangers).await?;
         if starting == 0 && strangers.is_empty() {
             return Ok(ended.len() as u64);
         }
@@ -141,9 +141,9 @@ pub(super) async fn backends(
 ) -> Result<Vec<Obstacle>, CutoverError> {
     // What a role without pg_monitor may not see is NULL, and NULL counts as being in the way.
     let condition = match looking {
-        Looking::ForStrangers => "pid <> ALL($2)",
-        Looking::ForWork => "(state IS DISTINCT FROM 'idle' OR backend_xid IS NOT NULL) AND $2::int[] IS NOT NULL",
-        Looking::ForWorkOfSessions => "pid = ANY($2) AND (state IS DISTINCT FROM 'idle' OR backend_xid IS NOT NULL)",
+        Looking::Strangers => "pid <> ALL($2)",
+        Looking::Work => "(state IS DISTINCT FROM 'idle' OR backend_xid IS NOT NULL) AND $2::int[] IS NOT NULL",
+        Looking::WorkOfSessions => "pid = ANY($2) AND (state IS DISTINCT FROM 'idle' OR backend_xid IS NOT NULL)",
     };
     let rows = control
         .query(

@@ -295,7 +295,7 @@ impl Work {
         self.check_fingerprints().await?;
         let deadline = Instant::now() + self.to.connector.server().connect_timeout + self.options.drain_timeout;
         self.undo.moves = true;
-        let reports = self.sessions.prepare_moves(&self.case.databases, self.move_order(), deadline.into()).await;
+        let reports = self.sessions.prepare_moves(&self.case.databases, self.move_order(), deadline).await;
         let unmoved = self.take_moves(&reports);
         self.check_moves(unmoved.stuck)?;
         // The reverse publication and slot belong here, before the fence: making a slot waits for every transaction that
