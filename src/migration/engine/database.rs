@@ -373,7 +373,7 @@ impl DatabaseWork {
     async fn caught_up(&self) {
         let enough = self.context.config.cutover.max_lag_at_start_bytes;
         let mut applied = self.live.stream.applied.subscribe();
-        while !self.live.lag().is_some_and(|lag| lag.bytes <= enough) {
+        while self.live.lag().is_none_or(|lag| lag.bytes > enough) {
             // The lag is measured again all the time, the position changes when something is applied.
             tokio::select! {
                 () = tokio::time::sleep(LAG_INTERVAL) => {}
