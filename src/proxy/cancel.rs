@@ -14,10 +14,13 @@ use super::sessions::Entry;
 /// Bytes of a secret: protocol 3.0 has room for four.
 pub(super) const KEY_BYTES: usize = 4;
 
+/// A secret and the session it was given to.
+type Issued = ([u8; KEY_BYTES], Arc<Entry>);
+
 /// Which session a key belongs to.
 #[derive(Debug, Default)]
 pub(super) struct CancelKeys {
-    keys: Mutex<HashMap<i32, ([u8; KEY_BYTES], Arc<Entry>)>>,
+    keys: Mutex<HashMap<i32, Issued>>,
 }
 
 /// A session's key; gives it up when dropped.

@@ -99,7 +99,7 @@ pub(super) async fn log_in(worker: &Rc<Worker>, accepted: Accepted) -> Option<Se
     let registration = shared.sessions.register(address);
     let mut login = LoginInProgress { worker, channel, startup, registration, slot, deadline };
     match login.until_ready().await {
-        Ok(Done::Session(parts)) => Some(Session::start(worker.clone(), login.finish(), parts)),
+        Ok(Done::Session(parts)) => Some(Session::start(worker.clone(), login.finish(), *parts)),
         Ok(Done::Console) => {
             login.hand_to_console();
             None
@@ -143,7 +143,7 @@ async fn cancel(shared: &Shared, channel: ClientChannel, pid: i32, key: &[u8]) {
 
 /// What a login came to.
 enum Done {
-    Session(Link),
+    Session(Box<Link>),
     Console,
 }
 
@@ -185,7 +185,7 @@ impl LoginInProgress<'_> {
         if is_console {
             return self.may_use_console().map(|()| Done::Console);
         }
-        self.connect(credential).await.map(Done::Session)
+        self.connect(credential).await.map(|link| Done::Session(Box::new(link)))
     }
 
     /// Where verifiers are read: the server that the database runs on. The console answers whoever is active, and when

@@ -38,11 +38,14 @@ use crate::wire::message;
 /// How long an old backend may take to hand over its last notifications and to close.
 const OLD_BACKEND: Duration = Duration::from_secs(1);
 
+/// The cutover for which names were read, and the names.
+type NamesAt = (Epoch, Arc<Vec<String>>);
+
 /// Names of custom settings that a database's own objects use, read once for each database and cutover.
 #[derive(Debug)]
 pub(super) struct CatalogueNames {
     runtime: tokio::runtime::Handle,
-    known: Mutex<HashMap<(ServerRole, String), (Epoch, Arc<Vec<String>>)>>,
+    known: Mutex<HashMap<(ServerRole, String), NamesAt>>,
 }
 
 impl CatalogueNames {
@@ -85,14 +88,17 @@ struct Opened {
 /// How far a move is.
 enum Stage {
     /// The backend is being opened.
-    Opening(JoinHandle<Result<Opened, String>>),
+    Opening(JoinHandle<Result<Box<Opened>, String>>),
     /// It is open; no state is on it.
-    Open(Opened),
+    Open(Box<Opened>),
     /// It has the session's state as of the last capture.
-    Filled { opened: Opened, state: State, report: ReplayReport },
+    Filled { opened: Box<Opened>, state: Box<State>, report: ReplayReport },
     /// It could not be opened or filled.
     Failed,
 }
+
+/// A backend, what was replayed on it, if anything, and why the session cannot be moved.
+type Filled = (Box<Opened>, Option<(Box<State>, ReplayReport)>, Vec<Blocker>);
 
 /// A move that was ordered.
 pub(super) struct Moving {
@@ -129,11 +135,11 @@ async fn open(
     from: ServerRole,
     order: MoveOrder,
     database: Arc<crate::switch::Database>,
-) -> Result<Opened, String> {
+) -> Result<Box<Opened>, String> {
     let from = (from, shared.connector(from).clone());
     let names = shared.catalogue.of(from, database.name(), order.epoch).await?;
     let backend = backend::open(&shared, &login, &database, order.to).await.map_err(|error| describe(&error))?;
-    Ok(Opened { backend, names })
+    Ok(Box::new(Opened { backend, names }))
 }
 
 fn describe(error: &ConnectError) -> String {
@@ -286,7 +292,7 @@ impl Session {
 
     /// Brings the state of the session's backend to the other one. What is returned as replayed is there, and only
     /// that: a later difference is taken from it.
-    async fn fill(&mut self, stage: Stage) -> Result<(Opened, Option<(State, ReplayReport)>, Vec<Blocker>), Unmoved> {
+    async fn fill(&mut self, stage: Stage) -> Result<Filled, Unmoved> {
         let (mut opened, before) = match stage {
             Stage::Open(opened) => (opened, None),
             Stage::Filled { opened, state, report } => (opened, Some((state, report))),
@@ -294,7 +300,7 @@ impl Session {
                 return Err(Unmoved::Because("no backend on the other server".to_owned()));
             }
         };
-        let state = self.capture(&opened.names).await?;
+        let state = Box::new(self.capture(&opened.names).await?);
         let mut blockers = state.blockers().to_vec();
         if !blockers.is_empty() && before.is_none() {
             // Nothing is replayed that cannot be complete; the backend stays for another try.
@@ -388,7 +394,7 @@ impl Session {
         Ok(())
     }
 
-    fn prepared_for(&mut self, to: ServerRole) -> Option<(Opened, bool)> {
+    fn prepared_for(&mut self, to: ServerRole) -> Option<(Box<Opened>, bool)> {
         if !self.is_prepared() || self.moving.as_ref().is_none_or(|moving| moving.order.to != to) {
             return None;
         }
@@ -399,7 +405,7 @@ impl Session {
     }
 
     /// A session that was not prepared, or was touched since, moves itself now.
-    async fn move_late(&mut self, order: MoveOrder) -> Result<(Opened, bool), End> {
+    async fn move_late(&mut self, order: MoveOrder) -> Result<(Box<Opened>, bool), End> {
         let told = |reason: String| End::Told(ClientError::MoveFailed { reason: reason.into() });
         let stage = match self.moving.take().map(|moving| *moving) {
             Some(Moving { order: known, stage, .. }) if known.to == order.to => stage,

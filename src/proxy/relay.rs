@@ -475,10 +475,10 @@ fn is_tracked(tag: u8) -> bool {
 /// Only TLS holds written bytes back.
 #[inline]
 fn flush_tls(stream: &mut Stream, cx: &mut Context<'_>) -> io::Result<()> {
-    if let Stream::Tls(tls) = stream {
-        if let Poll::Ready(flushed) = Pin::new(tls).poll_flush(cx) {
-            return flushed;
-        }
+    if let Stream::Tls(tls) = stream
+        && let Poll::Ready(flushed) = Pin::new(tls).poll_flush(cx)
+    {
+        return flushed;
     }
     Ok(())
 }

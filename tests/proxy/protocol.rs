@@ -62,7 +62,7 @@ async fn pipelines_suspended_portals_and_errors_keep_their_order() {
     for expected in "12DDs".chars() {
         assert_eq!(client.next().await.map(|message| message.tag), Some(expected));
     }
-    assert_eq!(rig.until(SessionState::Active).await.in_transaction, true);
+    assert!(rig.until(SessionState::Active).await.in_transaction);
     client.send(&[execute(0), sync()].concat()).await;
     assert_eq!(client.tags_until_ready().await, "DDDCZT");
     client.send(&query("COMMIT")).await;

@@ -96,7 +96,7 @@ async fn challenge(
 ) -> Result<Challenge, AuthError> {
     if auth.method == AuthMethod::Trust {
         // Somebody must still log in to the server; the users file may know how.
-        let credential = match verifiers.from_file(user) {
+        let credential = match verifiers.in_file(user) {
             Some(Stored::Plain { password, .. }) => Credential::Password(password),
             Some(Stored::Md5(hash)) => Credential::Md5Hash(hash),
             Some(Stored::Scram(_)) | None => Credential::None,

@@ -66,6 +66,9 @@ impl VerifierError {
     }
 }
 
+/// When it was read, and what was stored, if anything.
+type Remembered = (Instant, Option<Stored>);
+
 /// Looks up verifiers. Shared by all workers.
 #[derive(Debug)]
 pub(in crate::proxy) struct Verifiers {
@@ -77,7 +80,7 @@ pub(in crate::proxy) struct Verifiers {
     target: Connector,
     runtime: tokio::runtime::Handle,
     sessions: [AsyncMutex<Option<Arc<Control>>>; 2],
-    cache: Mutex<HashMap<(ServerRole, String), (Instant, Option<Stored>)>>,
+    cache: Mutex<HashMap<(ServerRole, String), Remembered>>,
     /// Seed of made-up salts.
     secret: [u8; 32],
 }
@@ -119,7 +122,7 @@ impl Verifiers {
     }
 
     /// What the users file says, if there is one.
-    pub(in crate::proxy) fn from_file(&self, user: &str) -> Option<Stored> {
+    pub(in crate::proxy) fn in_file(&self, user: &str) -> Option<Stored> {
         self.file.as_ref()?.get(user).cloned()
     }
 
@@ -129,7 +132,7 @@ impl Verifiers {
         active: ServerRole,
         user: &str,
     ) -> Result<Option<Stored>, VerifierError> {
-        if let Some(stored) = self.from_file(user) {
+        if let Some(stored) = self.in_file(user) {
             return Ok(Some(stored));
         }
         if self.query.is_empty() {
