@@ -18,6 +18,7 @@
 //! standard error names next; a dump whose two accounts do not agree to the end is refused. `_printTocEntry` and
 //! `restore_toc_entry` in PostgreSQL's `pg_backup_archiver.c` write both.
 
+use std::borrow::Cow;
 use std::collections::HashMap;
 
 use sha2::{Digest, Sha256};
@@ -125,7 +126,8 @@ fn cut(body: &str, headers: Vec<(usize, Header)>, preamble_settings: Vec<String>
     let mut entries = Vec::with_capacity(headers.len());
     for ((start, header), end) in headers.into_iter().zip(ends) {
         let (sql, next_settings) = split_settings(&body[start + header.length..end]);
-        let mut key = digest(&header, sql);
+        let sql = without_attribute_versions(&header.kind, sql);
+        let mut key = digest(&header, &sql);
         let repeats = seen.entry(key.clone()).or_default();
         *repeats += 1;
         if *repeats > 1 {
@@ -146,6 +148,30 @@ fn cut(body: &str, headers: Vec<(usize, Header)>, preamble_settings: Vec<String>
         apply_settings(&mut in_force, next_settings);
     }
     entries
+}
+
+/// Minor releases such as 15.20 note versions of columns in `pg_attribute.attoptions` (`pg_attver=…`). Their own pg_dump
+/// leaves these out; the pg_dump of a release that does not know them prints them, and no server takes them back.
+fn without_attribute_versions<'a>(kind: &str, sql: &'a str) -> Cow<'a, str> {
+    let has_columns = matches!(kind, "TABLE" | "FOREIGN TABLE" | "MATERIALIZED VIEW" | "VIEW");
+    if !has_columns || !sql.contains("pg_attver=") {
+        return Cow::Borrowed(sql);
+    }
+    Cow::Owned(sql.split_inclusive('\n').filter_map(without_attribute_version).collect())
+}
+
+/// The line as it stays; none: it sets nothing else.
+fn without_attribute_version(line: &str) -> Option<Cow<'_, str>> {
+    let statement = line.trim_end_matches('\n');
+    let parts = statement.strip_suffix(");").and_then(|rest| rest.rsplit_once(" SET ("));
+    let Some((before, options)) = parts.filter(|_| statement.starts_with("ALTER ")) else {
+        return Some(Cow::Borrowed(line));
+    };
+    if !before.contains(" ALTER COLUMN ") || !options.contains("pg_attver=") {
+        return Some(Cow::Borrowed(line));
+    }
+    let kept: Vec<&str> = options.split(", ").filter(|option| !option.starts_with("pg_attver=")).collect();
+    (!kept.is_empty()).then(|| Cow::Owned(format!("{before} SET ({});\n", kept.join(", "))))
 }
 
 fn digest(header: &Header, sql: &str) -> String {
@@ -369,6 +395,17 @@ mod tests {
         );
         assert_eq!(toc.entries[0].dependencies, [3, 4]);
         assert!(toc.standard_strings);
+    }
+
+    #[test]
+    fn versions_that_a_server_notes_of_columns_are_left_out() {
+        let table = "CREATE TABLE public.t (\n    a integer DEFAULT 'SET (pg_attver=1);'\n);\n\
+                     ALTER TABLE ONLY public.t ALTER COLUMN a SET (pg_attver=26520280);\n\
+                     ALTER TABLE ONLY public.t ALTER COLUMN b SET (n_distinct=5, pg_attver=1);\n";
+        let left = "CREATE TABLE public.t (\n    a integer DEFAULT 'SET (pg_attver=1);'\n);\n\
+                    ALTER TABLE ONLY public.t ALTER COLUMN b SET (n_distinct=5);\n";
+        assert_eq!(without_attribute_versions("TABLE", table), left);
+        assert_eq!(without_attribute_versions("FUNCTION", table), table);
     }
 
     #[test]
