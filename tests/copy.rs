@@ -94,6 +94,12 @@ async fn awkward_definitions_and_rows_arrive_the_same() {
         "CREATE FUNCTION et() RETURNS event_trigger LANGUAGE plpgsql AS 'BEGIN END';
          CREATE EVENT TRIGGER et ON ddl_command_end EXECUTE PROCEDURE et();",
     );
+    let target = support::connect(&rig.target_cluster, "postgres").await;
+    let awkward = match target.batch_execute("SELECT '<a>1</a>'::xml").await {
+        Ok(()) => awkward,
+        // Built without libxml: such a server cannot take what an XML column holds.
+        Err(_) => awkward.replace("'<a>1</a>'", "NULL"),
+    };
     rig.make_source(&awkward).await;
     if rig.source_cluster.major() >= 11 {
         rig.on_source(
