@@ -84,6 +84,8 @@ impl World {
         let mut config = Config::new(server(&source), server(&target));
         config.migration.copy_workers = 3;
         config.migration.index_workers = 2;
+        // The newest pg_dump reads sources of every major.
+        config.migration.bindir = support::installations().newest_with_client_tools().map(|tools| tools.bindir.clone());
         Self { source, target, config: Arc::new(config) }
     }
 
