@@ -18,6 +18,9 @@ use crate::postgres::Control;
 /// Tries to lock the tables of the publication, each bounded by `lock_timeout`.
 const ATTEMPTS: u32 = 30;
 
+/// One turn of waiting for writers when a publication is dropped; PostgreSQL's `deadlock_timeout` is one second.
+const DROP_LOCK_TIMEOUT: Duration = Duration::from_millis(300);
+
 /// Publication or slot could not be made.
 #[derive(Debug, thiserror::Error)]
 pub enum PublicationError {
@@ -47,10 +50,11 @@ pub async fn create(
     let marker = QualifiedName::new("pgcutover", "marker");
     let list: Vec<String> = tables.iter().chain([&marker]).map(|table| format!("ONLY {table}")).collect();
     let script = format!(
-        "SET LOCAL lock_timeout = {}; DROP PUBLICATION IF EXISTS {publication}; CREATE PUBLICATION {publication} FOR TABLE {}",
+        "SET LOCAL lock_timeout = {}; CREATE PUBLICATION {publication} FOR TABLE {}",
         lock_timeout.as_millis().max(1),
         list.join(", ")
     );
+    drop_publication(source, name).await?;
     let mut attempt = 1;
     loop {
         let transaction = source.transaction().await.map_err(failed("CREATE PUBLICATION"))?;
@@ -69,6 +73,46 @@ pub async fn create(
 /// The statement that removes it and succeeds when it is not there.
 pub fn drop_publication_sql(name: &str) -> String {
     format!("DROP PUBLICATION IF EXISTS {}", quote_ident(name))
+}
+
+/// Removes the publication while nobody writes to its tables; nothing when it is not there. A statement that has just
+/// looked up which publications its table is in, and then finds one of them gone, fails with an internal error
+/// (`GetRelationPublicationActions` in PostgreSQL's relcache.c), and that statement would be the application's. The lock
+/// is waited for in turns that are shorter than `deadlock_timeout`, so that no transaction of the application is ended
+/// as a deadlock's victim.
+pub async fn drop_publication(source: &Control, name: &str) -> Result<(), PublicationError> {
+    let doing = "DROP PUBLICATION";
+    let tables = source
+        .query("SELECT schemaname, tablename FROM pg_catalog.pg_publication_tables WHERE pubname = $1", &[&name])
+        .await
+        .map_err(failed(doing))?;
+    let drop = drop_publication_sql(name);
+    if tables.is_empty() {
+        return source.batch_execute(&drop).await.map_err(failed(doing));
+    }
+    let tables: Vec<String> = tables
+        .iter()
+        .map(|row| format!("ONLY {}", QualifiedName::new(row.get::<_, &str>(0), row.get::<_, &str>(1))))
+        .collect();
+    let guarded = format!(
+        "BEGIN; SET LOCAL lock_timeout = {}; LOCK TABLE {} IN SHARE MODE; {drop}; COMMIT",
+        DROP_LOCK_TIMEOUT.as_millis(),
+        tables.join(", ")
+    );
+    for _ in 0..ATTEMPTS {
+        match source.batch_execute(&guarded).await {
+            Ok(()) => return Ok(()),
+            Err(error) => {
+                source.batch_execute("ROLLBACK").await.map_err(failed(doing))?;
+                if error.code().is_none_or(|code| code.code() != "55P03") {
+                    return Err(failed(doing)(error));
+                }
+            }
+        }
+        tokio::time::sleep(DROP_LOCK_TIMEOUT).await;
+    }
+    // Somebody writes for longer than we wait; what is left of the danger is a moment.
+    source.batch_execute(&drop).await.map_err(failed(doing))
 }
 
 /// The statement that removes the slot and succeeds when it is not there; fails while a walsender uses it.

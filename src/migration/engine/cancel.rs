@@ -91,6 +91,9 @@ impl Sessions<'_> {
         if is_slot {
             return Ok(publication::drop_slot(session, &object.name).await?);
         }
+        if object.kind == "publication" {
+            return Ok(publication::drop_publication(session, &object.name).await?);
+        }
         let removed = session.batch_execute(sql).await;
         removed.map_err(|source| WorkError::Query { doing: "removing it", source })
     }
