@@ -1,6 +1,7 @@
 //! Premigration validation, on real servers: each rule finds what it is for, and a sound source passes.
 #![expect(clippy::unwrap_used, reason = "a test fails by panicking")]
 
+#[expect(dead_code, reason = "the copy's tests use the rest of it")]
 #[path = "support/rig.rs"]
 mod rig;
 mod support;

@@ -35,9 +35,14 @@ pub struct Admission {
     pub epoch: Epoch,
 }
 
+impl Default for Cell {
+    fn default() -> Self {
+        Self::new()
+    }
+}
+
 impl Cell {
     /// An idle cell. It must be registered with its database before its first use.
-    #[expect(clippy::new_without_default, reason = "an unregistered cell protects nothing, so none is made casually")]
     pub fn new() -> Self {
         Self(AtomicBool::new(false))
     }

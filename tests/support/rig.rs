@@ -1,7 +1,6 @@
 //! Two throw-away servers, and each step of a copy between them.
 
 #![expect(clippy::unwrap_used, reason = "a test fails by panicking")]
-#![expect(dead_code, reason = "each test binary uses its own part of this module")]
 
 use std::collections::{BTreeMap, HashMap};
 use std::sync::{Arc, Mutex};
