@@ -40,7 +40,7 @@ async fn a_cutover_switches_and_leaves_the_old_server_fenced() {
         .await
         .expect("sequences can be read");
     assert_eq!((sequences.get::<_, i64>(0), sequences.get::<_, i64>(1), sequences.get::<_, i64>(2)), (6, 7, 1));
-    let refused = try_connect(&stage.source.config("shop")).await.err().expect("the old server is shut");
+    let Err(refused) = try_connect(&stage.source.config("shop")).await else { panic!("the old server is shut") };
     assert_eq!(refused.code().map(|code| code.code()), Some("55000"));
 
     // A second start finds the same, and the same order again is refused with a reason.

@@ -78,7 +78,7 @@ async fn version(path: &Path) -> Option<u32> {
 /// Attempts at a dump while somebody holds a table exclusively.
 const LOCK_ATTEMPTS: u32 = 30;
 
-/// See [`super::dump`].
+/// See [`dump`](super::dump()).
 pub(super) async fn dump(
     pg_dump: &PgDump,
     source: &Connector,

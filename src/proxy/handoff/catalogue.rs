@@ -20,7 +20,7 @@ const TEXTS: &str = "
     UNION ALL SELECT 'SET ' || pg_catalog.split_part(setting, '=', 1) || ' = x'
         FROM pg_catalog.pg_db_role_setting, LATERAL pg_catalog.unnest(setconfig) AS setting";
 
-/// Reads them; to be asked once for each database, and passed to every [`super::capture`] there.
+/// Reads them; to be asked once for each database, and passed to every [`capture`](super::capture()) there.
 pub async fn catalogue_settings(client: &tokio_postgres::Client) -> Result<Vec<String>, tokio_postgres::Error> {
     let mut names = BTreeSet::new();
     for row in client.query(TEXTS, &[]).await? {
