@@ -1,5 +1,6 @@
 //! The demo's last word, for people and for scripts.
 
+use std::collections::HashSet;
 use std::fmt;
 use std::time::Duration;
 
@@ -94,6 +95,12 @@ impl Report {
         let mut complaints: Vec<String> = outcomes.iter().flat_map(|outcome| outcome.errors.clone()).take(20).collect();
         complaints.extend(run.direct_writes_accepted.iter().cloned());
         complaints.extend(inspection.differences.iter().take(20).cloned());
+        let heard: HashSet<i64> = outcomes.iter().flat_map(|outcome| &outcome.heard).copied().collect();
+        let lost = || outcomes.iter().flat_map(|outcome| &outcome.notified).filter(|number| !heard.contains(number));
+        if lost().next().is_some() {
+            let after = lost().filter(|number| !inspection.source_writes.contains_key(number)).count();
+            complaints.push(format!("notifications lost: {}, of these sent after the switch: {after}", lost().count()));
+        }
         if writes.phantoms > 0 {
             complaints.push(format!("{} writes that were rolled back are on the target", writes.phantoms));
         }

@@ -123,6 +123,8 @@ struct Orders {
     think_time: Duration,
     tally: Arc<Tally>,
     stop: CancellationToken,
+    /// The listener listens: nobody sends before.
+    listening: CancellationToken,
 }
 
 /// The running application. Dropped: its clients are aborted.
@@ -138,6 +140,7 @@ impl Workload {
     pub fn start(config: &tokio_postgres::Config, clients: usize, size: Size) -> Self {
         let stop = CancellationToken::new();
         let stop_listening = CancellationToken::new();
+        let listening = CancellationToken::new();
         let tally = Arc::new(Tally::default());
         let mut running = JoinSet::new();
         for client in 1..=clients {
@@ -153,6 +156,7 @@ impl Workload {
                 think_time: Duration::from_millis(15),
                 tally: Arc::clone(&tally),
                 stop: stop.clone(),
+                listening: listening.clone(),
             };
             match kind {
                 Kind::Listener => running.spawn(listener::run(orders)),

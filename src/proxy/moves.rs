@@ -451,13 +451,14 @@ impl Session {
         let told: Vec<_> = self.backend.as_ref().map(|own| own.connection.parameters.clone()).unwrap_or_default();
         let old = self.backend.take();
         if listens {
-            let ours = self.worker.shared.sessions.backend_pids(self.local.database.name());
             let mut old = old;
             let (from_old, from_new) = tokio::join!(
                 last_words(old.as_mut().map(|old| &mut old.connection)),
                 last_words(Some(&mut new.connection))
             );
             from_old.iter().for_each(|frame| append(&mut self.down.buffer, frame));
+            // Asked after the words came: a session that moved meanwhile may be among those who sent them.
+            let ours = self.worker.shared.sessions.backend_pids(self.local.database.name());
             // What the target's own triggers sent while changes were applied has been heard already, from the source.
             let own_pid = new.connection.pid;
             let heard =

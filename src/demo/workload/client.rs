@@ -30,6 +30,11 @@ pub(super) async fn run(orders: Orders) -> Outcome {
     let mut outcome = Outcome::new(orders.client);
     let mut random = StdRng::seed_from_u64(u64::try_from(orders.client).unwrap_or_default());
     let mut connections = 0_u64;
+    // Both arms only wait; dropping either loses nothing.
+    tokio::select! {
+        () = orders.listening.cancelled() => {}
+        () = orders.stop.cancelled() => {}
+    }
     while !orders.stop.is_cancelled() {
         connections += 1;
         outcome.reconnects = connections - 1;

@@ -56,6 +56,7 @@ async fn listen(orders: &Orders, outcome: &mut Outcome) -> Result<(), String> {
             result = &mut driver => return result,
         }
     }
+    orders.listening.cancel();
     loop {
         // Each arm may be dropped: the channel keeps what was received, and the driver is polled again by reference.
         tokio::select! {
