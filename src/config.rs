@@ -4,6 +4,7 @@
 
 mod error;
 mod load;
+pub mod network;
 mod reader;
 mod settings;
 #[cfg(test)]
@@ -17,6 +18,7 @@ use std::time::Duration;
 
 pub use error::{ConfigError, Origin, Problem};
 pub use load::{DEFAULT_AUTH_QUERY, DEFAULT_PORT, load, load_admin};
+pub use network::Network;
 pub use reader::nearest;
 pub use settings::{Changes, Live, Setting};
 
@@ -104,6 +106,8 @@ pub struct Listen {
     pub unix_socket_dir: Option<PathBuf>,
     /// Certificate and key offered to clients; none: SSLRequest is answered `N`.
     pub tls: Option<ListenTls>,
+    /// Balancers that begin every connection with a PROXY protocol header of version 2, and are believed.
+    pub proxy_protocol_from: Vec<Network>,
     /// Threads that serve sessions, one runtime each; default: the number of cores.
     pub workers: usize,
 }
@@ -117,6 +121,67 @@ pub struct ListenTls {
     pub key: PathBuf,
     /// Refuse clients on TCP that do not ask for TLS.
     pub required: bool,
+    /// Oldest version of the protocol that is spoken.
+    pub min_version: TlsVersion,
+    /// PEM certificates of authorities that client certificates must come from; none: clients are asked for none.
+    pub client_ca: Option<PathBuf>,
+    /// What clients are asked for.
+    pub client_certificates: ClientCertificates,
+}
+
+impl ListenTls {
+    /// Every default, for this certificate chain and key.
+    pub fn new(certificate: PathBuf, key: PathBuf) -> Self {
+        Self {
+            certificate,
+            key,
+            required: false,
+            min_version: TlsVersion::Tls12,
+            client_ca: None,
+            client_certificates: ClientCertificates::Off,
+        }
+    }
+}
+
+/// Version of TLS.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum TlsVersion {
+    /// 1.2
+    Tls12,
+    /// 1.3
+    Tls13,
+}
+
+impl TlsVersion {
+    /// The word of the configuration.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::Tls12 => "1.2",
+            Self::Tls13 => "1.3",
+        }
+    }
+}
+
+/// Whether TLS clients are asked for a certificate.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum ClientCertificates {
+    /// No.
+    Off,
+    /// Yes; one that is given must be good, and rules may ask for it (`cert`, `clientcert=`).
+    Verify,
+    /// Yes, and nobody comes in without.
+    Require,
+}
+
+impl ClientCertificates {
+    /// The word of the configuration.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::Off => "off",
+            Self::Verify => "verify",
+            Self::Require => "require",
+        }
+    }
 }
 
 /// `[control]`

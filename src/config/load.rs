@@ -80,14 +80,21 @@ fn listen(mut section: Section<'_>) -> Listen {
     let certificate = section.path("tls_certificate");
     let key = section.path("tls_key");
     let required = section.flag("tls_required", false);
+    let versions = [("1.2", TlsVersion::Tls12), ("1.3", TlsVersion::Tls13)];
+    let min_version = section.choice("tls_min_version", TlsVersion::Tls12, &versions);
+    let (client_ca, client_certificates) = client_certificates(&mut section);
+    let proxy_protocol_from = section.networks("proxy_protocol_from");
     let cores = std::thread::available_parallelism().map_or(1, usize::from);
     let workers = section.number("workers", cores, 1..=1024);
     let tls = match (certificate, key) {
-        (Some(certificate), Some(key)) => Some(ListenTls { certificate, key, required }),
+        (Some(certificate), Some(key)) => {
+            Some(ListenTls { certificate, key, required, min_version, client_ca, client_certificates })
+        }
         (None, None) => {
-            if required {
-                let origin = section.origin("tls_required").unwrap_or(Origin::Whole);
-                section.bad("tls_required", origin, "needs tls_certificate and tls_key");
+            let needing = [("tls_required", required), ("tls_client_ca", client_ca.is_some())];
+            for (key, _) in needing.into_iter().filter(|(_, set)| *set) {
+                let origin = section.origin(key).unwrap_or(Origin::Whole);
+                section.bad(key, origin, "needs tls_certificate and tls_key");
             }
             None
         }
@@ -99,7 +106,21 @@ fn listen(mut section: Section<'_>) -> Listen {
             None
         }
     };
-    Listen { address, unix_socket_dir, tls, workers }
+    Listen { address, unix_socket_dir, tls, proxy_protocol_from, workers }
+}
+
+/// Authorities and what is asked for; with authorities alone, certificates are checked where they are given.
+fn client_certificates(section: &mut Section<'_>) -> (Option<PathBuf>, ClientCertificates) {
+    let authorities = section.path("tls_client_ca");
+    let words = [ClientCertificates::Off, ClientCertificates::Verify, ClientCertificates::Require]
+        .map(|choice| (choice.as_str(), choice));
+    let default = if authorities.is_some() { ClientCertificates::Verify } else { ClientCertificates::Off };
+    let asked = section.choice("tls_client_cert", default, &words);
+    if asked != ClientCertificates::Off && authorities.is_none() {
+        let origin = section.origin("tls_client_cert").unwrap_or(Origin::Whole);
+        section.bad("tls_client_cert", origin, "needs tls_client_ca, the PEM file with the authorities to believe");
+    }
+    (authorities, asked)
 }
 
 fn control(mut section: Section<'_>) -> Control {

@@ -14,7 +14,7 @@ use toml::de::{DeTable, DeValue};
 
 use super::error::{Origin, Problem};
 use super::units::{parse_duration, parse_size};
-use super::{Environment, Secret};
+use super::{Environment, Network, Secret};
 
 /// Prefix of every environment override.
 const PREFIX: &str = "PGCUTOVER_";
@@ -274,6 +274,19 @@ impl Section<'_> {
             }
             other => self.wrong_kind(key, found.origin, "a list of texts, such as [\"postgres\"]", &other),
         }
+    }
+
+    /// A list of ranges of addresses; an empty one when the key is absent.
+    pub fn networks(&mut self, key: &'static str) -> Vec<Network> {
+        let origin = self.origin(key).unwrap_or(Origin::Whole);
+        let mut networks = Vec::new();
+        for text in self.list(key).unwrap_or_default() {
+            match Network::parse(&text) {
+                Ok(network) => networks.push(network),
+                Err(message) => self.bad(key, origin.clone(), &message),
+            }
+        }
+        networks
     }
 
     /// `address:port`.

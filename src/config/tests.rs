@@ -152,6 +152,24 @@ fn mistakes_are_named_with_their_line_and_the_nearest_key() {
 }
 
 #[test]
+fn what_clients_meet_before_they_log_in_is_checked_together() {
+    let listen = |line: &'static str| problems(|f| f.replace("[admin]", &format!("{line}\n[admin]")), &[]);
+    for (line, expected) in [
+        ("tls_client_cert = \"require\"", "f:5: [listen] tls_client_cert: needs tls_client_ca"),
+        ("tls_client_ca = \"ca.crt\"", "f:5: [listen] tls_client_ca: needs tls_certificate and tls_key"),
+        ("tls_min_version = \"1.1\"", "f:5: [listen] tls_min_version: \"1.1\" is not one of \"1.2\", \"1.3\""),
+        ("proxy_protocol_from = [\"10.0.0.0/99\"]", "f:5: [listen] proxy_protocol_from: \"10.0.0.0/99\" is not an"),
+    ] {
+        let found = listen(line);
+        assert!(found.iter().any(|line| line.starts_with(expected)), "expected {expected:?}, found {found:#?}");
+    }
+    let tls = "tls_certificate = \"a\"\ntls_key = \"b\"\ntls_client_ca = \"ca.crt\"\n[admin]";
+    let config = good(&MINIMAL.replace("[admin]", tls), &[("TARGET_PASSWORD", "t4rget")]);
+    let tls = config.listen.tls.expect("set");
+    assert_eq!(tls.client_certificates, ClientCertificates::Verify, "the default where authorities are named");
+}
+
+#[test]
 fn more_mistakes_at_once_are_all_reported() {
     let found = problems(|f| f.replace("users =", "uses =").replace("host = \"10.0.0.6\"", "hots = \"10.0.0.6\""), &[]);
     assert_eq!(found.len(), 3, "{found:#?}");

@@ -24,8 +24,13 @@ pub enum ClientError {
     Unsupported(Cow<'static, str>),
     /// The startup packet names no user.
     NoUser,
-    /// Bytes came in the clear behind an SSLRequest: somebody may have injected them.
-    PlaintextAfterSslRequest,
+    /// The client is not let in, in PostgreSQL's words for the case.
+    Authorization(Cow<'static, str>),
+    /// Bytes came in the clear behind a request for encryption: somebody may have injected them.
+    PlaintextAfterRequest {
+        /// PostgreSQL's name of the encryption.
+        encryption: &'static str,
+    },
     /// TLS is required on TCP.
     TlsRequired,
     /// Clear text passwords are asked for, and the connection is not private.
@@ -90,9 +95,11 @@ impl ClientError {
     pub fn code(&self) -> &str {
         match self {
             Self::PasswordFailed { code, .. } => code,
-            Self::Protocol(_) | Self::PlaintextAfterSslRequest => sqlstate::PROTOCOL_VIOLATION,
+            Self::Protocol(_) | Self::PlaintextAfterRequest { .. } => sqlstate::PROTOCOL_VIOLATION,
             Self::Unsupported(_) => sqlstate::FEATURE_NOT_SUPPORTED,
-            Self::NoUser | Self::TlsRequired | Self::CleartextRefused => sqlstate::INVALID_AUTHORIZATION,
+            Self::NoUser | Self::TlsRequired | Self::CleartextRefused | Self::Authorization(_) => {
+                sqlstate::INVALID_AUTHORIZATION
+            }
             Self::TooManyClients => sqlstate::TOO_MANY_CONNECTIONS,
             Self::LoginTimeout => sqlstate::INVALID_AUTHORIZATION,
             Self::RouteUnknown { .. } => sqlstate::CANNOT_CONNECT_NOW,
@@ -117,9 +124,11 @@ impl ClientError {
     fn message(&self) -> Cow<'_, str> {
         match self {
             Self::PasswordFailed { user, .. } => format!("password authentication failed for user \"{user}\"").into(),
-            Self::Protocol(text) | Self::Unsupported(text) => text.as_ref().into(),
+            Self::Protocol(text) | Self::Unsupported(text) | Self::Authorization(text) => text.as_ref().into(),
             Self::NoUser => "no PostgreSQL user name specified in startup packet".into(),
-            Self::PlaintextAfterSslRequest => "received unencrypted data after SSL request".into(),
+            Self::PlaintextAfterRequest { encryption } => {
+                format!("received unencrypted data after {encryption} request").into()
+            }
             Self::TlsRequired => "connection requires TLS".into(),
             Self::CleartextRefused => "clear text passwords need TLS or a Unix socket".into(),
             Self::TooManyClients => "sorry, too many clients already".into(),
@@ -145,7 +154,7 @@ impl ClientError {
 
     fn detail(&self) -> Option<Cow<'_, str>> {
         match self {
-            Self::PlaintextAfterSslRequest => {
+            Self::PlaintextAfterRequest { .. } => {
                 Some("This could be either a client-software bug or evidence of an attempted man-in-the-middle attack.".into())
             }
             Self::ServerLost { in_doubt: true } => {
@@ -199,7 +208,8 @@ mod tests {
             (ClientError::Protocol("x".into()), "FATAL", "08P01"),
             (ClientError::Unsupported("x".into()), "FATAL", "0A000"),
             (ClientError::NoUser, "FATAL", "28000"),
-            (ClientError::PlaintextAfterSslRequest, "FATAL", "08P01"),
+            (ClientError::Authorization("x".into()), "FATAL", "28000"),
+            (ClientError::PlaintextAfterRequest { encryption: "SSL" }, "FATAL", "08P01"),
             (ClientError::TlsRequired, "FATAL", "28000"),
             (ClientError::CleartextRefused, "FATAL", "28000"),
             (ClientError::TooManyClients, "FATAL", "53300"),

@@ -2,22 +2,54 @@
 //!
 //! ```text
 //! client                         proxy
+//!   PROXY header   ───────────▶                         (from a balancer that is believed, and only from one)
 //!   GSSENCRequest  ───────────▶  N
 //!   SSLRequest     ───────────▶  S, TLS handshake      (N where no certificate is configured)
 //!   StartupMessage ───────────▶  authentication …      (CancelRequest: passed to its session, then closed)
+//!
+//!   TLS ClientHello ──────────▶  TLS handshake         (direct negotiation: no SSLRequest, ALPN is a must)
+//!   StartupMessage ───────────▶  authentication …
 //! ```
 //!
-//! Nothing that came in the clear behind an SSLRequest is ever taken for encrypted.
+//! Nothing that came in the clear behind a request for encryption is ever taken for encrypted. Nothing here is longer
+//! than a startup packet may be, and every request for encryption is answered once.
 
 use std::io;
+use std::net::SocketAddr;
 
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
-use tokio_rustls::TlsAcceptor;
 
 use super::client_error::ClientError;
+use super::tls::{Secured, ServerTls};
+use crate::config::Network;
 use crate::postgres::Stream;
 use crate::wire::frame::{HEADER_BYTES, Header};
+use crate::wire::proxy_protocol::{self, Origin, ProxyHeaderError};
 use crate::wire::startup::{self, SessionStartup, Startup, StartupError};
+
+/// First byte of a TLS record that carries a handshake; as the first byte of a startup packet it would be a length of
+/// hundreds of megabytes.
+const TLS_HANDSHAKE: u8 = 0x16;
+
+/// Who is at the other end, as far as it is known before it says so itself.
+#[derive(Clone, Debug, Default)]
+pub(super) struct Peer {
+    /// Where the client is: the socket's other end, or what a balancer says. None: a Unix socket.
+    pub(super) address: Option<SocketAddr>,
+    /// What the TLS connection says; none: in the clear, or a Unix socket.
+    pub(super) secured: Option<Secured>,
+}
+
+impl Peer {
+    pub(super) fn new(address: Option<SocketAddr>) -> Self {
+        Self { address, secured: None }
+    }
+
+    /// `address:port`, or `unix`.
+    pub(super) fn shown(&self) -> String {
+        self.address.map_or_else(|| "unix".to_owned(), |address| address.to_string())
+    }
+}
 
 /// A client that is not in the relay yet: reads of exactly what is needed, writes that are gathered.
 #[derive(Debug)]
@@ -43,6 +75,13 @@ impl ClientChannel {
         Ok(std::mem::replace(&mut self.input, rest))
     }
 
+    /// The next `count` bytes, and none beyond: what follows them on the socket is for somebody else.
+    async fn read_alone<const COUNT: usize>(&mut self) -> io::Result<[u8; COUNT]> {
+        let mut bytes = [0; COUNT];
+        self.stream.read_exact(&mut bytes).await?;
+        Ok(bytes)
+    }
+
     /// Reads what there is. Cancel-safe.
     pub(super) async fn read_some(&mut self) -> io::Result<()> {
         if self.stream.read_buf(&mut self.input).await? == 0 {
@@ -66,14 +105,11 @@ impl ClientChannel {
     }
 
     /// The TLS handshake. Nothing may have been read beyond the SSLRequest.
-    async fn into_tls(self, offer: &TlsOffer<'_>) -> io::Result<Self> {
-        match (offer.acceptor, self.stream) {
-            (Some(acceptor), Stream::Tcp(stream)) => {
-                let stream = acceptor.accept(stream).await?;
-                Ok(Self::new(Stream::Tls(Box::new(stream.into()))))
-            }
-            (_, stream) => Ok(Self { stream, input: self.input, out: self.out }),
-        }
+    async fn into_tls(self, tls: &ServerTls) -> io::Result<(Self, Secured)> {
+        let Stream::Tcp(stream) = self.stream else { return Err(io::ErrorKind::Unsupported.into()) };
+        let stream = tls.acceptor.accept(stream).await?.into();
+        let facts = tls.facts(&stream);
+        Ok((Self::new(Stream::Tls(Box::new(stream))), facts))
     }
 
     /// Writes what is gathered.
@@ -114,6 +150,12 @@ pub(super) enum HandshakeError {
     /// The client must be told this.
     #[error("refused: {0:?}")]
     Refused(ClientError),
+    /// A balancer that is to begin with a PROXY protocol header does not.
+    #[error(transparent)]
+    Header(#[from] ProxyHeaderError),
+    /// TLS without SSLRequest, and without ALPN. PostgreSQL closes without a word.
+    #[error("received direct SSL connection request without ALPN protocol negotiation extension")]
+    NoAlpn,
     /// The link broke, or TLS failed.
     #[error("client lost during the handshake")]
     Lost(#[from] io::Error),
@@ -131,11 +173,12 @@ impl From<StartupError> for HandshakeError {
     }
 }
 
-/// Whether clients must, may or cannot speak TLS.
-pub(super) struct TlsOffer<'a> {
-    pub(super) acceptor: Option<&'a TlsAcceptor>,
-    /// Refuse clients on TCP that do not ask for it.
-    pub(super) required: bool,
+/// What clients meet before they have said anything.
+pub(super) struct Entrance<'a> {
+    /// None: TLS is not spoken.
+    pub(super) tls: Option<&'a ServerTls>,
+    /// Addresses from which a PROXY protocol header must come.
+    pub(super) balancers: &'a [Network],
 }
 
 /// What follows a startup packet.
@@ -145,60 +188,124 @@ enum Next {
     Request(Request),
 }
 
-/// Which encryption requests were answered; PostgreSQL allows one of each kind.
+/// Which encryption requests were answered; PostgreSQL allows one of each kind, and none over TLS.
 #[derive(Default)]
 struct Asked {
     gss: bool,
     tls: bool,
 }
 
-/// Negotiates encryption and reads the startup packet. A client that is refused has been told.
+/// Negotiates encryption and reads the startup packet. Notes in `peer` what is learnt. A client that is refused has
+/// been told.
 pub(super) async fn negotiate(
     mut channel: ClientChannel,
-    tls: &TlsOffer<'_>,
+    entrance: &Entrance<'_>,
+    peer: &mut Peer,
 ) -> Result<(ClientChannel, Request), HandshakeError> {
+    if peer.address.is_some_and(|address| entrance.balancers.iter().any(|known| known.contains(address.ip()))) {
+        read_proxy_header(&mut channel, peer).await?;
+    }
     let mut asked = Asked::default();
+    if let Some(tls) = entrance.tls
+        && begins_with_tls(&channel.stream).await?
+    {
+        channel = secure(channel, tls, &mut asked, peer).await?;
+        if !peer.secured.as_ref().is_some_and(|secured| secured.alpn) {
+            return Err(HandshakeError::NoAlpn);
+        }
+    }
     loop {
-        match answer(&mut channel, tls, &mut asked).await {
-            Ok(Next::Packet) => {}
-            Ok(Next::Tls) => channel = channel.into_tls(tls).await?,
-            Ok(Next::Request(request)) => return Ok((channel, request)),
-            Err(HandshakeError::Refused(error)) => {
+        match (answer(&mut channel, entrance.tls, &mut asked).await, entrance.tls) {
+            (Ok(Next::Request(request)), _) => return Ok((channel, request)),
+            (Ok(Next::Tls), Some(tls)) => channel = secure(channel, tls, &mut asked, peer).await?,
+            (Ok(Next::Packet | Next::Tls), _) => {}
+            (Err(HandshakeError::Refused(error)), _) => {
                 channel.refuse(&error).await;
                 return Err(HandshakeError::Refused(error));
             }
-            Err(lost @ HandshakeError::Lost(_)) => return Err(lost),
+            (Err(lost), _) => return Err(lost),
         }
     }
 }
 
+async fn read_proxy_header(channel: &mut ClientChannel, peer: &mut Peer) -> Result<(), HandshakeError> {
+    let fixed = channel.read_alone::<{ proxy_protocol::FIXED_BYTES }>().await?;
+    let mut rest = vec![0; proxy_protocol::rest_bytes(&fixed)?];
+    channel.stream.read_exact(&mut rest).await?;
+    match proxy_protocol::parse(&fixed, &rest)? {
+        Origin::Client(address) => peer.address = Some(address),
+        // Somebody on the balancer's machine, or nobody who is named: the balancer's own address is what is known. A
+        // Unix socket over there is not one of ours, whose rules would believe more.
+        Origin::Itself | Origin::Unix => {}
+    }
+    Ok(())
+}
+
+/// Whether the client's first byte is that of a TLS handshake. It stays in the socket.
+async fn begins_with_tls(stream: &Stream) -> io::Result<bool> {
+    let Stream::Tcp(stream) = stream else { return Ok(false) };
+    let mut first = [0; 1];
+    match stream.peek(&mut first).await? {
+        0 => Err(io::ErrorKind::UnexpectedEof.into()),
+        _ => Ok(first[0] == TLS_HANDSHAKE),
+    }
+}
+
+async fn secure(
+    channel: ClientChannel,
+    tls: &ServerTls,
+    asked: &mut Asked,
+    peer: &mut Peer,
+) -> Result<ClientChannel, HandshakeError> {
+    *asked = Asked { gss: true, tls: true };
+    let (channel, secured) = channel.into_tls(tls).await?;
+    peer.secured = Some(secured);
+    Ok(channel)
+}
+
 /// Reads one packet and answers it.
-async fn answer(channel: &mut ClientChannel, tls: &TlsOffer<'_>, asked: &mut Asked) -> Result<Next, HandshakeError> {
-    let offered = tls.acceptor.is_some() && matches!(channel.stream, Stream::Tcp(_));
-    match read_startup(channel).await? {
+async fn answer(
+    channel: &mut ClientChannel,
+    tls: Option<&ServerTls>,
+    asked: &mut Asked,
+) -> Result<Next, HandshakeError> {
+    let is_plain_tcp = matches!(channel.stream, Stream::Tcp(_));
+    let packet = read_startup(channel).await?;
+    // One of each is answered, and nothing may stand in the clear behind it.
+    match packet {
         Startup::GssEncRequest if !asked.gss => {
             asked.gss = true;
+            if !channel.input.is_empty() {
+                return Err(HandshakeError::Refused(ClientError::PlaintextAfterRequest {
+                    encryption: "GSSAPI encryption",
+                }));
+            }
             channel.answer_byte(b'N').await?;
             Ok(Next::Packet)
         }
         Startup::SslRequest if !asked.tls => {
             asked.tls = true;
             if !channel.input.is_empty() {
-                return Err(HandshakeError::Refused(ClientError::PlaintextAfterSslRequest));
+                return Err(HandshakeError::Refused(ClientError::PlaintextAfterRequest { encryption: "SSL" }));
             }
+            let offered = tls.is_some() && is_plain_tcp;
             channel.answer_byte(if offered { b'S' } else { b'N' }).await?;
             Ok(if offered { Next::Tls } else { Next::Packet })
         }
-        Startup::GssEncRequest | Startup::SslRequest => {
-            let text = "unsupported frontend protocol 1234.5679: server supports 3.0 to 3.0";
-            Err(HandshakeError::Refused(ClientError::Unsupported(text.into())))
-        }
+        Startup::SslRequest => Err(repeated("1234.5679")),
+        Startup::GssEncRequest => Err(repeated("1234.5680")),
         Startup::Cancel { pid, key } => Ok(Next::Request(Request::Cancel { pid, key })),
-        Startup::Session(_) if tls.required && matches!(channel.stream, Stream::Tcp(_)) => {
+        Startup::Session(_) if is_plain_tcp && tls.is_some_and(|tls| tls.is_required) => {
             Err(HandshakeError::Refused(ClientError::TlsRequired))
         }
         Startup::Session(session) => Ok(Next::Request(Request::Session(session))),
     }
+}
+
+/// PostgreSQL takes a second request for a protocol version that does not exist.
+fn repeated(version: &str) -> HandshakeError {
+    let text = format!("unsupported frontend protocol {version}: server supports 3.0 to 3.0");
+    HandshakeError::Refused(ClientError::Unsupported(text.into()))
 }
 
 async fn read_startup(channel: &mut ClientChannel) -> Result<Startup, HandshakeError> {

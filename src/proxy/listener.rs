@@ -28,8 +28,8 @@ enum Raw {
 #[derive(Debug)]
 pub(super) struct Accepted {
     socket: Raw,
-    /// `address:port`, or `unix`.
-    pub(super) client_address: String,
+    /// The other end; none: a Unix socket.
+    pub(super) peer: Option<SocketAddr>,
 }
 
 impl Accepted {
@@ -110,11 +110,11 @@ impl Listener {
                 let keepalive =
                     TcpKeepalive::new().with_time(Duration::from_secs(60)).with_interval(Duration::from_secs(15));
                 SockRef::from(&socket).set_tcp_keepalive(&keepalive)?;
-                Ok(Accepted { socket: Raw::Tcp(socket.into_std()?), client_address: peer.to_string() })
+                Ok(Accepted { socket: Raw::Tcp(socket.into_std()?), peer: Some(peer) })
             }
             Bound::Unix { listener, .. } => {
                 let (socket, _) = listener.accept().await?;
-                Ok(Accepted { socket: Raw::Unix(socket.into_std()?), client_address: "unix".to_owned() })
+                Ok(Accepted { socket: Raw::Unix(socket.into_std()?), peer: None })
             }
         }
     }

@@ -5,9 +5,9 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::{io, pin::pin};
 
-use super::auth::{AuthError, authenticate};
+use super::auth::{Asked, AuthError, authenticate};
 use super::client_error::ClientError;
-use super::handshake::{ClientChannel, HandshakeError, Request, TlsOffer, negotiate, wants_replication};
+use super::handshake::{ClientChannel, Entrance, HandshakeError, Peer, Request, negotiate, wants_replication};
 use super::listener::Accepted;
 use super::session::{Link, Session};
 use super::sessions::{Entry, Order, Registration, SessionState};
@@ -69,16 +69,14 @@ pub(super) async fn log_in(worker: &Rc<Worker>, accepted: Accepted) -> Option<Se
     if slot.excess() > REFUSALS_MAX {
         return None;
     }
-    let address = accepted.client_address.clone();
+    let mut peer = Peer::new(accepted.peer);
     let channel = ClientChannel::new(accepted.into_stream().ok()?);
     let deadline = tokio::time::Instant::now() + shared.config.limits.client_login_timeout;
-    let offer = TlsOffer {
-        acceptor: shared.tls.as_ref(),
-        required: shared.config.listen.tls.as_ref().is_some_and(|tls| tls.required),
-    };
+    let access = shared.access.load_full();
+    let entrance = Entrance { tls: access.tls.as_ref(), balancers: &access.balancers };
     let negotiation = async {
         tokio::select! {
-            negotiated = negotiate(channel, &offer) => Some(negotiated),
+            negotiated = negotiate(channel, &entrance, &mut peer) => Some(negotiated),
             // Whoever has not said what it wants yet is not told either.
             () = shared.tasks.stopping() => None,
         }
@@ -90,14 +88,14 @@ pub(super) async fn log_in(worker: &Rc<Worker>, accepted: Accepted) -> Option<Se
             return None;
         }
         Some(Err(error)) => {
-            log_handshake(&address, &error);
+            log_handshake(&peer.shown(), &error);
             return None;
         }
         // PostgreSQL too closes without a word when authentication_timeout ends before the startup packet came.
         None => return None,
     };
-    let registration = shared.sessions.register(address);
-    let mut login = LoginInProgress { worker, channel, startup, registration, slot, deadline };
+    let registration = shared.sessions.register(peer.shown());
+    let mut login = LoginInProgress { worker, channel, peer, startup, registration, slot, deadline };
     match login.until_ready().await {
         Ok(Done::Session(parts)) => Some(Session::start(worker.clone(), login.finish(), *parts)),
         Ok(Done::Console) => {
@@ -124,6 +122,12 @@ fn log_handshake(address: &str, error: &HandshakeError) {
         HandshakeError::Refused(refused) => {
             tracing::info!(client = address, sqlstate = refused.code(), "client refused in the handshake");
         }
+        HandshakeError::Header(error) => tracing::warn!(
+            client = address,
+            %error,
+            "connection closed: from this address a PROXY protocol header must come first (listen.proxy_protocol_from)"
+        ),
+        HandshakeError::NoAlpn => tracing::info!(client = address, %error, "client refused in the handshake"),
         // Port scanners and health checks do this all day.
         HandshakeError::Lost(cause) => tracing::debug!(client = address, %cause, "client lost in the handshake"),
     }
@@ -150,6 +154,7 @@ enum Done {
 struct LoginInProgress<'a> {
     worker: &'a Rc<Worker>,
     channel: ClientChannel,
+    peer: Peer,
     startup: SessionStartup,
     registration: Registration,
     slot: ClientSlot,
@@ -200,7 +205,9 @@ impl LoginInProgress<'_> {
 
     async fn authenticate(&mut self, active: ServerRole) -> Result<Credential, Refused> {
         let shared = self.worker.shared.clone();
-        let proof = authenticate(&mut self.channel, &shared.config.auth, &shared.verifiers, active, &self.startup.user);
+        let end_point = self.peer.secured.as_ref().and_then(|secured| secured.end_point.as_deref());
+        let asked = Asked { auth: &shared.config.auth, end_point, user: &self.startup.user };
+        let proof = authenticate(&mut self.channel, &asked, &shared.verifiers, active);
         let error = match tokio::time::timeout_at(self.deadline, proof).await {
             Ok(Ok(credential)) => return Ok(credential),
             Ok(Err(error)) => error,

@@ -16,10 +16,12 @@
 //!
 //! The data path knows nothing of migrations: it sees gates and routes.
 
+mod access;
 mod auth;
 mod backend;
 mod buffers;
 mod cancel;
+mod certificate;
 mod client_error;
 mod departures;
 pub mod handoff;
@@ -41,9 +43,9 @@ use std::sync::Arc;
 use std::sync::atomic::AtomicUsize;
 use std::time::Duration;
 
+use arc_swap::ArcSwap;
 use futures_util::future::BoxFuture;
 use tokio::sync::mpsc;
-use tokio_rustls::TlsAcceptor;
 
 use crate::config::Config;
 use crate::failpoint::Failpoints;
@@ -52,6 +54,7 @@ use crate::shutdown::Tasks;
 use crate::switch::{ServerRole, Switchboard};
 use crate::telemetry::metrics::Metrics;
 
+pub use access::AccessError;
 use listener::Listener;
 pub use sessions::{MoveOrder, MoveOutcome, MoveReport, MoveState, SessionState, SessionView, Sessions};
 
@@ -110,9 +113,9 @@ pub enum ProxyError {
     /// Neither an address nor a socket directory is configured.
     #[error("[listen] names neither an address nor a unix_socket_dir")]
     Nowhere,
-    /// Certificate or key cannot be used.
-    #[error("[listen.tls] {0}")]
-    Tls(String),
+    /// A file of certificates or rules cannot be used.
+    #[error(transparent)]
+    Access(#[from] AccessError),
     /// The users file cannot be read.
     #[error("{0}")]
     Users(String),
@@ -134,7 +137,8 @@ struct Shared {
     verifiers: Arc<auth::Verifiers>,
     departures: Arc<departures::Departures>,
     catalogue: Arc<moves::CatalogueNames>,
-    tls: Option<TlsAcceptor>,
+    /// Certificates and rules; replaced by a reload.
+    access: ArcSwap<access::Access>,
     /// Client connections at this moment, in handshake too.
     clients: AtomicUsize,
     /// The main runtime, for what must not run on a worker.
@@ -166,15 +170,22 @@ impl Proxy {
         let runtime = tokio::runtime::Handle::current();
         let listeners = bind(&deps.config)?;
         let address = listeners.iter().find_map(Listener::tcp_address);
-        let verifiers = auth::Verifiers::new(&deps.config, deps.source.clone(), deps.target.clone(), runtime.clone())
-            .map_err(|error| ProxyError::Users(error.to_string()))?;
+        let access = access::Access::load(&deps.config)?;
+        access.show_in(&deps.metrics);
+        let verifiers = auth::Verifiers::new(
+            &deps.config,
+            deps.source.clone(),
+            deps.target.clone(),
+            runtime.clone(),
+            access.tls.as_ref().map(|tls| tls.seed),
+        )
+        .map_err(|error| ProxyError::Users(error.to_string()))?;
         let departures = departures::Departures::new(
             deps.config.control.database.clone(),
             deps.source.clone(),
             deps.target.clone(),
             runtime.clone(),
         );
-        let tls = deps.config.listen.tls.as_ref().map(tls::acceptor).transpose().map_err(ProxyError::Tls)?;
         let shared = Arc::new(Shared {
             config: deps.config,
             switchboard: deps.switchboard,
@@ -187,7 +198,7 @@ impl Proxy {
             verifiers: Arc::new(verifiers),
             departures: Arc::new(departures),
             catalogue: Arc::new(moves::CatalogueNames::new(runtime.clone())),
-            tls,
+            access: ArcSwap::from_pointee(access),
             clients: AtomicUsize::new(0),
             runtime,
             failpoints: deps.failpoints,

@@ -178,6 +178,9 @@ pub struct Metrics {
     pub held_sessions: IntGaugeVec,
     /// `auth_failures_total{reason}`, see [`AuthFailure`].
     pub auth_failures: IntCounterVec,
+    /// `tls_certificate_not_after_seconds`: end of validity of the certificate that clients are shown, in seconds since
+    /// 1970; 0 where there is none, or its dates cannot be read.
+    pub tls_certificate_not_after_seconds: IntGauge,
     /// `migration_state{migration,state}`: 1 for the state it is in.
     pub migration_state: IntGaugeVec,
     /// `copy_rows_total`.
@@ -290,6 +293,10 @@ impl Metrics {
             )?,
             held_sessions: r.gauges("held_sessions", "Sessions that a cutover is holding.", &["database"])?,
             auth_failures: r.counters("auth_failures_total", "Clients that were not let in.", &["reason"])?,
+            tls_certificate_not_after_seconds: r.gauge(
+                "tls_certificate_not_after_seconds",
+                "End of validity of the certificate that clients are shown, in seconds since 1970; 0 without one.",
+            )?,
             migration_state: r.gauges(
                 "migration_state",
                 "1 for the state that the migration is in.",
@@ -379,7 +386,8 @@ mod tests {
 
     /// SPEC of what dashboards and scripts rely on; a name may be added here, never taken away.
     const PROMISED: &str = "client_connections server_connections transactions_total bytes_total client_wait_seconds \
-        transaction_seconds route_epoch active_server held_sessions auth_failures_total migration_state \
+        transaction_seconds route_epoch active_server held_sessions auth_failures_total \
+        tls_certificate_not_after_seconds migration_state \
         copy_rows_total copy_bytes_total copy_tables index_builds replication_lag_bytes replication_latency_seconds \
         apply_transactions_total apply_rows_total slot_retained_wal_bytes slot_safe_wal_bytes cutover_phase_seconds \
         cutover_pause_seconds cutovers_total cutover_blockers verify_rows_total verify_mismatches_total";

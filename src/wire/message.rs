@@ -47,9 +47,12 @@ pub fn authentication_md5(out: &mut Vec<u8>, salt: [u8; 4]) {
     authentication(out, 5, &salt);
 }
 
-/// AuthenticationSASL, offering SCRAM-SHA-256.
-pub fn authentication_sasl(out: &mut Vec<u8>) {
-    authentication(out, 10, b"SCRAM-SHA-256\0\0");
+/// AuthenticationSASL, offering these mechanisms, the preferred one first.
+pub fn authentication_sasl(out: &mut Vec<u8>, mechanisms: &[&str]) {
+    let mut list = Vec::new();
+    mechanisms.iter().for_each(|name| cstr(&mut list, name));
+    list.push(0);
+    authentication(out, 10, &list);
 }
 
 /// AuthenticationSASLContinue.

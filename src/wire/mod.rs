@@ -8,6 +8,7 @@ pub mod error;
 pub mod frame;
 pub mod ledger;
 pub mod message;
+pub mod proxy_protocol;
 pub mod scanner;
 pub mod scram;
 pub mod startup;

@@ -10,12 +10,16 @@
 //!
 //! A correct proof reveals the ClientKey, with which the proxy can log in to any server that holds the same verifier.
 //! A user that is not known goes through the same exchange with a made-up verifier, and fails at its end.
-//! Channel binding is not offered, so a client that insists on it is refused.
+//!
+//! Over TLS, SCRAM-SHA-256-PLUS is offered too: the client's first message then begins with `p=tls-server-end-point,,`
+//! and `c=` carries a digest of the certificate that the client sees (RFC 5929), so that nobody in the middle with
+//! another certificate can pass the exchange on. A client that says `y` ("I could bind, but you cannot") while binding
+//! was offered has been lied to, and is refused.
 
 use base64::Engine as _;
 use base64::engine::general_purpose::STANDARD as BASE64;
 use hmac::{Hmac, Mac as _};
-use postgres_protocol::authentication::sasl::{ChannelBinding, ScramSha256};
+use postgres_protocol::authentication::sasl::{ChannelBinding as ClientBinding, ScramSha256};
 use sha2::{Digest as _, Sha256};
 use subtle::ConstantTimeEq as _;
 
@@ -37,21 +41,56 @@ impl std::fmt::Debug for Verifier {
     }
 }
 
-/// The client did not speak SCRAM as it must.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+/// Name of the mechanism without channel binding.
+pub const PLAIN: &str = "SCRAM-SHA-256";
+/// Name of the mechanism with it; PostgreSQL offers it first, and only over TLS.
+pub const PLUS: &str = "SCRAM-SHA-256-PLUS";
+
+/// The one kind of channel binding that PostgreSQL knows.
+const END_POINT: &str = "tls-server-end-point";
+
+/// How the exchange stands to the TLS connection under it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum ChannelBinding<'a> {
+    /// SCRAM-SHA-256-PLUS was not offered.
+    NotOffered,
+    /// It was offered, and the client chose SCRAM-SHA-256.
+    Declined,
+    /// The client chose SCRAM-SHA-256-PLUS; the digest of our certificate.
+    EndPoint(&'a [u8]),
+}
+
+/// The client did not speak SCRAM as it must. The words are PostgreSQL's.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum ScramError {
-    /// Not the attributes that are expected, in their order.
+    /// Not the attributes that are expected, in their order, or not those of the mechanism that was chosen.
     #[error("malformed SCRAM message")]
     Malformed,
-    /// The client insists on channel binding.
-    #[error("SCRAM channel binding is not offered on this connection")]
-    ChannelBinding,
+    /// A kind of binding that does not exist here.
+    #[error("unsupported SCRAM channel-binding type")]
+    BindingType,
+    /// The client believes that binding is not offered, and it is: somebody between may have taken it off the list.
+    #[error("SCRAM channel binding negotiation error")]
+    Downgraded,
+    /// The client sees another certificate than ours.
+    #[error("SCRAM channel binding check failed")]
+    OtherEndPoint,
+    /// `c=` does not repeat what the first message said.
+    #[error("unexpected SCRAM channel-binding attribute in client-final-message")]
+    BindingAttribute,
     /// The client wants to act as somebody else.
     #[error("client uses authorization identity, but it is not supported")]
     AuthorizationIdentity,
     /// The final message does not belong to the first.
-    #[error("SCRAM nonce or channel binding check failed")]
-    Mismatch,
+    #[error("invalid SCRAM response")]
+    Nonce,
+}
+
+impl ScramError {
+    /// Whether it is about who may come in, and not about the form of a message (SQLSTATE 28000 instead of 08P01).
+    pub fn is_authorization(&self) -> bool {
+        matches!(self, Self::Downgraded | Self::OtherEndPoint)
+    }
 }
 
 /// The exchange ended well.
@@ -83,7 +122,7 @@ impl Verifier {
     /// Whether this clear text password is the one. Costs as many rounds of HMAC as the verifier asks for.
     pub fn is_satisfied_by(&self, password: &[u8]) -> bool {
         // The client's side, which normalises passwords as PostgreSQL's clients do, plays against ours.
-        let mut client = ScramSha256::new(password, ChannelBinding::unsupported());
+        let mut client = ScramSha256::new(password, ClientBinding::unsupported());
         let exchange = Self::begin_with(client.message(), self.clone());
         let proven = exchange.and_then(|exchange| {
             client.update(exchange.server_first().as_bytes()).ok()?;
@@ -93,7 +132,7 @@ impl Verifier {
     }
 
     fn begin_with(client_first: &[u8], verifier: Self) -> Option<Exchange> {
-        Exchange::begin(client_first, Some(verifier.clone()), verifier, "checked").ok()
+        Exchange::begin(client_first, ChannelBinding::NotOffered, Some(verifier.clone()), verifier, "checked").ok()
     }
 
     /// A verifier that no password satisfies. The salt depends on the name and on a secret of this process, so that
@@ -111,7 +150,8 @@ pub struct Exchange {
     /// The verifier was made up: every proof is wrong.
     doomed: bool,
     /// `c=` must be this.
-    channel_binding: &'static str,
+    expected_binding: String,
+    is_bound: bool,
     nonce: String,
     /// client-first-message-bare "," server-first-message ","
     said: String,
@@ -122,19 +162,15 @@ impl Exchange {
     /// Answers the client's first message. `our_nonce` is fresh, random and printable without commas.
     pub fn begin(
         client_first: &[u8],
+        binding: ChannelBinding<'_>,
         verifier: Option<Verifier>,
         made_up: Verifier,
         our_nonce: &str,
     ) -> Result<Self, ScramError> {
         let text = std::str::from_utf8(client_first).map_err(|_| ScramError::Malformed)?;
-        let (binding, rest) = text.split_once(',').ok_or(ScramError::Malformed)?;
-        let channel_binding = match binding {
-            "n" => "biws",
-            // The client would bind but believes that we cannot; true, since only SCRAM-SHA-256 was offered.
-            "y" => "eSws",
-            _ if binding.starts_with("p=") => return Err(ScramError::ChannelBinding),
-            _ => return Err(ScramError::Malformed),
-        };
+        let (flag, rest) = text.split_once(',').ok_or(ScramError::Malformed)?;
+        let expected_binding = expected_binding(flag, binding)?;
+        let is_bound = matches!(binding, ChannelBinding::EndPoint(_));
         let (identity, bare) = rest.split_once(',').ok_or(ScramError::Malformed)?;
         if !identity.is_empty() {
             return Err(ScramError::AuthorizationIdentity);
@@ -151,7 +187,7 @@ impl Exchange {
         let nonce = format!("{nonce}{our_nonce}");
         let server_first = format!("r={nonce},s={},i={}", BASE64.encode(&verifier.salt), verifier.iterations);
         let said = format!("{bare},{server_first},");
-        Ok(Self { verifier, doomed, channel_binding, nonce, said, server_first })
+        Ok(Self { verifier, doomed, expected_binding, is_bound, nonce, said, server_first })
     }
 
     /// The server's first message.
@@ -166,8 +202,11 @@ impl Exchange {
         let mut attributes = without_proof.split(',');
         let binding = attributes.next().and_then(|text| text.strip_prefix("c=")).ok_or(ScramError::Malformed)?;
         let nonce = attributes.next().and_then(|text| text.strip_prefix("r=")).ok_or(ScramError::Malformed)?;
-        if binding != self.channel_binding || nonce != self.nonce {
-            return Err(ScramError::Mismatch);
+        if binding != self.expected_binding {
+            return Err(if self.is_bound { ScramError::OtherEndPoint } else { ScramError::BindingAttribute });
+        }
+        if nonce != self.nonce {
+            return Err(ScramError::Nonce);
         }
         let proof: [u8; 32] =
             BASE64.decode(proof).ok().and_then(|proof| proof.try_into().ok()).ok_or(ScramError::Malformed)?;
@@ -183,6 +222,22 @@ impl Exchange {
         let signature = hmac(&self.verifier.server_key, &said);
         let message = format!("v={}", BASE64.encode(signature));
         Ok(Some(Proven { client_key, server_key: self.verifier.server_key, message }))
+    }
+}
+
+/// What `c=` must say after a first message with this flag: the flag again, and what is bound to, in base64.
+fn expected_binding(flag: &str, binding: ChannelBinding<'_>) -> Result<String, ScramError> {
+    let kind = flag.strip_prefix("p=");
+    match (flag, binding) {
+        ("n", ChannelBinding::NotOffered | ChannelBinding::Declined) => Ok(BASE64.encode("n,,")),
+        ("y", ChannelBinding::NotOffered) => Ok(BASE64.encode("y,,")),
+        ("y", ChannelBinding::Declined) => Err(ScramError::Downgraded),
+        (_, ChannelBinding::EndPoint(digest)) => match kind {
+            Some(END_POINT) => Ok(BASE64.encode([b"p=", END_POINT.as_bytes(), b",,", digest].concat())),
+            Some(_) => Err(ScramError::BindingType),
+            None => Err(ScramError::Malformed),
+        },
+        (_, ChannelBinding::NotOffered | ChannelBinding::Declined) => Err(ScramError::Malformed),
     }
 }
 
@@ -224,10 +279,11 @@ mod tests {
     const NOBODY: &[u8; 32] = &[7; 32];
 
     fn converse(given: &str, stored: Option<&str>) -> Option<Proven> {
-        let mut client = ScramSha256::new(given.as_bytes(), ChannelBinding::unsupported());
+        let mut client = ScramSha256::new(given.as_bytes(), ClientBinding::unsupported());
         let verifier =
             stored.map(|stored| Verifier::parse(&password::scram_sha_256(stored.as_bytes())).expect("valid"));
-        let exchange = Exchange::begin(client.message(), verifier, Verifier::made_up("ann", NOBODY), "ours")
+        let made_up = Verifier::made_up("ann", NOBODY);
+        let exchange = Exchange::begin(client.message(), ChannelBinding::NotOffered, verifier, made_up, "ours")
             .expect("speaks SCRAM");
         client.update(exchange.server_first().as_bytes()).expect("acceptable");
         let proven = exchange.finish(client.message()).expect("speaks SCRAM")?;
@@ -257,13 +313,61 @@ mod tests {
         assert_ne!(ann.salt, Verifier::made_up("bob", NOBODY).salt);
     }
 
+    fn answered(first: &str, binding: ChannelBinding<'_>) -> Result<Exchange, ScramError> {
+        Exchange::begin(first.as_bytes(), binding, None, Verifier::made_up("a", NOBODY), "x")
+    }
+
     #[test]
-    fn who_insists_on_binding_or_another_identity_is_refused() {
-        let begin = |first: &[u8]| Exchange::begin(first, None, Verifier::made_up("a", NOBODY), "x").err();
-        assert_eq!(begin(b"p=tls-server-end-point,,n=,r=abc"), Some(ScramError::ChannelBinding));
-        assert_eq!(begin(b"n,a=bob,n=,r=abc"), Some(ScramError::AuthorizationIdentity));
-        assert_eq!(begin(b"n,,m=1,n=,r=abc"), Some(ScramError::Malformed));
-        assert_eq!(begin(b"n,,n=,r="), Some(ScramError::Malformed));
+    fn the_flags_mean_what_rfc_5802_says() {
+        use ChannelBinding::{Declined, EndPoint, NotOffered};
+        let bound = EndPoint(b"digest");
+        let table = [
+            ("n", NotOffered, Ok("biws")),
+            ("y", NotOffered, Ok("eSws")),
+            ("p=tls-server-end-point", NotOffered, Err(ScramError::Malformed)),
+            ("n", Declined, Ok("biws")),
+            ("y", Declined, Err(ScramError::Downgraded)),
+            ("p=tls-server-end-point", Declined, Err(ScramError::Malformed)),
+            ("n", bound, Err(ScramError::Malformed)),
+            ("y", bound, Err(ScramError::Malformed)),
+            ("p=tls-unique", bound, Err(ScramError::BindingType)),
+            ("p=tls-server-end-point", bound, Ok("cD10bHMtc2VydmVyLWVuZC1wb2ludCwsZGlnZXN0")),
+            ("", NotOffered, Err(ScramError::Malformed)),
+        ];
+        for (flag, binding, expected) in table {
+            let found = answered(&format!("{flag},,n=,r=abc"), binding);
+            let found = found.map(|exchange| exchange.expected_binding);
+            assert_eq!(found, expected.map(str::to_owned), "{flag} with {binding:?}");
+        }
+    }
+
+    #[test]
+    fn a_digest_of_another_certificate_is_refused() {
+        let verifier = || Verifier::parse(&password::scram_sha_256(b"secret")).expect("valid");
+        let converse = |seen: &[u8], ours: &[u8]| {
+            let mut client = ScramSha256::new(b"secret", ClientBinding::tls_server_end_point(seen.to_vec()));
+            let binding = ChannelBinding::EndPoint(ours);
+            let exchange = Exchange::begin(client.message(), binding, Some(verifier()), verifier(), "ours")?;
+            client.update(exchange.server_first().as_bytes()).expect("acceptable");
+            exchange.finish(client.message())
+        };
+        assert!(converse(b"the same", b"the same").expect("bound").is_some());
+        assert_eq!(converse(b"another", b"the same").err(), Some(ScramError::OtherEndPoint));
+    }
+
+    #[test]
+    fn who_wants_another_identity_or_an_extension_is_refused() {
+        let begin = |first| answered(first, ChannelBinding::NotOffered).err();
+        assert_eq!(begin("n,a=bob,n=,r=abc"), Some(ScramError::AuthorizationIdentity));
+        assert_eq!(begin("n,,m=1,n=,r=abc"), Some(ScramError::Malformed));
+        assert_eq!(begin("n,,n=,r="), Some(ScramError::Malformed));
+        let exchange = || answered("y,,n=,r=abc", ChannelBinding::NotOffered).expect("valid");
+        let proof = BASE64.encode([0; 32]);
+        let last =
+            |binding: &str, nonce: &str| exchange().finish(format!("c={binding},r={nonce},p={proof}").as_bytes()).err();
+        assert_eq!(last("biws", "abcx"), Some(ScramError::BindingAttribute));
+        assert_eq!(last("eSws", "abcy"), Some(ScramError::Nonce));
+        assert_eq!(last("eSws", "abcx"), None, "a wrong proof, but well formed");
     }
 
     #[test]
@@ -279,14 +383,16 @@ mod tests {
         fn any_bytes_are_read_without_a_panic(first: Vec<u8>, last: Vec<u8>, text in ".*") {
             let _ = Verifier::parse(&text);
             let _ = Verifier::parse(&format!("SCRAM-SHA-256${text}"));
-            let _ = Exchange::begin(&first, None, Verifier::made_up("a", NOBODY), "x");
-            let exchange = Exchange::begin(b"n,,n=,r=abc", None, Verifier::made_up("a", NOBODY), "x").expect("valid");
+            for binding in [ChannelBinding::NotOffered, ChannelBinding::Declined, ChannelBinding::EndPoint(&last)] {
+                let _ = Exchange::begin(&first, binding, None, Verifier::made_up("a", NOBODY), "x");
+            }
+            let exchange = answered("n,,n=,r=abc", ChannelBinding::NotOffered).expect("valid");
             let _ = exchange.finish(&last);
         }
 
         #[test]
         fn near_misses_are_read_without_a_panic(first in "[nyp],[a=]?,n=[a-z]{0,3},r=[!-~]{0,5}", last in "c=biws,r=[a-z]{0,5},p=[A-Za-z0-9+/=]{0,44}") {
-            if let Ok(exchange) = Exchange::begin(first.as_bytes(), None, Verifier::made_up("a", NOBODY), "x") {
+            if let Ok(exchange) = answered(&first, ChannelBinding::NotOffered) {
                 let _ = exchange.finish(last.as_bytes());
             }
         }

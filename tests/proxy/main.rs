@@ -13,4 +13,5 @@ mod moves;
 mod orphans;
 mod protocol;
 mod rig;
+mod tls;
 mod wire_client;

@@ -3,14 +3,14 @@
 use std::time::Duration;
 
 use pgcutover::wire::error::field;
-use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
+use tokio::io::{AsyncRead, AsyncReadExt as _, AsyncWrite, AsyncWriteExt as _};
 use tokio::net::TcpStream;
 
 /// Longer than anything should take.
 const PATIENCE: Duration = Duration::from_secs(30);
 
-pub struct WireClient {
-    pub stream: TcpStream,
+pub struct WireClient<S = TcpStream> {
+    pub stream: S,
     /// From BackendKeyData.
     pub key: Option<(i32, [u8; 4])>,
 }
@@ -70,6 +70,14 @@ impl WireClient {
         Self { stream, key: None }
     }
 
+    /// Whether nothing comes for a while.
+    pub async fn is_silent(&mut self, time: Duration) -> bool {
+        let mut byte = [0; 1];
+        tokio::time::timeout(time, self.stream.peek(&mut byte)).await.is_err()
+    }
+}
+
+impl<S: AsyncRead + AsyncWrite + Unpin> WireClient<S> {
     /// Sends a startup packet of protocol 3.0.
     pub async fn start(&mut self, parameters: &[(&str, &str)]) {
         self.start_version(3 << 16, parameters).await;
@@ -125,16 +133,10 @@ impl WireClient {
         tags(&self.until_ready().await)
     }
 
-    /// Whether nothing comes for a while.
-    pub async fn is_silent(&mut self, time: Duration) -> bool {
-        let mut byte = [0; 1];
-        tokio::time::timeout(time, self.stream.peek(&mut byte)).await.is_err()
-    }
-
     /// Sends a CancelRequest for this session and waits until it was dealt with.
     pub async fn cancel(&self, port: u16) {
         let (pid, key) = self.key.expect("logged in");
-        let mut other = Self::connect(port).await;
+        let mut other = WireClient::connect(port).await;
         let mut packet = 16u32.to_be_bytes().to_vec();
         packet.extend((1234u32 << 16 | 5678).to_be_bytes());
         packet.extend(pid.to_be_bytes());

@@ -11,12 +11,14 @@ use crate::postgres::Credential;
 use crate::proxy::client_error::ClientError;
 use crate::proxy::handshake::ClientChannel;
 use crate::switch::ServerRole;
-use crate::wire::frame::{Header, frontend};
+use crate::wire::frame::frontend;
 use crate::wire::message;
-use crate::wire::scram::{self, Exchange, ScramError, Verifier};
+use crate::wire::scram::{self, ChannelBinding, Exchange, ScramError, Verifier};
 
-/// Longest message of a client that is not authenticated yet; PostgreSQL allows 65535 for passwords.
-const AUTH_MESSAGE_MAX: u32 = 65_535;
+/// Longest PasswordMessage, as in PostgreSQL (`PG_MAX_AUTH_TOKEN_LENGTH`).
+const PASSWORD_MESSAGE_MAX: u32 = 65_535;
+/// Longest SASL message, as in PostgreSQL (`PG_MAX_SASL_MESSAGE_LENGTH`).
+const SASL_MESSAGE_MAX: u32 = 1024;
 
 /// The client is not let in.
 #[derive(Debug, thiserror::Error)]
@@ -59,14 +61,24 @@ impl Challenge {
     }
 }
 
-/// Lets the client prove that it is `user`. Ends with AuthenticationOk queued on `channel`.
+/// Who is asked, and for what.
+pub(in crate::proxy) struct Asked<'a> {
+    /// The method.
+    pub(in crate::proxy) auth: &'a Auth,
+    /// What SCRAM-SHA-256-PLUS binds to; none: it is not offered.
+    pub(in crate::proxy) end_point: Option<&'a [u8]>,
+    /// Role that the client says it is.
+    pub(in crate::proxy) user: &'a str,
+}
+
+/// Lets the client prove that it is who it says. Ends with AuthenticationOk queued on `channel`.
 pub(in crate::proxy) async fn authenticate(
     channel: &mut ClientChannel,
-    auth: &Auth,
+    asked: &Asked<'_>,
     verifiers: &Arc<Verifiers>,
     active: ServerRole,
-    user: &str,
 ) -> Result<Credential, AuthError> {
+    let Asked { auth, user, .. } = *asked;
     let private = channel.stream.is_private();
     if auth.method == AuthMethod::Password && !private {
         return Err(AuthError::Refused(ClientError::CleartextRefused));
@@ -75,7 +87,7 @@ pub(in crate::proxy) async fn authenticate(
     let known = challenge.is_of_known_user();
     let outcome = match challenge {
         Challenge::Nothing(credential) => Ok(Some(credential)),
-        Challenge::Scram { verifier, login } => scram_exchange(channel, verifiers, user, verifier, login).await,
+        Challenge::Scram { verifier, login } => scram_exchange(channel, verifiers, asked, verifier, login).await,
         Challenge::Md5 { verifier, login } => md5_exchange(channel, verifier, login).await,
         Challenge::Cleartext { stored } => cleartext_exchange(channel, user, stored).await,
     }?;
@@ -130,20 +142,25 @@ async fn challenge(
 async fn scram_exchange(
     channel: &mut ClientChannel,
     verifiers: &Verifiers,
-    user: &str,
+    asked: &Asked<'_>,
     verifier: Option<Verifier>,
     login: Option<Credential>,
 ) -> Result<Option<Credential>, AuthError> {
-    message::authentication_sasl(&mut channel.out);
-    let body = password_message(channel).await?;
+    let offered: &[&str] = if asked.end_point.is_some() { &[scram::PLUS, scram::PLAIN] } else { &[scram::PLAIN] };
+    message::authentication_sasl(&mut channel.out, offered);
+    let body = password_message(channel, SASL_MESSAGE_MAX).await?;
     let (mechanism, first) = message::read_sasl_initial(&body).ok_or_else(|| malformed("malformed SCRAM message"))?;
-    if mechanism != b"SCRAM-SHA-256" {
-        return Err(malformed("client selected an invalid SASL authentication mechanism"));
-    }
+    let binding = match (mechanism, asked.end_point) {
+        (b"SCRAM-SHA-256-PLUS", Some(end_point)) => ChannelBinding::EndPoint(end_point),
+        (b"SCRAM-SHA-256", Some(_)) => ChannelBinding::Declined,
+        (b"SCRAM-SHA-256", None) => ChannelBinding::NotOffered,
+        _ => return Err(malformed("client selected an invalid SASL authentication mechanism")),
+    };
     let nonce = random_nonce();
-    let exchange = Exchange::begin(first, verifier, verifiers.made_up(user), &nonce).map_err(refused)?;
+    let made_up = verifiers.made_up(asked.user);
+    let exchange = Exchange::begin(first, binding, verifier, made_up, &nonce).map_err(refused)?;
     message::authentication_sasl_continue(&mut channel.out, exchange.server_first().as_bytes());
-    let body = password_message(channel).await?;
+    let body = password_message(channel, SASL_MESSAGE_MAX).await?;
     let Some(proven) = exchange.finish(&body).map_err(refused)? else { return Ok(None) };
     message::authentication_sasl_final(&mut channel.out, proven.message.as_bytes());
     // With the password at hand any method of the server will do; without, the keys are as good for SCRAM.
@@ -158,7 +175,7 @@ async fn md5_exchange(
 ) -> Result<Option<Credential>, AuthError> {
     let salt: [u8; 4] = rand::random();
     message::authentication_md5(&mut channel.out, salt);
-    let body = password_message(channel).await?;
+    let body = password_message(channel, PASSWORD_MESSAGE_MAX).await?;
     let answer = message::read_password(&body).ok_or_else(|| malformed("invalid password packet size"))?;
     // An unknown user is compared too, with a digest that nothing matches.
     let stored = verifier.as_ref().map_or("md5ffffffffffffffffffffffffffffffff", Secret::expose);
@@ -173,7 +190,7 @@ async fn cleartext_exchange(
     stored: Option<Stored>,
 ) -> Result<Option<Credential>, AuthError> {
     message::authentication_cleartext(&mut channel.out);
-    let body = password_message(channel).await?;
+    let body = password_message(channel, PASSWORD_MESSAGE_MAX).await?;
     let answer = message::read_password(&body).ok_or_else(|| malformed("invalid password packet size"))?;
     let right = match &stored {
         Some(Stored::Plain { password, .. }) => bool::from(password.expose().as_bytes().ct_eq(answer)),
@@ -187,13 +204,17 @@ async fn cleartext_exchange(
     Ok(right.then(|| Credential::Password(Secret::new(password))))
 }
 
-async fn password_message(channel: &mut ClientChannel) -> Result<zeroize::Zeroizing<Vec<u8>>, AuthError> {
+/// The body of the next message, which must be the client's answer and not longer than `body_max`.
+async fn password_message(
+    channel: &mut ClientChannel,
+    body_max: u32,
+) -> Result<zeroize::Zeroizing<Vec<u8>>, AuthError> {
     channel.flush().await?;
     let header = channel.read_header().await?;
-    let Header { tag: frontend::PASSWORD, body_bytes: length @ 0..=AUTH_MESSAGE_MAX } = header else {
+    if header.tag != frontend::PASSWORD || header.body_bytes > body_max {
         return Err(malformed("expected password response"));
-    };
-    let body = channel.read_exact(length as usize).await?;
+    }
+    let body = channel.read_exact(header.body_bytes as usize).await?;
     Ok(zeroize::Zeroizing::new(body))
 }
 
@@ -202,7 +223,12 @@ fn malformed(text: &'static str) -> AuthError {
 }
 
 fn refused(error: ScramError) -> AuthError {
-    AuthError::Refused(ClientError::Protocol(error.to_string().into()))
+    let text = error.to_string().into();
+    AuthError::Refused(if error.is_authorization() {
+        ClientError::Authorization(text)
+    } else {
+        ClientError::Protocol(text)
+    })
 }
 
 /// 18 random bytes in base64, as PostgreSQL's.

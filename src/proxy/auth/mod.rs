@@ -7,5 +7,5 @@ mod exchange;
 mod users_file;
 mod verifiers;
 
-pub(super) use exchange::{AuthError, authenticate};
+pub(super) use exchange::{Asked, AuthError, authenticate};
 pub(super) use verifiers::Verifiers;

@@ -86,12 +86,14 @@ pub(in crate::proxy) struct Verifiers {
 }
 
 impl Verifiers {
-    /// Reads the users file; `runtime` keeps the control connections.
+    /// Reads the users file; `runtime` keeps the control connections. `seed` is a secret that outlasts this process;
+    /// without one, the salts of unknown users change at a restart, and those of known users do not.
     pub(in crate::proxy) fn new(
         config: &config::Config,
         source: Connector,
         target: Connector,
         runtime: tokio::runtime::Handle,
+        seed: Option<[u8; 32]>,
     ) -> Result<Self, VerifierError> {
         let file = config.auth.users_file.as_ref().map(|path| {
             let text = std::fs::read_to_string(path)
@@ -112,7 +114,7 @@ impl Verifiers {
             runtime,
             sessions: [AsyncMutex::new(None), AsyncMutex::new(None)],
             cache: Mutex::default(),
-            secret: rand::random(),
+            secret: seed.unwrap_or_else(rand::random),
         })
     }
 
