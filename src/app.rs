@@ -138,7 +138,7 @@ impl Daemon {
             migrations: engine,
             cutovers: cutovers.clone(),
             clients: session_desk,
-            daemon: control,
+            daemon: control.clone(),
             tasks: cutover_tasks.clone(),
         });
         if let Some(address) = config.admin.address {
@@ -159,6 +159,7 @@ impl Daemon {
             tasks: proxy_tasks.clone(),
             failpoints,
         })?;
+        control.follow(proxy.follower());
         Ok(Self { proxy, proxy_tasks, cutover_tasks, engine_tasks, http_tasks })
     }
 

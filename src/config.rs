@@ -3,10 +3,12 @@
 //! Reading TOML, environment overrides and secrets is in the submodules; a [`Config`] that exists is consistent.
 
 mod error;
+pub mod limits;
 mod load;
 pub mod network;
 mod reader;
 mod settings;
+mod tcp;
 #[cfg(test)]
 mod tests;
 pub mod units;
@@ -21,6 +23,7 @@ pub use load::{DEFAULT_AUTH_QUERY, DEFAULT_PORT, load, load_admin};
 pub use network::Network;
 pub use reader::nearest;
 pub use settings::{Changes, Live, Setting};
+pub use tcp::Tcp;
 
 /// The environment's variables by name, passed in so that a test has its own.
 pub type Environment = BTreeMap<String, String>;
@@ -92,6 +95,7 @@ impl Server {
             sslrootcert: None,
             client_certificate: None,
             connect_timeout: Duration::from_secs(10),
+            tcp: Tcp::OF_SERVERS,
             kind: ServerKind::Postgres,
         }
     }
@@ -108,6 +112,8 @@ pub struct Listen {
     pub tls: Option<ListenTls>,
     /// Balancers that begin every connection with a PROXY protocol header of version 2, and are believed.
     pub proxy_protocol_from: Vec<Network>,
+    /// How the kernel watches links to clients.
+    pub tcp: Tcp,
     /// Threads that serve sessions, one runtime each; default: the number of cores.
     pub workers: usize,
 }
@@ -221,6 +227,8 @@ pub struct Server {
     pub client_certificate: Option<(PathBuf, PathBuf)>,
     /// Bound on TCP connect, TLS and login together.
     pub connect_timeout: Duration,
+    /// How the kernel watches links to it.
+    pub tcp: Tcp,
     /// Which product or service it is; shown, and used where services differ.
     pub kind: ServerKind,
 }
@@ -337,8 +345,24 @@ impl AuthMethod {
 pub struct Limits {
     /// Client connections at one time.
     pub max_client_connections: usize,
+    /// Places beyond `max_client_connections` for users of the console.
+    pub reserved_admin_connections: usize,
+    /// Client connections of one role, unless `users` says otherwise; 0: any number.
+    pub max_user_connections: usize,
+    /// Client connections to one database, unless `databases` says otherwise; 0: any number.
+    pub max_database_connections: usize,
+    /// Client connections from one IP address; 0: any number.
+    pub max_address_connections: usize,
     /// From accept to the end of authentication.
     pub client_login_timeout: Duration,
+    /// Time-outs of sessions, unless `users` or `databases` say otherwise.
+    pub timeouts: limits::Timeouts,
+    /// Held sessions that are let in each 10 ms after a resume; 0: all at once.
+    pub resume_rate: usize,
+    /// What is said otherwise for roles.
+    pub users: limits::Overrides,
+    /// What is said otherwise for databases.
+    pub databases: limits::Overrides,
     /// Largest single message, streamed and never held, in bytes.
     pub max_message_bytes: u64,
     /// Buffer for each direction of a session, in bytes.

@@ -22,6 +22,12 @@ pub const PROGRAM_LIMIT_EXCEEDED: &str = "54000";
 pub const LOCK_NOT_AVAILABLE: &str = "55P03";
 /// `57014` query_canceled.
 pub const QUERY_CANCELED: &str = "57014";
+/// `25P03` idle_in_transaction_session_timeout.
+pub const IDLE_IN_TRANSACTION_TIMEOUT: &str = "25P03";
+/// `25P04` transaction_timeout (PostgreSQL 17).
+pub const TRANSACTION_TIMEOUT: &str = "25P04";
+/// `57P05` idle_session_timeout (PostgreSQL 14).
+pub const IDLE_SESSION_TIMEOUT: &str = "57P05";
 /// `57P01` admin_shutdown: this session was ended on an operator's order.
 pub const ADMIN_SHUTDOWN: &str = "57P01";
 /// `57P03` cannot_connect_now: nobody is known to be the active server, or we are starting or stopping.

@@ -1,7 +1,7 @@
 //! What the process can be told from outside: signals, reload, shutdown.
 
 use std::path::PathBuf;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError};
 
 use arc_swap::ArcSwap;
 use tokio::signal::unix::{SignalKind, signal};
@@ -18,11 +18,21 @@ pub(super) struct Control {
     config: Arc<ArcSwap<Config>>,
     log: LogControl,
     stop: CancellationToken,
+    /// What takes a reload over.
+    followers: Mutex<Vec<Follower>>,
 }
+
+/// Called with every new configuration.
+type Follower = Box<dyn Fn(&Config) + Send + Sync>;
 
 impl Control {
     pub(super) fn new(path: Option<PathBuf>, config: Arc<ArcSwap<Config>>, log: LogControl) -> Self {
-        Self { path, config, log, stop: CancellationToken::new() }
+        Self { path, config, log, stop: CancellationToken::new(), followers: Mutex::default() }
+    }
+
+    /// `follower` is called with every configuration that a reload brings into force.
+    pub(super) fn follow(&self, follower: impl Fn(&Config) + Send + Sync + 'static) {
+        self.followers.lock().unwrap_or_else(PoisonError::into_inner).push(Box::new(follower));
     }
 
     /// Resolves once the daemon was told to stop, by a signal or an order.
@@ -87,7 +97,9 @@ impl Control {
         let old = self.config.load_full();
         let changes = old.changes(&new);
         self.log.set(&new.telemetry.log).map_err(|error| AdminError::from_chain(ErrorKind::Failed, &error))?;
-        self.config.store(Arc::new(old.with_live_changes(new)));
+        let config = Arc::new(old.with_live_changes(new));
+        self.config.store(config.clone());
+        self.followers.lock().unwrap_or_else(PoisonError::into_inner).iter().for_each(|follower| follower(&config));
         Ok(changes)
     }
 }

@@ -58,7 +58,7 @@ pub(super) fn read(text: &str, base: &Path, environment: &Environment) -> (Confi
         source: server(reader.section("source")),
         target: server(reader.section("target")),
         auth: auth(reader.section("auth")),
-        limits: limits(reader.section("limits")),
+        limits: limits(&mut reader),
         migration: migration(reader.section("migration")),
         cutover: cutover(reader.section("cutover")),
         admin: admin(reader.section("admin")),
@@ -106,7 +106,8 @@ fn listen(mut section: Section<'_>) -> Listen {
             None
         }
     };
-    Listen { address, unix_socket_dir, tls, proxy_protocol_from, workers }
+    let tcp = Tcp::read(&mut section, Tcp::OF_CLIENTS);
+    Listen { address, unix_socket_dir, tls, proxy_protocol_from, tcp, workers }
 }
 
 /// Authorities and what is asked for; with authorities alone, certificates are checked where they are given.
@@ -146,6 +147,7 @@ fn server(mut section: Section<'_>) -> Server {
     let sslrootcert = section.path("sslrootcert");
     let client_certificate = client_certificate(&mut section);
     let connect_timeout = section.duration("connect_timeout", Duration::from_secs(10));
+    let tcp = Tcp::read(&mut section, Tcp::OF_SERVERS);
     let kind = section.choice("kind", ServerKind::Postgres, &ServerKind::WORDS);
     if matches!(sslmode, SslMode::VerifyCa | SslMode::VerifyFull) && sslrootcert.is_none() && !host.starts_with('/') {
         let origin = section.origin("sslmode").unwrap_or(Origin::Whole);
@@ -156,7 +158,7 @@ fn server(mut section: Section<'_>) -> Server {
         );
     }
     let port = u16::try_from(port).unwrap_or(5432);
-    Server { host, port, user, password, sslmode, sslrootcert, client_certificate, connect_timeout, kind }
+    Server { host, port, user, password, sslmode, sslrootcert, client_certificate, connect_timeout, tcp, kind }
 }
 
 fn client_certificate(section: &mut Section<'_>) -> Option<(PathBuf, PathBuf)> {
@@ -193,11 +195,22 @@ fn pool(mut section: Section<'_>) {
     section.choice("mode", (), &[("session", ())]);
 }
 
-fn limits(mut section: Section<'_>) -> Limits {
+fn limits(reader: &mut Reader) -> Limits {
+    let users = limits::read_overrides(reader, "user");
+    let databases = limits::read_overrides(reader, "database");
+    let mut section = reader.section("limits");
     let buffer = section.size("buffer", 64 << 10, 8 << 10..=16 * MB);
     Limits {
         max_client_connections: section.number("max_client_connections", 10_000, 1..=1_000_000),
+        reserved_admin_connections: section.number("reserved_admin_connections", 3, 0..=1000),
+        max_user_connections: section.number("max_user_connections", 0, 0..=1_000_000),
+        max_database_connections: section.number("max_database_connections", 0, 0..=1_000_000),
+        max_address_connections: section.number("max_address_connections", 0, 0..=1_000_000),
         client_login_timeout: section.duration("client_login_timeout", Duration::from_secs(15)),
+        timeouts: limits::Timeouts::read(&mut section),
+        resume_rate: section.number("resume_rate", 0, 0..=1_000_000),
+        users,
+        databases,
         max_message_bytes: section.size("max_message", GB, MB..=GB),
         buffer_bytes: usize::try_from(buffer).unwrap_or(64 << 10),
     }

@@ -52,6 +52,8 @@ struct Found {
 /// The document under reading.
 pub struct Reader {
     values: BTreeMap<(String, String), Found>,
+    /// Keys of the tables below a section, by the table's full name: `limits.user.ann`.
+    entries: BTreeMap<String, BTreeMap<String, Found>>,
     section_lines: BTreeMap<String, Origin>,
     known: BTreeMap<&'static str, BTreeSet<&'static str>>,
     problems: Vec<Problem>,
@@ -65,6 +67,7 @@ impl Reader {
     pub fn new(text: &str, base: &Path, environment: &Environment) -> Self {
         let mut reader = Self {
             values: BTreeMap::new(),
+            entries: BTreeMap::new(),
             section_lines: BTreeMap::new(),
             known: BTreeMap::new(),
             problems: Vec::new(),
@@ -100,7 +103,26 @@ impl Reader {
                 let found =
                     Found { raw: raw_of(value.get_ref()), origin: Origin::Line(line_of(text, key.span().start)) };
                 self.values.insert((name.clone(), key.get_ref().to_string()), found);
+                if let Some(below) = value.get_ref().as_table() {
+                    self.take_entries(text, &format!("{name}.{}", key.get_ref()), below);
+                }
             }
+        }
+    }
+
+    fn take_entries(&mut self, text: &str, parent: &str, tables: &DeTable<'_>) {
+        for (name, content) in tables {
+            let Some(table) = content.get_ref().as_table() else {
+                let line = Origin::Line(line_of(text, name.span().start));
+                self.problem(line, format!("`{}` must be a table: [{parent}.{}]", name.get_ref(), name.get_ref()));
+                continue;
+            };
+            let found = table.iter().map(|(key, value)| {
+                let origin = Origin::Line(line_of(text, key.span().start));
+                (key.get_ref().to_string(), Found { raw: raw_of(value.get_ref()), origin })
+            });
+            let found = found.collect();
+            self.entries.insert(format!("{parent}.{}", name.get_ref()), found);
         }
     }
 
@@ -112,7 +134,14 @@ impl Reader {
     /// The section `name`, which is known from now on.
     pub fn section(&mut self, name: &'static str) -> Section<'_> {
         self.known.entry(name).or_default();
-        Section { reader: self, name }
+        Section { reader: self, name, entry: None }
+    }
+
+    /// The table `[section.key.name]`; its keys are known by being asked for, like those of a section. They cannot be
+    /// overridden by the environment: names of roles are not names of variables.
+    pub fn entry(&mut self, section: &'static str, key: &str, name: String) -> Section<'_> {
+        let table = format!("{section}.{key}.{name}");
+        Section { reader: self, name: section, entry: Some(Entry { table, asked: BTreeSet::new() }) }
     }
 
     /// Every problem so far; for a reader of some sections only.
@@ -175,6 +204,31 @@ pub struct KnownKeys(pub BTreeMap<&'static str, BTreeSet<&'static str>>);
 pub struct Section<'a> {
     reader: &'a mut Reader,
     name: &'static str,
+    /// Set for a table below the section.
+    entry: Option<Entry>,
+}
+
+/// A table below a section.
+struct Entry {
+    /// Its full name.
+    table: String,
+    asked: BTreeSet<&'static str>,
+}
+
+impl Drop for Section<'_> {
+    /// What nobody asked for in a table below a section is reported when its reading ends.
+    fn drop(&mut self) {
+        let Some(entry) = &self.entry else { return };
+        let known: Vec<&str> = entry.asked.iter().copied().collect();
+        let found = self.reader.entries.get(&entry.table).into_iter().flatten();
+        let unknown = found.filter(|(key, _)| !entry.asked.contains(key.as_str()));
+        let problems = unknown.map(|(key, found)| Problem {
+            origin: found.origin.clone(),
+            message: format!("unknown key `{key}` in [{}]{}", entry.table, suggestion(key, &known)),
+        });
+        let problems: Vec<Problem> = problems.collect();
+        self.reader.problems.extend(problems);
+    }
 }
 
 impl Section<'_> {
@@ -347,6 +401,17 @@ impl Section<'_> {
         }
     }
 
+    /// The names of the tables `[section.key.NAME]`; anything else under `key` is a problem.
+    pub fn names(&mut self, key: &'static str) -> Vec<String> {
+        let Some(found) = self.find(key) else { return Vec::new() };
+        if !matches!(found.raw, Raw::Other("a table")) {
+            let expected = format!("tables, such as [{}.{key}.name]", self.name);
+            return self.wrong_kind(key, found.origin, &expected, &found.raw).unwrap_or_default();
+        }
+        let parent = format!("{}.{key}.", self.name);
+        self.reader.entries.keys().filter_map(|table| table.strip_prefix(&parent)).map(str::to_owned).collect()
+    }
+
     /// Where `key` was set, for problems that several keys make together.
     pub fn origin(&self, key: &'static str) -> Option<Origin> {
         let set = self.reader.environment.contains_key(&variable(self.name, key));
@@ -356,7 +421,8 @@ impl Section<'_> {
 
     /// Notes a problem with `key`.
     pub fn bad(&mut self, key: &str, origin: Origin, message: &str) {
-        let message = format!("[{}] {key}: {message}", self.name);
+        let table = self.entry.as_ref().map_or(self.name, |entry| &entry.table);
+        let message = format!("[{table}] {key}: {message}");
         self.reader.problem(origin, message);
     }
 
@@ -379,6 +445,10 @@ impl Section<'_> {
 
     /// The value, the environment before the file.
     fn find(&mut self, key: &'static str) -> Option<Found> {
+        if let Some(entry) = &mut self.entry {
+            entry.asked.insert(key);
+            return self.reader.entries.get(&entry.table)?.get(key).cloned();
+        }
         self.reader.known.entry(self.name).or_default().insert(key);
         let name = variable(self.name, key);
         if let Some(text) = self.reader.environment.get(&name) {

@@ -59,6 +59,9 @@ impl Config {
         add("listen", "tls_client_cert", asked.as_str().to_owned(), Restart);
         let balancers: Vec<_> = listen.proxy_protocol_from.iter().map(Network::to_string).collect();
         add("listen", "proxy_protocol_from", balancers.join(","), Restart);
+        for (key, value) in listen.tcp.pairs() {
+            add("listen", key, value, Restart);
+        }
         add("listen", "workers", listen.workers.to_string(), Restart);
         add("control", "database", self.control.database.clone(), Restart);
         let fence = if self.control.fence == FencePolicy::Hard { "hard" } else { "soft" };
@@ -74,6 +77,9 @@ impl Config {
             add(section, "sslcert", path(certificate.map(|(certificate, _)| certificate)), Restart);
             add(section, "sslkey", path(certificate.map(|(_, key)| key)), Restart);
             add(section, "connect_timeout", format_duration(server.connect_timeout), Restart);
+            for (key, value) in server.tcp.pairs() {
+                add(section, key, value, Restart);
+            }
             add(section, "kind", server.kind.as_str().to_owned(), Restart);
         }
         add("auth", "method", self.auth.method.as_str().to_owned(), Restart);
@@ -82,8 +88,18 @@ impl Config {
         add("auth", "verifier_cache", format_duration(self.auth.verifier_cache), Restart);
         add("pool", "mode", "session".to_owned(), Restart);
         let limits = &self.limits;
-        add("limits", "max_client_connections", limits.max_client_connections.to_string(), Restart);
-        add("limits", "client_login_timeout", format_duration(limits.client_login_timeout), Restart);
+        add("limits", "max_client_connections", limits.max_client_connections.to_string(), Reload);
+        add("limits", "reserved_admin_connections", limits.reserved_admin_connections.to_string(), Reload);
+        add("limits", "max_user_connections", limits.max_user_connections.to_string(), Reload);
+        add("limits", "max_database_connections", limits.max_database_connections.to_string(), Reload);
+        add("limits", "max_address_connections", limits.max_address_connections.to_string(), Reload);
+        add("limits", "client_login_timeout", format_duration(limits.client_login_timeout), Reload);
+        for (key, value) in limits.timeouts.pairs() {
+            add("limits", key, format_duration(value), Reload);
+        }
+        add("limits", "resume_rate", limits.resume_rate.to_string(), Reload);
+        add("limits", "user", limits::describe(&limits.users), Reload);
+        add("limits", "database", limits::describe(&limits.databases), Reload);
         add("limits", "max_message", format_size(limits.max_message_bytes), Restart);
         add("limits", "buffer", format_size(limits.buffer_bytes as u64), Restart);
         let migration = &self.migration;
@@ -115,6 +131,12 @@ impl Config {
     pub fn with_live_changes(&self, new: Self) -> Self {
         let mut config = self.clone();
         config.cutover = new.cutover;
+        // What a session's memory is made of stays as it is.
+        config.limits = Limits {
+            max_message_bytes: self.limits.max_message_bytes,
+            buffer_bytes: self.limits.buffer_bytes,
+            ..new.limits
+        };
         config.admin.users = new.admin.users;
         config.admin.token = new.admin.token;
         config.telemetry.log = new.telemetry.log;

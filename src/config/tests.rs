@@ -233,3 +233,28 @@ fn a_missing_file_is_named() {
     let error = load(Some(Path::new("/no/such/file.toml")), &Environment::new()).expect_err("there is none");
     assert!(error.to_string().starts_with("cannot read the configuration file /no/such/file.toml"), "{error}");
 }
+
+#[test]
+fn limits_of_single_roles_are_tables_below_the_section() {
+    let text = MINIMAL.to_owned()
+        + "[limits.user.ann]\nquery_timeout = \"5s\"\n[limits.database]\nshop = { max_connections = 9 }\n";
+    let config = good(&text, &[("TARGET_PASSWORD", "t4rget")]);
+    assert_eq!(config.limits.timeouts_of("ann", "shop").query, Duration::from_secs(5));
+    assert_eq!(config.limits.timeouts_of("bob", "shop").query, Duration::ZERO);
+    assert_eq!(config.limits.max_connections_of_database("shop"), Some(9));
+    let value = |key| config.settings().into_iter().find(|one| one.section == "limits" && one.key == key);
+    assert_eq!(value("user").expect("listed").value, "ann: query_timeout=5s");
+    for (line, expected) in [
+        (
+            "[limits.user.ann]\nquery_timeut = \"5s\"",
+            "f:19: unknown key `query_timeut` in [limits.user.ann]; did you mean",
+        ),
+        ("[limits.user.ann]\nquery_timeout = 5", "f:19: [limits.user.ann] query_timeout: expected a duration"),
+        ("[limits]\nuser = 5", "f:19: [limits] user: expected tables, such as [limits.user.name], found a number"),
+        ("[limits.user]\nann = 5", "f:19: `ann` must be a table: [limits.user.ann]"),
+        ("[limits]\nusers.ann.max_connections = 5", "f:19: unknown key `users` in [limits]; did you mean `user`?"),
+    ] {
+        let found = problems(|file| file + line + "\n", &[]);
+        assert!(found.iter().any(|problem| problem.starts_with(expected)), "expected {expected:?}, found {found:#?}");
+    }
+}

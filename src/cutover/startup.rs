@@ -252,7 +252,7 @@ fn route(verdict: &Verdict) -> Route {
 fn apply(database: &Database, verdict: &Verdict) {
     let wanted = route(verdict);
     match wanted {
-        Route::To { .. } if *database.route() == wanted && !database.is_fenced() => {}
+        Route::To { .. } if *database.route() == wanted && !database.is_fenced_by_cutover() => {}
         Route::To { server, epoch } => {
             tracing::info!(database = database.name(), server = %server, epoch = epoch.0, "active");
             database.set_prepare_window(None);

@@ -1,7 +1,6 @@
 //! From an address to a byte stream: TCP or Unix socket, and the SSLRequest that comes before anything else.
 
 use std::io;
-use std::time::Duration;
 
 use socket2::{SockRef, TcpKeepalive};
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
@@ -11,12 +10,6 @@ use tokio_rustls::rustls::pki_types::ServerName;
 
 use crate::config::{self, SslMode};
 use crate::postgres::Stream;
-
-/// Silence after which the kernel asks a peer whether it is still there, and how often it asks again. A link that
-/// died is noticed after about a minute and a half.
-const KEEPALIVE_IDLE: Duration = Duration::from_secs(30);
-const KEEPALIVE_INTERVAL: Duration = Duration::from_secs(10);
-const KEEPALIVE_PROBES: u32 = 6;
 
 /// SSLRequest: its length, and the code 1234·2^16 + 5679 in place of a protocol version.
 const SSL_REQUEST: [u8; 8] = [0, 0, 0, 8, 0x04, 0xd2, 0x16, 0x2f];
@@ -70,10 +63,18 @@ pub(super) async fn open(
 async fn connect_tcp(server: &config::Server) -> io::Result<TcpStream> {
     let stream = TcpStream::connect((server.host.as_str(), server.port)).await?;
     stream.set_nodelay(true)?;
-    let keepalive =
-        TcpKeepalive::new().with_time(KEEPALIVE_IDLE).with_interval(KEEPALIVE_INTERVAL).with_retries(KEEPALIVE_PROBES);
-    SockRef::from(&stream).set_tcp_keepalive(&keepalive)?;
+    watch_link(&SockRef::from(&stream), &server.tcp)?;
     Ok(stream)
+}
+
+/// Lets the kernel watch a link, or every link that a listening socket accepts: Linux hands these options down.
+pub fn watch_link(socket: &SockRef<'_>, tcp: &config::Tcp) -> io::Result<()> {
+    let keepalive = TcpKeepalive::new()
+        .with_time(tcp.keepalives_idle)
+        .with_interval(tcp.keepalives_interval)
+        .with_retries(tcp.keepalives_count);
+    socket.set_tcp_keepalive(&keepalive)?;
+    socket.set_tcp_user_timeout(Some(tcp.user_timeout).filter(|timeout| !timeout.is_zero()))
 }
 
 /// Sends SSLRequest and does what the one byte of answer says. Exactly one byte is read: anything that follows it in

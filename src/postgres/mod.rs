@@ -26,6 +26,7 @@ pub mod walsender;
 
 pub use connect::{ConnectError, Connector, Control, InstanceId};
 pub use copy::{CopyError, CopyIn, CopyOut, Direction};
+pub use dial::watch_link;
 pub use error::{ErrorReport, RawError};
 pub use frame::Frame;
 pub use pipeline::{EncodeError, Outcome, Pipeline, PipelineError};

@@ -37,6 +37,32 @@ pub enum ClientError {
     CleartextRefused,
     /// `max_client_connections` reached.
     TooManyClients,
+    /// One of the limits on connections by role, database or address reached.
+    TooManyOf {
+        /// `role`, `database` or `address`.
+        what: &'static str,
+        /// Which one.
+        name: String,
+    },
+    /// DISABLE is in force.
+    DatabaseDisabled {
+        /// Its name.
+        database: String,
+    },
+    /// `idle_timeout` reached.
+    IdleTimeout,
+    /// `idle_transaction_timeout` reached.
+    IdleTransactionTimeout,
+    /// `transaction_timeout` reached.
+    TransactionTimeout,
+    /// `query_timeout` reached, and the cancel of the statement did not end it.
+    QueryTimeout,
+    /// `query_wait_timeout` reached while the session was held; it goes on.
+    WaitTimeout,
+    /// `query_wait_timeout` reached before the session could be let in.
+    LoginWaitTimeout,
+    /// `client_lifetime` reached.
+    LifetimeReached,
     /// `client_login_timeout` reached.
     LoginTimeout,
     /// Nobody is known to be the active server.
@@ -100,7 +126,13 @@ impl ClientError {
             Self::NoUser | Self::TlsRequired | Self::CleartextRefused | Self::Authorization(_) => {
                 sqlstate::INVALID_AUTHORIZATION
             }
-            Self::TooManyClients => sqlstate::TOO_MANY_CONNECTIONS,
+            Self::TooManyClients | Self::TooManyOf { .. } => sqlstate::TOO_MANY_CONNECTIONS,
+            Self::DatabaseDisabled { .. } => sqlstate::OBJECT_NOT_IN_PREREQUISITE_STATE,
+            Self::IdleTimeout => sqlstate::IDLE_SESSION_TIMEOUT,
+            Self::IdleTransactionTimeout => sqlstate::IDLE_IN_TRANSACTION_TIMEOUT,
+            Self::TransactionTimeout => sqlstate::TRANSACTION_TIMEOUT,
+            Self::QueryTimeout | Self::WaitTimeout | Self::LoginWaitTimeout => sqlstate::QUERY_CANCELED,
+            Self::LifetimeReached => sqlstate::ADMIN_SHUTDOWN,
             Self::LoginTimeout => sqlstate::INVALID_AUTHORIZATION,
             Self::RouteUnknown { .. } => sqlstate::CANNOT_CONNECT_NOW,
             Self::ServerUnreachable => sqlstate::CANNOT_ESTABLISH_CONNECTION,
@@ -116,7 +148,7 @@ impl ClientError {
     /// Whether the session goes on.
     pub fn severity(&self) -> Severity {
         match self {
-            Self::CancelledWhileHeld => Severity::Error,
+            Self::CancelledWhileHeld | Self::WaitTimeout => Severity::Error,
             _ => Severity::Fatal,
         }
     }
@@ -132,6 +164,16 @@ impl ClientError {
             Self::TlsRequired => "connection requires TLS".into(),
             Self::CleartextRefused => "clear text passwords need TLS or a Unix socket".into(),
             Self::TooManyClients => "sorry, too many clients already".into(),
+            Self::TooManyOf { what, name } => format!("too many connections for {what} \"{name}\"").into(),
+            Self::DatabaseDisabled { database } => {
+                format!("database \"{database}\" is not currently accepting connections").into()
+            }
+            Self::IdleTimeout => "terminating connection due to idle-session timeout".into(),
+            Self::IdleTransactionTimeout => "terminating connection due to idle-in-transaction timeout".into(),
+            Self::TransactionTimeout => "terminating connection due to transaction timeout".into(),
+            Self::QueryTimeout => "canceling statement due to statement timeout".into(),
+            Self::WaitTimeout | Self::LoginWaitTimeout => "canceling statement due to query_wait_timeout".into(),
+            Self::LifetimeReached => "terminating connection due to client_lifetime".into(),
             Self::LoginTimeout => "canceling authentication due to timeout".into(),
             Self::RouteUnknown { reason } => {
                 format!("the database is not available through this proxy now: {reason}").into()
@@ -160,6 +202,8 @@ impl ClientError {
             Self::ServerLost { in_doubt: true } => {
                 Some("A statement was being executed. Whether it, or a COMMIT among it, took effect is not known; it was not sent again.".into())
             }
+            Self::WaitTimeout => Some("The database is paused; the statement had not been sent to a server.".into()),
+            Self::QueryTimeout => Some("The server did not answer the cancel; whether the statement took effect is not known.".into()),
             Self::CancelledWhileHeld => Some("The statement was waiting for a cutover to end and had not been sent to a server.".into()),
             Self::MoveFailed { reason } => Some(reason.as_ref().into()),
             _ => None,
@@ -173,9 +217,10 @@ impl ClientError {
             Self::ServerLost { in_doubt: true } => {
                 Some("Connect again and look whether the change is there before repeating it.")
             }
-            Self::ServerLost { in_doubt: false } | Self::MoveFailed { .. } | Self::ReplicationEnded => {
-                Some("Connect again.")
-            }
+            Self::ServerLost { in_doubt: false }
+            | Self::MoveFailed { .. }
+            | Self::ReplicationEnded
+            | Self::LifetimeReached => Some("Connect again."),
             Self::RouteUnknown { .. } | Self::ServerUnreachable => Some("Try again in a moment."),
             Self::ConsoleForbidden { .. } => Some("The users that may are listed in the proxy's configuration."),
             _ => None,
@@ -214,6 +259,15 @@ mod tests {
             (ClientError::CleartextRefused, "FATAL", "28000"),
             (ClientError::TooManyClients, "FATAL", "53300"),
             (ClientError::LoginTimeout, "FATAL", "28000"),
+            (ClientError::TooManyOf { what: "role", name: "ann".to_owned() }, "FATAL", "53300"),
+            (ClientError::DatabaseDisabled { database: "shop".to_owned() }, "FATAL", "55000"),
+            (ClientError::IdleTimeout, "FATAL", "57P05"),
+            (ClientError::IdleTransactionTimeout, "FATAL", "25P03"),
+            (ClientError::TransactionTimeout, "FATAL", "25P04"),
+            (ClientError::QueryTimeout, "FATAL", "57014"),
+            (ClientError::WaitTimeout, "ERROR", "57014"),
+            (ClientError::LoginWaitTimeout, "FATAL", "57014"),
+            (ClientError::LifetimeReached, "FATAL", "57P01"),
             (ClientError::RouteUnknown { reason: "r".to_owned() }, "FATAL", "57P03"),
             (ClientError::ServerUnreachable, "FATAL", "08001"),
             (ClientError::ServerRefused { code: "3D000".to_owned(), message: "m".to_owned() }, "FATAL", "3D000"),

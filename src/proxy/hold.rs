@@ -51,20 +51,22 @@ impl Session {
     /// A held session's client has cancelled: an error, what it asked for is thrown away, and it is ready again.
     pub(super) fn answer_cancel(&mut self) {
         if !matches!(self.place, Place::Held { .. }) {
-            self.cancelled = false;
+            (self.cancelled, self.waited_too_long) = (false, false);
             return;
         }
         if !self.down.scanner.is_at_boundary() {
             return;
         }
         self.cancelled = false;
+        let waited_too_long = std::mem::take(&mut self.waited_too_long);
         let Ok(Some(header)) = Header::parse(self.up.buffer.filled()) else { return };
         if header.tag == frontend::SYNC {
             // Nothing is asked that could be cancelled.
             return;
         }
         let mut answer = Vec::new();
-        ClientError::CancelledWhileHeld.encode(&mut answer);
+        let why = if waited_too_long { ClientError::WaitTimeout } else { ClientError::CancelledWhileHeld };
+        why.encode(&mut answer);
         if matches!(header.tag, frontend::QUERY | frontend::FUNCTION_CALL) {
             self.up.discard_left = HEADER_BYTES + header.body_bytes as usize;
             message::ready_for_query(&mut answer, TransactionStatus::Idle);

@@ -7,11 +7,12 @@ use std::os::unix::fs::PermissionsExt as _;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use socket2::{Domain, Protocol, SockRef, Socket, TcpKeepalive, Type};
+use socket2::{Domain, Protocol, SockRef, Socket, Type};
 use tokio::net::{TcpListener, UnixListener};
 use tokio::sync::mpsc;
 
-use crate::postgres::Stream;
+use crate::config::Tcp;
+use crate::postgres::{Stream, watch_link};
 use crate::shutdown::Tasks;
 
 /// Connections that wait in the kernel to be accepted.
@@ -67,13 +68,16 @@ impl fmt::Display for Listener {
 
 impl Listener {
     /// Binds a TCP address.
-    pub(super) fn tcp(address: SocketAddr) -> io::Result<Self> {
+    pub(super) fn tcp(address: SocketAddr, tcp: &Tcp) -> io::Result<Self> {
         let socket = Socket::new(Domain::for_address(address), Type::STREAM, Some(Protocol::TCP))?;
         socket.set_reuse_address(true)?;
         if address.is_ipv6() {
             socket.set_only_v6(false)?;
         }
         socket.set_nonblocking(true)?;
+        // What accepted connections inherit from it.
+        socket.set_tcp_nodelay(true)?;
+        watch_link(&SockRef::from(&socket), tcp)?;
         socket.bind(&address.into())?;
         socket.listen(BACKLOG)?;
         Ok(Self(Bound::Tcp(TcpListener::from_std(socket.into())?)))
@@ -106,10 +110,6 @@ impl Listener {
         match &self.0 {
             Bound::Tcp(listener) => {
                 let (socket, peer) = listener.accept().await?;
-                socket.set_nodelay(true)?;
-                let keepalive =
-                    TcpKeepalive::new().with_time(Duration::from_secs(60)).with_interval(Duration::from_secs(15));
-                SockRef::from(&socket).set_tcp_keepalive(&keepalive)?;
                 Ok(Accepted { socket: Raw::Tcp(socket.into_std()?), peer: Some(peer) })
             }
             Bound::Unix { listener, .. } => {

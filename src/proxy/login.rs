@@ -3,11 +3,13 @@
 use std::rc::Rc;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
+use std::time::Duration;
 use std::{io, pin::pin};
 
 use super::auth::{Asked, AuthError, authenticate};
 use super::client_error::ClientError;
 use super::handshake::{ClientChannel, Entrance, HandshakeError, Peer, Request, negotiate, wants_replication};
+use super::limits::Place;
 use super::listener::Accepted;
 use super::session::{Link, Session};
 use super::sessions::{Entry, Order, Registration, SessionState};
@@ -19,6 +21,7 @@ use crate::telemetry::metrics::AuthFailure;
 use crate::wire::ledger::TransactionStatus;
 use crate::wire::message;
 use crate::wire::startup::SessionStartup;
+use tokio::time::Instant;
 
 /// Connections beyond the limit that may be in handshake at one time, so that they can be told; others are just closed.
 const REFUSALS_MAX: usize = 1000;
@@ -31,16 +34,18 @@ pub(super) struct ClientSlot {
     shared: Arc<Shared>,
     /// How many were connected with it.
     number: usize,
+    /// Its places among those of its role, database and address.
+    places: Vec<Place>,
 }
 
 impl ClientSlot {
     fn take(shared: &Arc<Shared>) -> Self {
         let number = shared.clients.fetch_add(1, Ordering::AcqRel) + 1;
-        Self { shared: shared.clone(), number }
+        Self { shared: shared.clone(), number, places: Vec::new() }
     }
 
     fn excess(&self) -> usize {
-        self.number.saturating_sub(self.shared.config.limits.max_client_connections)
+        self.number.saturating_sub(self.shared.limits.load().max_client_connections)
     }
 }
 
@@ -71,7 +76,7 @@ pub(super) async fn log_in(worker: &Rc<Worker>, accepted: Accepted) -> Option<Se
     }
     let mut peer = Peer::new(accepted.peer);
     let channel = ClientChannel::new(accepted.into_stream().ok()?);
-    let deadline = tokio::time::Instant::now() + shared.config.limits.client_login_timeout;
+    let deadline = tokio::time::Instant::now() + shared.limits.load().client_login_timeout;
     let access = shared.access.load_full();
     let entrance = Entrance { tls: access.tls.as_ref(), balancers: &access.balancers };
     let negotiation = async {
@@ -140,7 +145,7 @@ async fn cancel(shared: &Shared, channel: ClientChannel, pid: i32, key: &[u8]) {
         let (done, dealt_with) = tokio::sync::oneshot::channel();
         entry.order(Order::Cancel { done });
         // An error means that the session has ended: dealt with.
-        let _dropped = tokio::time::timeout(shared.config.limits.client_login_timeout, dealt_with).await;
+        let _dropped = tokio::time::timeout(shared.limits.load().client_login_timeout, dealt_with).await;
     }
     drop(channel);
 }
@@ -178,10 +183,8 @@ impl LoginInProgress<'_> {
     }
 
     async fn until_ready(&mut self) -> Result<Done, Refused> {
-        if self.slot.excess() > 0 {
-            return Err(Refused::With(ClientError::TooManyClients));
-        }
         let is_console = self.startup.database == CONSOLE_DATABASE;
+        self.take_place(is_console)?;
         let active = self.active_server(is_console)?;
         if self.startup.needs_negotiation() {
             message::negotiate_protocol_version(&mut self.channel.out, &self.startup.protocol_options);
@@ -191,6 +194,27 @@ impl LoginInProgress<'_> {
             return self.may_use_console().map(|()| Done::Console);
         }
         self.connect(credential).await.map(|link| Done::Session(Box::new(link)))
+    }
+
+    /// Refuses who is too many before anything is looked up for it.
+    fn take_place(&mut self, is_console: bool) -> Result<(), Refused> {
+        let shared = self.worker.shared.clone();
+        let limits = shared.limits.load();
+        let excess = self.slot.excess();
+        if excess > 0 && (excess > limits.reserved_admin_connections || !shared.console.admits(&self.startup.user)) {
+            return Err(Refused::With(ClientError::TooManyClients));
+        }
+        if is_console {
+            return Ok(());
+        }
+        let place = shared.places.of_address(&limits, self.registration.client_address());
+        self.slot.places.extend(place.map_err(Refused::With)?);
+        match shared.switchboard.existing(&self.startup.database) {
+            Some(database) if database.is_disabled() => {
+                Err(Refused::With(ClientError::DatabaseDisabled { database: self.startup.database.clone() }))
+            }
+            Some(_) | None => Ok(()),
+        }
     }
 
     /// Where verifiers are read: the server that the database runs on. The console answers whoever is active, and when
@@ -267,6 +291,10 @@ impl LoginInProgress<'_> {
     async fn connect(&mut self, credential: Credential) -> Result<Link, Refused> {
         let exempt = wants_replication(&self.startup);
         let (user, database) = (self.startup.user.clone(), self.startup.database.clone());
+        let limits = self.shared().limits.load_full();
+        let places = self.shared().places.of_session(&limits, &user, &database).map_err(Refused::With)?;
+        self.slot.places.extend(places);
+        let patience = limits.timeouts_of(&user, &database).query_wait;
         let application_name = self.startup.parameter("application_name").unwrap_or_default().to_owned();
         let key = self.shared().keys.issue(&self.registration);
         let tls = matches!(self.channel.stream, Stream::Tls(_));
@@ -274,7 +302,7 @@ impl LoginInProgress<'_> {
         let local = self.worker.database(&database);
         let login = Login { user, database, credential, parameters: std::mem::take(&mut self.startup.parameters) };
         let member = local.database.join();
-        let admission = admit(&mut self.channel, &member, &self.registration).await?;
+        let admission = admit(&mut self.channel, &member, &self.registration, patience).await?;
         let server = match &*local.database.route() {
             Route::To { server, .. } => *server,
             Route::Unknown { reason } => {
@@ -303,8 +331,15 @@ impl LoginInProgress<'_> {
 }
 
 /// Waits until the gate is open. A client that goes away meanwhile, or sends more than a client has reason to, ends it.
-async fn admit(channel: &mut ClientChannel, member: &Member, entry: &Arc<Entry>) -> Result<Admission, Refused> {
+/// So does a PAUSE that lasts longer than `patience`, unless that is zero.
+async fn admit(
+    channel: &mut ClientChannel,
+    member: &Member,
+    entry: &Arc<Entry>,
+    patience: Duration,
+) -> Result<Admission, Refused> {
     let database = member.database();
+    let mut patience_ends = Instant::now() + patience;
     loop {
         let mut changed = pin!(database.changed());
         // Listening begins before looking, so that no change falls between.
@@ -322,6 +357,13 @@ async fn admit(channel: &mut ClientChannel, member: &Member, entry: &Arc<Entry>)
             () = changed => {}
             // Cancel-safe: what was read is in the channel.
             read = channel.read_some(), if channel.input.len() < EARLY_INPUT_MAX => read?,
+            // Only looks at the clock.
+            () = tokio::time::sleep_until(patience_ends), if !patience.is_zero() => {
+                if !database.is_fenced_by_cutover() {
+                    return Err(Refused::With(ClientError::LoginWaitTimeout));
+                }
+                patience_ends = Instant::now() + patience;
+            }
             // Looks at a flag only.
             () = entry.ordered() => {
                 if let Some(error) = ended_by(entry) {
@@ -336,6 +378,6 @@ async fn admit(channel: &mut ClientChannel, member: &Member, entry: &Arc<Entry>)
 fn ended_by(entry: &Entry) -> Option<ClientError> {
     entry.take_orders().into_iter().find_map(|order| match order {
         Order::End(error) => Some(error),
-        Order::Cancel { .. } | Order::Prepare { .. } | Order::Settle { .. } | Order::Discard => None,
+        Order::Cancel { .. } | Order::Prepare { .. } | Order::Settle { .. } | Order::Discard | Order::Look => None,
     })
 }

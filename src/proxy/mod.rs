@@ -27,6 +27,7 @@ mod departures;
 pub mod handoff;
 mod handshake;
 mod hold;
+mod limits;
 mod listener;
 mod login;
 mod meters;
@@ -35,6 +36,7 @@ mod orphan;
 mod relay;
 mod session;
 mod sessions;
+mod timeouts;
 mod tls;
 mod worker;
 
@@ -47,7 +49,7 @@ use arc_swap::ArcSwap;
 use futures_util::future::BoxFuture;
 use tokio::sync::mpsc;
 
-use crate::config::Config;
+use crate::config::{Config, Limits};
 use crate::failpoint::Failpoints;
 use crate::postgres::{Connector, Stream};
 use crate::shutdown::Tasks;
@@ -139,6 +141,10 @@ struct Shared {
     catalogue: Arc<moves::CatalogueNames>,
     /// Certificates and rules; replaced by a reload.
     access: ArcSwap<access::Access>,
+    /// `[limits]` in force; a reload replaces them.
+    limits: ArcSwap<Limits>,
+    /// Client connections by role, database and address.
+    places: Arc<limits::Places>,
     /// Client connections at this moment, in handshake too.
     clients: AtomicUsize,
     /// The main runtime, for what must not run on a worker.
@@ -187,6 +193,8 @@ impl Proxy {
             runtime.clone(),
         );
         let shared = Arc::new(Shared {
+            limits: ArcSwap::from_pointee(deps.config.limits.clone()),
+            places: Arc::default(),
             config: deps.config,
             switchboard: deps.switchboard,
             source: deps.source,
@@ -216,6 +224,12 @@ impl Proxy {
         self.shared.sessions.clone()
     }
 
+    /// Takes what a reload can change over from the configuration that it is called with.
+    pub fn follower(&self) -> impl Fn(&Config) + Send + Sync + 'static {
+        let shared = self.shared.clone();
+        move |config| shared.limits.store(Arc::new(config.limits.clone()))
+    }
+
     /// The TCP address that clients connect to.
     pub fn address(&self) -> Option<SocketAddr> {
         self.address
@@ -239,7 +253,7 @@ fn bind(config: &Config) -> Result<Vec<Listener>, ProxyError> {
     let mut listeners = Vec::new();
     let mut port = DEFAULT_UNIX_PORT;
     if let Some(address) = config.listen.address {
-        let bound = Listener::tcp(address);
+        let bound = Listener::tcp(address, &config.listen.tcp);
         let listener = bound.map_err(|source| ProxyError::Listen { address: address.to_string(), source })?;
         port = listener.tcp_address().map_or(address.port(), |bound| bound.port());
         listeners.push(listener);

@@ -353,6 +353,7 @@ impl Session {
         if let Place::Held { since } = self.place {
             self.local.meters.waited(now - since);
         }
+        self.entered_turn = self.ledger.readies();
         self.go(Place::Inside { since: now }, SessionState::Active, now);
     }
 

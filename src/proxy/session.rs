@@ -21,6 +21,7 @@ use super::login::{ClientSlot, LoggedIn, log_in};
 use super::moves::Moving;
 use super::orphan;
 use super::sessions::{Order, Registration, SessionState};
+use super::timeouts::Seen;
 use super::worker::{LocalDatabase, Watch, Worker};
 use crate::postgres::{Login, Stream};
 use crate::switch::{Epoch, Member};
@@ -104,6 +105,12 @@ pub(super) struct Session {
     pub(super) cancels: Vec<tokio::task::JoinHandle<()>>,
     /// The client of a held session has cancelled; it is told at the next frame boundary.
     pub(super) cancelled: bool,
+    /// It is told that it has waited too long.
+    pub(super) waited_too_long: bool,
+    /// Which statement it was when the gate was entered.
+    pub(super) entered_turn: u32,
+    /// What the sweep of time-outs last saw.
+    pub(super) seen: Option<Seen>,
     /// When a held client with a full buffer is looked at again.
     pub(super) look_again: Option<std::pin::Pin<Box<tokio::time::Sleep>>>,
     _key: CancelKey,
@@ -180,6 +187,9 @@ impl Session {
             touched: true,
             cancels: Vec::new(),
             cancelled: false,
+            waited_too_long: false,
+            entered_turn: 0,
+            seen: None,
             look_again: None,
             _key: link.key,
             _watch: watch,
@@ -234,6 +244,7 @@ impl Session {
                 Order::Prepare { order, reply } => self.begin_move(order, Some(reply)),
                 Order::Settle { order, reply } => self.settle_move(order, reply),
                 Order::Discard => self.discard_move(),
+                Order::Look => self.look()?,
             }
         }
         Ok(())
@@ -247,17 +258,21 @@ impl Session {
             (Place::Held { .. }, _) => self.cancelled = true,
             (Place::Outside, _) if self.member.is_some() => {}
             (_, None) => {}
-            (_, Some(backend)) => {
-                let connector = self.worker.shared.connector(backend.server).clone();
-                let (pid, key) = (backend.connection.pid, backend.connection.cancel_key.clone());
-                self.cancels.push(tokio::task::spawn_local(async move {
-                    if let Err(error) = connector.cancel(pid, &key).await {
-                        tracing::warn!(%error, pid, "a cancel could not be passed on");
-                    }
-                    drop(done);
-                }));
-            }
+            (_, Some(_)) => self.cancel_on_server(Some(done)),
         }
+    }
+
+    /// Cancels what runs on the session's own backend; `done` is dropped once the server has been told.
+    pub(super) fn cancel_on_server(&mut self, done: Option<tokio::sync::oneshot::Sender<()>>) {
+        let Some(backend) = &self.backend else { return };
+        let connector = self.worker.shared.connector(backend.server).clone();
+        let (pid, key) = (backend.connection.pid, backend.connection.cancel_key.clone());
+        self.cancels.push(tokio::task::spawn_local(async move {
+            if let Err(error) = connector.cancel(pid, &key).await {
+                tracing::warn!(%error, pid, "a cancel could not be passed on");
+            }
+            drop(done);
+        }));
     }
 
     /// Waits until no cancel is on its way: its backend may then be given up.
@@ -280,6 +295,10 @@ impl Session {
             End::Panicked => Some(ClientError::Internal),
         };
         self.discard_move();
+        if in_doubt && matches!(end, End::Told(_)) {
+            // Who is told that it ends must not leave a statement behind, as with pg_terminate_backend.
+            self.cancel_on_server(None);
+        }
         if !matches!(end, End::ClientLeft) {
             self.say_farewell(words).await;
         }

@@ -15,6 +15,8 @@ use tokio::sync::oneshot;
 
 use super::client_error::ClientError;
 use super::handoff::Blocker;
+use crate::config::Limits;
+use crate::config::limits::Timeouts;
 use crate::switch::{Epoch, ServerRole};
 
 /// What a session is doing.
@@ -147,6 +149,8 @@ pub(super) enum Order {
     Settle { order: MoveOrder, reply: oneshot::Sender<MoveOutcome> },
     /// Forget the move.
     Discard,
+    /// Look whether a time-out has passed.
+    Look,
 }
 
 /// What does not change often, for views.
@@ -206,6 +210,11 @@ impl Entry {
 
     pub(super) fn id(&self) -> u64 {
         self.id
+    }
+
+    /// `address:port`, or `unix`.
+    pub(super) fn client_address(&self) -> &str {
+        &self.client_address
     }
 
     /// What it does.
@@ -276,6 +285,18 @@ impl Entry {
             moving: facts.moving,
             blockers: facts.blockers.clone(),
         }
+    }
+
+    /// How long it has been in its state, and connected.
+    pub(super) fn ages(&self, now: Instant) -> (Duration, Duration) {
+        let connected = now.saturating_duration_since(self.connected);
+        (connected.saturating_sub(Duration::from_millis(self.since_ms.load(Ordering::Relaxed))), connected)
+    }
+
+    /// Its time-outs.
+    pub(super) fn timeouts(&self, limits: &Limits) -> Timeouts {
+        let facts = lock(&self.facts);
+        limits.timeouts_of(&facts.user, &facts.database)
     }
 
     fn database(&self) -> String {

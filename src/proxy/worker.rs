@@ -55,6 +55,7 @@ impl Worker {
         let worker = Self::new(shared);
         let sessions = tokio_util::task::TaskTracker::new();
         let meters = tokio::task::spawn_local(worker.clone().flush_meters());
+        let timeouts = tokio::task::spawn_local(super::timeouts::sweep(worker.clone()));
         while let Some(socket) = accepted.recv().await {
             // Boxed here once: the task then holds a pointer, and the handshake's part is freed before the relay.
             sessions.spawn_local(Box::pin(super::session::serve(worker.clone(), socket)));
@@ -62,6 +63,7 @@ impl Worker {
         sessions.close();
         sessions.wait().await;
         meters.abort();
+        timeouts.abort();
         worker.databases.borrow().values().for_each(|local| local.meters.flush());
     }
 
@@ -78,9 +80,16 @@ impl Worker {
         });
         // Listening begins before the first session looks at the gate, so that no change falls between.
         let first = listen(&local.database);
-        tokio::task::spawn_local(watch(local.clone(), first));
+        tokio::task::spawn_local(watch(local.clone(), first, self.shared.clone()));
         self.databases.borrow_mut().insert(name.to_owned(), local.clone());
         local
+    }
+
+    /// Shows every session of this worker that is logged in.
+    pub(super) fn each_entry(&self, mut look: impl FnMut(&Entry)) {
+        for local in self.databases.borrow().values() {
+            local.sessions.borrow().values().for_each(|entry| look(entry));
+        }
     }
 
     async fn flush_meters(self: Rc<Self>) {
@@ -119,11 +128,31 @@ fn listen(database: &Arc<Database>) -> Change {
 }
 
 /// Wakes the sessions at every change of gate or route.
-async fn watch(local: Rc<LocalDatabase>, mut change: Change) {
+async fn watch(local: Rc<LocalDatabase>, mut change: Change, shared: Arc<Shared>) {
     loop {
         change.await;
         // First listen again, then wake: a change during the waking is not missed.
         change = listen(&local.database);
-        local.sessions.borrow().values().for_each(|entry| entry.wake());
+        match shared.limits.load().resume_rate {
+            rate if rate > 0 && !local.database.is_fenced() => {
+                let own_rate = rate.div_ceil(shared.config.listen.workers.max(1));
+                tokio::task::spawn_local(wake_gradually(local.clone(), own_rate));
+            }
+            _ => local.sessions.borrow().values().for_each(|entry| entry.wake()),
+        }
+    }
+}
+
+/// How long passes between two groups of sessions that are let in gradually.
+const LET_IN_EVERY: std::time::Duration = std::time::Duration::from_millis(10);
+
+/// Wakes held sessions, then the others, so many at a time. Waking admits nobody: each still asks the gate itself, so
+/// one that is woken late, or by its client before its turn, breaks nothing.
+async fn wake_gradually(local: Rc<LocalDatabase>, rate: usize) {
+    let mut entries: Vec<_> = local.sessions.borrow().values().cloned().collect();
+    entries.sort_by_key(|entry| (entry.state() != super::SessionState::Held, entry.id()));
+    for group in entries.chunks(rate) {
+        group.iter().for_each(|entry| entry.wake());
+        tokio::time::sleep(LET_IN_EVERY).await;
     }
 }

@@ -19,7 +19,7 @@ impl std::fmt::Display for Epoch {
 
 const FENCED: u64 = 1;
 
-/// `epoch << 1 | fenced`, read by sessions at every transaction, written by the coordinator alone.
+/// `epoch << 1 | fenced`, read by sessions at every transaction, written under the lock of its database alone.
 #[derive(Debug)]
 pub struct Gate(AtomicU64);
 
@@ -99,5 +99,10 @@ impl Gate {
     /// Opens the gate at `epoch`. The route must have been published before.
     pub fn open(&self, epoch: Epoch) {
         self.0.store(epoch.0 << 1, Ordering::Release);
+    }
+
+    /// Moves a closed gate to `epoch` and keeps it closed: nobody is admitted in between.
+    pub fn move_closed(&self, epoch: Epoch) {
+        self.0.store(epoch.0 << 1 | FENCED, Ordering::Release);
     }
 }

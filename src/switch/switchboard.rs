@@ -1,7 +1,7 @@
 //! Databases by name: gate, route and the sessions that are registered.
 
 use std::collections::HashMap;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError, RwLock};
 
 use arc_swap::{ArcSwap, ArcSwapOption};
@@ -74,6 +74,20 @@ impl PrepareWindow {
     }
 }
 
+/// Who keeps a gate closed: it opens when nobody does.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+struct ClosedBy {
+    /// A cutover, or nobody is known to be active.
+    cutover: bool,
+    /// PAUSE.
+    operator: bool,
+}
+
+/// A cutover is under way: it alone may close and open the gate.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("a cutover of this database is under way")]
+pub struct CutoverUnderWay;
+
 /// One database: its gate, its route and who is inside.
 #[derive(Debug)]
 pub struct Database {
@@ -83,8 +97,12 @@ pub struct Database {
     prepare: ArcSwapOption<PrepareWindow>,
     members: Mutex<HashMap<u64, Arc<Cell>>>,
     next_member: AtomicU64,
+    /// DISABLE: new sessions are refused.
+    disabled: AtomicBool,
     /// A session left while the gate was fenced.
     left: Notify,
+    /// Who keeps the gate closed. Locked for every change of the gate.
+    closed_by: Mutex<ClosedBy>,
     /// The gate was opened, or the route became known or unknown.
     changed: Notify,
 }
@@ -155,7 +173,9 @@ impl Database {
             prepare: ArcSwapOption::empty(),
             members: Mutex::new(HashMap::new()),
             next_member: AtomicU64::new(0),
+            disabled: AtomicBool::new(false),
             left: Notify::new(),
+            closed_by: Mutex::default(),
             changed: Notify::new(),
         }
     }
@@ -200,7 +220,10 @@ impl Database {
 
     /// Holds new transactions from now on. Does not wait for those that run: see [`Database::wait_empty`].
     pub fn fence(&self) {
+        let mut closed_by = self.lock_closed_by();
+        closed_by.cutover = true;
         self.gate.fence();
+        drop(closed_by);
         // Sessions between two statements of a pipeline look at the gate themselves; idle ones need no wake-up.
         self.left.notify_waiters();
     }
@@ -224,28 +247,96 @@ impl Database {
     }
 
     /// Opens the gate on `server`. The caller has made the decision durable before.
+    /// A PAUSE stays in force: the gate then moves to `epoch` and opens at RESUME.
     pub fn open(&self, server: ServerRole, epoch: Epoch) {
+        let mut closed_by = self.lock_closed_by();
         self.route.store(Arc::new(Route::To { server, epoch }));
-        self.gate.open(epoch);
+        closed_by.cutover = false;
+        if closed_by.operator {
+            self.gate.move_closed(epoch);
+        } else {
+            self.gate.open(epoch);
+        }
+        drop(closed_by);
         self.changed.notify_waiters();
     }
 
-    /// Opens the gate where it stood: an abort.
+    /// Opens the gate where it stood: an abort. A PAUSE stays in force.
     pub fn reopen(&self) {
-        self.gate.open(self.gate.epoch());
+        let mut closed_by = self.lock_closed_by();
+        closed_by.cutover = false;
+        if !closed_by.operator {
+            self.gate.open(self.gate.epoch());
+        }
+        drop(closed_by);
         self.changed.notify_waiters();
+    }
+
+    /// PAUSE: holds new transactions until [`Database::resume`], through a cutover that begins meanwhile. Does not wait
+    /// for those that run: see [`Database::wait_empty`]. Returns false when it was paused already.
+    pub fn pause(&self) -> Result<bool, CutoverUnderWay> {
+        let mut closed_by = self.lock_closed_by();
+        if closed_by.cutover || self.prepare.load().is_some() {
+            return Err(CutoverUnderWay);
+        }
+        let first = !std::mem::replace(&mut closed_by.operator, true);
+        if first {
+            self.gate.fence();
+        }
+        drop(closed_by);
+        self.left.notify_waiters();
+        Ok(first)
+    }
+
+    /// RESUME: ends a PAUSE; the gate opens unless a cutover keeps it closed. Returns false when it was not paused.
+    pub fn resume(&self) -> bool {
+        let mut closed_by = self.lock_closed_by();
+        let was_paused = std::mem::replace(&mut closed_by.operator, false);
+        if was_paused && !closed_by.cutover {
+            self.gate.open(self.gate.epoch());
+        }
+        drop(closed_by);
+        self.changed.notify_waiters();
+        was_paused
+    }
+
+    /// DISABLE and ENABLE: whether new sessions are refused. Those that are connected go on.
+    pub fn set_disabled(&self, disabled: bool) {
+        self.disabled.store(disabled, Ordering::Release);
+    }
+
+    /// Whether new sessions are refused.
+    pub fn is_disabled(&self) -> bool {
+        self.disabled.load(Ordering::Acquire)
+    }
+
+    /// Whether a PAUSE is in force.
+    pub fn is_paused(&self) -> bool {
+        self.lock_closed_by().operator
+    }
+
+    /// Whether a cutover keeps the gate closed, or nobody is known to be active.
+    pub fn is_fenced_by_cutover(&self) -> bool {
+        self.lock_closed_by().cutover
     }
 
     /// Says that nobody is known to be active. The gate is fenced; held sessions keep waiting for a verdict.
     pub fn set_unknown(&self, reason: String) {
+        let mut closed_by = self.lock_closed_by();
+        closed_by.cutover = true;
         self.gate.fence();
         self.route.store(Arc::new(Route::Unknown { reason }));
+        drop(closed_by);
         self.changed.notify_waiters();
     }
 
     /// Resolves at the next change of gate or route.
     pub async fn changed(&self) {
         self.changed.notified().await;
+    }
+
+    fn lock_closed_by(&self) -> std::sync::MutexGuard<'_, ClosedBy> {
+        self.closed_by.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     fn lock_members(&self) -> std::sync::MutexGuard<'_, HashMap<u64, Arc<Cell>>> {
@@ -259,12 +350,18 @@ pub struct Switchboard {
     databases: RwLock<HashMap<String, Arc<Database>>>,
     /// Where a database runs that no cutover ever covered.
     initial: ArcSwap<Route>,
+    /// PAUSE without a name: it holds for databases that nobody has asked for yet, too. Written under `databases`.
+    paused: AtomicBool,
 }
 
 impl Switchboard {
     /// A switchboard whose databases start at `initial`.
     pub fn new(initial: Route) -> Self {
-        Self { databases: RwLock::new(HashMap::new()), initial: ArcSwap::from_pointee(initial) }
+        Self {
+            databases: RwLock::new(HashMap::new()),
+            initial: ArcSwap::from_pointee(initial),
+            paused: AtomicBool::new(false),
+        }
     }
 
     /// The database `name`, made on first use. Whether it exists on the server is the server's business.
@@ -274,9 +371,44 @@ impl Switchboard {
         }
         let mut databases = self.databases.write().unwrap_or_else(PoisonError::into_inner);
         let initial = self.initial.load();
-        let made =
-            databases.entry(name.to_owned()).or_insert_with(|| Arc::new(Database::new(name, (**initial).clone())));
+        let made = databases.entry(name.to_owned()).or_insert_with(|| {
+            let new = Database::new(name, (**initial).clone());
+            if self.paused.load(Ordering::Acquire) {
+                // Nobody can be cutting over what has just been made.
+                let _first = new.pause();
+            }
+            Arc::new(new)
+        });
         made.clone()
+    }
+
+    /// PAUSE of every database, and of those that are asked for later. All or none: where a cutover is under way, its
+    /// database's name is returned and nothing is paused that was not before.
+    pub fn pause_all(&self) -> Result<Vec<Arc<Database>>, String> {
+        let databases = self.databases.write().unwrap_or_else(PoisonError::into_inner);
+        let mut new: Vec<&Arc<Database>> = Vec::new();
+        for database in databases.values() {
+            match database.pause() {
+                Ok(true) => new.push(database),
+                Ok(false) => {}
+                Err(CutoverUnderWay) => {
+                    new.into_iter().for_each(|database| _ = database.resume());
+                    return Err(database.name().to_owned());
+                }
+            }
+        }
+        self.paused.store(true, Ordering::Release);
+        Ok(databases.values().cloned().collect())
+    }
+
+    /// RESUME of every database. Returns whether any was paused.
+    pub fn resume_all(&self) -> bool {
+        let databases = self.databases.write().unwrap_or_else(PoisonError::into_inner);
+        let mut any = self.paused.swap(false, Ordering::AcqRel);
+        for database in databases.values() {
+            any |= database.resume();
+        }
+        any
     }
 
     /// The database `name`, if any session or cutover has asked for it. Use this for names that clients send before
@@ -349,6 +481,33 @@ mod tests {
         database.open(ServerRole::Target, Epoch(1));
         assert_eq!(waiting.await.expect("entered"), Epoch(1));
         assert_eq!(*database.route(), Route::To { server: ServerRole::Target, epoch: Epoch(1) });
+    }
+
+    #[test]
+    fn a_pause_and_a_cutover_each_keep_the_gate_closed() {
+        let board = Switchboard::new(Route::To { server: ServerRole::Source, epoch: Epoch(0) });
+        let database = board.database("shop");
+        let member = database.join();
+        assert_eq!(database.pause(), Ok(true));
+        assert_eq!(database.pause(), Ok(false), "paused already");
+        assert!(member.try_enter().is_none());
+        // A cutover may begin and end while it is paused.
+        database.fence();
+        assert_eq!(database.pause(), Err(CutoverUnderWay));
+        database.open(ServerRole::Target, Epoch(1));
+        assert!(member.try_enter().is_none(), "still paused");
+        assert_eq!(database.epoch(), Epoch(1));
+        assert!(database.resume());
+        assert_eq!(member.try_enter(), Some(Admission { epoch: Epoch(1) }));
+        member.leave();
+        // RESUME in the middle of a cutover ends the pause, not the cutover.
+        assert_eq!(database.pause(), Ok(true));
+        database.fence();
+        assert!(database.resume());
+        assert!(member.try_enter().is_none());
+        database.reopen();
+        assert!(member.try_enter().is_some());
+        assert!(!database.resume(), "was not paused");
     }
 
     #[tokio::test]

@@ -78,6 +78,8 @@ pub struct Ledger {
     /// ReadyForQuery came that nothing accounts for.
     lost: bool,
     status: TransactionStatus,
+    /// ReadyForQuery that came; wraps.
+    readies: u32,
 }
 
 impl Default for Ledger {
@@ -100,12 +102,19 @@ impl Ledger {
             uncertain: 0,
             lost: false,
             status: TransactionStatus::Idle,
+            readies: 0,
         }
     }
 
     /// The last status the server reported.
     pub fn status(&self) -> TransactionStatus {
         self.status
+    }
+
+    /// How many ReadyForQuery came, wrapping: tells one statement of a session from the next.
+    #[inline]
+    pub fn readies(&self) -> u32 {
+        self.readies
     }
 
     /// Whether a Sync, Query or FunctionCall is unanswered.
@@ -312,6 +321,7 @@ impl Ledger {
             Some(Mark::Steps(_) | Mark::CopyEnd) | None => false,
         };
         self.status = status;
+        self.readies = self.readies.wrapping_add(1);
         if self.lost {
             return;
         }

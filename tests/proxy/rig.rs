@@ -42,6 +42,7 @@ pub struct Rig {
     tasks: Tasks,
     pub port: u16,
     pub metrics: Arc<Metrics>,
+    config: Arc<Config>,
 }
 
 /// The configured server behind a cluster.
@@ -73,6 +74,7 @@ impl Rig {
         config.listen.workers = 2;
         config.auth.method = AuthMethod::Trust;
         change(&mut config);
+        let config = Arc::new(config);
         let instance = InstanceId::random();
         let connector = |server, label| Connector::new(server, label, &instance).expect("no TLS to prepare");
         let board = Arc::new(Switchboard::new(Route::To { server: ServerRole::Source, epoch: Epoch(0) }));
@@ -82,7 +84,7 @@ impl Rig {
             source: connector(&config.source, "source"),
             target: connector(&config.target, "target"),
             console: Arc::new(Console { users: config.admin.users.clone() }),
-            config: Arc::new(config),
+            config: config.clone(),
             switchboard: board.clone(),
             metrics: metrics.clone(),
             sessions: Arc::default(),
@@ -91,7 +93,14 @@ impl Rig {
         };
         let proxy = Proxy::start(deps).expect("starts");
         let port = proxy.address().map_or(0, |address| address.port());
-        Self { sessions: proxy.sessions(), proxy: Some(proxy), board, tasks, port, metrics }
+        Self { sessions: proxy.sessions(), proxy: Some(proxy), board, tasks, port, metrics, config }
+    }
+
+    /// What a reload does to the proxy.
+    pub fn reload(&self, change: impl FnOnce(&mut Config)) {
+        let mut config = (*self.config).clone();
+        change(&mut config);
+        self.proxy.as_ref().expect("it runs").follower()(&config);
     }
 
     /// How a client reaches the proxy.

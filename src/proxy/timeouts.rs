@@ -1,0 +1,171 @@
+//! Time-outs of sessions, found by one sweep of each worker over its sessions.
+//!
+//! There is no timer for a session and no clock is read for a message. Where a time-out is on, the sweep looks at the
+//! states that sessions keep anyway and asks those to look at themselves that may be over; a session alone knows
+//! whether its statement runs or its transaction is idle. With every time-out off the sweep wakes once a second and
+//! looks at nothing.
+//!
+//! A step is a tenth of the shortest time-out. None fires early: what the sweep did not see begin counts from the
+//! first look. Each fires at most two steps late.
+
+use std::rc::Rc;
+use std::time::{Duration, Instant};
+
+use super::client_error::ClientError;
+use super::session::{End, Place, Session};
+use super::sessions::{Entry, Order, SessionState};
+use super::worker::Worker;
+use crate::config::Limits;
+use crate::config::limits::Timeouts;
+
+/// How often it is looked whether a time-out was switched on.
+const OFF_STEP: Duration = Duration::from_secs(1);
+/// Bounds of a step.
+const SHORTEST_STEP: Duration = Duration::from_millis(10);
+const LONGEST_STEP: Duration = Duration::from_secs(1);
+/// A statement that was cancelled because of `query_timeout` has so long to end; then the session ends.
+const CANCEL_GRACE: Duration = Duration::from_secs(30);
+
+/// What a session was seen doing inside a transaction.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Seen {
+    /// Tells one statement, or the idle time after one, from the next.
+    turn: u32,
+    running: bool,
+    since: Instant,
+    cancelled: bool,
+}
+
+/// Looks after the sessions of one worker until it is dropped.
+pub(super) async fn sweep(worker: Rc<Worker>) {
+    loop {
+        let limits = worker.shared.limits.load_full();
+        let shortest = limits.shortest_timeouts();
+        let Some(step) = step(&shortest) else {
+            tokio::time::sleep(OFF_STEP).await;
+            continue;
+        };
+        tokio::time::sleep(step).await;
+        let now = Instant::now();
+        worker.each_entry(|entry| {
+            if is_due(entry, &limits, &shortest, step, now) {
+                entry.order(Order::Look);
+            }
+        });
+    }
+}
+
+fn step(shortest: &Timeouts) -> Option<Duration> {
+    shortest.shortest().map(|shortest| (shortest / 10).clamp(SHORTEST_STEP, LONGEST_STEP))
+}
+
+fn has_passed(timeout: Duration, time: Duration) -> bool {
+    !timeout.is_zero() && time >= timeout
+}
+
+/// Whether a session should look at itself. The cheap question first: most are not near any time-out.
+fn is_due(entry: &Entry, limits: &Limits, shortest: &Timeouts, step: Duration, now: Instant) -> bool {
+    let (in_state, connected) = entry.ages(now);
+    let own = || entry.timeouts(limits);
+    match entry.state() {
+        SessionState::Idle => {
+            (has_passed(shortest.idle, in_state) && has_passed(own().idle, in_state))
+                || (has_passed(shortest.lifetime, connected) && has_passed(own().lifetime, connected))
+        }
+        SessionState::Held => has_passed(shortest.query_wait, in_state) && has_passed(own().query_wait, in_state),
+        // What began after the last sweep can wait for the next one.
+        SessionState::Active => {
+            let (query, idle, whole) = (shortest.query, shortest.idle_transaction, shortest.transaction);
+            in_state >= step && !(query.is_zero() && idle.is_zero() && whole.is_zero())
+        }
+        SessionState::Login | SessionState::Orphan | SessionState::Replication => false,
+    }
+}
+
+impl Session {
+    /// Looks whether a time-out has passed, and does what belongs to it.
+    pub(super) fn look(&mut self) -> Result<(), End> {
+        if self.member.is_none() {
+            return Ok(());
+        }
+        let now = Instant::now();
+        let timeouts = self.worker.shared.limits.load().timeouts_of(&self.login.user, &self.login.database);
+        match self.place {
+            Place::Outside => self.look_outside(&timeouts, now),
+            Place::Held { since } => {
+                let database = &self.local.database;
+                if has_passed(timeouts.query_wait, now - since) && !database.is_fenced_by_cutover() {
+                    self.waited_too_long = true;
+                    self.cancelled = true;
+                }
+                Ok(())
+            }
+            Place::Inside { since } if has_passed(timeouts.transaction, now - since) => {
+                Err(End::Told(ClientError::TransactionTimeout))
+            }
+            Place::Inside { since } => self.look_inside(&timeouts, since, now),
+        }
+    }
+
+    fn look_outside(&self, timeouts: &Timeouts, now: Instant) -> Result<(), End> {
+        let (idle, connected) = self.entry.ages(now);
+        // A client that has not read everything yet is slow, not idle.
+        if !self.down.buffer.is_empty() {
+            return Ok(());
+        }
+        if has_passed(timeouts.idle, idle) {
+            return Err(End::Told(ClientError::IdleTimeout));
+        }
+        if has_passed(timeouts.lifetime, connected) {
+            return Err(End::Told(ClientError::LifetimeReached));
+        }
+        Ok(())
+    }
+
+    fn look_inside(&mut self, timeouts: &Timeouts, entered: Instant, now: Instant) -> Result<(), End> {
+        let (turn, running) = (self.ledger.readies(), self.ledger.awaits_ready() || self.ledger.server_waits());
+        let seen = match self.seen {
+            Some(seen) if seen.turn == turn && seen.running == running => seen,
+            // The first statement has begun when the transaction did; of any other the begin was not seen.
+            Some(_) | None => {
+                let since = if running && turn == self.entered_turn { entered } else { now };
+                Seen { turn, running, since, cancelled: false }
+            }
+        };
+        self.seen = Some(seen);
+        let time = now - seen.since;
+        if !running {
+            let unread = !self.down.buffer.is_empty();
+            let over = has_passed(timeouts.idle_transaction, time) && !unread;
+            return if over { Err(End::Told(ClientError::IdleTransactionTimeout)) } else { Ok(()) };
+        }
+        if !has_passed(timeouts.query, time) {
+            return Ok(());
+        }
+        if !seen.cancelled {
+            tracing::info!(session = self.entry.id(), "query_timeout: the statement is cancelled");
+            self.seen = Some(Seen { cancelled: true, ..seen });
+            self.cancel_on_server(None);
+        } else if time >= timeouts.query + CANCEL_GRACE {
+            return Err(End::Told(ClientError::QueryTimeout));
+        }
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_step_is_a_tenth_of_the_shortest_time_out_within_bounds() {
+        let of = |idle_ms, query_ms| {
+            let (idle, query) = (Duration::from_millis(idle_ms), Duration::from_millis(query_ms));
+            step(&Timeouts { idle, query, ..Timeouts::default() })
+        };
+        assert_eq!(of(0, 0), None);
+        assert_eq!(of(5_000, 0), Some(Duration::from_millis(500)));
+        assert_eq!(of(60_000, 20), Some(SHORTEST_STEP));
+        assert_eq!(of(60_000, 0), Some(LONGEST_STEP));
+    }
+}
