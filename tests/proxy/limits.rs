@@ -7,7 +7,7 @@ use crate::support::{self, one_cluster, wait_for};
 
 /// SQLSTATE and message of a refused login.
 async fn refusal(config: &tokio_postgres::Config) -> (String, String) {
-    let error = support::try_connect(config).await.err().expect("refused");
+    let error = support::try_connect(config).await.expect_err("refused");
     let error = error.as_db_error().unwrap_or_else(|| panic!("{error:?}"));
     (error.code().code().to_owned(), error.message().to_owned())
 }
