@@ -136,6 +136,35 @@ async fn clients_at_work_and_clients_that_come_and_go_see_no_error() {
     assert_eq!(kept, "7MB");
 }
 
+/// Nothing of its database was read when the cutover was prepared, and a shut server answers no question about it.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn the_first_session_of_a_database_may_come_between_preparation_and_pause() {
+    let stage = Stage::set().await;
+    let life = stage.life_with_proxy("prepare.after_fence=sleep:1500ms").resolved().await;
+    let names = "CREATE FUNCTION tenant() RETURNS text LANGUAGE sql AS 'SELECT current_setting(''app.tenant'')'";
+    for cluster in [&stage.source, &stage.target] {
+        connect(cluster, "shop").await.batch_execute(names).await.expect("a new function");
+    }
+    let late = async {
+        let fenced = connect(&stage.source, "postgres").await;
+        wait_for("the soft fence", || async {
+            let row = fenced.query_one("SELECT count(*) FROM pgcutover.fence", &[]).await;
+            row.is_ok_and(|row| row.get::<_, i64>(0) == 1)
+        })
+        .await;
+        let client = connect_with(&life.client("late")).await;
+        // Only the database's own function says that this setting matters: its name is not in any text sent.
+        let set = "DO $$ BEGIN PERFORM set_config('app.' || 'tenant', 'seven', false); END $$";
+        client.batch_execute(set).await.expect("settable");
+        client
+    };
+    let (report, late) = tokio::join!(life.cut_over(), late);
+    assert_eq!(report.outcome, CutoverOutcome::Switched, "{report:?}");
+    assert_eq!(port(&late).await, i32::from(stage.target.port()));
+    let kept: String = late.query_one("SELECT tenant()", &[]).await.expect("answers").get(0);
+    assert_eq!(kept, "seven");
+}
+
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn an_abort_at_every_step_is_felt_by_nobody() {
     let stage = Stage::set().await;

@@ -264,6 +264,11 @@ fn psql() -> Result<Command, String> {
 /// Installs into `directory` unless that was done with this very `list` before.
 fn install_once(directory: &Path, list: &str, install: impl FnOnce(&Path) -> Result<(), String>) -> Result<(), String> {
     let wanted = fs::read(scripts().join(list)).map_err(|error| error.to_string())?;
+    // Two tests at once must not install into the same place.
+    let failed = |error: std::io::Error| format!("{}: {error}", directory.display());
+    fs::create_dir_all(installed("")).map_err(failed)?;
+    let lock = File::create(directory.with_extension("lock")).map_err(failed)?;
+    lock.lock().map_err(failed)?;
     let stamp = directory.join("installed");
     if fs::read(&stamp).is_ok_and(|done| done == wanted) {
         return Ok(());

@@ -12,6 +12,7 @@ use pgcutover::config::{Config, Server};
 use pgcutover::demo::cluster::{Cluster, ClusterOptions, Installation};
 use pgcutover::failpoint::Failpoints;
 use pgcutover::migration::engine::{CutoverLease, Engine, EngineDeps, EngineError};
+use pgcutover::migration::sequences::SequencePair;
 use pgcutover::migration::view::{MigrationOption, MigrationSpec, MigrationView, Mode};
 use pgcutover::postgres::{Connector, InstanceId};
 use pgcutover::shutdown::Tasks;
@@ -322,7 +323,6 @@ async fn whole_run(source: &Installation, target: &Installation) {
 
     // The verdict 'decided' ends the stream and frees the source's WAL.
     let lease = running.engine.begin_cutover("whole").await.expect("ready");
-    assert!(lease.handle("shop").expect("known").sequences_set_ahead(1000).await.expect("set") > 0);
     lease.finish(Outcome::Decided).await.expect("recorded");
     let done = reach(&running, "whole", "Completed").await;
     assert_eq!(done.state, "Succeeded");
@@ -586,6 +586,60 @@ async fn a_slot_that_disappears_is_a_failure_with_its_name() {
     let error = running.engine.show("gone").expect("known").error.expect("a reason");
     assert_eq!(error.code, "slot_missing");
     assert!(error.hint.is_some());
+    running.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn roles_settings_and_sequences_of_the_last_moment_are_brought_over() {
+    let world = World::same_major();
+    world.furnish("shop").await;
+    let running = world.engine("");
+    create(&running, spec("last", &["shop"])).await;
+    reach(&running, "last", "WaitingForCutoverTrigger").await;
+    let source = connect(&world.source, "shop").await;
+    let late = "CREATE ROLE \"Späte Röle\" LOGIN PASSWORD 'secret' CONNECTION LIMIT 7;
+        ALTER ROLE \"Späte Röle\" IN DATABASE shop SET work_mem = '11MB';
+        ALTER DATABASE shop SET statement_timeout = '7min';
+        ALTER DATABASE shop SET default_transaction_read_only = on;
+        SET default_transaction_read_only = off;
+        CREATE SEQUENCE called; CREATE SEQUENCE set_back INCREMENT -3 MAXVALUE 40 START 40; CREATE SEQUENCE idle START 9";
+    source.batch_execute(late).await.expect("made");
+    let target = connect(&world.target, "shop").await;
+    let same = "CREATE SEQUENCE called; CREATE SEQUENCE set_back INCREMENT -3 MAXVALUE 40 START 40; CREATE SEQUENCE idle START 9";
+    target.batch_execute(same).await.expect("made");
+
+    let lease = running.engine.begin_cutover("last").await.unwrap_or_else(|error| panic!("{error}"));
+    lease.synchronise().await.unwrap_or_else(|error| panic!("{error}"));
+    let handle = lease.handle("shop").expect("its own database");
+    let (from, to) = (handle.source_control("test").await, handle.target_control("test").await);
+    let (from, to) = (from.expect("source"), to.expect("target"));
+    let mut sequences = SequencePair::prepare(&from, &to).await.expect("prepared");
+    // In the pause only what has moved is set, also what was made since and what was set without being called.
+    let moved = "SELECT nextval('called'), nextval('called'), nextval('set_back'), nextval('set_back'), setval('idle', 5, false)";
+    source.batch_execute(moved).await.expect("called");
+    for side in [&source, &target] {
+        side.batch_execute("CREATE SEQUENCE newest START 3").await.expect("made");
+    }
+    source.batch_execute("SELECT nextval('newest')").await.expect("called");
+    assert_eq!(sequences.bring_over(&from, &to).await.expect("brought over"), 4);
+    assert_eq!(sequences.bring_over(&from, &to).await.expect("nothing to do"), 0);
+    lease.finish(Outcome::Aborted).await.expect("given back");
+
+    let stand = "SELECT (SELECT (last_value, is_called)::text FROM called), (SELECT (last_value, is_called)::text FROM set_back),
+        (SELECT (last_value, is_called)::text FROM idle), (SELECT (last_value, is_called)::text FROM newest)";
+    let row = target.query_one(stand, &[]).await.expect("sequences");
+    let stands: Vec<String> = (0..4).map(|column| row.get(column)).collect();
+    assert_eq!(stands, ["(2,t)", "(37,t)", "(5,f)", "(3,t)"]);
+    let shared = "SELECT r.rolconnlimit, r.rolpassword LIKE 'SCRAM-SHA-256$%',
+            (SELECT string_agg(c, ',' ORDER BY c) FROM pg_db_role_setting, unnest(setconfig) c WHERE setrole = r.oid),
+            (SELECT string_agg(c, ',' ORDER BY c) FROM pg_db_role_setting s, unnest(setconfig) c, pg_database d
+              WHERE setrole = 0 AND setdatabase = d.oid AND datname = 'shop')
+        FROM pg_authid r WHERE rolname = 'Späte Röle'";
+    let row = target.query_one(shared, &[]).await.expect("the role has come");
+    assert_eq!((row.get::<_, i32>(0), row.get::<_, bool>(1)), (7, true));
+    assert_eq!(row.get::<_, &str>(2), "work_mem=11MB");
+    // The fence's own setting is never carried over.
+    assert_eq!(row.get::<_, &str>(3), "statement_timeout=7min");
     running.stop().await;
 }
 

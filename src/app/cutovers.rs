@@ -153,6 +153,7 @@ fn refused(error: &CutoverError) -> AdminError {
         | CutoverError::Record(_)
         | CutoverError::Catalog(_)
         | CutoverError::Sequences(_)
+        | CutoverError::Synchronise(_)
         | CutoverError::Failpoint(_)
         | CutoverError::Unexpected(_) => ErrorKind::Failed,
     };

@@ -87,6 +87,8 @@ fn refused(error: &EngineError) -> AdminError {
         | EngineError::Connect(_)
         | EngineError::Catalog(_)
         | EngineError::Databases(_)
+        | EngineError::Roles(_)
+        | EngineError::Schema(_)
         | EngineError::Drift { .. } => (ErrorKind::Unavailable, None),
     };
     let refused = AdminError::from_chain(kind, error);
@@ -129,6 +131,11 @@ impl parts::Lease for Lease {
 
     fn lag_bytes(&self) -> Option<u64> {
         self.with(CutoverLease::lag).flatten().map(|lag| lag.bytes)
+    }
+
+    async fn synchronise(&self) -> Result<Vec<String>, String> {
+        let Some(lease) = self.with(CutoverLease::clone) else { return Ok(Vec::new()) };
+        lease.synchronise().await.map_err(|error| refused(&error).message)
     }
 
     fn replication(&self, database: &str) -> Replication {

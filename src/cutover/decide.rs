@@ -6,17 +6,15 @@ use super::CutoverError;
 use super::settle::{self, Answer};
 use super::work::{LineSessions, Work};
 use crate::catalog::decision::{self, Outcome};
-use crate::migration::sequences;
 use crate::switch::Epoch;
 
 impl Work {
     /// Writes sequences and boundary of every database, one transaction each. The other server is not active yet, so a
     /// retry sets everything again and nobody has seen it.
-    pub(super) async fn write_target(&self) -> Result<(), CutoverError> {
+    pub(super) async fn write_target(&mut self) -> Result<(), CutoverError> {
         let epoch = self.case.epoch;
-        let written =
-            self.lines.iter().filter_map(|line| line.sessions.as_ref()).map(|sessions| write_one(sessions, epoch));
-        try_join_all(written).await?;
+        let sessions = self.lines.iter_mut().filter_map(|line| line.sessions.as_mut());
+        try_join_all(sessions.map(|sessions| write_one(sessions, epoch))).await?;
         Ok(())
     }
 
@@ -42,12 +40,11 @@ impl Work {
     }
 }
 
-async fn write_one(sessions: &LineSessions, epoch: Epoch) -> Result<(), CutoverError> {
-    let values = sequences::read(&*sessions.marker).await?;
+async fn write_one(sessions: &mut LineSessions, epoch: Epoch) -> Result<(), CutoverError> {
     let failed = |source| CutoverError::query("write sequences and boundary", source);
-    let onward = &sessions.onward;
+    let LineSessions { marker, onward, sequences, .. } = sessions;
     onward.batch_execute("BEGIN").await.map_err(failed)?;
-    sequences::set(&**onward, &values).await?;
+    sequences.bring_over(marker, onward).await?;
     decision::write_boundary(&**onward, epoch).await?;
     onward.batch_execute("COMMIT").await.map_err(failed)
 }

@@ -89,6 +89,9 @@ pub enum CutoverError {
     /// The engine could not take part, or lost the stream.
     #[error("replication: {0}")]
     Engine(String),
+    /// Roles or settings could not be brought over.
+    #[error("roles and settings: {0}")]
+    Synchronise(String),
     /// The pause would have become longer than allowed.
     #[error("max_pause of {0:?} reached")]
     MaxPause(Duration),
@@ -117,6 +120,7 @@ impl CutoverError {
             | Self::Record(_)
             | Self::Catalog(_)
             | Self::Sequences(_)
+            | Self::Synchronise(_)
             | Self::Guardrail(_)
             | Self::Sessions(_)
             | Self::Engine(_)

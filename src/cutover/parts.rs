@@ -15,6 +15,9 @@ pub trait Lease: Send + Sync {
     /// How far the target is behind, in bytes; none when unknown.
     fn lag_bytes(&self) -> Option<u64>;
 
+    /// Brings over once more what no stream carries: roles and settings. Returns notes for the operator.
+    async fn synchronise(&self) -> Result<Vec<String>, String>;
+
     /// Slot and publication of one database on the source.
     fn replication(&self, database: &str) -> Replication;
 

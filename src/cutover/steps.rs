@@ -24,6 +24,7 @@ use crate::catalog::decision::Outcome;
 use crate::catalog::fence::Fence;
 use crate::catalog::{Place, bootstrap};
 use crate::config::FencePolicy;
+use crate::migration::sequences::SequencePair;
 
 /// Every failpoint of a cutover, in the order in which one that goes well passes them, then those of an abort. Crash
 /// tests walk this list.
@@ -190,7 +191,7 @@ impl Drained {
     }
 }
 
-async fn write_target(work: Box<Work>, pause: Pause) -> Result<Box<Work>, Stopped> {
+async fn write_target(mut work: Box<Work>, pause: Pause) -> Result<Box<Work>, Stopped> {
     attempt!(work, Some(pause), async {
         work.failpoint("decide.before_sequences").await?;
         work.write_target().await?;
@@ -291,6 +292,8 @@ impl Decided {
 impl Work {
     async fn prepare(&mut self) -> Result<(), CutoverError> {
         self.check_guardrails().await?;
+        let notes = self.lease.synchronise().await.map_err(CutoverError::Synchronise)?;
+        self.notes.extend(notes);
         self.open_sessions().await?;
         self.check_fingerprints().await?;
         let deadline = Instant::now() + self.to.connector.server().connect_timeout + self.options.drain_timeout;
@@ -310,12 +313,19 @@ impl Work {
     }
 
     async fn open_sessions(&mut self) -> Result<(), CutoverError> {
+        let order = self.move_order();
         for line in &mut self.lines {
             let onward = self.to.connector.control(&line.name, "cutover").await?;
             bootstrap(&onward, Place::TargetDatabase).await?;
+            let marker = self.from.connector.control(&line.name, "cutover-marker").await?;
+            let failed = |source| CutoverError::query("read the names of custom settings", source);
+            self.sessions.learn_names(&line.name, order, &marker).await.map_err(failed)?;
+            // What is set here need not be set in the pause, and the statements are planned.
+            let sequences = SequencePair::prepare(&marker, &onward).await?;
             line.sessions = Some(LineSessions {
-                marker: self.from.connector.control(&line.name, "cutover-marker").await?,
+                sequences,
                 locks: self.from.connector.control(&line.name, "cutover-locks").await?,
+                marker,
                 onward,
             });
         }

@@ -16,6 +16,7 @@ use crate::catalog::claims::ServerIdentity;
 use crate::catalog::decision::Case;
 use crate::config::{FencePolicy, Stragglers};
 use crate::failpoint::{Failed, Failpoints};
+use crate::migration::sequences::SequencePair;
 use crate::postgres::{Connector, Control};
 use crate::proxy::{MoveOrder, MoveOutcome, MoveReport, SessionView, Sessions};
 use crate::shutdown::Tasks;
@@ -62,6 +63,7 @@ pub(super) struct LineSessions {
     pub(super) marker: Control,
     pub(super) locks: Control,
     pub(super) onward: Control,
+    pub(super) sequences: SequencePair,
 }
 
 /// Who may tell a cutover to give up.

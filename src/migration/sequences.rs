@@ -4,12 +4,24 @@
 //! without having been called. `setval` is not transactional, which is harmless: until the switch nobody uses the
 //! target's sequences, and setting them again is setting them.
 
-use tokio_postgres::GenericClient;
+use std::collections::HashMap;
+
+use futures_util::future::try_join_all;
+use tokio_postgres::{Client, GenericClient, Statement};
 
 use crate::ident::QualifiedName;
 
-/// Sequences read by one query.
+/// Sequences read by one statement.
 const READ_AT_ONCE: usize = 500;
+
+/// Every sequence of the database: schema and name.
+const NAMES: &str = "
+    SELECT n.nspname::text, c.relname::text
+    FROM pg_catalog.pg_class c
+    JOIN pg_catalog.pg_namespace n ON n.oid = c.relnamespace
+    WHERE c.relkind = 'S' AND c.relpersistence <> 't' AND n.nspname !~ '^pg_'
+      AND n.nspname NOT IN ('information_schema', 'pgcutover')
+    ORDER BY 1, 2";
 
 /// Where a sequence stands.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -20,12 +32,6 @@ pub struct SequenceValue {
     pub last_value: i64,
     /// Whether `last_value` was given already.
     pub is_called: bool,
-    /// Step; negative when it counts down.
-    pub increment: i64,
-    /// Lowest value.
-    pub min: i64,
-    /// Highest value.
-    pub max: i64,
 }
 
 /// Sequences could not be read or set.
@@ -34,7 +40,7 @@ pub enum SequenceError {
     /// A statement failed.
     #[error("the sequences could not be {doing}")]
     Query {
-        /// `read on the source` or `set on the target`.
+        /// `read` or `set on the target`.
         doing: &'static str,
         /// Why.
         source: tokio_postgres::Error,
@@ -44,52 +50,87 @@ pub enum SequenceError {
     Missing(String),
 }
 
-/// Reads every sequence of the database, in a few queries however many there are.
-pub async fn read(source: &impl GenericClient) -> Result<Vec<SequenceValue>, SequenceError> {
-    let failed = |source| SequenceError::Query { doing: "read on the source", source };
-    let listed = source
-        .query(
-            "SELECT n.nspname::text, c.relname::text, s.seqincrement, s.seqmin, s.seqmax
-               FROM pg_catalog.pg_sequence s
-               JOIN pg_catalog.pg_class c ON c.oid = s.seqrelid
-               JOIN pg_catalog.pg_namespace n ON n.oid = c.relnamespace
-              WHERE c.relpersistence <> 't' AND n.nspname !~ '^pg_'
-                AND n.nspname NOT IN ('information_schema', 'pgcutover')
-              ORDER BY 1, 2",
-            &[],
-        )
-        .await
-        .map_err(failed)?;
-    let mut values: Vec<SequenceValue> = listed
-        .iter()
-        .map(|row| SequenceValue {
-            name: QualifiedName::new(row.get::<_, String>(0), row.get::<_, String>(1)),
-            last_value: 0,
-            is_called: false,
-            increment: row.get(2),
-            min: row.get(3),
-            max: row.get(4),
-        })
-        .collect();
-    for chunk in values.chunks_mut(READ_AT_ONCE) {
-        let selects: Vec<String> = chunk
-            .iter()
-            .enumerate()
-            .map(|(index, value)| format!("SELECT {index}, last_value, is_called FROM {}", value.name))
-            .collect();
-        let rows = source.query(&selects.join(" UNION ALL "), &[]).await.map_err(failed)?;
-        for row in rows {
-            let index = usize::try_from(row.get::<_, i32>(0)).unwrap_or(usize::MAX);
-            if let Some(value) = chunk.get_mut(index) {
-                (value.last_value, value.is_called) = (row.get(1), row.get(2));
-            }
-        }
+/// Statements that read every sequence of one server's database, planned once: planning a thousand of them costs many
+/// times what reading them does.
+#[derive(Debug)]
+struct Reader {
+    names: Vec<QualifiedName>,
+    statements: Vec<Statement>,
+}
+
+impl Reader {
+    async fn prepare(client: &Client, names: Vec<QualifiedName>) -> Result<Self, tokio_postgres::Error> {
+        let select = |(index, name)| format!("SELECT {index}, last_value, is_called FROM {name}");
+        let texts = names.chunks(READ_AT_ONCE).map(|chunk| {
+            let selects: Vec<String> = chunk.iter().enumerate().map(select).collect();
+            selects.join(" UNION ALL ")
+        });
+        let statements = try_join_all(texts.map(|text| async move { client.prepare(&text).await })).await?;
+        Ok(Self { names, statements })
     }
-    Ok(values)
+
+    /// Reads them as they are now; sequences that were made or dropped meanwhile are noticed.
+    async fn read(&mut self, client: &Client) -> Result<Vec<SequenceValue>, tokio_postgres::Error> {
+        let names = list(client).await?;
+        if names != self.names {
+            *self = Self::prepare(client, names).await?;
+        }
+        let answers = try_join_all(self.statements.iter().map(|statement| client.query(statement, &[]))).await?;
+        let chunks = self.names.chunks(READ_AT_ONCE).zip(answers);
+        let values = chunks.flat_map(|(names, rows)| {
+            rows.into_iter().filter_map(|row| {
+                let name = names.get(usize::try_from(row.get::<_, i32>(0)).ok()?)?;
+                Some(SequenceValue { name: name.clone(), last_value: row.get(1), is_called: row.get(2) })
+            })
+        });
+        Ok(values.collect())
+    }
+}
+
+async fn list(client: &Client) -> Result<Vec<QualifiedName>, tokio_postgres::Error> {
+    let rows = client.query(NAMES, &[]).await?;
+    Ok(rows.iter().map(|row| QualifiedName::new(row.get::<_, String>(0), row.get::<_, String>(1))).collect())
+}
+
+/// The sequences of a database on both servers.
+#[derive(Debug)]
+pub struct SequencePair {
+    from: Reader,
+    to: Reader,
+}
+
+impl SequencePair {
+    /// Plans the reading on both sides and brings the values over a first time, so that in the pause only those are set
+    /// that have moved since.
+    pub async fn prepare(from: &Client, to: &Client) -> Result<Self, SequenceError> {
+        let reader = async |client: &Client| {
+            let names = list(client).await.map_err(read_failed)?;
+            Reader::prepare(client, names).await.map_err(read_failed)
+        };
+        let mut pair = Self { from: reader(from).await?, to: reader(to).await? };
+        pair.bring_over(from, to).await?;
+        Ok(pair)
+    }
+
+    /// Sets the sequences of `to` that stand elsewhere than those of `from`. Returns how many that were.
+    pub async fn bring_over(&mut self, from: &Client, to: &Client) -> Result<usize, SequenceError> {
+        let (wanted, found) = tokio::try_join!(self.from.read(from), self.to.read(to)).map_err(read_failed)?;
+        let found: HashMap<&QualifiedName, &SequenceValue> = found.iter().map(|value| (&value.name, value)).collect();
+        let moved: Vec<SequenceValue> =
+            wanted.into_iter().filter(|value| found.get(&value.name) != Some(&value)).collect();
+        if !moved.is_empty() {
+            set(to, &moved).await?;
+        }
+        Ok(moved.len())
+    }
+}
+
+fn read_failed(source: tokio_postgres::Error) -> SequenceError {
+    SequenceError::Query { doing: "read", source }
 }
 
 /// Sets the sequences of the same names, all by one statement.
-pub async fn set(target: &impl GenericClient, values: &[SequenceValue]) -> Result<(), SequenceError> {
+async fn set(target: &impl GenericClient, values: &[SequenceValue]) -> Result<(), SequenceError> {
     let names: Vec<String> = values.iter().map(|value| value.name.to_string()).collect();
     let numbers: Vec<i64> = values.iter().map(|value| value.last_value).collect();
     let called: Vec<bool> = values.iter().map(|value| value.is_called).collect();
@@ -106,32 +147,4 @@ pub async fn set(target: &impl GenericClient, values: &[SequenceValue]) -> Resul
     }
     let missing: Vec<String> = rows.iter().map(|row| row.get(0)).collect();
     Err(SequenceError::Missing(missing.join(", ")))
-}
-
-/// The values that the sequences will not reach before they are set exactly: `steps` further on, inside their bounds.
-pub fn ahead(values: &[SequenceValue], steps: i64) -> Vec<SequenceValue> {
-    let further = |value: &SequenceValue| {
-        let last_value = value.last_value.saturating_add(value.increment.saturating_mul(steps));
-        SequenceValue { last_value: last_value.clamp(value.min, value.max), is_called: true, ..value.clone() }
-    };
-    values.iter().map(further).collect()
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    fn value(last_value: i64, increment: i64) -> SequenceValue {
-        let name = QualifiedName::new("s", "it's");
-        SequenceValue { name, last_value, is_called: false, increment, min: -100, max: 1000 }
-    }
-
-    #[test]
-    fn ahead_goes_the_sequences_own_way_and_stays_in_bounds() {
-        let last = |last, increment| ahead(&[value(last, increment)], 50)[0].last_value;
-        assert_eq!(last(10, 2), 110);
-        assert_eq!(last(10, -1), -40);
-        assert_eq!(last(990, 1), 1000);
-        assert_eq!(last(10, i64::MIN), -100);
-    }
 }

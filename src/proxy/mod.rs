@@ -21,6 +21,7 @@ mod auth;
 mod backend;
 mod buffers;
 mod cancel;
+mod catalogue_names;
 mod certificate;
 mod client_error;
 mod departures;
@@ -138,7 +139,6 @@ struct Shared {
     keys: Arc<cancel::CancelKeys>,
     verifiers: Arc<auth::Verifiers>,
     departures: Arc<departures::Departures>,
-    catalogue: Arc<moves::CatalogueNames>,
     /// Certificates and rules; replaced by a reload.
     access: ArcSwap<access::Access>,
     /// `[limits]` in force; a reload replaces them.
@@ -205,7 +205,6 @@ impl Proxy {
             keys: Arc::default(),
             verifiers: Arc::new(verifiers),
             departures: Arc::new(departures),
-            catalogue: Arc::new(moves::CatalogueNames::new(runtime.clone())),
             access: ArcSwap::from_pointee(access),
             clients: AtomicUsize::new(0),
             runtime,

@@ -10,7 +10,6 @@
 //! A session that was never ordered to move, because it came late, does all of it when the gate has opened. It is inside
 //! the gate meanwhile, so no cutover overtakes it.
 
-use std::collections::HashMap;
 use std::future::Future;
 use std::pin::Pin;
 use std::sync::Arc;
@@ -18,66 +17,24 @@ use std::task::{Context, Poll};
 use std::time::Duration;
 
 use bytes::BytesMut;
-use tokio::sync::{Mutex, oneshot};
+use tokio::sync::oneshot;
 use tokio::task::JoinHandle;
 
 use super::Shared;
 use super::backend::{self, Backend};
 use super::client_error::ClientError;
 use super::handoff::{
-    Blocker, HandoffError, ReplayReport, SessionState as State, apply_delta, capture, catalogue_settings,
-    changed_parameters, delta, replay,
+    Blocker, HandoffError, ReplayReport, SessionState as State, apply_delta, capture, changed_parameters, delta, replay,
 };
 use super::session::{End, Session, Step};
 use super::sessions::{MoveOrder, MoveOutcome, MoveState};
-use crate::postgres::{ConnectError, Connector, Frame, RawConnection, RawError};
+use crate::postgres::{ConnectError, Frame, RawConnection, RawError};
 use crate::switch::{Epoch, Route, ServerRole};
 use crate::wire::frame::backend as server;
 use crate::wire::message;
 
 /// How long an old backend may take to hand over its last notifications and to close.
 const OLD_BACKEND: Duration = Duration::from_secs(1);
-
-/// The cutover for which names were read, and the names.
-type NamesAt = (Epoch, Arc<Vec<String>>);
-
-/// Names of custom settings that a database's own objects use, read once for each database and cutover.
-#[derive(Debug)]
-pub(super) struct CatalogueNames {
-    runtime: tokio::runtime::Handle,
-    known: Mutex<HashMap<(ServerRole, String), NamesAt>>,
-}
-
-impl CatalogueNames {
-    pub(super) fn new(runtime: tokio::runtime::Handle) -> Self {
-        Self { runtime, known: Mutex::default() }
-    }
-
-    /// Of many sessions that ask at once, one reads and the others wait.
-    async fn of(
-        self: &Arc<Self>,
-        from: (ServerRole, Connector),
-        database: &str,
-        epoch: Epoch,
-    ) -> Result<Arc<Vec<String>>, String> {
-        let (this, database) = (self.clone(), database.to_owned());
-        let (server, connector) = from;
-        let read = self.runtime.spawn(async move {
-            let mut known = this.known.lock().await;
-            let key = (server, database);
-            if let Some((at, names)) = known.get(&key).filter(|(at, _)| *at == epoch) {
-                let _ = at;
-                return Ok(names.clone());
-            }
-            let control = connector.control(&key.1, "handoff").await.map_err(|error| error.to_string())?;
-            let names = Arc::new(catalogue_settings(&control).await.map_err(|error| error.to_string())?);
-            control.close().await;
-            known.insert(key, (epoch, names.clone()));
-            Ok(names)
-        });
-        read.await.unwrap_or_else(|failure| Err(failure.to_string()))
-    }
-}
 
 /// A backend on the other server, and the names that are needed to read the session's state.
 struct Opened {
@@ -136,8 +93,12 @@ async fn open(
     order: MoveOrder,
     database: Arc<crate::switch::Database>,
 ) -> Result<Box<Opened>, String> {
-    let from = (from, shared.connector(from).clone());
-    let names = shared.catalogue.of(from, database.name(), order.epoch).await?;
+    // Reading goes on on the main runtime when this session is given up: others wait for the names.
+    let (reader, name) = (shared.clone(), database.name().to_owned());
+    let read = shared.runtime.spawn(async move {
+        reader.sessions.catalogue_names.of(from, reader.connector(from), &name, order.epoch).await
+    });
+    let names = read.await.unwrap_or_else(|failure| Err(failure.to_string()))?;
     let backend = backend::open(&shared, &login, &database, order.to).await.map_err(|error| describe(&error))?;
     Ok(Box::new(Opened { backend, names }))
 }

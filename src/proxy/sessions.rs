@@ -13,6 +13,7 @@ use std::time::{Duration, Instant};
 use futures_util::future::join_all;
 use tokio::sync::oneshot;
 
+use super::catalogue_names::CatalogueNames;
 use super::client_error::ClientError;
 use super::handoff::Blocker;
 use crate::config::Limits;
@@ -359,6 +360,7 @@ pub struct Sessions {
     left_behind: AtomicU64,
     /// The last move that was ordered for each database.
     ordered: Mutex<HashMap<String, MoveOrder>>,
+    pub(super) catalogue_names: CatalogueNames,
     next_id: AtomicU64,
 }
 
@@ -456,6 +458,17 @@ impl Sessions {
 
     pub(super) fn count_left_behind(&self) {
         self.left_behind.fetch_add(1, Ordering::Relaxed);
+    }
+
+    /// Reads what moves from `database` will need to know of its objects. `session` is one of the cutover's own, on the
+    /// server that is left; with the database shut, sessions could not ask for it themselves.
+    pub async fn learn_names(
+        &self,
+        database: &str,
+        order: MoveOrder,
+        session: &tokio_postgres::Client,
+    ) -> Result<(), tokio_postgres::Error> {
+        self.catalogue_names.learn(order.to.other(), database, order.epoch, session).await
     }
 
     /// Lets every session of these databases open a backend on the other server, with its state, at its next safe

@@ -52,6 +52,9 @@ impl Lease for Instantly {
     fn lag_bytes(&self) -> Option<u64> {
         Some(0)
     }
+    async fn synchronise(&self) -> Result<Vec<String>, String> {
+        Ok(Vec::new())
+    }
     fn replication(&self, _: &str) -> Replication {
         Replication { slot: "slot".to_owned(), publication: "publication".to_owned() }
     }

@@ -21,10 +21,11 @@ use crate::migration::copy::{self, CopyContext, SourceTable, Stage};
 use crate::migration::identity::{self, Remedy};
 use crate::migration::lag::Lag;
 use crate::migration::schema::{self, Archive, Existing, PgDump, RestoreFailure, RestoreTarget};
+use crate::migration::sequences::SequencePair;
 use crate::migration::snapshot::HandOver;
 use crate::migration::stream::{self, StreamContext, describe};
 use crate::migration::view::Mode;
-use crate::migration::{materialized, publication, sequences};
+use crate::migration::{materialized, publication};
 use crate::postgres::Control;
 use crate::postgres::walsender::ReplicationConnection;
 use crate::telemetry::metrics::{Direction, Metrics};
@@ -399,9 +400,8 @@ impl DatabaseWork {
     async fn settle_offline(&self, row: &DatabaseRow) -> Result<(), WorkError> {
         self.marker_applied(row, "offline").await?;
         let source = self.context.source_control(&row.database, "offline-sequences").await?;
-        let values = sequences::read(&*source).await?;
         let target = self.context.target.control(&row.database, "offline-sequences").await?;
-        sequences::set(&*target, &values).await?;
+        SequencePair::prepare(&source, &target).await?;
         Ok(())
     }
 

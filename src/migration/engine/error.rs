@@ -59,6 +59,12 @@ pub enum EngineError {
         /// What.
         drift: Drift,
     },
+    /// Roles could not be brought over again.
+    #[error(transparent)]
+    Roles(#[from] RolesError),
+    /// The settings of a database could not be brought over again.
+    #[error(transparent)]
+    Schema(#[from] SchemaError),
 }
 
 /// A worker cannot go on.

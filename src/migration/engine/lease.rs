@@ -7,12 +7,11 @@ use super::error::EngineError;
 use super::live::{DatabaseLive, Live};
 use crate::catalog::decision::Outcome;
 use crate::migration::lag::Lag;
-use crate::migration::sequences::{self, SequenceError, SequenceValue};
 use crate::postgres::{ConnectError, Connector, Control};
 
 /// A migration that is being cut over. It must be given back by [`CutoverLease::finish`]: dropping it leaves the
 /// migration in CompletingMigration until the verdict is told to [`Engine::settle_cutover`].
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 pub struct CutoverLease {
     engine: Arc<Engine>,
     live: Arc<Live>,
@@ -26,17 +25,6 @@ pub struct StreamBroken {
     pub database: String,
     /// Why.
     pub reason: String,
-}
-
-/// Sequences could not be brought over.
-#[derive(Debug, thiserror::Error)]
-pub enum HandleError {
-    /// A server could not be reached.
-    #[error(transparent)]
-    Connect(#[from] ConnectError),
-    /// The sequences could not be read or set.
-    #[error(transparent)]
-    Sequences(#[from] SequenceError),
 }
 
 impl CutoverLease {
@@ -68,6 +56,12 @@ impl CutoverLease {
         let live = self.live.database(database)?.clone();
         let (source, target) = self.engine.connectors();
         Some(DatabaseHandle { live, source, target })
+    }
+
+    /// Brings over once more what no stream carries and may have changed since the copy: roles with their passwords,
+    /// memberships and settings, and the settings of the databases. Returns what an operator should know.
+    pub async fn synchronise(&self) -> Result<Vec<String>, EngineError> {
+        self.engine.synchronise(&self.live).await
     }
 
     /// Gives the migration back with the verdict.
@@ -131,20 +125,5 @@ impl DatabaseHandle {
                 Err(failed(reason.unwrap_or_else(|| "it was taken down".to_owned())))
             }
         }
-    }
-
-    /// Sets the target's sequences `steps` further than the source's, so that nothing that is given out by mistake
-    /// before the exact values are set collides.
-    pub async fn sequences_set_ahead(&self, steps: i64) -> Result<usize, HandleError> {
-        let values = self.sequences_read().await?;
-        let target = self.target_control("sequences").await?;
-        sequences::set(&*target, &sequences::ahead(&values, steps)).await?;
-        Ok(values.len())
-    }
-
-    /// Where the source's sequences stand now.
-    pub async fn sequences_read(&self) -> Result<Vec<SequenceValue>, HandleError> {
-        let source = self.source_control("sequences").await?;
-        Ok(sequences::read(&*source).await?)
     }
 }

@@ -50,12 +50,15 @@ use self::actor::{Actor, Command};
 use self::context::Context;
 use self::live::{DatabaseLive, Live, Status, Step};
 use crate::catalog::decision::Outcome;
+use crate::catalog::journal::Journal;
 use crate::catalog::migrations::{CatalogError, EngineLock, MigrationCatalog, MigrationRow, NewDatabase};
 use crate::catalog::{Place, bootstrap};
 use crate::config::Config;
 use crate::failpoint::Failpoints;
 use crate::migration::copy::Workers;
 use crate::migration::drift;
+use crate::migration::roles::{self, RoleReport};
+use crate::migration::schema;
 use crate::migration::state::State;
 use crate::migration::stream::describe;
 use crate::migration::view::{CancelReport, MigrationSpec, MigrationView, TableView};
@@ -64,13 +67,16 @@ use crate::shutdown::Tasks;
 use crate::telemetry::metrics::Metrics;
 
 pub use error::EngineError;
-pub use lease::{CutoverLease, DatabaseHandle, HandleError, StreamBroken};
+pub use lease::{CutoverLease, DatabaseHandle, StreamBroken};
 
 /// How often a lock that another engine has is asked for.
 const LOOK_AGAIN: Duration = Duration::from_secs(2);
 
 /// How often the connection that holds the lock is tried.
 const LOCK_CHECK: Duration = Duration::from_secs(2);
+
+/// The one setting of a database that is ours: the fence's.
+const READ_ONLY_SETTING: &str = "default_transaction_read_only";
 
 /// How long tasks may take to stop; they hold nothing that a crash would not leave too.
 const GRACE: Duration = Duration::from_secs(10);
@@ -305,6 +311,24 @@ impl Engine {
             }
         }
         Ok(())
+    }
+
+    /// See [`CutoverLease::synchronise`].
+    async fn synchronise(&self, live: &Live) -> Result<Vec<String>, EngineError> {
+        let (catalog, _actors) = self.owned()?;
+        let journal = Journal::new(catalog, live.name());
+        let (source, target) = (&self.deps.source, &self.deps.target);
+        let reports = roles::copy_roles(source, target, &journal).await?;
+        for database in &live.databases {
+            let changed = schema::sync_database(source, target, &database.name, &[READ_ONLY_SETTING]).await?;
+            if changed > 0 {
+                tracing::info!(migration = live.name(), database = database.name, changed, "settings brought over");
+            }
+        }
+        let note = |report: RoleReport| {
+            report.warnings.into_iter().map(move |warning| format!("role {:?}: {warning}", report.role))
+        };
+        Ok(reports.into_iter().flat_map(note).collect())
     }
 
     /// Both servers must have the same definitions.

@@ -1,0 +1,56 @@
+//! Names of custom settings that a database's own objects use, read once for each database and cutover.
+//!
+//! A cutover reads them on a session that it holds before the server is shut, because a session that is the first of its
+//! database in the pause could not read them any more. Sessions that find none (no cutover of this process ordered
+//! their move) read them themselves.
+
+use std::collections::HashMap;
+use std::sync::Arc;
+
+use tokio::sync::Mutex;
+
+use super::handoff::catalogue_settings;
+use crate::postgres::Connector;
+use crate::switch::{Epoch, ServerRole};
+
+/// The cutover for which names were read, and the names.
+type NamesAt = (Epoch, Arc<Vec<String>>);
+
+/// See the module.
+#[derive(Debug, Default)]
+pub(super) struct CatalogueNames(Mutex<HashMap<(ServerRole, String), NamesAt>>);
+
+impl CatalogueNames {
+    /// Reads the names of `database` on `server` through a session that is open there.
+    pub(super) async fn learn(
+        &self,
+        server: ServerRole,
+        database: &str,
+        epoch: Epoch,
+        session: &tokio_postgres::Client,
+    ) -> Result<(), tokio_postgres::Error> {
+        let names = Arc::new(catalogue_settings(session).await?);
+        self.0.lock().await.insert((server, database.to_owned()), (epoch, names));
+        Ok(())
+    }
+
+    /// The names of `database`. Of many sessions that ask at once, one reads and the others wait.
+    pub(super) async fn of(
+        &self,
+        server: ServerRole,
+        connector: &Connector,
+        database: &str,
+        epoch: Epoch,
+    ) -> Result<Arc<Vec<String>>, String> {
+        let mut known = self.0.lock().await;
+        let key = (server, database.to_owned());
+        if let Some((_, names)) = known.get(&key).filter(|(at, _)| *at == epoch) {
+            return Ok(names.clone());
+        }
+        let control = connector.control(database, "handoff").await.map_err(|error| error.to_string())?;
+        let names = Arc::new(catalogue_settings(&control).await.map_err(|error| error.to_string())?);
+        control.close().await;
+        known.insert(key, (epoch, names.clone()));
+        Ok(names)
+    }
+}
