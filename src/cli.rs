@@ -5,6 +5,8 @@
 
 mod check;
 mod client;
+#[cfg(any(test, fuzzing))]
+pub mod fuzzing;
 mod migration;
 mod output;
 mod properties;

@@ -3,6 +3,8 @@
 //! Reading TOML, environment overrides and secrets is in the submodules; a [`Config`] that exists is consistent.
 
 mod error;
+#[cfg(any(test, fuzzing))]
+pub mod fuzzing;
 pub mod limits;
 mod load;
 pub mod network;

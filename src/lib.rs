@@ -30,6 +30,8 @@ pub mod config;
 pub mod cutover;
 pub mod demo;
 pub mod failpoint;
+#[cfg(any(test, fuzzing))]
+pub mod fuzzing;
 pub mod ident;
 pub mod lsn;
 pub mod migration;

@@ -47,7 +47,7 @@ pub(super) fn read(path: &Path) -> Result<Properties, CliError> {
     parse(&text).map_err(wrong)
 }
 
-fn parse(text: &str) -> Result<Properties, String> {
+pub(super) fn parse(text: &str) -> Result<Properties, String> {
     let document: Map<String, Value> = serde_json::from_str(text).map_err(|error| error.to_string())?;
     // The service's own tools take the file with or without this wrapper.
     let inner = match document.get("properties") {

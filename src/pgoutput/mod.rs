@@ -31,6 +31,8 @@
 //! `A`; inside a block every message starts with the xid of its (sub)transaction, which is why [`decode`] must be told.
 //! Version 3 (15) adds two-phase commit (`b P K r p`), version 4 (16) parallel streaming (`A` with position and time).
 
+#[cfg(any(test, fuzzing))]
+pub mod fuzzing;
 mod message;
 mod reader;
 #[cfg(test)]

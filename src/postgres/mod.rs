@@ -15,6 +15,8 @@ mod copy;
 mod dial;
 mod error;
 mod frame;
+#[cfg(any(test, fuzzing))]
+pub mod fuzzing;
 mod login;
 mod pipeline;
 mod raw;

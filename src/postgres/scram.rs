@@ -51,7 +51,7 @@ impl ScramClient {
         Self::with_nonce(client_key, server_key, BASE64.encode(rand::random::<[u8; 18]>()))
     }
 
-    fn with_nonce(client_key: [u8; 32], server_key: [u8; 32], nonce: String) -> Self {
+    pub(super) fn with_nonce(client_key: [u8; 32], server_key: [u8; 32], nonce: String) -> Self {
         Self { client_key, server_key, nonce }
     }
 

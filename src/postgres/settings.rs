@@ -55,7 +55,7 @@ pub(super) fn version_num(server_version: &str) -> Option<u32> {
     };
     let major = digits(server_version)?;
     let minor = server_version.split_once('.').and_then(|(_, rest)| digits(rest)).unwrap_or(0);
-    (major < 10_000).then_some(major * 10_000 + minor.min(9_999))
+    (major < 10_000).then(|| major * 10_000 + minor.min(9_999))
 }
 
 /// A value inside `options`: the server splits at white space and takes a backslash as an escape
@@ -101,5 +101,6 @@ mod tests {
         }
         assert_eq!(version_num("PostgreSQL"), None);
         assert_eq!(version_num("99999999999"), None);
+        assert_eq!(version_num("999999.1"), None);
     }
 }

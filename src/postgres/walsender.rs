@@ -71,6 +71,8 @@ use crate::lsn::Lsn;
 use crate::postgres::{ConnectError, Connector, RawConnection, RawError};
 use crate::sqlstate;
 
+#[cfg(any(test, fuzzing))]
+pub(super) use stream::replication_message as read_message;
 pub use stream::{Feedback, ReplicationMessage, ReplicationStream};
 
 /// Longest time between two statuses.

@@ -353,6 +353,16 @@ impl Ledger {
     }
 }
 
+#[cfg(any(test, fuzzing))]
+impl Ledger {
+    /// Whether the counts agree with the marks.
+    pub(super) fn is_consistent(&self) -> bool {
+        let boundary = |mark: &&Mark| matches!(mark, Mark::Sync | Mark::Query | Mark::Call);
+        self.boundaries as usize == self.marks.iter().filter(boundary).count()
+            && !self.marks.contains(&Mark::Steps(0))
+    }
+}
+
 #[cfg(test)]
 #[path = "ledger_tests.rs"]
 mod tests;

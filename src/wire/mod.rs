@@ -6,6 +6,8 @@
 
 pub mod error;
 pub mod frame;
+#[cfg(any(test, fuzzing))]
+pub mod fuzzing;
 pub mod ledger;
 pub mod message;
 pub mod proxy_protocol;

@@ -5,6 +5,8 @@
 //! list takes effect on the next one.
 
 mod answer;
+#[cfg(any(test, fuzzing))]
+pub mod fuzzing;
 mod parse;
 
 use std::sync::Arc;

@@ -11,6 +11,8 @@
 mod archive;
 mod database;
 mod dump;
+#[cfg(any(test, fuzzing))]
+pub mod fuzzing;
 mod restore;
 mod toc;
 

@@ -264,7 +264,7 @@ fn status_message(outgoing: &Outgoing, now: SystemTime) -> BytesMut {
 }
 
 /// The content of a CopyData; `None` where it is malformed.
-fn replication_message(mut body: Bytes) -> Option<ReplicationMessage> {
+pub(in crate::postgres) fn replication_message(mut body: Bytes) -> Option<ReplicationMessage> {
     let (kind, header) = (*body.first()?, body.get(1..)?);
     match kind {
         b'w' if header.len() >= 24 => {

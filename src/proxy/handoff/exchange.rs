@@ -15,6 +15,9 @@ use super::HandoffError;
 /// not moved.
 const ANSWER_LIMIT_BYTES: usize = 64 << 20;
 
+/// Room that is made at a time for what is read.
+const READ_BYTES: usize = 64 << 10;
+
 /// A row: text values as the server sent them.
 pub(super) type Row = Vec<Option<Bytes>>;
 
@@ -223,7 +226,8 @@ fn next_frame(buffer: &mut BytesMut, doing: &'static str) -> Result<Option<(u8, 
         return Err(HandoffError::TooLarge { limit_bytes: ANSWER_LIMIT_BYTES });
     }
     if buffer.len() < length + 1 {
-        buffer.reserve(length + 1 - buffer.len());
+        // Room for what comes next, not for what the length promises: it may lie.
+        buffer.reserve((length + 1 - buffer.len()).min(READ_BYTES));
         return Ok(None);
     }
     let mut message = buffer.split_to(length + 1);

@@ -26,6 +26,8 @@ mod catalogue;
 mod delta;
 mod error;
 mod exchange;
+#[cfg(any(test, fuzzing))]
+pub mod fuzzing;
 mod prepare;
 mod replay;
 mod scan;

@@ -6,9 +6,14 @@
 //! or `UPDATE … SET composite.field =` costs nothing but a question to the server, which answers that it knows no such
 //! setting; values are always read from the server, never from the text.
 //!
-//! It runs on every statement of every session: one pass, no allocation unless a quoted name is found.
+//! It runs on every statement of every session: one pass, no allocation unless a quoted name is found. What follows a
+//! word is looked at no further than [`REACH_BYTES`], so that no text, however it is made, costs more than its length
+//! times that; a name that does not end within (a comment of a thousand bytes before it) is not found.
 
 use std::borrow::Cow;
+
+/// How far behind `SET` or `set_config` a name is looked for, in bytes. Names that are remembered are far shorter.
+const REACH_BYTES: usize = 1024;
 
 /// What a text says about custom settings.
 #[derive(Debug, PartialEq, Eq)]
@@ -24,12 +29,13 @@ pub(super) fn settings_set<'a>(text: &'a [u8], mut found: impl FnMut(Finding<'a>
     let mut at = 0;
     while let Some(start) = next_set(text, at) {
         at = start + 3;
+        let near = within_reach(text, at);
         match text.get(at) {
             Some(b'_') => {
-                if let Some(rest) = after_word(text, at + 1, b"config")
-                    && let Some(argument) = after_byte(text, rest, b'(')
+                if let Some(rest) = after_word(near, at + 1, b"config")
+                    && let Some(argument) = after_byte(near, rest, b'(')
                 {
-                    match literal(text, argument) {
+                    match literal(near, argument) {
                         Some(name) if name.contains('.') => found(Finding::Name(name)),
                         Some(_) => {}
                         // `set_config` may be written without any argument inside a comment or a name.
@@ -38,7 +44,7 @@ pub(super) fn settings_set<'a>(text: &'a [u8], mut found: impl FnMut(Finding<'a>
                 }
             }
             Some(byte) if is_space(*byte) || *byte == b'"' || *byte == b'/' => {
-                if let Some(name) = assigned_name(text, at) {
+                if let Some(name) = assigned_name(near, at) {
                     found(Finding::Name(name));
                 }
             }
@@ -62,9 +68,10 @@ pub fn settings_used(text: &str, mut found: impl FnMut(&str)) {
             at += 1;
             continue;
         }
-        if let Some(rest) = after_word(bytes, at, b"current_setting")
-            && let Some(argument) = after_byte(bytes, rest, b'(')
-            && let Some(name) = literal(bytes, argument)
+        let near = within_reach(bytes, at);
+        if let Some(rest) = after_word(near, at, b"current_setting")
+            && let Some(argument) = after_byte(near, rest, b'(')
+            && let Some(name) = literal(near, argument)
             && name.contains('.')
         {
             found(&name);
@@ -107,6 +114,11 @@ pub(super) fn custom_setting_name(value: &[u8]) -> Option<&str> {
     let is_start = |byte: u8| byte.is_ascii_alphabetic() || byte == b'_' || byte >= 0x80;
     let is_part = |part: &str| part.bytes().next().is_some_and(is_start) && part.bytes().all(is_name_byte);
     (name.contains('.') && name.split('.').all(is_part)).then_some(name)
+}
+
+/// `text` up to [`REACH_BYTES`] behind `at`.
+fn within_reach(text: &[u8], at: usize) -> &[u8] {
+    &text[..text.len().min(at + REACH_BYTES)]
 }
 
 /// Position of the next `set`, in any case, that starts a word.
@@ -351,6 +363,16 @@ mod tests {
             |name| names.push(name.to_owned()),
         );
         assert_eq!(names, ["app.tenant", "b.c"]);
+    }
+
+    #[test]
+    fn no_text_makes_the_scan_look_at_everything_for_every_word() {
+        for (repeated, found) in [("set/*", 0), ("set_config(/*", 0), ("set \"a.", 0), ("set_config('a.b ", 1000)] {
+            let text = repeated.repeat(1000);
+            assert_eq!(names(&text).len(), found, "{repeated}");
+        }
+        let far = format!("SET {} app.x = 1; SET app.y = 1", "-".repeat(2 * REACH_BYTES) + "\n");
+        assert_eq!(names(&far), ["app.y"]);
     }
 
     proptest! {

@@ -1,0 +1,4 @@
+//! See `pgcutover::proxy::handoff::fuzzing::bind`.
+#![no_main]
+
+libfuzzer_sys::fuzz_target!(|data: &[u8]| pgcutover::proxy::handoff::fuzzing::bind(data));
