@@ -2,7 +2,7 @@
 
 use std::path::Path;
 
-use super::{Environment, load, units};
+use super::{Environment, Network, load, units};
 
 /// The file's text: read as far as it can be, every problem a sentence; what units say comes back as it was.
 pub fn config(data: &[u8]) {
@@ -17,6 +17,9 @@ pub fn config(data: &[u8]) {
     }
     if let Ok(size) = units::parse_size(text) {
         assert_eq!(units::parse_size(&units::format_size(size)), Ok(size));
+    }
+    if let Ok(network) = Network::parse(text) {
+        assert_eq!(Network::parse(&network.to_string()), Ok(network));
     }
     if let Ok(duration) = units::parse_duration(text) {
         assert_eq!(units::parse_duration(&units::format_duration(duration)), Ok(duration));

@@ -16,9 +16,10 @@ pub fn pgoutput(data: &[u8]) {
         // pg_catalog may be sent by its name or as nothing.
         let full = b"pg_catalog\0";
         let same = written == data
-            || written.windows(full.len()).position(|window| window == full).is_some_and(|at| {
-                [&written[..at], b"\0", &written[at + full.len()..]].concat() == data
-            });
+            || written
+                .windows(full.len())
+                .position(|window| window == full)
+                .is_some_and(|at| [&written[..at], b"\0", &written[at + full.len()..]].concat() == data);
         assert!(same, "{message:?}");
     }
 }

@@ -76,8 +76,7 @@ pub fn authentication(runtime: &Runtime, data: &[u8]) {
         2 => Credential::ScramKeys { client_key: [1; 32], server_key: [2; 32] },
         _ => Credential::Md5Hash(Secret::new("md5d2ffbd3ca78e0a2b5b2d2e2ffea4a7a1")),
     };
-    let login =
-        Login { user: "ann".to_owned(), database: "shop".to_owned(), credential, parameters: Vec::new() };
+    let login = Login { user: "ann".to_owned(), database: "shop".to_owned(), credential, parameters: Vec::new() };
     runtime.block_on(async {
         let (mut connection, _server) = scripted(said);
         if let Err(error) = login::log_in(&mut connection, &login).await {

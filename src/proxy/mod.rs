@@ -25,6 +25,8 @@ mod catalogue_names;
 mod certificate;
 mod client_error;
 mod departures;
+#[cfg(any(test, fuzzing))]
+pub mod fuzzing;
 pub mod handoff;
 mod handshake;
 mod hold;

@@ -5,8 +5,9 @@ use super::error::{self, ErrorFields, Severity};
 use super::frame::{self, HEADER_BYTES, Header, take_cstr};
 use super::ledger::{Ledger, TransactionStatus};
 use super::message;
+use super::proxy_protocol::{self, FIXED_BYTES, Origin, REST_MAX};
 use super::scanner::{Scanner, Sink};
-use super::scram::{Exchange, Verifier};
+use super::scram::{ChannelBinding, Exchange, Verifier};
 use super::startup::{self, Startup};
 
 /// A client's frames after login: what is taken is what was there, and no more.
@@ -68,6 +69,19 @@ pub fn startup(data: &[u8]) {
     }
 }
 
+/// A PROXY protocol header: as long as it says, and an address only where one was written.
+pub fn proxy_header(data: &[u8]) {
+    let Some((fixed, rest)) = data.split_first_chunk::<FIXED_BYTES>() else { return };
+    let Ok(length) = proxy_protocol::rest_bytes(fixed) else { return };
+    assert!(length <= REST_MAX);
+    let Ok(origin) = proxy_protocol::parse(fixed, rest) else { return };
+    assert_eq!(rest.len(), length);
+    if let Origin::Client(address) = origin {
+        assert!(rest.len() >= if address.is_ipv4() { 12 } else { 36 });
+        assert_eq!(address.ip(), address.ip().to_canonical());
+    }
+}
+
 /// The bodies of a client's PasswordMessage and SASLInitialResponse.
 pub fn password_messages(data: &[u8]) {
     if let Some(password) = message::read_password(data) {
@@ -88,8 +102,9 @@ pub fn scram_client_messages(data: &[u8]) {
     let mut last = data;
     let first = take_cstr(&mut last).unwrap_or(data);
     let verifier = Verifier::made_up("ann", &[7; 32]);
-    for known in [Some(verifier.clone()), None] {
-        let Ok(exchange) = Exchange::begin(first, known, verifier.clone(), "ours") else { return };
+    let bindings = [ChannelBinding::NotOffered, ChannelBinding::Declined, ChannelBinding::EndPoint(b"digest")];
+    for (binding, known) in bindings.into_iter().zip([Some(verifier.clone()), None, Some(verifier.clone())]) {
+        let Ok(exchange) = Exchange::begin(first, binding, known, verifier.clone(), "ours") else { continue };
         let asked = exchange.server_first();
         assert!(asked.starts_with("r=") && asked.contains("ours,s=") && asked.ends_with(",i=4096"));
         assert!(!matches!(exchange.finish(last), Ok(Some(_))), "no proof was given");
@@ -102,7 +117,8 @@ pub fn scram_verifier(data: &[u8]) {
     let Some(verifier) = Verifier::parse(text) else { return };
     assert!(text.starts_with("SCRAM-SHA-256$"));
     assert_eq!(format!("{verifier:?}"), "Verifier(…)", "keys are never shown");
-    let exchange = Exchange::begin(b"n,,n=,r=abc", Some(verifier.clone()), verifier, "x").expect("speaks SCRAM");
+    let exchange = Exchange::begin(b"n,,n=,r=abc", ChannelBinding::NotOffered, Some(verifier.clone()), verifier, "x");
+    let exchange = exchange.expect("speaks SCRAM");
     assert!(!matches!(exchange.finish(b"c=biws,r=abcx,p=AAAA"), Ok(Some(_))));
 }
 

@@ -358,8 +358,7 @@ impl Ledger {
     /// Whether the counts agree with the marks.
     pub(super) fn is_consistent(&self) -> bool {
         let boundary = |mark: &&Mark| matches!(mark, Mark::Sync | Mark::Query | Mark::Call);
-        self.boundaries as usize == self.marks.iter().filter(boundary).count()
-            && !self.marks.contains(&Mark::Steps(0))
+        self.boundaries as usize == self.marks.iter().filter(boundary).count() && !self.marks.contains(&Mark::Steps(0))
     }
 }
 
