@@ -159,6 +159,7 @@ impl Daemon {
             tasks: proxy_tasks.clone(),
             failpoints,
         })?;
+        control.consult(proxy.access_reader());
         control.follow(proxy.follower());
         Ok(Self { proxy, proxy_tasks, cutover_tasks, engine_tasks, http_tasks })
     }

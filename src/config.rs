@@ -308,8 +308,15 @@ pub struct Auth {
     pub method: AuthMethod,
     /// `"user" "password or verifier"` lines, for servers whose verifiers cannot be read.
     pub users_file: Option<PathBuf>,
-    /// Query run on the active server, `$1` the user name, one row (name, verifier).
+    /// Rules in the form of pg_hba.conf, which then decide instead of `method`.
+    pub hba_file: Option<PathBuf>,
+    /// Maps from names in certificates to roles, in the form of pg_ident.conf.
+    pub ident_file: Option<PathBuf>,
+    /// Query run on the active server, `$1` the user name: one row (name, verifier), with `valid_until` and `can_login`
+    /// where it has columns of these names.
     pub auth_query: String,
+    /// The database it is run in; none: that of `[control]`.
+    pub auth_database: Option<String>,
     /// How long a verifier that was read may be used again.
     pub verifier_cache: Duration,
 }
@@ -325,6 +332,8 @@ pub enum AuthMethod {
     Md5,
     /// Clear text, over TLS or a Unix socket only.
     Password,
+    /// A certificate of the role's name, over TLS.
+    Cert,
     /// Nothing; the client's name is believed.
     Trust,
 }
@@ -337,6 +346,7 @@ impl AuthMethod {
             Self::ScramSha256 => "scram-sha-256",
             Self::Md5 => "md5",
             Self::Password => "password",
+            Self::Cert => "cert",
             Self::Trust => "trust",
         }
     }

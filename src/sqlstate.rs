@@ -36,6 +36,8 @@ pub const CANNOT_CONNECT_NOW: &str = "57P03";
 pub const CONNECTION_FAILURE: &str = "08006";
 /// `08001` the server could not be reached.
 pub const CANNOT_ESTABLISH_CONNECTION: &str = "08001";
+/// `42622` name_too_long.
+pub const NAME_TOO_LONG: &str = "42622";
 /// `42704` undefined_object.
 pub const UNDEFINED_OBJECT: &str = "42704";
 /// `55000` object_not_in_prerequisite_state.

@@ -134,6 +134,23 @@ async fn signals_reload_and_stop_and_a_wrong_configuration_changes_nothing() {
     let changes = daemon.json(&["reload"]);
     assert_eq!(changes, json!({"applied": ["admin.users"], "needs_restart": ["limits.buffer"]}));
 
+    // A file that the configuration names is part of it.
+    let rules = daemon.directory().join("pg_hba.conf");
+    let with_rules = text.replace("method = \"trust\"", "hba_file = \"pg_hba.conf\"");
+    std::fs::write(&rules, "local all all trust\nhost all nobody all trust\n").unwrap();
+    std::fs::write(&file, &with_rules).unwrap();
+    let changes = daemon.json(&["reload"]);
+    assert_eq!(changes["applied"], json!(["auth.method", "auth.hba_file"]));
+    let refused = support::try_connect(&daemon.client("postgres")).await.expect_err("nobody but nobody");
+    assert_eq!(refused.code().unwrap().code(), "28000");
+    std::fs::write(&rules, "host all all all trust\nhost all all 10.0.0.0/64 trust\n").unwrap();
+    let (status, _, err) = command(&daemon, &["reload"]);
+    assert_eq!(status, 1, "{err}");
+    assert!(err.contains("pg_hba.conf:2: \"10.0.0.0/64\" is not an address"), "{err}");
+    assert!(support::try_connect(&daemon.client("postgres")).await.is_err(), "the old rules stay in force");
+    std::fs::write(&file, &text).unwrap();
+    daemon.json(&["reload"]);
+
     let client = support::connect_with(&daemon.client("postgres")).await;
     let asked = Instant::now();
     signal(&daemon, "TERM");

@@ -27,6 +27,8 @@ const PURE: &[&str] = &[
     "migration/apply/plan",
     "cutover/phase.rs",
     "catalog/resolve",
+    "proxy/auth/hba",
+    "proxy/auth/user_maps.rs",
     "proxy/handoff/scan.rs",
 ];
 

@@ -1,7 +1,7 @@
 //! What the process can be told from outside: signals, reload, shutdown.
 
 use std::path::PathBuf;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 
 use arc_swap::ArcSwap;
 use tokio::signal::unix::{SignalKind, signal};
@@ -10,6 +10,7 @@ use tokio_util::sync::CancellationToken;
 use crate::admin::error::{AdminError, ErrorKind};
 use crate::admin::parts::Daemon;
 use crate::config::{self, Changes, Config, Environment};
+use crate::proxy::AccessError;
 use crate::telemetry::LogControl;
 
 /// The running daemon, as far as orders to it go.
@@ -20,14 +21,26 @@ pub(super) struct Control {
     stop: CancellationToken,
     /// What takes a reload over.
     followers: Mutex<Vec<Follower>>,
+    /// What may refuse a reload.
+    reader: OnceLock<Reader>,
 }
 
 /// Called with every new configuration.
 type Follower = Box<dyn Fn(&Config) + Send + Sync>;
 
+/// Reads the files that a new configuration names; an error keeps everything as it is.
+type Reader = Box<dyn Fn(&Config) -> Result<(), AccessError> + Send + Sync>;
+
 impl Control {
     pub(super) fn new(path: Option<PathBuf>, config: Arc<ArcSwap<Config>>, log: LogControl) -> Self {
-        Self { path, config, log, stop: CancellationToken::new(), followers: Mutex::default() }
+        let (followers, reader) = (Mutex::default(), OnceLock::new());
+        Self { path, config, log, stop: CancellationToken::new(), followers, reader }
+    }
+
+    /// From now on `reader` is asked first at every reload.
+    pub(super) fn consult(&self, reader: impl Fn(&Config) -> Result<(), AccessError> + Send + Sync + 'static) {
+        // There is one proxy in a process, so it is set once.
+        let _first = self.reader.set(Box::new(reader));
     }
 
     /// `follower` is called with every configuration that a reload brings into force.
@@ -96,8 +109,11 @@ impl Control {
             .map_err(|error| AdminError::new(ErrorKind::Invalid, error.to_string()))?;
         let old = self.config.load_full();
         let changes = old.changes(&new);
-        self.log.set(&new.telemetry.log).map_err(|error| AdminError::from_chain(ErrorKind::Failed, &error))?;
         let config = Arc::new(old.with_live_changes(new));
+        if let Some(read) = self.reader.get() {
+            read(&config).map_err(|error| AdminError::new(ErrorKind::Invalid, error.to_string()))?;
+        }
+        self.log.set(&config.telemetry.log).map_err(|error| AdminError::from_chain(ErrorKind::Failed, &error))?;
         self.config.store(config.clone());
         self.followers.lock().unwrap_or_else(PoisonError::into_inner).iter().for_each(|follower| follower(&config));
         Ok(changes)

@@ -8,10 +8,10 @@ use super::error::{ConfigError, Origin, Problem};
 use super::reader::{KnownKeys, Reader, Section};
 use super::*;
 
-/// Reads the active server's verifiers; only a superuser or a member of `pg_read_all_data` with rights on `pg_authid`
-/// can run it. Elsewhere an operator writes a SECURITY DEFINER function and names it here.
-pub const DEFAULT_AUTH_QUERY: &str = "SELECT rolname, rolpassword FROM pg_catalog.pg_authid \
-     WHERE rolname = $1 AND rolcanlogin AND (rolvaliduntil IS NULL OR rolvaliduntil > pg_catalog.now())";
+/// Reads what the active server knows of a role; only a superuser can run it. Elsewhere an operator writes a SECURITY
+/// DEFINER function and names it here, or lists the users in a file.
+pub const DEFAULT_AUTH_QUERY: &str = "SELECT rolname, rolpassword, rolvaliduntil AS valid_until, rolcanlogin AS can_login \
+     FROM pg_catalog.pg_authid WHERE rolname = $1";
 
 /// Port of the Unix socket when there is no TCP listener to take it from.
 pub const DEFAULT_PORT: u16 = 6432;
@@ -180,12 +180,21 @@ fn auth(mut section: Section<'_>) -> Auth {
         ("scram-sha-256", AuthMethod::ScramSha256),
         ("md5", AuthMethod::Md5),
         ("password", AuthMethod::Password),
+        ("cert", AuthMethod::Cert),
         ("trust", AuthMethod::Trust),
     ];
+    let method = section.choice("method", AuthMethod::Auto, &methods);
+    let hba_file = section.path("hba_file");
+    if let (Some(_), Some(origin)) = (&hba_file, section.origin("method")) {
+        section.bad("method", origin, "hba_file says the method for each connection: leave one of the two out");
+    }
     Auth {
-        method: section.choice("method", AuthMethod::Auto, &methods),
+        method,
+        hba_file,
+        ident_file: section.path("ident_file"),
         users_file: section.path("users_file"),
         auth_query: section.text("auth_query").unwrap_or_else(|| DEFAULT_AUTH_QUERY.to_owned()),
+        auth_database: section.text("auth_database"),
         verifier_cache: section.duration("verifier_cache", Duration::from_secs(10)),
     }
 }
@@ -295,6 +304,12 @@ fn check_together(config: &Config, reader: &mut Reader) {
         let origin = set(reader, "auth", "method").unwrap_or(Origin::Whole);
         let message =
             "sends passwords in clear text, so it needs [listen] tls_certificate and tls_key, or unix_socket_dir";
+        reader.section("auth").bad("method", origin, message);
+    }
+    let asks_for_certificates = listen.tls.as_ref().is_some_and(|tls| tls.client_ca.is_some());
+    if config.auth.method == AuthMethod::Cert && !asks_for_certificates {
+        let origin = set(reader, "auth", "method").unwrap_or(Origin::Whole);
+        let message = "needs [listen] tls_client_ca, the authorities that certificates must come from";
         reader.section("auth").bad("method", origin, message);
     }
     let (source, target) = (&config.source, &config.target);

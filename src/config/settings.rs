@@ -49,16 +49,16 @@ impl Config {
         add("listen", "address", address(listen.address), Restart);
         add("listen", "unix_socket_dir", path(listen.unix_socket_dir.as_ref()), Restart);
         let tls = listen.tls.as_ref();
-        add("listen", "tls_certificate", path(tls.map(|tls| &tls.certificate)), Restart);
-        add("listen", "tls_key", path(tls.map(|tls| &tls.key)), Restart);
-        add("listen", "tls_required", tls.is_some_and(|tls| tls.required).to_string(), Restart);
+        add("listen", "tls_certificate", path(tls.map(|tls| &tls.certificate)), Reload);
+        add("listen", "tls_key", path(tls.map(|tls| &tls.key)), Reload);
+        add("listen", "tls_required", tls.is_some_and(|tls| tls.required).to_string(), Reload);
         let min_version = tls.map_or(TlsVersion::Tls12, |tls| tls.min_version);
-        add("listen", "tls_min_version", min_version.as_str().to_owned(), Restart);
-        add("listen", "tls_client_ca", path(tls.and_then(|tls| tls.client_ca.as_ref())), Restart);
+        add("listen", "tls_min_version", min_version.as_str().to_owned(), Reload);
+        add("listen", "tls_client_ca", path(tls.and_then(|tls| tls.client_ca.as_ref())), Reload);
         let asked = tls.map_or(ClientCertificates::Off, |tls| tls.client_certificates);
-        add("listen", "tls_client_cert", asked.as_str().to_owned(), Restart);
+        add("listen", "tls_client_cert", asked.as_str().to_owned(), Reload);
         let balancers: Vec<_> = listen.proxy_protocol_from.iter().map(Network::to_string).collect();
-        add("listen", "proxy_protocol_from", balancers.join(","), Restart);
+        add("listen", "proxy_protocol_from", balancers.join(","), Reload);
         for (key, value) in listen.tcp.pairs() {
             add("listen", key, value, Restart);
         }
@@ -82,10 +82,14 @@ impl Config {
             }
             add(section, "kind", server.kind.as_str().to_owned(), Restart);
         }
-        add("auth", "method", self.auth.method.as_str().to_owned(), Restart);
-        add("auth", "users_file", path(self.auth.users_file.as_ref()), Restart);
-        add("auth", "auth_query", self.auth.auth_query.clone(), Restart);
-        add("auth", "verifier_cache", format_duration(self.auth.verifier_cache), Restart);
+        let auth = &self.auth;
+        add("auth", "method", auth.method.as_str().to_owned(), Reload);
+        add("auth", "hba_file", path(auth.hba_file.as_ref()), Reload);
+        add("auth", "ident_file", path(auth.ident_file.as_ref()), Reload);
+        add("auth", "users_file", path(auth.users_file.as_ref()), Reload);
+        add("auth", "auth_query", auth.auth_query.clone(), Reload);
+        add("auth", "auth_database", auth.auth_database.clone().unwrap_or_default(), Reload);
+        add("auth", "verifier_cache", format_duration(auth.verifier_cache), Reload);
         add("pool", "mode", "session".to_owned(), Restart);
         let limits = &self.limits;
         add("limits", "max_client_connections", limits.max_client_connections.to_string(), Reload);
@@ -130,6 +134,9 @@ impl Config {
     /// This configuration with what a reload can change taken from `new`.
     pub fn with_live_changes(&self, new: Self) -> Self {
         let mut config = self.clone();
+        config.listen.tls = new.listen.tls;
+        config.listen.proxy_protocol_from = new.listen.proxy_protocol_from;
+        config.auth = new.auth;
         config.cutover = new.cutover;
         // What a session's memory is made of stays as it is.
         config.limits = Limits {

@@ -5,6 +5,7 @@
 
 use std::borrow::Cow;
 
+use super::auth::hba::Client;
 use crate::sqlstate;
 use crate::wire::error::{ErrorFields, Severity};
 
@@ -115,6 +116,26 @@ impl ClientError {
     /// Every client with a wrong password and every unknown user gets the same.
     pub fn password_failed(user: &str) -> Self {
         Self::PasswordFailed { user: user.to_owned(), code: sqlstate::INVALID_PASSWORD }
+    }
+
+    /// A rule turns the client away, or none is about it. It is called pg_hba.conf because that is what clients know.
+    pub(super) fn no_rule(client: &Client<'_>, rejected: bool) -> Self {
+        let host = client.address.map_or_else(|| "[local]".to_owned(), |address| address.to_string());
+        let encryption = if client.tls { "SSL encryption" } else { "no encryption" };
+        let what = match (rejected, client.physical_replication) {
+            (true, false) => "pg_hba.conf rejects connection for",
+            (true, true) => "pg_hba.conf rejects replication connection for",
+            (false, false) => "no pg_hba.conf entry for",
+            (false, true) => "no pg_hba.conf entry for replication connection from",
+        };
+        let (user, database) = (client.user, client.database);
+        let to = if client.physical_replication { String::new() } else { format!(", database \"{database}\"") };
+        Self::Authorization(format!("{what} host \"{host}\", user \"{user}\"{to}, {encryption}").into())
+    }
+
+    /// The role has NOLOGIN.
+    pub(super) fn not_permitted(user: &str) -> Self {
+        Self::Authorization(format!("role \"{user}\" is not permitted to log in").into())
     }
 
     /// SQLSTATE.
@@ -245,6 +266,40 @@ impl ClientError {
 mod tests {
     use super::*;
     use crate::wire::{error, frame};
+
+    #[test]
+    fn rules_refuse_in_postgresqls_words() {
+        let local = Client {
+            address: None,
+            same_host: false,
+            tls: false,
+            user: "ann",
+            database: "shop",
+            physical_replication: false,
+        };
+        let far = Client { address: Some([10, 0, 0, 1].into()), tls: true, ..local };
+        let walsender = Client { physical_replication: true, ..far };
+        for (client, rejected, expected) in [
+            (local, false, "no pg_hba.conf entry for host \"[local]\", user \"ann\", database \"shop\", no encryption"),
+            (
+                far,
+                true,
+                "pg_hba.conf rejects connection for host \"10.0.0.1\", user \"ann\", database \"shop\", SSL encryption",
+            ),
+            (
+                walsender,
+                true,
+                "pg_hba.conf rejects replication connection for host \"10.0.0.1\", user \"ann\", SSL encryption",
+            ),
+            (
+                walsender,
+                false,
+                "no pg_hba.conf entry for replication connection from host \"10.0.0.1\", user \"ann\", SSL encryption",
+            ),
+        ] {
+            assert_eq!(ClientError::no_rule(&client, rejected).message(), expected);
+        }
+    }
 
     #[test]
     fn every_error_has_its_code_and_severity() {

@@ -36,13 +36,28 @@ const TLS_HANDSHAKE: u8 = 0x16;
 pub(super) struct Peer {
     /// Where the client is: the socket's other end, or what a balancer says. None: a Unix socket.
     pub(super) address: Option<SocketAddr>,
+    /// A balancer has said so.
+    is_hearsay: bool,
     /// What the TLS connection says; none: in the clear, or a Unix socket.
     pub(super) secured: Option<Secured>,
 }
 
 impl Peer {
     pub(super) fn new(address: Option<SocketAddr>) -> Self {
-        Self { address, secured: None }
+        Self { address, is_hearsay: false, secured: None }
+    }
+
+    /// Whether the client is on this machine: it comes from the address that it connected to, or over loopback, which
+    /// is another machine's where a balancer speaks of it.
+    pub(super) fn is_on(&self, stream: &Stream) -> bool {
+        let Some(address) = self.address.map(|address| address.ip().to_canonical()) else { return false };
+        let socket = match stream {
+            Stream::Tcp(socket) => socket,
+            Stream::Tls(tls) => tls.get_ref().0,
+            Stream::Unix(_) => return false,
+        };
+        let own = socket.local_addr().is_ok_and(|own| own.ip().to_canonical() == address);
+        if self.is_hearsay { own && !address.is_loopback() } else { own || address.is_loopback() }
     }
 
     /// `address:port`, or `unix`.
@@ -233,7 +248,10 @@ async fn read_proxy_header(channel: &mut ClientChannel, peer: &mut Peer) -> Resu
     let mut rest = vec![0; proxy_protocol::rest_bytes(&fixed)?];
     channel.stream.read_exact(&mut rest).await?;
     match proxy_protocol::parse(&fixed, &rest)? {
-        Origin::Client(address) => peer.address = Some(address),
+        Origin::Client(address) => {
+            peer.address = Some(address);
+            peer.is_hearsay = true;
+        }
         // Somebody on the balancer's machine, or nobody who is named: the balancer's own address is what is known. A
         // Unix socket over there is not one of ours, whose rules would believe more.
         Origin::Itself | Origin::Unix => {}

@@ -6,6 +6,8 @@ use std::sync::atomic::Ordering;
 use std::time::Duration;
 use std::{io, pin::pin};
 
+use super::access::Access;
+use super::auth::hba::{Client, Demand, Verdict};
 use super::auth::{Asked, AuthError, authenticate};
 use super::client_error::ClientError;
 use super::handshake::{ClientChannel, Entrance, HandshakeError, Peer, Request, negotiate, wants_replication};
@@ -100,7 +102,7 @@ pub(super) async fn log_in(worker: &Rc<Worker>, accepted: Accepted) -> Option<Se
         None => return None,
     };
     let registration = shared.sessions.register(peer.shown());
-    let mut login = LoginInProgress { worker, channel, peer, startup, registration, slot, deadline };
+    let mut login = LoginInProgress { worker, access, channel, peer, startup, registration, slot, deadline };
     match login.until_ready().await {
         Ok(Done::Session(parts)) => Some(Session::start(worker.clone(), login.finish(), *parts)),
         Ok(Done::Console) => {
@@ -158,6 +160,8 @@ enum Done {
 
 struct LoginInProgress<'a> {
     worker: &'a Rc<Worker>,
+    /// What was in force when the connection came.
+    access: Arc<Access>,
     channel: ClientChannel,
     peer: Peer,
     startup: SessionStartup,
@@ -185,11 +189,12 @@ impl LoginInProgress<'_> {
     async fn until_ready(&mut self) -> Result<Done, Refused> {
         let is_console = self.startup.database == CONSOLE_DATABASE;
         self.take_place(is_console)?;
+        let demand = self.demand()?;
         let active = self.active_server(is_console)?;
         if self.startup.needs_negotiation() {
             message::negotiate_protocol_version(&mut self.channel.out, &self.startup.protocol_options);
         }
-        let credential = self.authenticate(active).await?;
+        let credential = self.authenticate(&demand, active).await?;
         if is_console {
             return self.may_use_console().map(|()| Done::Console);
         }
@@ -227,10 +232,35 @@ impl LoginInProgress<'_> {
         }
     }
 
-    async fn authenticate(&mut self, active: ServerRole) -> Result<Credential, Refused> {
+    /// What the rules ask of this client, before anything is looked up for it.
+    fn demand(&self) -> Result<Demand, Refused> {
+        let startup = &self.startup;
+        let client = Client {
+            address: self.peer.address.map(|address| address.ip()),
+            same_host: self.access.rules.ask_for_same_host() && self.peer.is_on(&self.channel.stream),
+            tls: self.peer.secured.is_some(),
+            user: &startup.user,
+            database: &startup.database,
+            physical_replication: wants_replication(startup) && startup.parameter("replication") != Some("database"),
+        };
+        let rejected = match self.access.rules.decide(&client) {
+            Verdict::Ask(demand) => return Ok(demand.clone()),
+            Verdict::Rejected => true,
+            Verdict::NoEntry => false,
+        };
+        self.count_failure(AuthFailure::Rule);
+        Err(Refused::With(ClientError::no_rule(&client, rejected)))
+    }
+
+    async fn authenticate(&mut self, demand: &Demand, active: ServerRole) -> Result<Credential, Refused> {
         let shared = self.worker.shared.clone();
-        let end_point = self.peer.secured.as_ref().and_then(|secured| secured.end_point.as_deref());
-        let asked = Asked { auth: &shared.config.auth, end_point, user: &self.startup.user };
+        let asked = Asked {
+            demand,
+            maps: &self.access.maps,
+            lookup: &self.access.lookup,
+            secured: self.peer.secured.as_ref(),
+            user: &self.startup.user,
+        };
         let proof = authenticate(&mut self.channel, &asked, &shared.verifiers, active);
         let error = match tokio::time::timeout_at(self.deadline, proof).await {
             Ok(Ok(credential)) => return Ok(credential),
@@ -248,6 +278,15 @@ impl LoginInProgress<'_> {
             AuthError::NoProof { user, known } => {
                 self.count_failure(if known { AuthFailure::Password } else { AuthFailure::UnknownUser });
                 Refused::With(ClientError::password_failed(&user))
+            }
+            AuthError::Certificate { told, user } => {
+                tracing::info!(user, "the client's certificate is missing, or is of another name");
+                self.count_failure(AuthFailure::Certificate);
+                Refused::With(told)
+            }
+            AuthError::NotPermitted { user } => {
+                self.count_failure(AuthFailure::UnknownUser);
+                Refused::With(ClientError::not_permitted(&user))
             }
             AuthError::Lookup(error) => {
                 tracing::error!(%error, "clients cannot be authenticated");

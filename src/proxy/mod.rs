@@ -121,9 +121,6 @@ pub enum ProxyError {
     /// A file of certificates or rules cannot be used.
     #[error(transparent)]
     Access(#[from] AccessError),
-    /// The users file cannot be read.
-    #[error("{0}")]
-    Users(String),
     /// A thread could not be started.
     #[error("cannot start a worker thread: {0}")]
     Thread(std::io::Error),
@@ -180,14 +177,8 @@ impl Proxy {
         let address = listeners.iter().find_map(Listener::tcp_address);
         let access = access::Access::load(&deps.config)?;
         access.show_in(&deps.metrics);
-        let verifiers = auth::Verifiers::new(
-            &deps.config,
-            deps.source.clone(),
-            deps.target.clone(),
-            runtime.clone(),
-            access.tls.as_ref().map(|tls| tls.seed),
-        )
-        .map_err(|error| ProxyError::Users(error.to_string()))?;
+        let seed = access.tls.as_ref().map(|tls| tls.seed);
+        let verifiers = auth::Verifiers::new(deps.source.clone(), deps.target.clone(), runtime.clone(), seed);
         let departures = departures::Departures::new(
             deps.config.control.database.clone(),
             deps.source.clone(),
@@ -229,6 +220,18 @@ impl Proxy {
     pub fn follower(&self) -> impl Fn(&Config) + Send + Sync + 'static {
         let shared = self.shared.clone();
         move |config| shared.limits.store(Arc::new(config.limits.clone()))
+    }
+
+    /// Reads certificates, rules and users again, as a configuration names them. What cannot be read changes nothing.
+    pub fn access_reader(&self) -> impl Fn(&Config) -> Result<(), AccessError> + Send + Sync + 'static {
+        let shared = self.shared.clone();
+        move |config| {
+            let access = access::Access::load(config)?;
+            access.show_in(&shared.metrics);
+            shared.access.store(Arc::new(access));
+            shared.verifiers.forget();
+            Ok(())
+        }
     }
 
     /// The TCP address that clients connect to.

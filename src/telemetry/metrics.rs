@@ -80,6 +80,10 @@ label_words! {
         UnknownUser = "unknown_user",
         /// The client does not do what is asked for (TLS, method).
         Method = "method",
+        /// No rule lets it in, or one turns it away.
+        Rule = "rule",
+        /// No certificate, or one of another name.
+        Certificate = "certificate",
         /// Not done within `client_login_timeout`.
         Timeout = "timeout",
         /// No server could be asked.

@@ -11,7 +11,7 @@ use crate::support::{connect, try_connect, two_clusters_with};
 use crate::wire_client::WireClient;
 
 /// `in`, or the SQLSTATE of the refusal.
-async fn attempt(rig: &Rig, user: &str, password: &str) -> String {
+pub async fn attempt(rig: &Rig, user: &str, password: &str) -> String {
     let mut config = rig.client("postgres");
     config.user(user).password(password);
     match try_connect(&config).await {
@@ -160,5 +160,158 @@ async fn the_console_is_for_its_users() {
     let mut client = WireClient::connect(rig.port).await;
     client.start(&[("user", "ann"), ("database", "pgcutover")]).await;
     assert_eq!(client.next().await.expect("an error").code(), "42501");
+    rig.stop().await;
+}
+
+/// The whole refusal: SQLSTATE and message.
+async fn refusal(rig: &Rig, user: &str, password: &str) -> String {
+    let mut config = rig.client("postgres");
+    config.user(user).password(password);
+    let error = try_connect(&config).await.err().expect("refused");
+    let error = error.as_db_error().unwrap_or_else(|| panic!("{error:?}"));
+    format!("{} {}", error.code().code(), error.message())
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn roles_are_let_in_under_whatever_name_they_have() {
+    let (source, target) = two(scram()).await;
+    let direct = connect(&source, "postgres").await;
+    let longest = "n".repeat(63);
+    let names = ["Ann", "größe", "a \"quoted\" one", "with,comma=and\\more", "'; drop role ann; --", &longest];
+    for name in names {
+        let quoted = name.replace('"', "\"\"");
+        direct.batch_execute(&format!("CREATE ROLE \"{quoted}\" LOGIN PASSWORD 'pass wörd'")).await.expect("created");
+    }
+    let rig = Rig::start(server(&source), server(&target), auto);
+    for name in names {
+        assert_eq!(attempt(&rig, name, "pass wörd").await, "in", "{name}");
+        assert_eq!(attempt(&rig, name, "pass word").await, "28P01", "{name}");
+    }
+    assert_eq!(attempt(&rig, "ANN", "pass wörd").await, "28P01");
+    assert_eq!(attempt(&rig, &"n".repeat(64), "pass wörd").await, "28P01", "longer than any role's name");
+    rig.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn expired_passwords_and_roles_without_login_are_refused_as_postgresql_does() {
+    let (source, target) = two(scram()).await;
+    let direct = connect(&source, "postgres").await;
+    direct
+        .batch_execute(
+            "CREATE ROLE old LOGIN PASSWORD 'right' VALID UNTIL '2001-01-01';
+             CREATE ROLE young LOGIN PASSWORD 'right' VALID UNTIL '2999-01-01';
+             CREATE ROLE forever LOGIN PASSWORD 'right' VALID UNTIL 'infinity';
+             CREATE ROLE never LOGIN PASSWORD 'right' VALID UNTIL '-infinity';
+             CREATE ROLE resting NOLOGIN PASSWORD 'right';
+             CREATE ROLE bare LOGIN",
+        )
+        .await
+        .expect("created");
+    let rig = Rig::start(server(&source), server(&target), auto);
+    let direct = |user: &str, password: &str| {
+        let mut config = source.config("postgres");
+        config.user(user).password(password);
+        config
+    };
+    for (user, password, expected) in [
+        ("old", "right", "28P01 password authentication failed for user \"old\""),
+        ("never", "right", "28P01 password authentication failed for user \"never\""),
+        ("bare", "right", "28P01 password authentication failed for user \"bare\""),
+        ("nobody", "right", "28P01 password authentication failed for user \"nobody\""),
+        ("resting", "right", "28000 role \"resting\" is not permitted to log in"),
+        ("resting", "wrong", "28P01 password authentication failed for user \"resting\""),
+    ] {
+        assert_eq!(refusal(&rig, user, password).await, expected);
+        let error = try_connect(&direct(user, password)).await.err().expect("refused");
+        let error = error.as_db_error().expect("by the server");
+        assert_eq!(format!("{} {}", error.code().code(), error.message()), expected, "straight from the server");
+    }
+    assert_eq!(attempt(&rig, "young", "right").await, "in");
+    assert_eq!(attempt(&rig, "forever", "right").await, "in");
+    rig.stop().await;
+}
+
+/// What an unknown or a known user is asked, up to the salt.
+async fn salt(rig: &Rig, user: &str) -> String {
+    let mut client = WireClient::connect(rig.port).await;
+    client.start(&[("user", user), ("database", "postgres")]).await;
+    assert_eq!(client.next().await.expect("asked").body[..4], [0, 0, 0, 10]);
+    let first = "n,,n=,r=abc";
+    let body = [b"SCRAM-SHA-256\0", &(first.len() as u32).to_be_bytes()[..], first.as_bytes()].concat();
+    client.send(&crate::wire_client::frame(b'p', &body)).await;
+    let answer = client.next().await.expect("a challenge").body;
+    let answer = String::from_utf8_lossy(&answer[4..]).into_owned();
+    let (salt, iterations) = answer.split_once(",s=").and_then(|(_, rest)| rest.split_once(",i=")).expect("a salt");
+    assert_eq!(iterations, "4096");
+    salt.to_owned()
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn nothing_tells_whether_a_user_exists() {
+    let (source, target) = two(scram()).await;
+    let mut weak = server(&source);
+    let rig = Rig::start(weak.clone(), server(&target), auto);
+    let known = salt(&rig, "ann").await;
+    let unknown = salt(&rig, "nobody").await;
+    assert_eq!((salt(&rig, "ann").await, salt(&rig, "nobody").await), (known.clone(), unknown.clone()), "stable");
+    assert_eq!(known.len(), unknown.len());
+    rig.stop().await;
+    // Not even where the query fails, while a user of the file is found.
+    weak.user = "ann".to_owned();
+    weak.password = Some(pgcutover::config::Secret::new("right"));
+    let file = users_file("\"ann\" \"right\"\n");
+    let path = file.path().to_owned();
+    let rig = Rig::start(weak, server(&target), |config| {
+        auto(config);
+        config.auth.users_file = Some(path);
+    });
+    assert_eq!(salt(&rig, "ann").await.len(), salt(&rig, "nobody").await.len());
+    assert_eq!(attempt(&rig, "nobody", "right").await, "28P01");
+    assert_eq!(rig.metrics.auth_failures.with_label_values(&["unavailable"]).get(), 1);
+    assert_eq!(attempt(&rig, "ann", "right").await, "in");
+    rig.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_role_without_rights_reads_verifiers_through_a_function_that_nobody_can_trick() {
+    let (source, target) = two(scram()).await;
+    // As the example file has it.
+    let example = include_str!("../../config/pgcutover.toml");
+    let lines =
+        example.lines().skip_while(|line| !line.contains("CREATE SCHEMA gate")).take_while(|l| l.starts_with("#   "));
+    let function: String = lines.map(|line| format!("{}\n", line.trim_start_matches('#'))).collect();
+    let direct = connect(&source, "postgres").await;
+    direct.batch_execute("CREATE DATABASE vault").await.expect("made");
+    direct.batch_execute("CREATE ROLE pgcutover LOGIN PASSWORD 'own'").await.expect("made");
+    let vault = connect(&source, "vault").await;
+    vault.batch_execute(&function).await.expect("the documented function can be made");
+    // What an unqualified name would find, if anything looked there.
+    vault
+        .batch_execute("CREATE TABLE public.pg_authid AS SELECT * FROM pg_catalog.pg_authid; UPDATE public.pg_authid SET rolpassword = 'known'; \
+                        ALTER ROLE pgcutover SET search_path = public, pg_catalog; GRANT ALL ON public.pg_authid TO PUBLIC")
+        .await
+        .expect("made");
+    let mut weak = server(&source);
+    weak.user = "pgcutover".to_owned();
+    weak.password = Some(pgcutover::config::Secret::new("own"));
+    let rig = Rig::start(weak, server(&target), |config| {
+        auto(config);
+        config.auth.auth_query = "SELECT * FROM gate.account($1)".to_owned();
+        config.auth.auth_database = Some("vault".to_owned());
+    });
+    assert_eq!(attempt(&rig, "ann", "right").await, "in");
+    assert_eq!(attempt(&rig, "ann", "known").await, "28P01");
+    // The search path of the session is pinned too, whatever the role's own is.
+    rig.try_reload(|config| {
+        config.auth.auth_query = "SELECT rolname, rolpassword FROM pg_authid WHERE rolname = $1".to_owned();
+    })
+    .expect("nothing to read");
+    assert_eq!(attempt(&rig, "ann", "known").await, "28P01", "pg_catalog's table, which it may not read");
+    // A column that does not say what its name promises lets nobody in.
+    rig.try_reload(|config| {
+        config.auth.auth_query = "SELECT name, verifier, 'soon' AS valid_until FROM gate.account($1)".to_owned();
+    })
+    .expect("nothing to read");
+    assert_eq!(attempt(&rig, "ann", "right").await, "28P01");
     rig.stop().await;
 }

@@ -5,6 +5,7 @@
 mod support;
 
 mod auth;
+mod auth_rules;
 mod cancel;
 mod fence;
 mod hostile;

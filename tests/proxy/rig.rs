@@ -42,7 +42,8 @@ pub struct Rig {
     tasks: Tasks,
     pub port: u16,
     pub metrics: Arc<Metrics>,
-    config: Arc<Config>,
+    /// What it was started with.
+    pub config: Arc<Config>,
 }
 
 /// The configured server behind a cluster.
@@ -98,9 +99,17 @@ impl Rig {
 
     /// What a reload does to the proxy.
     pub fn reload(&self, change: impl FnOnce(&mut Config)) {
-        let mut config = (*self.config).clone();
+        self.try_reload(change).expect("what it names can be read");
+    }
+
+    /// The same, where a file may be wrong.
+    pub fn try_reload(&self, change: impl FnOnce(&mut Config)) -> Result<(), String> {
+        let mut config = Config::clone(&self.config);
         change(&mut config);
-        self.proxy.as_ref().expect("it runs").follower()(&config);
+        let proxy = self.proxy.as_ref().expect("it runs");
+        proxy.access_reader()(&config).map_err(|error| error.to_string())?;
+        proxy.follower()(&config);
+        Ok(())
     }
 
     /// How a client reaches the proxy.

@@ -58,6 +58,14 @@ impl Authority {
         ListenTls::new(certificate, key)
     }
 
+    /// The same, with a certificate that ends with the year before.
+    pub fn server_until(&self, year: i32) -> ListenTls {
+        let (certificate, key) = self.issue("localhost", ExtendedKeyUsagePurpose::ServerAuth, |parameters| {
+            parameters.not_after = rcgen::date_time_ymd(year, 1, 1);
+        });
+        ListenTls::new(certificate, key)
+    }
+
     fn issue(
         &self,
         name: &str,
@@ -309,7 +317,7 @@ async fn certificates_of_clients_are_checked_and_may_be_required() {
 }
 
 /// A PROXY protocol header for a client at this IPv4 address.
-fn header(command: u8, client: [u8; 4], port: u16) -> Vec<u8> {
+pub fn header(command: u8, client: [u8; 4], port: u16) -> Vec<u8> {
     let mut header = b"\r\n\r\n\0\r\nQUIT\n".to_vec();
     header.extend([command, 0x11, 0, 12]);
     header.extend(client);

@@ -1,15 +1,20 @@
 //! Asking the client for its proof.
 
 use std::sync::Arc;
+use std::time::SystemTime;
 
 use subtle::ConstantTimeEq as _;
 
+use super::hba::{CertificateCheck, CertificateName, Demand};
+use super::user_maps::UserMaps;
 use super::users_file::Stored;
-use super::verifiers::{VerifierError, Verifiers};
-use crate::config::{Auth, AuthMethod, Secret};
+use super::verifiers::{Lookup, VerifierError, Verifiers};
+use crate::config::{AuthMethod, Secret};
 use crate::postgres::Credential;
+use crate::proxy::certificate::ClientCertificate;
 use crate::proxy::client_error::ClientError;
 use crate::proxy::handshake::ClientChannel;
+use crate::proxy::tls::Secured;
 use crate::switch::ServerRole;
 use crate::wire::frame::frontend;
 use crate::wire::message;
@@ -33,6 +38,20 @@ pub(in crate::proxy) enum AuthError {
         user: String,
         /// Whether anything is stored for it.
         known: bool,
+    },
+    /// It has shown no certificate, or one of another name.
+    #[error("no certificate of {user:?}")]
+    Certificate {
+        /// What the client is told.
+        told: ClientError,
+        /// Role asked for.
+        user: String,
+    },
+    /// It has proved who it is, and that role may not log in.
+    #[error("{user:?} is not permitted to log in")]
+    NotPermitted {
+        /// Role.
+        user: String,
     },
     /// What is stored for the user could not be found out; the client learns no more than that.
     #[error(transparent)]
@@ -63,12 +82,61 @@ impl Challenge {
 
 /// Who is asked, and for what.
 pub(in crate::proxy) struct Asked<'a> {
-    /// The method.
-    pub(in crate::proxy) auth: &'a Auth,
-    /// What SCRAM-SHA-256-PLUS binds to; none: it is not offered.
-    pub(in crate::proxy) end_point: Option<&'a [u8]>,
+    /// What the rules say.
+    pub(in crate::proxy) demand: &'a Demand,
+    /// From names in certificates to roles.
+    pub(in crate::proxy) maps: &'a UserMaps,
+    /// Where verifiers are found.
+    pub(in crate::proxy) lookup: &'a Arc<Lookup>,
+    /// What the TLS connection says, if there is one.
+    pub(in crate::proxy) secured: Option<&'a Secured>,
     /// Role that the client says it is.
     pub(in crate::proxy) user: &'a str,
+}
+
+impl Asked<'_> {
+    fn certificate(&self) -> Option<&ClientCertificate> {
+        self.secured.and_then(|secured| secured.certificate.as_ref())
+    }
+
+    /// What SCRAM-SHA-256-PLUS binds to; none: it is not offered.
+    fn end_point(&self) -> Option<&[u8]> {
+        self.secured.and_then(|secured| secured.end_point.as_deref())
+    }
+
+    /// Whether the certificate is of a name that may be this role.
+    fn is_named(&self) -> bool {
+        let CertificateCheck::Named(name) = self.demand.certificate else { return true };
+        let Some(certificate) = self.certificate() else { return false };
+        let names = match name {
+            CertificateName::Common => certificate.common_name.as_slice(),
+            CertificateName::Distinguished => std::slice::from_ref(&certificate.distinguished_name),
+            CertificateName::Alternative => &certificate.alternative_names,
+        };
+        let map = self.demand.map.as_deref();
+        names.iter().any(|name| !name.is_empty() && self.maps.lets(map, name, self.user))
+    }
+
+    /// The client is told what PostgreSQL tells where a certificate is missing or is of another name.
+    fn certificate_refused(&self) -> AuthError {
+        let user = self.user;
+        let told = if self.certificate().is_none() {
+            ClientError::Authorization("connection requires a valid client certificate".into())
+        } else {
+            match self.demand.method {
+                AuthMethod::Cert => {
+                    ClientError::Authorization(format!("certificate authentication failed for user \"{user}\"").into())
+                }
+                AuthMethod::Trust => {
+                    ClientError::Authorization(format!("\"trust\" authentication failed for user \"{user}\"").into())
+                }
+                AuthMethod::Auto | AuthMethod::ScramSha256 | AuthMethod::Md5 | AuthMethod::Password => {
+                    ClientError::password_failed(user)
+                }
+            }
+        };
+        AuthError::Certificate { told, user: user.to_owned() }
+    }
 }
 
 /// Lets the client prove that it is who it says. Ends with AuthenticationOk queued on `channel`.
@@ -78,12 +146,15 @@ pub(in crate::proxy) async fn authenticate(
     verifiers: &Arc<Verifiers>,
     active: ServerRole,
 ) -> Result<Credential, AuthError> {
-    let Asked { auth, user, .. } = *asked;
-    let private = channel.stream.is_private();
-    if auth.method == AuthMethod::Password && !private {
+    let user = asked.user;
+    let method = asked.demand.method;
+    if asked.demand.certificate != CertificateCheck::None && asked.certificate().is_none() {
+        return Err(asked.certificate_refused());
+    }
+    if method == AuthMethod::Password && !channel.stream.is_private() {
         return Err(AuthError::Refused(ClientError::CleartextRefused));
     }
-    let challenge = challenge(auth, verifiers, active, user).await?;
+    let Found { challenge, can_login, trouble } = find(asked, verifiers, active).await?;
     let known = challenge.is_of_known_user();
     let outcome = match challenge {
         Challenge::Nothing(credential) => Ok(Some(credential)),
@@ -92,33 +163,60 @@ pub(in crate::proxy) async fn authenticate(
         Challenge::Cleartext { stored } => cleartext_exchange(channel, user, stored).await,
     }?;
     let Some(credential) = outcome else {
+        if let Some(trouble) = trouble {
+            return Err(AuthError::Lookup(trouble));
+        }
         // The password may have been changed since it was read: the next attempt asks the server again.
         verifiers.doubt(active, user);
         return Err(AuthError::NoProof { user: user.to_owned(), known });
     };
+    if !asked.is_named() {
+        return Err(asked.certificate_refused());
+    }
     message::authentication_ok(&mut channel.out);
+    if !can_login {
+        verifiers.doubt(active, user);
+        // As from PostgreSQL, which looks at the role once authentication is over.
+        channel.flush().await?;
+        return Err(AuthError::NotPermitted { user: user.to_owned() });
+    }
     Ok(credential)
 }
 
-async fn challenge(
-    auth: &Auth,
-    verifiers: &Arc<Verifiers>,
-    active: ServerRole,
-    user: &str,
-) -> Result<Challenge, AuthError> {
-    if auth.method == AuthMethod::Trust {
+/// What a client is to be checked against.
+struct Found {
+    challenge: Challenge,
+    can_login: bool,
+    /// Nothing could be found out. The client goes through the exchange all the same, and fails at its end: whether it
+    /// is known elsewhere (in the users file) must not show.
+    trouble: Option<VerifierError>,
+}
+
+async fn find(asked: &Asked<'_>, verifiers: &Arc<Verifiers>, active: ServerRole) -> Result<Found, AuthError> {
+    let method = asked.demand.method;
+    if matches!(method, AuthMethod::Trust | AuthMethod::Cert) {
         // Somebody must still log in to the server; the users file may know how.
-        let credential = match verifiers.in_file(user) {
-            Some(Stored::Plain { password, .. }) => Credential::Password(password),
-            Some(Stored::Md5(hash)) => Credential::Md5Hash(hash),
+        let credential = match asked.lookup.users.get(asked.user) {
+            Some(Stored::Plain { password, .. }) => Credential::Password(password.clone()),
+            Some(Stored::Md5(hash)) => Credential::Md5Hash(hash.clone()),
             Some(Stored::Scram(_)) | None => Credential::None,
         };
-        return Ok(Challenge::Nothing(credential));
+        return Ok(Found { challenge: Challenge::Nothing(credential), can_login: true, trouble: None });
     }
-    let stored = verifiers.find(active, user).await?;
-    Ok(match (auth.method, stored) {
+    let (account, trouble) = match verifiers.find(asked.lookup, active, asked.user).await {
+        Ok(account) => (account, None),
+        Err(error) if error.is_unreachable() => return Err(AuthError::Lookup(error)),
+        Err(error) => (None, Some(error)),
+    };
+    let stored = account.as_ref().and_then(|account| account.usable(SystemTime::now()));
+    let can_login = account.is_none_or(|account| account.can_login);
+    Ok(Found { challenge: challenge(method, stored, asked.user), can_login, trouble })
+}
+
+fn challenge(method: AuthMethod, stored: Option<Stored>, user: &str) -> Challenge {
+    match (method, stored) {
         (AuthMethod::Password, stored) => Challenge::Cleartext { stored },
-        (AuthMethod::Md5, Some(Stored::Md5(hash))) | (AuthMethod::Auto, Some(Stored::Md5(hash))) => {
+        (AuthMethod::Md5 | AuthMethod::Auto, Some(Stored::Md5(hash))) => {
             Challenge::Md5 { verifier: Some(hash), login: None }
         }
         (AuthMethod::Md5, Some(Stored::Plain { password, .. })) => {
@@ -136,7 +234,7 @@ async fn challenge(
         }
         (AuthMethod::Md5, None) => Challenge::Md5 { verifier: None, login: None },
         (_, Some(Stored::Md5(_)) | None) => Challenge::Scram { verifier: None, login: None },
-    })
+    }
 }
 
 async fn scram_exchange(
@@ -146,11 +244,11 @@ async fn scram_exchange(
     verifier: Option<Verifier>,
     login: Option<Credential>,
 ) -> Result<Option<Credential>, AuthError> {
-    let offered: &[&str] = if asked.end_point.is_some() { &[scram::PLUS, scram::PLAIN] } else { &[scram::PLAIN] };
+    let offered: &[&str] = if asked.end_point().is_some() { &[scram::PLUS, scram::PLAIN] } else { &[scram::PLAIN] };
     message::authentication_sasl(&mut channel.out, offered);
     let body = password_message(channel, SASL_MESSAGE_MAX).await?;
     let (mechanism, first) = message::read_sasl_initial(&body).ok_or_else(|| malformed("malformed SCRAM message"))?;
-    let binding = match (mechanism, asked.end_point) {
+    let binding = match (mechanism, asked.end_point()) {
         (b"SCRAM-SHA-256-PLUS", Some(end_point)) => ChannelBinding::EndPoint(end_point),
         (b"SCRAM-SHA-256", Some(_)) => ChannelBinding::Declined,
         (b"SCRAM-SHA-256", None) => ChannelBinding::NotOffered,

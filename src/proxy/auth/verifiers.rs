@@ -6,12 +6,12 @@
 
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex, PoisonError};
-use std::time::{Duration, Instant};
+use std::time::{Duration, Instant, SystemTime};
 
 use tokio::sync::Mutex as AsyncMutex;
+use tokio_postgres::types::Timestamp;
 
-use super::users_file::{self, Stored};
-use crate::config;
+use super::users_file::Stored;
 use crate::postgres::{ConnectError, Connector, Control};
 use crate::sqlstate;
 use crate::switch::ServerRole;
@@ -25,14 +25,6 @@ const CACHED_MAX: usize = 10_000;
 /// What is stored for a user could not be found out.
 #[derive(Debug, thiserror::Error)]
 pub(in crate::proxy) enum VerifierError {
-    /// The users file cannot be read.
-    #[error("auth.users_file {path}: {source}")]
-    UsersFile {
-        /// Its name.
-        path: String,
-        /// Why.
-        source: std::io::Error,
-    },
     /// The active server cannot be reached.
     #[error("auth query: {0}")]
     Connect(#[source] Arc<ConnectError>),
@@ -66,56 +58,76 @@ impl VerifierError {
     }
 }
 
-/// When it was read, and what was stored, if anything.
-type Remembered = (Instant, Option<Stored>);
+/// What is known of a role.
+#[derive(Clone, Debug)]
+pub(in crate::proxy) struct Account {
+    stored: Option<Stored>,
+    valid_until: Option<SystemTime>,
+    /// LOGIN; told to those alone who have proved that they are the role.
+    pub(in crate::proxy) can_login: bool,
+}
+
+impl Account {
+    /// What a client can be checked against now. A password that has expired is none, as in PostgreSQL.
+    pub(in crate::proxy) fn usable(&self, now: SystemTime) -> Option<Stored> {
+        let is_valid = self.valid_until.is_none_or(|until| until >= now);
+        self.stored.clone().filter(|_| is_valid)
+    }
+}
+
+/// Where accounts are looked up; part of what a reload replaces.
+#[derive(Debug)]
+pub(in crate::proxy) struct Lookup {
+    /// Empty: nobody beyond the file is known.
+    pub(in crate::proxy) query: String,
+    /// Database that the query runs in.
+    pub(in crate::proxy) database: String,
+    /// How long an answer is remembered.
+    pub(in crate::proxy) keep: Duration,
+    /// The users file, if there is one.
+    pub(in crate::proxy) users: HashMap<String, Stored>,
+}
+
+/// When it was read, and what was known, if anything.
+type Remembered = (Instant, Option<Account>);
+
+/// A control session and the database it is in.
+type Session = Option<(String, Arc<Control>)>;
 
 /// Looks up verifiers. Shared by all workers.
 #[derive(Debug)]
 pub(in crate::proxy) struct Verifiers {
-    query: String,
-    control_database: String,
-    keep: Duration,
-    file: Option<HashMap<String, Stored>>,
     source: Connector,
     target: Connector,
     runtime: tokio::runtime::Handle,
-    sessions: [AsyncMutex<Option<Arc<Control>>>; 2],
+    sessions: [AsyncMutex<Session>; 2],
     cache: Mutex<HashMap<(ServerRole, String), Remembered>>,
     /// Seed of made-up salts.
     secret: [u8; 32],
 }
 
 impl Verifiers {
-    /// Reads the users file; `runtime` keeps the control connections. `seed` is a secret that outlasts this process;
-    /// without one, the salts of unknown users change at a restart, and those of known users do not.
+    /// `runtime` keeps the control connections. `seed` is a secret that outlasts this process; without one, the salts of
+    /// unknown users change at a restart, and those of known users do not.
     pub(in crate::proxy) fn new(
-        config: &config::Config,
         source: Connector,
         target: Connector,
         runtime: tokio::runtime::Handle,
         seed: Option<[u8; 32]>,
-    ) -> Result<Self, VerifierError> {
-        let file = config.auth.users_file.as_ref().map(|path| {
-            let text = std::fs::read_to_string(path)
-                .map_err(|source| VerifierError::UsersFile { path: path.display().to_string(), source })?;
-            let (users, bad) = users_file::parse(&text);
-            if !bad.is_empty() {
-                tracing::warn!(path = %path.display(), lines = ?bad, "users file: lines that make no sense are ignored");
-            }
-            Ok(users)
-        });
-        Ok(Self {
-            query: config.auth.auth_query.clone(),
-            control_database: config.control.database.clone(),
-            keep: config.auth.verifier_cache,
-            file: file.transpose()?,
+    ) -> Self {
+        Self {
             source,
             target,
             runtime,
             sessions: [AsyncMutex::new(None), AsyncMutex::new(None)],
             cache: Mutex::default(),
             secret: seed.unwrap_or_else(rand::random),
-        })
+        }
+    }
+
+    /// Remembers nothing any more: the query may be another one now.
+    pub(in crate::proxy) fn forget(&self) {
+        self.cache.lock().unwrap_or_else(PoisonError::into_inner).clear();
     }
 
     /// A verifier that fits no password, always the same for the same name.
@@ -123,46 +135,48 @@ impl Verifiers {
         Verifier::made_up(user, &self.secret)
     }
 
-    /// What the users file says, if there is one.
-    pub(in crate::proxy) fn in_file(&self, user: &str) -> Option<Stored> {
-        self.file.as_ref()?.get(user).cloned()
-    }
-
-    /// What is stored for `user`; `None`: no such user, or no password.
+    /// What is known of `user`; `None`: nothing.
     pub(in crate::proxy) async fn find(
         self: &Arc<Self>,
+        lookup: &Arc<Lookup>,
         active: ServerRole,
         user: &str,
-    ) -> Result<Option<Stored>, VerifierError> {
-        if let Some(stored) = self.in_file(user) {
-            return Ok(Some(stored));
+    ) -> Result<Option<Account>, VerifierError> {
+        if let Some(stored) = lookup.users.get(user) {
+            return Ok(Some(Account { stored: Some(stored.clone()), valid_until: None, can_login: true }));
         }
-        if self.query.is_empty() {
+        if lookup.query.is_empty() {
             return Ok(None);
         }
-        if let Some(known) = self.remembered(active, user) {
+        if let Some(known) = self.remembered(lookup, active, user) {
             return Ok(known);
         }
-        let (this, name) = (self.clone(), user.to_owned());
-        let asked = self.runtime.spawn(async move { this.ask(active, &name).await });
+        let (this, lookup, name) = (self.clone(), lookup.clone(), user.to_owned());
+        let asked = self.runtime.spawn(async move { this.ask(&lookup, active, &name).await });
         asked.await.unwrap_or_else(|failure| {
             let server = active.to_string();
             Err(VerifierError::Query { server, message: format!("the lookup was aborted: {failure}") })
         })
     }
 
-    fn remembered(&self, active: ServerRole, user: &str) -> Option<Option<Stored>> {
+    fn remembered(&self, lookup: &Lookup, active: ServerRole, user: &str) -> Option<Option<Account>> {
         let cache = self.cache.lock().unwrap_or_else(PoisonError::into_inner);
-        let (at, stored) = cache.get(&(active, user.to_owned()))?;
-        (at.elapsed() < self.keep).then(|| stored.clone())
+        let (at, account) = cache.get(&(active, user.to_owned()))?;
+        (at.elapsed() < lookup.keep).then(|| account.clone())
     }
 
-    fn remember(&self, active: ServerRole, user: &str, stored: Option<Stored>) {
+    fn remember(&self, active: ServerRole, user: &str, account: &mut Option<Account>) {
         let mut cache = self.cache.lock().unwrap_or_else(PoisonError::into_inner);
         if cache.len() >= CACHED_MAX {
             cache.clear();
         }
-        cache.insert((active, user.to_owned()), (Instant::now(), stored));
+        let key = (active, user.to_owned());
+        if let (Some(Account { stored: Some(stored), .. }), Some((_, Some(Account { stored: Some(earlier), .. })))) =
+            (account.as_mut(), cache.get(&key))
+        {
+            stored.keep_work_of(earlier);
+        }
+        cache.insert(key, (Instant::now(), account.clone()));
     }
 
     /// A proof failed: forgets what is known of `user`, whose password may have been changed. What was read a moment
@@ -175,36 +189,68 @@ impl Verifiers {
         }
     }
 
-    async fn ask(&self, active: ServerRole, user: &str) -> Result<Option<Stored>, VerifierError> {
+    async fn ask(&self, lookup: &Lookup, active: ServerRole, user: &str) -> Result<Option<Account>, VerifierError> {
         let connector = match active {
             ServerRole::Source => &self.source,
             ServerRole::Target => &self.target,
         };
         let mut session = self.sessions[active as usize].lock().await;
         // Somebody who waited for the lock may find that the one before has asked for the same user.
-        if let Some(known) = self.remembered(active, user) {
+        if let Some(known) = self.remembered(lookup, active, user) {
             return Ok(known);
         }
-        let rows = match session.as_ref().filter(|session| !session.is_closed()) {
-            Some(open) => open.query(&self.query, &[&user]).await,
-            None => {
-                let opened = connector.control(&self.control_database, "auth").await;
+        let open = match session.as_ref() {
+            Some((database, open)) if *database == lookup.database && !open.is_closed() => open.clone(),
+            Some(_) | None => {
+                let opened = connector.control(&lookup.database, "auth").await;
                 let opened = Arc::new(opened.map_err(|error| VerifierError::Connect(Arc::new(error)))?);
-                *session = Some(opened.clone());
-                opened.query(&self.query, &[&user]).await
+                *session = Some((lookup.database.clone(), opened.clone()));
+                opened
             }
         };
-        let rows = rows.map_err(|error| {
-            if error.is_closed() {
-                *session = None;
+        let mut account = match open.query(&lookup.query, &[&user]).await {
+            Ok(rows) => rows.first().map(|row| account(connector, row)).transpose()?,
+            // Longer than any role's name can be.
+            Err(error) if error.code().is_some_and(|code| code.code() == sqlstate::NAME_TOO_LONG) => None,
+            Err(error) => {
+                if error.is_closed() {
+                    *session = None;
+                }
+                return Err(describe(connector, &error));
             }
-            describe(connector, &error)
-        })?;
-        let stored = rows.first().and_then(|row| row.try_get::<_, Option<String>>(1).ok().flatten());
-        let stored = stored.and_then(|text| Stored::read(&text));
-        self.remember(active, user, stored.clone());
-        Ok(stored)
+        };
+        self.remember(active, user, &mut account);
+        Ok(account)
     }
+}
+
+/// Reads a row: name and verifier by position, as PgBouncer's queries have them, the rest by name where it is there.
+fn account(connector: &Connector, row: &tokio_postgres::Row) -> Result<Account, VerifierError> {
+    let wrong = |column: &str, expected: &str| VerifierError::Query {
+        server: connector.label().to_owned(),
+        message: format!("the column {column} is not {expected}"),
+    };
+    let has = |name: &str| row.columns().iter().any(|column| column.name() == name);
+    let stored: Option<String> = row.try_get(1).map_err(|_| wrong("2, the verifier,", "text"))?;
+    let valid_until = match has("valid_until") {
+        true => row
+            .try_get::<_, Option<Timestamp<SystemTime>>>("valid_until")
+            .map_err(|_| wrong("valid_until", "a timestamp with time zone"))?,
+        false => None,
+    };
+    let can_login = match has("can_login") {
+        true => row.try_get::<_, Option<bool>>("can_login").map_err(|_| wrong("can_login", "a boolean"))?,
+        false => None,
+    };
+    Ok(Account {
+        stored: stored.map(zeroize::Zeroizing::new).and_then(|text| Stored::read(&text)),
+        valid_until: valid_until.and_then(|until| match until {
+            Timestamp::Value(until) => Some(until),
+            Timestamp::PosInfinity => None,
+            Timestamp::NegInfinity => Some(SystemTime::UNIX_EPOCH),
+        }),
+        can_login: can_login.unwrap_or(true),
+    })
 }
 
 fn describe(connector: &Connector, error: &tokio_postgres::Error) -> VerifierError {
