@@ -29,6 +29,7 @@ use self::control::Control;
 use self::cutovers::CutoverDesk;
 use self::migrations::EngineDesk;
 use self::sessions::SessionDesk;
+use crate::admin::command::ShutdownWhen;
 use crate::admin::console::Console;
 use crate::admin::http;
 use crate::admin::service::{Service, ServiceDeps};
@@ -51,6 +52,8 @@ const CUTOVER_GRACE: Duration = Duration::from_secs(30);
 const SESSIONS_GRACE: Duration = Duration::from_secs(5);
 /// For the engine to write down how far it is.
 const ENGINE_GRACE: Duration = Duration::from_secs(15);
+/// How often it is looked whether everybody has gone.
+const LOOK_AGAIN: Duration = Duration::from_millis(50);
 /// For the last answer of HTTP.
 const HTTP_GRACE: Duration = Duration::from_secs(2);
 
@@ -71,7 +74,11 @@ pub fn run(config: Config, path: Option<PathBuf>) -> anyhow::Result<()> {
             // Safe to drop: nobody has been let in yet.
             () = control.stopping() => return Ok(()),
         };
-        control.stopping().await;
+        tokio::select! {
+            () = control.stopping() => {}
+            // Safe to drop: it closes the listeners and then only waits.
+            () = daemon.wind_down(&control) => {}
+        }
         daemon.stop().await;
         Ok(())
     });
@@ -83,6 +90,7 @@ pub fn run(config: Config, path: Option<PathBuf>) -> anyhow::Result<()> {
 /// Everything that runs.
 struct Daemon {
     proxy: Proxy,
+    switchboard: Arc<Switchboard>,
     /// Listeners, and what follows sessions.
     proxy_tasks: Tasks,
     /// Cutovers and operators' orders.
@@ -150,7 +158,7 @@ impl Daemon {
         when_ready::spawn(cutovers, service.clone(), &cutover_tasks);
         let proxy = Proxy::start(ProxyDeps {
             config,
-            switchboard,
+            switchboard: switchboard.clone(),
             source,
             target,
             metrics,
@@ -161,7 +169,31 @@ impl Daemon {
         })?;
         control.consult(proxy.access_reader());
         control.follow(proxy.follower());
-        Ok(Self { proxy, proxy_tasks, cutover_tasks, engine_tasks, http_tasks })
+        Ok(Self { proxy, switchboard, proxy_tasks, cutover_tasks, engine_tasks, http_tasks })
+    }
+
+    /// Waits for the order to stop later, and then until the time has come.
+    async fn wind_down(&self, control: &Control) {
+        let when = control.winding_down().await;
+        self.proxy.stop_accepting().await;
+        match when {
+            ShutdownWhen::Now => {}
+            ShutdownWhen::Clients => {
+                while !self.proxy.sessions().list().is_empty() {
+                    tokio::time::sleep(LOOK_AGAIN).await;
+                }
+            }
+            ShutdownWhen::Servers => {
+                // A cutover that is under way ends by itself, and with it its hold on transactions.
+                while let Err(database) = self.switchboard.pause_all() {
+                    tracing::info!(database, "waiting for a cutover to end");
+                    tokio::time::sleep(LOOK_AGAIN).await;
+                }
+                for database in self.switchboard.all() {
+                    database.wait_empty().await;
+                }
+            }
+        }
     }
 
     async fn stop(self) {
@@ -192,7 +224,8 @@ struct ConsoleDesk {
 
 impl ConsoleHandler for ConsoleDesk {
     fn admits(&self, user: &str) -> bool {
-        self.service.config().admin.users.iter().any(|known| known == user)
+        let admin = &self.service.config().admin;
+        admin.users.iter().chain(&admin.stats_users).any(|known| known == user)
     }
 
     fn serve(&self, stream: Stream, user: String, _parameters: Vec<(String, String)>) -> BoxFuture<'static, ()> {

@@ -20,7 +20,7 @@ use clap::{Args, CommandFactory, Parser, Subcommand, ValueEnum};
 
 use self::client::{Client, ClientError};
 use self::output::Output;
-use crate::admin::command::Filter;
+use crate::admin::command::{Filter, ShutdownWhen};
 use crate::app::environment;
 use crate::config::{self, ConfigError, Stragglers, units};
 use crate::demo::DemoArgs;
@@ -96,8 +96,59 @@ enum Command {
         /// Process id, as `show clients` lists it under remote_pid
         pid: i32,
     },
+    /// End the session with this id, as `show clients` lists it
+    KillClient {
+        /// Its id
+        id: u64,
+    },
+    /// End every session of a database, and hold new ones until `resume`
+    KillDatabase {
+        /// The database
+        database: String,
+    },
+    /// Hold new transactions; returns when those that run have ended
+    Pause {
+        /// The database [default: all]
+        database: Option<String>,
+    },
+    /// Let transactions go on that `pause` holds
+    Resume {
+        /// The database [default: all]
+        database: Option<String>,
+    },
+    /// Refuse new sessions of a database
+    Disable {
+        /// The database
+        database: String,
+    },
+    /// Let new sessions in again
+    Enable {
+        /// The database
+        database: String,
+    },
+    /// Mark every server connection for replacement when its session ends
+    Reconnect {
+        /// The database [default: all]
+        database: Option<String>,
+    },
+    /// Wait until every marked server connection has been closed
+    WaitClose {
+        /// The database [default: all]
+        database: Option<String>,
+    },
+    /// Change a setting that needs no restart, until the next reload
+    Set {
+        /// Section and key, such as limits.query_timeout
+        key: String,
+        /// Its value in the notation of the configuration file
+        value: String,
+    },
     /// End the daemon in good order
-    Shutdown,
+    Shutdown {
+        /// Refuse new clients now, and stop when all have gone, or when every transaction has ended
+        #[arg(long, value_enum, default_value_t = ShutdownWhen::Now)]
+        wait_for: ShutdownWhen,
+    },
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
@@ -107,6 +158,13 @@ enum Shown {
     Clients,
     Servers,
     Stats,
+    StatsTotals,
+    StatsAverages,
+    Totals,
+    Sockets,
+    ActiveSockets,
+    Mem,
+    State,
     Lists,
     Users,
     Config,
@@ -283,13 +341,53 @@ async fn order(command: Command, client: &Client, output: &Output) -> Result<Ver
         }
         Command::Reload => output.reloaded(&client.post("/api/v1/reload", None).await?)?,
         Command::Kill { pid } => output.done(&client.delete(&format!("/api/v1/sessions/{pid}")).await?, "ended")?,
-        Command::Shutdown => output.done(&client.post("/api/v1/shutdown", None).await?, "stopping")?,
+        Command::KillClient { id } => output.done(&client.delete(&format!("/api/v1/clients/{id}")).await?, "ended")?,
+        Command::KillDatabase { database } => {
+            output.done(
+                &client.delete(&format!("/api/v1/databases/{}", encoded(&database))).await?,
+                "ended and paused",
+            )?;
+        }
+        Command::Pause { database } => on_database(client, output, database, "pause", "paused").await?,
+        Command::Resume { database } => on_database(client, output, database, "resume", "resumed").await?,
+        Command::Disable { database } => on_database(client, output, Some(database), "disable", "disabled").await?,
+        Command::Enable { database } => on_database(client, output, Some(database), "enable", "enabled").await?,
+        Command::Reconnect { database } => on_database(client, output, database, "reconnect", "marked").await?,
+        Command::WaitClose { database } => on_database(client, output, database, "wait-close", "closed").await?,
+        Command::Set { key, value } => {
+            let body = serde_json::json!({ "value": value });
+            output.done(&client.put(&format!("/api/v1/settings/{}", encoded(&key)), &body).await?, "set")?;
+        }
+        Command::Shutdown { wait_for } => {
+            let body = serde_json::json!({ "wait_for": wait_for });
+            output.done(&client.post("/api/v1/shutdown", Some(&body)).await?, "stopping")?;
+        }
         Command::Run | Command::Check | Command::Demo(_) => {
             let message = Cli::command().render_usage().to_string();
             return Err(CliError::Usage(message));
         }
     }
     Ok(Verdict::Good)
+}
+
+async fn on_database(
+    client: &Client,
+    output: &Output,
+    database: Option<String>,
+    order: &str,
+    done: &str,
+) -> Result<(), CliError> {
+    let path = match database {
+        Some(name) => format!("/api/v1/databases/{}/{order}", encoded(&name)),
+        None => format!("/api/v1/{order}"),
+    };
+    Ok(output.done(&client.post(&path, None).await?, done)?)
+}
+
+/// A part of a path: what is not plain is written as `%xx`.
+fn encoded(text: &str) -> String {
+    let plain = |byte: u8| byte.is_ascii_alphanumeric() || matches!(byte, b'-' | b'_' | b'.' | b'~');
+    text.bytes().map(|byte| if plain(byte) { char::from(byte).to_string() } else { format!("%{byte:02X}") }).collect()
 }
 
 fn run(global: &Global) -> Result<ExitCode, CliError> {

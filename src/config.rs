@@ -453,6 +453,8 @@ pub struct Admin {
     pub address: Option<SocketAddr>,
     /// Roles that may use the console.
     pub users: Vec<String>,
+    /// Roles that may use its SHOW alone.
+    pub stats_users: Vec<String>,
     /// Bearer token for calls that change state; none: such calls are refused unless they come from loopback.
     pub token: Option<Secret>,
 }

@@ -7,7 +7,7 @@ use std::sync::{Arc, Mutex};
 
 use arc_swap::ArcSwap;
 use async_trait::async_trait;
-use pgcutover::admin::command::CutoverRequest;
+use pgcutover::admin::command::{CutoverRequest, ShutdownWhen};
 use pgcutover::admin::console::Console;
 use pgcutover::admin::error::{AdminError, ErrorKind};
 use pgcutover::admin::http;
@@ -150,6 +150,16 @@ impl Clients for Fake {
         self.note(format!("kill {backend_pid}"));
         backend_pid == 42
     }
+
+    fn end_client(&self, id: u64) -> bool {
+        self.note(format!("kill client {id}"));
+        id == 1
+    }
+
+    fn end_database(&self, database: &str) -> usize {
+        self.note(format!("kill database {database}"));
+        1
+    }
 }
 
 impl Daemon for Fake {
@@ -159,8 +169,13 @@ impl Daemon for Fake {
         Ok(Changes { applied, needs_restart: vec!["source.host".to_owned()] })
     }
 
-    fn shutdown(&self) {
-        self.note("shutdown");
+    fn set(&self, key: &str, value: &str) -> Result<(), AdminError> {
+        self.note(format!("set {key} {value}"));
+        Ok(())
+    }
+
+    fn shutdown(&self, when: ShutdownWhen) {
+        self.note(format!("shutdown {when:?}"));
     }
 }
 
@@ -340,8 +355,8 @@ async fn every_show_verb_answers_in_both_protocols() {
     let admin = admin(|_| {}).await;
     let client = admin.connect("ann").await;
     client.batch_execute("CREATE MIGRATION m1 DATABASES shop").await.unwrap();
-    let verbs = "HELP VERSION CONFIG DATABASES POOLS CLIENTS SERVERS STATS LISTS USERS STATUS MIGRATIONS,MIGRATION m1,\
-                 TABLES m1,VALIDATION m1,CUTOVER m1,MEMBERS";
+    let verbs = "HELP VERSION CONFIG DATABASES POOLS CLIENTS SERVERS STATS STATS_TOTALS STATS_AVERAGES TOTALS LISTS USERS \
+                 SOCKETS ACTIVE_SOCKETS MEM STATE DNS_HOSTS DNS_ZONES PEERS STATUS MIGRATIONS,MIGRATION m1,TABLES m1,VALIDATION m1,CUTOVER m1,MEMBERS";
     for verb in
         verbs.split(',').flat_map(|part| if part.contains(" m1") { vec![part] } else { part.split(' ').collect() })
     {
@@ -410,4 +425,209 @@ async fn only_listed_roles_use_the_console_and_nobody_reads_a_secret() {
     for secret in ["s3cret", "t0ken"] {
         assert!(!all.contains(secret));
     }
+}
+
+#[tokio::test]
+async fn orders_on_databases_are_those_of_pgbouncer_and_close_the_real_gate() {
+    let admin = admin(|config| config.admin.stats_users = vec!["exporter".to_owned()]).await;
+    let client = admin.connect("ann").await;
+    let shop = admin.switchboard.database("shop");
+    let member = shop.join();
+    client.batch_execute("PAUSE shop").await.unwrap();
+    assert!(member.try_enter().is_none(), "nobody is admitted");
+    let refused = async |sql: &str| {
+        let error = client.batch_execute(sql).await.expect_err(sql);
+        let error = error.as_db_error().expect("from the server").clone();
+        (error.code().code().to_owned(), error.message().to_owned())
+    };
+    assert_eq!(refused("PAUSE shop").await, ("55000".to_owned(), "database \"shop\" is paused already".to_owned()));
+    assert_eq!(refused("PAUSE nowhere").await, ("42704".to_owned(), "no such database: nowhere".to_owned()));
+    client.batch_execute("RESUME shop").await.unwrap();
+    assert_eq!(refused("RESUME shop").await.0, "55000");
+
+    // PAUSE answers when the last transaction has ended, and not before.
+    let _admission = member.try_enter().expect("open again");
+    let pausing = admin.connect("ann").await;
+    let mut pause = std::pin::pin!(pausing.batch_execute("PAUSE"));
+    let state = async || client.query("SHOW STATE", &[]).await.unwrap()[1].get::<_, String>("value");
+    while state().await != "yes" {
+        assert!(futures_util::poll!(pause.as_mut()).is_pending());
+        tokio::task::yield_now().await;
+    }
+    assert!(futures_util::poll!(pause.as_mut()).is_pending(), "a transaction runs");
+    assert!(admin.switchboard.database("later").is_paused(), "databases that are asked for later, too");
+    member.leave();
+    pause.await.unwrap();
+    client.batch_execute("RESUME").await.unwrap();
+
+    // A cutover holds and releases by itself.
+    shop.fence();
+    let busy = ("55000".to_owned(), "a cutover of database \"shop\" is under way".to_owned());
+    assert_eq!(refused("PAUSE").await, busy);
+    assert_eq!(refused("PAUSE shop").await, busy);
+    assert!(!admin.switchboard.database("later").is_paused(), "all or none");
+    shop.reopen();
+
+    client.batch_execute("DISABLE shop").await.unwrap();
+    let row = &client.query("SHOW DATABASES", &[]).await.unwrap()[1];
+    assert_eq!((row.get::<_, &str>("name"), row.get::<_, i64>("disabled")), ("shop", 1));
+    client.batch_execute("ENABLE shop; RECONNECT shop").await.unwrap();
+    let row = client.query_one("SHOW SERVERS", &[]).await.unwrap();
+    assert_eq!(row.get::<_, i64>("close_needed"), 1, "it was connected before");
+    client.batch_execute("WAIT_CLOSE later; KILL_CLIENT session-1; KILL shop; SET query_timeout = 2").await.unwrap();
+    assert!(shop.is_paused(), "new sessions wait until RESUME");
+    assert_eq!(refused("KILL_CLIENT 2").await.0, "42704");
+    assert_eq!(refused("SUSPEND").await.0, "0A000");
+    client.batch_execute("SHUTDOWN WAIT_FOR_CLIENTS").await.unwrap();
+    let orders = [
+        "kill client 1",
+        "kill database shop",
+        "set limits.query_timeout 2000000us",
+        "kill client 2",
+        "shutdown Clients",
+    ];
+    assert_eq!(admin.fake.orders(), orders);
+
+    let exporter = admin.connect("exporter").await;
+    exporter.simple_query("SHOW POOLS").await.expect("may look");
+    let error = exporter.simple_query("PAUSE").await.expect_err("may do nothing");
+    assert_eq!(error.code().map(|code| code.code()), Some("42501"));
+}
+
+#[tokio::test]
+async fn http_gives_the_same_orders() {
+    let admin = admin(|_| {}).await;
+    for (path, status) in [
+        ("/api/v1/databases/shop/pause", 200),
+        ("/api/v1/databases/shop/pause", 409),
+        ("/api/v1/databases/shop/resume", 200),
+        ("/api/v1/databases/nowhere/pause", 404),
+        ("/api/v1/databases/shop/dance", 404),
+        ("/api/v1/pause", 200),
+        ("/api/v1/resume", 200),
+        ("/api/v1/databases/shop/disable", 200),
+        ("/api/v1/reconnect", 200),
+    ] {
+        assert_eq!(admin.post(path, &Value::Null).await.0, status, "{path}");
+    }
+    assert!(admin.switchboard.database("shop").is_disabled());
+    assert_eq!(admin.http("DELETE", "/api/v1/clients/1", &[], "").await.0, 200);
+    assert_eq!(admin.http("PUT", "/api/v1/settings/limits.resume_rate", &[], "{\"value\":\"5\"}").await.0, 200);
+    assert_eq!(admin.post("/api/v1/shutdown", &json!({"wait_for": "servers"})).await.0, 200);
+    assert_eq!(admin.fake.orders(), ["kill client 1", "set limits.resume_rate 5", "shutdown Servers"]);
+}
+
+/// Columns of PgBouncer 1.24, in its order; ours may follow behind them.
+const PGBOUNCER: [(&str, &str); 15] = [
+    (
+        "CLIENTS",
+        "type user database replication state addr port local_addr local_port connect_time request_time wait wait_us \
+         close_needed ptr link remote_pid tls application_name prepared_statements id",
+    ),
+    (
+        "SERVERS",
+        "type user database replication state addr port local_addr local_port connect_time request_time wait wait_us \
+         close_needed ptr link remote_pid tls application_name prepared_statements id",
+    ),
+    (
+        "POOLS",
+        "database user cl_active cl_waiting cl_active_cancel_req cl_waiting_cancel_req sv_active sv_active_cancel \
+         sv_being_canceled sv_idle sv_used sv_tested sv_login maxwait maxwait_us pool_mode load_balance_hosts",
+    ),
+    (
+        "DATABASES",
+        "name host port database force_user pool_size min_pool_size reserve_pool_size server_lifetime pool_mode \
+         load_balance_hosts max_connections current_connections max_client_connections current_client_connections paused \
+         disabled",
+    ),
+    (
+        "STATS",
+        "database total_server_assignment_count total_xact_count total_query_count total_received total_sent \
+         total_xact_time total_query_time total_wait_time total_client_parse_count total_server_parse_count \
+         total_bind_count avg_server_assignment_count avg_xact_count avg_query_count avg_recv avg_sent avg_xact_time \
+         avg_query_time avg_wait_time avg_client_parse_count avg_server_parse_count avg_bind_count",
+    ),
+    (
+        "STATS_TOTALS",
+        "database server_assignment_count xact_count query_count bytes_received bytes_sent xact_time query_time wait_time \
+         client_parse_count server_parse_count bind_count",
+    ),
+    (
+        "STATS_AVERAGES",
+        "database server_assignment_count xact_count query_count bytes_received bytes_sent xact_time query_time wait_time \
+         client_parse_count server_parse_count bind_count",
+    ),
+    ("TOTALS", "name value"),
+    ("LISTS", "list items"),
+    (
+        "USERS",
+        "name pool_size reserve_pool_size pool_mode max_user_connections current_connections \
+         max_user_client_connections current_client_connections",
+    ),
+    ("CONFIG", "key value default changeable"),
+    ("MEM", "name size used free memtotal"),
+    ("DNS_HOSTS", "hostname ttl addrs"),
+    ("DNS_ZONES", "zonename serial count"),
+    ("STATE", "key value"),
+];
+
+#[tokio::test]
+async fn columns_are_those_of_pgbouncer() {
+    let admin = admin(|_| {}).await;
+    let client = admin.connect("ann").await;
+    for (verb, expected) in PGBOUNCER {
+        let statement = client.prepare(&format!("SHOW {verb}")).await.unwrap();
+        let found: Vec<&str> = statement.columns().iter().map(|column| column.name()).collect();
+        let expected: Vec<&str> = expected.split_whitespace().collect();
+        assert_eq!(found[..expected.len()], expected, "SHOW {verb}");
+    }
+}
+
+/// What prometheus-community/pgbouncer_exporter asks and how it reads the answer: text columns as labels, the others as
+/// numbers, NULL as NaN; of lists and settings every value it knows must be a number.
+#[tokio::test]
+async fn the_prometheus_exporter_of_pgbouncer_reads_what_it_needs() {
+    let admin = admin(|_| {}).await;
+    let client = admin.connect("ann").await;
+    let labels = "name host database force_user pool_mode user";
+    for (sql, columns) in [
+        (
+            "SHOW DATABASES;",
+            "name host port database force_user pool_size reserve_pool pool_mode max_connections current_connections \
+             paused disabled",
+        ),
+        (
+            "SHOW STATS_TOTALS;",
+            "database query_count query_time bytes_received bytes_sent wait_time xact_count xact_time \
+             client_parse_count server_parse_count bind_count",
+        ),
+        (
+            "SHOW POOLS;",
+            "database user cl_active cl_active_cancel_req cl_waiting cl_waiting_cancel_req sv_active sv_active_cancel \
+             sv_being_canceled sv_idle sv_used sv_tested sv_login maxwait",
+        ),
+    ] {
+        let rows = client.query(sql, &[]).await.unwrap();
+        assert!(!rows.is_empty(), "{sql}");
+        for (row, column) in rows.iter().flat_map(|row| columns.split_whitespace().map(move |column| (row, column))) {
+            let kind = row.columns().iter().find(|one| one.name() == column).map(|one| one.type_().name());
+            let expected = if labels.split(' ').any(|label| label == column) { "text" } else { "int8" };
+            assert_eq!(kind, Some(expected), "{sql} {column}");
+        }
+    }
+    let value = |message: &tokio_postgres::SimpleQueryMessage, column| match message {
+        tokio_postgres::SimpleQueryMessage::Row(row) => row.get(column).map(str::to_owned),
+        _ => None,
+    };
+    let lists = client.simple_query("SHOW LISTS;").await.unwrap();
+    let rows: Vec<_> = lists.iter().filter(|message| value(message, 0).is_some()).collect();
+    assert!(rows.len() >= 12 && rows.iter().all(|row| value(row, 1).is_some_and(|items| items.parse::<f64>().is_ok())));
+    let config = client.simple_query("SHOW CONFIG;").await.unwrap();
+    for key in ["max_client_conn", "max_user_connections"] {
+        let row = config.iter().find(|row| value(row, 0).as_deref() == Some(key)).expect(key);
+        value(row, 1).and_then(|value| value.parse::<f64>().ok()).expect("a number");
+    }
+    assert!(!client.simple_query("SHOW VERSION;").await.unwrap().is_empty());
+    // How its driver looks whether the connection lives.
+    client.simple_query(";").await.expect("an empty query has an empty answer");
 }

@@ -24,8 +24,28 @@ pub enum Command {
     Clients,
     /// The server side of client sessions.
     Servers,
-    /// Counters by database.
+    /// Counters by database: totals and averages.
     Stats,
+    /// Totals alone.
+    StatsTotals,
+    /// Averages of the last minute alone.
+    StatsAverages,
+    /// Both for all databases together.
+    Totals,
+    /// Both sides of every session.
+    Sockets,
+    /// Both sides of sessions in a transaction.
+    ActiveSockets,
+    /// Memory.
+    Mem,
+    /// Whether everything is paused.
+    State,
+    /// Host names: none are kept.
+    DnsHosts,
+    /// Zones: none are kept.
+    DnsZones,
+    /// Peers in PgBouncer's sense: none.
+    Peers,
     /// How many of each there are.
     Lists,
     /// Roles that have sessions.
@@ -56,10 +76,46 @@ pub enum Command {
     Retry(MigrationName),
     /// Read the configuration again.
     Reload,
+    /// Hold new transactions of a database, or of all.
+    Pause(Option<String>),
+    /// Let them go on.
+    Resume(Option<String>),
+    /// Refuse new sessions of a database.
+    Disable(String),
+    /// Let them in again.
+    Enable(String),
+    /// Mark server connections of a database, or of all, for replacement.
+    Reconnect(Option<String>),
+    /// Wait until the marked ones are closed.
+    WaitClose(Option<String>),
+    /// Change a setting until the next reload.
+    Set {
+        /// `section.key`
+        key: String,
+        /// In the notation of the file.
+        value: String,
+    },
     /// End one session, named by the process id of its server side.
     Kill(i32),
+    /// End one session, named by its number.
+    KillClient(u64),
+    /// End every session of a database, and hold new ones until it is resumed.
+    KillDatabase(String),
     /// End the daemon in good order.
-    Shutdown,
+    Shutdown(ShutdownWhen),
+}
+
+/// When a shutdown ends the sessions that there are. New ones are refused from the order on.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, clap::ValueEnum)]
+#[serde(rename_all = "lowercase")]
+pub enum ShutdownWhen {
+    /// At once.
+    #[default]
+    Now,
+    /// When every client has gone by itself.
+    Clients,
+    /// When every transaction has ended; new ones are held.
+    Servers,
 }
 
 impl Command {
@@ -72,8 +128,17 @@ impl Command {
                 | Self::Cancel(_)
                 | Self::Retry(_)
                 | Self::Reload
+                | Self::Pause(_)
+                | Self::Resume(_)
+                | Self::Disable(_)
+                | Self::Enable(_)
+                | Self::Reconnect(_)
+                | Self::WaitClose(_)
+                | Self::Set { .. }
                 | Self::Kill(_)
-                | Self::Shutdown
+                | Self::KillClient(_)
+                | Self::KillDatabase(_)
+                | Self::Shutdown(_)
         )
     }
 
@@ -88,6 +153,16 @@ impl Command {
             Self::Clients => "clients",
             Self::Servers => "servers",
             Self::Stats => "stats",
+            Self::StatsTotals => "stats_totals",
+            Self::StatsAverages => "stats_averages",
+            Self::Totals => "totals",
+            Self::Sockets => "sockets",
+            Self::ActiveSockets => "active_sockets",
+            Self::Mem => "mem",
+            Self::State => "state",
+            Self::DnsHosts => "dns_hosts",
+            Self::DnsZones => "dns_zones",
+            Self::Peers => "peers",
             Self::Lists => "lists",
             Self::Users => "users",
             Self::Members => "members",
@@ -103,8 +178,17 @@ impl Command {
             Self::Cancel(_) => "cancel",
             Self::Retry(_) => "retry",
             Self::Reload => "reload",
+            Self::Pause(_) => "pause",
+            Self::Resume(_) => "resume",
+            Self::Disable(_) => "disable",
+            Self::Enable(_) => "enable",
+            Self::Reconnect(_) => "reconnect",
+            Self::WaitClose(_) => "wait_close",
+            Self::Set { .. } => "set",
             Self::Kill(_) => "kill",
-            Self::Shutdown => "shutdown",
+            Self::KillClient(_) => "kill_client",
+            Self::KillDatabase(_) => "kill database",
+            Self::Shutdown(_) => "shutdown",
         }
     }
 }

@@ -32,6 +32,9 @@ pub(super) fn set_sessions(metrics: &Metrics, switchboard: &Switchboard, clients
                 let gauge = metrics.server_connections.with_label_values(&labels);
                 gauge.set(count(&|client| here(client) && client.in_transaction == active));
             }
+            let labels = [name, role(server), BackendState::Prepared.as_str()];
+            let there = |client: &ClientView| client.prepared && client.server == Some(server.other());
+            metrics.server_connections.with_label_values(&labels).set(count(&there));
         }
         metrics
             .held_sessions

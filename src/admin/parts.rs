@@ -4,7 +4,7 @@
 
 use async_trait::async_trait;
 
-use super::command::CutoverRequest;
+use super::command::{CutoverRequest, ShutdownWhen};
 use super::error::AdminError;
 use super::view::{BlockerView, ClientView, CutoverView, MemberView};
 use crate::config::Changes;
@@ -51,12 +51,18 @@ pub trait Clients: Send + Sync {
     fn list(&self) -> Vec<ClientView>;
     /// Ends the session whose server side has this process id, with 57P01. False: there is none.
     fn end(&self, backend_pid: i32) -> bool;
+    /// Ends the session with this number, with 57P01. False: there is none.
+    fn end_client(&self, id: u64) -> bool;
+    /// Ends every session of a database, with 57P01. Returns how many there were.
+    fn end_database(&self, database: &str) -> usize;
 }
 
 /// The daemon's side.
 pub trait Daemon: Send + Sync {
     /// Reads the configuration again and applies what can change live.
     fn reload(&self) -> Result<Changes, AdminError>;
+    /// Changes one setting (`section.key`) until the next reload.
+    fn set(&self, key: &str, value: &str) -> Result<(), AdminError>;
     /// Begins an orderly shutdown.
-    fn shutdown(&self);
+    fn shutdown(&self, when: ShutdownWhen);
 }

@@ -5,7 +5,7 @@ use serde_json::Value;
 use super::table::Kind::{Float, Integer, Text};
 use super::table::{Cell, Column, Table};
 use super::view::{BlockerView, CutoverView, MemberView, MigrationEntry, StatusView};
-use super::{command::Command, show};
+use super::{command::Command, pgbouncer, show, stats};
 use crate::config::Changes;
 use crate::migration::preflight::{Level, RuleResult};
 use crate::migration::view::{CancelReport, MigrationView, TableView};
@@ -139,7 +139,15 @@ pub fn columns(command: &Command) -> Option<&'static [Column]> {
         Command::Databases => Some(show::DATABASES),
         Command::Pools => Some(show::POOLS),
         Command::Clients | Command::Servers => Some(show::SESSIONS),
-        Command::Stats => Some(show::STATS),
+        Command::Stats => Some(stats::STATS),
+        Command::StatsTotals | Command::StatsAverages => Some(stats::STATS_PART),
+        Command::Totals => Some(stats::TOTALS),
+        Command::Sockets | Command::ActiveSockets => Some(show::SOCKETS),
+        Command::Mem => Some(pgbouncer::MEM),
+        Command::State => Some(pgbouncer::STATE),
+        Command::DnsHosts => Some(pgbouncer::DNS_HOSTS),
+        Command::DnsZones => Some(pgbouncer::DNS_ZONES),
+        Command::Peers => Some(pgbouncer::PEERS),
         Command::Lists => Some(show::LISTS),
         Command::Users => Some(show::USERS),
         Command::Members => Some(MEMBERS),
@@ -152,7 +160,19 @@ pub fn columns(command: &Command) -> Option<&'static [Column]> {
         Command::CutoverOf(_) | Command::Cutover(..) => Some(CUTOVER),
         Command::Cancel(_) => Some(CANCEL),
         Command::Reload => Some(RELOAD),
-        Command::Create(_) | Command::Retry(_) | Command::Kill(_) | Command::Shutdown => None,
+        Command::Create(_)
+        | Command::Retry(_)
+        | Command::Pause(_)
+        | Command::Resume(_)
+        | Command::Disable(_)
+        | Command::Enable(_)
+        | Command::Reconnect(_)
+        | Command::WaitClose(_)
+        | Command::Set { .. }
+        | Command::Kill(_)
+        | Command::KillClient(_)
+        | Command::KillDatabase(_)
+        | Command::Shutdown(_) => None,
     }
 }
 

@@ -2,7 +2,8 @@
 //!
 //! What changes state runs in a task of its own: an operator who hangs up must not stop a cutover half way.
 
-use std::sync::Arc;
+use std::collections::BTreeMap;
+use std::sync::{Arc, Mutex};
 use std::time::Instant;
 
 use arc_swap::ArcSwap;
@@ -11,8 +12,10 @@ use super::command::{Command, CutoverRequest, Filter};
 use super::error::{AdminError, ErrorKind};
 use super::parts::{Clients, Cutovers, Daemon, Migrations};
 use super::reply::Reply;
+use super::stats::{PERIOD, Periods};
+use super::table::Table;
 use super::view::{MigrationBrief, MigrationEntry, RouteView, StatusView};
-use super::{gauges, show};
+use super::{gauges, pgbouncer, show};
 use crate::config::{Config, Server};
 use crate::migration::preflight::{Level, Outcome, RuleResult};
 use crate::migration::view::{MigrationName, MigrationView, Problem};
@@ -47,15 +50,31 @@ pub struct ServiceDeps {
 #[derive(Clone)]
 pub struct Service(Arc<Inner>);
 
-struct Inner {
-    deps: ServiceDeps,
+pub(super) struct Inner {
+    pub(super) deps: ServiceDeps,
     started: Instant,
+    periods: Periods,
+    /// When RECONNECT was ordered for a database, in seconds since the Unix epoch.
+    pub(super) reconnects: Mutex<BTreeMap<String, f64>>,
 }
 
 impl Service {
     /// A service over these parts.
     pub fn new(deps: ServiceDeps) -> Self {
-        Self(Arc::new(Inner { deps, started: Instant::now() }))
+        let reconnects = Mutex::default();
+        let inner = Arc::new(Inner { deps, started: Instant::now(), periods: Periods::new(), reconnects });
+        let turning = inner.clone();
+        inner.deps.tasks.spawn(async move {
+            loop {
+                tokio::select! {
+                    () = tokio::time::sleep(PERIOD) => {}
+                    // Safe to drop: it only waits.
+                    () = turning.deps.tasks.stopping() => return,
+                }
+                turning.periods.turn(&turning.deps.switchboard, &turning.deps.metrics);
+            }
+        });
+        Self(inner)
     }
 
     /// The configuration in force.
@@ -113,11 +132,21 @@ impl Inner {
             }
             Command::Databases => Ok(Reply::Table(show::databases(&config, &deps.switchboard, &deps.clients.list()))),
             Command::Pools => Ok(Reply::Table(show::pools(&deps.clients.list()))),
-            Command::Clients => Ok(Reply::Table(show::sessions(&config, &deps.clients.list(), show::Side::Client))),
-            Command::Servers => Ok(Reply::Table(show::sessions(&config, &deps.clients.list(), show::Side::Server))),
-            Command::Stats => Ok(Reply::Table(show::stats(&deps.switchboard, &deps.metrics))),
+            Command::Clients => Ok(Reply::Table(show::sessions(&config, &self.clients(), show::Side::Client))),
+            Command::Servers => Ok(Reply::Table(show::sessions(&config, &self.clients(), show::Side::Server))),
+            Command::Stats => Ok(Reply::Table(self.periods.stats(&deps.switchboard, &deps.metrics))),
+            Command::StatsTotals => Ok(Reply::Table(self.periods.totals(&deps.switchboard, &deps.metrics))),
+            Command::StatsAverages => Ok(Reply::Table(self.periods.averages(&deps.switchboard, &deps.metrics))),
+            Command::Totals => Ok(Reply::Table(self.periods.sums(&deps.switchboard, &deps.metrics))),
+            Command::Sockets => Ok(Reply::Table(show::sockets(&config, &self.clients(), false))),
+            Command::ActiveSockets => Ok(Reply::Table(show::sockets(&config, &self.clients(), true))),
+            Command::Mem => Ok(Reply::Table(pgbouncer::mem(&config, &deps.clients.list()))),
+            Command::State => Ok(Reply::Table(pgbouncer::state(&deps.switchboard))),
+            Command::DnsHosts => Ok(Reply::Table(Table::new(pgbouncer::DNS_HOSTS))),
+            Command::DnsZones => Ok(Reply::Table(Table::new(pgbouncer::DNS_ZONES))),
+            Command::Peers => Ok(Reply::Table(Table::new(pgbouncer::PEERS))),
             Command::Lists => Ok(Reply::Table(show::lists(&deps.switchboard, &deps.clients.list()))),
-            Command::Users => Ok(Reply::Table(show::users(&deps.clients.list()))),
+            Command::Users => Ok(Reply::Table(show::users(&config, &deps.clients.list()))),
             Command::Members => Ok(Reply::Members(deps.cutovers.members().await?)),
             Command::Blockers => Ok(Reply::Blockers(deps.cutovers.blockers().await?)),
             Command::Status => Ok(Reply::Status(Box::new(self.status(&config).await))),
@@ -140,8 +169,19 @@ impl Inner {
             | Command::Cancel(_)
             | Command::Retry(_)
             | Command::Reload
+            | Command::Pause(_)
+            | Command::Resume(_)
+            | Command::Disable(_)
+            | Command::Enable(_)
+            | Command::Reconnect(_)
+            | Command::WaitClose(_)
+            | Command::Set { .. }
             | Command::Kill(_)
-            | Command::Shutdown => Err(AdminError::new(ErrorKind::Failed, "an order that changes state was only read")),
+            | Command::KillClient(_)
+            | Command::KillDatabase(_)
+            | Command::Shutdown(_) => {
+                Err(AdminError::new(ErrorKind::Failed, "an order that changes state was only read"))
+            }
         }
     }
 
@@ -171,10 +211,23 @@ impl Inner {
                 let message = format!("no session has a server side with process id {pid}");
                 Err(AdminError::new(ErrorKind::NotFound, message).hint("SHOW CLIENTS lists them as remote_pid"))
             }
-            Command::Shutdown => {
-                deps.daemon.shutdown();
+            Command::Shutdown(when) => {
+                deps.daemon.shutdown(when);
                 Ok(Reply::Done("SHUTDOWN"))
             }
+            Command::Pause(database) => self.pause(database).await,
+            Command::Resume(database) => self.resume(database),
+            Command::Disable(database) => self.set_disabled(&database, true),
+            Command::Enable(database) => self.set_disabled(&database, false),
+            Command::Reconnect(database) => self.reconnect(database),
+            Command::WaitClose(database) => self.wait_close(database).await,
+            Command::Set { key, value } => deps.daemon.set(&key, &value).map(|()| Reply::Done("SET")),
+            Command::KillClient(id) if deps.clients.end_client(id) => Ok(Reply::Done("KILL_CLIENT")),
+            Command::KillClient(id) => {
+                let message = format!("there is no session with id {id}");
+                Err(AdminError::new(ErrorKind::NotFound, message).hint("SHOW CLIENTS lists them as id"))
+            }
+            Command::KillDatabase(database) => self.kill_database(&database),
             other => self.read(other).await,
         }
     }

@@ -3,12 +3,12 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
+use super::pgbouncer;
 use super::table::Kind::{Integer, Text};
 use super::table::{Cell, Column, Table};
 use super::view::ClientView;
 use crate::config::{Config, Live, Setting};
 use crate::switch::{Route, ServerRole, Switchboard};
-use crate::telemetry::metrics::{ByteDirection, Metrics};
 
 pub(super) const HELP: &[Column] = &[("command", Text), ("description", Text)];
 pub(super) const VERSION: &[Column] = &[("version", Text)];
@@ -31,6 +31,8 @@ pub(super) const DATABASES: &[Column] = &[
     ("current_client_connections", Integer),
     ("paused", Integer),
     ("disabled", Integer),
+    // What PgBouncer up to 1.23 called reserve_pool_size.
+    ("reserve_pool", Integer),
     ("server", Text),
     ("epoch", Integer),
     ("reason", Text),
@@ -81,30 +83,39 @@ pub(super) const SESSIONS: &[Column] = &[
     ("in_transaction", Text),
     ("blockers", Text),
 ];
-pub(super) const STATS: &[Column] = &[
+/// `SHOW SOCKETS` and `SHOW ACTIVE_SOCKETS`: the same with the positions in PgBouncer's buffers, which have no like here.
+pub(super) const SOCKETS: &[Column] = &[
+    ("type", Text),
+    ("user", Text),
     ("database", Text),
-    ("total_server_assignment_count", Integer),
-    ("total_xact_count", Integer),
-    ("total_query_count", Integer),
-    ("total_received", Integer),
-    ("total_sent", Integer),
-    ("total_xact_time", Integer),
-    ("total_query_time", Integer),
-    ("total_wait_time", Integer),
-    ("total_client_parse_count", Integer),
-    ("total_server_parse_count", Integer),
-    ("total_bind_count", Integer),
-    ("avg_server_assignment_count", Integer),
-    ("avg_xact_count", Integer),
-    ("avg_query_count", Integer),
-    ("avg_recv", Integer),
-    ("avg_sent", Integer),
-    ("avg_xact_time", Integer),
-    ("avg_query_time", Integer),
-    ("avg_wait_time", Integer),
-    ("avg_client_parse_count", Integer),
-    ("avg_server_parse_count", Integer),
-    ("avg_bind_count", Integer),
+    ("replication", Text),
+    ("state", Text),
+    ("addr", Text),
+    ("port", Integer),
+    ("local_addr", Text),
+    ("local_port", Integer),
+    ("connect_time", Text),
+    ("request_time", Text),
+    ("wait", Integer),
+    ("wait_us", Integer),
+    ("close_needed", Integer),
+    ("ptr", Text),
+    ("link", Text),
+    ("remote_pid", Integer),
+    ("tls", Text),
+    ("application_name", Text),
+    ("prepared_statements", Integer),
+    ("id", Integer),
+    ("server", Text),
+    ("in_transaction", Text),
+    ("blockers", Text),
+    ("recv_pos", Integer),
+    ("pkt_pos", Integer),
+    ("pkt_remain", Integer),
+    ("send_pos", Integer),
+    ("send_remain", Integer),
+    ("pkt_avail", Integer),
+    ("send_avail", Integer),
 ];
 pub(super) const LISTS: &[Column] = &[("list", Text), ("items", Integer)];
 pub(super) const USERS: &[Column] = &[
@@ -118,7 +129,7 @@ pub(super) const USERS: &[Column] = &[
     ("current_client_connections", Integer),
 ];
 
-const COMMANDS: [(&str, &str); 26] = [
+const COMMANDS: [(&str, &str); 40] = [
     ("SHOW HELP", "this list"),
     ("SHOW VERSION", "the program's version"),
     ("SHOW CONFIG", "every key of the configuration, and whether RELOAD applies a change"),
@@ -126,7 +137,12 @@ const COMMANDS: [(&str, &str); 26] = [
     ("SHOW POOLS", "sessions by database and user"),
     ("SHOW CLIENTS", "client sessions"),
     ("SHOW SERVERS", "the server side of client sessions"),
-    ("SHOW STATS", "counters by database"),
+    ("SHOW STATS | STATS_TOTALS | STATS_AVERAGES", "counters by database: since the start, and in the last minute"),
+    ("SHOW TOTALS", "the same for all databases together"),
+    ("SHOW SOCKETS | ACTIVE_SOCKETS", "both sides of every session, or of those in a transaction"),
+    ("SHOW STATE", "whether everything is paused"),
+    ("SHOW MEM", "memory"),
+    ("SHOW DNS_HOSTS | DNS_ZONES | PEERS", "empty: names are resolved by the system, and there are no peers"),
     ("SHOW LISTS", "how many of each there are"),
     ("SHOW USERS", "roles that have sessions"),
     ("SHOW STATUS", "where each database runs, and what is inside"),
@@ -149,8 +165,21 @@ const COMMANDS: [(&str, &str); 26] = [
     ("CANCEL name", "remove what the migration made; the target's data stays"),
     ("RETRY name", "go on with a migration that failed"),
     ("RELOAD", "read the configuration again"),
+    ("PAUSE [database]", "hold new transactions; answers when those that run have ended"),
+    ("RESUME [database]", "let them go on"),
+    ("DISABLE database", "refuse new sessions"),
+    ("ENABLE database", "let them in again"),
+    ("RECONNECT [database]", "mark every server connection for replacement when its session ends"),
+    ("WAIT_CLOSE [database]", "answers when every marked server connection has been closed"),
     ("KILL pid", "end the session whose server side has this process id"),
-    ("SHUTDOWN", "end the daemon in good order"),
+    ("KILL database", "end every session of a database, and hold new ones until RESUME"),
+    ("KILL_CLIENT id", "end the session with this id"),
+    ("SET key = value", "change a setting that needs no restart, until the next RELOAD"),
+    (
+        "SHUTDOWN [WAIT_FOR_CLIENTS | WAIT_FOR_SERVERS]",
+        "end the daemon in good order: at once, when every client has \
+      gone, or when every transaction has ended",
+    ),
     ("BEGIN, COMMIT, ROLLBACK, SET, RESET, DISCARD", "accepted and without effect, for drivers that send them"),
 ];
 
@@ -175,8 +204,15 @@ pub(super) fn config(running: &Config, defaults: &Config) -> Table {
             if setting.live == Live::Reload { "yes" } else { "no" }.into(),
         ]
     };
-    running.settings().into_iter().zip(defaults.settings()).for_each(|pair| table.push(row(pair)));
+    let (running, defaults) = (running.settings(), defaults.settings());
+    pgbouncer::config_rows(&running, &defaults).into_iter().for_each(|row| table.push(row));
+    running.into_iter().zip(defaults).for_each(|pair| table.push(row(pair)));
     table
+}
+
+/// Whether a reload applies a change.
+pub(super) fn is_live(setting: &Setting) -> bool {
+    setting.live == Live::Reload
 }
 
 pub(super) fn databases(config: &Config, switchboard: &Switchboard, clients: &[ClientView]) -> Table {
@@ -198,7 +234,7 @@ pub(super) fn databases(config: &Config, switchboard: &Switchboard, clients: &[C
             address.map(|server| i64::from(server.port)).into(),
             database.name().into(),
             Cell::Null,
-            Cell::Null,
+            0.into(),
             0.into(),
             0.into(),
             Cell::Null,
@@ -206,9 +242,10 @@ pub(super) fn databases(config: &Config, switchboard: &Switchboard, clients: &[C
             Cell::Null,
             0.into(),
             backends.into(),
-            config.limits.max_client_connections.into(),
+            config.limits.max_connections_of_database(database.name()).unwrap_or(0).into(),
             own.count().into(),
             i64::from(database.is_fenced()).into(),
+            i64::from(database.is_disabled()).into(),
             0.into(),
             server.map(|server| server.to_string()).into(),
             epoch.into(),
@@ -233,11 +270,11 @@ pub(super) fn pools(clients: &[ClientView]) -> Table {
             user.into(),
             count(|client| !is_waiting(client)).into(),
             count(is_waiting).into(),
-            Cell::Null,
-            Cell::Null,
+            0.into(),
+            0.into(),
             count(|client| client.backend_pid.is_some() && client.in_transaction).into(),
-            Cell::Null,
-            Cell::Null,
+            0.into(),
+            0.into(),
             count(|client| client.backend_pid.is_some() && !client.in_transaction).into(),
             0.into(),
             0.into(),
@@ -259,7 +296,22 @@ pub(super) enum Side {
 }
 
 pub(super) fn sessions(config: &Config, clients: &[ClientView], side: Side) -> Table {
-    let mut table = Table::new(SESSIONS);
+    Table { columns: SESSIONS, rows: session_rows(config, clients, side) }
+}
+
+/// Both sides of every session; `busy`: of those alone that are in a transaction.
+pub(super) fn sockets(config: &Config, clients: &[ClientView], busy: bool) -> Table {
+    let chosen: Vec<ClientView> = clients.iter().filter(|client| !busy || client.in_transaction).cloned().collect();
+    let sides = [Side::Client, Side::Server].into_iter().flat_map(|side| session_rows(config, &chosen, side));
+    let widened = sides.map(|mut row| {
+        row.resize(SOCKETS.len(), Cell::Null);
+        row
+    });
+    Table { columns: SOCKETS, rows: widened.collect() }
+}
+
+fn session_rows(config: &Config, clients: &[ClientView], side: Side) -> Vec<Vec<Cell>> {
+    let mut rows = Vec::new();
     for client in clients.iter().filter(|client| side == Side::Client || client.backend_pid.is_some()) {
         let (kind, (address, port)) = match side {
             Side::Client => ("C", host_and_port(&client.client)),
@@ -274,11 +326,11 @@ pub(super) fn sessions(config: &Config, clients: &[ClientView], side: Side) -> T
             (Side::Client, Some(false)) => "".into(),
             (Side::Client, None) | (Side::Server, _) => Cell::Null,
         };
-        table.push(vec![
+        rows.push(vec![
             kind.into(),
             client.user.clone().into(),
             client.database.clone().into(),
-            "none".into(),
+            if client.state == "replication" { "physical" } else { "none" }.into(),
             client.state.clone().into(),
             address.into(),
             port.into(),
@@ -288,7 +340,7 @@ pub(super) fn sessions(config: &Config, clients: &[ClientView], side: Side) -> T
             Cell::Null,
             whole_seconds(wait).into(),
             micros(wait).into(),
-            0.into(),
+            i64::from(client.close_needed).into(),
             format!("session-{}", client.id).into(),
             client.backend_pid.map(|pid| pid.to_string()).into(),
             client.backend_pid.into(),
@@ -301,46 +353,33 @@ pub(super) fn sessions(config: &Config, clients: &[ClientView], side: Side) -> T
             client.blockers.join("; ").into(),
         ]);
     }
-    table
-}
-
-pub(super) fn stats(switchboard: &Switchboard, metrics: &Metrics) -> Table {
-    let mut table = Table::new(STATS);
-    for database in switchboard.all() {
-        let name = database.name();
-        let bytes = |direction: ByteDirection| metrics.bytes.with_label_values(&[name, direction.as_str()]).get();
-        let mut row = vec![Cell::Null; STATS.len()];
-        row[0] = name.into();
-        row[2] = metrics.transactions.with_label_values(&[name]).get().into();
-        row[4] = bytes(ByteDirection::FromClient).into();
-        row[5] = bytes(ByteDirection::ToClient).into();
-        table.push(row);
-    }
-    table
+    rows
 }
 
 pub(super) fn lists(switchboard: &Switchboard, clients: &[ClientView]) -> Table {
     let users: BTreeSet<&str> = clients.iter().map(|client| client.user.as_str()).collect();
     let pools: BTreeSet<(&str, &str)> = clients.iter().map(|c| (c.database.as_str(), c.user.as_str())).collect();
     let backends = clients.iter().filter(|client| client.backend_pid.is_some()).count();
-    let items: [(&str, Cell); 12] = [
+    let items: [(&str, Cell); 14] = [
         ("databases", switchboard.all().len().into()),
         ("users", users.len().into()),
+        ("peers", 0.into()),
         ("pools", pools.len().into()),
+        ("peer_pools", 0.into()),
         ("free_clients", 0.into()),
         ("used_clients", clients.len().into()),
-        ("login_clients", Cell::Null),
+        ("login_clients", clients.iter().filter(|client| client.state == "login").count().into()),
         ("free_servers", 0.into()),
         ("used_servers", backends.into()),
-        ("dns_names", Cell::Null),
-        ("dns_zones", Cell::Null),
-        ("dns_queries", Cell::Null),
-        ("dns_pending", Cell::Null),
+        ("dns_names", 0.into()),
+        ("dns_zones", 0.into()),
+        ("dns_queries", 0.into()),
+        ("dns_pending", 0.into()),
     ];
     Table { columns: LISTS, rows: items.into_iter().map(|(list, items)| vec![list.into(), items]).collect() }
 }
 
-pub(super) fn users(clients: &[ClientView]) -> Table {
+pub(super) fn users(config: &Config, clients: &[ClientView]) -> Table {
     let mut counts: BTreeMap<&str, (usize, usize)> = BTreeMap::new();
     for client in clients {
         let count = counts.entry(&client.user).or_default();
@@ -356,7 +395,7 @@ pub(super) fn users(clients: &[ClientView]) -> Table {
             "session".into(),
             0.into(),
             backends.into(),
-            0.into(),
+            config.limits.max_connections_of_user(user).unwrap_or(0).into(),
             sessions.into(),
         ]);
     }

@@ -133,6 +133,12 @@ pub struct ClientView {
     pub since_seconds: Option<f64>,
     /// What would keep it from being moved.
     pub blockers: Vec<String>,
+    /// A server connection in preparation for a cutover is ready on the other server.
+    #[serde(default)]
+    pub prepared: bool,
+    /// RECONNECT wants its server connection replaced.
+    #[serde(default)]
+    pub close_needed: bool,
 }
 
 /// One database of the proxy.

@@ -1,15 +1,17 @@
 //! What the process can be told from outside: signals, reload, shutdown.
 
 use std::path::PathBuf;
-use std::sync::{Arc, Mutex, OnceLock, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 
 use arc_swap::ArcSwap;
 use tokio::signal::unix::{SignalKind, signal};
+use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
 
+use crate::admin::command::ShutdownWhen;
 use crate::admin::error::{AdminError, ErrorKind};
 use crate::admin::parts::Daemon;
-use crate::config::{self, Changes, Config, Environment};
+use crate::config::{self, Changes, Config, Environment, Live};
 use crate::proxy::AccessError;
 use crate::telemetry::LogControl;
 
@@ -19,10 +21,18 @@ pub(super) struct Control {
     config: Arc<ArcSwap<Config>>,
     log: LogControl,
     stop: CancellationToken,
+    /// When a shutdown that was ordered is to end the sessions.
+    winding_down: watch::Sender<Option<ShutdownWhen>>,
+    /// What SET has said since the last reload, as variables of the environment.
+    overrides: Mutex<Environment>,
     /// What takes a reload over.
     followers: Mutex<Vec<Follower>>,
     /// What may refuse a reload.
     reader: OnceLock<Reader>,
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 /// Called with every new configuration.
@@ -33,8 +43,16 @@ type Reader = Box<dyn Fn(&Config) -> Result<(), AccessError> + Send + Sync>;
 
 impl Control {
     pub(super) fn new(path: Option<PathBuf>, config: Arc<ArcSwap<Config>>, log: LogControl) -> Self {
-        let (followers, reader) = (Mutex::default(), OnceLock::new());
-        Self { path, config, log, stop: CancellationToken::new(), followers, reader }
+        Self {
+            path,
+            config,
+            log,
+            stop: CancellationToken::new(),
+            winding_down: watch::Sender::new(None),
+            overrides: Mutex::default(),
+            followers: Mutex::default(),
+            reader: OnceLock::new(),
+        }
     }
 
     /// From now on `reader` is asked first at every reload.
@@ -45,12 +63,19 @@ impl Control {
 
     /// `follower` is called with every configuration that a reload brings into force.
     pub(super) fn follow(&self, follower: impl Fn(&Config) + Send + Sync + 'static) {
-        self.followers.lock().unwrap_or_else(PoisonError::into_inner).push(Box::new(follower));
+        lock(&self.followers).push(Box::new(follower));
     }
 
     /// Resolves once the daemon was told to stop, by a signal or an order.
     pub(super) async fn stopping(&self) {
         self.stop.cancelled().await;
+    }
+
+    /// Resolves once the daemon was told to stop when its clients or their transactions have ended.
+    pub(super) async fn winding_down(&self) -> ShutdownWhen {
+        let mut orders = self.winding_down.subscribe();
+        // The sender lives as long as this does.
+        orders.wait_for(Option::is_some).await.ok().and_then(|when| *when).unwrap_or_default()
     }
 
     /// Obeys signals until the process ends: SIGHUP reloads; SIGTERM and SIGINT stop in good order, a second one at once.
@@ -96,27 +121,76 @@ impl Daemon for Control {
         result
     }
 
-    fn shutdown(&self) {
-        tracing::info!("ordered to stop");
-        self.stop.cancel();
+    fn set(&self, key: &str, value: &str) -> Result<(), AdminError> {
+        let result = self.try_set(key, value);
+        if result.is_ok() {
+            tracing::info!(key, "changed by an operator, until the next reload");
+        }
+        result
+    }
+
+    fn shutdown(&self, when: ShutdownWhen) {
+        tracing::info!(?when, "ordered to stop");
+        match when {
+            ShutdownWhen::Now => self.stop.cancel(),
+            ShutdownWhen::Clients | ShutdownWhen::Servers => _ = self.winding_down.send_replace(Some(when)),
+        }
     }
 }
 
 impl Control {
     fn try_reload(&self) -> Result<Changes, AdminError> {
-        let environment: Environment = environment();
-        let new = config::load(self.path.as_deref(), &environment)
-            .map_err(|error| AdminError::new(ErrorKind::Invalid, error.to_string()))?;
+        let new = self.read(&environment())?;
         let old = self.config.load_full();
         let changes = old.changes(&new);
+        self.apply(&old, new)?;
+        lock(&self.overrides).clear();
+        Ok(changes)
+    }
+
+    /// Reads the file with one more variable set, and applies that alone.
+    fn try_set(&self, key: &str, value: &str) -> Result<(), AdminError> {
+        let old = self.config.load_full();
+        let setting = old.settings().into_iter().find(|one| format!("{}.{}", one.section, one.key) == key);
+        let Some(setting) = setting else {
+            return Err(
+                AdminError::new(ErrorKind::NotFound, format!("there is no setting {key:?}")).hint("SHOW CONFIG")
+            );
+        };
+        if setting.live == Live::Restart {
+            let hint = "change the configuration file and start again";
+            return Err(AdminError::new(ErrorKind::Conflict, format!("{key} needs a restart")).hint(hint));
+        }
+        let mut overrides = lock(&self.overrides).clone();
+        let variable = format!("PGCUTOVER_{}", key.to_ascii_uppercase().replacen('.', "_", 1));
+        overrides.insert(variable, value.to_owned());
+        let mut environment = environment();
+        environment.extend(overrides.clone());
+        let new = self.read(&environment)?;
+        let changes = old.changes(&new);
+        if changes.applied.iter().any(|changed| changed != key) {
+            let message = "the configuration file has changed since it was read";
+            return Err(AdminError::new(ErrorKind::Conflict, message).hint("RELOAD first"));
+        }
+        self.apply(&old, new)?;
+        *lock(&self.overrides) = overrides;
+        Ok(())
+    }
+
+    fn read(&self, environment: &Environment) -> Result<Config, AdminError> {
+        config::load(self.path.as_deref(), environment)
+            .map_err(|error| AdminError::new(ErrorKind::Invalid, error.to_string()))
+    }
+
+    fn apply(&self, old: &Config, new: Config) -> Result<(), AdminError> {
         let config = Arc::new(old.with_live_changes(new));
         if let Some(read) = self.reader.get() {
             read(&config).map_err(|error| AdminError::new(ErrorKind::Invalid, error.to_string()))?;
         }
         self.log.set(&config.telemetry.log).map_err(|error| AdminError::from_chain(ErrorKind::Failed, &error))?;
         self.config.store(config.clone());
-        self.followers.lock().unwrap_or_else(PoisonError::into_inner).iter().for_each(|follower| follower(&config));
-        Ok(changes)
+        lock(&self.followers).iter().for_each(|follower| follower(&config));
+        Ok(())
     }
 }
 

@@ -5,7 +5,7 @@ use std::time::{SystemTime, UNIX_EPOCH};
 
 use crate::admin::parts::Clients;
 use crate::admin::view::ClientView;
-use crate::proxy::{self, SessionState, SessionView};
+use crate::proxy::{self, MoveState, SessionState, SessionView};
 use crate::sqlstate;
 
 /// See the module.
@@ -20,8 +20,22 @@ impl Clients for SessionDesk {
     fn end(&self, backend_pid: i32) -> bool {
         let ids: Vec<u64> =
             self.0.list().iter().filter(|view| view.backend_pid == Some(backend_pid)).map(|view| view.id).collect();
-        let message = "terminating connection due to administrator command";
-        self.0.end(&ids, sqlstate::ADMIN_SHUTDOWN, message) > 0
+        self.end_all(&ids) > 0
+    }
+
+    fn end_client(&self, id: u64) -> bool {
+        self.end_all(&[id]) > 0
+    }
+
+    fn end_database(&self, database: &str) -> usize {
+        let ids: Vec<u64> = self.0.list().iter().filter(|view| view.database == database).map(|view| view.id).collect();
+        self.end_all(&ids)
+    }
+}
+
+impl SessionDesk {
+    fn end_all(&self, ids: &[u64]) -> usize {
+        self.0.end(ids, sqlstate::ADMIN_SHUTDOWN, "terminating connection due to administrator command")
     }
 }
 
@@ -49,5 +63,8 @@ fn client(view: SessionView, now: SystemTime) -> ClientView {
         connected_at: connected.map(|at| at.as_secs_f64()),
         since_seconds: Some(view.for_time.as_secs_f64()),
         blockers: view.blockers.iter().map(ToString::to_string).collect(),
+        prepared: view.moving == MoveState::Prepared,
+        // Known to the service alone.
+        close_needed: false,
     }
 }

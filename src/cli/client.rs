@@ -78,6 +78,10 @@ impl Client {
         self.send(Method::POST, path, body).await
     }
 
+    pub(super) async fn put(&self, path: &str, body: &Value) -> Result<Value, ClientError> {
+        self.send(Method::PUT, path, Some(body)).await
+    }
+
     pub(super) async fn delete(&self, path: &str) -> Result<Value, ClientError> {
         self.send(Method::DELETE, path, None).await
     }

@@ -124,6 +124,7 @@ impl Config {
         add("cutover", "stragglers", cutover.stragglers.as_str().to_owned(), Reload);
         add("admin", "address", address(self.admin.address), Restart);
         add("admin", "users", self.admin.users.join(","), Reload);
+        add("admin", "stats_users", self.admin.stats_users.join(","), Reload);
         add("admin", "token", hidden(self.admin.token.as_ref()), Reload);
         add("telemetry", "log", self.telemetry.log.clone(), Reload);
         let format = if self.telemetry.json { "json" } else { "text" };
@@ -145,6 +146,7 @@ impl Config {
             ..new.limits
         };
         config.admin.users = new.admin.users;
+        config.admin.stats_users = new.admin.stats_users;
         config.admin.token = new.admin.token;
         config.telemetry.log = new.telemetry.log;
         config

@@ -16,7 +16,7 @@ use super::listener::Accepted;
 use super::session::{Link, Session};
 use super::sessions::{Entry, Order, Registration, SessionState};
 use super::worker::Worker;
-use super::{CONSOLE_DATABASE, Shared, backend};
+use super::{CONSOLE_ALIAS, CONSOLE_DATABASE, Shared, backend};
 use crate::postgres::{Credential, Login, Stream};
 use crate::switch::{Admission, Member, Route, ServerRole};
 use crate::telemetry::metrics::AuthFailure;
@@ -187,7 +187,7 @@ impl LoginInProgress<'_> {
     }
 
     async fn until_ready(&mut self) -> Result<Done, Refused> {
-        let is_console = self.startup.database == CONSOLE_DATABASE;
+        let is_console = [CONSOLE_DATABASE, CONSOLE_ALIAS].contains(&self.startup.database.as_str());
         self.take_place(is_console)?;
         let demand = self.demand()?;
         let active = self.active_server(is_console)?;

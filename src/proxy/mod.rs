@@ -66,8 +66,14 @@ pub use sessions::{MoveOrder, MoveOutcome, MoveReport, MoveState, SessionState, 
 /// The database name that leads to the administration console.
 pub const CONSOLE_DATABASE: &str = "pgcutover";
 
+/// The name that it has in PgBouncer, for exporters and scripts that know no other.
+const CONSOLE_ALIAS: &str = "pgbouncer";
+
 /// Port in the name of the Unix socket where there is no TCP listener.
 const DEFAULT_UNIX_PORT: u16 = 6432;
+
+/// How long a listener may take to close; it waits for a worker's queue at most.
+const CLOSING_LISTENERS: Duration = Duration::from_secs(5);
 
 /// Connections that wait for a worker to take them.
 const ACCEPT_QUEUE: usize = 256;
@@ -166,6 +172,8 @@ impl Shared {
 pub struct Proxy {
     shared: Arc<Shared>,
     address: Option<SocketAddr>,
+    /// The listeners.
+    listening: Tasks,
     workers: Vec<std::thread::JoinHandle<()>>,
 }
 
@@ -205,10 +213,11 @@ impl Proxy {
             tasks: deps.tasks.clone(),
         });
         let (senders, workers) = start_workers(&shared)?;
+        let listening = deps.tasks.child();
         for listener in listeners {
-            deps.tasks.spawn(listener.run(senders.clone(), deps.tasks.clone()));
+            listening.spawn(listener.run(senders.clone(), listening.clone()));
         }
-        Ok(Self { shared, address, workers })
+        Ok(Self { shared, address, listening, workers })
     }
 
     /// The registry that cutover and admin work with.
@@ -237,6 +246,11 @@ impl Proxy {
     /// The TCP address that clients connect to.
     pub fn address(&self) -> Option<SocketAddr> {
         self.address
+    }
+
+    /// Accepts nobody any more; who is connected goes on. Returns once the listeners are closed.
+    pub async fn stop_accepting(&self) {
+        self.listening.join(CLOSING_LISTENERS).await;
     }
 
     /// Ends every session with 57P01 and waits for the workers, at most `grace`. The tasks that were passed at start

@@ -371,7 +371,7 @@ impl Session {
         }
         let now = Instant::now();
         self.go(Place::Outside, SessionState::Idle, now);
-        self.local.meters.took(now - since);
+        self.local.meters.took(now - since, self.ledger.readies().wrapping_sub(self.entered_turn));
         if let Some(member) = &self.member {
             member.leave();
         }

@@ -401,6 +401,11 @@ impl Switchboard {
         Ok(databases.values().cloned().collect())
     }
 
+    /// Whether PAUSE without a name is in force.
+    pub fn is_paused(&self) -> bool {
+        self.paused.load(Ordering::Acquire)
+    }
+
     /// RESUME of every database. Returns whether any was paused.
     pub fn resume_all(&self) -> bool {
         let databases = self.databases.write().unwrap_or_else(PoisonError::into_inner);

@@ -5,8 +5,8 @@
 //! Hot paths resolve their label values once (`metrics.transactions.with_label_values(&[name])`) and keep the child.
 
 use prometheus::core::{Collector, Desc};
+use prometheus::{CounterVec, GaugeVec, IntGauge, Registry, TextEncoder};
 use prometheus::{Encoder, Histogram, HistogramOpts, HistogramVec, IntCounter, IntCounterVec, IntGaugeVec, Opts};
-use prometheus::{GaugeVec, IntGauge, Registry, TextEncoder};
 
 /// Content type of [`Metrics::render`].
 pub const CONTENT_TYPE: &str = prometheus::TEXT_FORMAT;
@@ -168,6 +168,12 @@ pub struct Metrics {
     pub server_connections: IntGaugeVec,
     /// `transactions_total{database}`.
     pub transactions: IntCounterVec,
+    /// `queries_total{database}`: ReadyForQuery that were passed on.
+    pub queries: IntCounterVec,
+    /// `transaction_time_seconds_total{database}`: from admission to the end, summed.
+    pub transaction_time: CounterVec,
+    /// `client_wait_time_seconds_total{database}`: what transactions waited for their admission, summed.
+    pub client_wait_time: CounterVec,
     /// `bytes_total{database,direction}`, see [`ByteDirection`].
     pub bytes: IntCounterVec,
     /// `client_wait_seconds`: from a transaction's first frame to its admission.
@@ -243,6 +249,11 @@ impl Registrar {
         self.add(IntCounterVec::new(Opts::new(format!("{PREFIX}{name}"), help), labels)?)
     }
 
+    /// Time by database.
+    fn seconds(&mut self, name: &str, help: &str) -> Result<CounterVec, prometheus::Error> {
+        self.add(CounterVec::new(Opts::new(format!("{PREFIX}{name}"), help), &["database"])?)
+    }
+
     fn gauge(&mut self, name: &str, help: &str) -> Result<IntGauge, prometheus::Error> {
         self.add(IntGauge::new(format!("{PREFIX}{name}"), help)?)
     }
@@ -278,6 +289,9 @@ impl Metrics {
                 &["database", "server", "state"],
             )?,
             transactions: r.counters("transactions_total", "Transactions relayed.", &["database"])?,
+            queries: r.counters("queries_total", "Queries answered, or batches up to a Sync.", &["database"])?,
+            transaction_time: r.seconds("transaction_time_seconds_total", "Time spent in transactions.")?,
+            client_wait_time: r.seconds("client_wait_time_seconds_total", "Time that transactions were held.")?,
             bytes: r.counters("bytes_total", "Bytes relayed.", &["database", "direction"])?,
             client_wait_seconds: r.histogram(
                 "client_wait_seconds",
@@ -390,6 +404,7 @@ mod tests {
 
     /// SPEC of what dashboards and scripts rely on; a name may be added here, never taken away.
     const PROMISED: &str = "client_connections server_connections transactions_total bytes_total client_wait_seconds \
+        queries_total transaction_time_seconds_total client_wait_time_seconds_total \
         transaction_seconds route_epoch active_server held_sessions auth_failures_total \
         tls_certificate_not_after_seconds migration_state \
         copy_rows_total copy_bytes_total copy_tables index_builds replication_lag_bytes replication_latency_seconds \

@@ -42,7 +42,9 @@ impl Answerer {
             Statement::NoEffect(what) => return Ok(Response::Execution(Tag::new(what.tag()))),
             Statement::Command(command) => command,
         };
-        if !self.service.config().admin.users.contains(&self.user) {
+        let admin = &self.service.config().admin;
+        let may_look = !command.changes_state() && admin.stats_users.contains(&self.user);
+        if !admin.users.contains(&self.user) && !may_look {
             let error = AdminError::new(ErrorKind::Forbidden, "this role may not use the console")
                 .hint("add it to [admin] users and reload");
             return Err(to_pgwire(error));

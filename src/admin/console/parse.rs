@@ -4,8 +4,9 @@
 
 use std::time::Duration;
 
-use crate::admin::command::{Command, CutoverRequest, Filter};
+use crate::admin::command::{Command, CutoverRequest, Filter, ShutdownWhen};
 use crate::admin::error::{AdminError, ErrorKind};
+use crate::admin::pgbouncer;
 use crate::admin::service::migration_name;
 use crate::config::{Stragglers, nearest, units};
 use crate::migration::view::{MigrationName, MigrationOption, MigrationSpec, Mode};
@@ -60,9 +61,10 @@ struct Word {
     quoted: bool,
 }
 
-const VERBS: &str = "SHOW CREATE CUTOVER CANCEL RETRY RELOAD KILL SHUTDOWN PAUSE RESUME RECONNECT ROLLBACK COMPLETE \
-    VERIFY BEGIN COMMIT SET RESET DISCARD DEALLOCATE";
-const SHOWN: &str = "HELP VERSION CONFIG DATABASES POOLS CLIENTS SERVERS STATS LISTS USERS STATUS MEMBERS BLOCKERS \
+const VERBS: &str = "SHOW CREATE CUTOVER CANCEL RETRY RELOAD KILL KILL_CLIENT SHUTDOWN PAUSE RESUME RECONNECT WAIT_CLOSE \
+    DISABLE ENABLE SUSPEND ROLLBACK COMPLETE VERIFY BEGIN COMMIT SET RESET DISCARD DEALLOCATE";
+const SHOWN: &str = "HELP VERSION CONFIG DATABASES POOLS CLIENTS SERVERS STATS STATS_TOTALS STATS_AVERAGES TOTALS LISTS USERS \
+    SOCKETS ACTIVE_SOCKETS MEM STATE DNS_HOSTS DNS_ZONES PEERS STATUS MEMBERS BLOCKERS \
     MIGRATIONS MIGRATION TABLES VALIDATION CUTOVER";
 const OPTIONS: [(&str, MigrationOption); 3] = [
     ("validate", MigrationOption::Validate),
@@ -104,9 +106,21 @@ pub fn parse(text: &str) -> Result<Statement, AdminError> {
         "CANCEL" => Command::Cancel(rest.named_migration()?),
         "RETRY" => Command::Retry(rest.named_migration()?),
         "RELOAD" => Command::Reload,
-        "SHUTDOWN" => Command::Shutdown,
+        "SHUTDOWN" => shutdown(&mut rest)?,
         "KILL" => kill(&mut rest)?,
-        "PAUSE" | "RESUME" | "RECONNECT" | "ROLLBACK" | "COMPLETE" | "VERIFY" => {
+        "KILL_CLIENT" => kill_client(&mut rest)?,
+        "PAUSE" => Command::Pause(rest.database()?),
+        "RESUME" => Command::Resume(rest.database()?),
+        "RECONNECT" => Command::Reconnect(rest.database()?),
+        "WAIT_CLOSE" => Command::WaitClose(rest.database()?),
+        "DISABLE" => Command::Disable(rest.text("a database")?),
+        "ENABLE" => Command::Enable(rest.text("a database")?),
+        "SET" => return set(&mut rest),
+        "SUSPEND" => {
+            let hint = "PAUSE holds new transactions; the README says how a new process takes over without a pause";
+            return Err(AdminError::new(ErrorKind::Unsupported, "SUSPEND is not needed here").hint(hint));
+        }
+        "ROLLBACK" | "COMPLETE" | "VERIFY" => {
             return Err(AdminError::new(ErrorKind::Unsupported, format!("{verb} is not available in this version")));
         }
         _ => return Err(unknown("command", &verb, VERBS)),
@@ -123,7 +137,6 @@ fn no_effect(verb: &str, rest: &Words<'_>) -> Option<NoEffect> {
         "COMMIT" | "END" => Some(NoEffect::Commit),
         // With a name it will be an order of ours.
         "ROLLBACK" | "ABORT" if rest.is_of_transaction() => Some(NoEffect::Rollback),
-        "SET" => Some(NoEffect::Set),
         "RESET" => Some(NoEffect::Reset),
         "DISCARD" => Some(NoEffect::Discard),
         "DEALLOCATE" => Some(NoEffect::Deallocate),
@@ -142,6 +155,16 @@ fn show(rest: &mut Words<'_>) -> Result<Command, AdminError> {
         "CLIENTS" => Command::Clients,
         "SERVERS" => Command::Servers,
         "STATS" => Command::Stats,
+        "STATS_TOTALS" => Command::StatsTotals,
+        "STATS_AVERAGES" => Command::StatsAverages,
+        "TOTALS" => Command::Totals,
+        "SOCKETS" => Command::Sockets,
+        "ACTIVE_SOCKETS" => Command::ActiveSockets,
+        "MEM" => Command::Mem,
+        "STATE" => Command::State,
+        "DNS_HOSTS" => Command::DnsHosts,
+        "DNS_ZONES" => Command::DnsZones,
+        "PEERS" => Command::Peers,
         "LISTS" => Command::Lists,
         "USERS" => Command::Users,
         "STATUS" => Command::Status,
@@ -220,9 +243,44 @@ fn cutover(rest: &mut Words<'_>) -> Result<Command, AdminError> {
 }
 
 fn kill(rest: &mut Words<'_>) -> Result<Command, AdminError> {
-    let text = rest.text("a process id")?;
-    let pid = text.parse().map_err(|_| syntax(format!("{text:?} is not a process id")))?;
-    Ok(Command::Kill(pid))
+    let (text, quoted) = rest.word("a process id or a database")?;
+    match text.parse() {
+        Ok(pid) if !quoted => Ok(Command::Kill(pid)),
+        Ok(_) | Err(_) => Ok(Command::KillDatabase(text)),
+    }
+}
+
+/// PgBouncer's `ptr`, which is `session-` and the id here, or the id alone.
+fn kill_client(rest: &mut Words<'_>) -> Result<Command, AdminError> {
+    let text = rest.text("the id of a client")?;
+    let id = text.strip_prefix("session-").unwrap_or(&text).parse();
+    id.map(Command::KillClient).map_err(|_| syntax(format!("{text:?} is not the id of a client")))
+}
+
+fn shutdown(rest: &mut Words<'_>) -> Result<Command, AdminError> {
+    let Some(when) = rest.keyword() else { return Ok(Command::Shutdown(ShutdownWhen::Now)) };
+    match when.as_str() {
+        "WAIT_FOR_CLIENTS" => Ok(Command::Shutdown(ShutdownWhen::Clients)),
+        "WAIT_FOR_SERVERS" => Ok(Command::Shutdown(ShutdownWhen::Servers)),
+        _ => Err(unknown("SHUTDOWN", &when, "WAIT_FOR_CLIENTS WAIT_FOR_SERVERS")),
+    }
+}
+
+/// `SET key = value` or `SET key TO value`, where the key is one of ours or PgBouncer's; drivers' settings have no effect.
+fn set(rest: &mut Words<'_>) -> Result<Statement, AdminError> {
+    let key = rest.text("a setting")?;
+    let value: String = match rest.words {
+        [equals, value @ ..] if equals.text == "=" || equals.text.eq_ignore_ascii_case("TO") => {
+            rest.words = &[];
+            value.iter().map(|word| word.text.as_str()).collect()
+        }
+        _ => String::new(),
+    };
+    rest.words = &[];
+    Ok(match pgbouncer::setting(&key, &value) {
+        Some((key, value)) => Statement::Command(Command::Set { key, value }),
+        None => Statement::NoEffect(NoEffect::Set),
+    })
 }
 
 /// The words that are not read yet.
@@ -263,9 +321,19 @@ impl Words<'_> {
     }
 
     fn text(&mut self, what: &str) -> Result<String, AdminError> {
+        self.word(what).map(|(text, _quoted)| text)
+    }
+
+    /// A word, and whether it was quoted.
+    fn word(&mut self, what: &str) -> Result<(String, bool), AdminError> {
         let (word, rest) = self.words.split_first().ok_or_else(|| syntax(format!("{what} is missing")))?;
         self.words = rest;
-        Ok(word.text.clone())
+        Ok((word.text.clone(), word.quoted))
+    }
+
+    /// A database, where one may be named.
+    fn database(&mut self) -> Result<Option<String>, AdminError> {
+        if self.words.is_empty() { Ok(None) } else { self.text("a database").map(Some) }
     }
 
     fn migration(&mut self) -> Result<MigrationName, AdminError> {
@@ -380,6 +448,16 @@ mod tests {
         let text = "CUTOVER shop DRY RUN MAX PAUSE '2s' DRAIN TIMEOUT 500ms STRAGGLERS terminate";
         assert_eq!(command(text), Command::Cutover(name("shop"), request));
         assert_eq!(command("KILL 42"), Command::Kill(42));
+        assert_eq!(command("KILL shop"), Command::KillDatabase("shop".to_owned()));
+        assert_eq!(command("KILL \"42\""), Command::KillDatabase("42".to_owned()));
+        assert_eq!(command("KILL_CLIENT session-7"), Command::KillClient(7));
+        assert_eq!(command("PAUSE"), Command::Pause(None));
+        assert_eq!(command("pause Shop;"), Command::Pause(Some("Shop".to_owned())));
+        assert_eq!(command("RESUME shop"), Command::Resume(Some("shop".to_owned())));
+        assert_eq!(command("SHUTDOWN WAIT_FOR_CLIENTS"), Command::Shutdown(ShutdownWhen::Clients));
+        let set = |value: &str| Command::Set { key: "limits.query_timeout".to_owned(), value: value.to_owned() };
+        assert_eq!(command("SET query_timeout = 2"), set("2000000us"));
+        assert_eq!(command("SET limits.query_timeout TO '2s'"), set("2s"));
         let spec = MigrationSpec {
             name: name("shop"),
             databases: vec!["shop".to_owned(), "a, \"b\"".to_owned()],
@@ -413,7 +491,10 @@ mod tests {
             ("CUTOVER shop MAX PAUSE 5", "\"5\" is not a duration"),
             ("SHOW HELP me", "syntax error at or near \"me\""),
             ("SHOW TABLES -x", "\"-x\" is not a migration name"),
-            ("KILL me", "\"me\" is not a process id"),
+            ("KILL", "a process id or a database is missing"),
+            ("DISABLE", "a database is missing"),
+            ("KILL_CLIENT me", "\"me\" is not the id of a client"),
+            ("SHUTDOWN NOW", "unknown SHUTDOWN \"NOW\""),
             ("SHOW 'HELP", "unterminated quote"),
         ] {
             let error = parse(text).expect_err(text);

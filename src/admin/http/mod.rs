@@ -14,12 +14,12 @@ use axum::body::Bytes;
 use axum::extract::{ConnectInfo, Path, Query, State};
 use axum::http::{HeaderMap, HeaderValue, StatusCode, header};
 use axum::response::{IntoResponse, Response};
-use axum::routing::{delete, get, post};
+use axum::routing::{delete, get, post, put};
 use serde::Deserialize;
 use serde::de::DeserializeOwned;
 
 use self::problem::Problem;
-use super::command::{Command, CutoverRequest, Filter};
+use super::command::{Command, CutoverRequest, Filter, ShutdownWhen};
 use super::error::{AdminError, ErrorKind};
 use super::reply::Reply;
 use super::service::{Service, migration_name};
@@ -57,6 +57,13 @@ fn router(service: Service) -> Router {
         .route("/api/v1/clients", get(|state| read(state, Command::Clients)))
         .route("/api/v1/servers", get(|state| read(state, Command::Servers)))
         .route("/api/v1/stats", get(|state| read(state, Command::Stats)))
+        .route("/api/v1/stats-totals", get(|state| read(state, Command::StatsTotals)))
+        .route("/api/v1/stats-averages", get(|state| read(state, Command::StatsAverages)))
+        .route("/api/v1/totals", get(|state| read(state, Command::Totals)))
+        .route("/api/v1/sockets", get(|state| read(state, Command::Sockets)))
+        .route("/api/v1/active-sockets", get(|state| read(state, Command::ActiveSockets)))
+        .route("/api/v1/mem", get(|state| read(state, Command::Mem)))
+        .route("/api/v1/state", get(|state| read(state, Command::State)))
         .route("/api/v1/lists", get(|state| read(state, Command::Lists)))
         .route("/api/v1/users", get(|state| read(state, Command::Users)))
         .route("/api/v1/members", get(|state| read(state, Command::Members)))
@@ -69,8 +76,16 @@ fn router(service: Service) -> Router {
         .route("/api/v1/migrations/{name}/cancel", post(cancel))
         .route("/api/v1/migrations/{name}/retry", post(retry))
         .route("/api/v1/reload", post(|caller: Caller, state| change(state, caller, Command::Reload)))
-        .route("/api/v1/shutdown", post(|caller: Caller, state| change(state, caller, Command::Shutdown)))
+        .route("/api/v1/shutdown", post(shutdown))
+        .route("/api/v1/settings/{key}", put(set))
         .route("/api/v1/sessions/{pid}", delete(kill))
+        .route("/api/v1/clients/{id}", delete(kill_client))
+        .route("/api/v1/databases/{name}", delete(kill_database))
+        .route("/api/v1/pause", post(|caller: Caller, state| change(state, caller, Command::Pause(None))))
+        .route("/api/v1/resume", post(|caller: Caller, state| change(state, caller, Command::Resume(None))))
+        .route("/api/v1/reconnect", post(|caller: Caller, state| change(state, caller, Command::Reconnect(None))))
+        .route("/api/v1/wait-close", post(|caller: Caller, state| change(state, caller, Command::WaitClose(None))))
+        .route("/api/v1/databases/{name}/{order}", post(order_database))
         .fallback(|| async { Problem::new(StatusCode::NOT_FOUND, "not_found", "there is nothing at this address") })
         .method_not_allowed_fallback(|| async {
             Problem::new(StatusCode::METHOD_NOT_ALLOWED, "method_not_allowed", "this address takes another method")
@@ -171,6 +186,52 @@ async fn retry(caller: Caller, state: Shared, Path(name): Path<String>) -> Answe
 async fn kill(caller: Caller, state: Shared, Path(pid): Path<String>) -> Answer {
     let pid = pid.parse().map_err(|_| invalid(format!("{pid:?} is not a process id")))?;
     change(state, caller, Command::Kill(pid)).await
+}
+
+async fn kill_client(caller: Caller, state: Shared, Path(id): Path<String>) -> Answer {
+    let id = id.parse().map_err(|_| invalid(format!("{id:?} is not the id of a client")))?;
+    change(state, caller, Command::KillClient(id)).await
+}
+
+async fn kill_database(caller: Caller, state: Shared, Path(name): Path<String>) -> Answer {
+    change(state, caller, Command::KillDatabase(name)).await
+}
+
+async fn order_database(caller: Caller, state: Shared, Path((name, order)): Path<(String, String)>) -> Answer {
+    let command = match order.as_str() {
+        "pause" => Command::Pause(Some(name)),
+        "resume" => Command::Resume(Some(name)),
+        "disable" => Command::Disable(name),
+        "enable" => Command::Enable(name),
+        "reconnect" => Command::Reconnect(Some(name)),
+        "wait-close" => Command::WaitClose(Some(name)),
+        _ => return Err(Problem::new(StatusCode::NOT_FOUND, "not_found", "there is no such order for a database")),
+    };
+    change(state, caller, command).await
+}
+
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct SetRequest {
+    /// In the notation of the configuration file.
+    value: String,
+}
+
+async fn set(caller: Caller, state: Shared, Path(key): Path<String>, body: Bytes) -> Answer {
+    let SetRequest { value } = parse(&body)?;
+    change(state, caller, Command::Set { key, value }).await
+}
+
+#[derive(Default, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct ShutdownRequest {
+    #[serde(default)]
+    wait_for: ShutdownWhen,
+}
+
+async fn shutdown(caller: Caller, state: Shared, body: Bytes) -> Answer {
+    let request: ShutdownRequest = if body.is_empty() { ShutdownRequest::default() } else { parse(&body)? };
+    change(state, caller, Command::Shutdown(request.wait_for)).await
 }
 
 async fn read(State(service): Shared, command: Command) -> Answer {

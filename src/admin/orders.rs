@@ -1,0 +1,145 @@
+//! PAUSE, RESUME and the other orders that PgBouncer has, on databases and their sessions.
+//!
+//! PAUSE is the gate that a cutover uses, closed for another reason: what it promises, it promises for the same cause.
+//! It is refused while a cutover is under way, and stays in force through a cutover that begins later: the sessions
+//! then go on, on the other server, at RESUME.
+
+use std::sync::{Arc, MutexGuard, PoisonError};
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
+
+use super::error::{AdminError, ErrorKind};
+use super::reply::Reply;
+use super::service::Inner;
+use super::view::ClientView;
+use crate::switch::Database;
+
+/// How often WAIT_CLOSE looks.
+const LOOK_AGAIN: Duration = Duration::from_millis(50);
+
+type Answer = Result<Reply, AdminError>;
+
+impl Inner {
+    /// PAUSE: answers once every transaction that was running has ended.
+    pub(super) async fn pause(&self, database: Option<String>) -> Answer {
+        let paused = match &database {
+            Some(name) => {
+                let database = self.known(name)?;
+                if !database.pause().map_err(|_| under_way(name))? {
+                    return Err(AdminError::new(ErrorKind::Conflict, format!("database {name:?} is paused already")));
+                }
+                vec![database]
+            }
+            None if self.deps.switchboard.is_paused() => {
+                return Err(AdminError::new(ErrorKind::Conflict, "already paused"));
+            }
+            None => self.deps.switchboard.pause_all().map_err(|name| under_way(&name))?,
+        };
+        for database in paused {
+            tracing::info!(database = database.name(), "paused by an operator");
+            tokio::select! {
+                // Each arm only waits, so dropping it is safe.
+                () = database.wait_empty() => {}
+                () = resumed(&database) => {
+                    let message = format!("database {:?} was resumed before its transactions had ended", database.name());
+                    return Err(AdminError::new(ErrorKind::Conflict, message));
+                }
+                () = self.deps.tasks.stopping() => {
+                    return Err(AdminError::new(ErrorKind::Unavailable, "the daemon is stopping"));
+                }
+            }
+        }
+        Ok(Reply::Done("PAUSE"))
+    }
+
+    /// RESUME
+    pub(super) fn resume(&self, database: Option<String>) -> Answer {
+        let was_paused = match &database {
+            Some(name) => self.known(name)?.resume(),
+            None => self.deps.switchboard.resume_all(),
+        };
+        if was_paused {
+            tracing::info!(database, "resumed by an operator");
+            return Ok(Reply::Done("RESUME"));
+        }
+        Err(AdminError::new(ErrorKind::Conflict, "it is not paused"))
+    }
+
+    /// DISABLE and ENABLE
+    pub(super) fn set_disabled(&self, name: &str, disabled: bool) -> Answer {
+        // Also for a database that nobody has asked for yet: it is to be disabled before somebody does.
+        self.deps.switchboard.database(name).set_disabled(disabled);
+        Ok(Reply::Done(if disabled { "DISABLE" } else { "ENABLE" }))
+    }
+
+    /// KILL of a database: new transactions and sessions are held before the present ones are ended.
+    pub(super) fn kill_database(&self, name: &str) -> Answer {
+        let _first = self.known(name)?.pause().map_err(|_| under_way(name))?;
+        let ended = self.deps.clients.end_database(name);
+        tracing::info!(database = name, ended, "sessions ended by an operator; paused until RESUME");
+        Ok(Reply::Done("KILL"))
+    }
+
+    /// RECONNECT: every server connection that is open now is to go. A session has one of its own, so it goes with it.
+    pub(super) fn reconnect(&self, database: Option<String>) -> Answer {
+        let names = match database {
+            Some(name) => vec![self.known(&name)?.name().to_owned()],
+            None => self.deps.switchboard.all().iter().map(|database| database.name().to_owned()).collect(),
+        };
+        let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().as_secs_f64();
+        self.reconnects().extend(names.into_iter().map(|name| (name, now)));
+        Ok(Reply::Done("RECONNECT"))
+    }
+
+    /// WAIT_CLOSE
+    pub(super) async fn wait_close(&self, database: Option<String>) -> Answer {
+        if let Some(name) = &database {
+            self.known(name)?;
+        }
+        let concerned = |client: &ClientView| {
+            client.close_needed && database.as_ref().is_none_or(|database| client.database == *database)
+        };
+        while self.clients().iter().any(concerned) {
+            tokio::select! {
+                () = tokio::time::sleep(LOOK_AGAIN) => {}
+                () = self.deps.tasks.stopping() => {
+                    return Err(AdminError::new(ErrorKind::Unavailable, "the daemon is stopping"));
+                }
+            }
+        }
+        Ok(Reply::Done("WAIT_CLOSE"))
+    }
+
+    /// The sessions, with what RECONNECT wants of them.
+    pub(super) fn clients(&self) -> Vec<ClientView> {
+        let reconnects = self.reconnects();
+        let mut clients = self.deps.clients.list();
+        for client in &mut clients {
+            let ordered = reconnects.get(&client.database);
+            client.close_needed = ordered.zip(client.connected_at).is_some_and(|(ordered, since)| since < *ordered);
+        }
+        clients
+    }
+
+    fn reconnects(&self) -> MutexGuard<'_, std::collections::BTreeMap<String, f64>> {
+        self.reconnects.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn known(&self, name: &str) -> Result<Arc<Database>, AdminError> {
+        self.deps.switchboard.existing(name).ok_or_else(|| {
+            AdminError::new(ErrorKind::NotFound, format!("no such database: {name}"))
+                .hint("SHOW DATABASES lists those that clients have asked for")
+        })
+    }
+}
+
+fn under_way(database: &str) -> AdminError {
+    AdminError::new(ErrorKind::Conflict, format!("a cutover of database {database:?} is under way"))
+        .hint("it holds and releases new transactions itself")
+}
+
+async fn resumed(database: &Database) {
+    while database.is_paused() {
+        // A change between the look and the wait would be missed, so the wait is bounded.
+        let _change = tokio::time::timeout(LOOK_AGAIN, database.changed()).await;
+    }
+}
