@@ -381,7 +381,7 @@ async fn on_database(
         Some(name) => format!("/api/v1/databases/{}/{order}", encoded(&name)),
         None => format!("/api/v1/{order}"),
     };
-    Ok(output.done(&client.post(&path, None).await?, done)?)
+    output.done(&client.post(&path, None).await?, done)
 }
 
 /// A part of a path: what is not plain is written as `%xx`.

@@ -79,7 +79,7 @@ fn seconds(value: &str) -> String {
 pub(super) fn setting(key: &str, value: &str) -> Option<(String, String)> {
     if let Some((_, section, key, notation)) = SETTINGS.iter().find(|(name, ..)| name.eq_ignore_ascii_case(key)) {
         let value = match (notation, value.parse::<f64>()) {
-            (Notation::Seconds, Ok(seconds)) if seconds >= 0.0 && seconds < 1e9 => {
+            (Notation::Seconds, Ok(seconds)) if (0.0..1e9).contains(&seconds) => {
                 format!("{}us", Duration::from_secs_f64(seconds).as_micros())
             }
             (Notation::Same | Notation::Seconds, _) => value.to_owned(),
