@@ -12,6 +12,7 @@ use tokio_rustls::TlsConnector;
 use tokio_rustls::rustls::pki_types::ServerName;
 
 use crate::config::{self, SslMode};
+use crate::postgres::derived_keys::DerivedKeys;
 use crate::postgres::dial::{self, Encryption};
 use crate::postgres::login::{LoginError, cancel_request, log_in};
 use crate::postgres::{Credential, Login, RawConnection, RawError, Stream, settings, tls};
@@ -76,6 +77,8 @@ struct Inner {
     instance: InstanceId,
     /// Where `sslmode` and the kind of socket may use TLS.
     tls: Option<(TlsConnector, ServerName<'static>)>,
+    /// Keys of the passwords that were used here.
+    derived: DerivedKeys,
 }
 
 impl fmt::Debug for Connector {
@@ -92,7 +95,8 @@ impl Connector {
             sqlstate: None,
             server_message: None,
         })?;
-        let inner = Inner { server: server.clone(), label: label.to_owned(), instance: instance.clone(), tls };
+        let derived = DerivedKeys::new();
+        let inner = Inner { server: server.clone(), label: label.to_owned(), instance: instance.clone(), tls, derived };
         Ok(Self { inner: Arc::new(inner) })
     }
 
@@ -208,7 +212,7 @@ impl Connector {
     async fn raw_once(&self, login: &Login, encryption: Encryption) -> Result<RawConnection, ConnectError> {
         let stream = self.open(encryption).await?;
         let mut connection = RawConnection::before_login(stream, &self.inner.label);
-        log_in(&mut connection, login).await.map_err(|error| self.login_error(login, &error))?;
+        log_in(&mut connection, login, &self.inner.derived).await.map_err(|error| self.login_error(login, &error))?;
         if self.is_own(login)
             && let Some(statement) = settings::after_login(connection.version_num())
         {

@@ -77,9 +77,10 @@ pub fn authentication(runtime: &Runtime, data: &[u8]) {
         _ => Credential::Md5Hash(Secret::new("md5d2ffbd3ca78e0a2b5b2d2e2ffea4a7a1")),
     };
     let login = Login { user: "ann".to_owned(), database: "shop".to_owned(), credential, parameters: Vec::new() };
+    let derived = super::derived_keys::DerivedKeys::new();
     runtime.block_on(async {
         let (mut connection, _server) = scripted(said);
-        if let Err(error) = login::log_in(&mut connection, &login).await {
+        if let Err(error) = login::log_in(&mut connection, &login, &derived).await {
             assert!(!error.to_string().contains("secret") || contains(said, b"secret"), "{error}");
         }
     });

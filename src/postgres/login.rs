@@ -13,10 +13,10 @@
 use bytes::{BufMut as _, BytesMut};
 use md5::{Digest as _, Md5};
 use postgres_protocol::authentication::md5_hash;
-use postgres_protocol::authentication::sasl::{ChannelBinding, ScramSha256};
 use postgres_protocol::message::frontend;
 
-use crate::postgres::scram::{MECHANISM, ScramClient};
+use crate::postgres::derived_keys::DerivedKeys;
+use crate::postgres::scram::{self, MECHANISM, ScramClient, ScramError};
 use crate::postgres::{Credential, Frame, Login, RawConnection, RawError};
 
 /// Why a login failed.
@@ -49,19 +49,24 @@ impl Credential {
 }
 
 /// Logs in on a fresh connection; returns once ReadyForQuery has come.
-pub(super) async fn log_in(connection: &mut RawConnection, login: &Login) -> Result<(), LoginError> {
+/// `derived` remembers the keys of passwords.
+pub(super) async fn log_in(
+    connection: &mut RawConnection,
+    login: &Login,
+    derived: &DerivedKeys,
+) -> Result<(), LoginError> {
     let mut packet = BytesMut::new();
     let fixed = [("user", login.user.as_str()), ("database", login.database.as_str())];
     let further = login.parameters.iter().map(|(name, value)| (name.as_str(), value.as_str()));
     frontend::startup_message(fixed.into_iter().chain(further), &mut packet)
         .map_err(|error| connection.violation(format!("startup packet: {error}")))?;
     connection.send(&packet).await?;
-    authenticate(connection, login).await?;
+    authenticate(connection, login, derived).await?;
     await_ready(connection).await
 }
 
 /// Answers what the server asks until AuthenticationOk.
-async fn authenticate(connection: &mut RawConnection, login: &Login) -> Result<(), LoginError> {
+async fn authenticate(connection: &mut RawConnection, login: &Login, derived: &DerivedKeys) -> Result<(), LoginError> {
     loop {
         let frame = expect_answer(connection).await?;
         let (code, rest) = authentication(connection, &frame)?;
@@ -91,7 +96,9 @@ async fn authenticate(connection: &mut RawConnection, login: &Login) -> Result<(
                     return Err(LoginError::Method(format!("SASL {}", offered.trim())));
                 }
                 match &login.credential {
-                    Credential::Password(password) => scram_with_password(connection, password.expose()).await?,
+                    Credential::Password(password) => {
+                        scram_with_password(connection, password.expose(), derived).await?
+                    }
                     Credential::ScramKeys { client_key, server_key } => {
                         scram_with_keys(connection, ScramClient::new(*client_key, *server_key)).await?;
                     }
@@ -128,27 +135,38 @@ async fn await_ready(connection: &mut RawConnection) -> Result<(), LoginError> {
     }
 }
 
-/// SCRAM with a password, by postgres-protocol (it knows SASLprep).
-async fn scram_with_password(connection: &mut RawConnection, password: &str) -> Result<(), LoginError> {
-    let sasl = |error: std::io::Error| LoginError::Sasl(format!("SCRAM exchange: {error}"));
-    let mut exchange = ScramSha256::new(password.as_bytes(), ChannelBinding::unsupported());
-    send_sasl_initial(connection, exchange.message()).await?;
+/// SCRAM with a password, whose keys are known once the server has said its salt.
+async fn scram_with_password(
+    connection: &mut RawConnection,
+    password: &str,
+    derived: &DerivedKeys,
+) -> Result<(), LoginError> {
+    let nonce = scram::fresh_nonce();
+    send_sasl_initial(connection, scram::first_message(&nonce).as_bytes()).await?;
     let server_first = expect_sasl(connection, 11).await?;
-    exchange.update(&server_first).map_err(sasl)?;
-    send_sasl(connection, exchange.message()).await?;
-    let server_final = expect_sasl(connection, 12).await?;
-    exchange.finish(&server_final).map_err(sasl)
+    let (salt, rounds) = scram::salt_and_rounds(&server_first).map_err(sasl)?;
+    let keys = derived.of(password, &salt, rounds);
+    let exchange = ScramClient::with_nonce(keys.client_key, keys.server_key, nonce);
+    prove(connection, exchange, &server_first).await
 }
 
 /// SCRAM with a client key.
 async fn scram_with_keys(connection: &mut RawConnection, exchange: ScramClient) -> Result<(), LoginError> {
-    let sasl = |error: super::scram::ScramError| LoginError::Sasl(error.to_string());
     send_sasl_initial(connection, exchange.first_message().as_bytes()).await?;
     let server_first = expect_sasl(connection, 11).await?;
-    let (exchange, client_final) = exchange.answer(&server_first).map_err(sasl)?;
+    prove(connection, exchange, &server_first).await
+}
+
+/// The second half of an exchange.
+async fn prove(connection: &mut RawConnection, exchange: ScramClient, server_first: &[u8]) -> Result<(), LoginError> {
+    let (exchange, client_final) = exchange.answer(server_first).map_err(sasl)?;
     send_sasl(connection, client_final.as_bytes()).await?;
     let server_final = expect_sasl(connection, 12).await?;
     exchange.finish(&server_final).map_err(sasl)
+}
+
+fn sasl(error: ScramError) -> LoginError {
+    LoginError::Sasl(error.to_string())
 }
 
 /// The next frame that is no notice and no NegotiateProtocolVersion (`v`: the server speaks an older minor version or

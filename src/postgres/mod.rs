@@ -12,6 +12,7 @@
 
 mod connect;
 mod copy;
+mod derived_keys;
 mod dial;
 mod error;
 mod frame;

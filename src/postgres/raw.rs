@@ -19,8 +19,8 @@ use crate::postgres::{Frame, RawError, Stream, settings};
 /// How much is read from the socket at a time, at least.
 const READ_BYTES: usize = 16 * 1024;
 
-/// How a login proves itself. `Debug` names the kind alone.
-#[derive(Clone)]
+/// How a login proves itself. `Debug` names the kind alone; wiped when dropped.
+#[derive(Clone, zeroize::Zeroize, zeroize::ZeroizeOnDrop)]
 pub enum Credential {
     /// Nothing to show (trust, peer, certificate).
     None,

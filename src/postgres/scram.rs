@@ -33,7 +33,32 @@ pub(super) enum ScramError {
     Server,
 }
 
+/// More rounds than this are not computed for a server: 4096 are the rule, and they keep a thread busy.
+const ROUNDS_MAX: u32 = 1_000_000;
+
+/// A nonce of ours.
+pub(super) fn fresh_nonce() -> String {
+    BASE64.encode(rand::random::<[u8; 18]>())
+}
+
+/// The client-first message. PostgreSQL takes the role from the startup packet and ignores `n=`.
+pub(super) fn first_message(nonce: &str) -> String {
+    format!("{GS2_HEADER}n=,r={nonce}")
+}
+
+/// Salt and number of rounds in a server-first message, for keys that have to be derived from a password.
+pub(super) fn salt_and_rounds(server_first: &[u8]) -> Result<(Vec<u8>, u32), ScramError> {
+    let server_first = std::str::from_utf8(server_first).map_err(|_| ScramError::Malformed)?;
+    let mut attributes = server_first.split(',').skip(1);
+    let mut attribute =
+        |key: &str| attributes.next().and_then(|text| text.strip_prefix(key)).ok_or(ScramError::Malformed);
+    let salt = BASE64.decode(attribute("s=")?).map_err(|_| ScramError::Malformed)?;
+    let rounds = attribute("i=")?.parse().map_err(|_| ScramError::Malformed)?;
+    if (1..=ROUNDS_MAX).contains(&rounds) { Ok((salt, rounds)) } else { Err(ScramError::Malformed) }
+}
+
 /// The exchange before the server's first message.
+#[derive(zeroize::Zeroize, zeroize::ZeroizeOnDrop)]
 pub(super) struct ScramClient {
     client_key: [u8; 32],
     server_key: [u8; 32],
@@ -48,16 +73,16 @@ pub(super) struct AwaitingServerSignature {
 impl ScramClient {
     /// Starts an exchange with a fresh nonce.
     pub(super) fn new(client_key: [u8; 32], server_key: [u8; 32]) -> Self {
-        Self::with_nonce(client_key, server_key, BASE64.encode(rand::random::<[u8; 18]>()))
+        Self::with_nonce(client_key, server_key, fresh_nonce())
     }
 
     pub(super) fn with_nonce(client_key: [u8; 32], server_key: [u8; 32], nonce: String) -> Self {
         Self { client_key, server_key, nonce }
     }
 
-    /// The client-first message. PostgreSQL takes the role from the startup packet and ignores `n=`.
+    /// The client-first message.
     pub(super) fn first_message(&self) -> String {
-        format!("{GS2_HEADER}n=,r={}", self.nonce)
+        first_message(&self.nonce)
     }
 
     /// Answers the server-first message with the client-final message.
@@ -154,6 +179,14 @@ mod tests {
         let mut proof = hmac_sha256(&stored_key, auth_message.as_bytes());
         proof.iter_mut().zip(client_key).for_each(|(byte, key)| *byte ^= key);
         assert_eq!(BASE64.encode(proof), "dHzbZapWIk4jUhN+Ute9ytag9zjfMHgsqmmiz7AndVQ=");
+    }
+
+    #[test]
+    fn salt_and_rounds_are_read_and_bounded() {
+        assert_eq!(salt_and_rounds(b"r=abc,s=c2FsdA==,i=4096"), Ok((b"salt".to_vec(), 4096)));
+        for bad in ["r=abc,s=c2FsdA==,i=0", "r=abc,s=c2FsdA==,i=4294967295", "r=abc,s=!,i=1", "r=abc,i=1,s=", "r=abc"] {
+            assert_eq!(salt_and_rounds(bad.as_bytes()), Err(ScramError::Malformed), "{bad}");
+        }
     }
 
     #[test]

@@ -8,11 +8,13 @@ use std::fmt::Write as _;
 use std::path::Path;
 use std::sync::Arc;
 
+use super::auth::Lookup;
 use super::auth::hba::{CertificateCheck, Rules};
 use super::auth::user_maps::UserMaps;
-use super::auth::{Lookup, users_file};
+use super::auth::users_file::{self, Stored};
 use super::tls::ServerTls;
 use crate::config::{ClientCertificates, Config, Network};
+use crate::shutdown::Tasks;
 use crate::telemetry::metrics::Metrics;
 
 /// Everything a login needs to know about files. Never changed once it is made.
@@ -83,6 +85,33 @@ impl Access {
         if problems.is_empty() { Ok(()) } else { Err(listed("hba_file", path, &problems)) }
     }
 
+    /// The same with the keys that `earlier` has derived from passwords which have stayed the same.
+    pub(super) fn with_work_of(mut self, earlier: &Self) -> Self {
+        if let Some(lookup) = Arc::get_mut(&mut self.lookup) {
+            for (name, stored) in &mut lookup.users {
+                if let Some(known) = earlier.lookup.users.get(name) {
+                    stored.keep_work_of(known);
+                }
+            }
+        }
+        self
+    }
+
+    /// Derives the keys of clear text passwords before anybody asks, so that no worker has to, and so that the first
+    /// login of a user that exists takes no longer than that of one that does not.
+    pub(super) fn prepare(self: &Arc<Self>, tasks: &Tasks, runtime: &tokio::runtime::Handle) {
+        if self.lookup.users.values().all(Stored::is_ready) {
+            return;
+        }
+        let (lookup, tasks) = (self.lookup.clone(), tasks.clone());
+        // Ends with the tasks, at the latest after the one key it is at.
+        let _ends_by_itself = runtime.spawn_blocking(move || {
+            for stored in lookup.users.values().take_while(|_| !tasks.is_stopping()) {
+                let _derived = stored.scram_verifier();
+            }
+        });
+    }
+
     /// What is worth watching from outside.
     pub(super) fn show_in(&self, metrics: &Metrics) {
         let not_after = self.tls.as_ref().and_then(|tls| tls.not_after);
@@ -93,7 +122,7 @@ impl Access {
 /// Lines by number, and what is wrong with them.
 type Problems = Vec<(usize, String)>;
 
-fn users(text: &str) -> Result<HashMap<String, users_file::Stored>, Problems> {
+fn users(text: &str) -> Result<HashMap<String, Stored>, Problems> {
     let (users, bad) = users_file::parse(text);
     if bad.is_empty() {
         return Ok(users);
@@ -136,6 +165,21 @@ mod tests {
         config.auth.users_file = Some(file("users", users));
         let directory = directory.path().display().to_string();
         Access::load(&config).map_err(|error| error.to_string().replace(&directory, "D"))
+    }
+
+    #[test]
+    fn derived_keys_are_kept_as_long_as_their_password_is() {
+        let users = "\"ann\" \"secret\"\n\"bob\" \"secret\"\n\"cy\" \"md50123456789abcdef0123456789abcdef\"";
+        let verifier = |access: &Access, name: &str| access.lookup.users[name].scram_verifier();
+        let first = load("", "", users).expect("valid");
+        let (ann, bob) = (verifier(&first, "ann"), verifier(&first, "bob"));
+        assert!(ann.is_some() && ann != bob, "each has a salt of its own");
+        let second = load("", "", &users.replace("\"bob\" \"secret\"", "\"bob\" \"changed\"")).expect("valid");
+        let second = second.with_work_of(&first);
+        assert!(second.lookup.users["ann"].is_ready() && !second.lookup.users["bob"].is_ready());
+        assert!(second.lookup.users["cy"].is_ready(), "there is nothing to derive");
+        assert_eq!(verifier(&second, "ann"), ann);
+        assert_ne!(verifier(&second, "bob"), bob);
     }
 
     #[test]

@@ -183,8 +183,9 @@ impl Proxy {
         let runtime = tokio::runtime::Handle::current();
         let listeners = bind(&deps.config)?;
         let address = listeners.iter().find_map(Listener::tcp_address);
-        let access = access::Access::load(&deps.config)?;
+        let access = Arc::new(access::Access::load(&deps.config)?);
         access.show_in(&deps.metrics);
+        access.prepare(&deps.tasks, &runtime);
         let seed = access.tls.as_ref().map(|tls| tls.seed);
         let verifiers = auth::Verifiers::new(deps.source.clone(), deps.target.clone(), runtime.clone(), seed);
         let departures = departures::Departures::new(
@@ -206,7 +207,7 @@ impl Proxy {
             keys: Arc::default(),
             verifiers: Arc::new(verifiers),
             departures: Arc::new(departures),
-            access: ArcSwap::from_pointee(access),
+            access: ArcSwap::new(access),
             clients: AtomicUsize::new(0),
             runtime,
             failpoints: deps.failpoints,
@@ -235,9 +236,10 @@ impl Proxy {
     pub fn access_reader(&self) -> impl Fn(&Config) -> Result<(), AccessError> + Send + Sync + 'static {
         let shared = self.shared.clone();
         move |config| {
-            let access = access::Access::load(config)?;
+            let access = Arc::new(access::Access::load(config)?.with_work_of(&shared.access.load()));
             access.show_in(&shared.metrics);
-            shared.access.store(Arc::new(access));
+            access.prepare(&shared.tasks, &shared.runtime);
+            shared.access.store(access);
             shared.verifiers.forget();
             Ok(())
         }

@@ -167,7 +167,7 @@ async fn the_console_is_for_its_users() {
 async fn refusal(rig: &Rig, user: &str, password: &str) -> String {
     let mut config = rig.client("postgres");
     config.user(user).password(password);
-    let error = try_connect(&config).await.err().expect("refused");
+    let error = try_connect(&config).await.expect_err("refused");
     let error = error.as_db_error().unwrap_or_else(|| panic!("{error:?}"));
     format!("{} {}", error.code().code(), error.message())
 }
@@ -222,7 +222,7 @@ async fn expired_passwords_and_roles_without_login_are_refused_as_postgresql_doe
         ("resting", "wrong", "28P01 password authentication failed for user \"resting\""),
     ] {
         assert_eq!(refusal(&rig, user, password).await, expected);
-        let error = try_connect(&direct(user, password)).await.err().expect("refused");
+        let error = try_connect(&direct(user, password)).await.expect_err("refused");
         let error = error.as_db_error().expect("by the server");
         assert_eq!(format!("{} {}", error.code().code(), error.message()), expected, "straight from the server");
     }

@@ -55,8 +55,16 @@ impl Stored {
 }
 
 impl Stored {
+    /// Whether nothing has to be computed before a client can be asked.
+    pub(in crate::proxy) fn is_ready(&self) -> bool {
+        match self {
+            Self::Scram(_) | Self::Md5(_) => true,
+            Self::Plain { verifier, .. } => verifier.get().is_some(),
+        }
+    }
+
     /// Takes over what `earlier` has computed, if it is the same secret.
-    pub(super) fn keep_work_of(&mut self, earlier: &Self) {
+    pub(in crate::proxy) fn keep_work_of(&mut self, earlier: &Self) {
         if let (Self::Plain { password, verifier }, Self::Plain { password: same, verifier: made }) = (self, earlier)
             && *password == *same
         {

@@ -73,7 +73,7 @@ fn fields(line: &str) -> Result<Vec<Vec<Token>>, String> {
 
 /// The next token, if there is one, and whether a comma behind it says that its field goes on.
 fn next_token(rest: &mut &str) -> Result<(Option<Token>, bool), String> {
-    *rest = rest.trim_start_matches(|c: char| c == ' ' || c == '\t' || c == ',');
+    *rest = rest.trim_start_matches([' ', '\t', ',']);
     let quoted = rest.starts_with('"');
     let (mut text, mut inside, mut anything) = (String::new(), false, false);
     let mut characters = rest.char_indices().peekable();
