@@ -8,6 +8,7 @@ pub mod fuzzing;
 pub mod limits;
 mod load;
 pub mod network;
+mod pool;
 mod reader;
 mod settings;
 mod tcp;
@@ -23,6 +24,7 @@ use std::time::Duration;
 pub use error::{ConfigError, Origin, Problem};
 pub use load::{DEFAULT_AUTH_QUERY, DEFAULT_PORT, load, load_admin};
 pub use network::Network;
+pub use pool::{Pool, PoolMode, PoolOverride, PoolSizes};
 pub use reader::nearest;
 pub use settings::{Changes, Live, Setting};
 pub use tcp::Tcp;
@@ -65,6 +67,8 @@ pub struct Config {
     pub target: Server,
     /// How applications prove who they are.
     pub auth: Auth,
+    /// How server connections are shared.
+    pub pool: Pool,
     /// Bounds on what clients may use.
     pub limits: Limits,
     /// Copy and replication.

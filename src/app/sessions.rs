@@ -45,7 +45,7 @@ fn client(view: SessionView, now: SystemTime) -> ClientView {
         SessionState::Login => "login",
         SessionState::Idle => "idle",
         SessionState::Active => "active",
-        SessionState::Held => "waiting",
+        SessionState::Held | SessionState::Waiting => "waiting",
         SessionState::Orphan => "orphan",
         SessionState::Replication => "replication",
     };

@@ -58,13 +58,13 @@ pub(super) fn read(text: &str, base: &Path, environment: &Environment) -> (Confi
         source: server(reader.section("source")),
         target: server(reader.section("target")),
         auth: auth(reader.section("auth")),
+        pool: super::pool::read(&mut reader),
         limits: limits(&mut reader),
         migration: migration(reader.section("migration")),
         cutover: cutover(reader.section("cutover")),
         admin: admin(reader.section("admin")),
         telemetry: telemetry(reader.section("telemetry")),
     };
-    pool(reader.section("pool"));
     check_together(&config, &mut reader);
     let (mut problems, known) = reader.finish();
     if !is_readable {
@@ -197,11 +197,6 @@ fn auth(mut section: Section<'_>) -> Auth {
         auth_database: section.text("auth_database"),
         verifier_cache: section.duration("verifier_cache", Duration::from_secs(10)),
     }
-}
-
-/// Sessions are pooled one to one; the key exists so that a file that asks for anything else is refused, not ignored.
-fn pool(mut section: Section<'_>) {
-    section.choice("mode", (), &[("session", ())]);
 }
 
 fn limits(reader: &mut Reader) -> Limits {

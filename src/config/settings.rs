@@ -90,7 +90,32 @@ impl Config {
         add("auth", "auth_query", auth.auth_query.clone(), Reload);
         add("auth", "auth_database", auth.auth_database.clone().unwrap_or_default(), Reload);
         add("auth", "verifier_cache", format_duration(auth.verifier_cache), Reload);
-        add("pool", "mode", "session".to_owned(), Restart);
+        let pool = &self.pool;
+        add("pool", "mode", pool.mode.as_str().to_owned(), Restart);
+        for (key, number) in [
+            ("default_pool_size", pool.default_pool_size),
+            ("min_pool_size", pool.min_pool_size),
+            ("reserve_pool_size", pool.reserve_pool_size),
+            ("max_db_connections", pool.max_db_connections),
+            ("max_user_connections", pool.max_user_connections),
+            ("max_prepared_statements", pool.max_prepared_statements),
+        ] {
+            add("pool", key, number.to_string(), Restart);
+        }
+        for (key, time) in [
+            ("reserve_pool_timeout", pool.reserve_pool_timeout),
+            ("server_lifetime", pool.server_lifetime),
+            ("server_idle_timeout", pool.server_idle_timeout),
+            ("server_check_delay", pool.server_check_delay),
+            ("query_wait_timeout", pool.query_wait_timeout),
+        ] {
+            add("pool", key, format_duration(time), Restart);
+        }
+        add("pool", "server_check_query", pool.server_check_query.clone(), Restart);
+        add("pool", "server_reset_query", pool.server_reset_query.clone(), Restart);
+        add("pool", "database", super::pool::describe(&pool.databases), Restart);
+        add("pool", "user", super::pool::describe(&pool.users), Restart);
+        add("pool", "server_reset_query_always", pool.server_reset_query_always.to_string(), Restart);
         let limits = &self.limits;
         add("limits", "max_client_connections", limits.max_client_connections.to_string(), Reload);
         add("limits", "reserved_admin_connections", limits.reserved_admin_connections.to_string(), Reload);

@@ -123,7 +123,7 @@ fn show_config_lists_every_key_and_no_secret() {
 #[test]
 fn mistakes_are_named_with_their_line_and_the_nearest_key() {
     type Case = (fn(String) -> String, &'static str);
-    let cases: [Case; 19] = [
+    let cases: [Case; 21] = [
         (|f| f.replace("users =", "user ="), "f:7: unknown key `user` in [admin]; did you mean `users`?"),
         (|f| f.replace("[target]", "[targets]"), "f:14: unknown section [targets]; did you mean `target`?"),
         (|f| f + "sslmod = \"require\"\n", "f:18: unknown key `sslmod` in [target]; did you mean `sslmode`?"),
@@ -144,7 +144,15 @@ fn mistakes_are_named_with_their_line_and_the_nearest_key() {
         ),
         (|f| f.replace("\"source\"", "\"nowhere\""), "f:12: [source] password_file: cannot read"),
         (|f| f + "[cutover]\ndrain_timeout = \"9s\"\n", "f:19: [cutover] drain_timeout: is longer than max_pause"),
-        (|f| f + "[pool]\nmode = \"transaction\"\n", "f:19: [pool] mode: \"transaction\" is not one of \"session\""),
+        (
+            |f| f + "[pool]\nmode = \"statement\"\n",
+            "f:19: [pool] mode: \"statement\" is not one of \"session\", \"transaction\"",
+        ),
+        (
+            |f| f + "[pool.user.ann]\nmod = \"session\"\n",
+            "f:19: unknown key `mod` in [pool.user.ann]; did you mean `mode`?",
+        ),
+        (|f| f + "[pool.users.ann]\nmode = \"session\"\n", "f:19: unknown key `users` in [pool]"),
         (|f| f + "[auth]\nmethod = \"password\"\n", "f:19: [auth] method: sends passwords in clear text"),
     ];
     for (change, expected) in cases {

@@ -33,5 +33,5 @@ pub use dial::watch_link;
 pub use error::{ErrorReport, RawError};
 pub use frame::Frame;
 pub use pipeline::{EncodeError, Outcome, Pipeline, PipelineError};
-pub use raw::{Credential, Login, RawConnection, TextRows};
-pub use stream::Stream;
+pub use raw::{Credential, Login, ParkedConnection, RawConnection, TextRows};
+pub use stream::{Parked, Stream};

@@ -14,6 +14,7 @@ use tokio_util::io::poll_read_buf;
 
 use crate::config::Secret;
 use crate::postgres::frame::{data_row, parameter_status, take_frame};
+use crate::postgres::stream::Parked;
 use crate::postgres::{Frame, RawError, Stream, settings};
 
 /// How much is read from the socket at a time, at least.
@@ -89,6 +90,25 @@ pub struct RawConnection {
     awaited: u32,
 }
 
+/// A connection between two threads: see [`RawConnection::park`].
+pub struct ParkedConnection {
+    stream: Parked,
+    rest: Box<dyn FnOnce(Stream) -> RawConnection + Send>,
+}
+
+impl fmt::Debug for ParkedConnection {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("ParkedConnection")
+    }
+}
+
+impl ParkedConnection {
+    /// Goes on on the runtime of the calling thread.
+    pub fn resume(self) -> io::Result<RawConnection> {
+        Ok((self.rest)(self.stream.resume()?))
+    }
+}
+
 impl fmt::Debug for RawConnection {
     /// Neither the cancel key nor what is in the buffers.
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
@@ -110,6 +130,24 @@ impl RawConnection {
             notifications: Vec::new(),
             awaited: 0,
         }
+    }
+
+    /// Takes the connection from its runtime, so that another thread can go on with it.
+    pub fn park(self) -> io::Result<ParkedConnection> {
+        let Self { stream, read_buf, pid, cancel_key, parameters, label, status, notifications, awaited } = self;
+        let stream = stream.park()?;
+        let rest = Box::new(move |stream| Self {
+            stream,
+            read_buf,
+            pid,
+            cancel_key,
+            parameters,
+            label,
+            status,
+            notifications,
+            awaited,
+        });
+        Ok(ParkedConnection { stream, rest })
     }
 
     /// `source` or `target`.

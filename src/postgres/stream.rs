@@ -43,6 +43,40 @@ impl Stream {
     }
 }
 
+/// A stream that belongs to no runtime for the moment: on its way from one thread to another.
+#[derive(Debug)]
+pub struct Parked(Parts);
+
+#[derive(Debug)]
+enum Parts {
+    Tcp(std::net::TcpStream),
+    Unix(std::os::unix::net::UnixStream),
+    /// Its socket cannot be taken out: it stays with the runtime that it was opened on, which wakes the new owner.
+    Tls(Box<TlsStream<TcpStream>>),
+}
+
+impl Stream {
+    /// Takes the stream from the runtime that it is registered with.
+    pub fn park(self) -> io::Result<Parked> {
+        Ok(Parked(match self {
+            Self::Tcp(stream) => Parts::Tcp(stream.into_std()?),
+            Self::Unix(stream) => Parts::Unix(stream.into_std()?),
+            Self::Tls(stream) => Parts::Tls(stream),
+        }))
+    }
+}
+
+impl Parked {
+    /// Registers the stream with the runtime of the calling thread.
+    pub fn resume(self) -> io::Result<Stream> {
+        Ok(match self.0 {
+            Parts::Tcp(stream) => Stream::Tcp(TcpStream::from_std(stream)?),
+            Parts::Unix(stream) => Stream::Unix(UnixStream::from_std(stream)?),
+            Parts::Tls(stream) => Stream::Tls(stream),
+        })
+    }
+}
+
 impl AsyncRead for Stream {
     fn poll_read(self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
         match self.get_mut() {

@@ -166,6 +166,43 @@ impl Buffer {
     }
 }
 
+/// What only sessions need that share backends, where not every byte is passed on as it came.
+impl Buffer {
+    /// Takes `count` bytes at `at` out.
+    pub(super) fn remove(&mut self, at: usize, count: usize) {
+        if at == 0 {
+            self.consume(count);
+        } else if let Some(block) = &mut self.block {
+            block.copy_within(self.start + at + count..self.end, self.start + at);
+            self.end -= count;
+        }
+    }
+
+    /// Changes the byte at `at`.
+    pub(super) fn set(&mut self, at: usize, byte: u8) {
+        if let Some(block) = &mut self.block {
+            block[self.start + at] = byte;
+        }
+    }
+
+    /// Puts bytes in front of those held. For the slow path only.
+    pub(super) fn prepend(&mut self, bytes: &[u8]) {
+        let held = self.filled().to_vec();
+        self.consume(held.len());
+        self.append(&[bytes, &held].concat());
+    }
+
+    /// Makes room for `bytes` in all, which may need a block of unusual size. For the slow path only.
+    pub(super) fn grow(&mut self, bytes: usize) {
+        if self.capacity() < bytes {
+            let mut grown = vec![0; bytes];
+            grown[..self.len()].copy_from_slice(self.filled());
+            (self.start, self.end) = (0, self.len());
+            self.block = Some(grown.into_boxed_slice());
+        }
+    }
+}
+
 impl Drop for Buffer {
     fn drop(&mut self) {
         if let Some(block) = self.block.take() {

@@ -108,6 +108,15 @@ pub enum ClientError {
         /// Primary message.
         message: String,
     },
+    /// `query_wait_timeout` reached.
+    QueryWaitTimeout,
+    /// A pooled session's settings could not be read or brought to another connection.
+    SettingsLost {
+        /// SQLSTATE of the server, where it said one.
+        code: String,
+    },
+    /// A prepared statement too large to be shared.
+    StatementTooLarge,
     /// The session's task failed; the backend is being looked after.
     Internal,
 }
@@ -147,7 +156,7 @@ impl ClientError {
             Self::NoUser | Self::TlsRequired | Self::CleartextRefused | Self::Authorization(_) => {
                 sqlstate::INVALID_AUTHORIZATION
             }
-            Self::TooManyClients | Self::TooManyOf { .. } => sqlstate::TOO_MANY_CONNECTIONS,
+            Self::TooManyClients | Self::TooManyOf { .. } | Self::QueryWaitTimeout => sqlstate::TOO_MANY_CONNECTIONS,
             Self::DatabaseDisabled { .. } => sqlstate::OBJECT_NOT_IN_PREREQUISITE_STATE,
             Self::IdleTimeout => sqlstate::IDLE_SESSION_TIMEOUT,
             Self::IdleTransactionTimeout => sqlstate::IDLE_IN_TRANSACTION_TIMEOUT,
@@ -162,6 +171,8 @@ impl ClientError {
             Self::ServerLost { .. } => sqlstate::CONNECTION_FAILURE,
             Self::CancelledWhileHeld => sqlstate::QUERY_CANCELED,
             Self::Terminated | Self::ReplicationEnded | Self::MoveFailed { .. } => sqlstate::ADMIN_SHUTDOWN,
+            Self::SettingsLost { code } => code,
+            Self::StatementTooLarge => sqlstate::PROGRAM_LIMIT_EXCEEDED,
             Self::Internal => sqlstate::INTERNAL_ERROR,
         }
     }
@@ -211,6 +222,11 @@ impl ClientError {
             Self::MoveFailed { .. } => {
                 "terminating connection: the session could not follow its database to another server".into()
             }
+            Self::QueryWaitTimeout => "query_wait_timeout".into(),
+            Self::SettingsLost { .. } => {
+                "terminating connection: its settings could not be brought to another server connection".into()
+            }
+            Self::StatementTooLarge => "prepared statement is too large for transaction pooling".into(),
             Self::Internal => "internal error of the proxy".into(),
         }
     }
@@ -227,6 +243,7 @@ impl ClientError {
             Self::QueryTimeout => Some("The server did not answer the cancel; whether the statement took effect is not known.".into()),
             Self::CancelledWhileHeld => Some("The statement was waiting for a cutover to end and had not been sent to a server.".into()),
             Self::MoveFailed { reason } => Some(reason.as_ref().into()),
+            Self::QueryWaitTimeout => Some("No server connection of the pool became free in time.".into()),
             _ => None,
         }
     }
@@ -334,6 +351,9 @@ mod tests {
             (ClientError::ReplicationEnded, "FATAL", "57P01"),
             (ClientError::MoveFailed { reason: "r".into() }, "FATAL", "57P01"),
             (ClientError::Ordered { code: "57P01".to_owned(), message: "m".to_owned() }, "FATAL", "57P01"),
+            (ClientError::QueryWaitTimeout, "FATAL", "53300"),
+            (ClientError::SettingsLost { code: "42704".to_owned() }, "FATAL", "42704"),
+            (ClientError::StatementTooLarge, "FATAL", "54000"),
             (ClientError::Internal, "FATAL", "XX000"),
         ];
         for (error, severity, code) in table {

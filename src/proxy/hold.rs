@@ -111,7 +111,7 @@ impl Session {
 }
 
 /// Whether the other side has closed, as far as the kernel has told already.
-fn is_closed(stream: &Stream) -> bool {
+pub(super) fn is_closed(stream: &Stream) -> bool {
     let ready = match stream {
         Stream::Tcp(socket) => socket.ready(Interest::READABLE).now_or_never(),
         Stream::Unix(socket) => socket.ready(Interest::READABLE).now_or_never(),

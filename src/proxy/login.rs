@@ -13,10 +13,13 @@ use super::client_error::ClientError;
 use super::handshake::{ClientChannel, Entrance, HandshakeError, Peer, Request, negotiate, wants_replication};
 use super::limits::Place;
 use super::listener::Accepted;
+use super::pool::{Link as PoolLink, LocalPool, Profile, Reported, Waiter};
+use super::pooled::{self, Pooled, PooledSession};
 use super::session::{Link, Session};
 use super::sessions::{Entry, Order, Registration, SessionState};
 use super::worker::Worker;
 use super::{CONSOLE_ALIAS, CONSOLE_DATABASE, Shared, backend};
+use crate::config::PoolMode;
 use crate::postgres::{Credential, Login, Stream};
 use crate::switch::{Admission, Member, Route, ServerRole};
 use crate::telemetry::metrics::AuthFailure;
@@ -69,8 +72,16 @@ impl From<io::Error> for Refused {
     }
 }
 
+/// A client that is logged in.
+pub(super) enum Served {
+    /// With a backend of its own.
+    Alone(Box<Session>),
+    /// With one of the pool's for each transaction.
+    Pooled(Box<PooledSession>),
+}
+
 /// Takes a connection through handshake, authentication and login. `None`: it is dealt with.
-pub(super) async fn log_in(worker: &Rc<Worker>, accepted: Accepted) -> Option<Session> {
+pub(super) async fn log_in(worker: &Rc<Worker>, accepted: Accepted) -> Option<Served> {
     let shared = &worker.shared;
     let slot = ClientSlot::take(shared);
     if slot.excess() > REFUSALS_MAX {
@@ -104,7 +115,12 @@ pub(super) async fn log_in(worker: &Rc<Worker>, accepted: Accepted) -> Option<Se
     let registration = shared.sessions.register(peer.shown());
     let mut login = LoginInProgress { worker, access, channel, peer, startup, registration, slot, deadline };
     match login.until_ready().await {
-        Ok(Done::Session(parts)) => Some(Session::start(worker.clone(), login.finish(), *parts)),
+        Ok(Done::Session(parts)) => {
+            Some(Served::Alone(Box::new(Session::start(worker.clone(), login.finish(), *parts))))
+        }
+        Ok(Done::Pooled(parts)) => {
+            Some(Served::Pooled(Box::new(PooledSession::start(worker.clone(), login.finish(), *parts))))
+        }
         Ok(Done::Console) => {
             login.hand_to_console();
             None
@@ -155,6 +171,7 @@ async fn cancel(shared: &Shared, channel: ClientChannel, pid: i32, key: &[u8]) {
 /// What a login came to.
 enum Done {
     Session(Box<Link>),
+    Pooled(Box<Pooled>),
     Console,
 }
 
@@ -197,6 +214,10 @@ impl LoginInProgress<'_> {
         let credential = self.authenticate(&demand, active).await?;
         if is_console {
             return self.may_use_console().map(|()| Done::Console);
+        }
+        let sizes = self.shared().config.pool.sizes(&self.startup.database, &self.startup.user);
+        if sizes.mode == PoolMode::Transaction && !wants_replication(&self.startup) {
+            return self.join_pool(credential).await.map(|parts| Done::Pooled(Box::new(parts)));
         }
         self.connect(credential).await.map(|link| Done::Session(Box::new(link)))
     }
@@ -366,6 +387,109 @@ impl LoginInProgress<'_> {
         member.leave();
         let member = (!exempt).then_some(member);
         Ok(Link { login, local, member, backend, epoch: admission.epoch, key })
+    }
+}
+
+/// Transaction mode.
+impl LoginInProgress<'_> {
+    /// Learns what the client's settings come to, on a connection of its pool unless that is known already.
+    async fn join_pool(&mut self, credential: Credential) -> Result<Pooled, Refused> {
+        let (user, database) = (self.startup.user.clone(), self.startup.database.clone());
+        let limits = self.shared().limits.load_full();
+        let places = self.shared().places.of_session(&limits, &user, &database).map_err(Refused::With)?;
+        self.slot.places.extend(places);
+        let patience = limits.timeouts_of(&user, &database).query_wait;
+        let application_name = self.startup.parameter("application_name").unwrap_or_default().to_owned();
+        let key = self.shared().keys.issue(&self.registration);
+        let tls = matches!(self.channel.stream, Stream::Tls(_));
+        self.registration.set_identity(&user, &database, &application_name, key.pid, tls);
+        self.registration.set_pooled();
+        let settings = pooled::settings_of(&self.startup.parameters).map_err(Refused::With)?;
+        let local = self.worker.database(&database);
+        let pool = self.worker.pool(&local, &database, &user, &credential);
+        let parameters = std::mem::take(&mut self.startup.parameters);
+        let login = Login { user, database, credential, parameters };
+        let member = local.database.join();
+        let waiter = Waiter::new(pool.worker, (*self.registration).clone());
+        let (profile, told) = match pooled::known(&pool, &settings) {
+            Some(known) => known,
+            None => {
+                let learned = self.learn(&pool, &member, &waiter, settings, patience).await;
+                // Whatever came of it, nobody hands a connection to a waiter that has gone.
+                pool.stop_waiting(&waiter);
+                learned?
+            }
+        };
+        let out = &mut self.channel.out;
+        for (name, value) in told.iter() {
+            message::parameter_status(out, name, value);
+        }
+        message::backend_key_data(out, key.pid, &key.secret);
+        message::ready_for_query(out, TransactionStatus::Idle);
+        self.registration.set_state(SessionState::Idle);
+        Ok(Pooled { login, local, pool, member, waiter, profile, told, key })
+    }
+
+    async fn learn(
+        &mut self,
+        pool: &Rc<LocalPool>,
+        member: &Member,
+        waiter: &Arc<Waiter>,
+        settings: Vec<(String, String)>,
+        patience: Duration,
+    ) -> Result<(Arc<Profile>, Reported), Refused> {
+        loop {
+            let admission = admit(&mut self.channel, member, &self.registration, patience).await?;
+            // Not inside while it waits in line.
+            member.leave();
+            pool.server_at(admission.epoch);
+            pool.wait(waiter);
+            let mut link = self.wait_for_link(pool, waiter).await?;
+            let Some(admission) = member.try_enter() else {
+                pool.give_back(link, Instant::now().into_std());
+                continue;
+            };
+            if pool.server_at(admission.epoch) != Some(link.server()) {
+                member.leave();
+                link.close();
+                continue;
+            }
+            let learned = pooled::learn(pool, &mut link, settings).await;
+            pool.give_back(link, Instant::now().into_std());
+            member.leave();
+            return learned.map_err(Refused::With);
+        }
+    }
+
+    /// Waits in line. A client that goes away meanwhile, or sends more than a client has reason to, ends it.
+    async fn wait_for_link(&mut self, pool: &Rc<LocalPool>, waiter: &Arc<Waiter>) -> Result<Box<PoolLink>, Refused> {
+        loop {
+            let entry = &self.registration;
+            let given = std::future::poll_fn(|cx| {
+                entry.set_waker(cx.waker());
+                match waiter.take() {
+                    Some(given) => std::task::Poll::Ready(Some(given)),
+                    None if entry.has_orders() => std::task::Poll::Ready(None),
+                    None => {
+                        pool.open_for_waiting();
+                        std::task::Poll::Pending
+                    }
+                }
+            });
+            tokio::select! {
+                // Dropped and made anew in the next round; what was given stays with the waiter until it is taken.
+                given = given => match given {
+                    Some(given) => return given.map_err(Refused::With),
+                    None => {
+                        if let Some(error) = ended_by(entry) {
+                            return Err(Refused::With(error));
+                        }
+                    }
+                },
+                // Cancel-safe: what was read is in the channel.
+                read = self.channel.read_some(), if self.channel.input.len() < EARLY_INPUT_MAX => read?,
+            }
+        }
     }
 }
 

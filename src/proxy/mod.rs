@@ -36,6 +36,8 @@ mod login;
 mod meters;
 mod moves;
 mod orphan;
+mod pool;
+mod pooled;
 mod relay;
 mod session;
 mod sessions;
@@ -150,6 +152,7 @@ struct Shared {
     limits: ArcSwap<Limits>,
     /// Client connections by role, database and address.
     places: Arc<limits::Places>,
+    pools: Arc<pool::Pools>,
     /// Client connections at this moment, in handshake too.
     clients: AtomicUsize,
     /// The main runtime, for what must not run on a worker.
@@ -194,6 +197,7 @@ impl Proxy {
             deps.target.clone(),
             runtime.clone(),
         );
+        let pools = Arc::new(pool::Pools::new(deps.config.clone(), deps.sessions.clone()));
         let shared = Arc::new(Shared {
             limits: ArcSwap::from_pointee(deps.config.limits.clone()),
             places: Arc::default(),
@@ -208,6 +212,7 @@ impl Proxy {
             verifiers: Arc::new(verifiers),
             departures: Arc::new(departures),
             access: ArcSwap::new(access),
+            pools,
             clients: AtomicUsize::new(0),
             runtime,
             failpoints: deps.failpoints,
@@ -305,7 +310,7 @@ fn start_workers(shared: &Arc<Shared>) -> Result<Workers, ProxyError> {
             // Nobody listens only when starting was given up.
             let _heard = report.send(outcome);
             if let Some(runtime) = runtime {
-                runtime.block_on(worker::Worker::run(shared, accepted));
+                runtime.block_on(worker::Worker::run(shared, number, accepted));
             }
         });
         threads.push(thread.map_err(ProxyError::Thread)?);

@@ -34,7 +34,8 @@ pub(super) struct Remains {
     pub(super) lost: bool,
 }
 
-struct Answers<'a>(&'a mut Ledger);
+/// Follows answers that nobody gets.
+pub(super) struct Answers<'a>(pub(super) &'a mut Ledger);
 
 impl Sink for Answers<'_> {
     fn frame(&mut self, tag: u8, body: &[u8]) {

@@ -17,9 +17,10 @@ use super::cancel::CancelKey;
 use super::client_error::ClientError;
 use super::handoff::Tracked;
 use super::listener::Accepted;
-use super::login::{ClientSlot, LoggedIn, log_in};
+use super::login::{ClientSlot, LoggedIn, Served, log_in};
 use super::moves::Moving;
 use super::orphan;
+use super::pool::Seat;
 use super::sessions::{Order, Registration, SessionState};
 use super::timeouts::Seen;
 use super::worker::{LocalDatabase, Watch, Worker};
@@ -60,6 +61,20 @@ pub(super) struct Up {
     pub(super) ended: bool,
     /// The client has said Terminate while answers were due: it still gets them, as from PostgreSQL.
     pub(super) terminated: bool,
+}
+
+impl Up {
+    fn new(buffer: Buffer) -> Self {
+        Self {
+            buffer,
+            cleared: 0,
+            body_left: 0,
+            discard_left: 0,
+            discard_to_sync: false,
+            ended: false,
+            terminated: false,
+        }
+    }
 }
 
 /// Bytes from the backend to the client.
@@ -116,6 +131,25 @@ pub(super) struct Session {
     _key: CancelKey,
     _watch: Watch,
     _slot: ClientSlot,
+    /// Of a session that was a pooled one: its backend still counts among those of the pool.
+    _seat: Option<Seat>,
+}
+
+/// A pooled session that keeps its backend from now on.
+pub(super) struct TakenOver {
+    pub(super) client: Stream,
+    pub(super) backend: Backend,
+    pub(super) member: Member,
+    pub(super) login: Login,
+    pub(super) epoch: Epoch,
+    pub(super) from_client: Buffer,
+    pub(super) to_client: Buffer,
+    pub(super) tracked: Tracked,
+    pub(super) registration: Registration,
+    pub(super) key: CancelKey,
+    pub(super) watch: Watch,
+    pub(super) slot: ClientSlot,
+    pub(super) seat: Seat,
 }
 
 /// What the relay needs done.
@@ -146,7 +180,11 @@ pub(super) enum End {
 /// Serves one accepted connection to its end.
 pub(super) async fn serve(worker: Rc<Worker>, accepted: Accepted) {
     // Boxed, so that what only the login needs is freed before the relay begins.
-    let session = Box::pin(log_in(&worker, accepted)).await;
+    let session = match Box::pin(log_in(&worker, accepted)).await {
+        Some(Served::Alone(session)) => Some(session),
+        Some(Served::Pooled(pooled)) => Box::pin(pooled.run()).await.map(Box::new),
+        None => None,
+    };
     if let Some(session) = session {
         Box::pin(session.run()).await;
     }
@@ -171,15 +209,7 @@ impl Session {
             login: link.login,
             epoch: link.epoch,
             place: Place::Outside,
-            up: Up {
-                buffer: up,
-                cleared: 0,
-                body_left: 0,
-                discard_left: 0,
-                discard_to_sync: false,
-                ended: false,
-                terminated: false,
-            },
+            up: Up::new(up),
             down: Down { buffer: down, scanner: Scanner::new(), last_was_error: false },
             ledger: Ledger::new(),
             tracked: Tracked::new(),
@@ -194,7 +224,40 @@ impl Session {
             _key: link.key,
             _watch: watch,
             _slot: slot,
+            _seat: None,
             entry: registration,
+            worker,
+        }
+    }
+
+    /// Goes on with a session at a safe point that was a pooled one.
+    pub(super) fn take_over(worker: Rc<Worker>, local: Rc<LocalDatabase>, taken: TakenOver) -> Self {
+        taken.registration.set_state(SessionState::Idle);
+        Self {
+            local,
+            client: taken.client,
+            backend: Some(taken.backend),
+            member: Some(taken.member),
+            login: taken.login,
+            epoch: taken.epoch,
+            place: Place::Outside,
+            up: Up::new(taken.from_client),
+            down: Down { buffer: taken.to_client, scanner: Scanner::new(), last_was_error: false },
+            ledger: Ledger::new(),
+            tracked: taken.tracked,
+            moving: None,
+            touched: true,
+            cancels: Vec::new(),
+            cancelled: false,
+            waited_too_long: false,
+            entered_turn: 0,
+            seen: None,
+            look_again: None,
+            _key: taken.key,
+            _watch: taken.watch,
+            _slot: taken.slot,
+            _seat: Some(taken.seat),
+            entry: taken.registration,
             worker,
         }
     }

@@ -4,7 +4,7 @@
 //! entry's mailbox and the session's task is woken; answers come back through one-shot channels. Nobody outside a
 //! session's own task ever touches its sockets.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::sync::atomic::{AtomicBool, AtomicI32, AtomicU8, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::task::Waker;
@@ -37,6 +37,8 @@ pub enum SessionState {
     Orphan = 4,
     /// A replication connection, which is exempt from admission.
     Replication = 5,
+    /// Waits for a connection of its pool.
+    Waiting = 6,
 }
 
 impl SessionState {
@@ -47,6 +49,7 @@ impl SessionState {
             2 => Self::Active,
             3 => Self::Held,
             4 => Self::Orphan,
+            6 => Self::Waiting,
             _ => Self::Replication,
         }
     }
@@ -104,6 +107,10 @@ pub struct SessionView {
     pub moving: MoveState,
     /// Why it cannot be moved.
     pub blockers: Vec<Blocker>,
+    /// Whether it has a backend for each transaction, or for as long as it lives.
+    pub pooled: bool,
+    /// Why a pooled session keeps its backend all the same.
+    pub pinned: Option<String>,
 }
 
 /// Where sessions are to be moved.
@@ -165,6 +172,8 @@ struct Facts {
     moving: MoveState,
     blockers: Vec<Blocker>,
     tls: bool,
+    pooled: bool,
+    pinned: Option<String>,
 }
 
 /// One session, seen from other threads.
@@ -253,6 +262,26 @@ impl Entry {
         self.backend_pid.store(backend.map_or(0, |(_, pid)| pid), Ordering::Release);
     }
 
+    /// A backend for each transaction: it has none now.
+    pub(super) fn set_pooled(&self) {
+        lock(&self.facts).pooled = true;
+    }
+
+    /// It keeps the backend that it has.
+    pub(super) fn set_pinned(&self, why: String) {
+        lock(&self.facts).pinned = Some(why);
+    }
+
+    /// The backend of a pooled session: without a lock, for the hot path. None: 0.
+    #[inline]
+    pub(super) fn set_backend_pid(&self, pid: i32) {
+        self.backend_pid.store(pid, Ordering::Release);
+    }
+
+    pub(super) fn set_server(&self, server: ServerRole) {
+        lock(&self.facts).server = Some(server);
+    }
+
     pub(super) fn set_moving(&self, moving: MoveState, blockers: Vec<Blocker>) {
         let mut facts = lock(&self.facts);
         facts.moving = moving;
@@ -285,6 +314,8 @@ impl Entry {
             tls: facts.tls,
             moving: facts.moving,
             blockers: facts.blockers.clone(),
+            pooled: facts.pooled,
+            pinned: facts.pinned.clone(),
         }
     }
 
@@ -361,6 +392,8 @@ pub struct Sessions {
     /// The last move that was ordered for each database.
     ordered: Mutex<HashMap<String, MoveOrder>>,
     pub(super) catalogue_names: CatalogueNames,
+    /// Backends of pools by database, whether a session has them now or none.
+    pooled: Mutex<HashMap<String, HashSet<i32>>>,
     next_id: AtomicU64,
 }
 
@@ -413,9 +446,24 @@ impl Sessions {
         self.entries().iter().map(|entry| entry.view()).collect()
     }
 
-    /// Process ids of the backends that sessions of `database` run on, orphans included.
+    /// Process ids of the backends that sessions of `database` run on or share, orphans included.
     pub fn backend_pids(&self, database: &str) -> Vec<i32> {
-        self.of(&[database.to_owned()]).iter().filter_map(|entry| entry.backend_pid()).collect()
+        let mut pids: Vec<i32> =
+            self.of(&[database.to_owned()]).iter().filter_map(|entry| entry.backend_pid()).collect();
+        pids.extend(lock(&self.pooled).get(database).into_iter().flatten());
+        pids
+    }
+
+    /// A backend of a pool of `database`.
+    pub(super) fn note_pooled(&self, database: &str, pid: i32) {
+        lock(&self.pooled).entry(database.to_owned()).or_default().insert(pid);
+    }
+
+    /// It is gone, or will be soon.
+    pub(super) fn forget_pooled(&self, database: &str, pid: i32) {
+        if let Some(pids) = lock(&self.pooled).get_mut(database) {
+            pids.remove(&pid);
+        }
     }
 
     /// Sessions of `database` whose client is gone while their backend may still be at work.
@@ -501,7 +549,7 @@ impl Sessions {
         // A session in login has no state yet and connects to whichever server is active when it is let in; orphans
         // and replication connections are not moved.
         let movable = |entry: &Arc<Entry>| {
-            matches!(entry.state(), SessionState::Idle | SessionState::Active | SessionState::Held)
+            !matches!(entry.state(), SessionState::Login | SessionState::Orphan | SessionState::Replication)
         };
         let ordered = lock(&self.ordered).clone();
         let asked = self.of(databases).into_iter().filter(movable).filter_map(|entry| {

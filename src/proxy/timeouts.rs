@@ -24,16 +24,16 @@ const OFF_STEP: Duration = Duration::from_secs(1);
 const SHORTEST_STEP: Duration = Duration::from_millis(10);
 const LONGEST_STEP: Duration = Duration::from_secs(1);
 /// A statement that was cancelled because of `query_timeout` has so long to end; then the session ends.
-const CANCEL_GRACE: Duration = Duration::from_secs(30);
+pub(super) const CANCEL_GRACE: Duration = Duration::from_secs(30);
 
 /// What a session was seen doing inside a transaction.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Seen {
     /// Tells one statement, or the idle time after one, from the next.
-    turn: u32,
-    running: bool,
-    since: Instant,
-    cancelled: bool,
+    pub(super) turn: u32,
+    pub(super) running: bool,
+    pub(super) since: Instant,
+    pub(super) cancelled: bool,
 }
 
 /// Looks after the sessions of one worker until it is dropped.
@@ -59,7 +59,7 @@ fn step(shortest: &Timeouts) -> Option<Duration> {
     shortest.shortest().map(|shortest| (shortest / 10).clamp(SHORTEST_STEP, LONGEST_STEP))
 }
 
-fn has_passed(timeout: Duration, time: Duration) -> bool {
+pub(super) fn has_passed(timeout: Duration, time: Duration) -> bool {
     !timeout.is_zero() && time >= timeout
 }
 
@@ -78,7 +78,8 @@ fn is_due(entry: &Entry, limits: &Limits, shortest: &Timeouts, step: Duration, n
             let (query, idle, whole) = (shortest.query, shortest.idle_transaction, shortest.transaction);
             in_state >= step && !(query.is_zero() && idle.is_zero() && whole.is_zero())
         }
-        SessionState::Login | SessionState::Orphan | SessionState::Replication => false,
+        // Waiting for a connection has a bound of the pool's own.
+        SessionState::Login | SessionState::Waiting | SessionState::Orphan | SessionState::Replication => false,
     }
 }
 

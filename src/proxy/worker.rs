@@ -18,7 +18,9 @@ use super::Shared;
 use super::buffers::Pool;
 use super::listener::Accepted;
 use super::meters::DatabaseMeters;
+use super::pool::LocalPool;
 use super::sessions::Entry;
+use crate::postgres::Credential;
 use crate::switch::Database;
 
 /// What the sessions of one worker share.
@@ -26,6 +28,10 @@ pub(super) struct Worker {
     pub(super) shared: Arc<Shared>,
     pub(super) pool: Rc<Pool>,
     databases: RefCell<HashMap<String, Rc<LocalDatabase>>>,
+    /// Which worker it is.
+    number: usize,
+    /// Its parts of the pools, by database and user.
+    pools: RefCell<HashMap<(String, String), Rc<LocalPool>>>,
 }
 
 /// A database as one worker sees it.
@@ -45,17 +51,18 @@ pub(super) struct Watch {
 }
 
 impl Worker {
-    fn new(shared: Arc<Shared>) -> Rc<Self> {
+    fn new(shared: Arc<Shared>, number: usize) -> Rc<Self> {
         let pool = Pool::new(shared.config.limits.buffer_bytes);
-        Rc::new(Self { shared, pool, databases: RefCell::default() })
+        Rc::new(Self { shared, pool, databases: RefCell::default(), number, pools: RefCell::default() })
     }
 
     /// Serves sockets until the channel closes and every session has ended.
-    pub(super) async fn run(shared: Arc<Shared>, mut accepted: mpsc::Receiver<Accepted>) {
-        let worker = Self::new(shared);
+    pub(super) async fn run(shared: Arc<Shared>, number: usize, mut accepted: mpsc::Receiver<Accepted>) {
+        let worker = Self::new(shared, number);
         let sessions = tokio_util::task::TaskTracker::new();
         let meters = tokio::task::spawn_local(worker.clone().flush_meters());
         let timeouts = tokio::task::spawn_local(super::timeouts::sweep(worker.clone()));
+        let pools = tokio::task::spawn_local(worker.clone().look_after_pools());
         while let Some(socket) = accepted.recv().await {
             // Boxed here once: the task then holds a pointer, and the handshake's part is freed before the relay.
             sessions.spawn_local(Box::pin(super::session::serve(worker.clone(), socket)));
@@ -64,6 +71,7 @@ impl Worker {
         sessions.wait().await;
         meters.abort();
         timeouts.abort();
+        pools.abort();
         worker.databases.borrow().values().for_each(|local| local.meters.flush());
     }
 
@@ -89,6 +97,39 @@ impl Worker {
     pub(super) fn each_entry(&self, mut look: impl FnMut(&Entry)) {
         for local in self.databases.borrow().values() {
             local.sessions.borrow().values().for_each(|entry| look(entry));
+        }
+    }
+
+    /// This worker's part of the pool of `user` in a database.
+    pub(super) fn pool(
+        &self,
+        local: &Rc<LocalDatabase>,
+        database: &str,
+        user: &str,
+        credential: &Credential,
+    ) -> Rc<LocalPool> {
+        let central = self.shared.pools.of(database, user, credential);
+        let mut pools = self.pools.borrow_mut();
+        let pool = pools
+            .entry((database.to_owned(), user.to_owned()))
+            .or_insert_with(|| LocalPool::new(central, self.shared.clone(), self.number, local.clone()));
+        pool.clone()
+    }
+
+    /// Hands idle connections to who waits elsewhere, and once a second looks through all of them.
+    async fn look_after_pools(self: Rc<Self>) {
+        let mut every_second = tokio::time::interval(std::time::Duration::from_secs(1));
+        every_second.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+        loop {
+            let called = tokio::select! {
+                // Neither loses anything when it is dropped: a call is remembered.
+                () = self.shared.pools.called(self.number) => true,
+                _ = every_second.tick() => false,
+            };
+            let pools: Vec<_> = self.pools.borrow().values().cloned().collect();
+            for pool in pools {
+                if called { pool.serve_waiting() } else { pool.look_after() }
+            }
         }
     }
 

@@ -102,6 +102,34 @@ pub fn ready_for_query(out: &mut Vec<u8>, status: TransactionStatus) {
     message(out, backend::READY_FOR_QUERY, |out| out.push(byte));
 }
 
+/// CommandComplete.
+pub fn command_complete(out: &mut Vec<u8>, tag: &str) {
+    message(out, backend::COMMAND_COMPLETE, |out| cstr(out, tag));
+}
+
+/// A message of any kind.
+pub fn raw(out: &mut Vec<u8>, tag: u8, body: &[u8]) {
+    message(out, tag, |out| out.extend_from_slice(body));
+}
+
+/// Close of a prepared statement whose name may be any bytes.
+pub fn close_raw(out: &mut Vec<u8>, name: &[u8]) {
+    message(out, frontend::CLOSE, |out| {
+        out.push(b'S');
+        out.extend_from_slice(name);
+        out.push(0);
+    });
+}
+
+/// Parse; `tail` is what follows the name: the text, the parameter types.
+pub fn parse_raw(out: &mut Vec<u8>, name: &[u8], tail: &[u8]) {
+    message(out, frontend::PARSE, |out| {
+        out.extend_from_slice(name);
+        out.push(0);
+        out.extend_from_slice(tail);
+    });
+}
+
 /// Close of a prepared statement, as a client says it.
 pub fn close_statement(out: &mut Vec<u8>, name: &str) {
     message(out, frontend::CLOSE, |out| {

@@ -31,7 +31,9 @@ pub mod fuzzing;
 mod prepare;
 mod replay;
 mod scan;
+mod shared;
 mod state;
+mod traces;
 mod tracked;
 
 pub use blocker::Blocker;
@@ -41,5 +43,7 @@ pub use delta::{Delta, delta};
 pub use error::HandoffError;
 pub use replay::{FailedStatement, ReplayReport, StatementFailure, apply_delta, replay};
 pub use scan::settings_used;
+pub use shared::Tie;
 pub use state::{SessionState, changed_parameters};
+pub use traces::{Deallocated, Traces, deallocated, traces};
 pub use tracked::{Tracked, UNNAMED_LIMIT_BYTES, UnnamedStatement};

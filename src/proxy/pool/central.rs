@@ -1,0 +1,356 @@
+//! What all workers share of one pool: who waits, how many connections there are, and who logs in.
+
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering, fence};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
+
+use super::line::Line;
+use super::link::{Link, ParkedLink};
+use super::profile::{Profile, Profiles, Startup};
+use super::registry::{Pools, Seat};
+use super::statements::{Statement, Statements};
+use crate::config::{Config, Pool, PoolSizes};
+use crate::postgres::{Credential, Login};
+use crate::proxy::client_error::ClientError;
+use crate::proxy::handoff::{SessionState, Traces};
+use crate::proxy::sessions::Entry;
+
+/// After a login that the server refused, so long none is tried while others live.
+const LOGIN_RETRY: Duration = Duration::from_secs(1);
+
+/// See the module.
+pub(in crate::proxy) struct Central {
+    pub(in crate::proxy) database: String,
+    pub(in crate::proxy) user: String,
+    pub(in crate::proxy) sizes: PoolSizes,
+    pub(super) pools: Arc<Pools>,
+    config: Arc<Config>,
+    credential: Mutex<Credential>,
+    state: Mutex<State>,
+    /// How many wait; read by who gives back.
+    waiting: AtomicUsize,
+    /// How many lie idle on each worker; read by who waits.
+    idle: Box<[AtomicUsize]>,
+    /// Somebody waits, and a bound over several pools keeps a connection from being opened.
+    starved: AtomicBool,
+    profiles: Mutex<Profiles>,
+    statements: Mutex<Statements>,
+}
+
+#[derive(Default)]
+struct State {
+    line: Line<Arc<Waiter>>,
+    /// Open or being opened.
+    connections: usize,
+    opening: usize,
+    /// No login is tried before, unless there is no connection at all.
+    not_before: Option<Instant>,
+}
+
+/// Somebody who waits for a connection. Kept by its session and used again.
+pub(in crate::proxy) struct Waiter {
+    worker: usize,
+    entry: Arc<Entry>,
+    waits: Mutex<Waits>,
+}
+
+/// How far a wait is.
+#[derive(Default)]
+enum Waits {
+    #[default]
+    Not,
+    Since(Instant),
+    Given(Handed),
+    Refused(ClientError),
+}
+
+/// A connection that changes hands.
+enum Handed {
+    Here(Box<Link>),
+    Parked(Box<ParkedLink>),
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+impl Waiter {
+    pub(in crate::proxy) fn new(worker: usize, entry: Arc<Entry>) -> Arc<Self> {
+        Arc::new(Self { worker, entry, waits: Mutex::default() })
+    }
+
+    fn since(&self) -> Option<Instant> {
+        match *lock(&self.waits) {
+            Waits::Since(since) => Some(since),
+            Waits::Not | Waits::Given(_) | Waits::Refused(_) => None,
+        }
+    }
+
+    fn end(&self, outcome: Waits) {
+        *lock(&self.waits) = outcome;
+        self.entry.wake();
+    }
+
+    /// What the wait has come to, if it has ended.
+    pub(in crate::proxy) fn take(&self) -> Option<Result<Box<Link>, ClientError>> {
+        let mut waits = lock(&self.waits);
+        match std::mem::take(&mut *waits) {
+            Waits::Given(Handed::Here(link)) => Some(Ok(link)),
+            Waits::Given(Handed::Parked(parked)) => Some(match parked.resume() {
+                Ok(link) => Ok(Box::new(link)),
+                // Out of file descriptors or the like: the client is told what a failed connection is told.
+                Err(_) => Err(ClientError::ServerUnreachable),
+            }),
+            Waits::Refused(error) => Some(Err(error)),
+            still => {
+                *waits = still;
+                None
+            }
+        }
+    }
+}
+
+impl Central {
+    pub(super) fn new(pools: &Arc<Pools>, config: &Arc<Config>, database: &str, user: &str) -> Self {
+        Self {
+            database: database.to_owned(),
+            user: user.to_owned(),
+            sizes: config.pool.sizes(database, user),
+            config: config.clone(),
+            credential: Mutex::new(Credential::None),
+            state: Mutex::default(),
+            waiting: AtomicUsize::new(0),
+            idle: (0..pools.workers()).map(|_| AtomicUsize::new(0)).collect(),
+            starved: AtomicBool::new(false),
+            profiles: Mutex::default(),
+            statements: Mutex::default(),
+            pools: pools.clone(),
+        }
+    }
+
+    pub(in crate::proxy) fn settings(&self) -> &Pool {
+        &self.config.pool
+    }
+
+    pub(super) fn set_credential(&self, credential: &Credential) {
+        credential.clone_into(&mut lock(&self.credential));
+    }
+
+    /// What a connection of the pool logs in with. Settings of clients come later.
+    pub(super) fn login(&self) -> Login {
+        Login {
+            user: self.user.clone(),
+            database: self.database.clone(),
+            credential: lock(&self.credential).clone(),
+            parameters: Vec::new(),
+        }
+    }
+
+    /// The profile with this state.
+    pub(in crate::proxy) fn profile(&self, state: SessionState) -> Arc<Profile> {
+        lock(&self.profiles).of(state)
+    }
+
+    /// What a client that starts like this has, once one such client has been served.
+    pub(in crate::proxy) fn profile_of_startup(&self, startup: &Startup) -> Option<Arc<Profile>> {
+        lock(&self.profiles).of_startup(startup)
+    }
+
+    pub(in crate::proxy) fn note_startup(&self, startup: Startup, profile: &Arc<Profile>) {
+        lock(&self.profiles).note_startup(startup, profile);
+    }
+
+    /// The statement that a client with `profile` means by `tail`.
+    pub(in crate::proxy) fn statement(&self, profile: &Profile, tail: &[u8], traces: Traces) -> Arc<Statement> {
+        lock(&self.statements).of(&profile.meaning, tail, traces)
+    }
+
+    /// A statement that is nobody else's.
+    pub(in crate::proxy) fn own_statement(&self, tail: &[u8], traces: Traces) -> Arc<Statement> {
+        lock(&self.statements).alone(tail, traces)
+    }
+
+    /// Whether somebody waits. Whoever gives back has said before that the connection is idle.
+    #[inline]
+    pub(in crate::proxy) fn is_waited_for(&self) -> bool {
+        self.waiting.load(Ordering::Acquire) > 0
+    }
+
+    pub(super) fn is_starved(&self) -> bool {
+        self.starved.load(Ordering::Acquire)
+    }
+
+    /// So many lie idle on `worker` now. What is read afterwards of who waits is no older.
+    #[inline]
+    pub(super) fn set_idle(&self, worker: usize, count: usize) {
+        self.idle[worker].store(count, Ordering::Relaxed);
+        fence(Ordering::SeqCst);
+    }
+
+    /// Joins the line and calls every worker that has an idle connection.
+    pub(super) fn join(&self, waiter: &Arc<Waiter>) {
+        {
+            let mut state = lock(&self.state);
+            *lock(&waiter.waits) = Waits::Since(Instant::now());
+            state.line.join(waiter.worker, waiter.clone());
+            self.waiting.store(state.line.len(), Ordering::Relaxed);
+        }
+        fence(Ordering::SeqCst);
+        for (worker, idle) in self.idle.iter().enumerate() {
+            if idle.load(Ordering::Relaxed) > 0 {
+                self.pools.call(worker);
+            }
+        }
+    }
+
+    /// Leaves the line; what was handed over meanwhile is returned.
+    pub(super) fn leave(&self, waiter: &Arc<Waiter>) -> Option<Box<Link>> {
+        {
+            let mut state = lock(&self.state);
+            state.line.leave(|other| Arc::ptr_eq(other, waiter));
+            self.waiting.store(state.line.len(), Ordering::Release);
+        }
+        let handed = waiter.take();
+        *lock(&waiter.waits) = Waits::Not;
+        handed.and_then(Result::ok)
+    }
+
+    /// Gives a connection of `worker` to whoever's turn it is; returned when nobody waits.
+    pub(super) fn hand_over(&self, link: Box<Link>, worker: usize) -> Option<Box<Link>> {
+        let waiter = {
+            let mut state = lock(&self.state);
+            let waiter = state.line.next_for(worker);
+            self.waiting.store(state.line.len(), Ordering::Release);
+            waiter
+        };
+        let Some(waiter) = waiter else { return Some(link) };
+        if waiter.worker == worker {
+            waiter.end(Waits::Given(Handed::Here(link)));
+            return None;
+        }
+        match link.park() {
+            Ok(parked) => waiter.end(Waits::Given(Handed::Parked(Box::new(parked)))),
+            // Its seat is free again with it; the waiter is told what a failed connection is told.
+            Err(_) => waiter.end(Waits::Refused(ClientError::ServerUnreachable)),
+        }
+        None
+    }
+
+    /// A seat for one more connection, if one is wanted and allowed.
+    pub(super) fn seat_for_waiting(self: &Arc<Self>) -> Option<Seat> {
+        let mut state = lock(&self.state);
+        let wanted = state.line.len() > state.opening;
+        let Some(first) = state.line.first().filter(|_| wanted) else {
+            self.starved.store(false, Ordering::Release);
+            return None;
+        };
+        let patience = self.settings().reserve_pool_timeout;
+        let late = first.since().is_some_and(|since| since.elapsed() >= patience);
+        let limit = self.sizes.pool_size + if late { self.sizes.reserve_pool_size } else { 0 };
+        self.take_seat(&mut state, limit)
+    }
+
+    /// A seat for a connection that is kept open, used or not; `goal`: how many there should be.
+    pub(super) fn seat_up_to(self: &Arc<Self>, goal: usize) -> Option<Seat> {
+        let mut state = lock(&self.state);
+        self.take_seat(&mut state, goal.min(self.sizes.pool_size))
+    }
+
+    /// A seat beyond the pool's size, for a connection that takes another one's place at a switch.
+    pub(super) fn seat_for_successor(self: &Arc<Self>) -> Seat {
+        let mut state = lock(&self.state);
+        state.connections += 1;
+        state.opening += 1;
+        // The bounds over pools are met again when the old connections close.
+        let _counted = self.pools.count_up(self);
+        Seat::new(self.clone())
+    }
+
+    fn take_seat(self: &Arc<Self>, state: &mut State, limit: usize) -> Option<Seat> {
+        let is_tired = state.not_before.is_some_and(|at| Instant::now() < at) && state.connections > 0;
+        if state.connections >= limit || is_tired {
+            return None;
+        }
+        if !self.pools.count_up(self) {
+            self.starved.store(state.line.len() > 0, Ordering::Release);
+            return None;
+        }
+        self.starved.store(false, Ordering::Release);
+        state.connections += 1;
+        state.opening += 1;
+        Some(Seat::new(self.clone()))
+    }
+
+    /// An attempt to open a connection has ended. Where it has failed and there is no other connection, those who wait
+    /// are told; otherwise they go on waiting for one of the others.
+    pub(super) fn opened(&self, failure: Option<&ClientError>) {
+        let refused = {
+            let mut state = lock(&self.state);
+            state.opening = state.opening.saturating_sub(1);
+            state.not_before = failure.map(|_| Instant::now() + LOGIN_RETRY);
+            // The failed one still has its seat.
+            let others = state.connections.saturating_sub(1);
+            let refused =
+                if failure.is_some() && others == 0 { state.line.leave(|_| true) } else { Vec::new() };
+            self.waiting.store(state.line.len(), Ordering::Release);
+            refused
+        };
+        for waiter in refused {
+            waiter.end(Waits::Refused(failure.cloned().unwrap_or(ClientError::ServerUnreachable)));
+        }
+    }
+
+    /// A connection's seat is free.
+    pub(super) fn stood_up(&self) {
+        let mut state = lock(&self.state);
+        state.connections = state.connections.saturating_sub(1);
+    }
+
+    /// Whoever waits longest looks whether a connection may be opened.
+    pub(super) fn wake_first(&self) {
+        if self.is_waited_for() {
+            let first = lock(&self.state).line.first().cloned();
+            if let Some(waiter) = first {
+                waiter.entry.wake();
+            }
+        }
+    }
+
+    /// Those who have waited for too long are told.
+    pub(super) fn end_long_waits(&self) {
+        let bound = self.settings().query_wait_timeout;
+        if bound.is_zero() || !self.is_waited_for() {
+            return;
+        }
+        let late = {
+            let mut state = lock(&self.state);
+            let late = state.line.leave(|waiter| waiter.since().is_some_and(|since| since.elapsed() >= bound));
+            self.waiting.store(state.line.len(), Ordering::Release);
+            late
+        };
+        late.iter().for_each(|waiter| waiter.end(Waits::Refused(ClientError::QueryWaitTimeout)));
+    }
+
+    /// How many workers share the pool.
+    pub(super) fn pools_workers(&self) -> usize {
+        self.idle.len()
+    }
+
+    /// Whether another pool waits for room that an idle connection of this one takes.
+    pub(super) fn pools_want_room(&self) -> bool {
+        self.pools.is_wanted_by_neighbours(self)
+    }
+
+    /// Connections that are open or being opened.
+    pub(in crate::proxy) fn connections(&self) -> usize {
+        lock(&self.state).connections
+    }
+
+    /// Connections that lie idle, and clients that wait, with the longest wait.
+    pub(in crate::proxy) fn counts(&self) -> (usize, usize, Duration) {
+        let idle = self.idle.iter().map(|idle| idle.load(Ordering::Relaxed)).sum();
+        let state = lock(&self.state);
+        let longest = state.line.iter().filter_map(|waiter| waiter.since()).map(|since| since.elapsed()).max();
+        (idle, state.line.len(), longest.unwrap_or_default())
+    }
+}

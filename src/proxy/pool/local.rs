@@ -1,0 +1,326 @@
+//! One worker's part of a pool: its idle connections, and the task that opens, checks and closes them.
+
+use std::cell::{Cell, RefCell};
+use std::rc::Rc;
+use std::sync::Arc;
+use std::time::Instant;
+
+use bytes::BytesMut;
+
+use super::central::{Central, Waiter};
+use super::link::Link;
+use super::profile::Profile;
+use super::registry::Seat;
+use crate::postgres::ConnectError;
+use crate::proxy::Shared;
+use crate::proxy::backend;
+use crate::proxy::client_error::ClientError;
+use crate::proxy::handoff::{HandoffError, Tracked, capture};
+use crate::proxy::worker::LocalDatabase;
+use crate::switch::{Database, Epoch, Route, ServerRole};
+
+/// So many idle connections are looked at for one that is as the client needs it.
+const LOOKED_AT: usize = 8;
+
+/// See the module.
+pub(in crate::proxy) struct LocalPool {
+    pub(in crate::proxy) central: Arc<Central>,
+    shared: Arc<Shared>,
+    pub(in crate::proxy) worker: usize,
+    local: Rc<LocalDatabase>,
+    /// The last one that was used is at the end.
+    idle: RefCell<Vec<Box<Link>>>,
+    /// Where the database runs, as of this epoch.
+    route: Cell<Option<(Epoch, ServerRole)>>,
+    /// Connections to this server are kept though it is not the active one: a cutover is being prepared.
+    preparing: Cell<Option<ServerRole>>,
+}
+
+/// A connection could not be opened.
+#[derive(Debug)]
+enum Unopened {
+    Connect(ConnectError),
+    State(HandoffError),
+    Nowhere(String),
+}
+
+impl Unopened {
+    fn words(&self) -> ClientError {
+        match self {
+            Self::Connect(error) => backend::refusal(error),
+            Self::State(_) => ClientError::ServerUnreachable,
+            Self::Nowhere(reason) => ClientError::RouteUnknown { reason: reason.clone() },
+        }
+    }
+}
+
+impl LocalPool {
+    pub(in crate::proxy) fn new(
+        central: Arc<Central>,
+        shared: Arc<Shared>,
+        worker: usize,
+        local: Rc<LocalDatabase>,
+    ) -> Rc<Self> {
+        let epoch = local.database.epoch();
+        let this = Self {
+            central,
+            shared,
+            worker,
+            local,
+            idle: RefCell::default(),
+            route: Cell::new(None),
+            preparing: Cell::new(None),
+        };
+        this.read_route(epoch);
+        Rc::new(this)
+    }
+
+    pub(in crate::proxy) fn database(&self) -> &Database {
+        &self.local.database
+    }
+
+    /// Where the database runs at `epoch`, for who has been admitted at it.
+    #[inline]
+    pub(in crate::proxy) fn server_at(&self, epoch: Epoch) -> Option<ServerRole> {
+        match self.route.get() {
+            Some((known, server)) if known == epoch => Some(server),
+            Some(_) | None => self.read_route(epoch),
+        }
+    }
+
+    fn read_route(&self, epoch: Epoch) -> Option<ServerRole> {
+        let Route::To { server, .. } = *self.local.database.route() else { return None };
+        self.route.set(Some((epoch, server)));
+        self.preparing.set(None);
+        self.close_strays();
+        Some(server)
+    }
+
+    /// An idle connection to `server`, best one that is set as `profile` says. None while others wait: they come first.
+    pub(in crate::proxy) fn check_out(&self, profile: &Arc<Profile>, server: ServerRole) -> Option<Box<Link>> {
+        if self.central.is_waited_for() {
+            return None;
+        }
+        loop {
+            let mut link = self.pick(profile, server)?;
+            if link.is_fresh() {
+                return Some(link);
+            }
+            link.close();
+        }
+    }
+
+    fn pick(&self, profile: &Arc<Profile>, server: ServerRole) -> Option<Box<Link>> {
+        let mut idle = self.idle.borrow_mut();
+        let end = idle.len();
+        let near = end.saturating_sub(LOOKED_AT);
+        let fits = |link: &Box<Link>| link.server() == server && Arc::ptr_eq(&link.profile, profile);
+        let at = match idle[near..].iter().rposition(fits) {
+            Some(at) => near + at,
+            None => idle.iter().rposition(|link| link.server() == server)?,
+        };
+        let link = idle.remove(at);
+        self.central.set_idle(self.worker, idle.len());
+        Some(link)
+    }
+
+    /// Gives a connection back that nothing is under way on.
+    pub(in crate::proxy) fn give_back(&self, mut link: Box<Link>, now: Instant) {
+        let settings = self.central.settings();
+        let lifetime = settings.server_lifetime;
+        let is_old = !lifetime.is_zero() && now.saturating_duration_since(link.opened) >= lifetime;
+        if link.spoiled || is_old || self.is_stray(&link) {
+            link.close();
+            return;
+        }
+        link.idle_since = now;
+        let mut idle = self.idle.borrow_mut();
+        idle.push(link);
+        self.central.set_idle(self.worker, idle.len());
+        drop(idle);
+        if self.central.is_waited_for() {
+            self.serve_waiting();
+        }
+    }
+
+    /// Hands idle connections to those who wait, on whatever worker.
+    pub(in crate::proxy) fn serve_waiting(&self) {
+        while self.central.is_waited_for() {
+            let Some(link) = self.pop() else { return };
+            if let Some(unwanted) = self.central.hand_over(link, self.worker) {
+                let mut idle = self.idle.borrow_mut();
+                idle.push(unwanted);
+                self.central.set_idle(self.worker, idle.len());
+            }
+        }
+    }
+
+    /// The idle connection that was used last, if it is of any use.
+    fn pop(&self) -> Option<Box<Link>> {
+        loop {
+            let mut idle = self.idle.borrow_mut();
+            let at = idle.iter().rposition(|link| !self.is_elsewhere(link))?;
+            let mut link = idle.remove(at);
+            self.central.set_idle(self.worker, idle.len());
+            drop(idle);
+            if link.is_fresh() {
+                return Some(link);
+            }
+            link.close();
+        }
+    }
+
+    /// Joins the line. The session is woken when its turn has come.
+    pub(in crate::proxy) fn wait(self: &Rc<Self>, waiter: &Arc<Waiter>) {
+        self.central.join(waiter);
+        self.open_for_waiting();
+    }
+
+    /// Gives up waiting.
+    pub(in crate::proxy) fn stop_waiting(&self, waiter: &Arc<Waiter>) {
+        if let Some(link) = self.central.leave(waiter) {
+            self.give_back(link, Instant::now());
+        }
+    }
+
+    /// Opens what is wanted and allowed.
+    pub(in crate::proxy) fn open_for_waiting(self: &Rc<Self>) {
+        while let Some(seat) = self.central.seat_for_waiting() {
+            self.open(seat, None);
+        }
+    }
+
+    /// Opens a connection in the background: to the active server, or to `other`.
+    fn open(self: &Rc<Self>, seat: Seat, other: Option<ServerRole>) -> tokio::task::JoinHandle<bool> {
+        let this = self.clone();
+        tokio::task::spawn_local(async move {
+            match this.connect(seat, other).await {
+                Ok(link) => {
+                    this.central.opened(None);
+                    this.give_back(link, Instant::now());
+                    true
+                }
+                Err((unopened, seat)) => {
+                    tracing::warn!(database = this.central.database, error = ?unopened, "no connection for a pool");
+                    this.central.opened(Some(&unopened.words()));
+                    drop(seat);
+                    false
+                }
+            }
+        })
+    }
+
+    /// Inside the gate, so that a cutover never meets a login half done.
+    async fn connect(&self, mut seat: Seat, other: Option<ServerRole>) -> Result<Box<Link>, (Unopened, Seat)> {
+        let database = &self.local.database;
+        let member = database.join();
+        let server = match other {
+            Some(server) => server,
+            None => {
+                let _admission = member.enter().await;
+                match &*database.route() {
+                    Route::To { server, .. } => *server,
+                    Route::Unknown { reason } => return Err((Unopened::Nowhere(reason.clone()), seat)),
+                }
+            }
+        };
+        let login = self.central.login();
+        let mut opened = match backend::open(&self.shared, &login, database, server).await {
+            Ok(opened) => opened,
+            Err(error) => return Err((Unopened::Connect(error), seat)),
+        };
+        seat.sit(opened.connection.pid);
+        let mut notified = BytesMut::new();
+        let profile = match capture(&mut opened.connection, &Tracked::new(), &[], &mut notified).await {
+            Ok(state) => self.central.profile(state),
+            Err(error) => return Err((Unopened::State(error), seat)),
+        };
+        Ok(Box::new(Link::new(opened, profile, seat)))
+    }
+
+    /// Opens as many connections to `to` as there are now, so that nobody has to log in after the switch.
+    pub(in crate::proxy) async fn prepare(self: Rc<Self>, to: ServerRole) {
+        if self.preparing.replace(Some(to)) == Some(to) {
+            return;
+        }
+        let count = |server: ServerRole| self.idle.borrow().iter().filter(|link| link.server() == server).count();
+        let wanted = (self.central.connections() / self.central.pools_workers()).max(1);
+        let missing = wanted.saturating_sub(count(to));
+        let opening: Vec<_> =
+            (0..missing).map(|_| self.open(self.central.seat_for_successor(), Some(to))).collect();
+        for opened in opening {
+            // One that could not be opened is opened when it is needed.
+            let _opened = opened.await;
+        }
+    }
+
+    /// A cutover was given up.
+    pub(in crate::proxy) fn discard_prepared(&self) {
+        self.preparing.set(None);
+        self.close_strays();
+    }
+
+    /// Whether the connection is not to where the database runs, as far as is known.
+    fn is_elsewhere(&self, link: &Link) -> bool {
+        self.route.get().is_some_and(|(_, server)| server != link.server())
+    }
+
+    fn is_stray(&self, link: &Link) -> bool {
+        self.is_elsewhere(link) && self.preparing.get() != Some(link.server())
+    }
+
+    fn close_strays(&self) {
+        self.close_idle(|link| self.is_stray(link));
+    }
+
+    fn close_idle(&self, closes: impl Fn(&Link) -> bool) {
+        let mut gone = Vec::new();
+        {
+            let mut idle = self.idle.borrow_mut();
+            let mut at = 0;
+            while at < idle.len() {
+                if closes(&idle[at]) { gone.push(idle.remove(at)) } else { at += 1 }
+            }
+            self.central.set_idle(self.worker, idle.len());
+        }
+        gone.into_iter().for_each(|link| link.close());
+    }
+
+    /// Once a second: what is old, idle for long or on the wrong server is closed, what is missing is opened.
+    pub(in crate::proxy) fn look_after(self: &Rc<Self>) {
+        let database = &self.local.database;
+        if !database.is_fenced() {
+            self.server_at(database.epoch());
+        }
+        let now = Instant::now();
+        let settings = self.central.settings();
+        let (lifetime, idle_timeout) = (settings.server_lifetime, settings.server_idle_timeout);
+        let mut spare = self.central.connections().saturating_sub(self.central.sizes.min_pool_size);
+        let is_old = |link: &Link| !lifetime.is_zero() && now.saturating_duration_since(link.opened) >= lifetime;
+        let unused = |link: &Link| !idle_timeout.is_zero() && link.idle_for(now) >= idle_timeout;
+        self.close_idle(is_old);
+        let spare = Cell::new(std::mem::take(&mut spare));
+        self.close_idle(|link| {
+            let closes = spare.get() > 0 && unused(link);
+            spare.set(spare.get() - usize::from(closes));
+            closes
+        });
+        if self.central.pools_want_room() && let Some(link) = self.pop() {
+            link.close();
+        }
+        self.central.end_long_waits();
+        if self.central.is_waited_for() {
+            self.serve_waiting();
+            self.open_for_waiting();
+        }
+        if !database.is_fenced() && let Some(seat) = self.central.seat_up_to(self.central.sizes.min_pool_size) {
+            self.open(seat, None);
+        }
+    }
+}
+
+impl Drop for LocalPool {
+    fn drop(&mut self) {
+        self.central.set_idle(self.worker, 0);
+    }
+}

@@ -1,0 +1,154 @@
+//! All pools of this process, and the bounds over several of them.
+
+use std::collections::HashMap;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use tokio::sync::Notify;
+
+use super::central::Central;
+use crate::config::Config;
+use crate::postgres::Credential;
+use crate::proxy::sessions::Sessions;
+
+/// See the module.
+pub(in crate::proxy) struct Pools {
+    config: Arc<Config>,
+    /// Where backends of pools are listed that no session holds.
+    pub(super) sessions: Arc<Sessions>,
+    pools: Mutex<HashMap<(String, String), Arc<Central>>>,
+    counts: Mutex<Counts>,
+    /// One for each worker: somebody wants what lies idle there.
+    desks: Box<[Notify]>,
+}
+
+/// Connections that are open or being opened.
+#[derive(Debug, Default)]
+struct Counts {
+    of_database: HashMap<String, usize>,
+    of_user: HashMap<String, usize>,
+}
+
+/// A connection's place among those that may be open; given up when dropped.
+pub(in crate::proxy) struct Seat {
+    central: Arc<Central>,
+    /// Known once the connection is open.
+    pid: Option<i32>,
+}
+
+impl std::fmt::Debug for Seat {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Seat").field("pid", &self.pid).finish_non_exhaustive()
+    }
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+impl Pools {
+    pub(in crate::proxy) fn new(config: Arc<Config>, sessions: Arc<Sessions>) -> Self {
+        let desks = (0..config.listen.workers.max(1)).map(|_| Notify::new()).collect();
+        Self { config, sessions, pools: Mutex::default(), counts: Mutex::default(), desks }
+    }
+
+    /// The pool of `user` in `database`; its connections log in with what the last client has proved.
+    pub(in crate::proxy) fn of(self: &Arc<Self>, database: &str, user: &str, credential: &Credential) -> Arc<Central> {
+        let mut pools = lock(&self.pools);
+        let pool = pools
+            .entry((database.to_owned(), user.to_owned()))
+            .or_insert_with(|| Arc::new(Central::new(self, &self.config, database, user)));
+        pool.set_credential(credential);
+        pool.clone()
+    }
+
+    /// Somebody wants what lies idle on `worker`.
+    pub(super) fn call(&self, worker: usize) {
+        if let Some(desk) = self.desks.get(worker) {
+            desk.notify_one();
+        }
+    }
+
+    /// Resolves when somebody has called.
+    pub(in crate::proxy) async fn called(&self, worker: usize) {
+        match self.desks.get(worker) {
+            Some(desk) => desk.notified().await,
+            None => std::future::pending().await,
+        }
+    }
+
+    pub(super) fn workers(&self) -> usize {
+        self.desks.len()
+    }
+
+    /// A place for one more connection, if the bounds of its database and its user allow it.
+    pub(super) fn count_up(&self, central: &Central) -> bool {
+        let mut counts = lock(&self.counts);
+        let Counts { of_database, of_user } = &mut *counts;
+        let (database, user) = (of_database.get(&central.database), of_user.get(&central.user));
+        let has_room = |count: Option<&usize>, bound: usize| bound == 0 || count.copied().unwrap_or(0) < bound;
+        if !has_room(database, central.sizes.max_db_connections) || !has_room(user, central.sizes.max_user_connections)
+        {
+            return false;
+        }
+        *of_database.entry(central.database.clone()).or_default() += 1;
+        *of_user.entry(central.user.clone()).or_default() += 1;
+        true
+    }
+
+    fn count_down(&self, central: &Central) {
+        let mut counts = lock(&self.counts);
+        for count in [counts.of_database.get_mut(&central.database)].into_iter().flatten() {
+            *count = count.saturating_sub(1);
+        }
+        if let Some(count) = counts.of_user.get_mut(&central.user) {
+            *count = count.saturating_sub(1);
+        }
+    }
+
+    /// Pools that share a bound with `central`.
+    fn neighbours(&self, central: &Central) -> Vec<Arc<Central>> {
+        let pools = lock(&self.pools);
+        let near = |pool: &&Arc<Central>| pool.database == central.database || pool.user == central.user;
+        pools.values().filter(near).cloned().collect()
+    }
+
+    /// Whether some pool that shares a bound with `central` waits because that bound is reached.
+    pub(super) fn is_wanted_by_neighbours(&self, central: &Central) -> bool {
+        let bounded = central.sizes.max_db_connections > 0 || central.sizes.max_user_connections > 0;
+        bounded && self.neighbours(central).iter().any(|pool| pool.is_starved() && !std::ptr::eq(&**pool, central))
+    }
+
+    /// Every pool, for what is shown.
+    pub(in crate::proxy) fn all(&self) -> Vec<Arc<Central>> {
+        let mut all: Vec<_> = lock(&self.pools).values().cloned().collect();
+        all.sort_by(|a, b| (&a.database, &a.user).cmp(&(&b.database, &b.user)));
+        all
+    }
+}
+
+impl Seat {
+    /// For a connection that is about to be opened; `central` has counted it.
+    pub(super) fn new(central: Arc<Central>) -> Self {
+        Self { central, pid: None }
+    }
+
+    /// The connection is open: its backend is no stranger.
+    pub(super) fn sit(&mut self, pid: i32) {
+        self.pid = Some(pid);
+        self.central.pools.sessions.note_pooled(&self.central.database, pid);
+    }
+}
+
+impl Drop for Seat {
+    fn drop(&mut self) {
+        let pools = &self.central.pools;
+        if let Some(pid) = self.pid {
+            pools.sessions.forget_pooled(&self.central.database, pid);
+        }
+        pools.count_down(&self.central);
+        self.central.stood_up();
+        for neighbour in pools.neighbours(&self.central) {
+            neighbour.wake_first();
+        }
+    }
+}

@@ -1,0 +1,206 @@
+//! Prepared statements of the protocol that clients share.
+//!
+//! A statement is known by its text, the types of its parameters, and what its text means (`search_path`, `DateStyle`
+//! and the like are looked at when it is prepared). On a server connection it has a name of ours; each client has its
+//! own names for it.
+
+use std::collections::HashMap;
+use std::hash::{BuildHasherDefault, Hasher};
+use std::sync::{Arc, Weak};
+
+use crate::proxy::handoff::{SessionState, Traces};
+
+/// What every name of ours begins with. No client may name one of them.
+pub(in crate::proxy) const NAME_PREFIX: &[u8] = b"pgcutover_s";
+
+/// A prepared statement.
+#[derive(Debug)]
+pub(in crate::proxy) struct Statement {
+    /// Never used again, so that a name stands for one statement on every connection of the pool.
+    pub(in crate::proxy) id: u64,
+    /// Its name on every server connection that has it.
+    pub(in crate::proxy) name: Box<[u8]>,
+    /// The body of its Parse message behind the name: the text, the parameter types.
+    pub(in crate::proxy) tail: Box<[u8]>,
+    /// What executing it may leave behind.
+    pub(in crate::proxy) traces: Traces,
+}
+
+/// All statements of a pool that some client or connection still has.
+#[derive(Default)]
+pub(super) struct Statements {
+    /// By meaning (one object each, see [`super::Profile`]), then by what the client sent.
+    known: HashMap<usize, Meaning>,
+    next_id: u64,
+    /// How many there may be before those that are gone are looked for.
+    sweep_at: usize,
+    count: usize,
+}
+
+struct Meaning {
+    /// Keeps the address, which is the key, from standing for another one.
+    _meaning: Arc<SessionState>,
+    statements: HashMap<Box<[u8]>, Weak<Statement>>,
+}
+
+impl Statements {
+    /// The statement that a client means by `tail`. `traces` are what its text may leave behind.
+    pub(super) fn of(&mut self, meaning: &Arc<SessionState>, tail: &[u8], traces: Traces) -> Arc<Statement> {
+        let key = Arc::as_ptr(meaning) as usize;
+        if let Some(known) = self.known.get(&key).and_then(|of| of.statements.get(tail)).and_then(Weak::upgrade) {
+            return known;
+        }
+        self.count += 1;
+        if self.count > self.sweep_at {
+            self.sweep();
+        }
+        let statement = self.alone(tail, traces);
+        let of = self
+            .known
+            .entry(key)
+            .or_insert_with(|| Meaning { _meaning: meaning.clone(), statements: HashMap::new() });
+        of.statements.insert(tail.into(), Arc::downgrade(&statement));
+        statement
+    }
+
+    /// A statement that nobody else can mean: its text was sent where settings were not those of the session.
+    pub(super) fn alone(&mut self, tail: &[u8], traces: Traces) -> Arc<Statement> {
+        self.next_id += 1;
+        let id = self.next_id;
+        let mut name = NAME_PREFIX.to_vec();
+        name.extend_from_slice(format!("{id:x}").as_bytes());
+        Arc::new(Statement { id, name: name.into(), tail: tail.into(), traces })
+    }
+
+    fn sweep(&mut self) {
+        for of in self.known.values_mut() {
+            of.statements.retain(|_, statement| statement.strong_count() > 0);
+        }
+        self.known.retain(|_, of| !of.statements.is_empty());
+        self.count = self.known.values().map(|of| of.statements.len()).sum();
+        self.sweep_at = (self.count * 2).max(1024);
+    }
+}
+
+/// The statements that one server connection has, the longest unused first to go.
+#[derive(Debug, Default)]
+pub(in crate::proxy) struct Held {
+    statements: HashMap<u64, Use, BuildHasherDefault<IdHasher>>,
+    tick: u64,
+}
+
+#[derive(Debug)]
+struct Use {
+    statement: Arc<Statement>,
+    last: u64,
+}
+
+impl Held {
+    /// Whether the connection has it; it then counts as used now.
+    #[inline]
+    pub(in crate::proxy) fn touch(&mut self, id: u64) -> bool {
+        self.tick += 1;
+        match self.statements.get_mut(&id) {
+            Some(used) => {
+                used.last = self.tick;
+                true
+            }
+            None => false,
+        }
+    }
+
+    /// The connection has it from now on.
+    pub(in crate::proxy) fn add(&mut self, statement: Arc<Statement>) {
+        self.tick += 1;
+        self.statements.insert(statement.id, Use { statement, last: self.tick });
+    }
+
+    /// It does not have it any more.
+    pub(in crate::proxy) fn remove(&mut self, id: u64) {
+        self.statements.remove(&id);
+    }
+
+    /// The one that was not used for the longest time, if there are `limit` or more.
+    pub(in crate::proxy) fn to_evict(&self, limit: usize) -> Option<Arc<Statement>> {
+        if self.statements.len() < limit {
+            return None;
+        }
+        self.statements.values().min_by_key(|used| used.last).map(|used| used.statement.clone())
+    }
+
+    /// Keeps those that are still there.
+    pub(in crate::proxy) fn retain(&mut self, is_there: impl Fn(&Statement) -> bool) {
+        self.statements.retain(|_, used| is_there(&used.statement));
+    }
+
+    /// It has none any more.
+    pub(in crate::proxy) fn clear(&mut self) {
+        self.statements.clear();
+    }
+
+    /// How many it has.
+    pub(in crate::proxy) fn len(&self) -> usize {
+        self.statements.len()
+    }
+
+    /// All of them.
+    pub(in crate::proxy) fn iter(&self) -> impl Iterator<Item = &Arc<Statement>> {
+        self.statements.values().map(|used| &used.statement)
+    }
+}
+
+/// Numbers that we hand out ourselves need no strong hash.
+#[derive(Default)]
+struct IdHasher(u64);
+
+impl Hasher for IdHasher {
+    fn finish(&self) -> u64 {
+        self.0
+    }
+
+    fn write(&mut self, bytes: &[u8]) {
+        for byte in bytes {
+            self.write_u64(u64::from(*byte));
+        }
+    }
+
+    fn write_u64(&mut self, id: u64) {
+        self.0 = (self.0 ^ id).wrapping_mul(0x9e37_79b9_7f4a_7c15);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn text_types_and_meaning_tell_statements_apart() {
+        let mut statements = Statements::default();
+        let (here, there) = (Arc::new(SessionState::default()), Arc::new(SessionState::default()));
+        let first = statements.of(&here, b"SELECT 1\0\0\0", Traces::NONE);
+        assert_eq!(statements.of(&here, b"SELECT 1\0\0\0", Traces::NONE).id, first.id);
+        assert_ne!(statements.of(&here, b"SELECT 1\0\0\x01\0\0\0\x17", Traces::NONE).id, first.id);
+        assert_ne!(statements.of(&there, b"SELECT 1\0\0\0", Traces::NONE).id, first.id);
+        assert_ne!(statements.alone(b"SELECT 1\0\0\0", Traces::NONE).id, first.id);
+        assert!(first.name.starts_with(NAME_PREFIX));
+        // What nobody has is forgotten in time.
+        for number in 0..5000 {
+            statements.of(&here, format!("SELECT {number}\0\0\0").as_bytes(), Traces::NONE);
+        }
+        assert!(statements.count < 2500);
+        assert_eq!(statements.of(&here, b"SELECT 1\0\0\0", Traces::NONE).id, first.id);
+    }
+
+    #[test]
+    fn the_longest_unused_one_goes_first() {
+        let mut statements = Statements::default();
+        let mut held = Held::default();
+        let all: Vec<_> = (0..3).map(|number| statements.alone(&[number], Traces::NONE)).collect();
+        all.iter().for_each(|statement| held.add(statement.clone()));
+        assert!(held.touch(all[0].id) && !held.touch(99));
+        assert_eq!(held.to_evict(4).map(|one| one.id), None);
+        assert_eq!(held.to_evict(3).map(|one| one.id), Some(all[1].id));
+        held.remove(all[1].id);
+        assert_eq!(held.to_evict(2).map(|one| one.id), Some(all[2].id));
+    }
+}

@@ -1,0 +1,170 @@
+//! What the server says: which of it the client sees, and what follows from it.
+
+use super::expected::Meaning;
+use super::{Mending, PooledSession, StashState, Step};
+use crate::proxy::pool::STATEMENT_PREFIX;
+use crate::proxy::session::End;
+use crate::wire::error;
+use crate::wire::frame::{HEADER_BYTES, Header, backend};
+use crate::wire::ledger::TransactionStatus;
+
+/// Whether the client sees a frame.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Shown {
+    Yes,
+    No,
+    /// With another tag.
+    As(u8),
+}
+
+impl PooledSession {
+    /// Looks at what has been read. A frame that is ours is taken out.
+    pub(super) fn look_at_answers(&mut self) -> Result<(), Step> {
+        loop {
+            let held = self.down.buffer.len() - self.down.looked_at;
+            if self.down.body_left > 0 {
+                let passing = self.down.body_left.min(held);
+                self.down.looked_at += passing;
+                self.down.body_left -= passing;
+                if self.down.body_left > 0 {
+                    return Ok(());
+                }
+                // A frame that has just ended may have been the last one of a transaction.
+                continue;
+            }
+            let rest = &self.down.buffer.filled()[self.down.looked_at..];
+            let header = match Header::parse(rest) {
+                Ok(Some(header)) => header,
+                Ok(None) => return Ok(()),
+                Err(_) => {
+                    tracing::error!(
+                        session = self.entry.id(),
+                        "the server does not speak the protocol; the session is ended"
+                    );
+                    return Err(Step::End(End::ServerLost));
+                }
+            };
+            let whole = HEADER_BYTES + header.body_bytes as usize;
+            let is_whole = held >= whole;
+            let is_read = matches!(
+                header.tag,
+                backend::READY_FOR_QUERY
+                    | backend::PARAMETER_STATUS
+                    | backend::ERROR_RESPONSE
+                    | backend::COMMAND_COMPLETE
+            );
+            if is_read && !is_whole && !self.down.buffer.is_full() {
+                return Ok(());
+            }
+            let shown = self.answered(header, is_whole);
+            let looked_at = self.down.looked_at;
+            match shown {
+                Shown::Yes => {}
+                Shown::No => {
+                    // Only small frames, and errors that are there as a whole, are not shown.
+                    self.down.buffer.remove(looked_at, whole.min(held));
+                    self.end_of_frame(header)?;
+                    continue;
+                }
+                Shown::As(tag) => self.down.buffer.set(looked_at, tag),
+            }
+            let passing = whole.min(held);
+            self.down.looked_at += passing;
+            self.down.body_left = whole - passing;
+            self.end_of_frame(header)?;
+        }
+    }
+
+    fn end_of_frame(&mut self, header: Header) -> Result<(), Step> {
+        if header.tag == backend::READY_FOR_QUERY { self.leave_if_quiet() } else { Ok(()) }
+    }
+
+    fn answered(&mut self, header: Header, is_whole: bool) -> Shown {
+        let tag = header.tag;
+        self.down.last_was_error = tag == backend::ERROR_RESPONSE;
+        match tag {
+            backend::READY_FOR_QUERY => return self.ready(),
+            backend::PARAMETER_STATUS => {
+                if is_whole {
+                    let body = &self.down.buffer.filled()[self.down.looked_at + HEADER_BYTES..];
+                    let body = &body[..header.body_bytes as usize];
+                    if let Some(link) = &mut self.link {
+                        link.note_parameter(body);
+                    }
+                }
+                return Shown::Yes;
+            }
+            backend::ERROR_RESPONSE if is_whole => self.look_at_error(header),
+            backend::COMMAND_COMPLETE if is_whole && self.traces.outlive() => self.look_at_command(header),
+            _ => {}
+        }
+        self.ledger.answered(tag);
+        let shown = match self.expected.answered(tag) {
+            Meaning::Plain => Shown::Yes,
+            Meaning::Ours => Shown::No,
+            Meaning::Named { name, statement, known } => {
+                self.names.insert(name, statement);
+                if known { Shown::As(backend::PARSE_COMPLETE) } else { Shown::Yes }
+            }
+            Meaning::Closed(name) => {
+                self.names.remove(&name);
+                Shown::Yes
+            }
+            Meaning::Failed => {
+                self.undo_skipped();
+                Shown::Yes
+            }
+        };
+        let shown = if self.mending == Mending::Batch { Shown::No } else { shown };
+        if shown != Shown::No {
+            self.stash.state = StashState::Useless;
+        }
+        shown
+    }
+
+    fn ready(&mut self) -> Shown {
+        let status = self.down.buffer.filled().get(self.down.looked_at + HEADER_BYTES).copied();
+        if let Some(status) = status.and_then(TransactionStatus::from_byte) {
+            self.ledger.ready(status);
+        }
+        self.expected.answered(backend::READY_FOR_QUERY);
+        if self.mending == Mending::Batch { Shown::No } else { Shown::Yes }
+    }
+
+    /// A statement whose plan has become useless, or that a connection has lost, is prepared anew. Where nothing of its
+    /// batch was answered and no transaction is open, the batch is then sent again: the server has done nothing with it.
+    fn look_at_error(&mut self, header: Header) {
+        let body = &self.down.buffer.filled()[self.down.looked_at + HEADER_BYTES..][..header.body_bytes as usize];
+        let code = error::field(body, b'C').unwrap_or_default();
+        let is_mendable = match code {
+            // "cached plan must not change result type"
+            b"0A000" => error::field(body, b'R') == Some(b"RevalidateCachedQuery"),
+            b"26000" => {
+                let message = error::field(body, b'M').unwrap_or_default();
+                message.windows(STATEMENT_PREFIX.len()).any(|part| part == STATEMENT_PREFIX)
+            }
+            _ => false,
+        };
+        if is_mendable {
+            let alone = self.stash.state == StashState::Whole && self.ledger.status() == TransactionStatus::Idle;
+            self.mending = if alone { Mending::Batch } else { Mending::Statements };
+        }
+    }
+
+    /// Commands that take prepared statements away.
+    fn look_at_command(&mut self, header: Header) {
+        let body = &self.down.buffer.filled()[self.down.looked_at + HEADER_BYTES..][..header.body_bytes as usize];
+        match body {
+            b"DEALLOCATE ALL\0" | b"DISCARD ALL\0" => {
+                self.names.clear();
+                self.unnamed.token = 0;
+            }
+            b"DEALLOCATE\0" => {
+                if let Some(name) = self.deallocating.take() {
+                    self.names.remove(&name);
+                }
+            }
+            _ => {}
+        }
+    }
+}

@@ -1,0 +1,465 @@
+//! Sending a client's frame on: under our names, with what its connection lacks put in front.
+
+use std::sync::Arc;
+
+use super::expected::Sent;
+use super::passing::Passage;
+use super::{PooledSession, StashState, Step};
+use crate::proxy::client_error::ClientError;
+use crate::proxy::handoff::{Deallocated, Traces, UNNAMED_LIMIT_BYTES, deallocated, traces};
+use crate::proxy::pool::{STATEMENT_PREFIX, Statement};
+use crate::proxy::session::End;
+use crate::wire::frame::{FrameError, HEADER_BYTES, Header, frontend, take_cstr};
+use crate::wire::ledger::TransactionStatus;
+use crate::wire::message;
+
+/// The largest Parse that is held as a whole. A longer unnamed one streams through, and can be bound only on the
+/// connection that it went to; a longer named one is refused.
+const PARSE_MAX: usize = 4 << 20;
+
+/// The largest batch that can be sent again.
+const STASH_MAX: usize = 8 * 1024;
+
+/// A name that no statement has: to close it does nothing, to bind it fails.
+const NOBODY: &[u8] = b"pgcutover_none";
+
+impl PooledSession {
+    /// Whether as much of the frame is there as must be looked at before it passes.
+    pub(super) fn is_at_hand(&mut self, header: Header) -> Result<bool, Step> {
+        let whole = HEADER_BYTES + header.body_bytes as usize;
+        let buffer = &self.up.buffer;
+        if buffer.len() >= whole {
+            return Ok(true);
+        }
+        match header.tag {
+            frontend::PARSE if buffer.is_full() && whole <= PARSE_MAX => {
+                self.up.buffer.grow(whole);
+                Ok(false)
+            }
+            frontend::PARSE if buffer.is_full() && buffer.filled().get(HEADER_BYTES) != Some(&0) => {
+                Err(Step::End(End::Told(ClientError::StatementTooLarge)))
+            }
+            frontend::QUERY | frontend::PARSE => Ok(buffer.is_full()),
+            frontend::BIND => {
+                let zeros = buffer.filled()[HEADER_BYTES..].iter().filter(|byte| **byte == 0).take(2).count();
+                if zeros < 2 && buffer.is_full() {
+                    return self.refuse_frame(FrameError::Length).map(|()| false);
+                }
+                // Where values are looked at, as many as fit into a block.
+                Ok(zeros == 2 && (!self.tracked.reads_binds() || buffer.is_full()))
+            }
+            frontend::DESCRIBE | frontend::CLOSE if buffer.is_full() => {
+                self.refuse_frame(FrameError::Length).map(|()| false)
+            }
+            frontend::DESCRIBE | frontend::CLOSE => Ok(false),
+            _ => Ok(true),
+        }
+    }
+
+    /// What is at hand of the frame's body.
+    fn body(&self, header: Header) -> &[u8] {
+        let frame = self.up.buffer.filled();
+        &frame[HEADER_BYTES..frame.len().min(HEADER_BYTES + header.body_bytes as usize)]
+    }
+
+    /// Sends a frame on. The session is inside and has a connection.
+    pub(super) fn forward(&mut self, header: Header) -> Result<Passage, Step> {
+        match header.tag {
+            frontend::QUERY if self.is_own_deallocate(header) && self.ledger.status() == TransactionStatus::InBlock => {
+                if !self.expected.is_empty() || self.down.looked_at < self.down.buffer.len() || self.down.body_left > 0 {
+                    return Ok(Passage::Blocked);
+                }
+                self.deallocate_here(header, TransactionStatus::InBlock);
+                self.up.discard_left = HEADER_BYTES + header.body_bytes as usize;
+                return Ok(Passage::Done);
+            }
+            frontend::QUERY => self.forward_query(header),
+            frontend::PARSE => self.forward_parse(header),
+            frontend::BIND => self.forward_bind(header),
+            frontend::DESCRIBE => self.forward_describe(header),
+            frontend::CLOSE => self.forward_close(header),
+            frontend::EXECUTE => self.copy_frame(header, Sent::Execute),
+            frontend::FUNCTION_CALL => self.copy_frame(header, Sent::Call),
+            // Ignored by a server that reads a COPY.
+            frontend::SYNC if !self.ledger.is_copying_in() => self.copy_frame(header, Sent::Sync),
+            _ => {
+                self.stash_frame(header);
+                self.ledger.forwarded(header.tag);
+                self.pass_whole(header);
+            }
+        }
+        self.undo_skipped();
+        Ok(Passage::Done)
+    }
+
+    /// Notes a frame that goes to the server, and what answers it.
+    fn note(&mut self, tag: u8, sent: Sent) {
+        self.ledger.forwarded(tag);
+        self.expected.push(sent);
+    }
+
+    fn copy_frame(&mut self, header: Header, sent: Sent) {
+        self.stash_frame(header);
+        self.note(header.tag, sent);
+        self.pass_whole(header);
+    }
+
+    /// Moves a frame as it is, as far as it is at hand.
+    fn pass_whole(&mut self, header: Header) {
+        let whole = HEADER_BYTES + header.body_bytes as usize;
+        let at_hand = whole.min(self.up.buffer.len());
+        self.up.out.append(&self.up.buffer.filled()[..at_hand]);
+        self.up.buffer.consume(at_hand);
+        self.up.body_left = whole - at_hand;
+    }
+
+    /// Moves a frame of which the first `used` bytes of its body were replaced by `head`.
+    fn pass_rewritten(&mut self, header: Header, used: usize, head: &[&[u8]]) {
+        let body = head.iter().map(|part| part.len()).sum::<usize>() + header.body_bytes as usize - used;
+        self.start_frame(header.tag, body);
+        head.iter().for_each(|part| self.up.out.append(part));
+        self.up.buffer.consume(HEADER_BYTES + used);
+        let rest = header.body_bytes as usize - used;
+        let at_hand = rest.min(self.up.buffer.len());
+        self.up.out.append(&self.up.buffer.filled()[..at_hand]);
+        self.up.buffer.consume(at_hand);
+        self.up.body_left = rest - at_hand;
+    }
+
+    fn start_frame(&mut self, tag: u8, body: usize) {
+        let length = u32::try_from(body + 4).unwrap_or(u32::MAX).to_be_bytes();
+        self.up.out.append(&[tag, length[0], length[1], length[2], length[3]]);
+    }
+
+    /// A frame of ours.
+    fn send_own(&mut self, tag: u8, parts: &[&[u8]], sent: Sent) {
+        self.start_frame(tag, parts.iter().map(|part| part.len()).sum());
+        parts.iter().for_each(|part| self.up.out.append(part));
+        self.note(tag, sent);
+    }
+
+    /// Keeps a copy of the frame while the transaction may turn out to be one batch that has to be sent again.
+    fn stash_frame(&mut self, header: Header) {
+        let whole = HEADER_BYTES + header.body_bytes as usize;
+        let is_extended = !matches!(
+            header.tag,
+            frontend::QUERY | frontend::FUNCTION_CALL | frontend::COPY_DATA | frontend::COPY_DONE | frontend::COPY_FAIL
+        );
+        let fits = self.up.buffer.len() >= whole && self.stash.frames.len() + whole <= STASH_MAX;
+        if self.stash.state != StashState::Open || !is_extended || !fits {
+            self.stash.state = StashState::Useless;
+            return;
+        }
+        self.stash.frames.extend_from_slice(&self.up.buffer.filled()[..whole]);
+        if header.tag == frontend::SYNC {
+            self.stash.state = StashState::Whole;
+        }
+    }
+
+    fn forward_query(&mut self, header: Header) {
+        self.stash.state = StashState::Useless;
+        let body = self.body(header);
+        let found = traces(body, header.body_bytes as usize);
+        if found.outlive() {
+            // Not `self.body`: two parts of the session are used at once.
+            let frame = self.up.buffer.filled();
+            let body = &frame[HEADER_BYTES..frame.len().min(HEADER_BYTES + header.body_bytes as usize)];
+            self.tracked.on_client_frame(header.tag, body, header.body_bytes as usize);
+        }
+        self.traces |= found;
+        // "a simple Query message also destroys the unnamed statement" (protocol-flow, "Extended Query").
+        self.unnamed.token = 0;
+        if let Some(link) = &mut self.link {
+            link.unnamed = 0;
+        }
+        self.note(frontend::QUERY, Sent::Query);
+        self.pass_whole(header);
+    }
+
+    fn forward_parse(&mut self, header: Header) {
+        self.stash_frame(header);
+        let body_bytes = header.body_bytes as usize;
+        let body = self.body(header);
+        let name_end = body.iter().position(|byte| *byte == 0).unwrap_or(body.len());
+        let tail = body.get(name_end + 1..).unwrap_or_default();
+        let text = &tail[..tail.iter().position(|byte| *byte == 0).unwrap_or(tail.len())];
+        let seen_whole = body.len() == body_bytes;
+        let found = if seen_whole { traces(text, text.len()) } else { Traces::SESSION };
+        let taken_away = if found.outlive() { deallocated(text) } else { None };
+        if found.outlive() {
+            let frame = self.up.buffer.filled();
+            let body = &frame[HEADER_BYTES..frame.len().min(HEADER_BYTES + body_bytes)];
+            self.tracked.on_client_frame(header.tag, body, body_bytes);
+        }
+        if name_end == 0 {
+            if let Some(Deallocated::Name(name)) = taken_away
+                && let Some(statement) = self.statement_of(&name)
+            {
+                return self.forward_deallocate(header, &name, &statement);
+            }
+            return self.forward_unnamed(header, found, seen_whole);
+        }
+        let name: Box<[u8]> = self.body(header)[..name_end].into();
+        if let Some(statement) = self.statement_of(&name) {
+            // The name is taken: the server says so when it is asked for ours once more.
+            self.ensure(&statement);
+            self.note(frontend::PARSE, Sent::AlreadyThere);
+            return self.pass_rewritten(header, name_end + 1, &[&statement.name, b"\0"]);
+        }
+        let tail = &self.body(header)[name_end + 1..];
+        let central = &self.pool.central;
+        let statement = if self.traces.change_meaning() {
+            central.own_statement(tail, found)
+        } else {
+            central.statement(&self.profile, tail, found)
+        };
+        let known = self.link.as_mut().is_some_and(|link| link.held.touch(statement.id));
+        if known {
+            self.up.buffer.consume(HEADER_BYTES + body_bytes);
+            let sent = Sent::Parse { name, statement, known };
+            return self.send_own(frontend::CLOSE, &[b"S", NOBODY, b"\0"], sent);
+        }
+        self.give_room(&statement);
+        self.note(frontend::PARSE, Sent::Parse { name, statement: statement.clone(), known });
+        self.pass_rewritten(header, name_end + 1, &[&statement.name, b"\0"]);
+    }
+
+    fn forward_unnamed(&mut self, header: Header, found: Traces, seen_whole: bool) {
+        self.next_token = self.next_token.wrapping_add(1).max(1);
+        self.unnamed.token = self.entry.id() << 32 | u64::from(self.next_token);
+        self.unnamed.traces = found;
+        self.unnamed.body.clear();
+        if seen_whole && header.body_bytes as usize <= UNNAMED_LIMIT_BYTES {
+            let frame = &self.up.buffer.filled()[HEADER_BYTES..];
+            self.unnamed.body.extend_from_slice(&frame[..header.body_bytes as usize]);
+        }
+        if let Some(link) = &mut self.link {
+            link.unnamed = self.unnamed.token;
+        }
+        self.note(frontend::PARSE, Sent::ParseUnnamed);
+        self.pass_whole(header);
+    }
+
+    /// DEALLOCATE, in the extended protocol, of a statement that has another name on the server.
+    fn forward_deallocate(&mut self, header: Header, name: &[u8], statement: &Arc<Statement>) {
+        self.ensure(statement);
+        let text = [b"DEALLOCATE \"", &*statement.name, b"\"\0\0\0"].concat();
+        self.deallocating = Some(name.into());
+        self.unnamed.token = 0;
+        self.up.buffer.consume(HEADER_BYTES + header.body_bytes as usize);
+        self.start_frame(frontend::PARSE, 1 + text.len());
+        self.up.out.append(b"\0");
+        self.up.out.append(&text);
+        self.note(frontend::PARSE, Sent::ParseUnnamed);
+        self.next_token = self.next_token.wrapping_add(1).max(1);
+        self.unnamed.token = self.entry.id() << 32 | u64::from(self.next_token);
+        self.unnamed.traces = Traces::SESSION;
+        self.unnamed.body.clear();
+        self.unnamed.body.push(0);
+        self.unnamed.body.extend_from_slice(&text);
+        if let Some(link) = &mut self.link {
+            link.unnamed = self.unnamed.token;
+        }
+    }
+
+    fn forward_bind(&mut self, header: Header) {
+        self.stash_frame(header);
+        if self.tracked.reads_binds() {
+            let frame = self.up.buffer.filled();
+            let body = &frame[HEADER_BYTES..frame.len().min(HEADER_BYTES + header.body_bytes as usize)];
+            self.tracked.on_client_frame(header.tag, body, header.body_bytes as usize);
+        }
+        let mut rest = self.body(header);
+        let portal_bytes = take_cstr(&mut rest).map_or(0, |portal| portal.len() + 1);
+        let name = take_cstr(&mut rest).unwrap_or_default();
+        if name.is_empty() {
+            self.ensure_unnamed();
+            self.traces |= self.unnamed.traces;
+            self.note(frontend::BIND, Sent::Bind);
+            return self.pass_whole(header);
+        }
+        let name_bytes = name.len() + 1;
+        let statement = self.statement_of(name);
+        let is_ours = name.starts_with(STATEMENT_PREFIX);
+        match statement {
+            Some(statement) => {
+                self.ensure(&statement);
+                self.traces |= statement.traces;
+                self.note(frontend::BIND, Sent::Bind);
+                self.pass_bind(header, portal_bytes, name_bytes, &statement.name);
+            }
+            None if is_ours => {
+                self.note(frontend::BIND, Sent::Bind);
+                self.pass_bind(header, portal_bytes, name_bytes, NOBODY);
+            }
+            None => {
+                self.note(frontend::BIND, Sent::Bind);
+                self.pass_whole(header);
+            }
+        }
+    }
+
+    fn pass_bind(&mut self, header: Header, portal_bytes: usize, name_bytes: usize, name: &[u8]) {
+        let body = header.body_bytes as usize - name_bytes + name.len() + 1;
+        self.start_frame(frontend::BIND, body);
+        let portal = HEADER_BYTES..HEADER_BYTES + portal_bytes;
+        self.up.out.append(&self.up.buffer.filled()[portal]);
+        self.up.out.append(name);
+        self.up.out.append(b"\0");
+        let used = portal_bytes + name_bytes;
+        self.up.buffer.consume(HEADER_BYTES + used);
+        let rest = header.body_bytes as usize - used;
+        let at_hand = rest.min(self.up.buffer.len());
+        self.up.out.append(&self.up.buffer.filled()[..at_hand]);
+        self.up.buffer.consume(at_hand);
+        self.up.body_left = rest - at_hand;
+    }
+
+    fn forward_describe(&mut self, header: Header) {
+        self.stash_frame(header);
+        match self.named(header) {
+            Some([]) => self.ensure_unnamed(),
+            Some(name) => {
+                let is_ours = name.starts_with(STATEMENT_PREFIX);
+                let used = header.body_bytes as usize;
+                if let Some(statement) = self.statement_of(name) {
+                    self.ensure(&statement);
+                    self.note(frontend::DESCRIBE, Sent::Describe);
+                    return self.pass_rewritten(header, used, &[b"S", &statement.name, b"\0"]);
+                }
+                if is_ours {
+                    self.note(frontend::DESCRIBE, Sent::Describe);
+                    return self.pass_rewritten(header, used, &[b"S", NOBODY, b"\0"]);
+                }
+            }
+            None => {}
+        }
+        self.note(frontend::DESCRIBE, Sent::Describe);
+        self.pass_whole(header);
+    }
+
+    /// The server does not know the name, or knows it from a PREPARE: it may close it.
+    fn forward_close(&mut self, header: Header) {
+        self.stash_frame(header);
+        let used = header.body_bytes as usize;
+        let sent = match self.named(header) {
+            Some([]) => {
+                self.unnamed.token = 0;
+                if let Some(link) = &mut self.link {
+                    link.unnamed = 0;
+                }
+                Sent::CloseOther
+            }
+            Some(name) if name.starts_with(STATEMENT_PREFIX) => {
+                let name = name.into();
+                self.note(frontend::CLOSE, Sent::Close(name));
+                return self.pass_rewritten(header, used, &[b"S", NOBODY, b"\0"]);
+            }
+            Some(name) => Sent::Close(name.into()),
+            None => Sent::CloseOther,
+        };
+        self.note(frontend::CLOSE, sent);
+        self.pass_whole(header);
+    }
+
+    /// The statement that a Describe or Close names; None: a portal.
+    fn named(&self, header: Header) -> Option<&[u8]> {
+        let mut rest = self.body(header).strip_prefix(b"S")?;
+        take_cstr(&mut rest)
+    }
+
+    /// What a name of the client's stands for.
+    fn statement_of(&self, name: &[u8]) -> Option<Arc<Statement>> {
+        match self.expected.pending(name) {
+            Some(pending) => pending,
+            None => self.names.get(name).cloned(),
+        }
+    }
+
+    /// Sees to it that the connection has a statement.
+    fn ensure(&mut self, statement: &Arc<Statement>) {
+        let Some(link) = &mut self.link else { return };
+        if link.held.touch(statement.id) {
+            return;
+        }
+        self.give_room(statement);
+        let parts: [&[u8]; 3] = [&statement.name, b"\0", &statement.tail];
+        self.send_own(frontend::PARSE, &parts, Sent::Added(statement.clone()));
+    }
+
+    /// The connection is about to get a statement; another one goes for it.
+    fn give_room(&mut self, statement: &Arc<Statement>) {
+        let limit = self.pool.central.settings().max_prepared_statements.max(1);
+        let Some(link) = &mut self.link else { return };
+        let evicted = link.held.to_evict(limit);
+        if let Some(evicted) = &evicted {
+            link.held.remove(evicted.id);
+        }
+        link.held.add(statement.clone());
+        if let Some(evicted) = evicted {
+            let name = evicted.name.clone();
+            self.send_own(frontend::CLOSE, &[b"S", &name, b"\0"], Sent::Evicted(evicted));
+        }
+    }
+
+    /// Sees to it that the connection has the client's unnamed statement, or none.
+    fn ensure_unnamed(&mut self) {
+        let Some(link) = &mut self.link else { return };
+        if link.unnamed == self.unnamed.token {
+            return;
+        }
+        link.unnamed = self.unnamed.token;
+        if self.unnamed.token == 0 || self.unnamed.body.is_empty() {
+            link.unnamed = 0;
+            return self.send_own(frontend::CLOSE, &[b"S\0"], Sent::ClosedUnnamed);
+        }
+        let body = std::mem::take(&mut self.unnamed.body);
+        self.send_own(frontend::PARSE, &[&body], Sent::AddedUnnamed);
+        self.unnamed.body = body;
+    }
+
+    /// The server has skipped what was counted on.
+    pub(super) fn undo_skipped(&mut self) {
+        if !self.expected.has_skipped() {
+            return;
+        }
+        let skipped = self.expected.skipped();
+        let Some(link) = &mut self.link else { return };
+        for sent in skipped.into_iter().rev() {
+            match sent {
+                Sent::Added(statement) | Sent::Parse { statement, known: false, .. } => {
+                    link.held.remove(statement.id);
+                }
+                Sent::Evicted(statement) => link.held.add(statement),
+                // Not certain which one the server has now.
+                Sent::ParseUnnamed | Sent::CloseOther => {
+                    self.unnamed.token = 0;
+                    link.unnamed = u64::MAX;
+                }
+                Sent::AddedUnnamed | Sent::ClosedUnnamed => link.unnamed = u64::MAX,
+                _ => {}
+            }
+        }
+    }
+
+    /// Whether a Query is a DEALLOCATE, and nothing else, of a statement that has another name on the server.
+    pub(super) fn is_own_deallocate(&self, header: Header) -> bool {
+        let body = self.body(header);
+        if self.names.is_empty() || body.len() < header.body_bytes as usize {
+            return false;
+        }
+        matches!(deallocated(body), Some(Deallocated::Name(name)) if self.names.contains_key(&*name))
+    }
+
+    /// Does what such a Query asks for, and answers it.
+    pub(super) fn deallocate_here(&mut self, header: Header, status: TransactionStatus) {
+        if let Some(Deallocated::Name(name)) = deallocated(self.body(header)) {
+            self.names.remove(&*name);
+        }
+        self.unnamed.token = 0;
+        let mut answer = Vec::new();
+        message::command_complete(&mut answer, "DEALLOCATE");
+        message::ready_for_query(&mut answer, status);
+        self.say(&answer);
+    }
+}

@@ -1,0 +1,198 @@
+//! The loop: reads, lets pass, writes, in both directions, as far as the sockets allow.
+
+use std::io;
+use std::pin::Pin;
+use std::task::{Context, Poll};
+
+use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
+
+use super::{Place, PooledSession, Step};
+use crate::postgres::Stream;
+use crate::proxy::session::End;
+
+/// What was done in one direction.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub(super) enum Progress {
+    Some,
+    None,
+}
+
+impl PooledSession {
+    /// Serves as much as the sockets allow. Ready when something else is to be done.
+    pub(super) fn poll_serve(&mut self, cx: &mut Context<'_>) -> Poll<Step> {
+        if self.entry.has_orders() {
+            return Poll::Ready(Step::Orders);
+        }
+        loop {
+            let up = match self.pump_up(cx) {
+                Ok(up) => up,
+                Err(step) => return Poll::Ready(step),
+            };
+            let down = match self.pump_down(cx) {
+                Ok(down) => down,
+                Err(step) => return Poll::Ready(step),
+            };
+            if up == Progress::None && down == Progress::None {
+                break;
+            }
+        }
+        if self.cancelled {
+            self.answer_cancel();
+            cx.waker().wake_by_ref();
+        }
+        if let Err(step) = self.watch_waiting_client(cx) {
+            return Poll::Ready(step);
+        }
+        self.up.buffer.release();
+        self.up.out.release();
+        self.down.buffer.release();
+        Poll::Pending
+    }
+
+    /// Client to server.
+    fn pump_up(&mut self, cx: &mut Context<'_>) -> Result<Progress, Step> {
+        let mut progress = Progress::None;
+        loop {
+            let read = self.read_client(cx)?;
+            self.pass_frames()?;
+            let written = self.write_server(cx)?;
+            if self.up.terminated {
+                // Only the end of the stream is of interest now.
+                self.up.buffer.consume(self.up.buffer.len());
+                if self.link.is_none() && self.down.buffer.is_empty() {
+                    return Err(Step::End(End::ClientLeft));
+                }
+            }
+            if self.up.ended && self.up.out.is_empty() {
+                return Err(Step::End(End::ClientLeft));
+            }
+            if read == Progress::None && written == Progress::None {
+                return Ok(progress);
+            }
+            progress = Progress::Some;
+        }
+    }
+
+    fn read_client(&mut self, cx: &mut Context<'_>) -> Result<Progress, Step> {
+        if self.up.ended || self.up.buffer.is_full() {
+            return Ok(Progress::None);
+        }
+        let mut into = ReadBuf::new(self.up.buffer.room());
+        match Pin::new(&mut self.client).poll_read(cx, &mut into) {
+            Poll::Pending => Ok(Progress::None),
+            Poll::Ready(Err(_)) => Err(Step::End(End::ClientLeft)),
+            Poll::Ready(Ok(())) => {
+                let count = into.filled().len();
+                if count == 0 {
+                    self.up.ended = true;
+                    return Ok(Progress::Some);
+                }
+                self.up.buffer.fill(count);
+                if matches!(self.place, Place::Held { .. } | Place::Waiting { .. }) {
+                    self.look_for_terminate()?;
+                }
+                Ok(Progress::Some)
+            }
+        }
+    }
+
+    fn write_server(&mut self, cx: &mut Context<'_>) -> Result<Progress, Step> {
+        let mut progress = Progress::None;
+        let Some(link) = &mut self.link else { return Ok(progress) };
+        let stream = &mut link.backend.connection.stream;
+        while !self.up.out.is_empty() {
+            match Pin::new(&mut *stream).poll_write(cx, self.up.out.filled()) {
+                Poll::Pending => break,
+                Poll::Ready(Ok(0)) | Poll::Ready(Err(_)) => return self.after_write_error(cx),
+                Poll::Ready(Ok(count)) => {
+                    self.local.meters.sent_up(count);
+                    self.up.out.consume(count);
+                    progress = Progress::Some;
+                }
+            }
+        }
+        flush_tls(stream, cx).map_err(|_| Step::End(End::ServerLost))?;
+        Ok(progress)
+    }
+
+    /// The server may have said why before it closed.
+    fn after_write_error(&mut self, cx: &mut Context<'_>) -> Result<Progress, Step> {
+        while let Ok(Progress::Some) = self.read_server(cx) {
+            if self.down.buffer.is_full() {
+                break;
+            }
+        }
+        Err(Step::End(End::ServerLost))
+    }
+
+    /// Server to client.
+    fn pump_down(&mut self, cx: &mut Context<'_>) -> Result<Progress, Step> {
+        let mut progress = Progress::None;
+        loop {
+            let read = match self.read_server(cx) {
+                Ok(read) => read,
+                Err(step @ (Step::Settle | Step::Mend)) => {
+                    // The client need not wait for what is done after its transaction.
+                    self.write_client(cx)?;
+                    return Err(step);
+                }
+                Err(step) => return Err(step),
+            };
+            let written = self.write_client(cx)?;
+            if read == Progress::None && written == Progress::None {
+                return Ok(progress);
+            }
+            progress = Progress::Some;
+        }
+    }
+
+    fn read_server(&mut self, cx: &mut Context<'_>) -> Result<Progress, Step> {
+        let Some(link) = &mut self.link else { return Ok(Progress::None) };
+        if self.down.buffer.is_full() {
+            return Ok(Progress::None);
+        }
+        let mut into = ReadBuf::new(self.down.buffer.room());
+        match Pin::new(&mut link.backend.connection.stream).poll_read(cx, &mut into) {
+            Poll::Pending => return Ok(Progress::None),
+            Poll::Ready(Err(_)) => return Err(Step::End(End::ServerLost)),
+            Poll::Ready(Ok(())) => {}
+        }
+        let count = into.filled().len();
+        if count == 0 {
+            return Err(Step::End(End::ServerLost));
+        }
+        self.down.buffer.fill(count);
+        self.look_at_answers()?;
+        Ok(Progress::Some)
+    }
+
+    fn write_client(&mut self, cx: &mut Context<'_>) -> Result<Progress, Step> {
+        let mut progress = Progress::None;
+        while self.down.looked_at > 0 {
+            let shown = &self.down.buffer.filled()[..self.down.looked_at];
+            match Pin::new(&mut self.client).poll_write(cx, shown) {
+                Poll::Pending => break,
+                Poll::Ready(Ok(0)) | Poll::Ready(Err(_)) => return Err(Step::End(End::ClientLeft)),
+                Poll::Ready(Ok(count)) => {
+                    self.local.meters.sent_down(count);
+                    self.down.buffer.consume(count);
+                    self.down.looked_at -= count;
+                    progress = Progress::Some;
+                }
+            }
+        }
+        flush_tls(&mut self.client, cx).map_err(|_| Step::End(End::ClientLeft))?;
+        Ok(progress)
+    }
+}
+
+/// Only TLS holds written bytes back.
+#[inline]
+fn flush_tls(stream: &mut Stream, cx: &mut Context<'_>) -> io::Result<()> {
+    if let Stream::Tls(tls) = stream
+        && let Poll::Ready(flushed) = Pin::new(tls).poll_flush(cx)
+    {
+        return flushed;
+    }
+    Ok(())
+}
