@@ -56,7 +56,7 @@ pub(super) const POOLS: &[Column] = &[
     ("pool_mode", Text),
     ("load_balance_hosts", Text),
 ];
-/// `SHOW CLIENTS` and `SHOW SERVERS`; the last three columns are ours.
+/// `SHOW CLIENTS` and `SHOW SERVERS`; the last columns are ours.
 pub(super) const SESSIONS: &[Column] = &[
     ("type", Text),
     ("user", Text),
@@ -82,6 +82,7 @@ pub(super) const SESSIONS: &[Column] = &[
     ("server", Text),
     ("in_transaction", Text),
     ("blockers", Text),
+    ("pinned", Text),
 ];
 /// `SHOW SOCKETS` and `SHOW ACTIVE_SOCKETS`: the same with the positions in PgBouncer's buffers, which have no like here.
 pub(super) const SOCKETS: &[Column] = &[
@@ -278,10 +279,10 @@ pub(super) fn pools(clients: &[ClientView]) -> Table {
             count(|client| client.backend_pid.is_some() && !client.in_transaction).into(),
             0.into(),
             0.into(),
-            count(|client| client.backend_pid.is_none()).into(),
+            count(|client| client.backend_pid.is_none() && !client.pooled).into(),
             whole_seconds(longest).into(),
             micros(longest).into(),
-            "session".into(),
+            if clients.iter().any(|client| client.pooled) { "transaction" } else { "session" }.into(),
             Cell::Null,
         ]);
     }
@@ -351,6 +352,7 @@ fn session_rows(config: &Config, clients: &[ClientView], side: Side) -> Vec<Vec<
             client.server.map(|server| server.to_string()).into(),
             if client.in_transaction { "yes" } else { "no" }.into(),
             client.blockers.join("; ").into(),
+            client.pinned.clone().into(),
         ]);
     }
     rows

@@ -139,6 +139,12 @@ pub struct ClientView {
     /// RECONNECT wants its server connection replaced.
     #[serde(default)]
     pub close_needed: bool,
+    /// Whether it shares server connections with others, having one for each transaction.
+    #[serde(default)]
+    pub pooled: bool,
+    /// What makes it keep the server connection that it has all the same.
+    #[serde(default)]
+    pub pinned: Option<String>,
 }
 
 /// One database of the proxy.

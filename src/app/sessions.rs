@@ -66,5 +66,7 @@ fn client(view: SessionView, now: SystemTime) -> ClientView {
         prepared: view.moving == MoveState::Prepared,
         // Known to the service alone.
         close_needed: false,
+        pooled: view.pooled,
+        pinned: view.pinned,
     }
 }

@@ -13,6 +13,8 @@ mod limits;
 mod links;
 mod moves;
 mod orphans;
+mod pooling;
+mod pooling_moves;
 mod protocol;
 mod rig;
 mod timeouts;

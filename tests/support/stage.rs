@@ -71,6 +71,8 @@ impl Lease for Instantly {
 enum Clients {
     None,
     Proxied,
+    /// The same, sharing so many server connections.
+    Pooled(usize),
 }
 
 /// Answers nobody.
@@ -160,8 +162,17 @@ impl Stage {
         self.begin(failpoints, None, Clients::Proxied)
     }
 
+    /// The same where clients share `size` connections by transaction.
+    pub fn life_with_pool(&self, failpoints: &str, size: usize) -> Life {
+        self.begin(failpoints, None, Clients::Pooled(size))
+    }
+
     fn begin(&self, failpoints: &str, link: Option<&Link>, clients: Clients) -> Life {
         let mut config = self.config();
+        if let Clients::Pooled(size) = clients {
+            config.pool.mode = pgcutover::config::PoolMode::Transaction;
+            config.pool.default_pool_size = size;
+        }
         if let Some(link) = link {
             config.target.port = link.address.port();
         }
@@ -176,7 +187,7 @@ impl Stage {
         let metrics = Arc::new(Metrics::new().expect("a fresh registry"));
         let proxy = match clients {
             Clients::None => None,
-            Clients::Proxied => {
+            Clients::Proxied | Clients::Pooled(_) => {
                 let deps = ProxyDeps {
                     config: config.clone(),
                     switchboard: switchboard.clone(),

@@ -242,7 +242,7 @@ pub enum Deallocated {
 /// The target of `text`, if it is one DEALLOCATE and nothing else.
 pub fn deallocated(text: &[u8]) -> Option<Deallocated> {
     let start = skip_space(text, 0);
-    if !text.get(start).is_some_and(|byte| byte | 0x20 == b'd') {
+    if text.get(start).is_none_or(|byte| byte | 0x20 != b'd') {
         return None;
     }
     let word = next_word(text, start);

@@ -345,12 +345,4 @@ impl Central {
     pub(in crate::proxy) fn connections(&self) -> usize {
         lock(&self.state).connections
     }
-
-    /// Connections that lie idle, and clients that wait, with the longest wait.
-    pub(in crate::proxy) fn counts(&self) -> (usize, usize, Duration) {
-        let idle = self.idle.iter().map(|idle| idle.load(Ordering::Relaxed)).sum();
-        let state = lock(&self.state);
-        let longest = state.line.iter().filter_map(|waiter| waiter.since()).map(|since| since.elapsed()).max();
-        (idle, state.line.len(), longest.unwrap_or_default())
-    }
 }

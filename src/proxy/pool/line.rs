@@ -53,10 +53,6 @@ impl<T> Line<T> {
         self.waiting.len()
     }
 
-    pub(super) fn iter(&self) -> impl Iterator<Item = &T> {
-        self.waiting.iter().map(|place| &place.who)
-    }
-
     /// Those for whom `leaves` holds leave the line, and are returned.
     pub(super) fn leave(&mut self, leaves: impl Fn(&T) -> bool) -> Vec<T> {
         let (mut gone, mut kept) = (Vec::new(), VecDeque::with_capacity(self.waiting.len()));

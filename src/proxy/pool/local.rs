@@ -23,6 +23,7 @@ use crate::switch::{Database, Epoch, Route, ServerRole};
 const LOOKED_AT: usize = 8;
 
 /// See the module.
+#[expect(clippy::vec_box, reason = "a link goes to sessions and lines as it is: its pointer is moved, not the link")]
 pub(in crate::proxy) struct LocalPool {
     pub(in crate::proxy) central: Arc<Central>,
     shared: Arc<Shared>,
@@ -45,11 +46,13 @@ enum Unopened {
 }
 
 impl Unopened {
-    fn words(&self) -> ClientError {
+    /// What those who wait are told, unless another attempt is worth making: somebody has ended the backend.
+    fn words(&self) -> Option<ClientError> {
         match self {
-            Self::Connect(error) => backend::refusal(error),
-            Self::State(_) => ClientError::ServerUnreachable,
-            Self::Nowhere(reason) => ClientError::RouteUnknown { reason: reason.clone() },
+            Self::Connect(error) => Some(backend::refusal(error)),
+            Self::State(HandoffError::Lost { .. }) => None,
+            Self::State(_) => Some(ClientError::ServerUnreachable),
+            Self::Nowhere(reason) => Some(ClientError::RouteUnknown { reason: reason.clone() }),
         }
     }
 }
@@ -114,8 +117,8 @@ impl LocalPool {
         let mut idle = self.idle.borrow_mut();
         let end = idle.len();
         let near = end.saturating_sub(LOOKED_AT);
-        let fits = |link: &Box<Link>| link.server() == server && Arc::ptr_eq(&link.profile, profile);
-        let at = match idle[near..].iter().rposition(fits) {
+        let fits = |link: &Link| link.server() == server && Arc::ptr_eq(&link.profile, profile);
+        let at = match idle[near..].iter().rposition(|link| fits(link)) {
             Some(at) => near + at,
             None => idle.iter().rposition(|link| link.server() == server)?,
         };
@@ -202,7 +205,7 @@ impl LocalPool {
                 }
                 Err((unopened, seat)) => {
                     tracing::warn!(database = this.central.database, error = ?unopened, "no connection for a pool");
-                    this.central.opened(Some(&unopened.words()));
+                    this.central.opened(unopened.words().as_ref());
                     drop(seat);
                     false
                 }

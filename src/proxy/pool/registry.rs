@@ -117,13 +117,6 @@ impl Pools {
         let bounded = central.sizes.max_db_connections > 0 || central.sizes.max_user_connections > 0;
         bounded && self.neighbours(central).iter().any(|pool| pool.is_starved() && !std::ptr::eq(&**pool, central))
     }
-
-    /// Every pool, for what is shown.
-    pub(in crate::proxy) fn all(&self) -> Vec<Arc<Central>> {
-        let mut all: Vec<_> = lock(&self.pools).values().cloned().collect();
-        all.sort_by(|a, b| (&a.database, &a.user).cmp(&(&b.database, &b.user)));
-        all
-    }
 }
 
 impl Seat {

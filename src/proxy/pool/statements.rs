@@ -138,11 +138,6 @@ impl Held {
         self.statements.clear();
     }
 
-    /// How many it has.
-    pub(in crate::proxy) fn len(&self) -> usize {
-        self.statements.len()
-    }
-
     /// All of them.
     pub(in crate::proxy) fn iter(&self) -> impl Iterator<Item = &Arc<Statement>> {
         self.statements.values().map(|used| &used.statement)

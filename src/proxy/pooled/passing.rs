@@ -119,12 +119,12 @@ impl PooledSession {
     /// Inside, nothing passes a Sync or Query that is unanswered while a fence or somebody in the line waits for the
     /// transaction to end.
     fn may_pass_inside(&self, tag: u8) -> bool {
-        if self.ledger.is_full() || self.mending != Mending::None {
+        if self.ledger.is_full() || self.mending == Mending::Batch {
             return false;
         }
         let is_copy = matches!(tag, frontend::COPY_DATA | frontend::COPY_DONE | frontend::COPY_FAIL);
         let is_wanted = || self.pool.central.is_waited_for() || self.local.database.is_fenced();
-        !(self.ledger.awaits_ready() && !is_copy && !self.ledger.is_copying_in() && is_wanted())
+        !self.ledger.awaits_ready() || is_copy || self.ledger.is_copying_in() || !is_wanted()
     }
 
     /// Outside: what needs no server.

@@ -1,0 +1,128 @@
+//! Pooled clients and a switch of their database: those that hold nothing just go on, the others move.
+
+use std::time::{Duration, Instant};
+
+use pgcutover::config::PoolMode;
+use pgcutover::demo::cluster::Cluster;
+use pgcutover::proxy::{MoveOrder, MoveOutcome, SessionState};
+use pgcutover::switch::{Epoch, ServerRole};
+
+use crate::rig::{Rig, server, text};
+use crate::support::{connect, two_clusters_with, wait_for};
+use crate::wire_client::{bind, execute, parse, query, rows, sync, tags};
+
+const POSTGRES: &str = "postgres";
+const WHERE_AM_I: &str = "SELECT name FROM place";
+const TO_TARGET: MoveOrder = MoveOrder { to: ServerRole::Target, epoch: Epoch(1) };
+
+fn soon() -> Instant {
+    Instant::now() + Duration::from_secs(10)
+}
+
+fn databases() -> Vec<String> {
+    vec![POSTGRES.to_owned()]
+}
+
+async fn two(size: usize) -> (Cluster, Cluster, Rig) {
+    let (source, target) = two_clusters_with(|options| options, |options| options.setting("timezone", "Asia/Tokyo"));
+    for (cluster, place) in [(&source, "source"), (&target, "target")] {
+        let direct = connect(cluster, POSTGRES).await;
+        let made = format!("CREATE TABLE place(name text); INSERT INTO place VALUES ('{place}')");
+        direct.batch_execute(&made).await.expect("made");
+    }
+    let rig = Rig::start(server(&source), server(&target), |config| {
+        config.pool.mode = PoolMode::Transaction;
+        config.pool.default_pool_size = size;
+    });
+    (source, target, rig)
+}
+
+/// Backends of the proxy's clients and pools on a server.
+async fn backends(cluster: &Cluster) -> String {
+    let count = "SELECT count(*) FROM pg_stat_activity WHERE backend_type = 'client backend' AND datname = 'postgres' \
+                 AND pid <> pg_backend_pid() AND application_name NOT LIKE 'pgcutover/%'";
+    text(&connect(cluster, POSTGRES).await, count).await
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn clients_without_a_connection_go_on_at_the_other_server() {
+    let (source, target, rig) = two(2).await;
+    let database = rig.database();
+    let mut clients = Vec::new();
+    for number in 0..4 {
+        let mut client = rig.wire(POSTGRES).await;
+        client.send(&query(&format!("SET app.number = '{number}'"))).await;
+        client.until_ready().await;
+        client.send(&[parse("where", "SELECT name || current_setting('app.number') FROM place"), sync()].concat()).await;
+        client.until_ready().await;
+        clients.push(client);
+    }
+    let mut busy = rig.wire(POSTGRES).await;
+    busy.send(&query("BEGIN")).await;
+    busy.until_ready().await;
+    let reports = rig.sessions.prepare_moves(&databases(), TO_TARGET, soon()).await;
+    assert!(reports.iter().all(|report| report.outcome == MoveOutcome::Ready), "{reports:?}");
+    assert_ne!(backends(&target).await, "0", "connections are there before the pause");
+    database.fence();
+    clients[0].send(&query(WHERE_AM_I)).await;
+    rig.until(SessionState::Held).await;
+    busy.send(&query(WHERE_AM_I)).await;
+    assert_eq!(rows(&busy.until_ready().await), ["source"], "who is in a transaction ends it where it began");
+    busy.send(&query("COMMIT")).await;
+    busy.until_ready().await;
+    tokio::time::timeout(Duration::from_secs(10), database.wait_empty()).await.expect("nobody is inside");
+    rig.sessions.settle_moves(&databases(), soon()).await;
+    database.open(ServerRole::Target, Epoch(1));
+    // Settings, statements and what is reported are those of the client, on the other server.
+    let messages = clients[0].until_ready().await;
+    assert_eq!(rows(&messages), ["target"]);
+    for (number, client) in clients.iter_mut().enumerate() {
+        client.send(&[bind("where"), execute(0), sync()].concat()).await;
+        let messages = client.until_ready().await;
+        assert_eq!(rows(&messages), [format!("target{number}")], "{}", tags(&messages));
+    }
+    wait_for("the old connections to close", || async { backends(&source).await == "0" }).await;
+    rig.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_pinned_client_moves_with_what_it_has() {
+    let (_source, target, rig) = two(4).await;
+    let database = rig.database();
+    let mut client = rig.wire(POSTGRES).await;
+    for sql in ["SET app.tenant = '7'", "LISTEN news"] {
+        client.send(&query(sql)).await;
+        client.until_ready().await;
+    }
+    wait_for("the pin", || async { rig.sessions.list()[0].pinned.is_some() }).await;
+    client.send(&[parse("s", "SELECT name || current_setting('app.tenant') FROM place"), sync()].concat()).await;
+    client.until_ready().await;
+    let reports = rig.sessions.prepare_moves(&databases(), TO_TARGET, soon()).await;
+    assert_eq!(reports[0].outcome, MoveOutcome::Ready, "{reports:?}");
+    database.fence();
+    database.wait_empty().await;
+    rig.sessions.settle_moves(&databases(), soon()).await;
+    database.open(ServerRole::Target, Epoch(1));
+    client.send(&[bind("s"), execute(0), sync()].concat()).await;
+    assert_eq!(rows(&client.until_ready().await), ["target7"]);
+    connect(&target, POSTGRES).await.batch_execute("NOTIFY news, 'there'").await.expect("sent");
+    assert_eq!(client.next().await.expect("told").tag, 'A');
+    rig.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_abort_leaves_nothing_on_the_other_server() {
+    let (_source, target, rig) = two(2).await;
+    let database = rig.database();
+    let mut client = rig.wire(POSTGRES).await;
+    rig.sessions.prepare_moves(&databases(), TO_TARGET, soon()).await;
+    database.fence();
+    client.send(&query(WHERE_AM_I)).await;
+    rig.until(SessionState::Held).await;
+    rig.sessions.settle_moves(&databases(), soon()).await;
+    rig.sessions.discard_moves(&databases());
+    database.reopen();
+    assert_eq!(rows(&client.until_ready().await), ["source"]);
+    wait_for("what was prepared to close", || async { backends(&target).await == "0" }).await;
+    rig.stop().await;
+}
