@@ -20,7 +20,8 @@ async fn many_clients_on_few_connections_see_no_error() {
     for number in 0..12 {
         let client = connect_with(&life.client("worker")).await;
         client.batch_execute(&format!("SET app.number = '{number}'")).await.expect("settable");
-        let select = client.prepare("SELECT current_setting('app.number'), count(*) FROM item").await.expect("prepared");
+        let select =
+            client.prepare("SELECT current_setting('app.number'), count(*) FROM item").await.expect("prepared");
         let (stop, done) = (stop.clone(), done.clone());
         tasks.push(tokio::spawn(async move {
             while !stop.load(Ordering::SeqCst) {

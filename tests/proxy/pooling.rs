@@ -64,7 +64,10 @@ async fn many_clients_share_few_connections() {
         clients.push(tokio::spawn(async move {
             let insert = client.prepare("INSERT INTO t VALUES ($1)").await.expect("prepared");
             for round in 0..20i32 {
-                assert_eq!(text(&client, &format!("SELECT {}", number * 100 + round)).await, (number * 100 + round).to_string());
+                assert_eq!(
+                    text(&client, &format!("SELECT {}", number * 100 + round)).await,
+                    (number * 100 + round).to_string()
+                );
                 client.execute(&insert, &[&round]).await.expect("inserted");
                 client.batch_execute("BEGIN").await.expect("begun");
                 let pid = text(&client, "SELECT pg_backend_pid()").await;
@@ -132,9 +135,12 @@ async fn startup_parameters_are_the_clients_own_and_reported() {
         let messages = client.until_ready().await;
         (client, messages)
     };
-    let (mut ann, greeting) =
-        start(&[("application_name", "ann"), ("options", "-c app.x=1 -c DateStyle=German"), ("client_encoding", "LATIN1")])
-            .await;
+    let (mut ann, greeting) = start(&[
+        ("application_name", "ann"),
+        ("options", "-c app.x=1 -c DateStyle=German"),
+        ("client_encoding", "LATIN1"),
+    ])
+    .await;
     let reported = |messages: &[crate::wire_client::Message], name: &str| {
         let found = messages.iter().filter(|message| message.tag == 'S').find_map(|message| {
             let text = String::from_utf8_lossy(&message.body).into_owned();
@@ -156,7 +162,12 @@ async fn startup_parameters_are_the_clients_own_and_reported() {
     ask(&mut ann, &query("RESET application_name")).await;
     assert_eq!(first_row(&mut ann, "SHOW application_name").await, "ann", "what it connected with");
     // A second one like the first is greeted alike, without asking a server.
-    let (_again, second) = start(&[("application_name", "ann"), ("options", "-c app.x=1 -c DateStyle=German"), ("client_encoding", "LATIN1")]).await;
+    let (_again, second) = start(&[
+        ("application_name", "ann"),
+        ("options", "-c app.x=1 -c DateStyle=German"),
+        ("client_encoding", "LATIN1"),
+    ])
+    .await;
     assert_eq!(reported(&second, "client_encoding"), "LATIN1");
     let (_, refused) = start(&[("work_mem", "lots")]).await;
     assert_eq!(refused.iter().find(|message| message.tag == 'E').expect("refused").code(), "22023");
@@ -175,7 +186,8 @@ async fn prepared_statements_are_there_on_whichever_connection() {
     for (number, client) in clients.iter_mut().enumerate() {
         for name in 0..4 {
             let sql = format!("SELECT '{number}-{name}', pg_backend_pid()");
-            let messages = ask(client, &[parse(&format!("s{name}"), &sql), describe(&format!("s{name}")), sync()].concat()).await;
+            let messages =
+                ask(client, &[parse(&format!("s{name}"), &sql), describe(&format!("s{name}")), sync()].concat()).await;
             assert_eq!(crate::wire_client::tags(&messages), "1tTZI");
         }
     }
@@ -326,10 +338,8 @@ async fn what_cannot_be_shared_keeps_its_connection() {
     drop(pinned);
     wait_for("the pinned ones to end", || async { rig.sessions.list().len() == 1 }).await;
     let locks = "SELECT count(*) FROM pg_locks WHERE locktype = 'advisory'";
-    wait_for("their backends to end", || async {
-        text(&connect(&cluster, "postgres").await, locks).await == "0"
-    })
-    .await;
+    wait_for("their backends to end", || async { text(&connect(&cluster, "postgres").await, locks).await == "0" })
+        .await;
     rig.stop().await;
 }
 
@@ -349,12 +359,14 @@ async fn nobody_waits_for_ever_and_all_get_their_turn() {
             }
         }));
     }
-    wait_for("everybody to be served", || async { counts.iter().all(|count| count.load(Ordering::SeqCst) >= 50) }).await;
+    wait_for("everybody to be served", || async { counts.iter().all(|count| count.load(Ordering::SeqCst) >= 50) })
+        .await;
     stop.store(true, Ordering::SeqCst);
     for task in tasks {
         task.await.expect("no panic");
     }
-    let (least, most) = (counts.iter().map(|c| c.load(Ordering::SeqCst)).min(), counts.iter().map(|c| c.load(Ordering::SeqCst)).max());
+    let (least, most) =
+        (counts.iter().map(|c| c.load(Ordering::SeqCst)).min(), counts.iter().map(|c| c.load(Ordering::SeqCst)).max());
     assert!(most < least.map(|least| least * 4), "{least:?} to {most:?}");
     // One that holds the only connection; another one waits too long.
     let (mut holder, mut waiter) = (rig.wire("postgres").await, rig.wire("postgres").await);
@@ -438,12 +450,18 @@ async fn copies_pipelines_and_large_values_pass_whole() {
     copy.extend(frame(b'c', &[]));
     assert_eq!(crate::wire_client::tags(&ask(&mut client, &copy).await), "GCZI");
     let out = ask(&mut client, &query("COPY t TO STDOUT")).await;
-    assert_eq!(out.iter().filter(|message| message.tag == 'd').map(|message| message.body.len()).sum::<usize>(), 2_000_020);
+    assert_eq!(
+        out.iter().filter(|message| message.tag == 'd').map(|message| message.body.len()).sum::<usize>(),
+        2_000_020
+    );
     let big = "z".repeat(2_000_000);
     assert_eq!(first_row(&mut client, &format!("SELECT '{big}'")).await, big);
     // A long statement, shared; a longer one, unnamed; a parameter that streams.
     let long = format!("SELECT '{}'", "w".repeat(300_000));
-    assert_eq!(rows(&ask(&mut client, &[parse("long", &long), bind("long"), execute(0), sync()].concat()).await)[0].len(), 300_000);
+    assert_eq!(
+        rows(&ask(&mut client, &[parse("long", &long), bind("long"), execute(0), sync()].concat()).await)[0].len(),
+        300_000
+    );
     assert_eq!(rows(&ask(&mut client, &[bind("long"), execute(0), sync()].concat()).await)[0].len(), 300_000);
     let value = vec![b'v'; 1_500_000];
     let mut body = b"\0p\0\0\0\0\x01".to_vec();

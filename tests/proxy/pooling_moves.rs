@@ -53,7 +53,9 @@ async fn clients_without_a_connection_go_on_at_the_other_server() {
         let mut client = rig.wire(POSTGRES).await;
         client.send(&query(&format!("SET app.number = '{number}'"))).await;
         client.until_ready().await;
-        client.send(&[parse("where", "SELECT name || current_setting('app.number') FROM place"), sync()].concat()).await;
+        client
+            .send(&[parse("where", "SELECT name || current_setting('app.number') FROM place"), sync()].concat())
+            .await;
         client.until_ready().await;
         clients.push(client);
     }

@@ -272,8 +272,7 @@ pub fn deallocated(text: &[u8]) -> Option<Deallocated> {
         if word.is_empty() {
             return None;
         }
-        let target =
-            if is(word, b"all") { Deallocated::All } else { Deallocated::Name(word.to_ascii_lowercase()) };
+        let target = if is(word, b"all") { Deallocated::All } else { Deallocated::Name(word.to_ascii_lowercase()) };
         (target, at + word.len())
     };
     let rest = text[end..].iter().all(|byte| is_space(*byte) || matches!(byte, b';' | 0));

@@ -290,8 +290,7 @@ impl Central {
             state.not_before = failure.map(|_| Instant::now() + LOGIN_RETRY);
             // The failed one still has its seat.
             let others = state.connections.saturating_sub(1);
-            let refused =
-                if failure.is_some() && others == 0 { state.line.leave(|_| true) } else { Vec::new() };
+            let refused = if failure.is_some() && others == 0 { state.line.leave(|_| true) } else { Vec::new() };
             self.waiting.store(state.line.len(), Ordering::Release);
             refused
         };

@@ -249,8 +249,7 @@ impl LocalPool {
         let count = |server: ServerRole| self.idle.borrow().iter().filter(|link| link.server() == server).count();
         let wanted = (self.central.connections() / self.central.pools_workers()).max(1);
         let missing = wanted.saturating_sub(count(to));
-        let opening: Vec<_> =
-            (0..missing).map(|_| self.open(self.central.seat_for_successor(), Some(to))).collect();
+        let opening: Vec<_> = (0..missing).map(|_| self.open(self.central.seat_for_successor(), Some(to))).collect();
         for opened in opening {
             // One that could not be opened is opened when it is needed.
             let _opened = opened.await;
@@ -308,7 +307,9 @@ impl LocalPool {
             spare.set(spare.get() - usize::from(closes));
             closes
         });
-        if self.central.pools_want_room() && let Some(link) = self.pop() {
+        if self.central.pools_want_room()
+            && let Some(link) = self.pop()
+        {
             link.close();
         }
         self.central.end_long_waits();
@@ -316,7 +317,9 @@ impl LocalPool {
             self.serve_waiting();
             self.open_for_waiting();
         }
-        if !database.is_fenced() && let Some(seat) = self.central.seat_up_to(self.central.sizes.min_pool_size) {
+        if !database.is_fenced()
+            && let Some(seat) = self.central.seat_up_to(self.central.sizes.min_pool_size)
+        {
             self.open(seat, None);
         }
     }

@@ -55,10 +55,8 @@ impl Statements {
             self.sweep();
         }
         let statement = self.alone(tail, traces);
-        let of = self
-            .known
-            .entry(key)
-            .or_insert_with(|| Meaning { _meaning: meaning.clone(), statements: HashMap::new() });
+        let of =
+            self.known.entry(key).or_insert_with(|| Meaning { _meaning: meaning.clone(), statements: HashMap::new() });
         of.statements.insert(tail.into(), Arc::downgrade(&statement));
         statement
     }

@@ -19,7 +19,11 @@ use crate::wire::frame::backend;
 pub(super) enum Sent {
     /// The client's Parse of a named statement. `known`: the connection had it, so that a Close of nothing was sent
     /// in its place, whose answer is shown as that of a Parse.
-    Parse { name: Box<[u8]>, statement: Arc<Statement>, known: bool },
+    Parse {
+        name: Box<[u8]>,
+        statement: Arc<Statement>,
+        known: bool,
+    },
     /// The client's Parse of a name that is taken: it fails.
     AlreadyThere,
     /// The client's unnamed Parse.
@@ -135,9 +139,7 @@ impl Expected {
         use backend::*;
         match tag {
             PARSE_COMPLETE => match self.pop() {
-                Some(Sent::Parse { name, statement, known: false }) => {
-                    Meaning::Named { name, statement, known: false }
-                }
+                Some(Sent::Parse { name, statement, known: false }) => Meaning::Named { name, statement, known: false },
                 Some(Sent::Added(_) | Sent::AddedUnnamed) => Meaning::Ours,
                 Some(Sent::ParseUnnamed | Sent::AlreadyThere) => Meaning::Plain,
                 other => self.confuse(other),

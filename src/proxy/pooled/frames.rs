@@ -66,7 +66,8 @@ impl PooledSession {
     pub(super) fn forward(&mut self, header: Header) -> Result<Passage, Step> {
         match header.tag {
             frontend::QUERY if self.is_own_deallocate(header) && self.ledger.status() == TransactionStatus::InBlock => {
-                if !self.expected.is_empty() || self.down.looked_at < self.down.buffer.len() || self.down.body_left > 0 {
+                if !self.expected.is_empty() || self.down.looked_at < self.down.buffer.len() || self.down.body_left > 0
+                {
                     return Ok(Passage::Blocked);
                 }
                 self.deallocate_here(header, TransactionStatus::InBlock);

@@ -47,7 +47,7 @@ pub(super) use self::login::{known, learn, settings_of};
 use super::buffers::Buffer;
 use super::cancel::CancelKey;
 use super::client_error::ClientError;
-use super::handoff::{Tie, Tracked, Traces};
+use super::handoff::{Tie, Traces, Tracked};
 use super::login::{ClientSlot, LoggedIn};
 use super::orphan;
 use super::pool::{Link, LocalPool, Profile, Reported, Statement, Waiter};

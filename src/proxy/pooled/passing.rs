@@ -308,7 +308,7 @@ impl PooledSession {
     /// Gives the connection back and leaves the gate.
     pub(super) fn leave(&mut self, now: Instant) {
         if let Place::Inside { since } = self.place {
-            self.local.meters.took(now - since);
+            self.local.meters.took(now - since, self.ledger.readies().wrapping_sub(self.entered_turn));
         }
         self.place = Place::Outside;
         self.entry.set_state_at(SessionState::Idle, now);

@@ -266,7 +266,7 @@ impl PooledSession {
         self.entry.set_pinned(words);
         self.entry.set_backend(Some((link.server(), link.pid())));
         if let Place::Inside { since } = self.place {
-            self.local.meters.took(since.elapsed());
+            self.local.meters.took(since.elapsed(), self.ledger.readies().wrapping_sub(self.entered_turn));
         }
         self.member.leave();
         let Link { backend, seat, .. } = *link;
