@@ -148,6 +148,8 @@ async fn signals_reload_and_stop_and_a_wrong_configuration_changes_nothing() {
     assert_eq!(status, 1, "{err}");
     assert!(err.contains("pg_hba.conf:2: \"10.0.0.0/64\" is not an address"), "{err}");
     assert!(support::try_connect(&daemon.client("postgres")).await.is_err(), "the old rules stay in force");
+    let (status, out, err) = command(&daemon, &["check"]);
+    assert!(status != 0 && format!("{out}{err}").contains("pg_hba.conf:2:"), "{status}: {out}{err}");
     std::fs::write(&file, &text).unwrap();
     daemon.json(&["reload"]);
 

@@ -6,6 +6,7 @@ use super::output::Output;
 use super::{CliError, Verdict};
 use crate::config::Config;
 use crate::postgres::{ConnectError, Connector, InstanceId};
+use crate::proxy;
 
 /// One thing that was looked at.
 #[derive(Debug, Serialize)]
@@ -26,7 +27,7 @@ struct Facts {
 
 /// Connects to both servers. Bad when something is in the way.
 pub(super) async fn check(config: &Config, output: &Output) -> Result<Verdict, CliError> {
-    let mut findings = vec![finding("configuration", Ok("valid".to_owned()))];
+    let mut findings = vec![finding("configuration", Ok("valid".to_owned())), finding("files", files(config))];
     let instance = InstanceId::random();
     let (mut source, mut target) = (None, None);
     for (label, server, facts) in [("source", &config.source, &mut source), ("target", &config.target, &mut target)] {
@@ -57,6 +58,14 @@ pub(super) async fn check(config: &Config, output: &Output) -> Result<Verdict, C
     let good = findings.iter().all(|finding| finding.ok);
     print(&findings, good, output);
     Ok(if good { Verdict::Good } else { Verdict::Bad })
+}
+
+/// Certificates, keys, rules, maps and users.
+fn files(config: &Config) -> Found {
+    let fix = "mend the file, or the key that names it".to_owned();
+    proxy::check_files(config)
+        .map(|()| "certificates, rules and users can be used".to_owned())
+        .map_err(|error| (error.to_string(), fix))
 }
 
 /// What was found, or what is wrong and what mends it.

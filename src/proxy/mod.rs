@@ -3,7 +3,8 @@
 //! # One query, from socket to backend and back
 //!
 //! 1. [`listener`] accepts a connection and gives it to one [`worker`], a thread with its own runtime.
-//! 2. [`handshake`] negotiates TLS and reads the startup packet; [`auth`] lets the client prove who it is.
+//! 2. [`handshake`] negotiates TLS and reads the startup packet; [`auth`] lets the client prove who it is, as the rules
+//!    and files say that [`access`] has read.
 //! 3. [`session`] waits for admission, opens a backend as that user ([`backend`]), and tells the client that it is ready.
 //! 4. [`relay`] is the hot path: it reads the client's bytes, looks at tag and length of each frame, asks the gate of
 //!    [`crate::switch`] before the first frame of a transaction, and writes the bytes to the backend unchanged. On the way
@@ -132,6 +133,11 @@ pub enum ProxyError {
     /// A thread could not be started.
     #[error("cannot start a worker thread: {0}")]
     Thread(std::io::Error),
+}
+
+/// Reads every file that clients' access depends on (certificates, rules, maps, users), and keeps nothing.
+pub fn check_files(config: &Config) -> Result<(), AccessError> {
+    access::Access::load(config).map(drop)
 }
 
 /// What all workers share.

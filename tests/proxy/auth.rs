@@ -79,6 +79,12 @@ async fn md5_verifiers_are_used_on_both_sides() {
     let rig = Rig::start(server(&source), server(&target), auto);
     assert_eq!(attempt(&rig, "ann", "right").await, "in");
     assert_eq!(attempt(&rig, "ann", "wrong").await, "28P01");
+    // Where roles have md5 verifiers, an unknown one is asked as if it had one.
+    for user in ["ann", "nobody"] {
+        let mut client = WireClient::connect(rig.port).await;
+        client.start(&[("user", user), ("database", "postgres")]).await;
+        assert_eq!(client.next().await.expect("asked").body[..4], [0, 0, 0, 5], "{user}");
+    }
     rig.stop().await;
 }
 
@@ -138,11 +144,11 @@ async fn clear_text_passwords_need_a_private_connection() {
     config.host_path(&path).port(rig.port).user("ann").password("right").dbname("postgres");
     assert_eq!(text(&crate::support::connect_with(&config).await, "SELECT 1").await, "1");
     assert_eq!(rig.sessions.list().first().map(|session| session.client_address.clone()), Some("unix".to_owned()));
-    config.password("wrong");
-    assert_eq!(
-        try_connect(&config).await.err().and_then(|error| error.code().cloned()).expect("refused").code(),
-        "28P01"
-    );
+    for (user, password) in [("ann", "wrong"), ("nobody", "right")] {
+        config.user(user).password(password);
+        let error = try_connect(&config).await.expect_err("refused");
+        assert_eq!(error.code().map(|code| code.code()), Some("28P01"), "{user}");
+    }
     rig.stop().await;
     assert_eq!(std::fs::read_dir(&path).expect("there").count(), 0, "the socket file is removed");
 }

@@ -160,7 +160,7 @@ pub(in crate::proxy) async fn authenticate(
         Challenge::Nothing(credential) => Ok(Some(credential)),
         Challenge::Scram { verifier, login } => scram_exchange(channel, verifiers, asked, verifier, login).await,
         Challenge::Md5 { verifier, login } => md5_exchange(channel, verifier, login).await,
-        Challenge::Cleartext { stored } => cleartext_exchange(channel, user, stored).await,
+        Challenge::Cleartext { stored } => cleartext_exchange(channel, verifiers, user, stored).await,
     }?;
     let Some(credential) = outcome else {
         if let Some(trouble) = trouble {
@@ -210,6 +210,10 @@ async fn find(asked: &Asked<'_>, verifiers: &Arc<Verifiers>, active: ServerRole)
     };
     let stored = account.as_ref().and_then(|account| account.usable(SystemTime::now()));
     let can_login = account.is_none_or(|account| account.can_login);
+    let method = match (method, &stored) {
+        (AuthMethod::Auto, None) if verifiers.made_up_is_md5(asked.lookup, active) => AuthMethod::Md5,
+        _ => method,
+    };
     Ok(Found { challenge: challenge(method, stored, asked.user), can_login, trouble })
 }
 
@@ -284,6 +288,7 @@ async fn md5_exchange(
 
 async fn cleartext_exchange(
     channel: &mut ClientChannel,
+    verifiers: &Verifiers,
     user: &str,
     stored: Option<Stored>,
 ) -> Result<Option<Credential>, AuthError> {
@@ -295,9 +300,13 @@ async fn cleartext_exchange(
         Some(Stored::Md5(hash)) => {
             bool::from(scram::md5_verifier(answer, user).as_bytes().ct_eq(hash.expose().as_bytes()))
         }
-        Some(Stored::Scram(verifier)) => verifier.is_satisfied_by(answer),
+        Some(Stored::Scram(verifier)) => verifiers.satisfies(verifier.clone(), answer).await,
         None => false,
     };
+    if !right && !matches!(stored, Some(Stored::Scram(_))) {
+        // Every refusal takes as long as that of a user with a SCRAM verifier.
+        let _never = verifiers.satisfies(verifiers.made_up(user), answer).await;
+    }
     let Ok(password) = std::str::from_utf8(answer) else { return Ok(None) };
     Ok(right.then(|| Credential::Password(Secret::new(password))))
 }

@@ -252,6 +252,8 @@ impl UserName {
 
 #[cfg(test)]
 mod tests {
+    use proptest::prelude::*;
+
     use super::*;
 
     fn client<'a>(user: &'a str, database: &'a str, address: &str, tls: bool) -> Client<'a> {
@@ -406,5 +408,49 @@ host      "sameuser"      "all"           samehost                trust
         }
         let problems = Rules::parse("x\nlocal all all trust\ny\n").expect_err("two");
         assert_eq!(problems.iter().map(|(line, _)| *line).collect::<Vec<_>>(), [1, 3]);
+    }
+
+    const WORDS: &[&str] = &[
+        "local",
+        "host",
+        "hostssl",
+        "all",
+        "sameuser",
+        "replication",
+        "\"",
+        ",",
+        " ",
+        "\t",
+        "/^a",
+        "/(",
+        "10.0.0.0/8",
+        "10.0.0.1",
+        "255.0.0.0",
+        "::1/128",
+        "samehost",
+        "trust",
+        "md5",
+        "cert",
+        "reject",
+        "map=",
+        "clientcert=",
+        "=",
+        "\\",
+        "verify-full",
+        "clientname=DN",
+        "#",
+        "\n",
+        "@",
+        "+",
+        "ß",
+    ];
+
+    proptest! {
+        #[test]
+        fn any_line_is_read_without_a_panic(words in prop::collection::vec(prop::sample::select(WORDS), 0..12), text: String) {
+            let _ = Rules::parse(&words.join(" "));
+            let _ = Rules::parse(&words.concat());
+            let _ = Rules::parse(&text);
+        }
     }
 }

@@ -5,10 +5,11 @@
 //! little. Of many logins of one user at once, one asks.
 
 use std::collections::HashMap;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant, SystemTime};
 
-use tokio::sync::Mutex as AsyncMutex;
+use tokio::sync::{Mutex as AsyncMutex, Semaphore};
 use tokio_postgres::types::Timestamp;
 
 use super::users_file::Stored;
@@ -19,6 +20,8 @@ use crate::wire::scram::Verifier;
 
 /// How long an answer is trusted although a proof against it has failed.
 const KEPT_IN_DOUBT: Duration = Duration::from_secs(1);
+/// See [`Verifiers::satisfies`].
+const CHECKS_MAX: usize = 2;
 /// Users remembered at one time; beyond it, the cache is emptied.
 const CACHED_MAX: usize = 10_000;
 
@@ -88,8 +91,23 @@ pub(in crate::proxy) struct Lookup {
     pub(in crate::proxy) users: HashMap<String, Stored>,
 }
 
-/// When it was read, and what was known, if anything.
-type Remembered = (Instant, Option<Account>);
+impl Lookup {
+    /// Whether everybody who is known has an md5 verifier.
+    fn is_md5_only(&self) -> bool {
+        self.query.is_empty()
+            && !self.users.is_empty()
+            && self.users.values().all(|stored| matches!(stored, Stored::Md5(_)))
+    }
+}
+
+/// What was known, if anything.
+#[derive(Debug)]
+struct Remembered {
+    at: Instant,
+    /// A proof against it has failed: it is asked for again, and kept until then for the keys that were derived from it.
+    doubted: bool,
+    account: Option<Account>,
+}
 
 /// A control session and the database it is in.
 type Session = Option<(String, Arc<Control>)>;
@@ -101,7 +119,11 @@ pub(in crate::proxy) struct Verifiers {
     target: Connector,
     runtime: tokio::runtime::Handle,
     sessions: [AsyncMutex<Session>; 2],
+    /// `password_encryption` of the server is md5.
+    makes_md5: [AtomicBool; 2],
     cache: Mutex<HashMap<(ServerRole, String), Remembered>>,
+    /// Clear text passwords that may be checked at one time: each keeps a core busy for milliseconds.
+    checks: Arc<Semaphore>,
     /// Seed of made-up salts.
     secret: [u8; 32],
 }
@@ -120,7 +142,9 @@ impl Verifiers {
             target,
             runtime,
             sessions: [AsyncMutex::new(None), AsyncMutex::new(None)],
+            makes_md5: Default::default(),
             cache: Mutex::default(),
+            checks: Arc::new(Semaphore::new(CHECKS_MAX)),
             secret: seed.unwrap_or_else(rand::random),
         }
     }
@@ -133,6 +157,23 @@ impl Verifiers {
     /// A verifier that fits no password, always the same for the same name.
     pub(in crate::proxy) fn made_up(&self, user: &str) -> Verifier {
         Verifier::made_up(user, &self.secret)
+    }
+
+    /// Whether an unknown user is asked for md5 where the method leaves it open. As PostgreSQL: what a role that was made
+    /// now would have.
+    pub(in crate::proxy) fn made_up_is_md5(&self, lookup: &Lookup, active: ServerRole) -> bool {
+        lookup.is_md5_only() || !lookup.query.is_empty() && self.makes_md5[active as usize].load(Ordering::Relaxed)
+    }
+
+    /// Whether a clear text password satisfies a verifier. Computed off the worker, which has other clients.
+    pub(in crate::proxy) async fn satisfies(&self, verifier: Verifier, password: &[u8]) -> bool {
+        let password = zeroize::Zeroizing::new(password.to_vec());
+        let Ok(permit) = self.checks.clone().acquire_owned().await else { return false };
+        let checked = self.runtime.spawn_blocking(move || {
+            let _until_done = permit;
+            verifier.is_satisfied_by(&password)
+        });
+        checked.await.unwrap_or(false)
     }
 
     /// What is known of `user`; `None`: nothing.
@@ -161,8 +202,8 @@ impl Verifiers {
 
     fn remembered(&self, lookup: &Lookup, active: ServerRole, user: &str) -> Option<Option<Account>> {
         let cache = self.cache.lock().unwrap_or_else(PoisonError::into_inner);
-        let (at, account) = cache.get(&(active, user.to_owned()))?;
-        (at.elapsed() < lookup.keep).then(|| account.clone())
+        let known = cache.get(&(active, user.to_owned()))?;
+        (!known.doubted && known.at.elapsed() < lookup.keep).then(|| known.account.clone())
     }
 
     fn remember(&self, active: ServerRole, user: &str, account: &mut Option<Account>) {
@@ -171,21 +212,20 @@ impl Verifiers {
             cache.clear();
         }
         let key = (active, user.to_owned());
-        if let (Some(Account { stored: Some(stored), .. }), Some((_, Some(Account { stored: Some(earlier), .. })))) =
-            (account.as_mut(), cache.get(&key))
-        {
+        let stored = account.as_mut().and_then(|account| account.stored.as_mut());
+        let earlier = cache.get(&key).and_then(|known| known.account.as_ref()?.stored.as_ref());
+        if let (Some(stored), Some(earlier)) = (stored, earlier) {
             stored.keep_work_of(earlier);
         }
-        cache.insert(key, (Instant::now(), account.clone()));
+        cache.insert(key, Remembered { at: Instant::now(), doubted: false, account: account.clone() });
     }
 
-    /// A proof failed: forgets what is known of `user`, whose password may have been changed. What was read a moment
-    /// ago is kept, so that guessing does not become a load on the server.
+    /// A proof failed: `user` is asked for again, because its password may have been changed. What was read a moment ago
+    /// is trusted all the same, so that guessing does not become a load on the server.
     pub(in crate::proxy) fn doubt(&self, active: ServerRole, user: &str) {
         let mut cache = self.cache.lock().unwrap_or_else(PoisonError::into_inner);
-        let key = (active, user.to_owned());
-        if cache.get(&key).is_some_and(|(at, _)| at.elapsed() > KEPT_IN_DOUBT) {
-            cache.remove(&key);
+        if let Some(known) = cache.get_mut(&(active, user.to_owned())) {
+            known.doubted |= known.at.elapsed() > KEPT_IN_DOUBT;
         }
     }
 
@@ -204,6 +244,11 @@ impl Verifiers {
             Some(_) | None => {
                 let opened = connector.control(&lookup.database, "auth").await;
                 let opened = Arc::new(opened.map_err(|error| VerifierError::Connect(Arc::new(error)))?);
+                let setting = opened.query_one("SELECT pg_catalog.current_setting('password_encryption')", &[]).await;
+                let setting = setting.and_then(|row| row.try_get::<_, String>(0));
+                let setting = setting.map_err(|error| describe(connector, &error))?;
+                // Up to PostgreSQL 13, `on` means md5.
+                self.makes_md5[active as usize].store(setting != "scram-sha-256", Ordering::Relaxed);
                 *session = Some((lookup.database.clone(), opened.clone()));
                 opened
             }
