@@ -3,7 +3,11 @@
 use bytes::{Buf as _, Bytes, BytesMut};
 
 /// PostgreSQL never sends a longer message (`PQ_LARGE_MESSAGE_LIMIT`, one gigabyte).
-const MAX_FRAME_BYTES: usize = 0x4000_0000;
+pub(super) const MAX_FRAME_BYTES: usize = 0x4000_0000;
+
+/// Nothing that a server says before it has let us in is nearly so long. Whoever answers there is not yet known to be a
+/// PostgreSQL server at all.
+pub(super) const LOGIN_FRAME_MAX: usize = 1 << 20;
 
 /// One whole backend message. For control use: the relay forwards pieces and never holds a whole one.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -16,13 +20,13 @@ pub struct Frame {
 
 /// Takes one whole message off the front of `buffer`, or `None` while it is incomplete. A length that lies costs no
 /// memory: room is made only for bytes that have come.
-pub(super) fn take_frame(buffer: &mut BytesMut) -> Result<Option<Frame>, String> {
+pub(super) fn take_frame(buffer: &mut BytesMut, longest: usize) -> Result<Option<Frame>, String> {
     let Some((tag, length)) = buffer.split_first_chunk::<5>().map(|([tag, a, b, c, d], _)| {
         (*tag, usize::try_from(u32::from_be_bytes([*a, *b, *c, *d])).unwrap_or(usize::MAX))
     }) else {
         return Ok(None);
     };
-    if !(4..=MAX_FRAME_BYTES).contains(&length) {
+    if !(4..=longest).contains(&length) {
         return Err(format!("message {:?} of length {length}", char::from(tag)));
     }
     if buffer.len() < length + 1 {
@@ -75,11 +79,17 @@ mod tests {
     #[test]
     fn frames_are_taken_whole_and_only_whole() {
         let mut buffer = BytesMut::from(&b"Z\0\0\0\x05ID\0\0\0"[..]);
-        assert_eq!(take_frame(&mut buffer), Ok(Some(Frame { tag: b'Z', body: Bytes::from_static(b"I") })));
-        assert_eq!(take_frame(&mut buffer), Ok(None));
+        assert_eq!(
+            take_frame(&mut buffer, MAX_FRAME_BYTES),
+            Ok(Some(Frame { tag: b'Z', body: Bytes::from_static(b"I") }))
+        );
+        assert_eq!(take_frame(&mut buffer, MAX_FRAME_BYTES), Ok(None));
         buffer.extend_from_slice(b"\x03");
-        assert!(take_frame(&mut buffer).is_err(), "a length counts itself");
-        assert!(take_frame(&mut BytesMut::from(&b"D\x7f\xff\xff\xff"[..])).is_err(), "longer than any message");
+        assert!(take_frame(&mut buffer, MAX_FRAME_BYTES).is_err(), "a length counts itself");
+        assert!(
+            take_frame(&mut BytesMut::from(&b"D\x7f\xff\xff\xff"[..]), MAX_FRAME_BYTES).is_err(),
+            "longer than any message"
+        );
     }
 
     #[test]
@@ -93,7 +103,7 @@ mod tests {
     proptest! {
         #[test]
         fn no_bytes_panic(data in proptest::collection::vec(any::<u8>(), 0..128)) {
-            let _frame = take_frame(&mut BytesMut::from(&data[..]));
+            let _frame = take_frame(&mut BytesMut::from(&data[..]), MAX_FRAME_BYTES);
             let _row = data_row(&data);
             let _status = parameter_status(&data);
             let _rows = affected_rows(&data);

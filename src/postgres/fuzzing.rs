@@ -9,7 +9,7 @@ use std::os::unix::net::UnixStream;
 use bytes::{Bytes, BytesMut};
 use tokio::runtime::Runtime;
 
-use super::frame::{affected_rows, data_row, parameter_status, take_frame};
+use super::frame::{MAX_FRAME_BYTES, affected_rows, data_row, parameter_status, take_frame};
 use super::scram::ScramClient;
 use super::{Credential, Login, Pipeline, RawConnection, RawError, Stream, login, settings, walsender};
 use crate::config::Secret;
@@ -34,7 +34,7 @@ pub fn backend_frames(data: &[u8]) {
     let mut buffer = BytesMut::from(stream);
     let mut whole = Vec::new();
     let outcome = loop {
-        match take_frame(&mut buffer) {
+        match take_frame(&mut buffer, MAX_FRAME_BYTES) {
             Ok(Some(frame)) => whole.push(frame),
             Ok(None) => break Ok(()),
             Err(what) => break Err(what),
@@ -44,7 +44,7 @@ pub fn backend_frames(data: &[u8]) {
     'stream: for piece in stream.chunks(usize::from(cut % 31) + 1) {
         buffer.extend_from_slice(piece);
         loop {
-            match take_frame(&mut buffer) {
+            match take_frame(&mut buffer, MAX_FRAME_BYTES) {
                 Ok(Some(frame)) => pieces.push(frame),
                 Ok(None) => break,
                 Err(what) => {
@@ -105,6 +105,7 @@ pub fn control_answers(runtime: &Runtime, data: &[u8]) {
     let Some((&kind, said)) = data.split_first() else { return };
     runtime.block_on(async {
         let (mut connection, _server) = scripted(said);
+        connection.logged_in();
         match kind % 5 {
             0 => while connection.simple_query("SELECT 1").await.is_ok() {},
             1 => while connection.query_named("s", "SELECT $1", &[Some("x")]).await.is_ok() {},

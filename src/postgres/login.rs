@@ -62,7 +62,9 @@ pub(super) async fn log_in(
         .map_err(|error| connection.violation(format!("startup packet: {error}")))?;
     connection.send(&packet).await?;
     authenticate(connection, login, derived).await?;
-    await_ready(connection).await
+    await_ready(connection).await?;
+    connection.logged_in();
+    Ok(())
 }
 
 /// Answers what the server asks until AuthenticationOk.

@@ -13,9 +13,10 @@ use tokio::io::{AsyncReadExt as _, AsyncWrite as _, AsyncWriteExt as _};
 use tokio_util::io::poll_read_buf;
 
 use crate::config::Secret;
-use crate::postgres::frame::{data_row, parameter_status, take_frame};
+use crate::postgres::frame::{LOGIN_FRAME_MAX, MAX_FRAME_BYTES, data_row, parameter_status, take_frame};
 use crate::postgres::stream::Parked;
 use crate::postgres::{Frame, RawError, Stream, settings};
+use crate::wire::message;
 
 /// How much is read from the socket at a time, at least.
 const READ_BYTES: usize = 16 * 1024;
@@ -81,6 +82,8 @@ pub struct RawConnection {
     pub parameters: Vec<(String, String)>,
     /// `source` or `target`, for messages.
     label: Arc<str>,
+    /// Longest frame that is held whole.
+    frame_max: usize,
     /// The last ReadyForQuery: `I`, `T` or `E`.
     status: u8,
     /// NotificationResponse frames that arrived between the answers of a control query.
@@ -126,6 +129,7 @@ impl RawConnection {
             cancel_key: Vec::new(),
             parameters: Vec::new(),
             label: Arc::from(label),
+            frame_max: LOGIN_FRAME_MAX,
             status: b'I',
             notifications: Vec::new(),
             awaited: 0,
@@ -134,7 +138,8 @@ impl RawConnection {
 
     /// Takes the connection from its runtime, so that another thread can go on with it.
     pub fn park(self) -> io::Result<ParkedConnection> {
-        let Self { stream, read_buf, pid, cancel_key, parameters, label, status, notifications, awaited } = self;
+        let Self { stream, read_buf, pid, cancel_key, parameters, label, status, notifications, awaited, frame_max } =
+            self;
         let stream = stream.park()?;
         let rest = Box::new(move |stream| Self {
             stream,
@@ -146,8 +151,14 @@ impl RawConnection {
             status,
             notifications,
             awaited,
+            frame_max,
         });
         Ok(ParkedConnection { stream, rest })
+    }
+
+    /// The server has let us in: from now on its messages may be as long as PostgreSQL makes them.
+    pub(super) fn logged_in(&mut self) {
+        self.frame_max = MAX_FRAME_BYTES;
     }
 
     /// `source` or `target`.
@@ -243,7 +254,7 @@ impl RawConnection {
 
     /// A whole frame that has been read already.
     pub(super) fn frame_at_hand(&mut self) -> Result<Option<Frame>, RawError> {
-        let frame = take_frame(&mut self.read_buf).map_err(|what| self.violation(what))?;
+        let frame = take_frame(&mut self.read_buf, self.frame_max).map_err(|what| self.violation(what))?;
         if let Some(frame) = &frame {
             self.note(frame)?;
         }
@@ -366,10 +377,7 @@ impl RawConnection {
             b'S' => {
                 let (name, value) = parameter_status(&frame.body)
                     .ok_or_else(|| self.violation("malformed ParameterStatus".to_owned()))?;
-                match self.parameters.iter_mut().find(|(known, _)| *known == name) {
-                    Some((_, known)) => *known = value,
-                    None => self.parameters.push((name, value)),
-                }
+                message::note_parameter(&mut self.parameters, &name, &value);
             }
             b'Z' => match frame.body[..] {
                 [status @ (b'I' | b'T' | b'E')] => {

@@ -1,7 +1,8 @@
 //! Cancel keys of the proxy's own.
 //!
 //! A client gets a process id and a secret that mean something here only, so they stay valid when its session moves to
-//! another server. A CancelRequest is passed to the session itself, which alone knows whether it is held, which backend
+//! another server. The process id is that of the session's first backend, unless another session was told the same:
+//! clients compare it with `pg_backend_pid()` and with the sender of a notification. The secret is ours. A CancelRequest is passed to the session itself, which alone knows whether it is held, which backend
 //! is its own at this moment, and that this backend is not given up while a cancel is on its way to it.
 
 use std::collections::HashMap;
@@ -55,6 +56,20 @@ impl CancelKeys {
     }
 }
 
+impl CancelKey {
+    /// Changes the process id to that of the session's backend, before the client is told, if it is free.
+    pub(super) fn take_pid(&mut self, pid: i32) {
+        let mut keys = self.registry.keys.lock().unwrap_or_else(PoisonError::into_inner);
+        if pid <= 0 || keys.contains_key(&pid) {
+            return;
+        }
+        if let Some(issued) = keys.remove(&self.pid) {
+            keys.insert(pid, issued);
+            self.pid = pid;
+        }
+    }
+}
+
 impl Drop for CancelKey {
     fn drop(&mut self) {
         self.registry.keys.lock().unwrap_or_else(PoisonError::into_inner).remove(&self.pid);
@@ -78,5 +93,21 @@ mod tests {
         let (pid, secret) = (key.pid, key.secret);
         drop(key);
         assert!(keys.find(pid, &secret).is_none());
+    }
+
+    #[test]
+    fn a_backends_process_id_is_given_to_one_session_only() {
+        let keys = Arc::new(CancelKeys::default());
+        let (mut first, mut second) = (keys.issue(&Entry::for_tests(1)), keys.issue(&Entry::for_tests(2)));
+        let random = (first.pid, second.pid);
+        first.take_pid(4711);
+        second.take_pid(4711);
+        assert_eq!((first.pid, second.pid), (4711, random.1));
+        assert_eq!(keys.find(4711, &first.secret).map(|found| found.id()), Some(1));
+        assert_eq!(keys.find(random.1, &second.secret).map(|found| found.id()), Some(2));
+        assert!(keys.find(random.0, &first.secret).is_none());
+        drop(first);
+        second.take_pid(4711);
+        assert_eq!(second.pid, 4711);
     }
 }

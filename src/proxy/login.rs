@@ -356,7 +356,7 @@ impl LoginInProgress<'_> {
         self.slot.places.extend(places);
         let patience = limits.timeouts_of(&user, &database).query_wait;
         let application_name = self.startup.parameter("application_name").unwrap_or_default().to_owned();
-        let key = self.shared().keys.issue(&self.registration);
+        let mut key = self.shared().keys.issue(&self.registration);
         let tls = matches!(self.channel.stream, Stream::Tls(_));
         self.registration.set_identity(&user, &database, &application_name, key.pid, tls);
         let local = self.worker.database(&database);
@@ -374,6 +374,8 @@ impl LoginInProgress<'_> {
             tracing::warn!(%error, "no backend for a client");
             Refused::With(backend::refusal(&error))
         })?;
+        key.take_pid(backend.connection.pid);
+        self.registration.set_client_pid(key.pid);
         let out = &mut self.channel.out;
         for (name, value) in &backend.connection.parameters {
             message::parameter_status(out, name, value);

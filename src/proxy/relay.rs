@@ -517,10 +517,7 @@ impl Sink for Answers<'_> {
 impl Answers<'_> {
     fn note_parameter(&mut self, body: &[u8]) {
         let Some((name, value)) = message::read_parameter_status(body) else { return };
-        match self.reported.iter_mut().find(|(known, _)| known == name) {
-            Some((_, old)) => value.clone_into(old),
-            None => self.reported.push((name.to_owned(), value.to_owned())),
-        }
+        message::note_parameter(self.reported, name, value);
         if name == "application_name" {
             self.entry.set_application_name(value);
         }

@@ -253,6 +253,10 @@ impl Entry {
         facts.tls = tls;
     }
 
+    pub(super) fn set_client_pid(&self, client_pid: i32) {
+        lock(&self.facts).client_pid = client_pid;
+    }
+
     pub(super) fn set_application_name(&self, application_name: &str) {
         application_name.clone_into(&mut lock(&self.facts).application_name);
     }

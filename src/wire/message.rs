@@ -4,6 +4,9 @@ use super::frame::{FrameError, backend, frontend, take_cstr};
 use super::ledger::TransactionStatus;
 use super::startup::PROTOCOL_3_0;
 
+/// So many parameters of a server are remembered; PostgreSQL reports fifteen, extensions a few more.
+const REPORTED_MAX: usize = 256;
+
 /// Terminate, as a client says it to a server.
 pub const TERMINATE: [u8; 5] = [b'X', 0, 0, 0, 4];
 
@@ -145,6 +148,15 @@ pub fn read_parameter_status(mut body: &[u8]) -> Option<(&str, &str)> {
     Some((name, value))
 }
 
+/// Notes in `known` what a ParameterStatus says. A server that makes up names without end is not followed.
+pub fn note_parameter(known: &mut Vec<(String, String)>, name: &str, value: &str) {
+    match known.iter().position(|(known, _)| known == name) {
+        Some(at) => value.clone_into(&mut known[at].1),
+        None if known.len() < REPORTED_MAX => known.push((name.to_owned(), value.to_owned())),
+        None => {}
+    }
+}
+
 /// The body of a PasswordMessage: one zero-terminated string and nothing else.
 pub fn read_password(mut body: &[u8]) -> Option<&[u8]> {
     let password = take_cstr(&mut body)?;
@@ -185,6 +197,16 @@ mod tests {
         parameter_status(&mut out, "TimeZone", "UTC");
         let (_, body) = frame::first(&out).expect("valid").expect("whole");
         assert_eq!(read_parameter_status(body), Some(("TimeZone", "UTC")));
+    }
+
+    #[test]
+    fn parameters_are_noted_once_and_not_without_end() {
+        let mut known = Vec::new();
+        for number in 0..1000 {
+            note_parameter(&mut known, &format!("app.p{number}"), "first");
+            note_parameter(&mut known, "app.p0", "second");
+        }
+        assert_eq!((known.len(), &*known[0].1, &*known[1].1), (REPORTED_MAX, "second", "first"));
     }
 
     proptest! {

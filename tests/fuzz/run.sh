@@ -21,7 +21,7 @@ sanitizer=${SANITIZER:-none}
 kept_bytes=1024 kept_inputs=60
 
 # Texts that people write are short, and their readers slow.
-longest() { case $1 in config | console | dump | properties) echo 512 ;; *) echo 4096 ;; esac }
+longest() { case $1 in config | console | dump | ledger | properties) echo 512 ;; *) echo 4096 ;; esac }
 
 say() { printf 'fuzz: %s\n' "$*"; }
 

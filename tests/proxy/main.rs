@@ -7,6 +7,7 @@ mod support;
 mod auth;
 mod auth_rules;
 mod cancel;
+mod evil_server;
 mod fence;
 mod hostile;
 mod limits;

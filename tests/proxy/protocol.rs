@@ -293,3 +293,21 @@ async fn limits_are_kept() {
     assert_eq!(silent.next().await, None, "closed at the login time-out");
     rig.stop().await;
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn the_process_id_that_a_client_is_told_is_that_of_its_backend() {
+    let cluster = one_cluster("pid");
+    let rig = Rig::over(&cluster);
+    let (mut client, mut other) = (rig.wire("postgres").await, rig.wire("postgres").await);
+    for client in [&mut client, &mut other] {
+        client.send(&query("SELECT pg_backend_pid()")).await;
+        let told = client.key.expect("logged in").0;
+        assert_eq!(rows(&client.until_ready().await), [told.to_string()]);
+    }
+    client.send(&query("LISTEN ch")).await;
+    client.until_ready().await;
+    other.send(&query("NOTIFY ch")).await;
+    let notification = client.next().await.expect("a notification");
+    assert_eq!((notification.tag, &notification.body[..4]), ('A', &other.key.expect("logged in").0.to_be_bytes()[..]));
+    rig.stop().await;
+}

@@ -12,7 +12,7 @@ use tokio::time::Instant;
 
 use super::WalsenderError;
 use crate::lsn::Lsn;
-use crate::postgres::frame::take_frame;
+use crate::postgres::frame::{MAX_FRAME_BYTES, take_frame};
 use crate::postgres::{Frame, RawConnection, RawError, Stream};
 
 /// Every status asks for a keepalive in return, so a stream this silent is dead. Generous: old servers answer nothing
@@ -173,7 +173,7 @@ impl ReplicationStream {
 
     async fn next_frame(&mut self) -> Result<Frame, RawError> {
         loop {
-            if let Some(frame) = take_frame(&mut self.read_buf).map_err(|what| self.violation(what))? {
+            if let Some(frame) = take_frame(&mut self.read_buf, MAX_FRAME_BYTES).map_err(|what| self.violation(what))? {
                 return Ok(frame);
             }
             self.read_buf.reserve(READ_BYTES);

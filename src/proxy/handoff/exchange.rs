@@ -8,6 +8,7 @@ use bytes::{Buf, BufMut, Bytes, BytesMut};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 
 use crate::postgres::RawConnection;
+use crate::wire::message;
 
 use super::HandoffError;
 
@@ -260,10 +261,7 @@ fn sqlstate(body: &[u8]) -> String {
 fn note_parameter(body: &[u8], parameters: &mut Vec<(String, String)>) {
     let mut fields = body.split(|byte| *byte == 0).map(|field| String::from_utf8_lossy(field).into_owned());
     let (Some(name), Some(value)) = (fields.next(), fields.next()) else { return };
-    match parameters.iter_mut().find(|(known, _)| *known == name) {
-        Some((_, known)) => *known = value,
-        None => parameters.push((name, value)),
-    }
+    message::note_parameter(parameters, &name, &value);
 }
 
 /// Texts that come from a server or a client hold no zero byte; cutting at one keeps the framing whole if ever.
