@@ -501,9 +501,15 @@ fn suggestion(word: &str, known: &[&str]) -> String {
     }
 }
 
+/// Longer words are nobody's slip of the pen, and comparing them would take long.
+const NEAREST_MAX_BYTES: usize = 64;
+
 /// The known word that is nearest to `word`, if one is near at all: fewer edits than half its letters, or one of the
 /// two is a part of the other.
 pub fn nearest<'a>(word: &str, known: &[&'a str]) -> Option<&'a str> {
+    if word.len() > NEAREST_MAX_BYTES {
+        return None;
+    }
     let best = known.iter().map(|candidate| (edits(word, candidate), *candidate)).min()?;
     if best.0 <= word.len().max(best.1.len()) / 3 {
         return Some(best.1);
@@ -537,5 +543,6 @@ mod tests {
         assert_eq!(nearest("pasword", &known), Some("password"));
         assert_eq!(nearest("file", &known), Some("password_file"));
         assert_eq!(nearest("colour", &known), None);
+        assert_eq!(nearest(&"sslmode".repeat(20), &known), None);
     }
 }
