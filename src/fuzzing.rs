@@ -21,6 +21,7 @@ use Target::{Pure, Scripted};
 
 /// The names are those of the files in `tests/fuzz/targets` and of the folders in `tests/fuzz/corpus`.
 pub const TARGETS: &[(&str, Target)] = &[
+    ("access_files", Pure(proxy::fuzzing::access_files)),
     ("authentication", Scripted(postgres::fuzzing::authentication)),
     ("backend_frames", Pure(postgres::fuzzing::backend_frames)),
     ("bind", Pure(proxy::handoff::fuzzing::bind)),

@@ -2,6 +2,9 @@
 
 use tokio::runtime::Runtime;
 
+use super::auth::hba::{Client, Rules};
+use super::auth::user_maps::UserMaps;
+use super::auth::users_file;
 use super::certificate::{self, ClientCertificate};
 use super::handshake::{ClientChannel, Entrance, Peer, Request, negotiate};
 use crate::config::Network;
@@ -39,4 +42,40 @@ pub fn certificate(data: &[u8]) {
         assert!(matches!(digest.len(), 32 | 48 | 64));
     }
     let _until = certificate::not_after(data);
+}
+
+/// The files that say who may come in: pg_hba.conf, pg_ident.conf and the list of users, each read or refused line by
+/// line. A role and a certificate's name, which are the client's, stand in the first two lines.
+pub fn access_files(data: &[u8]) {
+    let Ok(text) = std::str::from_utf8(data) else { return };
+    let mut lines = text.splitn(3, '\n');
+    let (Some(role), Some(system), Some(file)) = (lines.next(), lines.next(), lines.next()) else { return };
+    match Rules::parse(file) {
+        Ok(rules) => {
+            for (address, tls) in
+                [(None, false), (Some([127, 0, 0, 1].into()), false), (Some([10, 0, 0, 9].into()), true)]
+            {
+                let client = Client {
+                    address,
+                    same_host: false,
+                    tls,
+                    user: role,
+                    database: system,
+                    physical_replication: false,
+                };
+                let _verdict = rules.decide(&client);
+            }
+        }
+        Err(problems) => assert!(!problems.is_empty()),
+    }
+    match UserMaps::parse(file) {
+        Ok(maps) => {
+            assert_eq!(maps.lets(None, system, role), system == role);
+            let named = file.split_whitespace().next().filter(|name| maps.has(name));
+            let _lets = maps.lets(named, system, role);
+        }
+        Err(problems) => assert!(!problems.is_empty()),
+    }
+    let (users, bad) = users_file::parse(file);
+    assert!(users.len() + bad.len() <= file.lines().count());
 }
