@@ -6,6 +6,9 @@
 //! before it is known which server is active; where that cannot be found out, clients are refused with the reason while
 //! it is asked again.
 //!
+//! With `--takeover` the listeners come from the process that serves, and it is told to stop accepting last, when all of
+//! this has been done ([`crate::proxy::takeover`]).
+//!
 //! # Order of stop
 //!
 //! A cutover that runs ends first, because it needs the proxy and the engine. Then the proxy ends its sessions, then the
@@ -15,8 +18,10 @@ mod control;
 mod cutovers;
 mod migrations;
 mod sessions;
+mod successor;
 mod when_ready;
 
+use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
@@ -38,6 +43,7 @@ use crate::cutover::coordinator::{Coordinator, CoordinatorDeps};
 use crate::failpoint::Failpoints;
 use crate::migration::engine::{Engine, EngineDeps};
 use crate::postgres::{Connector, InstanceId, Stream};
+use crate::proxy::takeover::{Handle, Purpose, Rendezvous, Successor};
 use crate::proxy::{ConsoleHandler, Proxy, ProxyDeps};
 use crate::shutdown::Tasks;
 use crate::switch::{Route, Switchboard};
@@ -58,7 +64,7 @@ const LOOK_AGAIN: Duration = Duration::from_millis(50);
 const HTTP_GRACE: Duration = Duration::from_secs(2);
 
 /// Runs the daemon until it is told to stop. `path` is read again at a reload.
-pub fn run(config: Config, path: Option<PathBuf>) -> anyhow::Result<()> {
+pub fn run(config: Config, path: Option<PathBuf>, begin: Begin) -> anyhow::Result<()> {
     let log = telemetry::init(&config.telemetry)?;
     let failpoints = Failpoints::parse(&std::env::var("PGCUTOVER_FAILPOINTS").unwrap_or_default())?;
     if failpoints.any() {
@@ -69,15 +75,24 @@ pub fn run(config: Config, path: Option<PathBuf>) -> anyhow::Result<()> {
         let live = Arc::new(ArcSwap::from_pointee(config));
         let control = Arc::new(Control::new(path, live.clone(), log));
         control.clone().obey_signals().await.context("cannot listen to signals")?;
-        let daemon = tokio::select! {
-            started = Daemon::start(live, control.clone(), failpoints) => started?,
+        let mut daemon = tokio::select! {
+            started = Daemon::start(live, control.clone(), failpoints, begin) => started?,
             // Safe to drop: nobody has been let in yet.
             () = control.stopping() => return Ok(()),
         };
-        tokio::select! {
-            () = control.stopping() => {}
+        let mut requests = daemon.proxy.expect_successor()?;
+        let successor = tokio::select! {
+            () = control.stopping() => None,
             // Safe to drop: it closes the listeners and then only waits.
-            () = daemon.wind_down(&control) => {}
+            () = daemon.wind_down(&control) => None,
+            successor = daemon.successor(requests.as_mut()) => Some(successor),
+        };
+        if let Some(successor) = successor {
+            tokio::select! {
+                () = control.stopping() => {}
+                // Dropped only when told to stop: what is not given up yet is then given up by that.
+                () = daemon.retire(successor) => {}
+            }
         }
         daemon.stop().await;
         Ok(())
@@ -87,8 +102,22 @@ pub fn run(config: Config, path: Option<PathBuf>) -> anyhow::Result<()> {
     ended
 }
 
+/// How the process gets its listeners.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Begin {
+    /// It binds them.
+    Fresh,
+    /// From the process that serves.
+    Takeover,
+}
+
 /// Everything that runs.
 struct Daemon {
+    coordinator: Arc<Coordinator>,
+    /// The HTTP listener once more, for a successor.
+    http: Option<std::net::TcpListener>,
+    /// Sessions of the console.
+    console_tasks: Tasks,
     proxy: Proxy,
     switchboard: Arc<Switchboard>,
     /// Listeners, and what follows sessions.
@@ -100,8 +129,22 @@ struct Daemon {
 }
 
 impl Daemon {
-    async fn start(live: Arc<ArcSwap<Config>>, control: Arc<Control>, failpoints: Failpoints) -> anyhow::Result<Self> {
+    async fn start(
+        live: Arc<ArcSwap<Config>>,
+        control: Arc<Control>,
+        failpoints: Failpoints,
+        begin: Begin,
+    ) -> anyhow::Result<Self> {
         let config = live.load_full();
+        let rendezvous = config.listen.takeover_socket.clone().map(Rendezvous::new);
+        let (successor, mut inherited) = match begin {
+            Begin::Fresh => (None, Vec::new()),
+            Begin::Takeover => {
+                let rendezvous = rendezvous.as_ref().context("--takeover needs [listen] takeover_socket")?;
+                let (successor, inherited) = Successor::ask(rendezvous.path()).await?;
+                (Some(successor), inherited)
+            }
+        };
         let instance = InstanceId::random();
         tracing::info!(version = env!("CARGO_PKG_VERSION"), instance = instance.as_str(), "starting");
         let source = Connector::new(&config.source, "source", &instance)?;
@@ -137,6 +180,7 @@ impl Daemon {
             metrics: metrics.clone(),
             migrations: engine.clone(),
             clients: session_desk.clone(),
+            rendezvous,
             instance,
         });
         let service = Service::new(ServiceDeps {
@@ -149,27 +193,46 @@ impl Daemon {
             daemon: control.clone(),
             tasks: cutover_tasks.clone(),
         });
+        let mut http = None;
         if let Some(address) = config.admin.address {
-            let taken = http::start(address, service.clone(), &http_tasks).await;
-            let taken = taken.with_context(|| format!("[admin] address: cannot listen on {address}"))?;
-            tracing::info!(address = %taken, "HTTP listens");
+            let listener = http_listener(address, &mut inherited);
+            let listener = listener.with_context(|| format!("[admin] address: cannot listen on {address}"))?;
+            tracing::info!(address = %listener.local_addr()?, "HTTP listens");
+            http = Some(listener.try_clone()?);
+            http::serve(tokio::net::TcpListener::from_std(listener)?, service.clone(), &http_tasks);
         }
         coordinator.resolve_at_startup().await;
         when_ready::spawn(cutovers, service.clone(), &cutover_tasks);
-        let proxy = Proxy::start(ProxyDeps {
+        let console_tasks = proxy_tasks.child();
+        let deps = ProxyDeps {
             config,
             switchboard: switchboard.clone(),
             source,
             target,
             metrics,
-            console: Arc::new(ConsoleDesk { console: Console::new(service.clone(), proxy_tasks.clone()), service }),
+            console: Arc::new(ConsoleDesk { console: Console::new(service.clone(), console_tasks.clone()), service }),
             sessions,
             tasks: proxy_tasks.clone(),
             failpoints,
-        })?;
+        };
+        let proxy = Proxy::prepare(deps, inherited)?;
+        if let Some(successor) = successor {
+            successor.ready().await;
+        }
+        proxy.listen();
         control.consult(proxy.access_reader());
         control.follow(proxy.follower());
-        Ok(Self { proxy, switchboard, proxy_tasks, cutover_tasks, engine_tasks, http_tasks })
+        Ok(Self {
+            coordinator,
+            http,
+            console_tasks,
+            proxy,
+            switchboard,
+            proxy_tasks,
+            cutover_tasks,
+            engine_tasks,
+            http_tasks,
+        })
     }
 
     /// Waits for the order to stop later, and then until the time has come.
@@ -199,6 +262,7 @@ impl Daemon {
     async fn stop(self) {
         join("cutovers and orders", &self.cutover_tasks, CUTOVER_GRACE).await;
         self.proxy_tasks.stop();
+        self.proxy.leave();
         if !self.proxy.stop(SESSIONS_GRACE).await {
             tracing::warn!("not every session ended in time");
         }
@@ -207,6 +271,19 @@ impl Daemon {
         join("HTTP", &self.http_tasks, HTTP_GRACE).await;
         tracing::info!("stopped");
     }
+}
+
+/// The HTTP listener that a predecessor has handed over for this address, or a new one.
+fn http_listener(address: SocketAddr, inherited: &mut Vec<Handle>) -> std::io::Result<std::net::TcpListener> {
+    if let Some(index) = inherited.iter().position(|one| one.purpose == Purpose::Http) {
+        let listener = std::net::TcpListener::from(inherited.swap_remove(index).socket);
+        if listener.local_addr()? == address || address.port() == 0 {
+            return Ok(listener);
+        }
+    }
+    let listener = std::net::TcpListener::bind(address)?;
+    listener.set_nonblocking(true)?;
+    Ok(listener)
 }
 
 async fn join(what: &str, tasks: &Tasks, grace: Duration) {

@@ -21,7 +21,7 @@ use clap::{Args, CommandFactory, Parser, Subcommand, ValueEnum};
 use self::client::{Client, ClientError};
 use self::output::Output;
 use crate::admin::command::{Filter, ShutdownWhen};
-use crate::app::environment;
+use crate::app::{Begin, environment};
 use crate::config::{self, ConfigError, Stragglers, units};
 use crate::demo::DemoArgs;
 use crate::migration::view::{MigrationName, MigrationOption, Mode};
@@ -73,7 +73,11 @@ pub enum Format {
 #[derive(Debug, Subcommand)]
 enum Command {
     /// Run the daemon: proxy, engine, console, HTTP API, metrics
-    Run,
+    Run {
+        /// Take the listeners over from the process that runs; it serves its sessions to their end
+        #[arg(long)]
+        takeover: bool,
+    },
     /// Validate the configuration and test both connections
     Check,
     /// Show the whole thing on throw-away clusters
@@ -317,7 +321,7 @@ fn dispatch(cli: Cli, output: &Output) -> Result<ExitCode, CliError> {
     let command = match cli.command {
         // Its statuses are its own; see `pgcutover demo --help`.
         Command::Demo(arguments) => return demo(arguments),
-        Command::Run => return run(&global),
+        Command::Run { takeover } => return run(&global, if takeover { Begin::Takeover } else { Begin::Fresh }),
         command => command,
     };
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
@@ -362,7 +366,7 @@ async fn order(command: Command, client: &Client, output: &Output) -> Result<Ver
             let body = serde_json::json!({ "wait_for": wait_for });
             output.done(&client.post("/api/v1/shutdown", Some(&body)).await?, "stopping")?;
         }
-        Command::Run | Command::Check | Command::Demo(_) => {
+        Command::Run { .. } | Command::Check | Command::Demo(_) => {
             let message = Cli::command().render_usage().to_string();
             return Err(CliError::Usage(message));
         }
@@ -390,10 +394,10 @@ fn encoded(text: &str) -> String {
     text.bytes().map(|byte| if plain(byte) { char::from(byte).to_string() } else { format!("%{byte:02X}") }).collect()
 }
 
-fn run(global: &Global) -> Result<ExitCode, CliError> {
+fn run(global: &Global, begin: Begin) -> Result<ExitCode, CliError> {
     let path = config_path(global);
     let config = config::load(path.as_deref(), &environment())?;
-    crate::app::run(config, path)?;
+    crate::app::run(config, path, begin)?;
     Ok(ExitCode::SUCCESS)
 }
 

@@ -118,6 +118,8 @@ pub struct Listen {
     pub tls: Option<ListenTls>,
     /// Balancers that begin every connection with a PROXY protocol header of version 2, and are believed.
     pub proxy_protocol_from: Vec<Network>,
+    /// Where a new process of this proxy takes over from the old one; none: it cannot.
+    pub takeover_socket: Option<PathBuf>,
     /// How the kernel watches links to clients.
     pub tcp: Tcp,
     /// Threads that serve sessions, one runtime each; default: the number of cores.

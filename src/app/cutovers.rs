@@ -17,6 +17,7 @@ use crate::cutover::hard_fence::Obstacle;
 use crate::cutover::report::CutoverReport;
 use crate::migration::view::{MigrationName, MigrationView};
 use crate::postgres::InstanceId;
+use crate::proxy::takeover::{Predecessor, Rendezvous};
 use crate::telemetry::metrics::Metrics;
 
 /// For a cutover that was told to give up.
@@ -29,6 +30,8 @@ pub(super) struct CutoverDesk {
     pub(super) metrics: Arc<Metrics>,
     pub(super) migrations: Arc<dyn Migrations>,
     pub(super) clients: Arc<dyn Clients>,
+    /// Where those are found that this process has taken over from.
+    pub(super) rendezvous: Option<Rendezvous>,
     pub(super) instance: InstanceId,
 }
 
@@ -37,6 +40,14 @@ impl Cutovers for CutoverDesk {
     async fn run(&self, name: &MigrationName, request: CutoverRequest) -> Result<CutoverView, AdminError> {
         // Says "no such migration" before anything else does.
         self.migrations.show(name).await?;
+        if let Some(one) = self.predecessors().await.first() {
+            let message = format!(
+                "process {}, which this one has taken over from, still serves {} clients: a cutover would not include them",
+                one.pid, one.clients
+            );
+            let hint = "wait until they have gone, or end that process (SIGTERM)";
+            return Err(AdminError::new(ErrorKind::Conflict, message).hint(hint));
+        }
         let (config, defaults) = (self.config.load(), self.coordinator.default_options());
         let options = CutoverOptions {
             dry_run: request.dry_run,
@@ -87,16 +98,31 @@ impl Cutovers for CutoverDesk {
     }
 
     async fn members(&self) -> Result<Vec<MemberView>, AdminError> {
-        Ok(vec![MemberView {
+        let mut members = vec![MemberView {
             instance: self.instance.as_str().to_owned(),
             address: self.config.load().listen.address.map(|address| address.to_string()),
             role: "leader".to_owned(),
             version: env!("CARGO_PKG_VERSION").to_owned(),
-        }])
+        }];
+        // One proxy is supported; beside it there may be processes that it has taken over from.
+        members.extend(self.predecessors().await.into_iter().map(|one| MemberView {
+            instance: format!("process {}, {} clients", one.pid, one.clients),
+            address: None,
+            role: "retired".to_owned(),
+            version: String::new(),
+        }));
+        Ok(members)
     }
 }
 
 impl CutoverDesk {
+    async fn predecessors(&self) -> Vec<Predecessor> {
+        match &self.rendezvous {
+            Some(rendezvous) => rendezvous.predecessors().await,
+            None => Vec::new(),
+        }
+    }
+
     /// Migrations that were created with "cut over when ready" and are ready now.
     pub(super) async fn due(&self) -> Vec<MigrationView> {
         let due = |migration: &MigrationView| {

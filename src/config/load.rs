@@ -107,7 +107,8 @@ fn listen(mut section: Section<'_>) -> Listen {
         }
     };
     let tcp = Tcp::read(&mut section, Tcp::OF_CLIENTS);
-    Listen { address, unix_socket_dir, tls, proxy_protocol_from, tcp, workers }
+    let takeover_socket = section.path("takeover_socket");
+    Listen { address, unix_socket_dir, tls, proxy_protocol_from, takeover_socket, tcp, workers }
 }
 
 /// Authorities and what is asked for; with authorities alone, certificates are checked where they are given.

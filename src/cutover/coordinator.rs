@@ -5,6 +5,7 @@
 //! that a crash has left.
 
 use std::collections::HashMap;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -85,6 +86,8 @@ pub enum CutoverState {
 pub struct Coordinator {
     deps: CoordinatorDeps,
     resolver: Arc<Resolver>,
+    /// A successor takes over: no cutover begins here any more.
+    sealed: AtomicBool,
     /// The last cutover of each migration.
     running: Mutex<HashMap<String, Running>>,
 }
@@ -105,7 +108,12 @@ impl Coordinator {
             deps.target.clone(),
             deps.config.control.database.clone(),
         );
-        Arc::new(Self { deps, resolver: Arc::new(resolver), running: Mutex::new(HashMap::new()) })
+        Arc::new(Self {
+            deps,
+            resolver: Arc::new(resolver),
+            sealed: AtomicBool::new(false),
+            running: Mutex::new(HashMap::new()),
+        })
     }
 
     /// Finds out who is active, settles what a crash has left, and sets the routes. Returns after one attempt; where
@@ -152,6 +160,23 @@ impl Coordinator {
             let _ = report.send(ended);
         });
         answer.await.unwrap_or(Err(CutoverError::Stopped("pgcutover is stopping")))
+    }
+
+    /// From now on no cutover begins here, because another process takes over; `Err`: one is running, or something is
+    /// being settled.
+    pub async fn seal(&self) -> Result<(), &'static str> {
+        self.sealed.store(true, Ordering::SeqCst);
+        // Whoever gets the next turn sees the seal.
+        if tokio::time::timeout(WAIT_FOR_TURN, self.resolver.turn()).await.is_ok() {
+            return Ok(());
+        }
+        self.unseal();
+        Err("a cutover is under way, or one is being settled")
+    }
+
+    /// Nobody has taken over: cutovers may begin again.
+    pub fn unseal(&self) {
+        self.sealed.store(false, Ordering::SeqCst);
     }
 
     /// The running or last cutover of `migration`; none since this process began: `None`.
@@ -227,6 +252,9 @@ impl Coordinator {
                 "another cutover is running, or one is still being settled".to_owned(),
             ));
         };
+        if self.sealed.load(Ordering::SeqCst) {
+            return Err(CutoverError::Guardrail("another process is taking over from this one".to_owned()));
+        }
         // The lock first: whoever settles leaves alone what has a living coordinator, from the engine's first note on.
         let to = self.lead_to(migration).await?;
         let lease = self.deps.engine.begin_cutover(migration).await.map_err(CutoverError::Engine)?;

@@ -3,14 +3,18 @@
 use std::fmt;
 use std::io;
 use std::net::SocketAddr;
+use std::os::fd::AsFd as _;
 use std::os::unix::fs::PermissionsExt as _;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use socket2::{Domain, Protocol, SockRef, Socket, Type};
 use tokio::net::{TcpListener, UnixListener};
 use tokio::sync::mpsc;
 
+use super::takeover::{Handle, Purpose};
 use crate::config::Tcp;
 use crate::postgres::{Stream, watch_link};
 use crate::shutdown::Tasks;
@@ -47,7 +51,7 @@ impl Accepted {
 #[derive(Debug)]
 enum Bound {
     Tcp(TcpListener),
-    Unix { listener: UnixListener, path: PathBuf },
+    Unix { listener: UnixListener, path: PathBuf, handed_over: Arc<AtomicBool> },
 }
 
 /// Where clients connect.
@@ -95,7 +99,55 @@ impl Listener {
         let listener = UnixListener::bind(&path)?;
         // As PostgreSQL's default unix_socket_permissions: authentication decides, not the file system.
         std::fs::set_permissions(&path, std::fs::Permissions::from_mode(0o777))?;
-        Ok(Self(Bound::Unix { listener, path }))
+        Ok(Self(Bound::Unix { listener, path, handed_over: Arc::default() }))
+    }
+
+    /// The listener that a predecessor has handed over for this address; port 0 takes any.
+    pub(super) fn inherited_tcp(
+        address: SocketAddr,
+        tcp: &Tcp,
+        inherited: &mut Vec<Handle>,
+    ) -> io::Result<Option<Self>> {
+        for index in 0..inherited.len() {
+            if inherited[index].purpose != Purpose::Tcp {
+                continue;
+            }
+            let listener = std::net::TcpListener::from(inherited[index].socket.try_clone()?);
+            let bound = listener.local_addr()?;
+            if bound == address || (address.port() == 0 && bound.ip() == address.ip()) {
+                inherited.swap_remove(index);
+                watch_link(&SockRef::from(&listener), tcp)?;
+                return Ok(Some(Self(Bound::Tcp(TcpListener::from_std(listener)?))));
+            }
+        }
+        Ok(None)
+    }
+
+    /// The Unix listener that a predecessor has handed over for this directory and port.
+    pub(super) fn inherited_unix(directory: &Path, port: u16, inherited: &mut Vec<Handle>) -> io::Result<Option<Self>> {
+        let path = directory.join(format!(".s.PGSQL.{port}"));
+        let Some(index) = inherited.iter().position(|one| one.purpose == Purpose::Unix(path.clone())) else {
+            return Ok(None);
+        };
+        let listener = std::os::unix::net::UnixListener::from(inherited.swap_remove(index).socket);
+        let listener = UnixListener::from_std(listener)?;
+        Ok(Some(Self(Bound::Unix { listener, path, handed_over: Arc::default() })))
+    }
+
+    /// The same socket once more, for a successor.
+    pub(super) fn handle(&self) -> io::Result<Handle> {
+        let (socket, purpose) = match &self.0 {
+            Bound::Tcp(listener) => (listener.as_fd().try_clone_to_owned()?, Purpose::Tcp),
+            Bound::Unix { listener, path, .. } => (listener.as_fd().try_clone_to_owned()?, Purpose::Unix(path.clone())),
+        };
+        Ok(Handle { purpose, socket })
+    }
+
+    /// Set once a successor listens at the same place: its socket file then stays.
+    pub(super) fn stay_when(&mut self, is_handed_over: &Arc<AtomicBool>) {
+        if let Bound::Unix { handed_over, .. } = &mut self.0 {
+            *handed_over = is_handed_over.clone();
+        }
     }
 
     /// The TCP address that was bound; with port 0 the kernel chose it.
@@ -149,7 +201,9 @@ impl Listener {
 
 impl Drop for Listener {
     fn drop(&mut self) {
-        if let Bound::Unix { path, .. } = &self.0 {
+        if let Bound::Unix { path, handed_over, .. } = &self.0
+            && !handed_over.load(Ordering::Acquire)
+        {
             // Best effort: a socket file that stays is replaced at the next start.
             let _removed = std::fs::remove_file(path);
         }

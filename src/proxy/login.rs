@@ -159,13 +159,24 @@ fn log_handshake(address: &str, error: &HandshakeError) {
 /// Passes a CancelRequest to its session. The connection is closed when the cancel has been dealt with, as PostgreSQL
 /// does; the requester learns nothing else.
 async fn cancel(shared: &Shared, channel: ClientChannel, pid: i32, key: &[u8]) {
-    if let Some(entry) = shared.keys.find(pid, key) {
-        let (done, dealt_with) = tokio::sync::oneshot::channel();
-        entry.order(Order::Cancel { done });
-        // An error means that the session has ended: dealt with.
-        let _dropped = tokio::time::timeout(shared.limits.load().client_login_timeout, dealt_with).await;
+    if !cancel_own(shared, pid, key).await
+        && let Some(rendezvous) = &shared.rendezvous
+    {
+        // It may be a session of a process that this one has taken over from.
+        rendezvous.pass_cancel(pid, key).await;
     }
     drop(channel);
+}
+
+/// Passes a cancel to its session, if it is one of this process. Returns when it was dealt with.
+pub(super) async fn cancel_own(shared: &Shared, pid: i32, key: &[u8]) -> bool {
+    let Some(entry) = shared.keys.find(pid, key) else { return false };
+    let (done, dealt_with) = tokio::sync::oneshot::channel();
+    entry.order(Order::Cancel { done });
+    // An error means that the session has ended: dealt with.
+    let bound = shared.limits.load().client_login_timeout;
+    let _dropped = tokio::time::timeout(bound, dealt_with).await;
+    true
 }
 
 /// What a login came to.

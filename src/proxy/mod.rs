@@ -15,6 +15,8 @@
 //! 7. [`orphan`] stays behind when a client vanishes in the middle of something: the gate is left only when the server
 //!    has said that it is over, or its process is gone.
 //!
+//! A process is replaced without a refused connection: [`takeover`].
+//!
 //! The data path knows nothing of migrations: it sees gates and routes.
 
 mod access;
@@ -42,13 +44,14 @@ mod pooled;
 mod relay;
 mod session;
 mod sessions;
+pub mod takeover;
 mod timeouts;
 mod tls;
 mod worker;
 
 use std::net::SocketAddr;
-use std::sync::Arc;
-use std::sync::atomic::AtomicUsize;
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use arc_swap::ArcSwap;
@@ -65,6 +68,7 @@ use crate::telemetry::metrics::Metrics;
 pub use access::AccessError;
 use listener::Listener;
 pub use sessions::{MoveOrder, MoveOutcome, MoveReport, MoveState, SessionState, SessionView, Sessions};
+use takeover::{Handle, Rendezvous};
 
 /// The database name that leads to the administration console.
 pub const CONSOLE_DATABASE: &str = "pgcutover";
@@ -74,6 +78,9 @@ const CONSOLE_ALIAS: &str = "pgbouncer";
 
 /// Port in the name of the Unix socket where there is no TCP listener.
 const DEFAULT_UNIX_PORT: u16 = 6432;
+
+/// How often it is looked whether every session has ended.
+const LOOK_AGAIN: Duration = Duration::from_millis(50);
 
 /// How long a listener may take to close; it waits for a worker's queue at most.
 const CLOSING_LISTENERS: Duration = Duration::from_secs(5);
@@ -130,6 +137,12 @@ pub enum ProxyError {
     /// A file of certificates or rules cannot be used.
     #[error(transparent)]
     Access(#[from] AccessError),
+    /// The socket for takeovers cannot be used.
+    #[error("[listen] takeover_socket: {0}")]
+    Takeover(#[from] takeover::TakeoverError),
+    /// A listener cannot be handed over.
+    #[error("cannot hand a listener over: {0}")]
+    Handle(std::io::Error),
     /// A thread could not be started.
     #[error("cannot start a worker thread: {0}")]
     Thread(std::io::Error),
@@ -161,6 +174,8 @@ struct Shared {
     pools: Arc<pool::Pools>,
     /// Client connections at this moment, in handshake too.
     clients: AtomicUsize,
+    /// Where predecessors are found.
+    rendezvous: Option<Rendezvous>,
     /// The main runtime, for what must not run on a worker.
     runtime: tokio::runtime::Handle,
     failpoints: Failpoints,
@@ -181,16 +196,35 @@ impl Shared {
 pub struct Proxy {
     shared: Arc<Shared>,
     address: Option<SocketAddr>,
-    /// The listeners.
+    /// The listeners that accept.
     listening: Tasks,
+    /// Until they do, and the queues of the workers.
+    waiting: Mutex<Option<(Vec<Listener>, Senders)>>,
+    /// What a successor is given.
+    handles: Mutex<Vec<Handle>>,
+    handed_over: Arc<AtomicBool>,
     workers: Vec<std::thread::JoinHandle<()>>,
 }
 
 impl Proxy {
-    /// Binds the listeners and starts the workers. Must be called on the main runtime.
+    /// Binds the listeners, starts the workers and accepts. Must be called on the main runtime.
     pub fn start(deps: ProxyDeps) -> Result<Self, ProxyError> {
+        let proxy = Self::prepare(deps, Vec::new())?;
+        proxy.listen();
+        Ok(proxy)
+    }
+
+    /// The same without accepting yet, on the listeners of a predecessor where it has them.
+    pub fn prepare(deps: ProxyDeps, mut inherited: Vec<Handle>) -> Result<Self, ProxyError> {
         let runtime = tokio::runtime::Handle::current();
-        let listeners = bind(&deps.config)?;
+        let mut listeners = bind(&deps.config, &mut inherited)?;
+        let handed_over = Arc::<AtomicBool>::default();
+        listeners.iter_mut().for_each(|listener| listener.stay_when(&handed_over));
+        let rendezvous = deps.config.listen.takeover_socket.clone().map(Rendezvous::new);
+        let handles = match rendezvous {
+            Some(_) => listeners.iter().map(Listener::handle).collect::<Result<_, _>>().map_err(ProxyError::Handle)?,
+            None => Vec::new(),
+        };
         let address = listeners.iter().find_map(Listener::tcp_address);
         let access = Arc::new(access::Access::load(&deps.config)?);
         access.show_in(&deps.metrics);
@@ -220,16 +254,67 @@ impl Proxy {
             access: ArcSwap::new(access),
             pools,
             clients: AtomicUsize::new(0),
+            rendezvous: rendezvous.clone(),
             runtime,
             failpoints: deps.failpoints,
             tasks: deps.tasks.clone(),
         });
         let (senders, workers) = start_workers(&shared)?;
         let listening = deps.tasks.child();
+        let (waiting, handles) = (Mutex::new(Some((listeners, senders))), Mutex::new(handles));
+        Ok(Self { shared, address, listening, waiting, handles, handed_over, workers })
+    }
+
+    /// Begins to accept.
+    pub fn listen(&self) {
+        let Some((listeners, senders)) = lock(&self.waiting).take() else { return };
         for listener in listeners {
-            listening.spawn(listener.run(senders.clone(), listening.clone()));
+            self.listening.spawn(listener.run(senders.clone(), self.listening.clone()));
         }
-        Ok(Self { shared, address, listening, workers })
+    }
+
+    /// Opens the socket where a successor asks; `None`: none is configured.
+    pub fn expect_successor(&self) -> Result<Option<mpsc::Receiver<takeover::Request>>, ProxyError> {
+        let Some(rendezvous) = &self.shared.rendezvous else { return Ok(None) };
+        let socket = rendezvous.bind()?;
+        let (sender, requests) = mpsc::channel(1);
+        tokio::spawn(takeover::serve(socket, Arc::new(Serving(self.shared.clone())), sender));
+        Ok(Some(requests))
+    }
+
+    /// The listening sockets once more.
+    pub fn handles(&self) -> std::io::Result<Vec<Handle>> {
+        let again = |one: &Handle| Ok(Handle { purpose: one.purpose.clone(), socket: one.socket.try_clone()? });
+        lock(&self.handles).iter().map(again).collect()
+    }
+
+    /// A successor has the listeners: nobody is accepted any more, and nothing of them is kept or removed.
+    pub async fn hand_over(&self) {
+        self.handed_over.store(true, Ordering::Release);
+        self.stop_accepting().await;
+        lock(&self.handles).clear();
+        if let Some(Err(error)) = self.shared.rendezvous.as_ref().map(Rendezvous::retire) {
+            tracing::error!(%error, "the takeover socket could not be renamed: the successor does not find this process");
+        }
+    }
+
+    /// Removes the takeover socket.
+    pub fn leave(&self) {
+        if let Some(rendezvous) = &self.shared.rendezvous {
+            rendezvous.leave(self.handed_over.load(Ordering::Acquire));
+        }
+    }
+
+    /// Resolves when every session has ended by itself. The listeners must have been closed.
+    pub async fn emptied(&self) {
+        while !self.workers.iter().all(std::thread::JoinHandle::is_finished) {
+            tokio::time::sleep(LOOK_AGAIN).await;
+        }
+    }
+
+    /// Client connections at this moment.
+    pub fn clients(&self) -> usize {
+        self.shared.clients.load(Ordering::Acquire)
     }
 
     /// The registry that cutover and admin work with.
@@ -280,24 +365,55 @@ impl Proxy {
     }
 }
 
-fn bind(config: &Config) -> Result<Vec<Listener>, ProxyError> {
+/// What other processes of this proxy ask of this one.
+struct Serving(Arc<Shared>);
+
+impl takeover::Served for Serving {
+    fn clients(&self) -> usize {
+        self.0.clients.load(Ordering::Acquire)
+    }
+
+    fn cancel(&self, pid: i32, key: &[u8]) -> BoxFuture<'static, ()> {
+        let (shared, key) = (self.0.clone(), key.to_vec());
+        Box::pin(async move {
+            login::cancel_own(&shared, pid, &key).await;
+        })
+    }
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+fn bind(config: &Config, inherited: &mut Vec<Handle>) -> Result<Vec<Listener>, ProxyError> {
     let mut listeners = Vec::new();
     let mut port = DEFAULT_UNIX_PORT;
     if let Some(address) = config.listen.address {
-        let bound = Listener::tcp(address, &config.listen.tcp);
+        let bound = match Listener::inherited_tcp(address, &config.listen.tcp, inherited) {
+            Ok(None) => Listener::tcp(address, &config.listen.tcp),
+            Ok(Some(listener)) => Ok(listener),
+            Err(error) => Err(error),
+        };
         let listener = bound.map_err(|source| ProxyError::Listen { address: address.to_string(), source })?;
         port = listener.tcp_address().map_or(address.port(), |bound| bound.port());
         listeners.push(listener);
     }
     if let Some(directory) = &config.listen.unix_socket_dir {
-        let bound = Listener::unix(directory, port);
+        let bound = match Listener::inherited_unix(directory, port, inherited) {
+            Ok(None) => Listener::unix(directory, port),
+            Ok(Some(listener)) => Ok(listener),
+            Err(error) => Err(error),
+        };
         let address = directory.display().to_string();
         listeners.push(bound.map_err(|source| ProxyError::Listen { address, source })?);
     }
     if listeners.is_empty() { Err(ProxyError::Nowhere) } else { Ok(listeners) }
 }
 
-type Workers = (Vec<mpsc::Sender<listener::Accepted>>, Vec<std::thread::JoinHandle<()>>);
+/// Where accepted connections go: a queue for each worker.
+type Senders = Vec<mpsc::Sender<listener::Accepted>>;
+
+type Workers = (Senders, Vec<std::thread::JoinHandle<()>>);
 
 fn start_workers(shared: &Arc<Shared>) -> Result<Workers, ProxyError> {
     let (mut senders, mut threads) = (Vec::new(), Vec::new());

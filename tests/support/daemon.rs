@@ -102,13 +102,23 @@ impl Daemon {
     /// Starts the process without waiting for anything.
     pub fn spawn(&mut self) {
         assert!(self.process.is_none(), "the daemon runs already");
+        self.process = Some(self.process_with(&["run"]));
+    }
+
+    /// Starts another process that takes over, and returns the one that ran until now. Does not wait for anything.
+    pub fn succeed(&mut self) -> Child {
+        let successor = self.process_with(&["run", "--takeover"]);
+        self.process.replace(successor).expect("it runs")
+    }
+
+    fn process_with(&self, arguments: &[&str]) -> Child {
         let log = fs::OpenOptions::new().create(true).append(true).open(self.log_path()).expect("log is writable");
         let mut command = Command::new(env!("CARGO_BIN_EXE_pgcutover"));
-        command.arg("run").arg("-c").arg(self.config_path()).stdin(Stdio::null());
+        command.args(arguments).arg("-c").arg(self.config_path()).stdin(Stdio::null());
         command.stdout(log.try_clone().expect("file handles can be copied")).stderr(log);
         command.env("PGCUTOVER_FAILPOINTS", &self.options.failpoints);
         command.envs(self.options.environment.iter().map(|(name, value)| (name, value)));
-        self.process = Some(command.spawn().expect("the daemon can be run"));
+        command.spawn().expect("the daemon can be run")
     }
 
     /// Starts the process and waits until the proxy's port answers.

@@ -33,6 +33,12 @@ type Answer = Result<Response, Problem>;
 pub async fn start(address: SocketAddr, service: Service, tasks: &Tasks) -> std::io::Result<SocketAddr> {
     let listener = tokio::net::TcpListener::bind(address).await?;
     let taken = listener.local_addr()?;
+    serve(listener, service, tasks);
+    Ok(taken)
+}
+
+/// Serves on a socket that listens already until `tasks` are told to stop.
+pub fn serve(listener: tokio::net::TcpListener, service: Service, tasks: &Tasks) {
     let app = router(service).into_make_service_with_connect_info::<SocketAddr>();
     let stopping = tasks.clone();
     tasks.spawn(async move {
@@ -41,7 +47,6 @@ pub async fn start(address: SocketAddr, service: Service, tasks: &Tasks) -> std:
             tracing::error!(%error, "HTTP server ended");
         }
     });
-    Ok(taken)
 }
 
 fn router(service: Service) -> Router {
