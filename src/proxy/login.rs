@@ -217,7 +217,7 @@ impl LoginInProgress<'_> {
     async fn until_ready(&mut self) -> Result<Done, Refused> {
         let is_console = [CONSOLE_DATABASE, CONSOLE_ALIAS].contains(&self.startup.database.as_str());
         self.take_place(is_console)?;
-        let demand = self.demand()?;
+        let demand = self.demand(is_console)?;
         let active = self.active_server(is_console)?;
         if self.startup.needs_negotiation() {
             message::negotiate_protocol_version(&mut self.channel.out, &self.startup.protocol_options);
@@ -265,14 +265,16 @@ impl LoginInProgress<'_> {
     }
 
     /// What the rules ask of this client, before anything is looked up for it.
-    fn demand(&self) -> Result<Demand, Refused> {
+    fn demand(&self, is_console: bool) -> Result<Demand, Refused> {
         let startup = &self.startup;
+        // Rules know the console by one name, so that nobody gets round them by the other.
+        let database = if is_console { CONSOLE_DATABASE } else { startup.database.as_str() };
         let client = Client {
             address: self.peer.address.map(|address| address.ip()),
             same_host: self.access.rules.ask_for_same_host() && self.peer.is_on(&self.channel.stream),
             tls: self.peer.secured.is_some(),
             user: &startup.user,
-            database: &startup.database,
+            database,
             physical_replication: wants_replication(startup) && startup.parameter("replication") != Some("database"),
         };
         let rejected = match self.access.rules.decide(&client) {

@@ -9,8 +9,8 @@ use std::sync::Arc;
 use tokio_rustls::rustls::crypto::{CryptoProvider, ring};
 use tokio_rustls::rustls::pki_types::pem::PemObject as _;
 use tokio_rustls::rustls::pki_types::{CertificateDer, PrivateKeyDer};
-use tokio_rustls::rustls::server::WebPkiClientVerifier;
 use tokio_rustls::rustls::server::danger::ClientCertVerifier;
+use tokio_rustls::rustls::server::{NoServerSessionStorage, WebPkiClientVerifier};
 use tokio_rustls::rustls::{RootCertStore, ServerConfig, SupportedProtocolVersion, version};
 use tokio_rustls::{TlsAcceptor, TlsStream};
 
@@ -70,6 +70,9 @@ impl ServerTls {
                 format!("certificate {} and key {}: {error}", tls.certificate.display(), tls.key.display())
             })?;
         config.alpn_protocols = vec![ALPN.to_vec()];
+        // As PostgreSQL: no client resumes a session, and a certificate is checked at every connection.
+        config.session_storage = Arc::new(NoServerSessionStorage {});
+        config.send_tls13_tickets = 0;
         Ok(Self {
             acceptor: TlsAcceptor::from(Arc::new(config)),
             is_required: tls.required,

@@ -234,6 +234,23 @@ async fn expired_passwords_and_roles_without_login_are_refused_as_postgresql_doe
     }
     assert_eq!(attempt(&rig, "young", "right").await, "in");
     assert_eq!(attempt(&rig, "forever", "right").await, "in");
+    // It was the proxy that refused them: the servers would have too.
+    let failures = |reason| rig.metrics.auth_failures.with_label_values(&[reason]).get();
+    assert_eq!((failures("unknown_user"), failures("password")), (5, 1));
+    rig.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_expired_password_is_refused_where_the_server_asks_for_none() {
+    let cluster = crate::support::one_cluster("expired");
+    let direct = connect(&cluster, "postgres").await;
+    let sql =
+        "CREATE ROLE old LOGIN PASSWORD 'right' VALID UNTIL '2001-01-01'; CREATE ROLE young LOGIN PASSWORD 'right'";
+    direct.batch_execute(sql).await.expect("created");
+    let rig = Rig::start(server(&cluster), server(&cluster), auto);
+    assert_eq!(attempt(&rig, "old", "right").await, "28P01");
+    assert_eq!(attempt(&rig, "young", "right").await, "in");
+    assert_eq!(attempt(&rig, "young", "wrong").await, "28P01");
     rig.stop().await;
 }
 

@@ -60,6 +60,7 @@ async fn the_first_rule_that_fits_decides_and_a_reload_changes_the_rules() {
         "pg_hba.conf",
         "local all postgres scram-sha-256\n\
          host template1 all all reject\n\
+         host pgcutover ann all reject\n\
          host all ann 127.0.0.0/8 scram-sha-256\n\
          host \"pgcutover\" postgres samehost md5\n\
          host all \"Bob B\" 10.0.0.0/8 scram-sha-256\n",
@@ -88,6 +89,10 @@ async fn the_first_rule_that_fits_decides_and_a_reload_changes_the_rules() {
     let mut console = WireClient::connect(rig.port).await;
     console.start(&[("user", "postgres"), ("database", "pgcutover")]).await;
     assert_eq!(console.next().await.expect("asked").body[..4], [0, 0, 0, 10]);
+    // It has another name, which leads round no rule.
+    let mut alias = WireClient::connect(rig.port).await;
+    alias.start(&[("user", "ann"), ("database", "pgbouncer")]).await;
+    assert_eq!(alias.next().await.expect("an error").code(), "28000");
     let mut socket = tokio_postgres::Config::new();
     socket.host_path(&sockets).port(rig.port).user("postgres").password("super").dbname("postgres");
     assert_eq!(text(&connect_with(&socket).await, "SELECT 1").await, "1");
