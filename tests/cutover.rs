@@ -295,6 +295,30 @@ async fn a_late_decision_loses_against_the_abort_of_another_coordinator() {
     assert_eq!(stage.rows().await, (vec![Some("aborted".to_owned())], vec!["aborted".to_owned()]));
 }
 
+/// The first coordinator sleeps, as a stopped process does, and its session on the target is lost meanwhile.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_coordinator_that_wakes_up_after_its_cutover_was_aborted_shuts_nobody_out() {
+    let stage = Stage::set().await;
+    let slow = stage.life("prepare.after_fence=sleep:3000ms").resolved().await;
+    let running = {
+        let (coordinator, options) = (slow.coordinator.clone(), slow.options());
+        tokio::spawn(async move { coordinator.run(NAME, options).await })
+    };
+    wait_for("the fence", || async { stage.rows().await.0.len() == 1 }).await;
+    let lost = "SELECT count(pg_terminate_backend(pid)) FROM pg_locks WHERE locktype = 'advisory' AND objsubid = 2
+                AND classid <> 0 AND pid <> pg_backend_pid()";
+    connect(&stage.target, "postgres").await.batch_execute(lost).await.expect("ended");
+    let other = stage.life("").resolved().await;
+    wait_for("the other one to settle it", || async { other.runs_on(ServerRole::Source, 0) }).await;
+    let client = connect(&stage.source, "shop").await;
+    let report = running.await.expect("no panic").expect("begun");
+    assert_eq!(report.outcome, CutoverOutcome::Aborted, "{report:?}");
+    client.batch_execute("INSERT INTO item (name) VALUES ('after')").await.expect("the session was left alone");
+    connect(&stage.source, "shop").await.batch_execute("INSERT INTO item (name) VALUES ('new')").await.expect("writable");
+    assert!(slow.runs_on(ServerRole::Source, 0));
+    assert_eq!(stage.rows().await, (vec![Some("aborted".to_owned())], vec!["aborted".to_owned()]));
+}
+
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_crash_at_any_failpoint_ends_on_exactly_one_side() {
     let stage = Stage::set().await;

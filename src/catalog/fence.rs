@@ -124,6 +124,23 @@ pub enum Ended {
     Before,
 }
 
+/// Whether the fence of `epoch` stands without an outcome; if so, nobody can note one before the transaction ends.
+pub async fn hold_open(transaction: &impl GenericClient, epoch: Epoch) -> Result<bool, RecordError> {
+    let row = transaction
+        .query_opt(
+            "SELECT FROM pgcutover.fence WHERE epoch = $1 AND outcome IS NULL FOR UPDATE",
+            &[&super::epoch_to_sql(epoch)],
+        )
+        .await
+        .map_err(|source| RecordError::query("hold a fence row", source))?;
+    Ok(row.is_some())
+}
+
+/// Whether the fence of `epoch` stands without an outcome, at this moment.
+pub async fn is_open(client: &impl GenericClient, epoch: Epoch) -> Result<bool, RecordError> {
+    Ok(read(client, epoch).await?.is_some_and(|(_, outcome)| outcome.is_none()))
+}
+
 /// Notes the outcome of a fence. Part of the transaction that acts on it.
 ///
 /// A row that is not there is written with the outcome: the transaction that was to insert it may still be in flight

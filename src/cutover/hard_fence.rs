@@ -17,11 +17,16 @@
 use std::time::Duration;
 
 use super::CutoverError;
+use crate::catalog::decision::Case;
+use crate::catalog::fence;
 use crate::ident::quote_ident;
 use crate::postgres::Control;
 
 /// Between two looks at the server.
 const LOOK_AGAIN: Duration = Duration::from_millis(10);
+
+/// The fence does not stand any more.
+const OVERTAKEN: CutoverError = CutoverError::Stopped("another pgcutover has aborted this cutover in our place");
 
 /// Backends that need not be strangers to us: the proxy's own sessions are known by pid, our control and replication
 /// sessions by their name, the walsenders of our slots by the slot.
@@ -68,8 +73,10 @@ pub(super) enum Looking {
     WorkOfSessions,
 }
 
-/// Shuts the databases. They are open again when the fence is lifted (`soft_fence::lift`).
-pub(super) async fn shut(control: &mut Control, databases: &[String]) -> Result<(), CutoverError> {
+/// Shuts the databases of a cutover whose fence stands; they are open again when the fence is lifted
+/// (`soft_fence::lift`). A coordinator that was stopped for a while may find that another one has aborted in its place
+/// and lifted the fence: what it shut now, nobody would open again. The lock on the row keeps the two apart.
+pub(super) async fn shut(control: &mut Control, case: &Case) -> Result<(), CutoverError> {
     let failed = |source| CutoverError::query("shut the databases", source);
     let superuser: bool = control
         .query_one("SELECT rolsuper FROM pg_catalog.pg_roles WHERE rolname = current_user", &[])
@@ -78,7 +85,10 @@ pub(super) async fn shut(control: &mut Control, databases: &[String]) -> Result<
         .get(0);
     let how = if superuser { "ALLOW_CONNECTIONS false" } else { "CONNECTION LIMIT 0" };
     let transaction = control.transaction().await.map_err(failed)?;
-    for database in databases {
+    if !fence::hold_open(&transaction, case.epoch).await? {
+        return Err(OVERTAKEN);
+    }
+    for database in &case.databases {
         transaction.batch_execute(&format!("ALTER DATABASE {} {how}", quote_ident(database))).await.map_err(failed)?;
     }
     transaction.commit().await.map_err(failed)
@@ -86,17 +96,16 @@ pub(super) async fn shut(control: &mut Control, databases: &[String]) -> Result<
 
 /// Terminates strangers until there are none and none can be starting. Bounded by the caller. `known` is asked before
 /// each look, because the proxy may still be opening backends of sessions that were let in before the gates closed.
-pub(super) async fn expel(
-    control: &Control,
-    databases: &[String],
-    known: impl Fn() -> Known,
-) -> Result<u64, CutoverError> {
+pub(super) async fn expel(control: &Control, case: &Case, known: impl Fn() -> Known) -> Result<u64, CutoverError> {
     let mut ended = std::collections::HashSet::new();
     loop {
-        let starting = starting(control, databases, &known()).await?;
-        let strangers = backends(control, databases, &known(), Looking::Strangers).await?;
+        let starting = starting(control, &case.databases, &known()).await?;
+        let strangers = backends(control, &case.databases, &known(), Looking::Strangers).await?;
         if starting == 0 && strangers.is_empty() {
             return Ok(ended.len() as u64);
+        }
+        if !fence::is_open(&**control, case.epoch).await? {
+            return Err(OVERTAKEN);
         }
         for stranger in strangers {
             if ended.insert(stranger.pid) {

@@ -365,8 +365,8 @@ impl Work {
         self.failpoint("pause.after_gate").await?;
         self.wait_for_logins().await;
         if self.options.fence == FencePolicy::Hard && !self.options.dry_run {
-            hard_fence::shut(&mut self.from.control, &self.case.databases).await?;
-            self.sessions_ended += hard_fence::expel(&self.from.control, &self.case.databases, || self.known()).await?;
+            hard_fence::shut(&mut self.from.control, &self.case).await?;
+            self.sessions_ended += hard_fence::expel(&self.from.control, &self.case, || self.known()).await?;
         }
         self.failpoint("pause.after_hard_fence").await?;
         Ok(())
