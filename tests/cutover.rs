@@ -314,7 +314,11 @@ async fn a_coordinator_that_wakes_up_after_its_cutover_was_aborted_shuts_nobody_
     let report = running.await.expect("no panic").expect("begun");
     assert_eq!(report.outcome, CutoverOutcome::Aborted, "{report:?}");
     client.batch_execute("INSERT INTO item (name) VALUES ('after')").await.expect("the session was left alone");
-    connect(&stage.source, "shop").await.batch_execute("INSERT INTO item (name) VALUES ('new')").await.expect("writable");
+    connect(&stage.source, "shop")
+        .await
+        .batch_execute("INSERT INTO item (name) VALUES ('new')")
+        .await
+        .expect("writable");
     assert!(slow.runs_on(ServerRole::Source, 0));
     assert_eq!(stage.rows().await, (vec![Some("aborted".to_owned())], vec!["aborted".to_owned()]));
 }
