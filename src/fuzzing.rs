@@ -31,6 +31,7 @@ pub const TARGETS: &[(&str, Target)] = &[
     ("control_answers", Scripted(postgres::fuzzing::control_answers)),
     ("dump", Pure(migration::schema::fuzzing::dump)),
     ("error_fields", Pure(wire::fuzzing::error_fields)),
+    ("expected", Pure(proxy::fuzzing::expected)),
     ("frontend_frames", Pure(wire::fuzzing::frontend_frames)),
     ("handoff_answers", Scripted(proxy::handoff::fuzzing::handoff_answers)),
     ("handshake", Scripted(proxy::fuzzing::handshake)),
@@ -48,6 +49,8 @@ pub const TARGETS: &[(&str, Target)] = &[
     ("snapshot", Pure(migration::schema::fuzzing::snapshot)),
     ("sql_scan", Pure(proxy::handoff::fuzzing::sql_scan)),
     ("startup", Pure(wire::fuzzing::startup)),
+    ("startup_options", Pure(proxy::fuzzing::startup_options)),
+    ("traces", Pure(proxy::handoff::fuzzing::traces)),
     ("tracked", Pure(proxy::handoff::fuzzing::tracked)),
     ("walsender_messages", Pure(postgres::fuzzing::walsender_messages)),
 ];

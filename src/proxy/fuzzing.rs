@@ -7,6 +7,7 @@ use super::auth::user_maps::UserMaps;
 use super::auth::users_file;
 use super::certificate::{self, ClientCertificate};
 use super::handshake::{ClientChannel, Entrance, Peer, Request, negotiate};
+pub use super::pooled::fuzzing::{expected, startup_options};
 use crate::config::Network;
 use crate::postgres::fuzzing::scripted;
 

@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use pgcutover::config::AuthMethod;
+use pgcutover::config::{AuthMethod, PoolMode};
 use pgcutover::demo::cluster::{Cluster, ClusterAuth, ClusterOptions};
 use pgcutover::proxy::SessionState;
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
@@ -234,6 +234,26 @@ async fn unknown_tags_end_the_session_and_messages_inside_a_copy_do_not_confuse_
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn frames_whose_content_cannot_be_are_refused_and_nobody_else_is_hurt() {
+    let cluster = one_cluster("content");
+    for mode in [PoolMode::Session, PoolMode::Transaction] {
+        let rig = Rig::start(server(&cluster), server(&cluster), |config| config.pool.mode = mode);
+        for tag in *b"PBDECF" {
+            for body in [&b""[..], b"x", b"S", b"abc", b"Sabc", b"S\0extra", b"\0\0", b"s\0\0\xff", b"\0s\0\xff\xff"] {
+                let mut client = rig.wire("postgres").await;
+                client.send(&[frame(tag, body), sync()].concat()).await;
+                let answers = client.until_ready().await;
+                let first =
+                    answers.first().unwrap_or_else(|| panic!("{mode:?} {} {body:?}: no answer", char::from(tag)));
+                assert_eq!(first.tag, 'E', "{mode:?} {} {body:?}: {first:?}", char::from(tag));
+            }
+        }
+        assert_eq!(text(&rig.connect("postgres").await, "SELECT 1").await, "1");
+        rig.stop().await;
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn floods_of_cancels_and_of_tls_handshakes_that_never_end_pass() {
     let cluster = one_cluster("floods");
     let authority = Authority::new();
@@ -276,8 +296,14 @@ async fn floods_of_cancels_and_of_tls_handshakes_that_never_end_pass() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_pipeline_that_is_never_read_stops_its_client_and_fills_no_memory() {
+    for mode in [PoolMode::Session, PoolMode::Transaction] {
+        flood_in(mode).await;
+    }
+}
+
+async fn flood_in(mode: PoolMode) {
     let cluster = one_cluster("pipeline");
-    let rig = Rig::over(&cluster);
+    let rig = Rig::start(server(&cluster), server(&cluster), |config| config.pool.mode = mode);
     let before = resident_bytes();
     let attacks = [
         ("large answers", query("SELECT repeat('x', 100000)")),

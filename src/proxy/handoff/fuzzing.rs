@@ -9,7 +9,7 @@ use super::prepare::prepare_command;
 use super::scan::{Finding, bound_values, custom_setting_name, settings_set, settings_used};
 use super::state::Backslashes;
 use super::tracked::{Tracked, UNNAMED_LIMIT_BYTES, UnnamedStatement};
-use super::{SessionState, capture, delta};
+use super::{Deallocated, SessionState, capture, delta};
 use crate::postgres::fuzzing::scripted;
 
 /// SQL text of a client: every name that is found can be one, and the look at functions finds no less.
@@ -29,6 +29,27 @@ pub fn sql_scan(data: &[u8]) {
     if let Some(name) = custom_setting_name(data) {
         assert!(name.as_bytes() == data && name.contains('.') && !name.contains([' ', '\'', '"', ';', '\0']));
     }
+}
+
+/// What a text may leave behind: whoever sees only its beginning must assume the worst, and what takes a statement
+/// away leaves something.
+pub fn traces(data: &[u8]) {
+    let whole = super::traces(data, data.len());
+    assert!(super::traces(data, data.len() + 1).outlive());
+    if let Some(taken) = super::deallocated(data) {
+        assert!(whole.outlive(), "{taken:?}");
+        if let Deallocated::Name(name) = taken {
+            assert!(name.len() <= data.len());
+        }
+    }
+    let followed = [data, b"\n; SET x = 1"].concat();
+    let found = super::traces(&followed, followed.len());
+    assert!(found.outlive() || is_open(data), "a statement behind it is seen");
+}
+
+/// Whether something in `text` may go on behind it: a literal, a quoted name, a comment.
+fn is_open(text: &[u8]) -> bool {
+    text.iter().any(|byte| matches!(byte, b'\'' | b'$')) || text.windows(2).any(|pair| pair == b"/*")
 }
 
 /// The body of a Bind, cut short or not: values are pieces of it, in order.

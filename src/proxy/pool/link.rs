@@ -147,11 +147,7 @@ impl Link {
     /// The body of a ParameterStatus.
     pub(in crate::proxy) fn note_parameter(&mut self, body: &[u8]) {
         let Some((name, value)) = crate::wire::message::read_parameter_status(body) else { return };
-        let parameters = &mut self.backend.connection.parameters;
-        match parameters.iter_mut().find(|(known, _)| known == name) {
-            Some((_, old)) => value.clone_into(old),
-            None => parameters.push((name.to_owned(), value.to_owned())),
-        }
+        crate::wire::message::note_parameter(&mut self.backend.connection.parameters, name, value);
         self.note_reported();
     }
 

@@ -14,6 +14,9 @@ use std::sync::Arc;
 use crate::proxy::pool::Statement;
 use crate::wire::frame::backend;
 
+/// More than this and the rest waits for answers.
+const SENT_MAX: usize = 16 * 1024;
+
 /// A message that was sent, by what has to be known of it when it is answered.
 #[derive(Debug)]
 pub(super) enum Sent {
@@ -97,6 +100,19 @@ impl Expected {
     #[inline]
     pub(super) fn is_empty(&self) -> bool {
         self.sent.is_empty() && !self.skipping
+    }
+
+    /// Whether so much is expected that nothing more should be sent. A server that waits for a Sync has sent the first
+    /// answers long before: it holds back eight kilobytes of them at most.
+    #[inline]
+    pub(super) fn is_full(&self) -> bool {
+        self.sent.len() >= SENT_MAX
+    }
+
+    /// Whether the count of names agrees with what is expected.
+    #[cfg(any(test, fuzzing))]
+    pub(super) fn is_consistent(&self) -> bool {
+        self.names == self.sent.iter().filter(|sent| sent.changes_names()).count()
     }
 
     /// Whether some answer did not belong to what was sent.

@@ -29,6 +29,10 @@ impl PooledSession {
         let whole = HEADER_BYTES + header.body_bytes as usize;
         let buffer = &self.up.buffer;
         if buffer.len() >= whole {
+            if header.tag == frontend::PARSE && !self.body(header).contains(&0) {
+                // A name without an end, which could not be replaced by ours.
+                return self.refuse_frame(FrameError::Length).map(|()| false);
+            }
             return Ok(true);
         }
         match header.tag {

@@ -26,6 +26,8 @@
 mod answers;
 mod expected;
 mod frames;
+#[cfg(any(test, fuzzing))]
+pub mod fuzzing;
 mod held;
 mod login;
 mod passing;

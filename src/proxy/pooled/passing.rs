@@ -43,7 +43,8 @@ impl PooledSession {
                 }
                 continue;
             }
-            if self.up.out.len() >= OUT_ENOUGH {
+            // Nor does anything pass whose answer, which may be ours, would find no room.
+            if self.up.out.len() >= OUT_ENOUGH || self.down.buffer.is_full() {
                 return Ok(());
             }
             if self.up.body_left > 0 {
@@ -119,7 +120,7 @@ impl PooledSession {
     /// Inside, nothing passes a Sync or Query that is unanswered while a fence or somebody in the line waits for the
     /// transaction to end.
     fn may_pass_inside(&self, tag: u8) -> bool {
-        if self.ledger.is_full() || self.mending == Mending::Batch {
+        if self.ledger.is_full() || self.expected.is_full() || self.mending == Mending::Batch {
             return false;
         }
         let is_copy = matches!(tag, frontend::COPY_DATA | frontend::COPY_DONE | frontend::COPY_FAIL);
