@@ -219,6 +219,11 @@ impl PooledSession {
             central.statement(&self.profile, tail, found)
         };
         let known = self.link.as_mut().is_some_and(|link| link.held.touch(statement.id));
+        if known && self.ledger.status() == TransactionStatus::Failed {
+            // Refused like every other statement in a failed transaction, where a Close would not be.
+            self.note(frontend::PARSE, Sent::AlreadyThere);
+            return self.pass_rewritten(header, name_end + 1, &[&statement.name, b"\0"]);
+        }
         if known {
             self.up.buffer.consume(HEADER_BYTES + body_bytes);
             let sent = Sent::Parse { name, statement, known };

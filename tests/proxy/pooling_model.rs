@@ -1,0 +1,248 @@
+//! Many clients on few scripted connections, in any order: each sees what it would see alone, to the byte.
+//!
+//! A failure prints its seed; `PGCUTOVER_TEST_SEED=n` runs that one alone.
+
+use std::sync::Arc;
+
+use pgcutover::config::{PoolMode, Server};
+use pgcutover::proxy::Sessions;
+use rand::rngs::StdRng;
+use rand::{Rng as _, SeedableRng as _};
+
+use crate::rig::Rig;
+use crate::scripted::{self, Backend};
+use crate::wire_client::{Message, WireClient, bind, execute, frame, parse, query, sync};
+
+const CLIENTS: usize = 9;
+const STEPS: usize = 500;
+const NAMES: [&str; 3] = ["a", "b", "c"];
+const SETTINGS: [&str; 3] = ["application_name", "work_mem", "search_path"];
+
+/// A client, what it would see alone, and what it is waiting for.
+struct Client {
+    number: usize,
+    wire: WireClient,
+    alone: Backend,
+    asked: u64,
+    /// Expected answers of what was sent and not read yet.
+    due: Option<Vec<Message>>,
+    in_block: bool,
+    /// What it has sent last, and where sessions are seen, for who reads a failure.
+    sent: Vec<u8>,
+    sessions: Arc<Sessions>,
+}
+
+/// What it is compared by: an error's code alone; parameters are checked apart.
+fn comparable(messages: &[Message]) -> Vec<(char, Vec<u8>)> {
+    let shown = messages.iter().filter(|message| message.tag != 'S');
+    shown
+        .map(|message| match message.tag {
+            'E' => ('E', message.code().into_bytes()),
+            tag => (tag, message.body.clone()),
+        })
+        .collect()
+}
+
+fn messages(mut bytes: &[u8]) -> Vec<Message> {
+    let mut messages = Vec::new();
+    while bytes.len() >= 5 {
+        let whole = 1 + u32::from_be_bytes(bytes[1..5].try_into().expect("four bytes")) as usize;
+        messages.push(Message { tag: char::from(bytes[0]), body: bytes[5..whole].to_vec() });
+        bytes = &bytes[whole..];
+    }
+    messages
+}
+
+impl Client {
+    async fn connect(rig: &Rig, number: usize) -> Self {
+        let mut wire = WireClient::connect(rig.port).await;
+        let name = format!("app-{number}-0");
+        wire.start(&[("user", "postgres"), ("database", "postgres"), ("application_name", &name)]).await;
+        let greeting = wire.until_ready().await;
+        assert_eq!(greeting.last().map(|message| message.tag), Some('Z'), "{greeting:?}");
+        let alone = Backend::with_startup(&[("application_name", &name)]);
+        let client = Self { number, wire, alone, asked: 0, due: None, in_block: false, sent: Vec::new(), sessions: rig.sessions.clone() };
+        client.check_reports(&greeting);
+        client
+    }
+
+    fn token(&mut self) -> String {
+        self.asked += 1;
+        format!("{}.{}", self.number, self.asked)
+    }
+
+    /// What it sends next: whole batches, the last of which ends in a ReadyForQuery.
+    fn next(&mut self, random: &mut StdRng, may_begin: bool) -> Vec<u8> {
+        let name = NAMES[random.random_range(0..NAMES.len())];
+        let setting = SETTINGS[random.random_range(0..SETTINGS.len())];
+        let token = self.token();
+        // Tells whose value it is, wherever it turns up.
+        let value = format!("app-{}-{}", self.number, self.asked);
+        // Texts that clients share, so that their statements are one on the server.
+        let shared = format!("ECHO shared-{}", random.random_range(0..4));
+        match random.random_range(0..20) {
+            0..3 => query(&format!("ECHO {token}")),
+            3 => query(&format!("SET {setting} = '{value}'")),
+            4 => query(&format!("SET {setting} = '{value}'; ECHO {token}; FAIL")),
+            5 if self.in_block => query(&format!("SET LOCAL {setting} = '{value}'; ECHO {token}")),
+            5 => query("RESET ALL"),
+            6 | 7 if may_begin || self.in_block => query("BEGIN"),
+            6 | 7 => query(&format!("BEGIN; SET LOCAL {setting} = '{value}'; ECHO {token}; COMMIT")),
+            8 => query(&format!("ECHO {token}; COMMIT")),
+            9 => query("ROLLBACK"),
+            10 => [parse(name, &shared), sync()].concat(),
+            11 => [parse(name, &format!("ECHO {token}")), bind(name), execute(0), sync()].concat(),
+            12..15 => [bind(name), execute(0), sync()].concat(),
+            15 => [frame(b'C', format!("S{name}\0").as_bytes()), parse(name, &shared), bind(name), execute(0), sync()]
+                .concat(),
+            16 => [parse("", &format!("ECHO {token}")), sync()].concat(),
+            17 => [bind(""), execute(0), bind(name), execute(0), sync()].concat(),
+            18 => match random.random_range(0..4) {
+                0 => [parse(name, "BAD"), bind(name), execute(0), sync()].concat(),
+                1 => query(&format!("DEALLOCATE {name}")),
+                2 if !self.in_block => query("DISCARD ALL"),
+                _ => [parse("", "FAIL"), bind(""), execute(0), parse(name, &shared), sync()].concat(),
+            },
+            // Several batches at once.
+            _ => [query(&format!("ECHO {token}")), bind(name), execute(0), sync(), query(&format!("ECHO {token}+"))].concat(),
+        }
+    }
+
+    async fn send(&mut self, random: &mut StdRng, may_begin: bool) {
+        let bytes = self.next(random, may_begin);
+        let mut expected = Vec::new();
+        for message in messages(&bytes) {
+            self.alone.take(message.tag as u8, &message.body, &mut expected);
+        }
+        let expected = messages(&expected);
+        self.in_block = expected.last().is_some_and(|message| message.body != b"I");
+        self.due = Some(expected);
+        // In pieces, so that frames are cut.
+        self.sent.clone_from(&bytes);
+        let cut = random.random_range(0..=bytes.len());
+        self.wire.send(&bytes[..cut]).await;
+        if random.random_bool(0.2) {
+            tokio::task::yield_now().await;
+        }
+        self.wire.send(&bytes[cut..]).await;
+    }
+
+    /// Reads what is due and compares.
+    async fn receive(&mut self) {
+        let Some(expected) = self.due.take() else { return };
+        let batches = expected.iter().filter(|message| message.tag == 'Z').count();
+        let mut seen = Vec::new();
+        for _ in 0..batches {
+            let patience = std::time::Duration::from_secs(20);
+            match tokio::time::timeout(patience, self.wire.until_ready()).await {
+                Ok(batch) => seen.extend(batch),
+                Err(_) => panic!(
+                    "client {} got no answer to {:?} after {seen:?}; expected {expected:?}; {:#?}",
+                    self.number,
+                    String::from_utf8_lossy(&self.sent),
+                    self.sessions.list()
+                ),
+            }
+        }
+        self.check_reports(&seen);
+        let text = |messages: &[Message]| -> Vec<(char, String)> {
+            comparable(messages).into_iter().map(|(tag, body)| (tag, String::from_utf8_lossy(&body).into_owned())).collect()
+        };
+        assert_eq!(text(&seen), text(&expected), "client {}", self.number);
+    }
+
+    /// No reported value may be another client's.
+    fn check_reports(&self, seen: &[Message]) {
+        for message in seen.iter().filter(|message| message.tag == 'S') {
+            let text = String::from_utf8_lossy(&message.body);
+            if let Some(value) = text.strip_prefix("application_name\0") {
+                let own = format!("app-{}-", self.number);
+                // Nobody's: what the connection began with, until the next transaction resets it to the client's own.
+                assert!(value.starts_with(&own) || value == "\0", "client {} was told {value:?}", self.number);
+            }
+        }
+    }
+}
+
+async fn play(seed: u64) {
+    println!("PGCUTOVER_TEST_SEED={seed}");
+    let mut random = StdRng::seed_from_u64(seed);
+    let address = scripted::serve().await;
+    let server = || Server::new("127.0.0.1", address.port(), "postgres");
+    let (size, kept) = (random.random_range(1..5), random.random_range(1..5));
+    let rig = Rig::start(server(), server(), |config| {
+        config.pool.mode = PoolMode::Transaction;
+        config.pool.default_pool_size = size;
+        config.pool.max_prepared_statements = kept;
+    });
+    let mut clients = Vec::new();
+    for number in 0..CLIENTS {
+        clients.push(Client::connect(&rig, number).await);
+    }
+    for _ in 0..STEPS {
+        let number = random.random_range(0..CLIENTS);
+        let open = clients.iter().filter(|client| client.in_block).count();
+        let client = &mut clients[number];
+        if client.due.is_some() {
+            client.receive().await;
+        } else {
+            // One connection is left for those who have no transaction open, so that everybody gets an answer.
+            client.send(&mut random, open + 1 < size).await;
+            if random.random_bool(0.3) {
+                client.receive().await;
+            }
+        }
+        if random.random_bool(0.02) {
+            // It vanishes, in the middle of whatever it does; another one comes in its place.
+            clients[number] = Client::connect(&rig, number).await;
+        }
+        if random.random_bool(0.02) {
+            cancelled(&mut clients[number], &rig).await;
+        }
+    }
+    for client in &mut clients {
+        client.receive().await;
+    }
+    rig.stop().await;
+}
+
+/// A statement that ends by nothing but its own cancel.
+async fn cancelled(client: &mut Client, rig: &Rig) {
+    client.receive().await;
+    if client.in_block {
+        return;
+    }
+    client.wire.send(&query("WAIT")).await;
+    let mut expected = Vec::new();
+    client.alone.take(b'Q', b"WAIT\0", &mut expected);
+    client.due = Some(messages(&expected));
+    let mut canceller = WireClient::connect(rig.port).await;
+    canceller.key = client.wire.key;
+    let cancels = async {
+        // It may not be where it can be cancelled yet: asked for until it is.
+        loop {
+            canceller.cancel(rig.port).await;
+            tokio::time::sleep(std::time::Duration::from_millis(20)).await;
+        }
+    };
+    tokio::select! {
+        () = client.receive() => {}
+        () = cancels => {}
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn nobody_sees_anothers_bytes_or_settings() {
+    if let Ok(seed) = std::env::var("PGCUTOVER_TEST_SEED") {
+        return play(seed.parse().expect("a number")).await;
+    }
+    for _ in 0..60 {
+        play(rand::random()).await;
+    }
+}
+
+/// One schedule that is always the same.
+#[tokio::test(flavor = "multi_thread")]
+async fn nobody_sees_anothers_bytes_or_settings_in_one_known_schedule() {
+    play(20_261_121).await;
+}
