@@ -66,8 +66,7 @@ fn hex(text: &str) -> Option<Vec<u8>> {
 
 impl Backend {
     pub fn with_startup(startup: &[(&str, &str)]) -> Self {
-        let startup: Settings =
-            startup.iter().map(|(name, value)| ((*name).to_owned(), (*value).to_owned())).collect();
+        let startup: Settings = startup.iter().map(|(name, value)| ((*name).to_owned(), (*value).to_owned())).collect();
         Self { session: startup.clone(), startup, ..Self::default() }
     }
 
@@ -390,7 +389,9 @@ async fn session(mut stream: TcpStream, pid: i32, waiting: Waiting) -> std::io::
         }
     }
     let mut hello = frame(b'R', &[0; 4]);
-    for (name, value) in [("server_version", "15.1"), ("server_encoding", "UTF8"), ("client_encoding", "UTF8"), ("application_name", "")] {
+    for (name, value) in
+        [("server_version", "15.1"), ("server_encoding", "UTF8"), ("client_encoding", "UTF8"), ("application_name", "")]
+    {
         hello.extend(frame(b'S', format!("{name}\0{value}\0").as_bytes()));
     }
     hello.extend(frame(b'K', &[pid.to_be_bytes(), [7; 4]].concat()));
