@@ -7,7 +7,8 @@
 //!
 //! Each direction owns at most one block of memory; when it is full nothing more is read, which holds the other side
 //! back. A frame never has to fit in a block. One wake-up of the task does as much as the sockets allow: with an
-//! edge-triggered poller a read that does not fill its block has emptied the socket, so no second read finds out.
+//! edge-triggered poller a read that does not fill its block has emptied the socket, so no second read finds out, and
+//! a socket that was found empty is not asked again before the next wake-up.
 //!
 //! # Who may pass
 //!
@@ -63,6 +64,7 @@ impl Session {
         if let Some(step) = self.catch_up_with_route() {
             return Poll::Ready(step);
         }
+        (self.up.is_drained, self.down.is_drained) = (false, false);
         loop {
             let up = match self.pump_up(cx) {
                 Ok(up) => up,
@@ -148,12 +150,15 @@ impl Session {
     }
 
     fn read_client(&mut self, cx: &mut Context<'_>) -> Result<Progress, Step> {
-        if self.up.ended || self.up.buffer.is_full() {
+        if self.up.is_drained || self.up.ended || self.up.buffer.is_full() {
             return Ok(Progress::None);
         }
         let mut into = ReadBuf::new(self.up.buffer.room());
         match Pin::new(&mut self.client).poll_read(cx, &mut into) {
-            Poll::Pending => Ok(Progress::None),
+            Poll::Pending => {
+                self.up.is_drained = true;
+                Ok(Progress::None)
+            }
             Poll::Ready(Err(_)) => Err(Step::End(End::ClientLeft)),
             Poll::Ready(Ok(())) => {
                 let count = into.filled().len();
@@ -392,12 +397,15 @@ impl Session {
 
     fn read_backend(&mut self, cx: &mut Context<'_>) -> Result<Progress, End> {
         let Some(backend) = &mut self.backend else { return Ok(Progress::None) };
-        if self.down.buffer.is_full() {
+        if self.down.is_drained || self.down.buffer.is_full() {
             return Ok(Progress::None);
         }
         let mut into = ReadBuf::new(self.down.buffer.room());
         match Pin::new(&mut backend.connection.stream).poll_read(cx, &mut into) {
-            Poll::Pending => return Ok(Progress::None),
+            Poll::Pending => {
+                self.down.is_drained = true;
+                return Ok(Progress::None);
+            }
             Poll::Ready(Err(_)) => return Err(End::ServerLost),
             Poll::Ready(Ok(())) => {}
         }

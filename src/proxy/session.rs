@@ -57,6 +57,8 @@ pub(super) struct Up {
     pub(super) discard_left: usize,
     /// A cancelled client's messages are thrown away up to its Sync.
     pub(super) discard_to_sync: bool,
+    /// Nothing more can be read in this wake-up: the client's socket was found empty, and will wake the task.
+    pub(super) is_drained: bool,
     /// The client has closed its side.
     pub(super) ended: bool,
     /// The client has said Terminate while answers were due: it still gets them, as from PostgreSQL.
@@ -71,6 +73,7 @@ impl Up {
             body_left: 0,
             discard_left: 0,
             discard_to_sync: false,
+            is_drained: false,
             ended: false,
             terminated: false,
         }
@@ -81,6 +84,8 @@ impl Up {
 pub(super) struct Down {
     pub(super) buffer: Buffer,
     pub(super) scanner: Scanner,
+    /// Nothing more can be read in this wake-up: the backend's socket was found empty, and will wake the task.
+    pub(super) is_drained: bool,
     /// The last frame was an ErrorResponse: if the server closes now, it has said why.
     pub(super) last_was_error: bool,
 }
@@ -179,14 +184,16 @@ pub(super) enum End {
 
 /// Serves one accepted connection to its end.
 pub(super) async fn serve(worker: Rc<Worker>, accepted: Accepted) {
-    // Boxed, so that what only the login needs is freed before the relay begins.
-    let session = match Box::pin(log_in(&worker, accepted)).await {
+    // Boxed, so that what only the login needs is freed before the relay begins: not in the head of the `match`, where it
+    // would live as long as the session does.
+    let served = Box::pin(log_in(&worker, accepted)).await;
+    let session = match served {
         Some(Served::Alone(session)) => Some(session),
         Some(Served::Pooled(pooled)) => Box::pin(pooled.run()).await.map(Box::new),
         None => None,
     };
     if let Some(session) = session {
-        Box::pin(session.run()).await;
+        session.run().await;
     }
 }
 
@@ -210,7 +217,7 @@ impl Session {
             epoch: link.epoch,
             place: Place::Outside,
             up: Up::new(up),
-            down: Down { buffer: down, scanner: Scanner::new(), last_was_error: false },
+            down: Down { buffer: down, scanner: Scanner::new(), is_drained: false, last_was_error: false },
             ledger: Ledger::new(),
             tracked: Tracked::new(),
             moving: None,
@@ -242,7 +249,7 @@ impl Session {
             epoch: taken.epoch,
             place: Place::Outside,
             up: Up::new(taken.from_client),
-            down: Down { buffer: taken.to_client, scanner: Scanner::new(), last_was_error: false },
+            down: Down { buffer: taken.to_client, scanner: Scanner::new(), is_drained: false, last_was_error: false },
             ledger: Ledger::new(),
             tracked: taken.tracked,
             moving: None,
@@ -263,13 +270,14 @@ impl Session {
     }
 
     /// Relays until the session ends, and sees to it that nothing of it is left behind.
-    async fn run(mut self) {
+    async fn run(mut self: Box<Self>) {
         let end = match AssertUnwindSafe(self.serve()).catch_unwind().await {
             Ok(end) => end,
             // The panic hook has reported it; here it must only not break the promise that admission makes.
             Err(_panic) => End::Panicked,
         };
-        self.finish(end).await;
+        // Boxed like every rare state: an idle client pays for the relay alone.
+        Box::pin(self.finish(end)).await;
     }
 
     async fn serve(&mut self) -> End {
@@ -284,7 +292,7 @@ impl Session {
         loop {
             let step = std::future::poll_fn(|cx| self.poll_relay(cx)).await;
             let outcome = match step {
-                Step::Orders => self.obey().await,
+                Step::Orders => Box::pin(self.obey()).await,
                 Step::Adopt(epoch) => Box::pin(self.adopt(epoch)).await,
                 Step::Move => Box::pin(self.advance_move()).await,
                 Step::End(end) => Err(end),
@@ -347,7 +355,7 @@ impl Session {
     }
 
     /// Says good-bye on both sides. When this returns, nothing of the session runs anywhere.
-    async fn finish(mut self, end: End) {
+    async fn finish(mut self: Box<Self>, end: End) {
         tracing::debug!(session = self.entry.id(), ?end, "session ends");
         let in_doubt = self.is_inside();
         let words = match &end {
@@ -377,7 +385,7 @@ impl Session {
                 lost: matches!(end, End::ServerLost | End::Panicked),
             };
             self.entry.set_state(SessionState::Orphan);
-            let Self { worker, entry, member, client, .. } = self;
+            let Self { worker, entry, member, client, .. } = *self;
             drop(client);
             orphan::bury(&worker.shared, &entry, remains).await;
             drop(member);
