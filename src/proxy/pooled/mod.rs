@@ -300,7 +300,7 @@ impl PooledSession {
         };
         match outcome {
             Outcome::Ended(end) => {
-                self.finish(end).await;
+                Box::pin(self.finish(end)).await;
                 None
             }
             Outcome::Pinned(ties) => self.pin(&ties),
@@ -316,7 +316,8 @@ impl PooledSession {
         loop {
             let step = std::future::poll_fn(|cx| self.poll_serve(cx)).await;
             let outcome = match step {
-                Step::Orders => self.obey().await,
+                // Boxed like every rare state: an idle client pays for the relay alone.
+                Step::Orders => Box::pin(self.obey()).await,
                 Step::Fit => Box::pin(self.fit()).await,
                 Step::Settle => match Box::pin(self.settle()).await {
                     Ok(ties) if !ties.is_empty() => return Outcome::Pinned(ties),
