@@ -118,12 +118,33 @@ pub struct Listen {
     pub tls: Option<ListenTls>,
     /// Balancers that begin every connection with a PROXY protocol header of version 2, and are believed.
     pub proxy_protocol_from: Vec<Network>,
+    /// What happens to replication connections.
+    pub replication: ReplicationPolicy,
     /// Where a new process of this proxy takes over from the old one; none: it cannot.
     pub takeover_socket: Option<PathBuf>,
     /// How the kernel watches links to clients.
     pub tcp: Tcp,
     /// Threads that serve sessions, one runtime each; default: the number of cores.
     pub workers: usize,
+}
+
+/// What happens to clients that ask for a replication connection.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum ReplicationPolicy {
+    /// It is passed through to the active server, and ended at a cutover.
+    Pass,
+    /// It is refused.
+    Refuse,
+}
+
+impl ReplicationPolicy {
+    /// The word of the configuration.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::Pass => "pass",
+            Self::Refuse => "refuse",
+        }
+    }
 }
 
 /// TLS towards clients.

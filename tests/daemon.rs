@@ -7,7 +7,7 @@ mod support;
 use std::process::Command;
 use std::time::{Duration, Instant};
 
-use pgcutover::demo::cluster::{Cluster, ClusterAuth};
+use pgcutover::demo::cluster::{Cluster, ClusterAuth, Stop};
 use serde_json::{Value, json};
 
 use support::daemon::{Daemon, DaemonOptions};
@@ -52,7 +52,7 @@ fn signal(daemon: &Daemon, name: &str) {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_migration_by_the_command_line_from_the_first_check_to_a_restart() {
-    let (source, target) = shop().await;
+    let (mut source, target) = shop().await;
     let options = DaemonOptions::default()
         .section("telemetry", "log = \"debug,pgcutover=trace\"\nformat = \"json\"")
         .section("admin", &format!("token = \"{TOKEN}\""));
@@ -99,6 +99,19 @@ async fn a_migration_by_the_command_line_from_the_first_check_to_a_restart() {
     assert_eq!((row.get::<_, i64>(0), row.get::<_, i32>(1)), (1003, i32::from(target.port())));
     let list = daemon.json(&["migration", "list"]);
     assert_eq!((&list[0]["name"], &list[0]["state"]), (&json!("first"), &json!("Succeeded")));
+
+    // The old server is switched off: what was moved is served, and that the old one is silent is said once.
+    source.stop(Stop::Fast).unwrap();
+    let said_before = daemon.log().matches("cannot read what this server says").count();
+    daemon.restart();
+    let app = support::connect_with(&config).await;
+    app.query_one("SELECT count(*) FROM orders", &[]).await.unwrap();
+    let (status, out, err) = command(&daemon, &["status"]);
+    assert_eq!((status, out.lines().next().is_some_and(|line| line.ends_with(" serving"))), (0, true), "{out}{err}");
+    assert!(out.contains("databases that no cutover has covered are refused"), "{out}");
+    let asked = || daemon.log().matches("still cannot be read").count();
+    support::wait_for("the server to be asked again", || async { asked() >= 2 }).await;
+    assert_eq!(daemon.log().matches("cannot read what this server says").count(), said_before + 1);
 
     let log = daemon.log();
     assert!(log.lines().any(|line| line.contains("state changed")), "the story is told");

@@ -250,12 +250,20 @@ impl Inner {
     }
 
     fn not_ready(&self) -> Option<String> {
+        let databases = self.deps.switchboard.all();
+        let unknown = databases.iter().find_map(|database| match &*database.route() {
+            Route::Unknown { reason } => Some(format!("database {}: {reason}", database.name())),
+            Route::To { .. } => None,
+        });
+        // Where every known database is served, others may not be: that is no reason to call this process not ready.
+        unknown.or_else(|| self.refused_elsewhere().filter(|_| databases.is_empty()))
+    }
+
+    /// Why databases are refused that no cutover has covered; `None`: they are served.
+    fn refused_elsewhere(&self) -> Option<String> {
         match &*self.deps.switchboard.initial() {
             Route::Unknown { reason } => Some(reason.clone()),
-            Route::To { .. } => self.deps.switchboard.all().iter().find_map(|database| match &*database.route() {
-                Route::Unknown { reason } => Some(format!("database {}: {reason}", database.name())),
-                Route::To { .. } => None,
-            }),
+            Route::To { .. } => None,
         }
     }
 
@@ -285,6 +293,7 @@ impl Inner {
         StatusView {
             version: env!("CARGO_PKG_VERSION").to_owned(),
             uptime_seconds: self.started.elapsed().as_secs_f64(),
+            refused_elsewhere: self.refused_elsewhere(),
             ready: reason.is_none(),
             reason,
             source: format!("{}:{}", config.source.host, config.source.port),

@@ -177,6 +177,9 @@ pub struct StatusView {
     pub ready: bool,
     /// Why not.
     pub reason: Option<String>,
+    /// Why databases are refused that no cutover has covered; null: they are served.
+    #[serde(default)]
+    pub refused_elsewhere: Option<String>,
     /// `host:port` of the source.
     pub source: String,
     /// `host:port` of the target.

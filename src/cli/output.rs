@@ -102,6 +102,9 @@ impl Output {
             let ready = status.reason.as_ref().map_or("serving".to_owned(), |reason| format!("not serving: {reason}"));
             output.line(&format!("pgcutover {} {ready}", status.version));
             output.line(&format!("source {}  target {}", status.source, status.target));
+            if let (None, Some(reason)) = (&status.reason, &status.refused_elsewhere) {
+                output.line(&format!("databases that no cutover has covered are refused: {reason}"));
+            }
             output.line("");
             let routes = status.routes.iter().map(|route| {
                 let server = route.server.map_or("unknown".to_owned(), |server| server.to_string());
@@ -189,7 +192,7 @@ impl Output {
                 database.pending_changes.map_or_else(unknown, |pending| pending.to_string()),
             ]
         });
-        self.table(&["Database", "State", "Tables", "Latency", "Latency", "Pending changes"], rows.collect());
+        self.table(&["Database", "State", "Tables", "Latency bytes", "Latency seconds", "Pending changes"], rows.collect());
     }
 
     pub(super) fn tables(&self, answer: &Value) -> Result<(), CliError> {

@@ -108,7 +108,9 @@ fn listen(mut section: Section<'_>) -> Listen {
     };
     let tcp = Tcp::read(&mut section, Tcp::OF_CLIENTS);
     let takeover_socket = section.path("takeover_socket");
-    Listen { address, unix_socket_dir, tls, proxy_protocol_from, takeover_socket, tcp, workers }
+    let policies = [ReplicationPolicy::Pass, ReplicationPolicy::Refuse].map(|policy| (policy.as_str(), policy));
+    let replication = section.choice("replication", ReplicationPolicy::Pass, &policies);
+    Listen { address, unix_socket_dir, tls, proxy_protocol_from, replication, takeover_socket, tcp, workers }
 }
 
 /// Authorities and what is asked for; with authorities alone, certificates are checked where they are given.

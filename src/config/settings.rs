@@ -59,6 +59,7 @@ impl Config {
         add("listen", "tls_client_cert", asked.as_str().to_owned(), Reload);
         let balancers: Vec<_> = listen.proxy_protocol_from.iter().map(Network::to_string).collect();
         add("listen", "proxy_protocol_from", balancers.join(","), Reload);
+        add("listen", "replication", listen.replication.as_str().to_owned(), Restart);
         add("listen", "takeover_socket", path(listen.takeover_socket.as_ref()), Restart);
         for (key, value) in listen.tcp.pairs() {
             add("listen", key, value, Restart);

@@ -43,6 +43,8 @@ pub(super) struct Resolver {
     control_database: String,
     /// Held by a cutover or by a pass of the resolution: neither may look at what the other is doing.
     turn: Mutex<()>,
+    /// Which server could not be read the last time, and why: it is said when that changes.
+    unreadable: std::sync::Mutex<[Option<String>; 2]>,
 }
 
 /// A server that can be read.
@@ -59,7 +61,7 @@ impl Resolver {
         target: Connector,
         control_database: String,
     ) -> Self {
-        Self { switchboard, engine, source, target, control_database, turn: Mutex::new(()) }
+        Self { switchboard, engine, source, target, control_database, turn: Mutex::new(()), unreadable: std::sync::Mutex::default() }
     }
 
     /// Waits until nobody else resolves or cuts over.
@@ -124,12 +126,30 @@ impl Resolver {
             Ok::<_, CutoverError>(Readable { control, claims })
         };
         match attempt.await {
-            Ok(readable) => Some(readable),
+            Ok(readable) => {
+                if self.note_unreadable(role, None) {
+                    tracing::info!(server = %role, "can be read again");
+                }
+                Some(readable)
+            }
             Err(error) => {
-                tracing::warn!(server = %role, %error, "cannot read who is active");
+                if self.note_unreadable(role, Some(error.to_string())) {
+                    tracing::warn!(server = %role, %error, "cannot read what this server says of who is active; asking on");
+                } else {
+                    tracing::debug!(server = %role, %error, "still cannot be read");
+                }
                 None
             }
         }
+    }
+
+    /// Returns whether that is news.
+    fn note_unreadable(&self, role: ServerRole, error: Option<String>) -> bool {
+        let mut unreadable = self.unreadable.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
+        let known = &mut unreadable[role as usize];
+        let is_news = known.is_some() != error.is_some();
+        *known = error;
+        is_news
     }
 
     fn connector(&self, role: ServerRole) -> &Connector {

@@ -45,6 +45,8 @@ pub enum ClientError {
         /// Which one.
         name: String,
     },
+    /// `replication = "refuse"`.
+    ReplicationRefused,
     /// DISABLE is in force.
     DatabaseDisabled {
         /// Its name.
@@ -157,6 +159,7 @@ impl ClientError {
                 sqlstate::INVALID_AUTHORIZATION
             }
             Self::TooManyClients | Self::TooManyOf { .. } | Self::QueryWaitTimeout => sqlstate::TOO_MANY_CONNECTIONS,
+            Self::ReplicationRefused => sqlstate::INVALID_AUTHORIZATION,
             Self::DatabaseDisabled { .. } => sqlstate::OBJECT_NOT_IN_PREREQUISITE_STATE,
             Self::IdleTimeout => sqlstate::IDLE_SESSION_TIMEOUT,
             Self::IdleTransactionTimeout => sqlstate::IDLE_IN_TRANSACTION_TIMEOUT,
@@ -197,6 +200,7 @@ impl ClientError {
             Self::CleartextRefused => "clear text passwords need TLS or a Unix socket".into(),
             Self::TooManyClients => "sorry, too many clients already".into(),
             Self::TooManyOf { what, name } => format!("too many connections for {what} \"{name}\"").into(),
+            Self::ReplicationRefused => "replication connections are refused by this proxy".into(),
             Self::DatabaseDisabled { database } => {
                 format!("database \"{database}\" is not currently accepting connections").into()
             }
@@ -250,6 +254,7 @@ impl ClientError {
 
     fn hint(&self) -> Option<&'static str> {
         match self {
+            Self::ReplicationRefused => Some("Connect to the server itself, or change [listen] replication in the proxy's configuration."),
             Self::TlsRequired => Some("Use sslmode=require or stronger."),
             Self::CleartextRefused => Some("Use sslmode=require or stronger, or the Unix socket."),
             Self::ServerLost { in_doubt: true } => {
@@ -333,6 +338,7 @@ mod tests {
             (ClientError::LoginTimeout, "FATAL", "28000"),
             (ClientError::TooManyOf { what: "role", name: "ann".to_owned() }, "FATAL", "53300"),
             (ClientError::DatabaseDisabled { database: "shop".to_owned() }, "FATAL", "55000"),
+            (ClientError::ReplicationRefused, "FATAL", "28000"),
             (ClientError::IdleTimeout, "FATAL", "57P05"),
             (ClientError::IdleTransactionTimeout, "FATAL", "25P03"),
             (ClientError::TransactionTimeout, "FATAL", "25P04"),

@@ -20,6 +20,7 @@ use super::sessions::{Entry, Order, Registration, SessionState};
 use super::worker::Worker;
 use super::{CONSOLE_ALIAS, CONSOLE_DATABASE, Shared, backend};
 use crate::config::PoolMode;
+use crate::config::ReplicationPolicy;
 use crate::postgres::{Credential, Login, Stream};
 use crate::switch::{Admission, Member, Route, ServerRole};
 use crate::telemetry::metrics::AuthFailure;
@@ -243,6 +244,10 @@ impl LoginInProgress<'_> {
         }
         if is_console {
             return Ok(());
+        }
+        let policy = shared.config.listen.replication;
+        if policy == ReplicationPolicy::Refuse && wants_replication(&self.startup) {
+            return Err(Refused::With(ClientError::ReplicationRefused));
         }
         let place = shared.places.of_address(&limits, self.registration.client_address());
         self.slot.places.extend(place.map_err(Refused::With)?);

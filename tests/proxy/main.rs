@@ -18,6 +18,7 @@ mod pooling;
 mod pooling_model;
 mod pooling_moves;
 mod protocol;
+mod replication;
 mod rig;
 mod scripted;
 mod timeouts;
