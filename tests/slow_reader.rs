@@ -39,7 +39,10 @@ async fn a_gigabyte_that_nobody_reads_stays_on_the_server() {
     let before = if can_measure() { resident_kb() } else { 0 };
     client.send(&query(&format!("SELECT repeat('x', {ROW_BYTES}) FROM generate_series(1, {ROWS})"))).await;
     let waiting = "SELECT count(*) FROM pg_stat_activity WHERE wait_event = 'ClientWrite'";
-    wait_for("the server to wait for its client", || async { direct.query_one(waiting, &[]).await.expect("asked").get::<_, i64>(0) == 1 }).await;
+    wait_for("the server to wait for its client", || async {
+        direct.query_one(waiting, &[]).await.expect("asked").get::<_, i64>(0) == 1
+    })
+    .await;
     if can_measure() {
         let more = resident_kb().saturating_sub(before);
         assert!(more < MORE_AT_MOST_KB, "{more} kB more");

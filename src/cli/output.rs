@@ -192,7 +192,10 @@ impl Output {
                 database.pending_changes.map_or_else(unknown, |pending| pending.to_string()),
             ]
         });
-        self.table(&["Database", "State", "Tables", "Latency bytes", "Latency seconds", "Pending changes"], rows.collect());
+        self.table(
+            &["Database", "State", "Tables", "Latency bytes", "Latency seconds", "Pending changes"],
+            rows.collect(),
+        );
     }
 
     pub(super) fn tables(&self, answer: &Value) -> Result<(), CliError> {

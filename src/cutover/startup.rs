@@ -61,7 +61,15 @@ impl Resolver {
         target: Connector,
         control_database: String,
     ) -> Self {
-        Self { switchboard, engine, source, target, control_database, turn: Mutex::new(()), unreadable: std::sync::Mutex::default() }
+        Self {
+            switchboard,
+            engine,
+            source,
+            target,
+            control_database,
+            turn: Mutex::new(()),
+            unreadable: std::sync::Mutex::default(),
+        }
     }
 
     /// Waits until nobody else resolves or cuts over.

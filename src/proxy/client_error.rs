@@ -254,7 +254,9 @@ impl ClientError {
 
     fn hint(&self) -> Option<&'static str> {
         match self {
-            Self::ReplicationRefused => Some("Connect to the server itself, or change [listen] replication in the proxy's configuration."),
+            Self::ReplicationRefused => {
+                Some("Connect to the server itself, or change [listen] replication in the proxy's configuration.")
+            }
             Self::TlsRequired => Some("Use sslmode=require or stronger."),
             Self::CleartextRefused => Some("Use sslmode=require or stronger, or the Unix socket."),
             Self::ServerLost { in_doubt: true } => {

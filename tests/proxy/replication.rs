@@ -58,7 +58,14 @@ async fn postgresqls_own_programs_work_through_the_proxy() {
     let directory = tempfile::tempdir().expect("a directory");
     if let Some(mut backup) = program(&cluster, "pg_basebackup") {
         let path = directory.path().join("backup");
-        must(&through(&mut backup, &rig).arg("-D").arg(&path).args(["-X", "stream", "-c", "fast"]).output().expect("runs"));
+        must(
+            &through(&mut backup, &rig)
+                .arg("-D")
+                .arg(&path)
+                .args(["-X", "stream", "-c", "fast"])
+                .output()
+                .expect("runs"),
+        );
         assert!(path.join("backup_label").exists() && path.join("PG_VERSION").exists());
         assert!(is_written(&path.join("pg_wal")), "the WAL came over a second connection");
     }
