@@ -83,7 +83,15 @@ fn the_example_explains_every_key_and_says_the_defaults() {
     let mut section = "";
     let mut mentioned = std::collections::BTreeSet::new();
     for line in text.lines() {
-        if let Some(name) = line.strip_prefix('[').and_then(|line| line.strip_suffix(']')) {
+        if let Some(table) = line.strip_prefix("# [").and_then(|line| line.strip_suffix(']')) {
+            // `[section.key.name]`: what is said otherwise for one user or database.
+            mentioned.extend(
+                table
+                    .rsplit_once('.')
+                    .and_then(|(parent, _)| parent.split_once('.'))
+                    .map(|(a, b)| (a.to_owned(), b.to_owned())),
+            );
+        } else if let Some(name) = line.strip_prefix('[').and_then(|line| line.strip_suffix(']')) {
             section = name;
         } else if let Some((key, _)) = line.trim_start_matches("# ").split_once(" = ") {
             mentioned.insert((section.to_owned(), key.to_owned()));
@@ -152,7 +160,7 @@ fn mistakes_are_named_with_their_line_and_the_nearest_key() {
             |f| f + "[pool.user.ann]\nmod = \"session\"\n",
             "f:19: unknown key `mod` in [pool.user.ann]; did you mean `mode`?",
         ),
-        (|f| f + "[pool.users.ann]\nmode = \"session\"\n", "f:19: unknown key `users` in [pool]"),
+        (|f| f + "[pool.users.ann]\nmode = \"session\"\n", "f:18: unknown key `users` in [pool]"),
         (|f| f + "[auth]\nmethod = \"password\"\n", "f:19: [auth] method: sends passwords in clear text"),
     ];
     for (change, expected) in cases {
