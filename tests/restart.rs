@@ -16,13 +16,15 @@ use support::daemon::{Daemon, DaemonOptions};
 use support::{connect_with, wait_for};
 
 /// A daemon that can be taken over from, and its socket.
-async fn daemon() -> (support::daemon::Daemon, std::path::PathBuf, [pgcutover::demo::cluster::Cluster; 2]) {
+async fn daemon(mode: &str) -> (support::daemon::Daemon, std::path::PathBuf, [pgcutover::demo::cluster::Cluster; 2]) {
     let (source, target) = support::two_clusters();
     let admin = support::connect(&source, "postgres").await;
     admin.batch_execute("CREATE DATABASE shop").await.unwrap();
     let shop = support::connect(&source, "shop").await;
     shop.batch_execute("CREATE TABLE orders (id bigint PRIMARY KEY)").await.unwrap();
-    let options = DaemonOptions::default().section("listen", "takeover_socket = \"takeover.sock\"");
+    let options = DaemonOptions::default()
+        .section("listen", "takeover_socket = \"takeover.sock\"")
+        .section("pool", &format!("mode = \"{mode}\""));
     let daemon = Daemon::start(&source, &target, options);
     let socket = daemon.config_path().with_file_name("takeover.sock");
     wait_for("the socket for a successor", || async { socket.exists() }).await;
@@ -48,7 +50,16 @@ async fn wait_for_end(process: &mut Child) {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn nobody_notices_that_the_process_is_another_one() {
-    let (mut daemon, socket, _clusters) = daemon().await;
+    nobody_notices("session").await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn nobody_notices_where_server_connections_are_pooled_by_transaction() {
+    nobody_notices("transaction").await;
+}
+
+async fn nobody_notices(mode: &str) {
+    let (mut daemon, socket, _clusters) = daemon(mode).await;
     // A transaction that is open throughout, and a statement that runs.
     let long = connect_with(&daemon.client("shop")).await;
     long.batch_execute("BEGIN; INSERT INTO orders VALUES (1)").await.unwrap();
@@ -119,7 +130,7 @@ async fn nobody_notices_that_the_process_is_another_one() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_takeover_is_refused_where_it_would_lose_something_and_the_old_process_goes_on() {
-    let (mut daemon, socket, _clusters) = daemon().await;
+    let (mut daemon, socket, _clusters) = daemon("session").await;
     let client = connect_with(&daemon.client("shop")).await;
     client.batch_execute("SELECT 1").await.unwrap();
     daemon.must(&["pause", "shop"]);

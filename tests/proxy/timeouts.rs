@@ -2,7 +2,9 @@
 
 use std::time::{Duration, Instant};
 
+use pgcutover::config::PoolMode;
 use pgcutover::config::limits::{Override, Timeouts};
+use pgcutover::demo::cluster::Cluster;
 use pgcutover::proxy::SessionState;
 
 use crate::rig::{Rig, server, text};
@@ -11,9 +13,15 @@ use crate::wire_client::{WireClient, extended, frame, query, sync};
 
 const SHORT: Duration = Duration::from_millis(200);
 
-fn rig(cluster: &pgcutover::demo::cluster::Cluster, timeouts: Timeouts) -> Rig {
-    Rig::start(server(cluster), server(cluster), |config| config.limits.timeouts = timeouts)
+fn rig(cluster: &Cluster, mode: PoolMode, timeouts: Timeouts) -> Rig {
+    Rig::start(server(cluster), server(cluster), |config| {
+        config.limits.timeouts = timeouts;
+        config.pool.mode = mode;
+    })
 }
+
+/// A client feels the same in both.
+const MODES: [PoolMode; 2] = [PoolMode::Session, PoolMode::Transaction];
 
 /// SQLSTATE of the next message, which is an error.
 async fn code(client: &mut WireClient) -> String {
@@ -29,66 +37,72 @@ async fn code(client: &mut WireClient) -> String {
 #[tokio::test(flavor = "multi_thread")]
 async fn a_statement_is_cancelled_on_the_server_and_the_session_goes_on() {
     let cluster = one_cluster("query_timeout");
-    let rig = rig(&cluster, Timeouts { query: SHORT, ..Timeouts::default() });
-    let direct = connect(&cluster, "postgres").await;
-    let mut client = rig.wire("postgres").await;
-    for slow in [query("SELECT pg_sleep(60)"), [extended("SELECT pg_sleep(60)"), sync()].concat()] {
-        let asked = Instant::now();
-        client.send(&slow).await;
+    for mode in MODES {
+        let rig = rig(&cluster, mode, Timeouts { query: SHORT, ..Timeouts::default() });
+        let direct = connect(&cluster, "postgres").await;
+        let mut client = rig.wire("postgres").await;
+        for slow in [query("SELECT pg_sleep(60)"), [extended("SELECT pg_sleep(60)"), sync()].concat()] {
+            let asked = Instant::now();
+            client.send(&slow).await;
+            assert_eq!(code(&mut client).await, "57014");
+            assert!(asked.elapsed() >= SHORT, "never early");
+            assert_eq!(client.tags_until_ready().await, "ZI");
+        }
+        // In a transaction each statement counts by itself, the idle time between them does not.
+        client.send(&query("BEGIN")).await;
+        client.until_ready().await;
+        tokio::time::sleep(2 * SHORT).await;
+        client.send(&query("SELECT pg_sleep(0.05)")).await;
+        assert!(client.tags_until_ready().await.ends_with("ZT"), "it had not used up its time");
+        client.send(&query("SELECT pg_sleep(60)")).await;
         assert_eq!(code(&mut client).await, "57014");
-        assert!(asked.elapsed() >= SHORT, "never early");
-        assert_eq!(client.tags_until_ready().await, "ZI");
+        assert_eq!(client.tags_until_ready().await, "ZE");
+        client.send(&query("ROLLBACK")).await;
+        assert!(client.tags_until_ready().await.ends_with("ZI"));
+        let left = "SELECT count(*) FROM pg_stat_activity WHERE state = 'active' AND query LIKE '%sleep(60)%' \
+                    AND pid <> pg_backend_pid()";
+        assert_eq!(text(&direct, left).await, "0");
+        rig.stop().await;
     }
-    // In a transaction each statement counts by itself, the idle time between them does not.
-    client.send(&query("BEGIN")).await;
-    client.until_ready().await;
-    tokio::time::sleep(2 * SHORT).await;
-    client.send(&query("SELECT pg_sleep(0.05)")).await;
-    assert!(client.tags_until_ready().await.ends_with("ZT"), "it had not used up its time");
-    client.send(&query("SELECT pg_sleep(60)")).await;
-    assert_eq!(code(&mut client).await, "57014");
-    assert_eq!(client.tags_until_ready().await, "ZE");
-    client.send(&query("ROLLBACK")).await;
-    assert!(client.tags_until_ready().await.ends_with("ZI"));
-    let left = "SELECT count(*) FROM pg_stat_activity WHERE state = 'active' AND query LIKE '%sleep(60)%' \
-                AND pid <> pg_backend_pid()";
-    assert_eq!(text(&direct, left).await, "0");
-    rig.stop().await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn an_idle_transaction_is_rolled_back_and_only_then_left() {
     let cluster = one_cluster("idle_transaction");
-    let rig = rig(&cluster, Timeouts { idle_transaction: SHORT, ..Timeouts::default() });
-    let direct = connect(&cluster, "postgres").await;
-    direct.batch_execute("CREATE TABLE t(a int)").await.expect("created");
-    let mut client = rig.wire("postgres").await;
-    client.send(&query("BEGIN; INSERT INTO t VALUES (1); SELECT pg_sleep(0.5)")).await;
-    assert!(client.tags_until_ready().await.ends_with("ZT"), "a statement that runs is not idle");
-    assert_eq!(code(&mut client).await, "25P03");
-    assert_eq!(client.next().await, None);
-    rig.database().fence();
-    tokio::time::timeout(Duration::from_secs(30), rig.database().wait_empty()).await.expect("it ends");
-    let left = "SELECT count(*) FROM pg_stat_activity WHERE state LIKE 'idle in transaction%'";
-    assert_eq!(text(&direct, left).await, "0", "the gate was left before the server had ended it");
-    assert_eq!(text(&direct, "SELECT count(*) FROM t").await, "0");
-    rig.stop().await;
+    for mode in MODES {
+        let rig = rig(&cluster, mode, Timeouts { idle_transaction: SHORT, ..Timeouts::default() });
+        let direct = connect(&cluster, "postgres").await;
+        direct.batch_execute("CREATE TABLE IF NOT EXISTS t(a int)").await.expect("created");
+        let mut client = rig.wire("postgres").await;
+        client.send(&query("BEGIN; INSERT INTO t VALUES (1); SELECT pg_sleep(0.5)")).await;
+        assert!(client.tags_until_ready().await.ends_with("ZT"), "a statement that runs is not idle");
+        assert_eq!(code(&mut client).await, "25P03");
+        assert_eq!(client.next().await, None);
+        rig.database().fence();
+        tokio::time::timeout(Duration::from_secs(30), rig.database().wait_empty()).await.expect("it ends");
+        let left = "SELECT count(*) FROM pg_stat_activity WHERE state LIKE 'idle in transaction%'";
+        assert_eq!(text(&direct, left).await, "0", "the gate was left before the server had ended it");
+        assert_eq!(text(&direct, "SELECT count(*) FROM t").await, "0");
+        rig.stop().await;
+    }
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_transaction_has_its_time_whatever_it_does_and_its_statement_is_not_left_behind() {
     let cluster = one_cluster("transaction");
-    let rig = rig(&cluster, Timeouts { transaction: SHORT, ..Timeouts::default() });
-    let direct = connect(&cluster, "postgres").await;
-    direct.batch_execute("CREATE TABLE t(a int)").await.expect("created");
-    let mut client = rig.wire("postgres").await;
-    client.send(&query("INSERT INTO t SELECT 1 FROM pg_sleep(60)")).await;
-    assert_eq!(code(&mut client).await, "25P04");
-    rig.until_no_session().await;
-    let left = "SELECT count(*) FROM pg_stat_activity WHERE query LIKE 'INSERT INTO t%'";
-    wait_for("the statement to end", || async { text(&direct, left).await == "0" }).await;
-    assert_eq!(text(&direct, "SELECT count(*) FROM t").await, "0");
-    rig.stop().await;
+    for mode in MODES {
+        let rig = rig(&cluster, mode, Timeouts { transaction: SHORT, ..Timeouts::default() });
+        let direct = connect(&cluster, "postgres").await;
+        direct.batch_execute("CREATE TABLE IF NOT EXISTS t(a int)").await.expect("created");
+        let mut client = rig.wire("postgres").await;
+        client.send(&query("INSERT INTO t SELECT 1 FROM pg_sleep(60)")).await;
+        assert_eq!(code(&mut client).await, "25P04");
+        rig.until_no_session().await;
+        let left = "SELECT count(*) FROM pg_stat_activity WHERE query LIKE 'INSERT INTO t%'";
+        wait_for("the statement to end", || async { text(&direct, left).await == "0" }).await;
+        assert_eq!(text(&direct, "SELECT count(*) FROM t").await, "0");
+        rig.stop().await;
+    }
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -124,29 +138,33 @@ async fn an_idle_session_and_an_old_one_are_ended_and_others_are_not() {
 #[tokio::test(flavor = "multi_thread")]
 async fn who_waits_behind_a_pause_is_told_and_who_waits_for_a_cutover_is_not() {
     let cluster = one_cluster("query_wait");
-    let rig = rig(&cluster, Timeouts { query_wait: SHORT, ..Timeouts::default() });
-    let database = rig.database();
-    let mut client = rig.wire("postgres").await;
-    database.fence();
-    client.send(&query("SELECT 1")).await;
-    rig.until(SessionState::Held).await;
-    assert!(client.is_silent(3 * SHORT).await, "max_pause bounds this wait");
-    database.reopen();
-    assert!(client.tags_until_ready().await.ends_with("ZI"));
+    for mode in MODES {
+        let rig = rig(&cluster, mode, Timeouts { query_wait: SHORT, ..Timeouts::default() });
+        let database = rig.database();
+        let mut client = rig.wire("postgres").await;
+        database.fence();
+        client.send(&query("SELECT 1")).await;
+        rig.until(SessionState::Held).await;
+        assert!(client.is_silent(3 * SHORT).await, "max_pause bounds this wait");
+        database.reopen();
+        assert!(client.tags_until_ready().await.ends_with("ZI"));
 
-    assert_eq!(database.pause(), Ok(true));
-    for held in [query("SELECT 1"), [extended("SELECT 1"), sync()].concat()] {
-        client.send(&held).await;
-        assert_eq!(code(&mut client).await, "57014");
-        assert_eq!(client.tags_until_ready().await, "ZI", "the session goes on");
+        assert_eq!(database.pause(), Ok(true));
+        for held in [query("SELECT 1"), [extended("SELECT 1"), sync()].concat()] {
+            client.send(&held).await;
+            assert_eq!(code(&mut client).await, "57014");
+            assert_eq!(client.tags_until_ready().await, "ZI", "the session goes on");
+        }
+        let mut late = WireClient::connect(rig.port).await;
+        late.start(&[("user", "postgres"), ("database", "postgres")]).await;
+        // Where a login needs no server connection it is over, and the first transaction waits.
+        late.send(&query("SELECT 1")).await;
+        assert_eq!(code(&mut late).await, "57014", "{mode:?}: a login waits no longer either");
+        assert!(database.resume());
+        client.send(&query("SELECT 2")).await;
+        assert!(client.tags_until_ready().await.ends_with("ZI"));
+        rig.stop().await;
     }
-    let mut late = WireClient::connect(rig.port).await;
-    late.start(&[("user", "postgres"), ("database", "postgres")]).await;
-    assert_eq!(code(&mut late).await, "57014", "a login waits no longer either");
-    assert!(database.resume());
-    client.send(&query("SELECT 2")).await;
-    assert!(client.tags_until_ready().await.ends_with("ZI"));
-    rig.stop().await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
