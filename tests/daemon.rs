@@ -175,3 +175,36 @@ async fn signals_reload_and_stop_and_a_wrong_configuration_changes_nothing() {
     let log = daemon.log();
     assert!(log.contains("told to stop") && log.contains("stopped"), "{log}");
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_setting_is_changed_live_and_a_shutdown_waits_for_clients() {
+    let (source, target) = support::two_clusters();
+    let mut daemon = Daemon::start(&source, &target, DaemonOptions::default());
+    let client = support::connect_with(&daemon.client("postgres")).await;
+    let console = support::connect_with(&daemon.client("pgbouncer")).await;
+    let timeout = async || {
+        let rows = console.query("SHOW CONFIG", &[]).await.unwrap();
+        let row = rows.iter().find(|row| row.get::<_, &str>("key") == "limits.query_timeout").unwrap();
+        row.get::<_, String>("value")
+    };
+    console.batch_execute("SET query_timeout = 0.2").await.unwrap();
+    assert_eq!(timeout().await, "200ms");
+    let error = client.batch_execute("SELECT pg_sleep(60)").await.expect_err("too long");
+    assert_eq!(error.code().map(|code| code.code()), Some("57014"));
+    let (status, _, err) = command(&daemon, &["set", "source.host", "elsewhere"]);
+    assert_eq!((status, err.contains("source.host needs a restart")), (1, true), "{err}");
+    let (status, _, err) = command(&daemon, &["set", "limits.no_such", "1"]);
+    assert_eq!((status, err.contains("there is no setting")), (1, true), "{err}");
+    console.batch_execute("RELOAD").await.unwrap();
+    assert_eq!(timeout().await, "0s", "the file's value again");
+
+    console.batch_execute("SHUTDOWN WAIT_FOR_CLIENTS").await.unwrap();
+    support::wait_for("new clients to be refused", || async {
+        support::try_connect(&daemon.client("postgres")).await.is_err()
+    })
+    .await;
+    client.batch_execute("SELECT 1").await.expect("it goes on");
+    assert!(!daemon.has_ended());
+    drop(client);
+    daemon.wait_for_end();
+}

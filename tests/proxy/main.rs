@@ -14,6 +14,7 @@ mod limits;
 mod links;
 mod moves;
 mod orphans;
+mod pause;
 mod pooling;
 mod pooling_model;
 mod pooling_moves;
