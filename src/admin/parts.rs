@@ -49,6 +49,10 @@ pub trait Cutovers: Send + Sync {
 pub trait Clients: Send + Sync {
     /// Every client session.
     fn list(&self) -> Vec<ClientView>;
+    /// Server connections of pools that no session has now, each as a session with the number 0 that has nothing else.
+    fn idle_servers(&self) -> Vec<ClientView> {
+        Vec::new()
+    }
     /// Ends the session whose server side has this process id, with 57P01. False: there is none.
     fn end(&self, backend_pid: i32) -> bool;
     /// Ends the session with this number, with 57P01. False: there is none.

@@ -131,9 +131,12 @@ impl Inner {
                 Ok(Reply::Table(show::config(&config, &defaults)))
             }
             Command::Databases => Ok(Reply::Table(show::databases(&config, &deps.switchboard, &deps.clients.list()))),
-            Command::Pools => Ok(Reply::Table(show::pools(&deps.clients.list()))),
+            Command::Pools => Ok(Reply::Table(show::pools(&deps.clients.list(), &deps.clients.idle_servers()))),
             Command::Clients => Ok(Reply::Table(show::sessions(&config, &self.clients(), show::Side::Client))),
-            Command::Servers => Ok(Reply::Table(show::sessions(&config, &self.clients(), show::Side::Server))),
+            Command::Servers => {
+                let servers = [self.clients(), deps.clients.idle_servers()].concat();
+                Ok(Reply::Table(show::sessions(&config, &servers, show::Side::Server)))
+            }
             Command::Stats => Ok(Reply::Table(self.periods.stats(&deps.switchboard, &deps.metrics))),
             Command::StatsTotals => Ok(Reply::Table(self.periods.totals(&deps.switchboard, &deps.metrics))),
             Command::StatsAverages => Ok(Reply::Table(self.periods.averages(&deps.switchboard, &deps.metrics))),

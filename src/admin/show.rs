@@ -256,13 +256,17 @@ pub(super) fn databases(config: &Config, switchboard: &Switchboard, clients: &[C
     table
 }
 
-pub(super) fn pools(clients: &[ClientView]) -> Table {
-    let mut pools: BTreeMap<(&str, &str), Vec<&ClientView>> = BTreeMap::new();
+/// `idle`: server connections that no client has now.
+pub(super) fn pools(clients: &[ClientView], idle: &[ClientView]) -> Table {
+    let mut pools: BTreeMap<(&str, &str), (Vec<&ClientView>, usize)> = BTreeMap::new();
     for client in clients {
-        pools.entry((&client.database, &client.user)).or_default().push(client);
+        pools.entry((&client.database, &client.user)).or_default().0.push(client);
+    }
+    for server in idle {
+        pools.entry((&server.database, &server.user)).or_default().1 += 1;
     }
     let mut table = Table::new(POOLS);
-    for ((database, user), clients) in pools {
+    for ((database, user), (clients, idle)) in pools {
         let count = |wanted: fn(&ClientView) -> bool| clients.iter().filter(|client| wanted(client)).count();
         let waits = clients.iter().filter(|client| is_waiting(client)).filter_map(|client| client.since_seconds);
         let longest = waits.fold(0.0, f64::max);
@@ -276,13 +280,13 @@ pub(super) fn pools(clients: &[ClientView]) -> Table {
             count(|client| client.backend_pid.is_some() && client.in_transaction).into(),
             0.into(),
             0.into(),
-            count(|client| client.backend_pid.is_some() && !client.in_transaction).into(),
+            (idle + count(|client| client.backend_pid.is_some() && !client.in_transaction)).into(),
             0.into(),
             0.into(),
             count(|client| client.backend_pid.is_none() && !client.pooled).into(),
             whole_seconds(longest).into(),
             micros(longest).into(),
-            if clients.iter().any(|client| client.pooled) { "transaction" } else { "session" }.into(),
+            if idle > 0 || clients.iter().any(|client| client.pooled) { "transaction" } else { "session" }.into(),
             Cell::Null,
         ]);
     }
@@ -342,7 +346,10 @@ fn session_rows(config: &Config, clients: &[ClientView], side: Side) -> Vec<Vec<
             whole_seconds(wait).into(),
             micros(wait).into(),
             i64::from(client.close_needed).into(),
-            format!("session-{}", client.id).into(),
+            match (client.id, client.backend_pid) {
+                (0, Some(pid)) => format!("server-{pid}").into(),
+                (id, _) => format!("session-{id}").into(),
+            },
             client.backend_pid.map(|pid| pid.to_string()).into(),
             client.backend_pid.into(),
             tls,

@@ -5,7 +5,7 @@ use std::time::{SystemTime, UNIX_EPOCH};
 
 use crate::admin::parts::Clients;
 use crate::admin::view::ClientView;
-use crate::proxy::{self, MoveState, SessionState, SessionView};
+use crate::proxy::{self, MoveState, PooledBackend, SessionState, SessionView};
 use crate::sqlstate;
 
 /// See the module.
@@ -15,6 +15,20 @@ impl Clients for SessionDesk {
     fn list(&self) -> Vec<ClientView> {
         let now = SystemTime::now();
         self.0.list().into_iter().map(|view| client(view, now)).collect()
+    }
+
+    fn idle_servers(&self) -> Vec<ClientView> {
+        let idle = self.0.idle_backends().into_iter();
+        let view = |backend: PooledBackend| ClientView {
+            user: backend.user,
+            database: backend.database,
+            server: Some(backend.server),
+            backend_pid: Some(backend.pid),
+            state: "idle".to_owned(),
+            pooled: true,
+            ..ClientView::default()
+        };
+        idle.map(view).collect()
     }
 
     fn end(&self, backend_pid: i32) -> bool {

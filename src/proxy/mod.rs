@@ -67,7 +67,7 @@ use crate::telemetry::metrics::Metrics;
 
 pub use access::AccessError;
 use listener::Listener;
-pub use sessions::{MoveOrder, MoveOutcome, MoveReport, MoveState, SessionState, SessionView, Sessions};
+pub use sessions::{MoveOrder, MoveOutcome, MoveReport, MoveState, PooledBackend, SessionState, SessionView, Sessions};
 use takeover::{Handle, Rendezvous};
 
 /// The database name that leads to the administration console.

@@ -144,6 +144,19 @@ pub struct MoveReport {
     pub outcome: MoveOutcome,
 }
 
+/// A backend that sessions share.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct PooledBackend {
+    /// Database.
+    pub database: String,
+    /// Role.
+    pub user: String,
+    /// Where it is.
+    pub server: ServerRole,
+    /// Its process id.
+    pub pid: i32,
+}
+
 /// What a session is told from outside.
 #[derive(Debug)]
 pub(super) enum Order {
@@ -397,7 +410,7 @@ pub struct Sessions {
     ordered: Mutex<HashMap<String, MoveOrder>>,
     pub(super) catalogue_names: CatalogueNames,
     /// Backends of pools by database, whether a session has them now or none.
-    pooled: Mutex<HashMap<String, HashSet<i32>>>,
+    pooled: Mutex<HashMap<i32, PooledBackend>>,
     next_id: AtomicU64,
 }
 
@@ -454,20 +467,30 @@ impl Sessions {
     pub fn backend_pids(&self, database: &str) -> Vec<i32> {
         let mut pids: Vec<i32> =
             self.of(&[database.to_owned()]).iter().filter_map(|entry| entry.backend_pid()).collect();
-        pids.extend(lock(&self.pooled).get(database).into_iter().flatten());
+        pids.extend(lock(&self.pooled).values().filter(|one| one.database == database).map(|one| one.pid));
         pids
     }
 
     /// A backend of a pool of `database`.
-    pub(super) fn note_pooled(&self, database: &str, pid: i32) {
-        lock(&self.pooled).entry(database.to_owned()).or_default().insert(pid);
+    pub(super) fn note_pooled(&self, backend: PooledBackend) {
+        lock(&self.pooled).insert(backend.pid, backend);
     }
 
     /// It is gone, or will be soon.
-    pub(super) fn forget_pooled(&self, database: &str, pid: i32) {
-        if let Some(pids) = lock(&self.pooled).get_mut(database) {
-            pids.remove(&pid);
+    pub(super) fn forget_pooled(&self, backend: &PooledBackend) {
+        let mut pooled = lock(&self.pooled);
+        // The other server may have given the same process id meanwhile.
+        if pooled.get(&backend.pid) == Some(backend) {
+            pooled.remove(&backend.pid);
         }
+    }
+
+    /// Backends of pools that no session holds now, by process id.
+    pub fn idle_backends(&self) -> Vec<PooledBackend> {
+        let held: HashSet<i32> = self.entries().iter().filter_map(|entry| entry.backend_pid()).collect();
+        let mut idle: Vec<_> = lock(&self.pooled).values().filter(|one| !held.contains(&one.pid)).cloned().collect();
+        idle.sort_by_key(|one| one.pid);
+        idle
     }
 
     /// Sessions of `database` whose client is gone while their backend may still be at work.

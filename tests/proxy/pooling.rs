@@ -565,3 +565,28 @@ async fn functions_that_change_a_session_unseen_are_wiped_where_asked() {
     assert_eq!(first_row(&mut ann, "SHOW work_mem").await, "4MB");
     rig.stop().await;
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn pgbench_runs_prepared_with_many_clients_on_two_connections() {
+    let cluster = one_cluster("bench");
+    let rig = pooled(&cluster, 2);
+    let pgbench = |arguments: &[&str]| {
+        let mut command = std::process::Command::new(cluster.bindir().join("pgbench"));
+        command.args(["-h", "127.0.0.1", "-p", &rig.port.to_string(), "-U", "postgres"]).args(arguments);
+        let output = command.arg("postgres").output().expect("pgbench runs");
+        let said = String::from_utf8_lossy(&[output.stdout, output.stderr].concat()).into_owned();
+        assert!(output.status.success(), "{said}");
+        said
+    };
+    tokio::task::block_in_place(|| pgbench(&["-i", "-s", "2", "-q"]));
+    for mode in ["simple", "extended", "prepared"] {
+        // A thread for each client: pgbench prepares synchronously, so that a client which waits for a connection would
+        // keep the others of its thread from ending the transactions that hold them.
+        let said = tokio::task::block_in_place(|| pgbench(&["-M", mode, "-c", "16", "-j", "16", "-t", "40", "-n"]));
+        assert!(said.contains("processed: 640/640"), "{said}");
+    }
+    let direct = connect(&cluster, "postgres").await;
+    assert_eq!(text(&direct, "SELECT count(*) FROM pgbench_history").await, "1920");
+    assert_eq!(rig.sessions.idle_backends().len(), 2);
+    rig.stop().await;
+}

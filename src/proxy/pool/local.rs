@@ -232,7 +232,7 @@ impl LocalPool {
             Ok(opened) => opened,
             Err(error) => return Err((Unopened::Connect(error), seat)),
         };
-        seat.sit(opened.connection.pid);
+        seat.sit(server, opened.connection.pid);
         let mut notified = BytesMut::new();
         let profile = match capture(&mut opened.connection, &Tracked::new(), &[], &mut notified).await {
             Ok(state) => self.central.profile(state),

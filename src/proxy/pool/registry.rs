@@ -8,7 +8,8 @@ use tokio::sync::Notify;
 use super::central::Central;
 use crate::config::Config;
 use crate::postgres::Credential;
-use crate::proxy::sessions::Sessions;
+use crate::proxy::sessions::{PooledBackend, Sessions};
+use crate::switch::ServerRole;
 
 /// See the module.
 pub(in crate::proxy) struct Pools {
@@ -32,12 +33,12 @@ struct Counts {
 pub(in crate::proxy) struct Seat {
     central: Arc<Central>,
     /// Known once the connection is open.
-    pid: Option<i32>,
+    backend: Option<PooledBackend>,
 }
 
 impl std::fmt::Debug for Seat {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("Seat").field("pid", &self.pid).finish_non_exhaustive()
+        f.debug_struct("Seat").field("backend", &self.backend).finish_non_exhaustive()
     }
 }
 
@@ -122,21 +123,23 @@ impl Pools {
 impl Seat {
     /// For a connection that is about to be opened; `central` has counted it.
     pub(super) fn new(central: Arc<Central>) -> Self {
-        Self { central, pid: None }
+        Self { central, backend: None }
     }
 
     /// The connection is open: its backend is no stranger.
-    pub(super) fn sit(&mut self, pid: i32) {
-        self.pid = Some(pid);
-        self.central.pools.sessions.note_pooled(&self.central.database, pid);
+    pub(super) fn sit(&mut self, server: ServerRole, pid: i32) {
+        let (database, user) = (self.central.database.clone(), self.central.user.clone());
+        let backend = PooledBackend { database, user, server, pid };
+        self.central.pools.sessions.note_pooled(backend.clone());
+        self.backend = Some(backend);
     }
 }
 
 impl Drop for Seat {
     fn drop(&mut self) {
         let pools = &self.central.pools;
-        if let Some(pid) = self.pid {
-            pools.sessions.forget_pooled(&self.central.database, pid);
+        if let Some(backend) = &self.backend {
+            pools.sessions.forget_pooled(backend);
         }
         pools.count_down(&self.central);
         self.central.stood_up();
