@@ -41,6 +41,8 @@ IDLE_SECONDS = 10
 ROLE, PASSWORD, DATABASE = "bench", "bench-secret", "bench"
 # Connections beyond those of the largest case.
 SPARE_CONNECTIONS = 100
+# Server connections of each peer in transaction mode.
+TRANSACTION_POOL = 20
 
 
 def find_program(name):
@@ -166,18 +168,19 @@ class Bench:
         verifier = self.sql(server, f"SELECT rolpassword FROM pg_authid WHERE rolname = '{ROLE}'")
         with open(users, "w") as out:
             out.write(f'"{ROLE}" "{verifier}"\n')
+        size = TRANSACTION_POOL if mode == "transaction" else self.max_clients
         statements = "max_prepared_statements=200\n" if mode == "transaction" and self.pgbouncer_version >= (1, 21) else ""
         with open(config, "w") as out:
             out.write(f"[databases]\n{DATABASE} = host=127.0.0.1 port={server}\n[pgbouncer]\nlisten_addr=127.0.0.1\n"
                       f"listen_port={port}\nauth_type=scram-sha-256\nauth_file={users}\npool_mode={mode}\n"
-                      f"max_client_conn={self.max_clients}\ndefault_pool_size={self.max_clients}\n"
+                      f"max_client_conn={self.max_clients}\ndefault_pool_size={size}\n"
                       f"server_idle_timeout=2\n"
                       f"server_reset_query=\nignore_startup_parameters=extra_float_digits\nunix_socket_dir=\n{statements}")
         return port, self.start(name, self.as_user + [program, config], port)
 
     def start_pgcutover(self, name, server, target, mode):
         port, config = free_port(), f"{self.directory}/{name}.toml"
-        pool = '[pool]\nmode = "transaction"\n' if mode == "transaction" else ""
+        pool = f'[pool]\nmode = "transaction"\ndefault_pool_size = {TRANSACTION_POOL}\n' if mode == "transaction" else ""
         with open(config, "w") as out:
             out.write(f'[listen]\naddress = "127.0.0.1:{port}"\n[admin]\naddress = "127.0.0.1:{free_port()}"\n'
                       f'users = ["postgres"]\n{pool}'
@@ -229,16 +232,19 @@ class Bench:
         command = [f"{self.bindir}/pgbench", "-h", "127.0.0.1", "-p", str(port), "-U", ROLE, "-n", "-T",
                    str(self.args.seconds), "-c", str(clients), "-j", "1", *log, *flags, DATABASE]
         done = subprocess.run(command, capture_output=True, text=True, env=self.environment)
-        if done.returncode != 0 or not re.search(r"failed transactions: 0|actually processed: [1-9]", done.stdout):
-            sys.exit(f"pgbench failed on port {port}: {' '.join(command)}\n{done.stdout}{done.stderr}")
+        tps = re.search(r"^tps = ([\d.]+)", done.stdout, re.M)
+        transactions = int((re.search(r"actually processed: (\d+)", done.stdout) or [0, 0])[1])
+        if done.returncode != 0 or tps is None or transactions == 0:
+            sys.exit(f"pgbench failed on port {port} (or --seconds is too short to connect {clients} clients):\n"
+                     f"{' '.join(command)}\n{done.stdout}{done.stderr}")
         latencies = []
         for path in glob.glob(prefix + ".*"):
             with open(path) as lines:
                 latencies += [int(line.split()[2]) for line in lines]
             os.unlink(path)
         latencies.sort()
-        return {"transactions": int(re.search(r"actually processed: (\d+)", done.stdout).group(1)),
-                "tps": float(re.search(r"tps = ([\d.]+)", done.stdout).group(1)),
+        return {"transactions": transactions,
+                "tps": float(tps[1]),
                 "ms": float(re.search(r"latency average = ([\d.]+)", done.stdout).group(1)),
                 "p99 ms": latencies[int(len(latencies) * 0.99)] / 1000 if latencies else 0}
 
