@@ -335,7 +335,8 @@ fn session_rows(config: &Config, clients: &[ClientView], side: Side) -> Vec<Vec<
             kind.into(),
             client.user.clone().into(),
             client.database.clone().into(),
-            if client.state == "replication" { "physical" } else { "none" }.into(),
+            // Which of PgBouncer's two kinds it is, is not kept.
+            if client.state == "replication" { Cell::Null } else { "none".into() },
             client.state.clone().into(),
             address.into(),
             port.into(),
