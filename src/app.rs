@@ -184,7 +184,7 @@ impl Daemon {
             instance,
         });
         let service = Service::new(ServiceDeps {
-            config: live,
+            config: live.clone(),
             switchboard: switchboard.clone(),
             metrics: metrics.clone(),
             migrations: engine,

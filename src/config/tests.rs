@@ -247,6 +247,25 @@ fn a_reload_says_what_it_cannot_change() {
 }
 
 #[test]
+fn a_reload_changes_whatever_decides_who_is_let_in() {
+    let old = good(MINIMAL, &[("TARGET_PASSWORD", "t4rget")]);
+    let listen = "tls_certificate = \"c\"\ntls_key = \"k\"\ntls_required = true\ntls_min_version = \"1.3\"\n\
+                  tls_client_ca = \"ca\"\ntls_client_cert = \"require\"\nproxy_protocol_from = [\"10.0.0.0/8\"]\n\n[admin]";
+    let auth = "[auth]\nhba_file = \"h\"\nident_file = \"i\"\nusers_file = \"u\"\nauth_query = \"q\"\n\
+                auth_database = \"d\"\nverifier_cache = \"1s\"\n";
+    let text = MINIMAL.replace("[admin]", listen) + auth;
+    let new = good(&text, &[("TARGET_PASSWORD", "t4rget")]);
+    let changes = old.changes(&new);
+    assert_eq!(changes.needs_restart, [""; 0]);
+    assert_eq!(changes.applied.len(), 7 + 6, "{changes:?}");
+    assert_eq!(old.with_live_changes(new.clone()).changes(&new), Changes::default());
+    let both = problems(|f| f + "[auth]\nhba_file = \"h\"\nmethod = \"md5\"\n", &[]);
+    assert!(both[0].starts_with("f:20: [auth] method: hba_file says the method"), "{both:?}");
+    let unchecked = problems(|f| f + "[auth]\nmethod = \"cert\"\n", &[]);
+    assert!(unchecked[0].starts_with("f:19: [auth] method: needs [listen] tls_client_ca"), "{unchecked:?}");
+}
+
+#[test]
 fn a_missing_file_is_named() {
     let error = load(Some(Path::new("/no/such/file.toml")), &Environment::new()).expect_err("there is none");
     assert!(error.to_string().starts_with("cannot read the configuration file /no/such/file.toml"), "{error}");
