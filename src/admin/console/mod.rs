@@ -10,6 +10,7 @@ pub mod fuzzing;
 mod parse;
 
 use std::sync::Arc;
+use std::time::Duration;
 
 use futures_util::{SinkExt, StreamExt};
 use pgwire::api::auth::noop::NoopStartupHandler;
@@ -25,6 +26,9 @@ use self::parse::Statement;
 use super::service::Service;
 use crate::postgres::Stream;
 use crate::shutdown::Tasks;
+
+/// How long a console session outlives the order to stop.
+const LAST_ANSWER: Duration = Duration::from_millis(200);
 
 /// Serves the console. Cheap to clone.
 #[derive(Clone)]
@@ -51,12 +55,18 @@ impl Console {
         let outcome = tokio::select! {
             outcome = session.run(&answerer) => outcome,
             // Safe to drop: what an order has begun runs in a task of the service.
-            () = self.tasks.stopping() => Ok(()),
+            () = stopped(&self.tasks) => Ok(()),
         };
         if let Err(error) = outcome {
             tracing::debug!(%error, "console session lost");
         }
     }
+}
+
+/// Resolves when the process stops, after the time that an answer may take: an order to stop is answered too.
+async fn stopped(tasks: &Tasks) {
+    tasks.stopping().await;
+    tokio::time::sleep(LAST_ANSWER).await;
 }
 
 struct Session {
