@@ -295,6 +295,24 @@ async fn a_late_decision_loses_against_the_abort_of_another_coordinator() {
     assert_eq!(stage.rows().await, (vec![Some("aborted".to_owned())], vec!["aborted".to_owned()]));
 }
 
+/// What it would save as the settings from before are those of the fence.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_cutover_is_not_begun_over_a_fence_that_is_still_to_be_lifted() {
+    let stage = Stage::set().await;
+    let before = stage.settings().await;
+    leave_behind_at(&stage, "drain.after_applied=error;abort.after_decision=hang").await;
+    assert_eq!(stage.rows().await, (vec![None], vec!["aborted".to_owned()]));
+    let hasty = stage.life("");
+    wait_for("the refusal", || async {
+        let report = hasty.cut_over().await;
+        report.outcome == CutoverOutcome::Aborted && report.reason.contains("fence of cutover 1 has not been lifted")
+    })
+    .await;
+    let life = stage.life("").resolved().await;
+    assert_eq!(stage.settings().await, before);
+    assert_eq!(life.cut_over().await.outcome, CutoverOutcome::Switched);
+}
+
 /// The first coordinator sleeps, as a stopped process does, and its session on the target is lost meanwhile.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_coordinator_that_wakes_up_after_its_cutover_was_aborted_shuts_nobody_out() {

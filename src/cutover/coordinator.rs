@@ -317,6 +317,13 @@ impl Coordinator {
         let from = side(ServerRole::Source, &self.deps.source, &control_database, Place::SourceControl).await?;
         let (left, led_to) = (claims::read(&*from.control).await?, claims::read(&*to.control).await?);
         let epoch = Epoch(resolve::highest_epoch(&left, &led_to).0 + 1);
+        // Its settings would be saved as those from before, and lifting it would open what we have shut.
+        if let Some(fence) = left.fences.iter().find(|fence| fence.outcome.is_none()) {
+            return Err(CutoverError::Guardrail(format!(
+                "the fence of cutover {} has not been lifted yet; pgcutover goes on trying, or start it again",
+                fence.epoch
+            )));
+        }
         let databases = lease.databases();
         let mut lines = Vec::new();
         for name in &databases {
