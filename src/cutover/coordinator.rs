@@ -14,6 +14,7 @@ use tokio_util::sync::CancellationToken;
 
 use super::CutoverError;
 use super::hard_fence::{self, Known, Looking, Obstacle};
+use super::leadership::claim_coordination;
 use super::parts::{Engine, Lease};
 use super::phase::Phase;
 use super::report::{CutoverOutcome, CutoverProgress, CutoverReport, Timings};
@@ -26,17 +27,13 @@ use crate::catalog::resolve::{self, Verdict as Claimed};
 use crate::catalog::{Place, bootstrap, claims};
 use crate::config::Config;
 use crate::failpoint::Failpoints;
-use crate::postgres::{Connector, Control};
+use crate::postgres::Connector;
 use crate::proxy::Sessions;
 use crate::shutdown::Tasks;
 use crate::switch::{Epoch, Route, ServerRole, Switchboard};
 use crate::telemetry::metrics::{self, Metrics};
 
 pub use super::work::CutoverOptions;
-
-/// First half of the key of the advisory lock that says a coordinator of a migration lives; the second half is a hash of
-/// the migration's name. `pgcu` in ASCII.
-const COORDINATOR_LOCK: i32 = 0x7067_6375;
 
 /// How long an order waits for the resolution of another cutover, or of the start, to end.
 const WAIT_FOR_TURN: Duration = Duration::from_secs(5);
@@ -279,7 +276,7 @@ impl Coordinator {
             running.report = Some(report.clone());
         }
         tracing::info!(migration, outcome = ?report.outcome, pause_ms = report.pause_ms, reason = report.reason, "cutover ended");
-        if self.deps.switchboard.all().iter().any(|database| is_unknown(&database.route())) {
+        if self.deps.switchboard.all().iter().any(|database| matches!(&*database.route(), Route::Unknown { .. })) {
             // In doubt, or contradictory: the rows decide.
             self.resolver.clone().resolve_until_settled(&self.deps.tasks).await;
         }
@@ -394,28 +391,6 @@ async fn walk(work: Box<Work>) -> CutoverReport {
     }
 }
 
-/// Takes the lock that says a coordinator of `migration` lives, for as long as this session does. Returns whether it
-/// was free. It keeps others from settling what is being decided; it protects nothing: the decision's unique key does.
-pub(super) async fn claim_coordination(control: &Control, migration: &str) -> Result<bool, CutoverError> {
-    let row = control
-        .query_one(
-            "SELECT pg_catalog.pg_try_advisory_lock($1, pg_catalog.hashtext($2))",
-            &[&COORDINATOR_LOCK, &migration],
-        )
-        .await
-        .map_err(|source| CutoverError::query("take the coordinator's lock", source))?;
-    Ok(row.get(0))
-}
-
-/// Gives the lock back.
-pub(super) async fn release_coordination(control: &Control, migration: &str) -> Result<(), CutoverError> {
-    control
-        .execute("SELECT pg_catalog.pg_advisory_unlock($1, pg_catalog.hashtext($2))", &[&COORDINATOR_LOCK, &migration])
-        .await
-        .map_err(|source| CutoverError::query("give the coordinator's lock back", source))?;
-    Ok(())
-}
-
 async fn side(
     role: ServerRole,
     connector: &Connector,
@@ -429,10 +404,6 @@ async fn side(
     }
     bootstrap(&control, place).await?;
     Ok(Side { role, connector: connector.clone(), control, identity })
-}
-
-fn is_unknown(route: &crate::switch::Route) -> bool {
-    matches!(route, crate::switch::Route::Unknown { .. })
 }
 
 fn not_begun(error: &CutoverError) -> CutoverReport {

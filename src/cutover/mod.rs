@@ -30,6 +30,7 @@ mod decide;
 mod drain;
 mod guardrails;
 pub mod hard_fence;
+mod leadership;
 pub mod parts;
 pub mod phase;
 pub mod report;

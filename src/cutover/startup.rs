@@ -11,7 +11,7 @@ use std::time::Duration;
 use tokio::sync::{Mutex, MutexGuard};
 
 use super::CutoverError;
-use super::coordinator::{claim_coordination, release_coordination};
+use super::leadership::{claim_coordination, release_coordination};
 use super::parts::Engine;
 use super::settle;
 use crate::catalog::claims::{self, Claims};
