@@ -215,7 +215,7 @@ async fn certificates_are_mapped_to_roles() {
         let none = (Path::new("/none").to_owned(), Path::new("/none").to_owned());
         let (certificate, key) = own.unwrap_or(&none);
         conninfo = format!("{conninfo} sslcert={} sslkey={}", certificate.display(), key.display());
-        psql(&cluster, &conninfo, "", "SELECT current_user")
+        psql(&conninfo, "", "SELECT current_user")
             .unwrap_or_else(|error| error.rsplit_once("FATAL:  ").map_or(error.clone(), |(_, words)| words.to_owned()))
     };
     let required = "connection requires a valid client certificate";
@@ -274,12 +274,12 @@ async fn a_renewed_certificate_is_shown_to_new_connections_and_watched() {
             file.display()
         )
     };
-    let answer = psql(&cluster, &conninfo(&authority), "", "SELECT 1");
+    let answer = psql(&conninfo(&authority), "", "SELECT 1");
     assert_eq!(answer, Ok("1".to_owned()));
     let other = Authority::new();
     rig.try_reload(|config| config.listen.tls = Some(other.server_until(2032))).expect("valid");
     assert_eq!(not_after(), 1_956_528_000);
-    assert!(psql(&cluster, &conninfo(&authority), "", "SELECT 1").is_err());
-    assert_eq!(psql(&cluster, &conninfo(&other), "", "SELECT 1"), Ok("1".to_owned()));
+    assert!(psql(&conninfo(&authority), "", "SELECT 1").is_err());
+    assert_eq!(psql(&conninfo(&other), "", "SELECT 1"), Ok("1".to_owned()));
     rig.stop().await;
 }

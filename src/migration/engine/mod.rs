@@ -428,12 +428,20 @@ impl Engine {
                     () = self.deps.tasks.stopping() => {}
                 }
                 self.not_owner("the connection that held the engine lock was lost");
+                self.break_streams("the engine does not run here any more");
             }
             Err(error) => self.not_owner(&describe(&error)),
         }
         let left = actors.join(GRACE).await;
         if left > 0 {
             tracing::error!(left, "tasks of the engine did not stop in time");
+        }
+    }
+
+    /// A cutover that waits for a stream learns that it waits in vain. Who runs the engine next has streams of its own.
+    fn break_streams(&self, reason: &str) {
+        for database in self.entries().iter().flat_map(|entry| &entry.live.databases) {
+            database.broken.send_replace(Some(reason.to_owned()));
         }
     }
 
