@@ -123,7 +123,7 @@ pub(super) async fn log_in(worker: &Rc<Worker>, accepted: Accepted) -> Option<Se
             Some(Served::Pooled(Box::new(PooledSession::start(worker.clone(), login.finish(), *parts))))
         }
         Ok(Done::Console) => {
-            login.hand_to_console();
+            login.hand_to_console().await;
             None
         }
         Err(Refused::With(error)) => {
@@ -352,17 +352,24 @@ impl LoginInProgress<'_> {
         Err(Refused::With(ClientError::ConsoleForbidden { user: user.clone() }))
     }
 
-    fn hand_to_console(mut self) {
+    /// Returns when the client has left the console. It is served on the threads of the runtime, because orders take
+    /// their time, but its socket belongs to this worker: were the worker to end before it, as the last session's end
+    /// would have it after the listeners are closed, the answer to the order to stop would never be read.
+    async fn hand_to_console(mut self) {
         let shared = self.worker.shared.clone();
         let SessionStartup { user, parameters, .. } = self.startup;
+        // Who orders a shutdown that waits for the sessions is not one of them.
+        drop(self.registration);
         let runtime = shared.runtime.clone();
-        runtime.spawn(async move {
+        let served = runtime.spawn(async move {
             // Held until the console is left, so that its clients count as clients.
             let _slot = self.slot;
             if self.channel.input.is_empty() && self.channel.flush().await.is_ok() {
                 shared.console.serve(self.channel.stream, user, parameters).await;
             }
         });
+        // A console that panicked has reported it already.
+        let _ended = served.await;
     }
 
     /// Waits for admission and opens the backend inside it, so that a cutover never meets a login half done.
