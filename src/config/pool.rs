@@ -55,11 +55,14 @@ pub struct Pool {
     pub server_lifetime: Duration,
     /// A connection idle for this long is closed; 0: never.
     pub server_idle_timeout: Duration,
+    /// How long a connection that its client has left waits for another client, in session mode; 0: it is closed.
+    pub server_linger: Duration,
     /// A connection idle for longer than this is checked before it is used; 0: always.
     pub server_check_delay: Duration,
     /// What is sent to check it; empty: an empty query.
     pub server_check_query: String,
-    /// What wipes a connection whose state is not known.
+    /// What wipes a connection whose state is not known, and in session mode every one that another client may get;
+    /// empty: nothing does, and connections of session mode are closed.
     pub server_reset_query: String,
     /// Whether it is sent whenever a connection is given back, known or not.
     pub server_reset_query_always: bool,
@@ -162,6 +165,7 @@ pub(super) fn read(reader: &mut Reader) -> Pool {
         max_user_connections: count(&mut section, "max_user_connections", 0, 0),
         server_lifetime: section.duration("server_lifetime", Duration::from_secs(3600)),
         server_idle_timeout: section.duration("server_idle_timeout", Duration::from_secs(600)),
+        server_linger: section.duration("server_linger", Duration::from_secs(3)),
         server_check_delay: section.duration("server_check_delay", Duration::from_secs(30)),
         server_check_query: section.text("server_check_query").unwrap_or_default(),
         server_reset_query: section.text("server_reset_query").unwrap_or_else(|| "DISCARD ALL".to_owned()),

@@ -108,6 +108,7 @@ impl Config {
             ("reserve_pool_timeout", pool.reserve_pool_timeout),
             ("server_lifetime", pool.server_lifetime),
             ("server_idle_timeout", pool.server_idle_timeout),
+            ("server_linger", pool.server_linger),
             ("server_check_delay", pool.server_check_delay),
             ("query_wait_timeout", pool.query_wait_timeout),
         ] {

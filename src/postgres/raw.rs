@@ -50,6 +50,24 @@ impl fmt::Debug for Credential {
     }
 }
 
+impl Credential {
+    /// Whether it proves the same. Takes as long whatever differs within a kind.
+    pub fn is_same_as(&self, other: &Self) -> bool {
+        use subtle::ConstantTimeEq as _;
+        match (self, other) {
+            (Self::None, Self::None) => true,
+            (Self::Password(one), Self::Password(two)) | (Self::Md5Hash(one), Self::Md5Hash(two)) => {
+                bool::from(one.expose().as_bytes().ct_eq(two.expose().as_bytes()))
+            }
+            (
+                Self::ScramKeys { client_key, server_key },
+                Self::ScramKeys { client_key: other_client, server_key: other_server },
+            ) => bool::from(client_key.ct_eq(other_client) & server_key.ct_eq(other_server)),
+            (Self::None | Self::Password(_) | Self::Md5Hash(_) | Self::ScramKeys { .. }, _) => false,
+        }
+    }
+}
+
 /// Everything a startup packet and an authentication exchange need.
 #[derive(Clone, Debug)]
 pub struct Login {
@@ -61,6 +79,16 @@ pub struct Login {
     pub credential: Credential,
     /// Further startup parameters, in order (`application_name`, `options`, `replication`, …).
     pub parameters: Vec<(String, String)>,
+}
+
+impl Login {
+    /// Whether a connection that was opened with the one could have been opened with the other, and would be the same.
+    pub fn is_same_as(&self, other: &Self) -> bool {
+        self.user == other.user
+            && self.database == other.database
+            && self.parameters == other.parameters
+            && self.credential.is_same_as(&other.credential)
+    }
 }
 
 /// Result rows in text form; NULL is `None`.

@@ -1,6 +1,6 @@
 //! One type for every byte stream: TCP, Unix socket, or TLS over either, towards clients and towards servers.
 
-use std::io;
+use std::io::{self, Read as _};
 use std::pin::Pin;
 use std::task::{Context, Poll};
 use std::time::Duration;
@@ -40,6 +40,28 @@ impl Stream {
         #[cfg(not(target_os = "linux"))]
         let _unsupported = (tcp, limit);
         Ok(())
+    }
+}
+
+impl Stream {
+    /// Reads what has come, without waiting; `WouldBlock` where nothing has. Asks the socket itself: one that has just
+    /// been registered with a runtime looks empty to it until the runtime has polled. (Behind TLS only that will do.)
+    pub fn read_now(&mut self, into: &mut ReadBuf<'_>) -> io::Result<usize> {
+        let socket = match self {
+            Self::Tcp(stream) => socket2::SockRef::from(&*stream),
+            Self::Unix(stream) => socket2::SockRef::from(&*stream),
+            Self::Tls(stream) => {
+                let before = into.filled().len();
+                let mut cx = Context::from_waker(futures_util::task::noop_waker_ref());
+                return match Pin::new(stream).poll_read(&mut cx, into) {
+                    Poll::Ready(read) => read.map(|()| into.filled().len() - before),
+                    Poll::Pending => Err(io::ErrorKind::WouldBlock.into()),
+                };
+            }
+        };
+        let count = (&*socket).read(into.initialize_unfilled())?;
+        into.advance(count);
+        Ok(count)
     }
 }
 

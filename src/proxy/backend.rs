@@ -1,9 +1,18 @@
 //! A session's connection to a server.
 
+use std::io;
+
+use bytes::BytesMut;
+use futures_util::task::noop_waker_ref;
+use tokio::io::{AsyncRead as _, ReadBuf};
+
 use super::Shared;
 use super::client_error::ClientError;
-use crate::postgres::{ConnectError, Login, RawConnection};
+use crate::postgres::{ConnectError, Login, RawConnection, Stream};
+use crate::sqlstate;
 use crate::switch::{Database, Route, ServerRole};
+use crate::wire::frame::{self, HEADER_BYTES, backend as tags};
+use crate::wire::message;
 
 /// The setting that a soft fence changes for a database.
 const READ_ONLY: &str = "default_transaction_read_only";
@@ -13,6 +22,68 @@ const READ_ONLY: &str = "default_transaction_read_only";
 pub(super) struct Backend {
     pub(super) connection: RawConnection,
     pub(super) server: ServerRole,
+}
+
+/// What came on a connection that lay idle.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Heard {
+    /// Nothing.
+    Nothing,
+    /// Changes of reported parameters, and notices.
+    Reports,
+    /// Anything else, or its end: the connection is of no use any more.
+    Unusable,
+}
+
+impl Backend {
+    /// Looks, without waiting, whether the server has said anything while nobody listened, as far as the runtime knows.
+    pub(super) fn listen_in(&mut self) -> Heard {
+        let mut cx = std::task::Context::from_waker(noop_waker_ref());
+        self.hear(|stream, into| match std::pin::Pin::new(stream).poll_read(&mut cx, into) {
+            std::task::Poll::Pending => Err(io::ErrorKind::WouldBlock.into()),
+            std::task::Poll::Ready(read) => read,
+        })
+    }
+
+    /// The same, asking the socket itself: for a connection that has just come to this runtime.
+    pub(super) fn listen_in_anew(&mut self) -> Heard {
+        self.hear(|stream, into| stream.read_now(into).map(drop))
+    }
+
+    fn hear(&mut self, mut read_some: impl FnMut(&mut Stream, &mut ReadBuf<'_>) -> io::Result<()>) -> Heard {
+        let mut piece = [std::mem::MaybeUninit::uninit(); 512];
+        let mut read = BytesMut::new();
+        loop {
+            let mut into = ReadBuf::uninit(&mut piece);
+            match read_some(&mut self.connection.stream, &mut into) {
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => break,
+                Ok(()) if !into.filled().is_empty() => read.extend_from_slice(into.filled()),
+                Ok(()) | Err(_) => return Heard::Unusable,
+            }
+        }
+        match read.is_empty() {
+            true => Heard::Nothing,
+            false if self.take_reports(&read) => Heard::Reports,
+            false => Heard::Unusable,
+        }
+    }
+
+    /// Whether `bytes` are ParameterStatus and notices, whole ones.
+    fn take_reports(&mut self, mut bytes: &[u8]) -> bool {
+        while let Ok(Some((header, body))) = frame::first(bytes) {
+            match header.tag {
+                tags::PARAMETER_STATUS => {
+                    if let Some((name, value)) = message::read_parameter_status(body) {
+                        message::note_parameter(&mut self.connection.parameters, name, value);
+                    }
+                }
+                tags::NOTICE_RESPONSE => {}
+                _ => return false,
+            }
+            bytes = &bytes[HEADER_BYTES + header.body_bytes as usize..];
+        }
+        bytes.is_empty()
+    }
 }
 
 /// Logs in to `server` as the session's user. Between prepare and pause of a cutover the backend on the active server
@@ -25,19 +96,29 @@ pub(super) async fn open(
 ) -> Result<Backend, ConnectError> {
     let connector = shared.connector(server);
     let is_active = matches!(&*database.route(), Route::To { server: active, .. } if *active == server);
-    let mut connection = match database.prepare_window() {
+    let in_window = match database.prepare_window() {
         Some(window) if is_active && !sets_read_only(login) => {
             let mut login = login.clone();
             login.parameters.push((READ_ONLY.to_owned(), window.earlier_read_only_of(&login.user).to_owned()));
-            connector.raw(&login).await?
+            Some(login)
         }
-        Some(_) | None => connector.raw(login).await?,
+        Some(_) | None => None,
+    };
+    let login = in_window.as_ref().unwrap_or(login);
+    let mut connection = match connector.raw(login).await {
+        Err(error) if is_full(&error) && shared.vacancies.make_room(server).await => connector.raw(login).await?,
+        opened => opened?,
     };
     if connection.read_buf.is_empty() {
         // Its capacity is of no use any more: the relay has buffers of its own.
         connection.read_buf = bytes::BytesMut::new();
     }
     Ok(Backend { connection, server })
+}
+
+/// Whether the server, the database or the role has as many connections as it may have.
+fn is_full(error: &ConnectError) -> bool {
+    error.sqlstate() == Some(sqlstate::TOO_MANY_CONNECTIONS)
 }
 
 /// Whether the client itself says what it wants.

@@ -17,6 +17,7 @@ use super::pool::{Link as PoolLink, LocalPool, Profile, Reported, Waiter};
 use super::pooled::{self, Pooled, PooledSession};
 use super::session::{Link, Session};
 use super::sessions::{Entry, Order, Registration, SessionState};
+use super::vacant::Origin;
 use super::worker::Worker;
 use super::{CONSOLE_ALIAS, CONSOLE_DATABASE, Shared, backend};
 use crate::config::PoolMode;
@@ -394,11 +395,22 @@ impl LoginInProgress<'_> {
                 return Err(Refused::With(ClientError::RouteUnknown { reason: reason.clone() }));
             }
         };
-        let opened = backend::open(self.shared(), &login, &local.database, server).await;
-        let backend = opened.map_err(|error| {
-            tracing::warn!(%error, "no backend for a client");
-            Refused::With(backend::refusal(&error))
-        })?;
+        let vacant = if exempt { None } else { self.shared().vacancies.take(&login, server, admission.epoch) };
+        let (backend, origin) = match vacant {
+            Some((backend, origin)) => (backend, Some(origin)),
+            None => {
+                // One that starts under a fence has a setting of its own, which the next client must not have.
+                let has_window = || local.database.prepare_window().is_some();
+                let had_window = has_window();
+                let opened = backend::open(self.shared(), &login, &local.database, server).await;
+                let backend = opened.map_err(|error| {
+                    tracing::warn!(%error, "no backend for a client");
+                    Refused::With(backend::refusal(&error))
+                })?;
+                let origin = (!exempt && !had_window && !has_window()).then(|| Origin::of(&backend, Instant::now().into_std()));
+                (backend, origin)
+            }
+        };
         key.take_pid(backend.connection.pid);
         self.registration.set_client_pid(key.pid);
         let out = &mut self.channel.out;
@@ -413,7 +425,7 @@ impl LoginInProgress<'_> {
         // From here on a move that is ordered finds the session; only then may the coordinator stop waiting for it.
         member.leave();
         let member = (!exempt).then_some(member);
-        Ok(Link { login, local, member, backend, epoch: admission.epoch, key })
+        Ok(Link { login, local, member, backend, epoch: admission.epoch, origin, key })
     }
 }
 

@@ -12,7 +12,8 @@
 //! 5. [`hold`]: a session whose next frame may not pass keeps reading into its one buffer, so that Terminate, a lost
 //!    client and a cancel are noticed.
 //! 6. [`moves`] takes a session to the other server at a cutover, with the help of [`handoff`].
-//! 7. [`orphan`] stays behind when a client vanishes in the middle of something: the gate is left only when the server
+//! 7. [`vacant`]: a connection that its client has left waits a little for another one.
+//! 8. [`orphan`] stays behind when a client vanishes in the middle of something: the gate is left only when the server
 //!    has said that it is over, or its process is gone.
 //!
 //! A process is replaced without a refused connection: [`takeover`].
@@ -47,6 +48,7 @@ mod sessions;
 pub mod takeover;
 mod timeouts;
 mod tls;
+mod vacant;
 mod worker;
 
 use std::net::SocketAddr;
@@ -56,7 +58,7 @@ use std::time::Duration;
 
 use arc_swap::ArcSwap;
 use futures_util::future::BoxFuture;
-use tokio::sync::mpsc;
+use tokio::sync::{mpsc, watch};
 
 use crate::config::{Config, Limits};
 use crate::failpoint::Failpoints;
@@ -172,6 +174,10 @@ struct Shared {
     /// Client connections by role, database and address.
     places: Arc<limits::Places>,
     pools: Arc<pool::Pools>,
+    /// Connections that wait for another client, in session mode.
+    vacancies: vacant::Vacancies,
+    /// Closed when no worker has a session any more and none can get one.
+    workers_alive: watch::Sender<()>,
     /// Client connections at this moment, in handshake too.
     clients: AtomicUsize,
     /// Where predecessors are found.
@@ -238,6 +244,7 @@ impl Proxy {
             runtime.clone(),
         );
         let pools = Arc::new(pool::Pools::new(deps.config.clone(), deps.sessions.clone()));
+        let vacancies = vacant::Vacancies::new(deps.config.clone(), deps.sessions.clone(), runtime.clone());
         let shared = Arc::new(Shared {
             limits: ArcSwap::from_pointee(deps.config.limits.clone()),
             places: Arc::default(),
@@ -253,6 +260,8 @@ impl Proxy {
             departures: Arc::new(departures),
             access: ArcSwap::new(access),
             pools,
+            vacancies,
+            workers_alive: watch::Sender::new(()),
             clients: AtomicUsize::new(0),
             rendezvous: rendezvous.clone(),
             runtime,
@@ -292,6 +301,7 @@ impl Proxy {
     pub async fn hand_over(&self) {
         self.handed_over.store(true, Ordering::Release);
         self.stop_accepting().await;
+        self.shared.vacancies.shut();
         lock(&self.handles).clear();
         if let Some(Err(error)) = self.shared.rendezvous.as_ref().map(Rendezvous::retire) {
             tracing::error!(%error, "the takeover socket could not be renamed: the successor does not find this process");
@@ -355,6 +365,7 @@ impl Proxy {
     /// must have been told to stop. Returns whether every session ended in time.
     pub async fn stop(self, grace: Duration) -> bool {
         self.shared.sessions.end_all();
+        self.shared.vacancies.shut();
         let threads = tokio::task::spawn_blocking(move || {
             for worker in self.workers {
                 // A worker that panicked has reported it already.

@@ -437,6 +437,7 @@ impl Session {
         self.entry.set_backend(Some((new.server, new.connection.pid)));
         tracing::debug!(session = self.entry.id(), server = %new.server, pid = new.connection.pid, "session moved");
         self.backend = Some(new);
+        self.origin = None;
         self.ledger = crate::wire::ledger::Ledger::new();
         self.touched = true;
         self.absorb_leftovers()

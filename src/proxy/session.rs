@@ -23,6 +23,7 @@ use super::orphan;
 use super::pool::Seat;
 use super::sessions::{Order, Registration, SessionState};
 use super::timeouts::Seen;
+use super::vacant::Origin;
 use super::worker::{LocalDatabase, Watch, Worker};
 use crate::postgres::{Login, Stream};
 use crate::switch::{Epoch, Member};
@@ -43,6 +44,8 @@ pub(super) struct Link {
     pub(super) backend: Backend,
     /// Epoch of the gate when the backend was opened.
     pub(super) epoch: Epoch,
+    /// Where another client may get the backend after this one.
+    pub(super) origin: Option<Origin>,
     pub(super) key: CancelKey,
 }
 
@@ -112,6 +115,8 @@ pub(super) struct Session {
     pub(super) member: Option<Member>,
     pub(super) login: Login,
     pub(super) epoch: Epoch,
+    /// Where another client may get the backend after this one; never after a move.
+    pub(super) origin: Option<Origin>,
     pub(super) place: Place,
     pub(super) up: Up,
     pub(super) down: Down,
@@ -135,7 +140,7 @@ pub(super) struct Session {
     pub(super) look_again: Option<std::pin::Pin<Box<tokio::time::Sleep>>>,
     _key: CancelKey,
     _watch: Watch,
-    _slot: ClientSlot,
+    pub(super) slot: ClientSlot,
     /// Of a session that was a pooled one: its backend still counts among those of the pool.
     _seat: Option<Seat>,
 }
@@ -215,6 +220,7 @@ impl Session {
             member: link.member,
             login: link.login,
             epoch: link.epoch,
+            origin: link.origin,
             place: Place::Outside,
             up: Up::new(up),
             down: Down { buffer: down, scanner: Scanner::new(), is_drained: false, last_was_error: false },
@@ -230,7 +236,7 @@ impl Session {
             look_again: None,
             _key: link.key,
             _watch: watch,
-            _slot: slot,
+            slot,
             _seat: None,
             entry: registration,
             worker,
@@ -247,6 +253,7 @@ impl Session {
             member: Some(taken.member),
             login: taken.login,
             epoch: taken.epoch,
+            origin: None,
             place: Place::Outside,
             up: Up::new(taken.from_client),
             down: Down { buffer: taken.to_client, scanner: Scanner::new(), is_drained: false, last_was_error: false },
@@ -262,7 +269,7 @@ impl Session {
             look_again: None,
             _key: taken.key,
             _watch: taken.watch,
-            _slot: taken.slot,
+            slot: taken.slot,
             _seat: Some(taken.seat),
             entry: taken.registration,
             worker,
@@ -389,6 +396,8 @@ impl Session {
             drop(client);
             orphan::bury(&worker.shared, &entry, remains).await;
             drop(member);
+        } else if self.is_vacated_by(&end) {
+            self.vacate(backend).await;
         } else if !matches!(end, End::ServerLost) {
             self.entry.set_backend(None);
             drop(self.member.take());

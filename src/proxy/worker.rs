@@ -58,6 +58,7 @@ impl Worker {
 
     /// Serves sockets until the channel closes and every session has ended.
     pub(super) async fn run(shared: Arc<Shared>, number: usize, mut accepted: mpsc::Receiver<Accepted>) {
+        let alive = shared.workers_alive.subscribe();
         let worker = Self::new(shared, number);
         let sessions = tokio_util::task::TaskTracker::new();
         let meters = tokio::task::spawn_local(worker.clone().flush_meters());
@@ -72,6 +73,9 @@ impl Worker {
         meters.abort();
         timeouts.abort();
         pools.abort();
+        drop(alive);
+        // A connection behind TLS that went to another worker is still registered with this one's runtime.
+        worker.shared.workers_alive.closed().await;
         worker.databases.borrow().values().for_each(|local| local.meters.flush());
     }
 
@@ -126,6 +130,9 @@ impl Worker {
                 () = self.shared.pools.called(self.number) => true,
                 _ = every_second.tick() => false,
             };
+            if !called && self.number == 0 {
+                self.shared.vacancies.look_after();
+            }
             let pools: Vec<_> = self.pools.borrow().values().cloned().collect();
             for pool in pools {
                 if called { pool.serve_waiting() } else { pool.look_after() }
@@ -174,6 +181,7 @@ async fn watch(local: Rc<LocalDatabase>, mut change: Change, shared: Arc<Shared>
         change.await;
         // First listen again, then wake: a change during the waking is not missed.
         change = listen(&local.database);
+        shared.vacancies.keep_only(local.database.name(), local.database.epoch());
         match shared.limits.load().resume_rate {
             rate if rate > 0 && !local.database.is_fenced() => {
                 let own_rate = rate.div_ceil(shared.config.listen.workers.max(1));

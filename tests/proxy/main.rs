@@ -24,4 +24,5 @@ mod rig;
 mod scripted;
 mod timeouts;
 mod tls;
+mod vacant;
 mod wire_client;

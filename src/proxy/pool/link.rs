@@ -4,15 +4,11 @@ use std::io;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use bytes::BytesMut;
-use futures_util::task::noop_waker_ref;
-use tokio::io::{AsyncRead as _, ReadBuf};
-
 use super::profile::{Profile, Reported};
 use super::registry::Seat;
 use super::statements::Held;
 use crate::postgres::{ParkedConnection, RawConnection};
-use crate::proxy::backend::Backend;
+use crate::proxy::backend::{Backend, Heard};
 use crate::switch::ServerRole;
 
 /// How long a connection that is given up may take to close.
@@ -113,35 +109,13 @@ impl Link {
         }
     }
 
-    /// Looks, without waiting, whether the server has said anything meanwhile. A connection that has closed, or on which
-    /// anything but a change of a reported parameter came, is of no use any more.
+    /// Whether the server has said nothing meanwhile but what it reports.
     pub(super) fn is_fresh(&mut self) -> bool {
-        let mut cx = std::task::Context::from_waker(noop_waker_ref());
-        let mut piece = [std::mem::MaybeUninit::uninit(); 512];
-        let mut read = BytesMut::new();
-        loop {
-            let mut into = ReadBuf::uninit(&mut piece);
-            match std::pin::Pin::new(&mut self.backend.connection.stream).poll_read(&mut cx, &mut into) {
-                std::task::Poll::Pending => break,
-                std::task::Poll::Ready(Ok(())) if !into.filled().is_empty() => read.extend_from_slice(into.filled()),
-                std::task::Poll::Ready(_) => return false,
-            }
+        let heard = self.backend.listen_in();
+        if heard == Heard::Reports {
+            self.note_reported();
         }
-        read.is_empty() || self.take_reports(&read)
-    }
-
-    /// Whether `bytes` are ParameterStatus and notices, whole ones.
-    fn take_reports(&mut self, mut bytes: &[u8]) -> bool {
-        use crate::wire::frame::{self, HEADER_BYTES, backend};
-        while let Ok(Some((header, body))) = frame::first(bytes) {
-            match header.tag {
-                backend::PARAMETER_STATUS => self.note_parameter(body),
-                backend::NOTICE_RESPONSE => {}
-                _ => return false,
-            }
-            bytes = &bytes[HEADER_BYTES + header.body_bytes as usize..];
-        }
-        bytes.is_empty()
+        heard != Heard::Unusable
     }
 
     /// The body of a ParameterStatus.

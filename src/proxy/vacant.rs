@@ -1,0 +1,263 @@
+//! Server connections that their clients have left, in session mode: each waits a little for another client, so that
+//! who connects for every request costs the server no login.
+//!
+//! ```text
+//! client leaves at a safe point ─▶ server_reset_query ─▶ waits (server_linger) ─▶ next client, or closed
+//!                                  inside the gate       registered as ours       inside the gate
+//! ```
+//!
+//! A client gets one only where a login of its own would have given the same: the same user, database, proof and startup
+//! parameters. So RESET leads to what this client asked for, and no setting has to be brought to the connection.
+//!
+//! What must never happen here: a connection that is handed out while an answer is due on it, after its reset has failed
+//! or has left anything that the server reports otherwise than at the login; one of another epoch, which may be one of
+//! the server that was left.
+
+use std::collections::HashMap;
+use std::collections::hash_map::DefaultHasher;
+use std::hash::{Hash, Hasher};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
+
+use super::backend::{Backend, Heard};
+use super::session::{End, Session};
+use super::sessions::{PooledBackend, SessionState, Sessions};
+use crate::config::{Config, Pool};
+use crate::postgres::{Login, ParkedConnection};
+use crate::switch::{Epoch, ServerRole};
+
+/// How long a connection may take to be wiped, and to close.
+const PATIENCE: Duration = Duration::from_secs(1);
+
+/// What a connection was like right after its login.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Origin {
+    /// Stands for what the server reported then.
+    reported: u64,
+    /// When it was opened.
+    opened: Instant,
+}
+
+impl Origin {
+    /// Of a connection on which nothing has been done yet.
+    pub(super) fn of(backend: &Backend, opened: Instant) -> Self {
+        Self { reported: reported(backend), opened }
+    }
+}
+
+/// Stands for what the server has reported. Compared within this process alone.
+fn reported(backend: &Backend) -> u64 {
+    let mut hasher = DefaultHasher::new();
+    backend.connection.parameters.hash(&mut hasher);
+    hasher.finish()
+}
+
+/// A connection without a client.
+struct Vacant {
+    connection: ParkedConnection,
+    /// What it was opened with.
+    login: Login,
+    /// The gate stood at this epoch all the time since it was opened.
+    epoch: Epoch,
+    opened: Instant,
+    since: Instant,
+    listed: Listed,
+}
+
+/// A backend's place among those that are known to be ours; given up when dropped.
+struct Listed {
+    sessions: Arc<Sessions>,
+    backend: PooledBackend,
+}
+
+impl Drop for Listed {
+    fn drop(&mut self) {
+        self.sessions.forget_pooled(&self.backend);
+    }
+}
+
+/// By database and user, the one that was left last at the end.
+type Waiting = HashMap<(String, String), Vec<Vacant>>;
+
+/// See the module. Shared by all workers.
+pub(super) struct Vacancies {
+    config: Arc<Config>,
+    sessions: Arc<Sessions>,
+    /// Where connections are closed.
+    runtime: tokio::runtime::Handle,
+    /// `None`: closed for good.
+    waiting: Mutex<Option<Waiting>>,
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+impl Vacancies {
+    pub(super) fn new(config: Arc<Config>, sessions: Arc<Sessions>, runtime: tokio::runtime::Handle) -> Self {
+        Self { config, sessions, runtime, waiting: Mutex::new(Some(HashMap::new())) }
+    }
+
+    fn settings(&self) -> &Pool {
+        &self.config.pool
+    }
+
+    /// Whether connections are kept at all.
+    fn is_on(&self) -> bool {
+        let settings = self.settings();
+        !settings.server_linger.is_zero() && !settings.server_reset_query.is_empty() && lock(&self.waiting).is_some()
+    }
+
+    /// A connection that is what `login` would give now, for who is inside the gate at `epoch`.
+    pub(super) fn take(&self, login: &Login, server: ServerRole, epoch: Epoch) -> Option<(Backend, Origin)> {
+        loop {
+            let vacant = {
+                let mut waiting = lock(&self.waiting);
+                let of = waiting.as_mut()?.get_mut(&(login.database.clone(), login.user.clone()))?;
+                let fits = |vacant: &Vacant| {
+                    vacant.epoch == epoch && vacant.listed.backend.server == server && vacant.login.is_same_as(login)
+                };
+                let at = of.iter().rposition(fits)?;
+                of.remove(at)
+            };
+            // One that cannot be registered, for want of file descriptors or the like, is closed by being dropped.
+            let Ok(connection) = vacant.connection.resume() else { continue };
+            let mut backend = Backend { connection, server };
+            if backend.listen_in_anew() == Heard::Unusable {
+                tracing::debug!(pid = backend.connection.pid, "a connection that waited is of no use any more");
+                continue;
+            }
+            let origin = Origin::of(&backend, vacant.opened);
+            return Some((backend, origin));
+        }
+    }
+
+    /// Keeps a connection that has been wiped. The caller is inside the gate at `epoch`.
+    fn keep(&self, login: Login, backend: Backend, opened: Instant, epoch: Epoch) {
+        let (server, pid) = (backend.server, backend.connection.pid);
+        let Ok(connection) = backend.connection.park() else { return };
+        let listing = PooledBackend { database: login.database.clone(), user: login.user.clone(), server, pid };
+        self.sessions.note_pooled(listing.clone());
+        let listed = Listed { sessions: self.sessions.clone(), backend: listing };
+        let most = self.settings().sizes(&login.database, &login.user).pool_size;
+        let key = (login.database.clone(), login.user.clone());
+        let vacant = Vacant { connection, login, epoch, opened, since: Instant::now(), listed };
+        let unwanted = match lock(&self.waiting).as_mut() {
+            Some(waiting) => {
+                let of = waiting.entry(key).or_default();
+                of.push(vacant);
+                (of.len() > most).then(|| of.remove(0))
+            }
+            None => Some(vacant),
+        };
+        self.close(unwanted);
+    }
+
+    fn close(&self, gone: impl IntoIterator<Item = Vacant>) {
+        gone.into_iter().for_each(|vacant| drop(self.runtime.spawn(end(vacant))));
+    }
+
+    /// Takes out those for which `wanted` holds.
+    fn take_out(&self, wanted: impl Fn(&Vacant) -> bool) -> Vec<Vacant> {
+        let mut waiting = lock(&self.waiting);
+        let Some(waiting) = waiting.as_mut() else { return Vec::new() };
+        let gone = waiting.values_mut().flat_map(|of| of.extract_if(.., |vacant| wanted(vacant))).collect();
+        waiting.retain(|_, of| !of.is_empty());
+        gone
+    }
+
+    /// Once a second: what has waited or lived for long enough is closed.
+    pub(super) fn look_after(&self) {
+        let now = Instant::now();
+        let (linger, lifetime) = (self.settings().server_linger, self.settings().server_lifetime);
+        let is_old = |vacant: &Vacant| !lifetime.is_zero() && now.saturating_duration_since(vacant.opened) >= lifetime;
+        self.close(self.take_out(|vacant| now.saturating_duration_since(vacant.since) >= linger || is_old(vacant)));
+    }
+
+    /// The gate of a database has moved: nothing of an earlier epoch is kept.
+    pub(super) fn keep_only(&self, database: &str, epoch: Epoch) {
+        self.close(self.take_out(|vacant| vacant.login.database == database && vacant.epoch != epoch));
+    }
+
+    /// The server has no room for one more connection: those that wait there make some. Whether there were any.
+    pub(super) async fn make_room(&self, server: ServerRole) -> bool {
+        let gone = self.take_out(|vacant| vacant.listed.backend.server == server);
+        let ends: Vec<_> = gone.into_iter().map(|vacant| self.runtime.spawn(end(vacant))).collect();
+        let any = !ends.is_empty();
+        for end in ends {
+            // One that panicked has ended too.
+            let _ended = end.await;
+        }
+        any
+    }
+
+    /// Closes them all, and keeps none any more.
+    pub(super) fn shut(&self) {
+        let all = lock(&self.waiting).take();
+        self.close(all.into_iter().flat_map(HashMap::into_values).flatten());
+    }
+}
+
+/// Returns when the server has closed the connection too, or has had time enough.
+async fn end(vacant: Vacant) {
+    let Vacant { connection, listed, .. } = vacant;
+    if let Ok(connection) = connection.resume() {
+        // Best effort: the server notices a closed socket too.
+        let _closed = tokio::time::timeout(PATIENCE, connection.terminate()).await;
+    }
+    drop(listed);
+}
+
+impl Session {
+    /// Whether the session ends so that its connection may be another client's. It must stand where nothing is asked,
+    /// nothing is answered and no cancel is on its way.
+    pub(super) fn is_vacated_by(&self, end: &End) -> bool {
+        matches!(end, End::ClientLeft)
+            && self.origin.is_some()
+            && self.is_at_safe_point()
+            && !self.ledger.is_uncertain()
+            && self.moving.is_none()
+            && self.worker.shared.vacancies.is_on()
+    }
+
+    /// Wipes the connection and keeps it for another client, unless the gate is closed or the server says anything but
+    /// that it is as new.
+    pub(super) async fn vacate(self: Box<Self>, mut backend: Backend) {
+        let Self { worker, entry, member, login, epoch, origin, client, slot, .. } = *self;
+        // The client is gone, and so is its place among the clients.
+        drop((client, slot));
+        let vacancies = &worker.shared.vacancies;
+        let admission = member.as_ref().and_then(|member| member.try_enter());
+        let is_wiped = match (admission, origin) {
+            (Some(admission), Some(origin)) if admission.epoch == epoch => {
+                entry.set_state(SessionState::Orphan);
+                let query = &vacancies.settings().server_reset_query;
+                let wiped = tokio::time::timeout(PATIENCE, wipe(&mut backend, query)).await == Ok(true);
+                wiped && reported(&backend) == origin.reported
+            }
+            (Some(_) | None, _) => false,
+        };
+        match origin {
+            Some(origin) if is_wiped => vacancies.keep(login, backend, origin.opened, epoch),
+            Some(_) | None => {
+                entry.set_backend(None);
+                drop(member);
+                // The link may be gone; the server notices that too.
+                let _closed = tokio::time::timeout(PATIENCE, backend.connection.terminate()).await;
+            }
+        }
+    }
+}
+
+/// Whether the connection has been wiped, is idle, and nothing more has come.
+async fn wipe(backend: &mut Backend, query: &str) -> bool {
+    let connection = &mut backend.connection;
+    if !connection.read_buf.is_empty() || connection.simple_query(query).await.is_err() {
+        return false;
+    }
+    // Of channels that the session listened to.
+    connection.take_notifications();
+    let is_idle = connection.transaction_status() == b'I' && connection.read_buf.is_empty();
+    connection.read_buf = bytes::BytesMut::new();
+    is_idle && backend.listen_in() != Heard::Unusable
+}
