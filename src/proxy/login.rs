@@ -407,7 +407,8 @@ impl LoginInProgress<'_> {
                     tracing::warn!(%error, "no backend for a client");
                     Refused::With(backend::refusal(&error))
                 })?;
-                let origin = (!exempt && !had_window && !has_window()).then(|| Origin::of(&backend, Instant::now().into_std()));
+                let origin =
+                    (!exempt && !had_window && !has_window()).then(|| Origin::of(&backend, Instant::now().into_std()));
                 (backend, origin)
             }
         };

@@ -203,7 +203,10 @@ async fn a_switch_leaves_none_of_the_old_server() {
     let kept = pid(&mut client).await;
     client.send(&frame(b'X', &[])).await;
     wait_for("one to wait", || async { waiting() == [ServerRole::Source] }).await;
-    assert!(rig.sessions.backend_pids(POSTGRES).contains(&kept.parse().expect("a number")), "a cutover knows it as ours");
+    assert!(
+        rig.sessions.backend_pids(POSTGRES).contains(&kept.parse().expect("a number")),
+        "a cutover knows it as ours"
+    );
     // Between prepare and pause: a connection from before is as it would be now, one from within is not kept.
     database.set_prepare_window(Some(PrepareWindow {
         epoch: Epoch(1),
@@ -293,9 +296,12 @@ async fn they_wait_no_longer_than_configured_and_make_room_when_the_server_is_fu
     direct.batch_execute("DROP DATABASE shut_soon").await.expect("PostgreSQL waits for them");
     rig.stop().await;
     // Not at all.
-    for change in [|pool: &mut config::Pool| pool.server_linger = Duration::ZERO, |pool: &mut config::Pool| {
-        pool.server_reset_query.clear();
-    }] {
+    for change in [
+        |pool: &mut config::Pool| pool.server_linger = Duration::ZERO,
+        |pool: &mut config::Pool| {
+            pool.server_reset_query.clear();
+        },
+    ] {
         let rig = Rig::start(server(&cluster), server(&cluster), |config| {
             patient(config);
             change(&mut config.pool);
@@ -416,7 +422,12 @@ async fn a_reset_that_is_not_what_it_should_be_ends_the_connection() {
         ("a reset", [done(), ready(b'I')].concat(), Then::Go, true),
         ("a notice", [notice, done(), ready(b'I')].concat(), Then::Go, true),
         ("a last notification", [notification.clone(), done(), ready(b'I')].concat(), Then::Go, true),
-        ("a report as at the login", [frame(b'S', b"is_superuser\0on\0"), done(), ready(b'I')].concat(), Then::Go, true),
+        (
+            "a report as at the login",
+            [frame(b'S', b"is_superuser\0on\0"), done(), ready(b'I')].concat(),
+            Then::Go,
+            true,
+        ),
         ("an error", [error.clone(), ready(b'I')].concat(), Then::Go, false),
         ("an error behind it", [done(), error.clone(), ready(b'I')].concat(), Then::Go, false),
         ("a transaction", [done(), ready(b'T')].concat(), Then::Go, false),
