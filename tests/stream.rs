@@ -38,6 +38,7 @@ CREATE TABLE parts (id int, region text, note text, PRIMARY KEY (id, region)) PA
 CREATE TABLE parts_north PARTITION OF parts FOR VALUES IN ('north');
 CREATE TABLE parts_south PARTITION OF parts FOR VALUES IN ('south');
 CREATE TABLE empty ();
+CREATE TABLE swapped (id int PRIMARY KEY, u int UNIQUE);
 CREATE TABLE parent (id int PRIMARY KEY);
 CREATE TABLE child (id int PRIMARY KEY, parent int REFERENCES parent);
 CREATE FUNCTION fail() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN RAISE EXCEPTION 'trigger fired'; END $$;
@@ -78,7 +79,7 @@ INSERT INTO parent VALUES (3);
 INSERT INTO child VALUES (3, 3);
 "#;
 
-const ALL: [&str; 13] = [
+const ALL: [&str; 14] = [
     "plain",
     "\"Odd \"\"Name\"",
     "toasted",
@@ -90,6 +91,7 @@ const ALL: [&str; 13] = [
     "parts_north",
     "parts_south",
     "empty",
+    "swapped",
     "parent",
     "child",
 ];
@@ -271,6 +273,30 @@ async fn a_transaction_larger_than_the_queue_flows_through() {
                UPDATE toasted SET small = small + 1;";
     connect(&bench.source, "shop").await.batch_execute(sql).await.expect("40 MB in one transaction");
     bench.drain(&status, "large").await;
+    bench.assert_equal().await;
+    running.abort();
+}
+
+/// Rows that exchange the values of a unique column cannot be changed at once: the target refuses the net effect, and takes
+/// the changes in the order in which the source made them. In a transaction of its own, and in the middle of a long one.
+#[tokio::test(flavor = "multi_thread")]
+async fn what_cannot_be_applied_at_once_is_applied_in_order() {
+    let bench = Bench::start((any_major(), any_major())).await;
+    let source = connect(&bench.source, "shop").await;
+    let fill = "INSERT INTO swapped SELECT g, g FROM generate_series(1, 1000) g";
+    source.batch_execute(fill).await.expect("filled");
+    let (status, running) = bench.run();
+    bench.drain(&status, "filled").await;
+    let swap = "UPDATE swapped SET u = -u; UPDATE swapped SET u = 1001 + u";
+    source.batch_execute(swap).await.expect("swapped");
+    bench.drain(&status, "swapped").await;
+    bench.assert_equal().await;
+    let long = format!(
+        "INSERT INTO plain SELECT g, 'x' FROM generate_series(1, 15000) g; {swap}; UPDATE plain SET note = 'y';
+         {swap}; DELETE FROM plain WHERE id % 2 = 0; UPDATE plain SET id = -id;"
+    );
+    source.batch_execute(&long).await.expect("in the middle");
+    bench.drain(&status, "long").await;
     bench.assert_equal().await;
     running.abort();
 }

@@ -17,13 +17,16 @@
 //! The queue between reading and applying is bounded in bytes. While it is full nothing is read, and the walsender
 //! client goes on sending feedback by itself.
 
+mod reading;
+
 use std::collections::HashMap;
 use std::sync::Arc;
 use std::time::Duration;
 
-use tokio::sync::{Semaphore, mpsc, watch};
+use tokio::sync::{mpsc, watch};
 
-use super::apply::applier::{Applied, Applier, ApplyError, Counters, Received, Tally};
+use self::reading::Reading;
+use super::apply::applier::{Applied, Applier, ApplyError, Counters, Tally};
 use super::apply::executor::{ExecuteError, Executor};
 use super::apply::plan::Planner;
 use super::snapshot::HandOver;
@@ -32,20 +35,15 @@ use crate::catalog::progress;
 use crate::failpoint::{self, Failpoints};
 use crate::ident::QualifiedName;
 use crate::lsn::Lsn;
-use crate::postgres::walsender::{
-    Feedback, ReplicationConnection, ReplicationMessage, ReplicationStream, WalsenderError,
-};
+use crate::postgres::walsender::{Feedback, WalsenderError};
 use crate::postgres::{ConnectError, Connector, Control, PipelineError, RawError};
 use crate::telemetry::metrics::Metrics;
 
-/// Messages that may wait in the queue, besides the bound in bytes.
-const QUEUE_MESSAGES: usize = 8192;
+/// Items that may wait in the queue, besides the bound in bytes.
+const QUEUE_ITEMS: usize = 8192;
 
 /// Bytes that one permit of the queue's memory stands for.
 const PERMIT_BYTES: usize = 256;
-
-/// What a message costs beside its bytes.
-const MESSAGE_OVERHEAD_BYTES: usize = 128;
 
 /// First and longest wait before a lost connection is made again.
 const BACKOFF: (Duration, Duration) = (Duration::from_millis(200), Duration::from_secs(10));
@@ -187,7 +185,10 @@ impl StreamError {
                 ApplyError::Shape { source, .. } => transient_query(source),
                 ApplyError::StreamEnded => true,
                 ApplyError::Execute(
-                    ExecuteError::WrongCount { .. } | ExecuteError::Fenced | ExecuteError::Unsendable(_),
+                    ExecuteError::WrongCount { .. }
+                    | ExecuteError::Fenced
+                    | ExecuteError::Decode(_)
+                    | ExecuteError::Unsendable(_),
                 )
                 | ApplyError::Decode(_)
                 | ApplyError::Plan(_)
@@ -318,8 +319,10 @@ async fn attempt(context: &StreamContext, status: &StreamStatus) -> Result<Never
     let login = context.target.own_login(&context.database, "apply");
     let connection = Box::pin(context.target.raw(&login)).await?;
     let executor = Executor::new(connection, &context.migration, context.generation).await.map_err(ApplyError::from)?;
-    let replication = ReplicationConnection::connect(&context.source, &context.database).await?;
-    let stream = replication.start(&context.slot, progress.end_lsn, &context.publication, 1).await?;
+    let (sender, queue) = mpsc::channel(QUEUE_ITEMS);
+    let received = Arc::new(watch::Sender::new(Lsn::ZERO));
+    let mut reading = Reading::begin(context, progress.end_lsn, sender, received.clone());
+    let feedback = reading.started().await?;
     tracing::info!(
         database = context.database,
         migration = context.migration,
@@ -331,6 +334,7 @@ async fn attempt(context: &StreamContext, status: &StreamStatus) -> Result<Never
 
     let applier = Applier::new(
         Planner::new(context.hand_overs.clone()),
+        (context.queue_bytes, PERMIT_BYTES),
         executor,
         target,
         &progress,
@@ -338,13 +342,10 @@ async fn attempt(context: &StreamContext, status: &StreamStatus) -> Result<Never
         Tally { tables: status.counters.clone(), metrics: context.metrics.clone() },
         context.failpoints.clone(),
     );
-    let (sender, queue) = mpsc::channel(QUEUE_MESSAGES);
-    let received = watch::Sender::new(Lsn::ZERO);
-    let feedback = stream.feedback();
     // Whichever ends first ends the attempt; the others are dropped: the socket to the source is closed, and the
     // target rolls back what was not committed.
     tokio::select! {
-        error = read(stream, sender, &received, context.queue_bytes) => Err(error.into()),
+        error = reading.failed() => Err(error.into()),
         error = applier.run(queue) => Err(error.into()),
         error = confirm(&feedback, status.applied.subscribe(), &received, &context.failpoints) => Err(error.into()),
     }
@@ -373,34 +374,6 @@ async fn check_slot(source: &Control, slot: &str, applied: Lsn) -> Result<(), St
         return Err(StreamError::SlotAhead { slot: slot.to_owned(), confirmed, applied });
     }
     Ok(())
-}
-
-/// Reads the stream into the queue, as long as there is memory for it.
-async fn read(
-    mut stream: ReplicationStream,
-    queue: mpsc::Sender<Received>,
-    received: &watch::Sender<Lsn>,
-    queue_bytes: usize,
-) -> WalsenderError {
-    let permits = (queue_bytes / PERMIT_BYTES).clamp(1, Semaphore::MAX_PERMITS.min(u32::MAX as usize));
-    let memory = Arc::new(Semaphore::new(permits));
-    loop {
-        let (item, position) = match stream.next().await {
-            Ok(ReplicationMessage::XLogData { end, data, .. }) => {
-                let cost = (data.len() + MESSAGE_OVERHEAD_BYTES).div_ceil(PERMIT_BYTES).min(permits);
-                let cost = u32::try_from(cost).unwrap_or(u32::MAX);
-                let memory = memory.clone().acquire_many_owned(cost).await.expect("never closed");
-                (Received::Data { data, memory }, end)
-            }
-            Ok(ReplicationMessage::Keepalive { end, .. }) => (Received::UpTo(end), end),
-            Err(error) => return error,
-        };
-        received.send_if_modified(|known| std::mem::replace(known, position.max(*known)) < position);
-        if queue.send(item).await.is_err() {
-            // The applier has ended, and its error is the one to report.
-            std::future::pending::<()>().await;
-        }
-    }
 }
 
 /// Tells the slot what is durable.

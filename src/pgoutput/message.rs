@@ -250,7 +250,11 @@ pub struct Tuple {
 impl Tuple {
     fn read(reader: &mut Reader) -> Result<Self, DecodeError> {
         let count = reader.u16("number of values")?;
-        let values = (0..count).map(|_| TupleValue::read(reader)).collect::<Result<_, _>>()?;
+        // A count that lies reserves no more than the message could hold.
+        let mut values = Vec::with_capacity(usize::from(count).min(reader.remaining()));
+        for _ in 0..count {
+            values.push(TupleValue::read(reader)?);
+        }
         Ok(Self { values })
     }
 }

@@ -26,13 +26,18 @@ enum Step {
     Parse,
     /// BindComplete, rows, CommandComplete.
     Execute,
-    /// The same, with the tag `COMMIT`: a transaction that had failed ends in `ROLLBACK`, without any error.
+    /// BindComplete, CopyInResponse, CommandComplete.
+    Copy,
+    /// As [`Step::Execute`], with the tag `COMMIT`: a transaction that had failed ends in `ROLLBACK`, without any error.
     Commit,
     /// ParameterDescription, then RowDescription or NoData.
     Describe,
     /// CloseComplete.
     Close,
 }
+
+/// Rows of a COPY are gathered into messages of about this size.
+const COPY_MESSAGE_BYTES: usize = 64 * 1024;
 
 /// Steps in the order in which they will run.
 #[derive(Default)]
@@ -140,16 +145,77 @@ impl Pipeline {
     ) -> Result<usize, EncodeError> {
         let before = self.encoded.len();
         let bound = frontend::bind("", statement, [], params, text_parameter, [], &mut self.encoded);
-        if let Err(error) = bound {
-            // A message cut short would take the next one for its rest.
-            self.encoded.truncate(before);
-            return Err(match error {
-                frontend::BindError::Conversion(error) => EncodeError(error.to_string()),
-                frontend::BindError::Serialization(error) => error.into(),
-            });
-        }
+        self.bound(before, bound)?;
         frontend::execute("", 0, &mut self.encoded)?;
         Ok(self.push(Step::Execute))
+    }
+
+    /// Runs the prepared `statement` with `count` parameters in binary form; `write` is called with the index of each.
+    pub fn execute_binary(
+        &mut self,
+        statement: &str,
+        count: usize,
+        mut write: impl FnMut(usize, &mut BytesMut),
+    ) -> Result<usize, EncodeError> {
+        let before = self.encoded.len();
+        let serialize = |index: usize, out: &mut BytesMut| {
+            write(index, out);
+            Ok(IsNull::No)
+        };
+        let bound = frontend::bind("", statement, [1], 0..count, serialize, [], &mut self.encoded);
+        self.bound(before, bound)?;
+        frontend::execute("", 0, &mut self.encoded)?;
+        Ok(self.push(Step::Execute))
+    }
+
+    /// Runs the prepared `COPY … FROM STDIN` with these rows, each of which writes itself. Nothing waits for the server
+    /// to say that it is ready for them: what it does not want it throws away up to the Sync.
+    pub fn copy_in<R>(&mut self, statement: &str, rows: impl IntoIterator<Item = R>) -> Result<usize, EncodeError>
+    where
+        R: FnOnce(&mut BytesMut),
+    {
+        let before = self.encoded.len();
+        let none: [Option<&[u8]>; 0] = [];
+        let bound = frontend::bind("", statement, [], none, text_parameter, [], &mut self.encoded);
+        self.bound(before, bound)?;
+        frontend::execute("", 0, &mut self.encoded)?;
+        let mut start = None;
+        for row in rows {
+            let at = *start.get_or_insert_with(|| {
+                let at = self.encoded.len();
+                self.encoded.extend_from_slice(&[b'd', 0, 0, 0, 0]);
+                at
+            });
+            row(&mut self.encoded);
+            if self.encoded.len() - at >= COPY_MESSAGE_BYTES {
+                self.end_copy_data(at)?;
+                start = None;
+            }
+        }
+        if let Some(at) = start {
+            self.end_copy_data(at)?;
+        }
+        frontend::copy_done(&mut self.encoded);
+        Ok(self.push(Step::Copy))
+    }
+
+    /// Fills in the length of the message that begins `at`.
+    fn end_copy_data(&mut self, at: usize) -> Result<(), EncodeError> {
+        let length = i32::try_from(self.encoded.len() - at - 1);
+        let length = length.map_err(|_| EncodeError("a row of more than 2 GiB".to_owned()))?;
+        self.encoded[at + 1..at + 5].copy_from_slice(&length.to_be_bytes());
+        Ok(())
+    }
+
+    /// A message cut short would take the next one for its rest.
+    fn bound(&mut self, before: usize, bound: Result<(), frontend::BindError>) -> Result<(), EncodeError> {
+        bound.map_err(|error| {
+            self.encoded.truncate(before);
+            match error {
+                frontend::BindError::Conversion(error) => EncodeError(error.to_string()),
+                frontend::BindError::Serialization(error) => error.into(),
+            }
+        })
     }
 
     /// Runs `sql` without parameters, through the unnamed statement.
@@ -272,10 +338,10 @@ impl<'s> Answers<'s> {
             (b'Z', None) => self.ready = true,
             (b'Z', Some(_)) if matches!(self.failure, Some(PipelineError::Step { .. })) => self.ready = true,
             (b'1', Some(Step::Parse)) | (b'3', Some(Step::Close)) => self.step += 1,
-            (b'2' | b'D' | b'T', Some(Step::Execute | Step::Commit)) => {}
+            (b'2' | b'D' | b'T', Some(Step::Execute | Step::Commit)) | (b'2' | b'G', Some(Step::Copy)) => {}
             // EmptyQueryResponse.
             (b'I', Some(Step::Execute)) => self.executed(0),
-            (b'C', Some(Step::Execute)) => self.executed(affected_rows(&frame.body).unwrap_or(0)),
+            (b'C', Some(Step::Execute | Step::Copy)) => self.executed(affected_rows(&frame.body).unwrap_or(0)),
             (b'C', Some(Step::Commit)) => {
                 if frame.body[..] != *b"COMMIT\0" {
                     self.failure.get_or_insert(PipelineError::RolledBack);
@@ -339,7 +405,8 @@ mod tests {
 
     #[test]
     fn answers_find_their_steps() {
-        let steps = [Step::Parse, Step::Execute, Step::Describe, Step::Execute, Step::Close, Step::Commit];
+        let steps =
+            [Step::Parse, Step::Execute, Step::Describe, Step::Execute, Step::Close, Step::Copy, Step::Commit];
         let frames: &[(u8, &[u8])] = &[
             (b'1', b""),
             (b'2', b""),
@@ -351,11 +418,14 @@ mod tests {
             (b'C', b"INSERT 0 1\0"),
             (b'3', b""),
             (b'2', b""),
+            (b'G', b"\0\0\0"),
+            (b'C', b"COPY 7\0"),
+            (b'2', b""),
             (b'C', b"COMMIT\0"),
             READY,
         ];
         let outcome = answers(&steps, frames).expect("no failure");
-        assert_eq!(outcome, Outcome { affected: vec![3, 1, 0], parameter_types: vec![vec![23, 25]] });
+        assert_eq!(outcome, Outcome { affected: vec![3, 1, 7, 0], parameter_types: vec![vec![23, 25]] });
     }
 
     #[test]

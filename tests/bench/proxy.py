@@ -119,7 +119,7 @@ class Bench:
         log = open(f"{self.directory}/{name}.log", "w")
         process = subprocess.Popen(command, stdout=log, stderr=log, stdin=subprocess.DEVNULL, cwd=self.directory)
         self.started.append(process)
-        user, database = (ROLE, DATABASE) if name not in ("source", "target") else ("postgres", "postgres")
+        user, database = (ROLE, DATABASE) if name.split("-")[0] not in ("source", "target") else ("postgres", "postgres")
         for _ in range(300):
             if process.poll() is not None:
                 break

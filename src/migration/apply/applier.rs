@@ -1,8 +1,8 @@
 //! The apply loop of one database: takes what the stream brings, in order, and makes it durable on the target.
 //!
-//! Whole transactions of the source are gathered into one transaction of the target while more is waiting, up to a
-//! size; a transaction that is larger than that flows through as it is read. The progress row changes in the same
-//! transaction. Positions that hold nothing of ours (keepalives, empty transactions) are written to the progress row
+//! While the target works on one piece, the next is gathered: whole transactions of the source become one transaction of
+//! the target, up to a size; a transaction that is larger than that flows through in pieces as it is read. The progress
+//! row changes in the same transaction. Positions that hold nothing of ours (keepalives, empty transactions) are written to the progress row
 //! too, but not more often than [`IDLE_INTERVAL`].
 
 use std::collections::HashMap;
@@ -10,11 +10,12 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use bytes::Bytes;
-use tokio::sync::{OwnedSemaphorePermit, mpsc, watch};
+use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc, watch};
 use tokio::time::Instant;
 
 use super::executor::{ExecuteError, Executor};
-use super::plan::{Change, Committed, Operation, PlanError, Planned, Planner};
+use super::gather::{Counts, Gatherer, Part, Piece};
+use super::plan::{PlanError, Planned, Planner};
 use super::shape::{ColumnKind, SHAPE_SQL, TableShape, TargetColumn};
 use crate::catalog::progress::Progress;
 use crate::failpoint::{self, Failpoints};
@@ -25,8 +26,12 @@ use crate::pgoutput::{self, Message, Relation};
 use crate::postgres::Control;
 use crate::telemetry::metrics::{self, Metrics};
 
-/// A target transaction is ended after the source transaction with which it reaches this many changes.
-const BATCH_CHANGES: u64 = 2000;
+/// While changes come without end, pieces that are not full follow each other at this distance: fewer and larger
+/// transactions cost the target less. A first one after a while goes at once, and so does a marker.
+const PIECE_INTERVAL: Duration = Duration::from_millis(5);
+
+/// Items taken from the queue before the other half gets its turn.
+const TURN: usize = 64;
 
 /// Shortest time between two writes of a progress that covers no rows.
 const IDLE_INTERVAL: Duration = Duration::from_secs(1);
@@ -34,11 +39,11 @@ const IDLE_INTERVAL: Duration = Duration::from_secs(1);
 /// What the stream hands over.
 #[derive(Debug)]
 pub enum Received {
-    /// One pgoutput message, with the memory that it occupies.
+    /// pgoutput messages in their order, with the memory that they occupy.
     Data {
-        /// The message.
-        data: Bytes,
-        /// Given back when the message has been sent to the target.
+        /// The messages.
+        messages: Vec<Bytes>,
+        /// Given back when the target has them.
         memory: OwnedSemaphorePermit,
     },
     /// Everything that commits before this position has been received.
@@ -70,19 +75,17 @@ impl Counters {
         self.tables.lock().unwrap_or_else(PoisonError::into_inner).get(table).copied().unwrap_or_default()
     }
 
-    fn add(&self, batch: &HashMap<(Arc<QualifiedName>, Operation), u64>) {
+    fn add(&self, parts: &[(Arc<QualifiedName>, Counts)]) {
         let mut tables = self.tables.lock().unwrap_or_else(PoisonError::into_inner);
-        for ((table, operation), count) in batch {
+        for (table, counts) in parts {
             if !tables.contains_key(&**table) {
                 tables.insert((**table).clone(), IncrementalView::default());
             }
             let Some(counters) = tables.get_mut(&**table) else { continue };
-            match operation {
-                Operation::Insert => counters.inserts += count,
-                Operation::Update => counters.updates += count,
-                Operation::Delete => counters.deletes += count,
-                Operation::Truncate => counters.truncates += count,
-            }
+            counters.inserts += counts.inserts;
+            counters.updates += counts.updates;
+            counters.deletes += counts.deletes;
+            counters.truncates += counts.truncates;
         }
     }
 }
@@ -97,17 +100,20 @@ pub struct Tally {
 }
 
 impl Tally {
-    fn add(&self, batch: &Batch) {
-        self.tables.add(&batch.rows);
-        self.metrics.apply_transactions.inc_by(batch.transactions);
-        for ((_, operation), count) in &batch.rows {
-            let operation = match operation {
-                Operation::Insert => metrics::Operation::Insert,
-                Operation::Update => metrics::Operation::Update,
-                Operation::Delete => metrics::Operation::Delete,
-                Operation::Truncate => metrics::Operation::Truncate,
-            };
-            self.metrics.apply_rows.with_label_values(&[operation.as_str()]).inc_by(*count);
+    fn add(&self, done: &Done) {
+        self.tables.add(&done.parts);
+        self.metrics.apply_transactions.inc_by(done.transactions);
+        for (_, counts) in &done.parts {
+            for (operation, count) in [
+                (metrics::Operation::Insert, counts.inserts),
+                (metrics::Operation::Update, counts.updates),
+                (metrics::Operation::Delete, counts.deletes),
+                (metrics::Operation::Truncate, counts.truncates),
+            ] {
+                if count > 0 {
+                    self.metrics.apply_rows.with_label_values(&[operation.as_str()]).inc_by(count);
+                }
+            }
         }
     }
 }
@@ -143,34 +149,55 @@ pub enum ApplyError {
 /// See the module.
 #[derive(Debug)]
 pub struct Applier {
+    intake: Intake,
+    worker: Worker,
+}
+
+/// From messages to pieces.
+#[derive(Debug)]
+struct Intake {
     planner: Planner,
-    executor: Executor,
+    gatherer: Gatherer,
     /// For the target's catalogue.
     control: Arc<Control>,
-    applied: watch::Sender<Applied>,
-    tally: Tally,
-    failpoints: Failpoints,
-    /// What the progress row will say after the next commit.
+    applied: Arc<watch::Sender<Applied>>,
+    /// Of the last transaction of the source that is in a piece or was before, and what is behind it.
     commit_lsn: Lsn,
     end_lsn: Lsn,
-    marker: Option<String>,
-    batch: Batch,
-    /// When a progress that covers no rows was last written.
-    idle_written: Instant,
+    /// Up to here a piece was handed over.
+    handed_lsn: Lsn,
+    /// When the last piece was handed over.
+    handed_at: Instant,
+}
+
+/// A piece, and the worker's time.
+struct Order {
+    piece: Piece,
+    turn: OwnedSemaphorePermit,
+}
+
+/// From pieces to the target's disk.
+#[derive(Debug)]
+struct Worker {
+    executor: Executor,
+    applied: Arc<watch::Sender<Applied>>,
+    tally: Tally,
+    failpoints: Failpoints,
+    done: Done,
 }
 
 /// What the open transaction of the target holds.
 #[derive(Debug, Default)]
-struct Batch {
-    changes: u64,
+struct Done {
     transactions: u64,
-    rows: HashMap<(Arc<QualifiedName>, Operation), u64>,
+    parts: Vec<(Arc<QualifiedName>, Counts)>,
 }
 
 impl Applier {
-    /// Goes on from `progress`.
+    /// Goes on from `progress`. `queue` is the size of the queue's memory and of one permit of it, in bytes.
     pub fn new(
         planner: Planner,
+        queue: (usize, usize),
         executor: Executor,
         control: Arc<Control>,
         progress: &Progress,
@@ -183,150 +210,157 @@ impl Applier {
             applied.seen = applied.seen.max(progress.end_lsn);
             applied.marker.clone_from(&progress.marker);
         });
-        Self {
+        let applied = Arc::new(applied);
+        let intake = Intake {
             planner,
-            executor,
+            gatherer: Gatherer::new(queue.0, queue.1),
             control,
-            applied,
-            tally,
-            failpoints,
+            applied: applied.clone(),
             commit_lsn: progress.commit_lsn,
             end_lsn: progress.end_lsn,
-            marker: None,
-            batch: Batch::default(),
-            idle_written: Instant::now(),
-        }
+            handed_lsn: progress.end_lsn,
+            handed_at: Instant::now(),
+        };
+        Self { intake, worker: Worker { executor, applied, tally, failpoints, done: Done::default() } }
     }
 
     /// Applies until something fails. Dropping it in between loses nothing: the target rolls an open transaction back.
-    pub async fn run(mut self, mut queue: mpsc::Receiver<Received>) -> ApplyError {
+    pub async fn run(self, queue: mpsc::Receiver<Received>) -> ApplyError {
+        let (orders, taken) = mpsc::channel(1);
+        // Both halves run until one fails; nothing of the other is needed then.
+        tokio::select! {
+            error = self.intake.run(queue, orders) => error,
+            error = self.worker.run(taken) => error,
+        }
+    }
+}
+
+impl Intake {
+    async fn run(mut self, mut queue: mpsc::Receiver<Received>, orders: mpsc::Sender<Order>) -> ApplyError {
+        // One piece is worked on while the next one is filled, and no more.
+        let turns = Arc::new(Semaphore::new(1));
         loop {
-            if let Err(error) = self.step(&mut queue).await {
+            if let Err(error) = self.step(&mut queue, &orders, &turns).await {
                 return error;
             }
         }
     }
 
-    /// Takes one item, or uses the time in which there is none.
-    async fn step(&mut self, queue: &mut mpsc::Receiver<Received>) -> Result<(), ApplyError> {
-        match queue.try_recv() {
-            Ok(received) => return self.take(received).await,
-            Err(mpsc::error::TryRecvError::Disconnected) => return Err(ApplyError::StreamEnded),
-            Err(mpsc::error::TryRecvError::Empty) => {}
+    /// Takes what is at hand; then hands over what there is, as soon as the worker has time for it and it is due.
+    async fn step(
+        &mut self,
+        queue: &mut mpsc::Receiver<Received>,
+        orders: &mpsc::Sender<Order>,
+        turns: &Arc<Semaphore>,
+    ) -> Result<(), ApplyError> {
+        for _ in 0..TURN {
+            match queue.try_recv() {
+                Ok(received) => self.take(received, orders, turns).await?,
+                Err(mpsc::error::TryRecvError::Disconnected) => return Err(ApplyError::StreamEnded),
+                Err(mpsc::error::TryRecvError::Empty) => break,
+            }
         }
-        if self.planner.in_transaction() {
-            self.executor.flush().await?;
-        } else if self.executor.is_open() {
-            return self.commit().await;
-        }
-        let due = self.idle_due();
-        // Receiving from a queue and waiting for a moment both lose nothing when dropped.
+        let due = self.due();
+        let ready = async {
+            tokio::time::sleep_until(due.unwrap_or_else(Instant::now)).await;
+            turns.clone().acquire_owned().await.expect("never closed")
+        };
+        // Receiving from a queue, waiting for a moment and for a turn all lose nothing when dropped.
         tokio::select! {
-            received = queue.recv() => self.take(received.ok_or(ApplyError::StreamEnded)?).await,
-            () = tokio::time::sleep_until(due.unwrap_or_else(Instant::now)), if due.is_some() => self.commit().await,
+            turn = ready, if due.is_some() => self.hand_over(turn, orders).await,
+            received = queue.recv() => self.take(received.ok_or(ApplyError::StreamEnded)?, orders, turns).await,
         }
     }
 
-    /// When a progress that covers no rows is to be written; none: there is nothing to write.
-    fn idle_due(&self) -> Option<Instant> {
-        let behind = self.end_lsn > self.applied.borrow().durable;
-        (behind && !self.planner.in_transaction()).then(|| self.idle_written + IDLE_INTERVAL)
+    /// When what there is should be handed over; none: there is nothing, or a transaction has not come whole.
+    fn due(&self) -> Option<Instant> {
+        if self.planner.in_transaction() {
+            None
+        } else if self.gatherer.has_marker() {
+            Some(Instant::now())
+        } else if !self.gatherer.is_empty() {
+            Some(self.handed_at + PIECE_INTERVAL)
+        } else {
+            (self.end_lsn > self.handed_lsn).then(|| self.handed_at + IDLE_INTERVAL)
+        }
     }
 
-    async fn take(&mut self, received: Received) -> Result<(), ApplyError> {
+    async fn hand_over(&mut self, turn: OwnedSemaphorePermit, orders: &mpsc::Sender<Order>) -> Result<(), ApplyError> {
+        let piece = if self.planner.in_transaction() {
+            self.gatherer.take()
+        } else {
+            self.handed_lsn = self.end_lsn;
+            self.gatherer.take_ended(self.commit_lsn, self.end_lsn)
+        };
+        self.handed_at = Instant::now();
+        orders.send(Order { piece, turn }).await.map_err(|_| ApplyError::StreamEnded)
+    }
+
+    async fn take(
+        &mut self,
+        received: Received,
+        orders: &mpsc::Sender<Order>,
+        turns: &Arc<Semaphore>,
+    ) -> Result<(), ApplyError> {
         match received {
             Received::UpTo(position) => {
                 // In the middle of a transaction a keepalive's position is not yet ours to claim.
                 if !self.planner.in_transaction() {
                     self.end_lsn = self.end_lsn.max(position);
-                    if !self.executor.is_open() {
-                        self.saw(self.end_lsn);
-                    }
+                    self.saw(turns);
                 }
                 Ok(())
             }
-            Received::Data { data, memory } => {
-                let message = pgoutput::decode(&data, false)?;
-                let done = self.message(message).await;
-                drop(memory);
-                done
+            Received::Data { messages, memory } => {
+                self.gatherer.hold(memory);
+                for data in messages {
+                    self.message(data).await?;
+                    if self.gatherer.is_full() && self.gatherer.is_empty() {
+                        self.gatherer.release();
+                    } else if self.gatherer.is_full() {
+                        let turn = turns.clone().acquire_owned().await.expect("never closed");
+                        self.hand_over(turn, orders).await?;
+                    }
+                }
+                self.saw(turns);
+                Ok(())
             }
         }
     }
 
-    async fn message(&mut self, message: Message) -> Result<(), ApplyError> {
-        let planned = match message {
+    async fn message(&mut self, data: Bytes) -> Result<(), ApplyError> {
+        let planned = match pgoutput::decode(&data, false)? {
             Message::Relation(relation) => {
                 let shape = if Planner::needs_shape(&relation) { Some(self.shape(&relation).await?) } else { None };
                 self.planner.relation(relation, shape)?;
-                self.executor.retire(&self.planner.take_retired())?;
+                self.gatherer.retire(self.planner.take_retired());
                 return Ok(());
             }
             other => self.planner.plan(other)?,
         };
         match planned {
-            Planned::Nothing | Planned::Begin => Ok(()),
-            Planned::Change(change) => self.change(*change).await,
-            Planned::Commit(committed) => self.committed(committed).await,
-        }
-    }
-
-    async fn change(&mut self, change: Change) -> Result<(), ApplyError> {
-        self.batch.changes += 1;
-        if change.truncated.is_empty() {
-            *self.batch.rows.entry((change.table.clone(), change.operation)).or_default() += 1;
-        }
-        for table in &change.truncated {
-            *self.batch.rows.entry((table.clone(), change.operation)).or_default() += 1;
-        }
-        self.executor.change(change).await?;
-        let retired = self.planner.take_retired();
-        Ok(self.executor.retire(&retired)?)
-    }
-
-    async fn committed(&mut self, committed: Committed) -> Result<(), ApplyError> {
-        self.commit_lsn = committed.commit_lsn;
-        self.end_lsn = self.end_lsn.max(committed.end_lsn);
-        self.batch.transactions += 1;
-        let marked = committed.marker.is_some();
-        self.marker = committed.marker.or(self.marker.take());
-        if marked || self.batch.changes >= BATCH_CHANGES {
-            return self.commit().await;
-        }
-        if !self.executor.is_open() {
-            self.saw(self.end_lsn);
-        }
-        Ok(())
-    }
-
-    /// Everything up to `position` is applied and durable, or was nothing of ours.
-    fn saw(&self, position: Lsn) {
-        self.applied.send_if_modified(|applied| {
-            let ahead = position > applied.seen;
-            applied.seen = applied.seen.max(position);
-            ahead
-        });
-    }
-
-    /// Ends the target's transaction with the progress in it, and makes it known.
-    async fn commit(&mut self) -> Result<(), ApplyError> {
-        self.executor.record_progress(self.commit_lsn, self.end_lsn, self.marker.as_deref()).await?;
-        self.failpoints.hit("apply.before_commit").await?;
-        self.executor.commit().await?;
-        self.failpoints.hit("apply.after_commit").await?;
-        self.idle_written = Instant::now();
-        let batch = std::mem::take(&mut self.batch);
-        self.tally.add(&batch);
-        let (marker, durable) = (self.marker.take(), self.end_lsn);
-        self.applied.send_modify(|applied| {
-            applied.durable = durable;
-            applied.seen = applied.seen.max(durable);
-            applied.transactions += batch.transactions;
-            if marker.is_some() {
-                applied.marker = marker;
+            Planned::Nothing | Planned::Begin => {}
+            Planned::Change(change) => self.gatherer.change(change, data),
+            Planned::Truncate(truncation) => self.gatherer.truncate(truncation),
+            Planned::Commit(committed) => {
+                self.commit_lsn = committed.commit_lsn;
+                self.end_lsn = self.end_lsn.max(committed.end_lsn);
+                self.gatherer.committed(committed);
             }
-        });
+        }
         Ok(())
+    }
+
+    /// Makes it known that everything so far was nothing of ours, or is done with.
+    fn saw(&self, turns: &Semaphore) {
+        let nothing_left = self.gatherer.is_empty() && !self.gatherer.has_marker() && turns.available_permits() == 1;
+        if nothing_left && !self.planner.in_transaction() {
+            self.applied.send_if_modified(|applied| {
+                let ahead = self.end_lsn > applied.seen;
+                applied.seen = applied.seen.max(self.end_lsn);
+                ahead
+            });
+        }
     }
 
     /// Reads what the relation looks like on the target.
@@ -340,8 +374,45 @@ impl Applier {
                 kind: ColumnKind::from_catalogue(row.get(2)),
                 equality: row.get(3),
                 primary_key: row.get(4),
+                cast_from_text: row.get(5),
             };
             (row.get(0), column)
         })))
+    }
+}
+
+impl Worker {
+    async fn run(mut self, mut orders: mpsc::Receiver<Order>) -> ApplyError {
+        while let Some(Order { piece, turn }) = orders.recv().await {
+            if let Err(error) = self.work(piece).await {
+                return error;
+            }
+            drop(turn);
+        }
+        // The other half has ended, and its error is the one to report.
+        std::future::pending().await
+    }
+
+    /// Executes a piece and, where it ends, makes it durable and known.
+    async fn work(&mut self, piece: Piece) -> Result<(), ApplyError> {
+        let counted = piece.parts.iter().map(|Part { table, counts, .. }| (table.name.clone(), *counts));
+        self.done.parts.extend(counted);
+        let end = piece.end.clone();
+        self.executor.execute(piece).await?;
+        let Some(end) = end else { return Ok(()) };
+        self.failpoints.hit("apply.before_commit").await?;
+        self.executor.commit().await?;
+        self.failpoints.hit("apply.after_commit").await?;
+        let done = Done { transactions: end.transactions, ..std::mem::take(&mut self.done) };
+        self.tally.add(&done);
+        self.applied.send_modify(|applied| {
+            applied.durable = end.end_lsn;
+            applied.seen = applied.seen.max(end.end_lsn);
+            applied.transactions += end.transactions;
+            if end.marker.is_some() {
+                applied.marker = end.marker;
+            }
+        });
+        Ok(())
     }
 }

@@ -1,11 +1,17 @@
 //! From the stream's messages to committed rows on the target.
 //!
-//! [`plan`] turns decoded changes into statements without touching a socket; [`shape`] is what it must know of the
-//! target's tables; [`executor`] runs the statements, pipelined; [`applier`] is the loop that joins them.
+//! [`plan`] finds out what each decoded change means for the target without touching a socket, [`plan_table`] which row
+//! it means, and [`plan_net`] what is left of many changes; [`shape`] is what must be known of the target's tables.
+//! [`gather`] makes pieces of them, [`executor`] runs a piece as a few large statements, and [`applier`] has both work at
+//! the same time.
 
 pub mod applier;
+mod encode;
 pub mod executor;
+mod gather;
 pub mod plan;
+pub mod plan_net;
+pub mod plan_table;
 #[cfg(test)]
 mod plan_tests;
 pub mod shape;

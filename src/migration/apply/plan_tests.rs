@@ -1,10 +1,14 @@
-//! The planner against hand-made messages.
+//! The planner against hand-made messages, and the net effect of changes against the changes themselves.
 
-use std::collections::HashMap;
+use std::collections::{BTreeMap, HashMap};
+use std::sync::Arc;
 
 use bytes::Bytes;
+use proptest::prelude::*;
 
-use super::plan::{Change, Committed, PlanError, Planned, Planner, Value};
+use super::plan::{Committed, PlanError, Planned, Planner, Truncation};
+use super::plan_net::{Net, Sets};
+use super::plan_table::{Key, RowChange, Table};
 use super::shape::{ColumnKind, TableShape, TargetColumn};
 use crate::ident::QualifiedName;
 use crate::lsn::Lsn;
@@ -22,7 +26,7 @@ fn tuple(values: &[TupleValue]) -> Tuple {
     Tuple { values: values.to_vec() }
 }
 
-fn sent(values: &[Option<&'static str>]) -> Vec<Option<Value>> {
+fn sent(values: &[Option<&'static str>]) -> Vec<Option<Bytes>> {
     values.iter().map(|value| value.map(|text| Bytes::from_static(text.as_bytes()))).collect()
 }
 
@@ -36,7 +40,7 @@ fn relation(oid: u32, name: &str, identity: ReplicaIdentity, columns: &[(&str, b
 
 fn column(kind: ColumnKind, primary_key: bool) -> TargetColumn {
     let equality = primary_key.then(|| "pg_catalog.=".to_owned());
-    TargetColumn { type_sql: "integer".to_owned(), kind, equality, primary_key }
+    TargetColumn { type_sql: "integer".to_owned(), kind, equality, primary_key, cast_from_text: false }
 }
 
 fn shape(columns: &[(&str, ColumnKind, bool)]) -> TableShape {
@@ -67,10 +71,27 @@ fn commit(planner: &mut Planner, lsn: u64) -> Committed {
     }
 }
 
-fn change(planner: &mut Planner, message: Message) -> Change {
+/// A change as the statement that makes it alone.
+struct Single {
+    table: Arc<Table>,
+    sql: String,
+    parameters: Vec<Option<Bytes>>,
+}
+
+fn change(planner: &mut Planner, message: Message) -> Single {
     match planner.plan(message) {
-        Ok(Planned::Change(change)) => *change,
+        Ok(Planned::Change(change)) => {
+            let (shape, parameters) = change.table.row(&change.row);
+            Single { sql: change.table.row_sql(&shape), parameters, table: change.table }
+        }
         other => panic!("not a change: {other:?}"),
+    }
+}
+
+fn truncated(planner: &mut Planner, truncate: Truncate) -> Truncation {
+    match planner.plan(Message::Truncate(truncate)) {
+        Ok(Planned::Truncate(truncation)) => truncation,
+        other => panic!("not a truncation: {other:?}"),
     }
 }
 
@@ -88,11 +109,11 @@ fn inserts_share_a_statement() {
     let first = change(&mut planner, insert(7, &[text("1"), TupleValue::Null, text("x")]));
     let second = change(&mut planner, insert(7, &[text("2"), text("3"), text("4")]));
     assert_eq!(
-        first.statement.sql,
+        first.sql,
         r#"INSERT INTO "s"."t" ("id", "a", "b") OVERRIDING SYSTEM VALUE VALUES ($1, $2, $3)"#
     );
     assert_eq!(first.parameters, sent(&[Some("1"), None, Some("x")]));
-    assert_eq!(first.statement, second.statement);
+    assert_eq!(first.sql, second.sql);
     assert_eq!(commit(&mut planner, 0x100).changes, 2);
 }
 
@@ -101,7 +122,7 @@ fn updates_set_what_was_sent_and_find_the_row_by_its_old_key() {
     let mut planner = planner();
     let toast = change(&mut planner, update(7, None, &[text("1"), TupleValue::UnchangedToast, text("x")]));
     assert_eq!(
-        toast.statement.sql,
+        toast.sql,
         r#"UPDATE ONLY "s"."t" SET "id" = $1, "b" = $2 WHERE "id" OPERATOR(pg_catalog.=) $3::integer"#
     );
     assert_eq!(toast.parameters, sent(&[Some("1"), Some("x"), Some("1")]));
@@ -123,7 +144,7 @@ fn full_identity_matches_one_row_by_all_values_or_by_the_primary_key() {
     let delete = Message::Delete(Delete { xid: None, relation: 8, old: old() });
     let delete = change(&mut planner, delete);
     assert_eq!(
-        delete.statement.sql,
+        delete.sql,
         r#"DELETE FROM ONLY "s"."f" WHERE ctid = (SELECT ctid FROM ONLY "s"."f" WHERE "#.to_owned()
             + r#""a"::text IS NOT DISTINCT FROM ($1::integer)::text AND "#
             + r#""b"::text IS NOT DISTINCT FROM ($2::integer)::text LIMIT 1)"#
@@ -132,12 +153,12 @@ fn full_identity_matches_one_row_by_all_values_or_by_the_primary_key() {
 
     let with = shape(&[("a", plain, true), ("b", plain, false)]);
     planner.relation(relation(8, "f", ReplicaIdentity::Full, &full), Some(with)).expect("mapped");
-    assert_eq!(planner.take_retired(), [delete.statement.id], "a changed relation gives its statements up");
+    assert_eq!(planner.take_retired(), [delete.table.id], "a changed relation gives its statements up");
     let update = change(&mut planner, update(8, Some(old()), &[text("1"), text("2")]));
     assert!(
-        update.statement.sql.ends_with(r#"WHERE "a" OPERATOR(pg_catalog.=) $3::integer"#),
+        update.sql.ends_with(r#"WHERE "a" OPERATOR(pg_catalog.=) $3::integer"#),
         "{}",
-        update.statement.sql
+        update.sql
     );
 }
 
@@ -152,15 +173,15 @@ fn generated_columns_are_not_written_and_identities_are_replaced_when_they_chang
     ]);
     planner.relation(relation(9, "i", ReplicaIdentity::Default, &columns), Some(known)).expect("mapped");
     let inserted = change(&mut planner, insert(9, &[text("1"), text("2"), text("3")]));
-    assert!(inserted.statement.sql.contains(r#"("id", "a") OVERRIDING"#), "{}", inserted.statement.sql);
+    assert!(inserted.sql.contains(r#"("id", "a") OVERRIDING"#), "{}", inserted.sql);
 
     let same = change(&mut planner, update(9, None, &[text("1"), text("2"), text("3")]));
-    assert!(same.statement.sql.starts_with(r#"UPDATE ONLY "s"."i" SET "a" = $1 WHERE"#), "{}", same.statement.sql);
+    assert!(same.sql.starts_with(r#"UPDATE ONLY "s"."i" SET "a" = $1 WHERE"#), "{}", same.sql);
 
     let old = OldTuple::Key(tuple(&[text("1"), TupleValue::Null, TupleValue::Null]));
     let new = change(&mut planner, update(9, Some(old), &[text("5"), text("2"), TupleValue::UnchangedToast]));
     assert_eq!(
-        new.statement.sql,
+        new.sql,
         r#"WITH old AS (DELETE FROM ONLY "s"."i" WHERE "id" OPERATOR(pg_catalog.=) $2::integer RETURNING *) "#
             .to_owned()
             + r#"INSERT INTO "s"."i" ("id", "a") OVERRIDING SYSTEM VALUE SELECT $1::integer, old."a" FROM old"#
@@ -178,13 +199,13 @@ fn what_the_copy_has_is_skipped_table_by_table() {
     }
     begin(&mut planner, 0x1A0, 739);
     assert!(matches!(planner.plan(insert(7, &[text("1")])), Ok(Planned::Nothing)));
-    assert_eq!(change(&mut planner, insert(8, &[text("1")])).table.name, "later");
+    assert_eq!(change(&mut planner, insert(8, &[text("1")])).table.name.name, "later");
     let truncate = Truncate { xid: None, cascade: true, restart_identity: true, relations: vec![7, 8] };
-    let truncate = change(&mut planner, Message::Truncate(truncate));
-    assert_eq!(truncate.statement.sql, r#"TRUNCATE ONLY "s"."later" RESTART IDENTITY"#);
+    let truncate = truncated(&mut planner, truncate);
+    assert_eq!(truncate.sql, r#"TRUNCATE ONLY "s"."later" RESTART IDENTITY"#);
     assert_eq!(commit(&mut planner, 0x1A0).changes, 2);
     begin(&mut planner, 0x1F0, 741);
-    assert_eq!(change(&mut planner, insert(7, &[text("2")])).table.name, "t");
+    assert_eq!(change(&mut planner, insert(7, &[text("2")])).table.name.name, "t");
     let _ = commit(&mut planner, 0x1F0);
 }
 
@@ -216,4 +237,93 @@ fn nothing_is_guessed() {
     assert!(matches!(planner.plan(update(5, None, &[text("1")])), Err(PlanError::NoIdentity { .. })));
     let wrong = Commit { commit_lsn: Lsn(0x999), end_lsn: Lsn(0x1000), timestamp: Timestamp(0) };
     assert!(matches!(planner.plan(Message::Commit(wrong)), Err(PlanError::OutOfPlace(_))));
+}
+
+/// A table of the target, as the net effect and the changes themselves act on it.
+#[derive(Clone, Debug, Default, PartialEq)]
+struct Rows(BTreeMap<u8, (Option<u8>, u8)>);
+
+impl Rows {
+    /// Executes sets as the executor does; each row must be there, or not be there.
+    fn execute(&mut self, sets: Sets) {
+        let number = |value: &TupleValue| match value {
+            TupleValue::Text(bytes) => Some(std::str::from_utf8(bytes).expect("text").parse().expect("a number")),
+            _ => None,
+        };
+        let key_of = |key: &Key| number(&TupleValue::Text(key.values()[0].clone())).expect("a key");
+        for key in &sets.deletes {
+            assert!(self.0.remove(&key_of(key)).is_some(), "deletes what is not there");
+        }
+        for (key, new) in &sets.updates {
+            let row = self.0.get_mut(&key_of(key)).expect("updates what is not there");
+            if new.values[1] != TupleValue::UnchangedToast {
+                row.0 = number(&new.values[1]);
+            }
+            row.1 = number(&new.values[2]).expect("sent");
+        }
+        for new in &sets.inserts {
+            assert!(!new.values.contains(&TupleValue::UnchangedToast), "inserts what is not known");
+            let row = (number(&new.values[1]), number(&new.values[2]).expect("sent"));
+            assert!(self.0.insert(number(&new.values[0]).expect("a key"), row).is_none(), "inserts twice");
+        }
+    }
+}
+
+fn digits(value: u8) -> TupleValue {
+    TupleValue::Text(Bytes::from(value.to_string().into_bytes()))
+}
+
+proptest! {
+    /// Steps that a server could have sent, folded, leave the same rows as the steps themselves.
+    #[test]
+    fn the_net_effect_is_what_the_changes_come_to(
+        steps in proptest::collection::vec((0u8..4, 0u8..6, 0u8..6, any::<bool>(), 0u8..9), 1..60),
+        cuts in proptest::collection::vec(0usize..60, 0..4),
+    ) {
+        let columns = [("id", true), ("big", false), ("small", false)];
+        let plain = ColumnKind::Plain;
+        let known = shape(&[("id", plain, true), ("big", plain, false), ("small", plain, false)]);
+        let relation = relation(7, "t", ReplicaIdentity::Default, &columns);
+        let table = Table::map(0, relation, known, |_| None).expect("mapped");
+        let (mut wanted, mut found) = (Rows::default(), Rows::default());
+        let mut net = Net::default();
+        for (number, (what, key, other, unsent, value)) in steps.into_iter().enumerate() {
+            let big = if unsent { TupleValue::UnchangedToast } else { digits(value + 10) };
+            let there = wanted.0.get(&key).copied();
+            let change = match (what, there) {
+                (0, None) => {
+                    wanted.0.insert(key, (Some(value + 10), value));
+                    RowChange::Insert(tuple(&[digits(key), digits(value + 10), digits(value)]))
+                }
+                (1, Some(before)) => {
+                    wanted.0.insert(key, (if unsent { before.0 } else { Some(value + 10) }, value));
+                    RowChange::Update { old: None, new: tuple(&[digits(key), big, digits(value)]) }
+                }
+                (2, Some(_)) => {
+                    wanted.0.remove(&key);
+                    RowChange::Delete(OldTuple::Key(tuple(&[digits(key), TupleValue::Null, TupleValue::Null])))
+                }
+                (3, Some(before)) if !wanted.0.contains_key(&other) => {
+                    wanted.0.remove(&key);
+                    wanted.0.insert(other, (if unsent { before.0 } else { Some(value + 10) }, value));
+                    let old = OldTuple::Key(tuple(&[digits(key), TupleValue::Null, TupleValue::Null]));
+                    RowChange::Update { old: Some(old), new: tuple(&[digits(other), big, digits(value)]) }
+                }
+                _ => continue,
+            };
+            if let Err(change) = net.add(&table, change) {
+                // Only a new key for a row whose large value is not known has to be executed by itself.
+                let RowChange::Update { old: Some(_), new } = &change else { panic!("given back: {change:?}") };
+                prop_assert!(new.values.contains(&TupleValue::UnchangedToast));
+                found.execute(std::mem::take(&mut net).into_sets());
+                found = wanted.clone();
+            }
+            if cuts.contains(&number) {
+                found.execute(std::mem::take(&mut net).into_sets());
+                prop_assert_eq!(&found, &wanted);
+            }
+        }
+        found.execute(net.into_sets());
+        prop_assert_eq!(found, wanted);
+    }
 }

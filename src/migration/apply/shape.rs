@@ -25,6 +25,9 @@ pub struct TargetColumn {
     pub equality: Option<String>,
     /// Part of the primary key.
     pub primary_key: bool,
+    /// A cast from text to the type is a function of its own: it may read a text otherwise than the type's input does
+    /// (regclass takes no number, for one).
+    pub cast_from_text: bool,
 }
 
 /// What may be written into a column.
@@ -40,7 +43,7 @@ pub enum ColumnKind {
 }
 
 /// Reads the shape of the table whose quoted name is `$1`: name, type, `attgenerated`, `attidentity`, equality, primary
-/// key. No row: no table. Columns of the catalogue that older servers lack are read through jsonb.
+/// key, cast from text. No row: no table. Columns of the catalogue that older servers lack are read through jsonb.
 pub const SHAPE_SQL: &str = "
 SELECT a.attname::text,
        pg_catalog.format_type(a.atttypid, -1),
@@ -58,7 +61,10 @@ SELECT a.attname::text,
          ORDER BY i.indisprimary DESC, i.indexrelid LIMIT 1),
        EXISTS (SELECT FROM pg_catalog.pg_index i
                 WHERE i.indrelid = a.attrelid AND i.indisprimary AND i.indisvalid
-                  AND a.attnum = ANY ((i.indkey::int2[])[0:coalesce((pg_catalog.to_jsonb(i) ->> 'indnkeyatts')::int, i.indnatts) - 1]))
+                  AND a.attnum = ANY ((i.indkey::int2[])[0:coalesce((pg_catalog.to_jsonb(i) ->> 'indnkeyatts')::int, i.indnatts) - 1])),
+       EXISTS (SELECT FROM pg_catalog.pg_cast k
+                WHERE k.castsource = 'pg_catalog.text'::pg_catalog.regtype AND k.castmethod = 'f'
+                  AND k.casttarget IN (a.atttypid, (SELECT t.typbasetype FROM pg_catalog.pg_type t WHERE t.oid = a.atttypid)))
   FROM pg_catalog.pg_attribute a
  WHERE a.attrelid = pg_catalog.to_regclass($1) AND a.attnum > 0 AND NOT a.attisdropped";
 

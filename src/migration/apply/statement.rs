@@ -63,6 +63,51 @@ pub(super) fn touch(table: &QualifiedName, matched: &Match<'_>) -> String {
     format!("SELECT FROM ONLY {table} WHERE {}", condition(table, matched, 1))
 }
 
+/// Sets of rows by their keys: parameters are arrays of texts, keys first, then the columns to `set`, all of one length.
+/// A text becomes a value by the type's own input function.
+pub(super) fn update_set(table: &QualifiedName, keys: &[Parameter<'_>], set: &[Parameter<'_>]) -> String {
+    let assignments = set.iter().enumerate().map(|(index, (name, column))| {
+        format!("{} = u.v{index}::{}", quote_ident(name), column.type_sql)
+    });
+    let assignments = assignments.collect::<Vec<_>>().join(", ");
+    format!("UPDATE ONLY {table} AS t SET {assignments} FROM {} WHERE {}", unnest(keys, set), found(keys))
+}
+
+/// See [`update_set`].
+pub(super) fn delete_set(table: &QualifiedName, keys: &[Parameter<'_>]) -> String {
+    format!("DELETE FROM ONLY {table} AS t USING {} WHERE {}", unnest(keys, &[]), found(keys))
+}
+
+/// Changes nothing and counts the rows: for updates that leave every value as it was.
+pub(super) fn touch_set(table: &QualifiedName, keys: &[Parameter<'_>]) -> String {
+    format!("SELECT FROM ONLY {table} AS t, {} WHERE {}", unnest(keys, &[]), found(keys))
+}
+
+fn unnest(keys: &[Parameter<'_>], set: &[Parameter<'_>]) -> String {
+    let arrays = (1..=keys.len() + set.len()).map(|number| format!("${number}::pg_catalog.text[]"));
+    let keys = (0..keys.len()).map(|index| format!("k{index}"));
+    let names = keys.chain((0..set.len()).map(|index| format!("v{index}")));
+    format!(
+        "ROWS FROM (pg_catalog.unnest({})) AS u ({})",
+        arrays.collect::<Vec<_>>().join("), pg_catalog.unnest("),
+        names.collect::<Vec<_>>().join(", ")
+    )
+}
+
+fn found(keys: &[Parameter<'_>]) -> String {
+    let terms = keys.iter().enumerate().map(|(index, (name, column))| {
+        let operator = column.equality.as_deref().unwrap_or("pg_catalog.=");
+        format!("t.{} OPERATOR({operator}) u.k{index}::{}", quote_ident(name), column.type_sql)
+    });
+    terms.collect::<Vec<_>>().join(" AND ")
+}
+
+/// COPY in text form; a generated identity takes what it is given.
+pub(super) fn copy_in(table: &QualifiedName, columns: &[Parameter<'_>]) -> String {
+    let names = columns.iter().map(|(name, _)| quote_ident(name)).collect::<Vec<_>>().join(", ");
+    format!("COPY {table} ({names}) FROM STDIN")
+}
+
 /// One statement for all tables, so that foreign keys among them do not hinder. Never CASCADE: what the source's
 /// cascade reached is in the list already.
 pub(super) fn truncate(tables: &[&QualifiedName], restart_identity: bool) -> String {

@@ -22,6 +22,12 @@ const MAX_SILENCE: Duration = Duration::from_secs(600);
 /// Read from the socket at a time, at least.
 const READ_BYTES: usize = 64 * 1024;
 
+/// A read that brings this much, and not all it could have, is followed by others: worth a nap.
+const BUSY_BYTES: usize = 4096;
+
+/// How long the reading thread sleeps then.
+const NAP: Duration = Duration::from_millis(1);
+
 /// Microseconds from 1970-01-01 to 2000-01-01, PostgreSQL's epoch.
 const POSTGRES_EPOCH_US: u128 = 946_684_800_000_000;
 
@@ -93,6 +99,9 @@ pub struct ReplicationStream {
     read_buf: BytesMut,
     label: String,
     feedback: Feedback,
+    own_thread: bool,
+    /// Bytes that the last read brought.
+    last_read: usize,
     /// Holds the writing half; ended by [`Self::stop`] or by dropping.
     writer: JoinHandle<io::Result<()>>,
 }
@@ -111,12 +120,18 @@ impl ReplicationStream {
         let (outgoing, said) = watch::channel(Outgoing::default());
         let writer = tokio::spawn(write_statuses(write_half, said, period));
         let feedback = Feedback { outgoing: Arc::new(outgoing) };
-        Self { socket, read_buf: connection.read_buf, label, feedback, writer }
+        Self { socket, read_buf: connection.read_buf, label, feedback, own_thread: false, last_read: 0, writer }
     }
 
     /// A handle to report positions with.
     pub fn feedback(&self) -> Feedback {
         self.feedback.clone()
+    }
+
+    /// Says that nothing else runs on this thread: while changes come without end, it then sleeps between two reads, which
+    /// spares the server the waking.
+    pub fn has_own_thread(&mut self) {
+        self.own_thread = true;
     }
 
     /// See [`Feedback::send_status`].
@@ -128,21 +143,37 @@ impl ReplicationStream {
     pub async fn next(&mut self) -> Result<ReplicationMessage, WalsenderError> {
         loop {
             let frame = self.next_frame().await?;
-            match frame.tag {
-                b'd' => {
-                    let message = replication_message(frame.body)
-                        .ok_or_else(|| self.violation("malformed replication message".to_owned()))?;
-                    if let ReplicationMessage::Keepalive { reply_requested: true, .. } = message {
-                        self.feedback.hurry();
-                    }
-                    return Ok(message);
-                }
-                b'E' => return Err(RawError::from_error_response(&frame.body).into()),
-                b'N' | b'S' => {}
-                // CopyDone and CommandComplete: the server shuts down, or its walsender was told to.
-                b'c' | b'C' => return Err(self.lost(io::ErrorKind::UnexpectedEof.into()).into()),
-                other => return Err(self.violation(format!("message {:?} in the stream", char::from(other))).into()),
+            if let Some(message) = self.understand(frame)? {
+                return Ok(message);
             }
+        }
+    }
+
+    /// A message that has been read already.
+    pub fn at_hand(&mut self) -> Result<Option<ReplicationMessage>, WalsenderError> {
+        while let Some(frame) = self.frame_at_hand()? {
+            if let Some(message) = self.understand(frame)? {
+                return Ok(Some(message));
+            }
+        }
+        Ok(None)
+    }
+
+    fn understand(&self, frame: Frame) -> Result<Option<ReplicationMessage>, WalsenderError> {
+        match frame.tag {
+            b'd' => {
+                let message = replication_message(frame.body)
+                    .ok_or_else(|| self.violation("malformed replication message".to_owned()))?;
+                if let ReplicationMessage::Keepalive { reply_requested: true, .. } = message {
+                    self.feedback.hurry();
+                }
+                Ok(Some(message))
+            }
+            b'E' => Err(RawError::from_error_response(&frame.body).into()),
+            b'N' | b'S' => Ok(None),
+            // CopyDone and CommandComplete: the server shuts down, or its walsender was told to.
+            b'c' | b'C' => Err(self.lost(io::ErrorKind::UnexpectedEof.into()).into()),
+            other => Err(self.violation(format!("message {:?} in the stream", char::from(other))).into()),
         }
     }
 
@@ -171,15 +202,22 @@ impl ReplicationStream {
         Ok(())
     }
 
+    fn frame_at_hand(&mut self) -> Result<Option<Frame>, RawError> {
+        take_frame(&mut self.read_buf, MAX_FRAME_BYTES).map_err(|what| self.violation(what))
+    }
+
     async fn next_frame(&mut self) -> Result<Frame, RawError> {
         loop {
-            if let Some(frame) = take_frame(&mut self.read_buf, MAX_FRAME_BYTES).map_err(|what| self.violation(what))? {
+            if let Some(frame) = self.frame_at_hand()? {
                 return Ok(frame);
+            }
+            if self.own_thread && (BUSY_BYTES..READ_BYTES).contains(&self.last_read) {
+                std::thread::sleep(NAP);
             }
             self.read_buf.reserve(READ_BYTES);
             match tokio::time::timeout(MAX_SILENCE, self.socket.read_buf(&mut self.read_buf)).await {
                 Ok(Ok(0)) => return Err(self.lost(io::ErrorKind::UnexpectedEof.into())),
-                Ok(Ok(_)) => {}
+                Ok(Ok(read)) => self.last_read = read,
                 Ok(Err(error)) => return Err(self.lost(error)),
                 Err(_) => return Err(self.lost(io::ErrorKind::TimedOut.into())),
             }

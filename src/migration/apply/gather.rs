@@ -1,0 +1,217 @@
+//! Gathers changes into pieces: as much as one round trip to the target is to do. No sockets, no clock.
+//!
+//! A piece holds whole transactions of the source, or a part of one that is larger than a piece: that one then spreads over
+//! several pieces inside one transaction of the target. It holds the changes twice: their net effect by table, which is what
+//! is normally executed, and the messages in their order, for the case that the target refuses the former.
+
+use std::collections::HashMap;
+use std::sync::Arc;
+
+use bytes::Bytes;
+use tokio::sync::OwnedSemaphorePermit;
+
+use super::plan::{Change, Committed, Operation, Truncation};
+use super::plan_net::Net;
+use super::plan_table::{RowChange, Table};
+use crate::lsn::Lsn;
+use crate::pgoutput::Tuple;
+
+/// A piece is full with this many changes …
+const FULL_CHANGES: usize = 10_000;
+/// … or with messages that occupy so much of the queue's memory: 4 MiB, and less where the queue has less than 32.
+const FULL_BYTES: usize = 4 << 20;
+const FULL_PART: usize = 8;
+
+/// As much as is executed at a time.
+#[derive(Debug, Default)]
+pub(super) struct Piece {
+    /// By table, in the order of their first change.
+    pub(super) parts: Vec<Part>,
+    /// The same changes, in their order.
+    pub(super) messages: Vec<(Arc<Table>, Bytes)>,
+    /// What comes last.
+    pub(super) truncate: Option<Truncation>,
+    /// Set when it ends with a transaction of the source: then the target's transaction ends too.
+    pub(super) end: Option<End>,
+    /// Tables that no later change will name.
+    pub(super) retired: Vec<u64>,
+    /// Given back when the piece is done with.
+    memory: Option<OwnedSemaphorePermit>,
+}
+
+/// The changes of one table.
+#[derive(Debug)]
+pub(super) struct Part {
+    pub(super) table: Arc<Table>,
+    /// To be executed in this order; other tables' changes may come before or after.
+    pub(super) runs: Vec<Run>,
+    pub(super) counts: Counts,
+}
+
+/// How often each thing was done by the source.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(super) struct Counts {
+    pub(super) inserts: u64,
+    pub(super) updates: u64,
+    pub(super) deletes: u64,
+    pub(super) truncates: u64,
+}
+
+/// Changes that are executed together.
+#[derive(Debug)]
+pub(super) enum Run {
+    /// Of rows with keys.
+    Net(Net),
+    /// Rows that are only added.
+    Inserts(Vec<Tuple>),
+    /// One that can be executed only by itself.
+    Row(RowChange),
+}
+
+/// What the progress row will say.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub(super) struct End {
+    pub(super) commit_lsn: Lsn,
+    pub(super) end_lsn: Lsn,
+    pub(super) marker: Option<String>,
+    pub(super) transactions: u64,
+}
+
+/// Fills one piece after the other.
+#[derive(Debug)]
+pub(super) struct Gatherer {
+    piece: Piece,
+    by_table: HashMap<u64, usize>,
+    /// Permits of the queue's memory with which a piece is full.
+    full_permits: usize,
+    transactions: u64,
+    marker: Option<String>,
+}
+
+impl Piece {
+    /// Whether there is nothing to execute but the end.
+    pub(super) fn is_empty(&self) -> bool {
+        self.messages.is_empty() && self.truncate.is_none()
+    }
+}
+
+impl Counts {
+    fn count(&mut self, operation: Operation) {
+        *match operation {
+            Operation::Insert => &mut self.inserts,
+            Operation::Update => &mut self.updates,
+            Operation::Delete => &mut self.deletes,
+            Operation::Truncate => &mut self.truncates,
+        } += 1;
+    }
+}
+
+impl Gatherer {
+    /// For a queue of `queue_bytes`, of which one permit stands for `permit_bytes`. A piece must never need more than
+    /// there is: nothing more could be read, and it would wait for more for ever.
+    pub(super) fn new(queue_bytes: usize, permit_bytes: usize) -> Self {
+        let full_permits = (FULL_BYTES.min(queue_bytes / FULL_PART) / permit_bytes).max(1);
+        Self { piece: Piece::default(), by_table: HashMap::new(), full_permits, transactions: 0, marker: None }
+    }
+
+    /// Whether there is nothing to execute.
+    pub(super) fn is_empty(&self) -> bool {
+        self.piece.is_empty()
+    }
+
+    /// Whether there is anything to record: rows, or transactions of the source that came to nothing here.
+    pub(super) fn has_marker(&self) -> bool {
+        self.marker.is_some()
+    }
+
+    /// Whether the piece should be executed before more is added.
+    pub(super) fn is_full(&self) -> bool {
+        let held = self.piece.memory.as_ref().map_or(0, OwnedSemaphorePermit::num_permits);
+        self.piece.messages.len() >= FULL_CHANGES || held >= self.full_permits || self.piece.truncate.is_some()
+    }
+
+    /// Gives the memory of messages back that came to nothing.
+    pub(super) fn release(&mut self) {
+        self.piece.memory = None;
+    }
+
+    /// Keeps the memory of messages occupied until the piece is done with.
+    pub(super) fn hold(&mut self, memory: OwnedSemaphorePermit) {
+        match &mut self.piece.memory {
+            Some(held) => held.merge(memory),
+            None => self.piece.memory = Some(memory),
+        }
+    }
+
+    /// Adds a change, with the message that it was read from.
+    pub(super) fn change(&mut self, change: Change, message: Bytes) {
+        let Change { table, row } = change;
+        self.piece.messages.push((table.clone(), message));
+        let part = self.part(&table);
+        part.counts.count(row.operation());
+        part.add(row);
+    }
+
+    /// Ends the piece with tables that are emptied: what follows must not be moved before it, nor the other way round.
+    pub(super) fn truncate(&mut self, truncation: Truncation) {
+        for table in &truncation.tables {
+            self.part(table).counts.count(Operation::Truncate);
+        }
+        self.piece.truncate = Some(truncation);
+    }
+
+    /// A transaction of the source is complete.
+    pub(super) fn committed(&mut self, committed: Committed) {
+        self.transactions += 1;
+        self.marker = committed.marker.or(self.marker.take());
+    }
+
+    /// Tables that later changes will not name.
+    pub(super) fn retire(&mut self, tables: Vec<u64>) {
+        self.piece.retired.extend(tables);
+    }
+
+    fn part(&mut self, table: &Arc<Table>) -> &mut Part {
+        let index = *self.by_table.entry(table.id).or_insert(self.piece.parts.len());
+        if index == self.piece.parts.len() {
+            self.piece.parts.push(Part { table: table.clone(), runs: Vec::new(), counts: Counts::default() });
+        }
+        &mut self.piece.parts[index]
+    }
+
+    /// The piece as it is, in the middle of a transaction of the source.
+    pub(super) fn take(&mut self) -> Piece {
+        self.by_table.clear();
+        std::mem::take(&mut self.piece)
+    }
+
+    /// The piece, ended: everything up to these positions is in it or was in one before.
+    pub(super) fn take_ended(&mut self, commit_lsn: Lsn, end_lsn: Lsn) -> Piece {
+        let mut piece = self.take();
+        let transactions = std::mem::take(&mut self.transactions);
+        piece.end = Some(End { commit_lsn, end_lsn, marker: self.marker.take(), transactions });
+        piece
+    }
+}
+
+impl Part {
+    fn add(&mut self, row: RowChange) {
+        if self.table.folds() {
+            if !matches!(self.runs.last(), Some(Run::Net(_))) {
+                self.runs.push(Run::Net(Net::default()));
+            }
+            let Some(Run::Net(net)) = self.runs.last_mut() else { unreachable!("just pushed") };
+            let Err(row) = net.add(&self.table, row) else { return };
+            if net.is_empty() {
+                self.runs.pop();
+            }
+            self.runs.push(Run::Row(row));
+            return;
+        }
+        match (row, self.runs.last_mut()) {
+            (RowChange::Insert(new), Some(Run::Inserts(rows))) => rows.push(new),
+            (RowChange::Insert(new), _) => self.runs.push(Run::Inserts(vec![new])),
+            (row @ (RowChange::Update { .. } | RowChange::Delete(_)), _) => self.runs.push(Run::Row(row)),
+        }
+    }
+}

@@ -1,0 +1,162 @@
+//! Reading the stream, on a thread of its own.
+//!
+//! A walsender sends every message by itself. A receiver that waits for each is woken for each, and the waking is done by
+//! the walsender: that takes it about as long as decoding the change. So while changes come without end, the reader sleeps for
+//! a moment and then takes all that has come, which nearly doubles what the source sends. Nothing else may run on this
+//! thread, because a runtime with work left would be woken all the same. When little comes, nothing is delayed.
+
+use std::sync::Arc;
+
+use bytes::Bytes;
+use tokio::sync::{Semaphore, mpsc, oneshot, watch};
+use tokio::task::JoinHandle;
+
+use super::{PERMIT_BYTES, StreamContext};
+use crate::lsn::Lsn;
+use crate::migration::apply::applier::Received;
+use crate::postgres::RawError;
+use crate::postgres::walsender::{
+    Feedback, ReplicationConnection, ReplicationMessage, ReplicationStream, WalsenderError,
+};
+
+/// Messages that have come together go through the queue together, up to this size.
+const TOGETHER_BYTES: usize = 32 * 1024;
+
+/// What a message costs beside its bytes.
+const MESSAGE_OVERHEAD_BYTES: usize = 128;
+
+/// A stream that is being read. Dropping it ends the reading; the socket to the source is then closed.
+#[derive(Debug)]
+pub(super) struct Reading {
+    thread: JoinHandle<WalsenderError>,
+    started: Option<oneshot::Receiver<Feedback>>,
+    /// Closed when this is dropped.
+    _stop: oneshot::Sender<()>,
+}
+
+impl Reading {
+    /// Starts to read the context's slot at `from` into the queue. Where it is, is told to `received`.
+    pub(super) fn begin(
+        context: &StreamContext,
+        from: Lsn,
+        queue: mpsc::Sender<Received>,
+        received: Arc<watch::Sender<Lsn>>,
+    ) -> Self {
+        let (start, started) = oneshot::channel();
+        let (stop, stopped) = oneshot::channel();
+        let context = context.clone();
+        let thread = tokio::task::spawn_blocking(move || {
+            let runtime = match tokio::runtime::Builder::new_current_thread().enable_all().build() {
+                Ok(runtime) => runtime,
+                Err(source) => {
+                    let (label, doing) = ("source".to_owned(), "starting to read".to_owned());
+                    return RawError::Io { label, doing, source }.into();
+                }
+            };
+            runtime.block_on(async {
+                // Whoever has dropped the other end does not ask for an answer.
+                tokio::select! {
+                    error = read(&context, from, start, queue, &received) => error,
+                    _ = stopped => WalsenderError::Raw(interrupted()),
+                }
+            })
+        });
+        Self { thread, started: Some(started), _stop: stop }
+    }
+
+    /// Waits until the stream has begun.
+    pub(super) async fn started(&mut self) -> Result<Feedback, WalsenderError> {
+        let feedback = match self.started.take() {
+            Some(started) => started.await.ok(),
+            None => None,
+        };
+        match feedback {
+            Some(feedback) => Ok(feedback),
+            None => Err(self.failed().await),
+        }
+    }
+
+    /// Waits until the stream has ended. Nothing is lost by dropping the future.
+    pub(super) async fn failed(&mut self) -> WalsenderError {
+        (&mut self.thread).await.unwrap_or_else(|_| WalsenderError::Raw(interrupted()))
+    }
+}
+
+fn interrupted() -> RawError {
+    let source = std::io::ErrorKind::Interrupted.into();
+    RawError::Io { label: "source".to_owned(), doing: "reading the stream".to_owned(), source }
+}
+
+async fn read(
+    context: &StreamContext,
+    from: Lsn,
+    start: oneshot::Sender<Feedback>,
+    queue: mpsc::Sender<Received>,
+    received: &watch::Sender<Lsn>,
+) -> WalsenderError {
+    let started = async {
+        let replication = ReplicationConnection::connect(&context.source, &context.database).await?;
+        replication.start(&context.slot, from, &context.publication, 1).await
+    };
+    let mut stream = match started.await {
+        Ok(stream) => stream,
+        Err(error) => return error,
+    };
+    stream.has_own_thread();
+    if start.send(stream.feedback()).is_err() {
+        return WalsenderError::Raw(interrupted());
+    }
+    match into_queue(stream, queue, received, context.queue_bytes).await {
+        Ok(()) => std::future::pending().await,
+        Err(error) => error,
+    }
+}
+
+/// Reads as long as there is memory for it; returns when nobody takes it any more: the applier has ended, and its error is
+/// the one to report.
+async fn into_queue(
+    mut stream: ReplicationStream,
+    queue: mpsc::Sender<Received>,
+    received: &watch::Sender<Lsn>,
+    queue_bytes: usize,
+) -> Result<(), WalsenderError> {
+    let permits = (queue_bytes / PERMIT_BYTES).clamp(1, Semaphore::MAX_PERMITS.min(u32::MAX as usize));
+    let memory = Arc::new(Semaphore::new(permits));
+    let mut next = None;
+    loop {
+        let message = match next.take() {
+            Some(message) => message,
+            None => stream.next().await?,
+        };
+        let (item, position) = match message {
+            ReplicationMessage::XLogData { mut end, data, .. } => {
+                let mut cost = cost_of(&data);
+                let mut messages = vec![data];
+                // What has come with it goes with it.
+                while cost < TOGETHER_BYTES && next.is_none() {
+                    match stream.at_hand()? {
+                        Some(ReplicationMessage::XLogData { end: later, data, .. }) => {
+                            end = end.max(later);
+                            cost += cost_of(&data);
+                            messages.push(data);
+                        }
+                        Some(keepalive) => next = Some(keepalive),
+                        None => break,
+                    }
+                }
+                let cost = u32::try_from(cost.div_ceil(PERMIT_BYTES).min(permits)).unwrap_or(u32::MAX);
+                let memory = memory.clone().acquire_many_owned(cost).await.expect("never closed");
+                (Received::Data { messages, memory }, end)
+            }
+            ReplicationMessage::Keepalive { end, .. } => (Received::UpTo(end), end),
+        };
+        received.send_if_modified(|known| std::mem::replace(known, position.max(*known)) < position);
+        if queue.send(item).await.is_err() {
+            return Ok(());
+        }
+    }
+}
+
+fn cost_of(data: &Bytes) -> usize {
+    data.len() + MESSAGE_OVERHEAD_BYTES
+}

@@ -1,0 +1,345 @@
+#!/usr/bin/env python3
+"""Lets backlogs of changes be applied by native logical replication and by pgcutover, interleaved, and prints ratios.
+
+    tests/bench/apply.py [--rounds 3] [--changes 100000] [--cases CASE,CASE…] [--peers PEER,PEER…] [--binary FILE]
+
+Cases: tpcb (pgbench's transaction), insert (single rows, each its own transaction), insert1000 (transactions of 1,000 rows),
+update (single rows), update1000, mixed (inserts, updates and deletes, of a few rows each).
+Peers: decode (pg_recvlogical, which throws away what it gets: the limit of one slot), native (a subscription), pgcutover.
+
+Each peer has its own target server. A backlog is written once for a round while nobody reads; each peer's slot then has the
+same WAL before it. A peer is timed from the moment its walsender runs to the moment the target shows the last
+transaction (decode: pg_recvlogical has reached the end); CPU is that of every process that takes part: source server,
+target server, and the peer's own. One round trip more than decode is in the others' times, and nothing else.
+
+Printed are medians over the rounds, and ratios to native. Needs PostgreSQL's programs. Everything runs on loopback in a
+temporary directory and is stopped at the end. Start it on a machine that does nothing else.
+"""
+
+import argparse
+import os
+import re
+import signal
+import statistics
+import subprocess
+import sys
+import time
+
+import proxy
+import wire
+
+CASES = "tpcb,insert,insert1000,update,update1000"
+PEERS = "decode,native,pgcutover"
+DATABASE = "bench"
+ROWS_PER_LARGE = 1000
+TABLES = """
+CREATE TABLE single (id bigint PRIMARY KEY, number int NOT NULL, note text);
+CREATE TABLE many (id bigint PRIMARY KEY, number int NOT NULL, note text);
+CREATE SEQUENCE ids;
+CREATE TABLE last (id int PRIMARY KEY, nonce text);
+INSERT INTO last VALUES (1, '');
+INSERT INTO many SELECT g, 0, 'note ' || g FROM generate_series(1, 200000) g;
+"""
+INSERT = "INSERT INTO single VALUES (nextval('ids'), {n}, 'a note of some length, number {n}');\n"
+SCRIPTS = {
+    "insert": INSERT.format(n="1"),
+    "insert1000": f"INSERT INTO single SELECT nextval('ids'), g, 'a note of some length, number ' || g "
+                  f"FROM generate_series(1, {ROWS_PER_LARGE}) g;\n",
+    "update": "\\set id random(1, 200000)\nUPDATE many SET number = number + 1 WHERE id = :id;\n",
+    "update1000": f"\\set id random(1, {200000 - ROWS_PER_LARGE})\nUPDATE many SET number = number + 1 "
+                  f"WHERE id > :id AND id <= :id + {ROWS_PER_LARGE};\n",
+    "mixed": "\\set id random(1, 200000)\nBEGIN;\n" + INSERT.format(n="2")
+             + "UPDATE many SET note = 'x' || number WHERE id = :id;\nDELETE FROM single WHERE id = (SELECT min(id) FROM single);\n"
+             "END;\n",
+}
+
+
+class Tree:
+    """A server with all its backends, those that have ended included."""
+
+    def __init__(self, pid):
+        self.pid = pid
+
+    def cpu_seconds(self):
+        with open(f"/proc/{self.pid}/task/{self.pid}/children") as children:
+            pids = children.read().split()
+        ticks = self.ticks(self.pid, slice(11, 15))
+        for pid in pids:
+            try:
+                ticks += self.ticks(pid, slice(11, 13))
+            except (FileNotFoundError, ProcessLookupError):
+                # Has just ended, and is counted with its parent the next time.
+                pass
+        return ticks / os.sysconf("SC_CLK_TCK")
+
+    @staticmethod
+    def ticks(pid, fields):
+        with open(f"/proc/{pid}/stat") as stat:
+            return sum(int(value) for value in stat.read().rpartition(")")[2].split()[fields])
+
+
+class Apply(proxy.Bench):
+    """The servers, the backlogs and the peers."""
+
+    def __init__(self, args):
+        args.cases_of_proxy, args.cases = args.cases, []
+        super().__init__(args)
+        args.cases = args.cases_of_proxy
+        self.max_connections = 100
+        self.trees = {}
+
+    def start(self, name, command, port):
+        process = super().start(name, command, port)
+        self.trees[name] = Tree(process.pid)
+        return process
+
+    def start_server(self, name):
+        port = super().start_server(name)
+        self.sql(port, "ALTER SYSTEM SET wal_sender_timeout = 0")
+        self.sql(port, "ALTER SYSTEM SET max_wal_size = '8GB'")
+        self.sql(port, "ALTER SYSTEM SET checkpoint_timeout = '1h'")
+        self.sql(port, "ALTER SYSTEM SET autovacuum = off")
+        self.sql(port, "SELECT pg_reload_conf()")
+        return port
+
+    def session(self, port, database=DATABASE):
+        return wire.connect(port, "postgres", "", database)
+
+    def prepare(self):
+        self.source = self.start_server("source")
+        self.sql(self.source, f"CREATE DATABASE {DATABASE}")
+        subprocess.run([f"{self.bindir}/pgbench", "-h", "127.0.0.1", "-p", str(self.source), "-U", "postgres", "-i", "-q", "-s",
+                        str(self.args.scale), DATABASE], check=True, stderr=subprocess.DEVNULL, env=self.environment)
+        self.sql(self.source, TABLES, DATABASE)
+        for peer in self.args.peers:
+            getattr(self, f"prepare_{peer}")()
+
+    def prepare_decode(self):
+        self.sql(self.source, "CREATE PUBLICATION decode FOR ALL TABLES", DATABASE)
+        self.sql(self.source, "SELECT pg_create_logical_replication_slot('decode', 'pgoutput')", DATABASE)
+
+    def prepare_native(self):
+        self.native = self.start_server("target-native")
+        self.sql(self.native, f"CREATE DATABASE {DATABASE}")
+        dump = subprocess.run([f"{self.bindir}/pg_dump", "-h", "127.0.0.1", "-p", str(self.source), "-U", "postgres", "-s",
+                               "--no-publications", DATABASE], check=True, capture_output=True, text=True).stdout
+        subprocess.run([f"{self.bindir}/psql", "-Xq", "-h", "127.0.0.1", "-p", str(self.native), "-U", "postgres", "-d", DATABASE],
+                       check=True, input=dump, text=True, stdout=subprocess.DEVNULL)
+        self.sql(self.source, "CREATE PUBLICATION native FOR ALL TABLES", DATABASE)
+        self.sql(self.native, f"CREATE SUBSCRIPTION native CONNECTION 'host=127.0.0.1 port={self.source} dbname={DATABASE} "
+                 f"user=postgres' PUBLICATION native", DATABASE)
+        self.poll(self.native, "SELECT count(*) FROM pg_subscription_rel WHERE srsubstate <> 'r'", "0")
+        self.sql(self.native, "ALTER SUBSCRIPTION native DISABLE", DATABASE)
+
+    def prepare_pgcutover(self):
+        self.ours = self.start_server("target-pgcutover")
+        self.configuration, self.admin = f"{self.directory}/pgcutover.toml", proxy.free_port()
+        with open(self.configuration, "w") as out:
+            out.write(f'[listen]\naddress = "127.0.0.1:{proxy.free_port()}"\n[admin]\naddress = "127.0.0.1:{self.admin}"\n'
+                      f'users = ["postgres"]\n'
+                      f'[source]\nhost = "127.0.0.1"\nport = {self.source}\nuser = "postgres"\nsslmode = "disable"\n'
+                      f'[target]\nhost = "127.0.0.1"\nport = {self.ours}\nuser = "postgres"\nsslmode = "disable"\n')
+        self.binary = os.path.abspath(self.args.binary)
+        if not os.access(self.binary, os.X_OK):
+            sys.exit(f"{self.binary} is not there: cargo build --release --locked")
+        self.daemon = self.run_daemon()
+        subprocess.run([self.binary, "migration", "create", "bench", "--database", DATABASE, "--option", "migrate", "--wait", "-c",
+                        self.configuration], check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        self.stop_daemon()
+
+    def run_daemon(self):
+        log = open(f"{self.directory}/pgcutover.log", "a")
+        process = subprocess.Popen([self.binary, "run", "-c", self.configuration], stdout=log, stderr=log, stdin=subprocess.DEVNULL)
+        self.started.append(process)
+        for _ in range(300):
+            try:
+                wire.socket.create_connection(("127.0.0.1", self.admin), 1).close()
+                return process
+            except OSError:
+                time.sleep(0.05)
+        sys.exit(f"pgcutover does not answer, see {self.directory}/pgcutover.log")
+
+    def stop_daemon(self):
+        self.started.remove(self.daemon)
+        self.daemon.send_signal(signal.SIGTERM)
+        self.daemon.wait(60)
+
+    def poll(self, port, sql, wanted):
+        session = self.session(port)
+        while answer(session, sql) != wanted:
+            time.sleep(0.05)
+        session.close()
+
+    # A backlog, and its end
+
+    def write_backlog(self, case):
+        """Returns how many transactions or rows it has, and the nonce that comes last."""
+        large = case.endswith("1000")
+        transactions = self.args.changes // (ROWS_PER_LARGE if large else 1)
+        script = ["-b", "tpcb-like"]
+        if case != "tpcb":
+            path = f"{self.directory}/{case}.sql"
+            with open(path, "w") as out:
+                out.write(SCRIPTS[case])
+            script = ["-f", path]
+        clients = 8
+        each = max(1, transactions // clients)
+        subprocess.run([f"{self.bindir}/pgbench", "-h", "127.0.0.1", "-p", str(self.source), "-U", "postgres", "-n", "-c",
+                        str(clients), "-t", str(each), "-M", "simple" if large else "prepared", *script, DATABASE], check=True,
+                       stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=self.environment)
+        nonce = os.urandom(8).hex()
+        self.sql(self.source, f"UPDATE last SET nonce = '{nonce}'", DATABASE)
+        self.sql(self.source, "CHECKPOINT")
+        return each * clients * (ROWS_PER_LARGE if large else 1), nonce
+
+    def until_active(self, session, slot_sql):
+        while answer(session, f"SELECT count(*) FROM pg_replication_slots WHERE active AND {slot_sql}") != "1":
+            time.sleep(0.001)
+
+    def until_applied(self, session, nonce):
+        while answer(session, "SELECT nonce FROM last") != nonce:
+            time.sleep(0.005)
+
+    # Each returns seconds and CPU seconds of one backlog
+
+    def measured(self, trees, begin, wait, own=lambda: 0.0):
+        before = sum(self.trees[name].cpu_seconds() for name in trees)
+        begin()
+        start = time.monotonic()
+        wait()
+        seconds = time.monotonic() - start
+        return seconds, sum(self.trees[name].cpu_seconds() for name in trees) - before + own()
+
+    def run_decode(self, nonce):
+        session = self.session(self.source)
+        end = answer(session, "SELECT pg_current_wal_flush_lsn()")
+        command = [f"{self.bindir}/pg_recvlogical", "-h", "127.0.0.1", "-p", str(self.source), "-U", "postgres", "-d", DATABASE,
+                   "-S", "decode", "--start", "-E", end, "-f", "/dev/null", "-o", "proto_version=1", "-o",
+                   "publication_names=decode", "-F", "0"]
+        usage = []
+
+        def begin():
+            self.receiver = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+            self.until_active(session, "slot_name = 'decode'")
+
+        def wait():
+            _, status, used = os.wait4(self.receiver.pid, 0)
+            self.receiver.returncode = status
+            usage.append(used.ru_utime + used.ru_stime)
+
+        figures = self.measured(["source"], begin, wait, lambda: usage[0])
+        session.close()
+        return figures
+
+    def run_native(self, nonce):
+        source, target = self.session(self.source), self.session(self.native)
+
+        def begin():
+            answer(target, "ALTER SUBSCRIPTION native ENABLE")
+            self.until_active(source, "slot_name = 'native'")
+
+        figures = self.measured(["source", "target-native"], begin, lambda: self.until_applied(target, nonce))
+        answer(target, "ALTER SUBSCRIPTION native DISABLE")
+        while answer(source, "SELECT count(*) FROM pg_replication_slots WHERE active AND slot_name = 'native'") != "0":
+            time.sleep(0.01)
+        source.close()
+        target.close()
+        return figures
+
+    def run_pgcutover(self, nonce):
+        source, target = self.session(self.source), self.session(self.ours)
+        used = []
+
+        def begin():
+            self.daemon = self.run_daemon()
+            self.until_active(source, "slot_name LIKE 'pgcutover%'")
+            used.append(proxy.Process(self.daemon.pid).cpu_seconds())
+
+        def own():
+            return proxy.Process(self.daemon.pid).cpu_seconds() - used[0]
+
+        figures = self.measured(["source", "target-pgcutover"], begin, lambda: self.until_applied(target, nonce), own)
+        self.stop_daemon()
+        source.close()
+        target.close()
+        return figures
+
+    def run(self):
+        self.prepare()
+        for case in self.args.cases:
+            rows = {peer: [] for peer in self.args.peers}
+            for number in range(self.args.rounds):
+                changes, nonce = self.write_backlog(case)
+                order = list(rows)
+                for peer in order[number % len(order):] + order[:number % len(order)]:
+                    seconds, cpu = getattr(self, f"run_{peer}")(nonce)
+                    rows[peer].append({"per second": changes / seconds, "CPU us each": 1e6 * cpu / changes})
+            self.report(case, rows)
+        self.compare()
+
+    def report(self, case, rows):
+        medians = {peer: {name: statistics.median(run[name] for run in runs) for name in runs[0]} for peer, runs in rows.items()}
+        unit = "rows" if case.endswith("1000") else "tx"
+        for peer, figures in medians.items():
+            cells = []
+            for name, value in figures.items():
+                base = medians.get("native", {}).get(name)
+                cells.append(f"{value:.0f} {unit} {name}" if name == "per second" else f"{value:.1f} {name}")
+                cells[-1] += f" ({value / base:.2f}x)" if base else ""
+            print(f"{case:<12}{peer:<11}{'   '.join(f'{cell:<32}' for cell in cells)}".rstrip(), flush=True)
+        print(flush=True)
+
+    def compare(self):
+        """What was measured must have been right, too."""
+        if "pgcutover" not in self.args.peers:
+            return
+        for table in ("single", "many", "pgbench_accounts", "pgbench_branches", "pgbench_history"):
+            digest = f"SELECT count(*) || ' ' || coalesce(sum(hashtext(t::text)::bigint), 0) FROM {table} t"
+            if self.sql(self.source, digest, DATABASE) != self.sql(self.ours, digest, DATABASE):
+                sys.exit(f"{table} differs between source and target")
+        print("the tables of source and target are equal")
+
+
+def answer(session, sql):
+    """The first value of the first row; None where there is no row."""
+    session.sendall(b"Q" + wire.struct.pack("!I", len(sql) + 5) + sql.encode() + b"\0")
+    value = None
+    while True:
+        tag, body = wire._message(session)
+        if tag == b"E":
+            raise wire.Refused(body.decode(errors="replace"))
+        if tag == b"D" and value is None:
+            length = wire.struct.unpack("!i", body[2:6])[0]
+            value = body[6:6 + length].decode() if length >= 0 else None
+        if tag == b"Z":
+            return value
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--changes", type=int, default=100_000, help="transactions (of cases …1000: rows) in a backlog")
+    parser.add_argument("--scale", type=int, default=10, help="of pgbench's tables")
+    parser.add_argument("--cases", default=CASES, type=lambda text: text.split(","))
+    parser.add_argument("--peers", default=PEERS, type=lambda text: text.split(","))
+    parser.add_argument("--binary", default="target/release/pgcutover")
+    parser.add_argument("--bindir", help="where PostgreSQL's programs are")
+    parser.add_argument("--keep", action="store_true", help="keep the temporary directory with the logs")
+    args = parser.parse_args()
+    for case in args.cases:
+        if case not in ("tpcb", *SCRIPTS):
+            parser.error(f"no such case: {case}")
+    for peer in args.peers:
+        if peer not in PEERS.split(","):
+            parser.error(f"no such peer: {peer}")
+    bench = Apply(args)
+    # What was started must be stopped, however this ends.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
+    try:
+        bench.run()
+    finally:
+        bench.stop()
+
+
+if __name__ == "__main__":
+    main()
