@@ -405,8 +405,7 @@ mod tests {
 
     #[test]
     fn answers_find_their_steps() {
-        let steps =
-            [Step::Parse, Step::Execute, Step::Describe, Step::Execute, Step::Close, Step::Copy, Step::Commit];
+        let steps = [Step::Parse, Step::Execute, Step::Describe, Step::Execute, Step::Close, Step::Copy, Step::Commit];
         let frames: &[(u8, &[u8])] = &[
             (b'1', b""),
             (b'2', b""),

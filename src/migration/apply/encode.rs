@@ -318,7 +318,8 @@ mod tests {
     #[test]
     fn a_line_of_copy_escapes_what_would_end_it() {
         let text = |value: &'static str| TupleValue::Text(Bytes::from_static(value.as_bytes()));
-        let row = Tuple { values: vec![text("a\tb\\c\nd\re"), text("not this"), TupleValue::Null, text(""), text("\\.")] };
+        let row =
+            Tuple { values: vec![text("a\tb\\c\nd\re"), text("not this"), TupleValue::Null, text(""), text("\\.")] };
         let mut out = BytesMut::new();
         copy_row(&mut out, &row, &[0, 2, 3, 4]);
         assert_eq!(out, &b"a\\tb\\\\c\\nd\\re\t\\N\t\t\\\\.\n"[..]);
@@ -329,7 +330,8 @@ mod tests {
         let (one, none) = (Bytes::from_static(b"x"), None);
         let mut out = BytesMut::new();
         text_array(&mut out, 2, [Some(&one), none].into_iter());
-        let expected = [&[0, 0, 0, 1, 0, 0, 0, 1, 0, 0, 0, 25, 0, 0, 0, 2, 0, 0, 0, 1][..], &[0, 0, 0, 1, b'x'], &[255; 4]];
+        let expected =
+            [&[0, 0, 0, 1, 0, 0, 0, 1, 0, 0, 0, 25, 0, 0, 0, 2, 0, 0, 0, 1][..], &[0, 0, 0, 1, b'x'], &[255; 4]];
         assert_eq!(out, expected.concat());
     }
 }

@@ -147,12 +147,20 @@ impl Table {
             columns.push((column.name.clone(), target.clone()));
         }
         let positions = |wanted: &dyn Fn(usize) -> bool| -> Vec<u16> {
-            (0_u16..).zip(&relation.columns).filter(|(index, _)| wanted(usize::from(*index))).map(|(index, _)| index).collect()
+            (0_u16..)
+                .zip(&relation.columns)
+                .filter(|(index, _)| wanted(usize::from(*index)))
+                .map(|(index, _)| index)
+                .collect()
         };
         let identity = match relation.replica_identity {
             ReplicaIdentity::Full => {
                 let keys = positions(&|index| columns[index].1.primary_key);
-                if !keys.is_empty() && keys.len() == shape.primary_key.len() { Identity::Key(keys) } else { Identity::Whole }
+                if !keys.is_empty() && keys.len() == shape.primary_key.len() {
+                    Identity::Key(keys)
+                } else {
+                    Identity::Whole
+                }
             }
             ReplicaIdentity::Default | ReplicaIdentity::Index | ReplicaIdentity::Nothing => {
                 let keys = positions(&|index| relation.columns[index].key);

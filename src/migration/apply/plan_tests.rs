@@ -108,10 +108,7 @@ fn inserts_share_a_statement() {
     let mut planner = planner();
     let first = change(&mut planner, insert(7, &[text("1"), TupleValue::Null, text("x")]));
     let second = change(&mut planner, insert(7, &[text("2"), text("3"), text("4")]));
-    assert_eq!(
-        first.sql,
-        r#"INSERT INTO "s"."t" ("id", "a", "b") OVERRIDING SYSTEM VALUE VALUES ($1, $2, $3)"#
-    );
+    assert_eq!(first.sql, r#"INSERT INTO "s"."t" ("id", "a", "b") OVERRIDING SYSTEM VALUE VALUES ($1, $2, $3)"#);
     assert_eq!(first.parameters, sent(&[Some("1"), None, Some("x")]));
     assert_eq!(first.sql, second.sql);
     assert_eq!(commit(&mut planner, 0x100).changes, 2);
@@ -155,11 +152,7 @@ fn full_identity_matches_one_row_by_all_values_or_by_the_primary_key() {
     planner.relation(relation(8, "f", ReplicaIdentity::Full, &full), Some(with)).expect("mapped");
     assert_eq!(planner.take_retired(), [delete.table.id], "a changed relation gives its statements up");
     let update = change(&mut planner, update(8, Some(old()), &[text("1"), text("2")]));
-    assert!(
-        update.sql.ends_with(r#"WHERE "a" OPERATOR(pg_catalog.=) $3::integer"#),
-        "{}",
-        update.sql
-    );
+    assert!(update.sql.ends_with(r#"WHERE "a" OPERATOR(pg_catalog.=) $3::integer"#), "{}", update.sql);
 }
 
 #[test]

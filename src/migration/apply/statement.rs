@@ -66,9 +66,10 @@ pub(super) fn touch(table: &QualifiedName, matched: &Match<'_>) -> String {
 /// Sets of rows by their keys: parameters are arrays of texts, keys first, then the columns to `set`, all of one length.
 /// A text becomes a value by the type's own input function.
 pub(super) fn update_set(table: &QualifiedName, keys: &[Parameter<'_>], set: &[Parameter<'_>]) -> String {
-    let assignments = set.iter().enumerate().map(|(index, (name, column))| {
-        format!("{} = u.v{index}::{}", quote_ident(name), column.type_sql)
-    });
+    let assignments = set
+        .iter()
+        .enumerate()
+        .map(|(index, (name, column))| format!("{} = u.v{index}::{}", quote_ident(name), column.type_sql));
     let assignments = assignments.collect::<Vec<_>>().join(", ");
     format!("UPDATE ONLY {table} AS t SET {assignments} FROM {} WHERE {}", unnest(keys, set), found(keys))
 }
