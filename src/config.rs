@@ -441,7 +441,7 @@ pub struct Migration {
 }
 
 /// What happens to a transaction that is still running when `drain_timeout` ends.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, serde::Serialize, serde::Deserialize, schemars::JsonSchema)]
 #[serde(rename_all = "kebab-case")]
 pub enum Stragglers {
     /// The cutover is aborted; the application never notices.

@@ -66,6 +66,12 @@ pub enum Command {
     Validation(MigrationName),
     /// Its cutover: the one that runs, or the last.
     CutoverOf(MigrationName),
+    /// How far it was behind, and how much had been copied, over the last minutes.
+    History(MigrationName),
+    /// What has happened since this process began, newest first.
+    Events,
+    /// Connect to both servers and look at them.
+    Check,
     /// Begin a migration.
     Create(MigrationSpec),
     /// Cut over.
@@ -106,7 +112,7 @@ pub enum Command {
 }
 
 /// When a shutdown ends the sessions that there are. New ones are refused from the order on.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, clap::ValueEnum)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, clap::ValueEnum, schemars::JsonSchema)]
 #[serde(rename_all = "lowercase")]
 pub enum ShutdownWhen {
     /// At once.
@@ -119,7 +125,7 @@ pub enum ShutdownWhen {
 }
 
 impl Command {
-    /// Whether the order changes anything.
+    /// Whether the order changes anything, or makes the servers work: not for those who may only look.
     pub fn changes_state(&self) -> bool {
         matches!(
             self,
@@ -127,6 +133,7 @@ impl Command {
                 | Self::Cutover(..)
                 | Self::Cancel(_)
                 | Self::Retry(_)
+                | Self::Check
                 | Self::Reload
                 | Self::Pause(_)
                 | Self::Resume(_)
@@ -140,6 +147,22 @@ impl Command {
                 | Self::KillDatabase(_)
                 | Self::Shutdown(_)
         )
+    }
+
+    /// The migration that it is about.
+    pub fn migration(&self) -> Option<&MigrationName> {
+        match self {
+            Self::Migration(name)
+            | Self::Tables(name)
+            | Self::Validation(name)
+            | Self::CutoverOf(name)
+            | Self::History(name)
+            | Self::Cutover(name, _)
+            | Self::Cancel(name)
+            | Self::Retry(name) => Some(name),
+            Self::Create(spec) => Some(&spec.name),
+            _ => None,
+        }
     }
 
     /// A word for logs.
@@ -173,6 +196,9 @@ impl Command {
             Self::Tables(_) => "tables",
             Self::Validation(_) => "validation",
             Self::CutoverOf(_) => "cutover progress",
+            Self::History(_) => "history",
+            Self::Events => "events",
+            Self::Check => "check",
             Self::Create(_) => "create",
             Self::Cutover(..) => "cutover",
             Self::Cancel(_) => "cancel",
@@ -194,7 +220,7 @@ impl Command {
 }
 
 /// Which migrations are listed.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, clap::ValueEnum)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, clap::ValueEnum, schemars::JsonSchema)]
 #[serde(rename_all = "lowercase")]
 pub enum Filter {
     /// Every one.
@@ -205,7 +231,7 @@ pub enum Filter {
 }
 
 /// How to cut over; what is not said is taken from `[cutover]`.
-#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, schemars::JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub struct CutoverRequest {
     /// Measure the pause and resume on the source.
@@ -213,9 +239,11 @@ pub struct CutoverRequest {
     pub dry_run: bool,
     /// From the fence to the switch.
     #[serde(default, with = "duration_text")]
+    #[schemars(schema_with = "duration_text::schema")]
     pub max_pause: Option<Duration>,
     /// For running transactions to end.
     #[serde(default, with = "duration_text")]
+    #[schemars(schema_with = "duration_text::schema")]
     pub drain_timeout: Option<Duration>,
     /// What happens to transactions that outlast the drain.
     #[serde(default)]
@@ -229,6 +257,11 @@ mod duration_text {
     use serde::{Deserialize, Deserializer, Serialize, Serializer};
 
     use crate::config::units;
+
+    /// What is written and read here.
+    pub fn schema(_: &mut schemars::SchemaGenerator) -> schemars::Schema {
+        schemars::json_schema!({ "type": ["string", "null"], "pattern": "^[0-9]{1,6}(us|ms|s|min|h|d)$" })
+    }
 
     pub fn serialize<S: Serializer>(duration: &Option<Duration>, serializer: S) -> Result<S::Ok, S::Error> {
         duration.map(units::format_duration).serialize(serializer)

@@ -6,11 +6,13 @@
 //!
 //! Nothing here decides anything about a migration or a cutover, and nothing shows a secret.
 
+pub mod check;
 pub mod command;
 pub mod console;
 pub mod error;
 mod gauges;
 pub mod http;
+mod live;
 mod orders;
 pub mod parts;
 mod pgbouncer;

@@ -6,7 +6,7 @@ use async_trait::async_trait;
 
 use super::command::{CutoverRequest, ShutdownWhen};
 use super::error::AdminError;
-use super::view::{BlockerView, ClientView, CutoverView, MemberView};
+use super::view::{BlockerView, CheckView, ClientView, CutoverView, MemberView};
 use crate::config::Changes;
 use crate::migration::preflight::RuleResult;
 use crate::migration::view::{CancelReport, MigrationName, MigrationSpec, MigrationView, TableView};
@@ -62,7 +62,10 @@ pub trait Clients: Send + Sync {
 }
 
 /// The daemon's side.
+#[async_trait]
 pub trait Daemon: Send + Sync {
+    /// Connects to both servers and looks at them.
+    async fn check(&self) -> CheckView;
     /// Reads the configuration again and applies what can change live.
     fn reload(&self) -> Result<Changes, AdminError>;
     /// Changes one setting (`section.key`) until the next reload.

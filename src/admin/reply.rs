@@ -4,7 +4,7 @@ use serde_json::Value;
 
 use super::table::Kind::{Float, Integer, Text};
 use super::table::{Cell, Column, Table};
-use super::view::{BlockerView, CutoverView, MemberView, MigrationEntry, StatusView};
+use super::view::{BlockerView, CheckView, CutoverView, EventView, MemberView, MigrationEntry, SampleView, StatusView};
 use super::{command::Command, pgbouncer, show, stats};
 use crate::config::Changes;
 use crate::migration::preflight::{Level, RuleResult};
@@ -33,6 +33,12 @@ pub enum Reply {
     Members(Vec<MemberView>),
     /// What a cancel removed and left.
     Cancelled(CancelReport),
+    /// How far a migration was, over the last minutes.
+    History(Vec<SampleView>),
+    /// What has happened.
+    Events(Vec<EventView>),
+    /// What the test of both connections found.
+    Checked(CheckView),
     /// What a reload changed.
     Reloaded(Changes),
     /// It is done; the tag says what.
@@ -119,6 +125,18 @@ const BLOCKERS: &[Column] = &[
 const MEMBERS: &[Column] = &[("instance", Text), ("address", Text), ("role", Text), ("version", Text)];
 const CANCEL: &[Column] =
     &[("result", Text), ("side", Text), ("database", Text), ("kind", Text), ("name", Text), ("reason", Text)];
+const HISTORY: &[Column] = &[
+    ("time", Text),
+    ("database", Text),
+    ("latency_bytes", Integer),
+    ("latency_seconds", Float),
+    ("pending_changes", Integer),
+    ("copied_rows", Integer),
+    ("copied_bytes", Integer),
+];
+const EVENTS: &[Column] =
+    &[("number", Integer), ("time", Text), ("migration", Text), ("kind", Text), ("failed", Text), ("event", Text)];
+const CHECK: &[Column] = &[("check", Text), ("ok", Text), ("found", Text), ("fix", Text)];
 const RELOAD: &[Column] = &[("key", Text), ("result", Text)];
 const STATUS: &[Column] = &[
     ("database", Text),
@@ -159,6 +177,9 @@ pub fn columns(command: &Command) -> Option<&'static [Column]> {
         Command::Validation(_) => Some(VALIDATION),
         Command::CutoverOf(_) | Command::Cutover(..) => Some(CUTOVER),
         Command::Cancel(_) => Some(CANCEL),
+        Command::History(_) => Some(HISTORY),
+        Command::Events => Some(EVENTS),
+        Command::Check => Some(CHECK),
         Command::Reload => Some(RELOAD),
         Command::Create(_)
         | Command::Retry(_)
@@ -190,6 +211,9 @@ impl Reply {
             Self::Blockers(blockers) => serde_json::to_value(blockers),
             Self::Members(members) => serde_json::to_value(members),
             Self::Cancelled(report) => serde_json::to_value(report),
+            Self::History(samples) => serde_json::to_value(samples),
+            Self::Events(events) => serde_json::to_value(events),
+            Self::Checked(check) => serde_json::to_value(check),
             Self::Reloaded(changes) => serde_json::to_value(changes),
             Self::Done(tag) => Ok(serde_json::json!({ "done": tag })),
         }
@@ -209,6 +233,9 @@ impl Reply {
             Self::Blockers(blockers) => filled(BLOCKERS, blockers.into_iter().map(blocker_row).collect()),
             Self::Members(members) => filled(MEMBERS, members.into_iter().map(member_row).collect()),
             Self::Cancelled(report) => filled(CANCEL, cancel_rows(&report)),
+            Self::History(samples) => filled(HISTORY, samples.into_iter().map(sample_row).collect()),
+            Self::Events(events) => filled(EVENTS, events.into_iter().map(event_row).collect()),
+            Self::Checked(check) => filled(CHECK, check_rows(check)),
             Self::Reloaded(changes) => filled(RELOAD, reload_rows(&changes)),
             Self::Done(tag) => Err(tag),
         }
@@ -362,6 +389,38 @@ fn cancel_rows(report: &CancelReport) -> Vec<Vec<Cell>> {
     let removed = report.removed.iter().map(|object| row("removed", object, Cell::Null));
     let left = report.left.iter().map(|left| row("left", &left.object, left.reason.clone().into()));
     removed.chain(left).collect()
+}
+
+fn sample_row(sample: SampleView) -> Vec<Cell> {
+    vec![
+        show::timestamp(sample.at).into(),
+        sample.database.into(),
+        sample.latency_bytes.into(),
+        sample.latency_seconds.into(),
+        sample.pending_changes.into(),
+        sample.copied_rows.into(),
+        sample.copied_bytes.into(),
+    ]
+}
+
+fn event_row(event: EventView) -> Vec<Cell> {
+    vec![
+        event.number.into(),
+        show::timestamp(event.at).into(),
+        event.migration.into(),
+        event.kind.into(),
+        yes_or_no(event.failed),
+        event.text.into(),
+    ]
+}
+
+fn check_rows(check: CheckView) -> Vec<Vec<Cell>> {
+    let rows = check.checks.into_iter();
+    rows.map(|found| vec![found.check.into(), yes_or_no(found.ok), found.found.into(), found.fix.into()]).collect()
+}
+
+fn yes_or_no(is: bool) -> Cell {
+    if is { "yes" } else { "no" }.into()
 }
 
 fn reload_rows(changes: &Changes) -> Vec<Vec<Cell>> {

@@ -10,11 +10,12 @@ use arc_swap::ArcSwap;
 
 use super::command::{Command, CutoverRequest, Filter};
 use super::error::{AdminError, ErrorKind};
+use super::live::{self, Live};
 use super::parts::{Clients, Cutovers, Daemon, Migrations};
 use super::reply::Reply;
 use super::stats::{PERIOD, Periods};
 use super::table::Table;
-use super::view::{MigrationBrief, MigrationEntry, RouteView, StatusView};
+use super::view::{ClientView, CutoverView, LiveView, MigrationBrief, MigrationEntry, RouteView, StatusView};
 use super::{gauges, pgbouncer, show};
 use crate::config::{Config, Server};
 use crate::migration::preflight::{Level, Outcome, RuleResult};
@@ -54,6 +55,7 @@ pub(super) struct Inner {
     pub(super) deps: ServiceDeps,
     started: Instant,
     periods: Periods,
+    live: Live,
     /// When RECONNECT was ordered for a database, in seconds since the Unix epoch.
     pub(super) reconnects: Mutex<BTreeMap<String, f64>>,
 }
@@ -62,7 +64,10 @@ impl Service {
     /// A service over these parts.
     pub fn new(deps: ServiceDeps) -> Self {
         let reconnects = Mutex::default();
-        let inner = Arc::new(Inner { deps, started: Instant::now(), periods: Periods::new(), reconnects });
+        let (started, periods, live) = (Instant::now(), Periods::new(), Live::new());
+        let inner = Arc::new(Inner { deps, started, periods, live, reconnects });
+        let observer = inner.clone();
+        inner.deps.tasks.spawn(async move { observer.observe().await });
         let turning = inner.clone();
         inner.deps.tasks.spawn(async move {
             loop {
@@ -98,7 +103,7 @@ impl Service {
         if !command.changes_state() {
             return self.0.read(command).await;
         }
-        let name = command.name();
+        let (name, about) = (command.name(), command.migration().map(ToString::to_string));
         let (sender, receiver) = tokio::sync::oneshot::channel();
         let inner = self.0.clone();
         self.0.deps.tasks.spawn(async move {
@@ -107,10 +112,18 @@ impl Service {
                 Ok(_) => tracing::info!(command = name, "order carried out"),
                 Err(error) => tracing::warn!(command = name, %error, "order refused or failed"),
             }
+            let refused = result.as_ref().err();
+            let text = refused.map_or_else(|| format!("order {name}"), |error| format!("order {name}: {error}"));
+            inner.live.note_order(about, text, refused.is_some());
             // Nobody may be listening any more.
             let _ = sender.send(result);
         });
         receiver.await.unwrap_or_else(|_| Err(AdminError::new(ErrorKind::Unavailable, "the daemon is stopping")))
+    }
+
+    /// The live state, whenever it changes. `None` comes first where nothing is known yet.
+    pub fn follow(&self) -> tokio::sync::watch::Receiver<Option<Arc<LiveView>>> {
+        self.0.live.follow()
     }
 
     /// Why clients are not served; `None`: they are.
@@ -167,6 +180,12 @@ impl Inner {
                 deps.migrations.show(&name).await?;
                 Ok(Reply::Cutover(deps.cutovers.progress(&name).await?))
             }
+            Command::History(name) => {
+                deps.migrations.show(&name).await?;
+                Ok(Reply::History(self.live.history(name.as_str())))
+            }
+            Command::Events => Ok(Reply::Events(self.live.events())),
+            Command::Check => Ok(Reply::Checked(deps.daemon.check().await)),
             Command::Create(_)
             | Command::Cutover(..)
             | Command::Cancel(_)
@@ -270,10 +289,59 @@ impl Inner {
         }
     }
 
-    async fn status(&self, config: &Config) -> StatusView {
+    /// Looks at everything until the tasks are told to stop.
+    async fn observe(&self) {
         let deps = &self.deps;
-        let sessions = deps.clients.list();
-        let databases = deps.switchboard.all();
+        loop {
+            tokio::select! {
+                // Both arms only wait or read, so dropping them is safe.
+                () = async { self.look().await; tokio::time::sleep(live::LOOK).await } => {}
+                () = deps.tasks.stopping() => return,
+            }
+        }
+    }
+
+    async fn look(&self) {
+        let (deps, config) = (&self.deps, self.deps.config.load());
+        let migrations = self.list(Filter::All).await.ok();
+        let mut cutovers: BTreeMap<String, CutoverView> = BTreeMap::new();
+        for migration in migrations.iter().flatten() {
+            if let Ok(name) = migration.name.parse()
+                && let Ok(Some(cutover)) = deps.cutovers.progress(&name).await
+            {
+                cutovers.insert(migration.name.clone(), cutover);
+            }
+        }
+        // Sessions are counted for those who look only: there may be very many.
+        let sessions = if self.live.is_followed() { deps.clients.list() } else { Vec::new() };
+        let routes = self.routes(&sessions);
+        let (copied_rows, copied_bytes) = (deps.metrics.copy_rows.get(), deps.metrics.copy_bytes.get());
+        self.live.observe(migrations.as_deref().unwrap_or_default(), &cutovers, &routes, (copied_rows, copied_bytes));
+        if !self.live.is_followed() {
+            return;
+        }
+        let source_server_type = config.source.kind.as_str();
+        let entry = |migration| MigrationEntry {
+            migration: MigrationView { validation: None, ..migration },
+            source_server_type: source_server_type.to_owned(),
+        };
+        self.live.send(LiveView {
+            at: live::now(),
+            version: env!("CARGO_PKG_VERSION").to_owned(),
+            not_ready: self.not_ready(),
+            source: format!("{}:{}", config.source.host, config.source.port),
+            target: format!("{}:{}", config.target.host, config.target.port),
+            routes,
+            migrations: migrations.map(|list| list.into_iter().map(entry).collect()),
+            cutovers,
+            copied_rows,
+            copied_bytes,
+            newest_event: self.live.newest_event(),
+        });
+    }
+
+    fn routes(&self, sessions: &[ClientView]) -> Vec<RouteView> {
+        let databases = self.deps.switchboard.all();
         let routes = databases.iter().map(|database| {
             let own = sessions.iter().filter(|session| session.database == database.name()).count();
             let (server, reason) = match &*database.route() {
@@ -290,7 +358,13 @@ impl Inner {
                 inside: database.inside(),
             }
         });
-        let routes = routes.collect();
+        routes.collect()
+    }
+
+    async fn status(&self, config: &Config) -> StatusView {
+        let deps = &self.deps;
+        let sessions = deps.clients.list();
+        let routes = self.routes(&sessions);
         let reason = self.not_ready();
         let brief = |m: MigrationView| MigrationBrief { name: m.name, state: m.state, substate: m.substate };
         StatusView {

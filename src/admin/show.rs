@@ -130,7 +130,7 @@ pub(super) const USERS: &[Column] = &[
     ("current_client_connections", Integer),
 ];
 
-const COMMANDS: [(&str, &str); 40] = [
+const COMMANDS: [(&str, &str); 43] = [
     ("SHOW HELP", "this list"),
     ("SHOW VERSION", "the program's version"),
     ("SHOW CONFIG", "every key of the configuration, and whether RELOAD applies a change"),
@@ -154,6 +154,9 @@ const COMMANDS: [(&str, &str); 40] = [
     ("SHOW TABLES name", "its tables: full load, incremental sync, indexes"),
     ("SHOW VALIDATION name", "its premigration validation"),
     ("SHOW CUTOVER name", "its cutover, running or last"),
+    ("SHOW HISTORY name", "how far it was behind over the last minutes"),
+    ("SHOW EVENTS", "what has happened since this process began, newest first"),
+    ("CHECK", "connect to both servers and look at them"),
     (
         "CREATE MIGRATION name [DATABASES a, b] [MODE online|offline] [OPTION validate|migrate|validate-and-migrate] \
          [OVERWRITE TARGET] [CUTOVER WHEN READY]",

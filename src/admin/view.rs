@@ -8,7 +8,7 @@ use crate::migration::view::MigrationView;
 use crate::switch::ServerRole;
 
 /// How a cutover ended, or how far it is.
-#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize, schemars::JsonSchema)]
 pub struct CutoverView {
     /// `switched`, `aborted`, `dry-run`, or `running`.
     pub outcome: String,
@@ -33,7 +33,7 @@ pub struct CutoverView {
 }
 
 /// Length of each phase in milliseconds; 0: it was not reached.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, schemars::JsonSchema)]
 pub struct PhasesView {
     /// Before anybody waits.
     pub prepare: u64,
@@ -61,7 +61,7 @@ impl PhasesView {
 }
 
 /// A migration in a list.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, schemars::JsonSchema)]
 pub struct MigrationEntry {
     /// As `show` shows it.
     #[serde(flatten)]
@@ -71,7 +71,7 @@ pub struct MigrationEntry {
 }
 
 /// One thing that would keep a cutover from moving a session, or from draining.
-#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, schemars::JsonSchema)]
 pub struct BlockerView {
     /// Database.
     pub database: String,
@@ -92,7 +92,7 @@ pub struct BlockerView {
 }
 
 /// One proxy.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, schemars::JsonSchema)]
 pub struct MemberView {
     /// Its random name.
     pub instance: String,
@@ -105,7 +105,7 @@ pub struct MemberView {
 }
 
 /// One client session.
-#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize, schemars::JsonSchema)]
 pub struct ClientView {
     /// Number of the session in this process.
     pub id: u64,
@@ -148,7 +148,7 @@ pub struct ClientView {
 }
 
 /// One database of the proxy.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, schemars::JsonSchema)]
 pub struct RouteView {
     /// Database.
     pub database: String,
@@ -167,7 +167,7 @@ pub struct RouteView {
 }
 
 /// `status`: proxies, routes, sessions, blockers.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, schemars::JsonSchema)]
 pub struct StatusView {
     /// The program's version.
     pub version: String,
@@ -196,8 +196,106 @@ pub struct StatusView {
     pub migrations: Option<Vec<MigrationBrief>>,
 }
 
+/// One thing that `check` looked at.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, schemars::JsonSchema)]
+pub struct FindingView {
+    /// What.
+    pub check: String,
+    /// Whether it is as it should be.
+    pub ok: bool,
+    /// What was found.
+    pub found: String,
+    /// What mends it.
+    pub fix: Option<String>,
+}
+
+/// A database of the source.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, schemars::JsonSchema)]
+pub struct SourceDatabaseView {
+    /// Its name.
+    pub name: String,
+    /// On disk; null: the role may not know.
+    pub size_bytes: Option<i64>,
+    /// Whether the target has one of this name; null: the target could not be asked.
+    pub on_target: Option<bool>,
+}
+
+/// `check`: are the two servers what the configuration says?
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, schemars::JsonSchema)]
+pub struct CheckView {
+    /// Whether everything is as it should be.
+    pub ok: bool,
+    /// What was looked at.
+    pub checks: Vec<FindingView>,
+    /// What can be migrated; null: the source could not be asked.
+    pub databases: Option<Vec<SourceDatabaseView>>,
+}
+
+/// How far a migration was at one moment.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, schemars::JsonSchema)]
+pub struct SampleView {
+    /// Seconds since the Unix epoch.
+    pub at: f64,
+    /// Database.
+    pub database: String,
+    /// How far the target was behind, in bytes of WAL; null: not known.
+    pub latency_bytes: Option<u64>,
+    /// How far the target was behind, in seconds; null: not known.
+    pub latency_seconds: Option<f64>,
+    /// Row changes received and not yet applied; null: not known.
+    pub pending_changes: Option<u64>,
+    /// Rows copied by full loads since this process began, of every migration.
+    pub copied_rows: u64,
+    /// Bytes copied by full loads since this process began, of every migration.
+    pub copied_bytes: u64,
+}
+
+/// Something that has happened.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, schemars::JsonSchema)]
+pub struct EventView {
+    /// Counts from 1 since this process began.
+    pub number: u64,
+    /// Seconds since the Unix epoch.
+    pub at: f64,
+    /// Of which migration; null: of none.
+    pub migration: Option<String>,
+    /// `state`, `database`, `cutover`, `route` or `order`.
+    pub kind: String,
+    /// Whether it is something to look at.
+    pub failed: bool,
+    /// What.
+    pub text: String,
+}
+
+/// What the stream of live state sends, whenever it changes.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, schemars::JsonSchema)]
+pub struct LiveView {
+    /// Seconds since the Unix epoch.
+    pub at: f64,
+    /// The program's version.
+    pub version: String,
+    /// Why clients are not served; null: they are.
+    pub not_ready: Option<String>,
+    /// `host:port` of the source.
+    pub source: String,
+    /// `host:port` of the target.
+    pub target: String,
+    /// Where each database runs.
+    pub routes: Vec<RouteView>,
+    /// Migrations, newest first, without the answers of their validation; null: the engine could not be asked.
+    pub migrations: Option<Vec<MigrationEntry>>,
+    /// The cutover of each migration that had one since this process began.
+    pub cutovers: std::collections::BTreeMap<String, CutoverView>,
+    /// Rows copied by full loads since this process began.
+    pub copied_rows: u64,
+    /// Bytes copied by full loads since this process began.
+    pub copied_bytes: u64,
+    /// Number of the newest event.
+    pub newest_event: u64,
+}
+
 /// A migration in `status`.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, schemars::JsonSchema)]
 pub struct MigrationBrief {
     /// Name.
     pub name: String,

@@ -8,9 +8,11 @@ use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
 
+use crate::admin::check;
 use crate::admin::command::ShutdownWhen;
 use crate::admin::error::{AdminError, ErrorKind};
 use crate::admin::parts::Daemon;
+use crate::admin::view::CheckView;
 use crate::config::{self, Changes, Config, Environment, Live};
 use crate::proxy::AccessError;
 use crate::telemetry::LogControl;
@@ -107,7 +109,12 @@ impl Control {
     }
 }
 
+#[async_trait::async_trait]
 impl Daemon for Control {
+    async fn check(&self) -> CheckView {
+        check::check(&self.config.load_full()).await
+    }
+
     fn reload(&self) -> Result<Changes, AdminError> {
         let result = self.try_reload();
         match &result {

@@ -9,7 +9,7 @@ use serde::{Deserialize, Serialize};
 use super::migrations::{CatalogError, MigrationCatalog};
 
 /// Which server an object was made on.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize, schemars::JsonSchema)]
 #[serde(rename_all = "lowercase")]
 pub enum Side {
     /// `[source]` of the configuration.
@@ -34,7 +34,7 @@ impl std::fmt::Display for Side {
 }
 
 /// One object that we make.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, schemars::JsonSchema)]
 pub struct MadeObject {
     /// On which server.
     pub side: Side,

@@ -29,7 +29,7 @@ pub enum Live {
 }
 
 /// What a reload did, or would do.
-#[derive(Clone, Debug, Default, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, serde::Serialize, serde::Deserialize, schemars::JsonSchema)]
 pub struct Changes {
     /// `section.key` of what is in force now.
     pub applied: Vec<String>,

@@ -41,6 +41,16 @@ impl std::fmt::Display for MigrationName {
     }
 }
 
+impl schemars::JsonSchema for MigrationName {
+    fn schema_name() -> std::borrow::Cow<'static, str> {
+        "MigrationName".into()
+    }
+
+    fn json_schema(_: &mut schemars::SchemaGenerator) -> schemars::Schema {
+        schemars::json_schema!({ "type": "string", "pattern": "^[A-Za-z0-9][A-Za-z0-9-]{0,39}$" })
+    }
+}
+
 impl<'de> Deserialize<'de> for MigrationName {
     fn deserialize<D: serde::Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
         String::deserialize(deserializer)?.parse().map_err(serde::de::Error::custom)
@@ -48,7 +58,7 @@ impl<'de> Deserialize<'de> for MigrationName {
 }
 
 /// Whether changes are streamed until a cutover.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, schemars::JsonSchema)]
 #[serde(rename_all = "lowercase")]
 pub enum Mode {
     /// Copy, then stream until a cutover.
@@ -58,7 +68,7 @@ pub enum Mode {
 }
 
 /// How much is asked for.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, schemars::JsonSchema)]
 #[serde(rename_all = "kebab-case")]
 pub enum MigrationOption {
     /// The premigration validation only.
@@ -70,7 +80,7 @@ pub enum MigrationOption {
 }
 
 /// What `create` is given.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, schemars::JsonSchema)]
 pub struct MigrationSpec {
     /// Unique on the target.
     pub name: MigrationName,
@@ -100,7 +110,7 @@ fn validate_and_migrate() -> MigrationOption {
 }
 
 /// Why a migration, database or table cannot go on, in an operator's words.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, schemars::JsonSchema)]
 pub struct Problem {
     /// A word that scripts may compare, such as `slot_missing`.
     pub code: String,
@@ -123,7 +133,7 @@ impl std::fmt::Display for Problem {
 }
 
 /// `migration show`.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, schemars::JsonSchema)]
 pub struct MigrationView {
     /// Its name.
     pub name: String,
@@ -154,7 +164,7 @@ pub struct MigrationView {
 }
 
 /// One database of `migration show`.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, schemars::JsonSchema)]
 pub struct DatabaseView {
     /// Its name.
     pub name: String,
@@ -177,7 +187,7 @@ pub struct DatabaseView {
 }
 
 /// One row of `migration tables`.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, schemars::JsonSchema)]
 pub struct TableView {
     /// Database.
     pub database: String,
@@ -198,7 +208,7 @@ pub struct TableView {
 }
 
 /// Counters of a table's full load.
-#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize, schemars::JsonSchema)]
 pub struct FullLoadView {
     /// `waiting`, `copying`, `copied`, `ready` or `failed`.
     pub state: String,
@@ -213,7 +223,7 @@ pub struct FullLoadView {
 }
 
 /// Counters of a table's incremental sync, since this process began.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, schemars::JsonSchema)]
 pub struct IncrementalView {
     /// Rows inserted.
     pub inserts: u64,
@@ -228,7 +238,7 @@ pub struct IncrementalView {
 }
 
 /// What a cancel removed, and what it left.
-#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, schemars::JsonSchema)]
 pub struct CancelReport {
     /// Gone.
     pub removed: Vec<MadeObject>,
@@ -237,7 +247,7 @@ pub struct CancelReport {
 }
 
 /// One object that a cancel left.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, schemars::JsonSchema)]
 pub struct Left {
     /// The object.
     #[serde(flatten)]

@@ -10,7 +10,9 @@ use tokio::sync::Notify;
 use super::gate::{Admission, Cell, Epoch, Gate};
 
 /// Which of the two configured servers.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, serde::Serialize, serde::Deserialize)]
+#[derive(
+    Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, serde::Serialize, serde::Deserialize, schemars::JsonSchema,
+)]
 #[serde(rename_all = "lowercase")]
 pub enum ServerRole {
     /// `[source]` of the configuration.

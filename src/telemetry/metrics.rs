@@ -4,6 +4,8 @@
 //! client has proved who it is; a migration only after it was created), so that nobody outside can make series.
 //! Hot paths resolve their label values once (`metrics.transactions.with_label_values(&[name])`) and keep the child.
 
+use std::collections::BTreeMap;
+
 use prometheus::core::{Collector, Desc};
 use prometheus::{CounterVec, GaugeVec, IntGauge, Registry, TextEncoder};
 use prometheus::{Encoder, Histogram, HistogramOpts, HistogramVec, IntCounter, IntCounterVec, IntGaugeVec, Opts};
@@ -226,18 +228,23 @@ pub struct Metrics {
     /// `verify_mismatches_total`.
     pub verify_mismatches: IntCounter,
     names: Vec<String>,
+    labels: BTreeMap<String, Vec<String>>,
 }
 
 /// Registers metrics and notes their names.
 struct Registrar {
     registry: Registry,
     names: Vec<String>,
+    labels: BTreeMap<String, Vec<String>>,
 }
 
 impl Registrar {
     fn add<C: Collector + Clone + 'static>(&mut self, collector: C) -> Result<C, prometheus::Error> {
         self.registry.register(Box::new(collector.clone()))?;
         self.names.extend(collector.desc().iter().map(|desc: &&Desc| desc.fq_name.clone()));
+        let labels =
+            collector.desc().into_iter().map(|desc: &Desc| (desc.fq_name.clone(), desc.variable_labels.clone()));
+        self.labels.extend(labels);
         Ok(collector)
     }
 
@@ -271,7 +278,7 @@ impl Registrar {
 impl Metrics {
     /// Registers every metric.
     pub fn new() -> Result<Self, prometheus::Error> {
-        let mut r = Registrar { registry: Registry::new(), names: Vec::new() };
+        let mut r = Registrar { registry: Registry::new(), names: Vec::new(), labels: BTreeMap::new() };
         let replication = ["migration", "database", "direction"];
         let slot = ["migration", "database"];
         let phase_options =
@@ -360,11 +367,13 @@ impl Metrics {
             verify_mismatches: r.counter("verify_mismatches_total", "Rows that verification found to differ.")?,
             registry: r.registry.clone(),
             names: Vec::new(),
+            labels: BTreeMap::new(),
         };
         let process = prometheus::process_collector::ProcessCollector::for_self();
         r.names.extend(process.desc().iter().map(|desc| desc.fq_name.clone()));
         r.registry.register(Box::new(process))?;
         metrics.names = r.names;
+        metrics.labels = r.labels;
         metrics.begin_at_zero();
         Ok(metrics)
     }
@@ -388,6 +397,11 @@ impl Metrics {
     /// Every metric's name.
     pub fn names(&self) -> &[String] {
         &self.names
+    }
+
+    /// The labels of each metric that has any.
+    pub fn labels(&self) -> &BTreeMap<String, Vec<String>> {
+        &self.labels
     }
 
     /// The text that Prometheus reads.

@@ -61,11 +61,11 @@ struct Word {
     quoted: bool,
 }
 
-const VERBS: &str = "SHOW CREATE CUTOVER CANCEL RETRY RELOAD KILL KILL_CLIENT SHUTDOWN PAUSE RESUME RECONNECT WAIT_CLOSE \
+const VERBS: &str = "SHOW CHECK CREATE CUTOVER CANCEL RETRY RELOAD KILL KILL_CLIENT SHUTDOWN PAUSE RESUME RECONNECT WAIT_CLOSE \
     DISABLE ENABLE SUSPEND ROLLBACK COMPLETE VERIFY BEGIN COMMIT SET RESET DISCARD DEALLOCATE";
 const SHOWN: &str = "HELP VERSION CONFIG DATABASES POOLS CLIENTS SERVERS STATS STATS_TOTALS STATS_AVERAGES TOTALS LISTS USERS \
     SOCKETS ACTIVE_SOCKETS MEM STATE DNS_HOSTS DNS_ZONES PEERS STATUS MEMBERS BLOCKERS \
-    MIGRATIONS MIGRATION TABLES VALIDATION CUTOVER";
+    MIGRATIONS MIGRATION TABLES VALIDATION CUTOVER HISTORY EVENTS";
 const OPTIONS: [(&str, MigrationOption); 3] = [
     ("validate", MigrationOption::Validate),
     ("migrate", MigrationOption::Migrate),
@@ -101,6 +101,7 @@ pub fn parse(text: &str) -> Result<Statement, AdminError> {
     }
     let command = match verb.as_str() {
         "SHOW" => show(&mut rest)?,
+        "CHECK" => Command::Check,
         "CREATE" => create(&mut rest)?,
         "CUTOVER" => cutover(&mut rest)?,
         "CANCEL" => Command::Cancel(rest.named_migration()?),
@@ -176,6 +177,8 @@ fn show(rest: &mut Words<'_>) -> Result<Command, AdminError> {
         "TABLES" => Command::Tables(rest.migration()?),
         "VALIDATION" => Command::Validation(rest.migration()?),
         "CUTOVER" => Command::CutoverOf(rest.migration()?),
+        "HISTORY" => Command::History(rest.migration()?),
+        "EVENTS" => Command::Events,
         _ => return Err(unknown("SHOW", &what, SHOWN)),
     })
 }

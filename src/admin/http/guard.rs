@@ -27,7 +27,10 @@ pub(super) fn may_change(config: &Config, peer: SocketAddr, headers: &HeaderMap)
         return Err(Problem::new(StatusCode::FORBIDDEN, "forbidden", detail).hint("set [admin] token"));
     }
     let foreign = headers.get_all(header::ORIGIN).iter().any(|origin| !is_own(origin.as_bytes(), config));
-    if foreign {
+    // Browsers say this of every request, and no page can change it (W3C, Fetch Metadata).
+    let sites = headers.get_all("sec-fetch-site");
+    let elsewhere = sites.iter().any(|site| !matches!(site.as_bytes(), b"same-origin" | b"none"));
+    if foreign || elsewhere {
         return Err(Problem::new(
             StatusCode::FORBIDDEN,
             "forbidden",

@@ -11,14 +11,21 @@ use crate::admin::error::AdminError;
 pub struct Problem(Box<Body>);
 
 /// The body of every error. `code` and `hint` are extension members, as the RFC allows.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
-struct Body {
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, schemars::JsonSchema)]
+#[schemars(rename = "ProblemDetails")]
+pub(super) struct Body {
+    /// `about:blank`: the status says what kind it is.
     #[serde(rename = "type")]
     kind: String,
+    /// The status in words.
     title: String,
+    /// The status.
     status: u16,
+    /// What happened.
     detail: String,
+    /// A word that scripts may compare.
     code: String,
+    /// What mends it.
     #[serde(skip_serializing_if = "Option::is_none")]
     hint: Option<String>,
 }

@@ -13,7 +13,7 @@ pub use crate::migration::view::Mode;
 use crate::postgres::{Connector, Control};
 
 /// What a rule is about.
-#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, serde::Serialize, serde::Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, serde::Serialize, serde::Deserialize, schemars::JsonSchema)]
 #[serde(rename_all = "lowercase")]
 pub enum Level {
     /// The servers.
@@ -23,7 +23,9 @@ pub enum Level {
 }
 
 /// How a rule came out.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, serde::Serialize, serde::Deserialize)]
+#[derive(
+    Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, serde::Serialize, serde::Deserialize, schemars::JsonSchema,
+)]
 pub enum Outcome {
     /// Nothing to do.
     Succeeded,
@@ -34,7 +36,7 @@ pub enum Outcome {
 }
 
 /// One rule's answer.
-#[derive(Clone, Debug, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq, serde::Serialize, serde::Deserialize, schemars::JsonSchema)]
 pub struct RuleResult {
     /// Stable name, such as `wal_level` or `large_objects`.
     pub code: String,

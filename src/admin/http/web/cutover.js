@@ -1,0 +1,131 @@
+// The cutover panel: rehearse, switch, and what may follow, as far as this daemon can.
+
+import { ask, knows, of, post } from './api.js';
+import { phases } from './chart.js';
+import { bytes, h, number, seconds } from './dom.js';
+
+const PHASES = ['prepare', 'pause', 'drain', 'decide', 'switch'];
+const WORDS = {
+  prepare: 'Everything is made ready; nobody waits',
+  pause: 'New transactions wait',
+  drain: 'The last transactions end and are applied',
+  decide: 'The decision is made durable',
+  switch: 'Sessions go on, on the target',
+};
+/** Calls that not every daemon has. */
+const FURTHER = ['rollback', 'complete', 'verify'];
+
+/** Finds out once what the daemon can do. */
+export async function learn(state) {
+  if (state.can) return;
+  const known = await Promise.all(FURTHER.map((call) => knows(`/api/v1/migrations/{name}/${call}`)));
+  state.can = Object.fromEntries(FURTHER.map((call, index) => [call, known[index]]));
+}
+
+export function panel(m, state) {
+  const run = state.live.cutovers[m.name];
+  const running = (run && run.outcome === 'running') || m.substate === 'CompletingMigration' || state.detail.cuttingOver;
+  return h('section', { class: 'card', 'aria-labelledby': 'cutover' }, h('h2', { id: 'cutover' }, 'Cutover'),
+    running ? going(run) : ready(m, state), !running && run && run.outcome !== 'running' ? report(run) : null);
+}
+
+function ready(m, state) {
+  if (m.mode === 'offline') return h('p', { class: 'muted' }, 'An offline migration is a copy: there is nothing to cut over.');
+  if (m.state === 'Succeeded') return after(state);
+  if (m.state !== 'WaitingForUserAction') {
+    return h('p', { class: 'muted' }, m.state === 'InProgress' ? 'It can be cut over once everything is copied and the target follows.' : 'This migration cannot be cut over.');
+  }
+  const count = state.detail.blockers ? state.detail.blockers.length : null;
+  return [
+    h('p', {}, 'Everything is copied, and the target follows every change. A cutover holds new transactions for a moment and lets them go on there.'),
+    m.cutover_when_ready ? h('p', { class: 'notice' }, 'It cuts over by itself as soon as it can.') : null,
+    count ? h('p', { class: 'notice warn' }, `${number(count)} sessions are in the way now: `, h('a', { href: `#/m/${encodeURIComponent(m.name)}/sessions` }, 'see which')) : null,
+    h('div', { class: 'actions' },
+      h('button', { type: 'button', id: 'dry-run', 'data-act': 'dryRun' }, 'Dry run'),
+      h('button', { type: 'button', id: 'cut-over', class: 'primary', 'data-act': 'cutOver' }, 'Cut over …'),
+      state.can && state.can.verify ? h('button', { type: 'button', 'data-act': 'verify' }, 'Verify') : null),
+  ];
+}
+
+function after(state) {
+  const can = state.can || {};
+  return [
+    h('p', {}, 'The databases run on the target.'),
+    can.rollback ? h('p', { class: 'muted' }, 'Until it is completed, every change is also brought back to the source, so that the way back is open.')
+      : h('p', { class: 'muted' }, 'This version of pgcutover cannot roll back: changes made on the target are not brought to the source.'),
+    h('div', { class: 'actions' },
+      can.rollback ? h('button', { type: 'button', id: 'roll-back', class: 'danger', 'data-act': 'rollBack' }, 'Roll back …') : null,
+      can.complete ? h('button', { type: 'button', id: 'complete', 'data-act': 'complete' }, 'Complete …') : null,
+      can.verify ? h('button', { type: 'button', 'data-act': 'verify' }, 'Verify') : null),
+  ];
+}
+
+function going(run) {
+  const at = run ? PHASES.indexOf(run.phase) : -1;
+  return h('div', { role: 'status' }, h('ol', { class: 'steps', 'aria-label': 'Phases of the cutover' }, PHASES.map((phase, index) =>
+    h('li', { class: index < at ? 'done' : index === at ? 'now' : null, 'aria-current': index === at ? 'step' : null, title: WORDS[phase] }, phase))),
+  h('p', { class: 'muted' }, at < 0 ? 'It has been ordered …' : WORDS[PHASES[at]]));
+}
+
+function report(run) {
+  const lengths = PHASES.map((phase) => [phase, run.phases_ms[phase]]);
+  const [kind, words] = {
+    switched: ['good', `Switched. Transactions waited ${number(run.pause_ms)} ms.`],
+    'dry-run': run.reason ? ['warn', `A cutover would not have switched now: ${run.reason}`] : ['good', `Dry run: transactions waited ${number(run.pause_ms)} ms, and went on where they were.`],
+    aborted: ['bad', `Aborted, and everything goes on where it was: ${run.reason}`],
+  }[run.outcome] || ['', run.outcome];
+  return h('div', { id: 'report' },
+    h('p', {}), h('div', { class: `notice ${kind}`, role: 'status' }, h('p', {}, words)),
+    lengths.some(([, length]) => length > 0) ? phases(lengths) : null,
+    h('p', {}),
+    h('dl', { class: 'facts' }, h('dt', {}, 'Sessions moved'), h('dd', {}, number(run.sessions_moved)), h('dt', {}, 'Sessions ended'), h('dd', {}, number(run.sessions_ended))),
+    run.blockers.length ? [h('h3', {}, 'What stood in the way'), h('ul', {}, run.blockers.map((item) => h('li', {}, item)))] : null,
+    run.notes.length ? [h('h3', {}, 'Notes'), h('ul', {}, run.notes.map((item) => h('li', {}, item)))] : null);
+}
+
+/** How much the target has yet to take. */
+function pending(m) {
+  return h('dl', { class: 'facts', id: 'pending' }, m.databases.flatMap((d) => [
+    h('dt', {}, d.name),
+    h('dd', {}, `${number(d.pending_changes)} pending changes, ${bytes(d.latency_bytes)} behind (${seconds(d.latency_seconds)})`),
+  ]));
+}
+
+/** What is done on a click; `order` does it and shows a refusal. */
+export function actions(order) {
+  const current = (state) => state.live.migrations.find((m) => m.name === state.route.name);
+  const run = async (state, draw, note, call) => {
+    state.detail.cuttingOver = true;
+    draw();
+    await order(state, draw, note, call);
+    state.detail.cuttingOver = false;
+    draw();
+  };
+  const path = (state, rest) => of(state.route.name, rest);
+  const ended = (answer) => ({ switched: 'The databases run on the target.', 'dry-run': 'The dry run has ended.', aborted: 'The cutover was aborted; nothing has changed.' }[answer.outcome] || answer.outcome);
+  return {
+    dryRun: (_target, _event, state, draw) => run(state, draw, ended, () => post(path(state, '/cutover'), { dry_run: true })),
+    cutOver: async (_target, _event, state, draw) => {
+      const blockers = state.detail.blockers || [];
+      const sure = await ask({
+        title: `Cut over ${state.route.name}?`, good: 'Cut over now', danger: true,
+        body: [
+          h('p', {}, `From ${state.live.source} to ${state.live.target}. New transactions wait until the target has everything:`),
+          pending(current(state)),
+          blockers.length ? h('p', { class: 'notice warn' }, `${number(blockers.length)} sessions are in the way now; it may be aborted, and then nothing has changed.`) : null,
+          h('p', { class: 'muted' }, state.can && state.can.rollback ? 'You can roll back until you complete the migration.' : 'There is no way back by command afterwards.'),
+        ],
+      });
+      if (sure) run(state, draw, ended, () => post(path(state, '/cutover'), {}));
+    },
+    rollBack: async (_target, _event, state, draw) => {
+      const sure = await ask({ title: `Roll back ${state.route.name}?`, good: 'Roll back now', danger: true, body: [h('p', {}, `The databases go back to ${state.live.source}, with everything that was written since.`), pending(current(state))] });
+      if (sure) run(state, draw, 'The databases run on the source again.', () => post(path(state, '/rollback'), {}));
+    },
+    complete: async (_target, _event, state, draw) => {
+      const sure = await ask({ title: `Complete ${state.route.name}?`, good: 'Complete', danger: true, body: h('p', {}, 'The way back is closed: what brings changes back to the source is removed.') });
+      if (sure) order(state, draw, 'Completed.', () => post(path(state, '/complete')));
+    },
+    verify: (_target, _event, state, draw) => order(state, draw, (answer) => `Verified: ${number(answer.tables_compared)} tables, ${number(answer.rows_compared)} rows, ${number(answer.differences)} differences.`, () => post(path(state, '/verify'))),
+  };
+}

@@ -1,0 +1,300 @@
+//! Watches the engine, the cutovers and the routes: keeps the last minutes for charts, what has happened for the log,
+//! and sends the whole live state to those who follow it.
+//!
+//! One observer serves every follower, so that many browsers cost what one costs. Everything kept is bounded, and
+//! nothing of it decides anything: after a restart it begins anew.
+
+use std::collections::{BTreeMap, VecDeque};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
+
+use tokio::sync::watch;
+
+use super::view::{CutoverView, EventView, LiveView, RouteView, SampleView};
+use crate::migration::view::MigrationView;
+
+/// How often the observer looks.
+pub(super) const LOOK: Duration = Duration::from_millis(500);
+
+/// Every so many looks make a sample.
+const LOOKS_PER_SAMPLE: u64 = 4;
+
+/// Samples of all databases together: half an hour of one, or less of many.
+const SAMPLES: usize = 7200;
+
+/// Samples of one database that an answer has: fifteen minutes.
+const SAMPLES_SHOWN: usize = 450;
+
+/// Events that are remembered.
+const EVENTS: usize = 1000;
+
+/// See the module.
+pub(super) struct Live {
+    state: Mutex<Kept>,
+    sent: watch::Sender<Option<Arc<LiveView>>>,
+}
+
+#[derive(Default)]
+struct Kept {
+    samples: VecDeque<(String, SampleView)>,
+    events: VecDeque<EventView>,
+    newest_event: u64,
+    looks: u64,
+    seen: BTreeMap<Subject, String>,
+}
+
+/// What has a state that is worth an event when it changes.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
+enum Subject {
+    Migration(String),
+    Database(String, String),
+    Cutover(String),
+    Route(String),
+}
+
+impl Live {
+    pub(super) fn new() -> Self {
+        Self { state: Mutex::default(), sent: watch::Sender::new(None) }
+    }
+
+    /// Whether anybody follows.
+    pub(super) fn is_followed(&self) -> bool {
+        self.sent.receiver_count() > 0
+    }
+
+    /// The live state from now on, whenever it has changed.
+    pub(super) fn follow(&self) -> watch::Receiver<Option<Arc<LiveView>>> {
+        let mut receiver = self.sent.subscribe();
+        // What was sent to others is as good a beginning as what comes next.
+        receiver.mark_changed();
+        receiver
+    }
+
+    pub(super) fn send(&self, view: LiveView) {
+        let view = Arc::new(view);
+        self.sent.send_if_modified(|last| {
+            let same = last.as_ref().is_some_and(|last| is_same(last, &view));
+            if !same {
+                *last = Some(view);
+            }
+            !same
+        });
+    }
+
+    /// What changed since the last look becomes events, and every so often a sample.
+    pub(super) fn observe(
+        &self,
+        migrations: &[MigrationView],
+        cutovers: &BTreeMap<String, CutoverView>,
+        routes: &[RouteView],
+        copied: (u64, u64),
+    ) {
+        let (at, mut kept) = (now(), self.kept());
+        for migration in migrations {
+            let name = &migration.name;
+            let mut text = format!("{} {}", migration.state, migration.substate);
+            if let Some(error) = &migration.error {
+                text = format!("{text}: {error}");
+            }
+            kept.note_change(at, Subject::Migration(name.clone()), text, migration.error.is_some());
+            for database in &migration.databases {
+                let text = format!("database {}: {}", database.name, database.state);
+                kept.note_change(at, Subject::Database(name.clone(), database.name.clone()), text, false);
+            }
+        }
+        for (name, cutover) in cutovers {
+            kept.note_change(at, Subject::Cutover(name.clone()), of_cutover(cutover), cutover.outcome == "aborted");
+        }
+        for route in routes {
+            let server = route.server.map_or_else(|| "nowhere".to_owned(), |server| format!("on the {server}"));
+            let text = format!("database {} runs {server} (epoch {})", route.database, route.epoch);
+            kept.note_change(at, Subject::Route(route.database.clone()), text, route.server.is_none());
+        }
+        kept.looks += 1;
+        if kept.looks % LOOKS_PER_SAMPLE == 1 {
+            kept.sample(at, migrations, copied);
+        }
+    }
+
+    /// An order that was carried out or refused.
+    pub(super) fn note_order(&self, migration: Option<String>, text: String, failed: bool) {
+        self.kept().note(now(), migration, "order", text, failed);
+    }
+
+    /// Newest first.
+    pub(super) fn events(&self) -> Vec<EventView> {
+        self.kept().events.iter().rev().cloned().collect()
+    }
+
+    pub(super) fn newest_event(&self) -> u64 {
+        self.kept().newest_event
+    }
+
+    /// Oldest first, at most fifteen minutes of each database.
+    pub(super) fn history(&self, migration: &str) -> Vec<SampleView> {
+        let kept = self.kept();
+        let mut left: BTreeMap<&str, usize> = BTreeMap::new();
+        let mut samples = Vec::new();
+        for (_, sample) in kept.samples.iter().rev().filter(|(of, _)| of == migration) {
+            let left = left.entry(&sample.database).or_insert(SAMPLES_SHOWN);
+            if *left > 0 {
+                *left -= 1;
+                samples.push(sample.clone());
+            }
+        }
+        samples.reverse();
+        samples
+    }
+
+    fn kept(&self) -> MutexGuard<'_, Kept> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Kept {
+    fn note_change(&mut self, at: f64, subject: Subject, text: String, failed: bool) {
+        if self.seen.get(&subject) == Some(&text) {
+            return;
+        }
+        let (migration, kind) = match &subject {
+            Subject::Migration(name) => (Some(name.clone()), "state"),
+            Subject::Database(name, _) => (Some(name.clone()), "database"),
+            Subject::Cutover(name) => (Some(name.clone()), "cutover"),
+            Subject::Route(_) => (None, "route"),
+        };
+        self.note(at, migration, kind, text.clone(), failed);
+        self.seen.insert(subject, text);
+    }
+
+    fn note(&mut self, at: f64, migration: Option<String>, kind: &str, text: String, failed: bool) {
+        self.newest_event += 1;
+        if self.events.len() == EVENTS {
+            self.events.pop_front();
+        }
+        self.events.push_back(EventView {
+            number: self.newest_event,
+            at,
+            migration,
+            kind: kind.to_owned(),
+            failed,
+            text,
+        });
+    }
+
+    fn sample(&mut self, at: f64, migrations: &[MigrationView], (copied_rows, copied_bytes): (u64, u64)) {
+        for migration in migrations.iter().filter(|migration| super::service::is_active(migration)) {
+            for database in &migration.databases {
+                let sample = SampleView {
+                    at,
+                    database: database.name.clone(),
+                    latency_bytes: database.latency_bytes,
+                    latency_seconds: database.latency_seconds,
+                    pending_changes: database.pending_changes,
+                    copied_rows,
+                    copied_bytes,
+                };
+                if self.samples.len() == SAMPLES {
+                    self.samples.pop_front();
+                }
+                self.samples.push_back((migration.name.clone(), sample));
+            }
+        }
+    }
+}
+
+fn of_cutover(cutover: &CutoverView) -> String {
+    match (&cutover.phase, cutover.outcome.as_str()) {
+        (Some(phase), _) => format!("cutover: {phase}"),
+        (None, "switched") => format!("cutover: switched, paused for {} ms", cutover.pause_ms),
+        (None, "dry-run") if cutover.reason.is_empty() => format!("dry run: would have paused {} ms", cutover.pause_ms),
+        (None, "dry-run") => format!("dry run: would not have switched: {}", cutover.reason),
+        (None, outcome) => format!("cutover: {outcome}: {}", cutover.reason),
+    }
+}
+
+/// Whether nothing but the clock has moved.
+fn is_same(last: &LiveView, next: &LiveView) -> bool {
+    let duration = |view: &LiveView| {
+        let mut view = view.clone();
+        view.at = 0.0;
+        // It grows with the clock, and everybody can count.
+        view.migrations.iter_mut().flatten().for_each(|entry| entry.migration.duration_seconds = 0.0);
+        view
+    };
+    duration(last) == duration(next)
+}
+
+/// Seconds since the Unix epoch.
+pub(super) fn now() -> f64 {
+    SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().as_secs_f64()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn migration(state: &str, bytes: Option<u64>) -> MigrationView {
+        serde_json::from_value(serde_json::json!({
+            "name": "m1", "state": state, "substate": "s", "mode": "online", "option": "validate",
+            "cutover_when_ready": false, "error": null, "started_at": 1.0, "finished_at": null, "duration_seconds": 2.5,
+            "source": "a:1", "validation": null,
+            "databases": [{"name": "shop", "state": "copying", "latency_bytes": bytes, "latency_seconds": null,
+                "pending_changes": null, "tables_total": 1, "tables_ready": 0, "retries": 0, "last_error": null}],
+        }))
+        .expect("a view")
+    }
+
+    #[test]
+    fn a_change_is_one_event_and_a_look_without_one_is_none() {
+        let live = Live::new();
+        let look = |state| live.observe(&[migration(state, None)], &BTreeMap::new(), &[], (0, 0));
+        look("InProgress");
+        look("InProgress");
+        look("Failed");
+        live.note_order(Some("m1".to_owned()), "retry".to_owned(), false);
+        let texts: Vec<String> = live.events().into_iter().map(|event| event.text).collect();
+        assert_eq!(texts, ["retry", "Failed s", "database shop: copying", "InProgress s"]);
+        assert_eq!(live.newest_event(), 4);
+    }
+
+    #[test]
+    fn what_is_kept_is_bounded_and_samples_come_oldest_first() {
+        let live = Live::new();
+        for bytes in 0..(LOOKS_PER_SAMPLE * 500) {
+            live.observe(&[migration("InProgress", Some(bytes))], &BTreeMap::new(), &[], (0, 0));
+            live.note_order(None, String::new(), false);
+        }
+        let history = live.history("m1");
+        assert_eq!(history.len(), SAMPLES_SHOWN);
+        assert_eq!(history.last().and_then(|sample| sample.latency_bytes), Some(LOOKS_PER_SAMPLE * 499));
+        assert!(history.windows(2).all(|pair| pair[0].latency_bytes < pair[1].latency_bytes));
+        assert_eq!(live.events().len(), EVENTS);
+        assert!(live.history("m2").is_empty());
+    }
+
+    #[test]
+    fn followers_hear_of_changes_and_not_of_the_clock() {
+        let live = Live::new();
+        let view = |at, source: &str| LiveView {
+            at,
+            version: String::new(),
+            not_ready: None,
+            source: source.to_owned(),
+            target: String::new(),
+            routes: Vec::new(),
+            migrations: None,
+            cutovers: BTreeMap::new(),
+            copied_rows: 0,
+            copied_bytes: 0,
+            newest_event: 0,
+        };
+        let mut follower = live.follow();
+        live.send(view(1.0, "a"));
+        assert!(follower.has_changed().expect("the sender lives"));
+        follower.mark_unchanged();
+        live.send(view(2.0, "a"));
+        assert!(!follower.has_changed().expect("the sender lives"));
+        live.send(view(3.0, "b"));
+        assert!(follower.has_changed().expect("the sender lives"));
+    }
+}
