@@ -438,6 +438,12 @@ pub struct Migration {
     pub slot_timeout: Duration,
     /// Bound on one attempt to lock a table of the source.
     pub lock_timeout: Duration,
+    /// Bytes that all databases together are copied by, each second; none: no limit.
+    pub copy_rate_bytes: Option<u64>,
+    /// The copy halts while a physical standby of the source replays later than this; none: it never does.
+    pub max_standby_lag: Option<Duration>,
+    /// A migration fails, and its slots are dropped, when one of them makes the source keep this much; none: no limit.
+    pub max_retained_wal_bytes: Option<u64>,
 }
 
 /// What happens to a transaction that is still running when `drain_timeout` ends.

@@ -1,6 +1,8 @@
 //! From a dump to copied rows, on real servers: definitions, roles and rows of the target equal the source's.
 #![expect(clippy::unwrap_used, reason = "a test fails by panicking")]
 
+#[path = "support/objects.rs"]
+mod objects;
 #[path = "support/rig.rs"]
 mod rig;
 mod support;

@@ -1,5 +1,7 @@
 //! The connection layer against real servers: login, TLS, control sessions, COPY, pipelines.
 
+#[path = "postgres/copy.rs"]
+mod copy;
 mod support;
 
 use std::path::PathBuf;
@@ -459,72 +461,6 @@ async fn cancel_reaches_the_right_backend() {
     connector.cancel(pid, &key).await.expect("sent");
     let error = sleeper.await.expect("no panic").expect_err("cancelled");
     assert_eq!(error.sqlstate(), Some("57014"));
-}
-
-const MANY_ROWS: &str = "SELECT g, repeat(md5(g::text), 5), CASE WHEN g % 3 = 0 THEN NULL ELSE E'a\\tb\\\\c' END
-                         FROM generate_series(1, 50000) g";
-
-#[tokio::test]
-async fn copy_passes_bytes_from_one_connection_to_another() {
-    let cluster = one_cluster("copy");
-    let (mut reader, mut writer) = (raw(&cluster).await, raw(&cluster).await);
-    reader
-        .simple_query(&format!("CREATE TABLE public.a AS {MANY_ROWS}; CREATE TABLE public.b (LIKE public.a)"))
-        .await
-        .expect("made");
-    for format in ["text", "binary"] {
-        let mut output = reader.copy_out(&format!("COPY public.a TO STDOUT (FORMAT {format})")).await.expect("starts");
-        let mut input = writer.copy_in(&format!("COPY public.b FROM STDIN (FORMAT {format})")).await.expect("starts");
-        while let Some(data) = output.next().await.expect("reads") {
-            input.send(&data).await.expect("writes");
-        }
-        assert_eq!(output.rows(), Some(50_000));
-        assert_eq!(input.finish().await.expect("finishes"), 50_000);
-    }
-    let sql = "SELECT count(*) FROM ((TABLE public.a UNION ALL TABLE public.a) EXCEPT ALL TABLE public.b) d";
-    assert_eq!(reader.simple_query(sql).await.expect("compares")[0][0].as_deref(), Some("0"));
-}
-
-#[tokio::test]
-async fn copy_errors_name_their_side_and_leave_the_connection_usable() {
-    let cluster = one_cluster("copy-errors");
-    let mut raw = raw(&cluster).await;
-    raw.simple_query("CREATE TABLE public.t (n int PRIMARY KEY)").await.expect("made");
-
-    let error = raw.copy_out("COPY public.missing TO STDOUT").await.expect_err("no such table");
-    assert!(error.to_string().starts_with("COPY out of the source: "), "{error}");
-    let mut output =
-        raw.copy_out("COPY (SELECT 1 / (3 - g) FROM generate_series(1, 9) g) TO STDOUT").await.expect("starts");
-    let error = loop {
-        match output.next().await {
-            Ok(Some(_)) => {}
-            Ok(None) => panic!("the third row divides by zero"),
-            Err(error) => break error,
-        }
-    };
-    assert_eq!(error.sqlstate(), Some("22012"));
-
-    // The error is noticed while data still flows, long before the end of it.
-    let mut input = raw.copy_in("COPY public.t FROM STDIN").await.expect("starts");
-    let mut pieces = 0;
-    let error = loop {
-        pieces += 1;
-        assert!(pieces < 1_000_000, "the server's error was never noticed");
-        if let Err(error) = input.send(b"1\n1\nx\n").await {
-            break error;
-        }
-    };
-    assert!(error.to_string().starts_with("COPY into the source: "), "{error}");
-    let input = raw.copy_in("COPY public.t FROM STDIN").await.expect("usable after the error");
-    assert_eq!(input.finish().await.expect("nothing to copy"), 0);
-
-    let mut input = raw.copy_in("COPY public.t FROM STDIN").await.expect("starts");
-    input.send(b"7\n").await.expect("gathered");
-    input.fail("the source failed").await.expect("rolled back");
-    assert_eq!(raw.simple_query("SELECT n FROM public.t").await.expect("usable"), Vec::<Vec<_>>::new());
-
-    raw.copy_out("COPY (SELECT generate_series(1, 100000)) TO STDOUT").await.expect("starts and is dropped");
-    assert!(raw.simple_query("SELECT 1").await.is_err(), "a COPY was abandoned");
 }
 
 #[tokio::test]

@@ -87,6 +87,8 @@ const TABLES: &[Column] = &[
     ("indexes", Text),
     ("verification", Text),
     ("error", Text),
+    ("bytes_per_second", Integer),
+    ("seconds_left", Integer),
 ];
 const VALIDATION: &[Column] = &[
     ("level", Text),
@@ -307,6 +309,12 @@ fn database_rows(migration: &MigrationView) -> Vec<Vec<Cell>> {
     rows
 }
 
+/// Rounded up: not 0 while something is left.
+#[expect(clippy::cast_possible_truncation, clippy::cast_sign_loss, reason = "not negative, and no copy takes so long")]
+fn whole_seconds(seconds: f64) -> u64 {
+    seconds.ceil() as u64
+}
+
 fn table_row(table: &TableView) -> Vec<Cell> {
     let (load, sync) = (&table.full_load, &table.incremental_sync);
     vec![
@@ -326,6 +334,8 @@ fn table_row(table: &TableView) -> Vec<Cell> {
         table.indexes.clone().into(),
         table.verification.clone().into(),
         table.error.as_ref().map(ToString::to_string).into(),
+        load.bytes_per_second.into(),
+        load.seconds_left.map(whole_seconds).into(),
     ]
 }
 

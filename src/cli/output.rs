@@ -196,12 +196,23 @@ impl Output {
             &["Database", "State", "Tables", "Latency bytes", "Latency seconds", "Pending changes"],
             rows.collect(),
         );
+        for database in migration.databases.iter().filter(|database| database.wal_warning) {
+            let kept = database.retained_wal_bytes.map_or_else(unknown, approximate);
+            let most = match (database.retained_wal_limit_bytes, database.safe_wal_bytes) {
+                (Some(limit), _) => {
+                    format!("at {} (migration.max_retained_wal) the migration is ended", approximate(limit))
+                }
+                (None, Some(safe)) => format!("after another {} it drops the slot", approximate(safe)),
+                (None, None) => "without a limit".to_owned(),
+            };
+            self.line(&format!("warning: {}: the source keeps {kept} of write-ahead log; {most}", database.name));
+        }
     }
 
     pub(super) fn tables(&self, answer: &Value) -> Result<(), CliError> {
         self.either(answer, |output, tables: Vec<TableView>| {
             let columns =
-                ["Table", "Full load", "Rows", "Bytes", "Inserts", "Updates", "Deletes", "Pending", "Indexes"];
+                ["Table", "Full load", "Rows", "Bytes", "Left", "Inserts", "Updates", "Deletes", "Pending", "Indexes"];
             let row = |table: &TableView| {
                 let (load, sync) = (&table.full_load, &table.incremental_sync);
                 vec![
@@ -209,6 +220,7 @@ impl Output {
                     load.state.clone(),
                     load.rows.to_string(),
                     approximate(load.bytes),
+                    load.seconds_left.map_or_else(String::new, |left| format!("{left:.0}s")),
                     sync.inserts.to_string(),
                     sync.updates.to_string(),
                     sync.deletes.to_string(),

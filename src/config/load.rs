@@ -225,11 +225,11 @@ fn limits(reader: &mut Reader) -> Limits {
 
 fn migration(mut section: Section<'_>) -> Migration {
     let queue = section.size("apply_queue", 64 * MB, MB..=64 * GB);
-    let memory = section.size("maintenance_work_mem", 256 * MB, MB..=1024 * GB);
+    let memory = section.size("maintenance_work_mem", 512 * MB, MB..=1024 * GB);
     Migration {
         copy_workers: section.number("copy_workers", 4, 1..=256),
         index_workers: section.number("index_workers", 4, 1..=256),
-        part_bytes: section.size("part_size", GB, MB..=u64::MAX),
+        part_bytes: section.size("part_size", 2 * GB, MB..=u64::MAX),
         maintenance_work_mem: units::format_size(memory),
         without_identity: section.choice(
             "without_identity",
@@ -240,6 +240,9 @@ fn migration(mut section: Section<'_>) -> Migration {
         bindir: section.path("bindir"),
         slot_timeout: section.duration("slot_timeout", Duration::from_secs(600)),
         lock_timeout: section.duration("lock_timeout", Duration::from_secs(5)),
+        copy_rate_bytes: Some(section.size("copy_rate", 0, 0..=u64::MAX)).filter(|rate| *rate > 0),
+        max_standby_lag: Some(section.duration("max_standby_lag", Duration::ZERO)).filter(|lag| !lag.is_zero()),
+        max_retained_wal_bytes: Some(section.size("max_retained_wal", 100 * GB, 0..=u64::MAX)).filter(|wal| *wal > 0),
     }
 }
 

@@ -145,6 +145,11 @@ impl Config {
         add("migration", "bindir", path(migration.bindir.as_ref()), Restart);
         add("migration", "slot_timeout", format_duration(migration.slot_timeout), Restart);
         add("migration", "lock_timeout", format_duration(migration.lock_timeout), Restart);
+        add("migration", "copy_rate", format_size(migration.copy_rate_bytes.unwrap_or(0)), Restart);
+        let lag = migration.max_standby_lag.unwrap_or_default();
+        add("migration", "max_standby_lag", format_duration(lag), Restart);
+        let retained = migration.max_retained_wal_bytes.unwrap_or(0);
+        add("migration", "max_retained_wal", format_size(retained), Restart);
         let cutover = &self.cutover;
         add("cutover", "max_pause", format_duration(cutover.max_pause), Reload);
         add("cutover", "drain_timeout", format_duration(cutover.drain_timeout), Reload);

@@ -27,3 +27,4 @@ pub mod snapshot;
 pub mod state;
 pub mod stream;
 pub mod view;
+mod wal_limit;

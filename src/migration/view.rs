@@ -184,6 +184,18 @@ pub struct DatabaseView {
     pub retries: u32,
     /// Why, the last time.
     pub last_error: Option<String>,
+    /// Write-ahead log that the source keeps for the slot; null: there is no slot, or it is not known.
+    #[serde(default)]
+    pub retained_wal_bytes: Option<u64>,
+    /// `migration.max_retained_wal`; null: no limit.
+    #[serde(default)]
+    pub retained_wal_limit_bytes: Option<u64>,
+    /// What can still be written before the source itself drops the slot; null: no such bound.
+    #[serde(default)]
+    pub safe_wal_bytes: Option<u64>,
+    /// The source keeps more than half of what it may.
+    #[serde(default)]
+    pub wal_warning: bool,
 }
 
 /// One row of `migration tables`.
@@ -220,6 +232,12 @@ pub struct FullLoadView {
     pub rows_total: Option<u64>,
     /// Estimate of all bytes; null: not known.
     pub bytes_total: Option<u64>,
+    /// Since this copy of the table began; null: it is not being copied.
+    #[serde(default)]
+    pub bytes_per_second: Option<u64>,
+    /// Estimate; null: not known, or not being copied.
+    #[serde(default)]
+    pub seconds_left: Option<f64>,
 }
 
 /// Counters of a table's incremental sync, since this process began.

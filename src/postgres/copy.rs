@@ -12,14 +12,15 @@
 //!              ←  ReadyForQuery                      ←  ReadyForQuery
 //! ```
 //!
-//! A server sends one CopyData for each row and takes any cut: pieces are gathered here into larger messages. Memory
-//! stays at one piece and one buffer. Errors name the side that is guilty: the one that broke, never the one that
+//! A server sends one CopyData for each row and takes any cut: pieces are gathered here into larger messages, and a long
+//! one is handed on as it comes ([`CopyOut::hand_on`]). Memory stays at two buffers, whatever the size of a value. Errors name the side that is guilty: the one that broke, never the one that
 //! waited. Dropping a [`CopyOut`] or [`CopyIn`] before its end leaves the connection in the middle of a COPY; it then
 //! refuses further work, and dropping it makes the server roll back.
 
 use std::fmt;
+use std::time::Duration;
 
-use bytes::{BufMut as _, Bytes, BytesMut};
+use bytes::{Buf as _, BufMut as _, Bytes, BytesMut};
 use postgres_protocol::message::frontend;
 
 use crate::postgres::frame::affected_rows;
@@ -30,6 +31,16 @@ const MESSAGE_BYTES: usize = 64 * 1024;
 
 /// Room to read ahead of a COPY out: fewer and larger reads.
 const READ_BYTES: usize = 256 * 1024;
+
+/// A server sends what 8 kB buffers hold. Where a read brought less than this, the next one waits for [`GATHER`], so that
+/// it brings more: most of what a copy costs us is the number of reads.
+const FULL_READ_BYTES: usize = 64 * 1024;
+
+/// Well below what a socket's buffer takes to fill up.
+const GATHER: Duration = Duration::from_millis(1);
+
+/// Short copies do not wait.
+const GATHER_AFTER_BYTES: u64 = 1024 * 1024;
 
 /// Tag and length of a CopyData.
 const HEADER_BYTES: usize = 5;
@@ -81,7 +92,7 @@ impl RawConnection {
         match begin(self, sql, b'H').await {
             Ok(()) => {
                 self.read_buf.reserve(READ_BYTES);
-                Ok(CopyOut { connection: self, rows: None })
+                Ok(CopyOut { connection: self, rows: None, rest: 0, read: 0, short: false })
             }
             Err(error) => Err(CopyError::new(Direction::Out, self, error)),
         }
@@ -113,15 +124,18 @@ async fn answer(connection: &mut RawConnection) -> Result<Frame, RawError> {
         match frame.tag {
             b'N' | b'S' => {}
             b'A' => connection.keep_notification(frame),
-            b'E' => {
-                let error = RawError::from_error_response(&frame.body);
-                // After a FATAL error no ReadyForQuery comes; the first error tells more than the lost link.
-                let _ready = connection.collect_rows().await;
-                return Err(error);
-            }
+            b'E' => return Err(refusal(connection, &frame).await),
             _ => return Ok(frame),
         }
     }
+}
+
+/// What an ErrorResponse says, once the connection is ready again.
+async fn refusal(connection: &mut RawConnection, error: &Frame) -> RawError {
+    let error = RawError::from_error_response(&error.body);
+    // After a FATAL error no ReadyForQuery comes; the first error tells more than the lost link.
+    let _ready = connection.collect_rows().await;
+    error
 }
 
 /// Reads CommandComplete and ReadyForQuery; returns the rows that the command counted.
@@ -140,6 +154,21 @@ async fn finish(connection: &mut RawConnection, complete: Frame) -> Result<u64, 
 pub struct CopyOut<'a> {
     connection: &'a mut RawConnection,
     rows: Option<u64>,
+    /// Bytes of the CopyData in hand that have not been handed on.
+    rest: usize,
+    /// Bytes read so far.
+    read: u64,
+    /// The last read brought little.
+    short: bool,
+}
+
+/// Messages and bytes of data that were handed on.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Moved {
+    /// CopyData messages: one for each row, and in binary one for the trailer.
+    pub messages: u64,
+    /// Their payload.
+    pub bytes: u64,
 }
 
 impl CopyOut<'_> {
@@ -155,6 +184,81 @@ impl CopyOut<'_> {
     /// Rows that the server says it sent; known once [`Self::next`] has returned `None`.
     pub fn rows(&self) -> Option<u64> {
         self.rows
+    }
+
+    /// Hands what has come on to `writer`, until about `most` bytes have been or the COPY is complete; `None`: it was
+    /// before. Rows are counted and not looked at; a message is passed on before all of it has come. Not to be dropped
+    /// before it is done.
+    pub async fn hand_on(&mut self, writer: &mut CopyIn<'_>, most: u64) -> Result<Option<Moved>, CopyError> {
+        if self.rows.is_some() {
+            return Ok(None);
+        }
+        let mut moved = Moved::default();
+        while moved.bytes < most {
+            let buffer = &mut self.connection.read_buf;
+            if self.rest > 0 && !buffer.is_empty() {
+                let piece = self.rest.min(buffer.len());
+                writer.send(&buffer[..piece]).await?;
+                buffer.advance(piece);
+                self.rest -= piece;
+                moved.bytes += piece as u64;
+                continue;
+            }
+            match buffer.split_first_chunk::<HEADER_BYTES>() {
+                Some(([b'd', a, b, c, d], _)) if self.rest == 0 => {
+                    let length = u32::from_be_bytes([*a, *b, *c, *d]);
+                    let Some(body) = usize::try_from(length).ok().and_then(|length| length.checked_sub(4)) else {
+                        let error = self.connection.violation(format!("CopyData of length {length}"));
+                        return Err(CopyError::new(Direction::Out, self.connection, error));
+                    };
+                    self.rest = body;
+                    buffer.advance(HEADER_BYTES);
+                    moved.messages += 1;
+                }
+                Some(_) if self.rest == 0 => {
+                    // CopyDone, an error, or a notice in between.
+                    let more = self.after_data().await.map_err(|error| self.guilty(error))?;
+                    if !more {
+                        break;
+                    }
+                }
+                Some(_) | None => self.read_more().await.map_err(|error| self.guilty(error))?,
+            }
+        }
+        Ok(Some(moved))
+    }
+
+    async fn read_more(&mut self) -> Result<(), RawError> {
+        if self.short && self.read > GATHER_AFTER_BYTES {
+            tokio::time::sleep(GATHER).await;
+        }
+        let before = self.connection.read_buf.len();
+        self.connection.read_more(READ_BYTES).await?;
+        let read = self.connection.read_buf.len() - before;
+        self.short = read < FULL_READ_BYTES;
+        self.read += read as u64;
+        Ok(())
+    }
+
+    fn guilty(&self, error: RawError) -> CopyError {
+        CopyError::new(Direction::Out, self.connection, error)
+    }
+
+    /// A message that is no CopyData; whether more of those may come.
+    async fn after_data(&mut self) -> Result<bool, RawError> {
+        let frame = self.connection.next_frame().await?;
+        match frame.tag {
+            b'N' | b'S' | b'c' => Ok(true),
+            b'A' => {
+                self.connection.keep_notification(frame);
+                Ok(true)
+            }
+            b'E' => Err(refusal(self.connection, &frame).await),
+            _ => {
+                self.rows = Some(finish(self.connection, frame).await?);
+                Ok(false)
+            }
+        }
     }
 
     async fn advance(&mut self) -> Result<Option<Bytes>, RawError> {

@@ -28,7 +28,7 @@ mod tls;
 pub mod walsender;
 
 pub use connect::{ConnectError, Connector, Control, InstanceId};
-pub use copy::{CopyError, CopyIn, CopyOut, Direction};
+pub use copy::{CopyError, CopyIn, CopyOut, Direction, Moved};
 pub use dial::watch_link;
 pub use error::{ErrorReport, RawError};
 pub use frame::Frame;

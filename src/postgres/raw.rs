@@ -293,6 +293,16 @@ impl RawConnection {
         self.notifications.push(frame);
     }
 
+    /// Waits for more bytes, with room for `room` of them.
+    pub(super) async fn read_more(&mut self, room: usize) -> Result<(), RawError> {
+        self.read_buf.reserve(room);
+        match self.stream.read_buf(&mut self.read_buf).await {
+            Ok(0) => Err(self.lost("reading", io::ErrorKind::UnexpectedEof.into())),
+            Ok(_) => Ok(()),
+            Err(error) => Err(self.lost("reading", error)),
+        }
+    }
+
     /// The next message, whatever it is; ParameterStatus is noted in `parameters` and returned all the same.
     /// Dropping the future loses nothing: what was read stays in `read_buf`.
     pub async fn next_frame(&mut self) -> Result<Frame, RawError> {
@@ -300,12 +310,7 @@ impl RawConnection {
             if let Some(frame) = self.frame_at_hand()? {
                 return Ok(frame);
             }
-            self.read_buf.reserve(READ_BYTES);
-            match self.stream.read_buf(&mut self.read_buf).await {
-                Ok(0) => return Err(self.lost("reading", io::ErrorKind::UnexpectedEof.into())),
-                Ok(_) => {}
-                Err(error) => return Err(self.lost("reading", error)),
-            }
+            self.read_more(READ_BYTES).await?;
         }
     }
 

@@ -215,6 +215,8 @@ pub struct Metrics {
     pub slot_retained_wal_bytes: IntGaugeVec,
     /// `slot_safe_wal_bytes{migration,database}`: how much more can be written before the slot is lost.
     pub slot_safe_wal_bytes: IntGaugeVec,
+    /// `slot_wal_limit_bytes{migration,database}`: `migration.max_retained_wal`; 0 where it is off.
+    pub slot_wal_limit_bytes: IntGaugeVec,
     /// `cutover_phase_seconds{phase}`, see [`Phase`].
     pub cutover_phase_seconds: HistogramVec,
     /// `cutover_pause_seconds`: from the fence to the moment sessions go on.
@@ -355,6 +357,11 @@ impl Metrics {
                 "Write-ahead log that can still be written before the slot is lost; absent when unlimited.",
                 &slot,
             )?,
+            slot_wal_limit_bytes: r.gauges(
+                "slot_wal_limit_bytes",
+                "What a slot may keep before its migration is ended and it is dropped; 0 when unlimited.",
+                &slot,
+            )?,
             cutover_phase_seconds: r.add(HistogramVec::new(phase_options, &["phase"])?)?,
             cutover_pause_seconds: r.histogram(
                 "cutover_pause_seconds",
@@ -422,7 +429,7 @@ mod tests {
         transaction_seconds route_epoch active_server held_sessions auth_failures_total \
         tls_certificate_not_after_seconds migration_state \
         copy_rows_total copy_bytes_total copy_tables index_builds replication_lag_bytes replication_latency_seconds \
-        apply_transactions_total apply_rows_total slot_retained_wal_bytes slot_safe_wal_bytes cutover_phase_seconds \
+        apply_transactions_total apply_rows_total slot_retained_wal_bytes slot_safe_wal_bytes slot_wal_limit_bytes cutover_phase_seconds \
         cutover_pause_seconds cutovers_total cutover_blockers verify_rows_total verify_mismatches_total";
 
     #[test]

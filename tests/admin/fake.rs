@@ -63,6 +63,10 @@ impl Migrations for Fake {
             tables_ready: 1,
             retries: 0,
             last_error: None,
+            retained_wal_bytes: None,
+            retained_wal_limit_bytes: None,
+            safe_wal_bytes: None,
+            wal_warning: false,
         };
         self.migrations.lock().unwrap().push(MigrationView { databases: vec![database], ..view });
         Ok(())

@@ -70,7 +70,7 @@ impl TableRecorder for Recorded {
 }
 
 impl CopyProgress for Recorded {
-    fn started(&self, _: &SourceTable, _: usize) {}
+    fn started(&self, _: &SourceTable) {}
     fn moved(&self, _: &SourceTable, _: u64, _: u64) {}
     fn indexes(&self, _: &SourceTable, _: usize, _: usize) {}
 }

@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use tokio::time::Instant;
 
-use super::parts::{self, Axis};
+use super::parts::Axis;
 use super::tables::{self, Column, single};
 use super::{CopyContext, CopyError, SourceTable};
 use crate::ident::{quote_ident, quote_literal};
@@ -32,9 +32,12 @@ pub(super) struct Holder {
 }
 
 impl Holder {
-    /// Locks the table and takes its snapshot.
-    pub(super) async fn open(context: &CopyContext, table: &SourceTable) -> Result<Self, CopyError> {
-        let mut connection = source_connection(context).await?;
+    /// Locks the table and takes its snapshot, on a connection to the source.
+    pub(super) async fn open(
+        context: &CopyContext,
+        table: &SourceTable,
+        mut connection: RawConnection,
+    ) -> Result<Self, CopyError> {
         let began = Instant::now();
         let mut pause = Duration::from_millis(20);
         let snapshot = loop {
@@ -105,29 +108,17 @@ pub(super) async fn join(
     context: &CopyContext,
     table: &SourceTable,
     snapshot: &str,
-) -> Result<RawConnection, CopyError> {
-    let mut connection = source_connection(context).await?;
+    connection: &mut RawConnection,
+) -> Result<(), CopyError> {
     let sql = format!(
         "BEGIN ISOLATION LEVEL REPEATABLE READ READ ONLY; SET TRANSACTION SNAPSHOT {}; SET LOCAL lock_timeout = {}",
         quote_literal(snapshot),
         context.config.lock_timeout.as_millis().max(1),
     );
-    query(table, &mut connection, "joining its snapshot", &sql).await?;
+    query(table, connection, "joining its snapshot", &sql).await?;
     let lock = format!("LOCK TABLE ONLY {} IN ACCESS SHARE MODE", table.name);
-    query(table, &mut connection, "locking it once more", &lock).await?;
-    Ok(connection)
-}
-
-/// How many readers a table of this size is worth.
-pub(super) fn readers(context: &CopyContext, table: &SourceTable) -> usize {
-    if table.filter.is_some() {
-        return 1;
-    }
-    parts::wanted(table.bytes, context.config.part_bytes).min(context.config.copy_workers.max(1))
-}
-
-async fn source_connection(context: &CopyContext) -> Result<RawConnection, CopyError> {
-    Ok(context.source.raw(&context.source.own_login(&context.database, "copy")).await?)
+    query(table, connection, "locking it once more", &lock).await?;
+    Ok(())
 }
 
 /// Begins a transaction and locks the table in it; LOCK TABLE takes no snapshot.

@@ -5,10 +5,13 @@ use std::sync::Arc;
 use tokio::task::JoinSet;
 
 use super::{CopyContext, CopyError, SourceTable};
-use crate::migration::schema::{Archive, Entry, Locking, RestoreFailure, RestoreTarget, Restorer, SchemaError};
+use crate::migration::schema::{self, Archive, Entry, Locking, RestoreFailure, RestoreTarget, Restorer, SchemaError};
 
 /// Tables below this are not worth more than one connection.
 const PARALLEL_FROM_BYTES: u64 = 64 * 1024 * 1024;
+
+/// Larger tables are analysed here, beside the work on others; the rest in one go at the end.
+const ANALYZE_FROM_BYTES: u64 = 8 * 1024 * 1024;
 
 /// Builds what the archive holds for the table; what could not be built is returned.
 pub(super) async fn build(
@@ -39,6 +42,11 @@ pub(super) async fn build(
         context.progress.indexes(table, built, entries.len());
     }
     if failures.is_empty() {
+        if table.bytes >= ANALYZE_FROM_BYTES {
+            let _permit = context.workers.index.acquire().await.expect("the semaphore is never closed");
+            let analyzed = schema::analyze_table(&context.target, &context.database, &table.name).await;
+            analyzed.map_err(|source| failed(table, source))?;
+        }
         context.hit("copy.indexes_built", table).await?;
         let recorded = context.recorder.indexes_built(table).await;
         recorded.map_err(|source| CopyError::Record { table: table.name.clone(), source })?;

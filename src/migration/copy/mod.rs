@@ -14,8 +14,11 @@
 //!
 //! A streamed transaction is skipped for `t` iff its commit LSN < L and its top-level xid is visible in the snapshot.
 
+mod dispatch;
 mod holder;
 mod indexes;
+mod pace;
+mod pairs;
 mod parts;
 mod table;
 mod tables;
@@ -24,8 +27,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use async_trait::async_trait;
-use tokio::sync::{OwnedSemaphorePermit, Semaphore};
-use tokio::task::JoinSet;
+use tokio::sync::Semaphore;
 
 use crate::config::Migration;
 use crate::failpoint::{self, Failpoints};
@@ -33,6 +35,9 @@ use crate::ident::QualifiedName;
 use crate::migration::schema::{Archive, RestoreFailure, SchemaError};
 use crate::migration::snapshot::HandOver;
 use crate::postgres::{self, ConnectError, Connector, Control, RawError};
+
+use pace::Pace;
+pub(in crate::migration) use pace::Traffic;
 
 /// A table to copy.
 #[derive(Clone, Debug, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
@@ -83,19 +88,20 @@ pub struct RecordError(#[source] pub Box<dyn std::error::Error + Send + Sync>);
 
 /// Told as it happens, for views and metrics; never blocks.
 pub trait CopyProgress: Send + Sync {
-    /// A copy of this table begins (again), in so many parts.
-    fn started(&self, table: &SourceTable, parts: usize);
+    /// A copy of this table begins (again).
+    fn started(&self, table: &SourceTable);
     /// More rows and bytes were handed to the target; not yet committed.
     fn moved(&self, table: &SourceTable, rows: u64, bytes: u64);
     /// So many indexes and constraints of the table are built, of so many.
     fn indexes(&self, table: &SourceTable, built: usize, total: usize);
 }
 
-/// Bounds on concurrency, shared by all databases of a migration.
+/// Bounds on concurrency and speed, shared by all databases of all migrations.
 #[derive(Clone, Debug)]
 pub struct Workers {
     copy: Arc<Semaphore>,
     index: Arc<Semaphore>,
+    pace: Arc<Pace>,
 }
 
 impl Workers {
@@ -104,7 +110,13 @@ impl Workers {
         Self {
             copy: Arc::new(Semaphore::new(config.copy_workers.max(1))),
             index: Arc::new(Semaphore::new(config.index_workers.max(1))),
+            pace: Arc::new(Pace::new(config.copy_rate_bytes)),
         }
+    }
+
+    /// Halts the copy, lets it go on, or lifts its limits.
+    pub(in crate::migration) fn direct(&self, traffic: Traffic) {
+        self.pace.direct(traffic);
     }
 }
 
@@ -325,77 +337,5 @@ pub async fn copy_database(
     tables: &[(SourceTable, Stage)],
     archive: &Archive,
 ) -> Result<CopyReport, CopyError> {
-    let mut order: Vec<&(SourceTable, Stage)> = tables.iter().collect();
-    order.sort_by_key(|(table, _)| std::cmp::Reverse(table.bytes));
-    let archive = Arc::new(archive.clone());
-    let mut report = CopyReport::default();
-    // Dropping the set, on an error or from outside, ends every table.
-    let mut running: JoinSet<Result<TableReport, CopyError>> = JoinSet::new();
-    for (table, stage) in order {
-        let permits = match stage {
-            Stage::Rows => Some(permits(context, table, &mut running, &mut report).await?),
-            Stage::Indexes => None,
-        };
-        let (context, table, archive) = (context.clone(), table.clone(), archive.clone());
-        running.spawn(async move {
-            let copied = match permits {
-                Some(permits) => Some(table::copy(&context, &table, permits).await?),
-                None => None,
-            };
-            let failures = indexes::build(&context, &table, &archive).await?;
-            Ok(TableReport { copied, failures })
-        });
-    }
-    while let Some(ended) = running.join_next().await {
-        report.add(finished(ended)?);
-    }
-    Ok(report)
-}
-
-/// What one table came to.
-struct TableReport {
-    copied: Option<CopiedRows>,
-    failures: Vec<RestoreFailure>,
-}
-
-impl CopyReport {
-    fn add(&mut self, table: TableReport) {
-        if let Some(copied) = table.copied {
-            self.tables += 1;
-            self.copied.add(copied);
-        }
-        self.failures.extend(table.failures);
-    }
-}
-
-/// Waits for as many permits as the table has use for, all at once and first come first served: the largest table gets
-/// every worker, and none starves behind smaller ones. A table that fails meanwhile ends the wait.
-async fn permits(
-    context: &CopyContext,
-    table: &SourceTable,
-    running: &mut JoinSet<Result<TableReport, CopyError>>,
-    report: &mut CopyReport,
-) -> Result<OwnedSemaphorePermit, CopyError> {
-    let wanted = u32::try_from(holder::readers(context, table)).unwrap_or(u32::MAX);
-    let acquire = context.workers.copy.clone().acquire_many_owned(wanted);
-    tokio::pin!(acquire);
-    loop {
-        tokio::select! {
-            // Kept across turns of the loop, so its place in the queue is too.
-            permits = &mut acquire => return Ok(permits.expect("the semaphore is never closed")),
-            // join_next is cancel-safe.
-            Some(ended) = running.join_next() => report.add(finished(ended)?),
-        }
-    }
-}
-
-fn finished(ended: Result<Result<TableReport, CopyError>, tokio::task::JoinError>) -> Result<TableReport, CopyError> {
-    match ended {
-        Ok(result) => result,
-        Err(error) => match error.try_into_panic() {
-            Ok(panic) => std::panic::resume_unwind(panic),
-            // Nobody aborts a table; its runtime is shutting down.
-            Err(_) => Err(CopyError::Stopped),
-        },
-    }
+    dispatch::run(context, tables, &Arc::new(archive.clone())).await
 }

@@ -1,5 +1,8 @@
 //! Cutting a large table into parts that cover every row once. Pure.
 //!
+//! Parts are cut one after the other, as they are asked for: large ones first, smaller ones towards the end, so that
+//! whoever reads the last part keeps the others waiting for a moment only (guided self-scheduling).
+//!
 //! A bound is a value or absent, never a sentinel: the first part is open below where keys may be anything, and the last
 //! is open above, so that a row beyond what was known when the cuts were made is copied all the same.
 
@@ -29,23 +32,52 @@ pub(super) struct Part {
 /// The whole table.
 pub(super) const WHOLE: Part = Part { from: None, to: None };
 
-/// How many parts a table of `bytes` is worth.
-pub(super) fn wanted(bytes: u64, part_bytes: u64) -> usize {
-    // More than this brings nothing: a failed part makes the whole table be copied again anyway.
-    usize::try_from(bytes.div_ceil(part_bytes.max(1))).unwrap_or(usize::MAX).clamp(1, 10_000)
+/// A part below this is not worth a transaction of its own.
+pub(super) const LEAST_BYTES: u64 = 8 * 1024 * 1024;
+
+/// What is left of a table to cut.
+#[derive(Clone, Debug)]
+pub(super) struct Cutter {
+    low: i128,
+    high: i128,
+    /// Where the next part begins; none: everything is cut.
+    next: Option<i128>,
+    /// Bounds on a part's width.
+    least: i128,
+    most: i128,
 }
 
-/// Cuts the axis into at most `wanted` parts of the same width.
-pub(super) fn cut(axis: &Axis, wanted: usize) -> Vec<Part> {
-    let (low, high) = match axis {
-        Axis::Blocks(blocks) => (0, i128::from(*blocks)),
-        Axis::Key { min, max, .. } => (i128::from(*min), i128::from(*max) + 1),
-        Axis::None => return vec![WHOLE],
-    };
-    let span = (high - low).max(1);
-    let count = i128::try_from(wanted.max(1)).unwrap_or(1).min(span);
-    let bound = |at: i128| (at > 0 && at < count).then(|| low + span * at / count);
-    (0..count).map(|at| Part { from: bound(at), to: bound(at + 1) }).collect()
+impl Cutter {
+    /// For a table of `bytes`, in parts of at most about `part_bytes`.
+    pub(super) fn new(axis: &Axis, bytes: u64, part_bytes: u64) -> Self {
+        let (low, high) = match axis {
+            Axis::Blocks(blocks) => (0, i128::from(*blocks)),
+            Axis::Key { min, max, .. } => (i128::from(*min), i128::from(*max) + 1),
+            Axis::None => (0, 1),
+        };
+        let span = (high - low).max(1);
+        // Rows are taken to be spread evenly.
+        let width = |part: u64| (span.saturating_mul(i128::from(part)) / i128::from(bytes.max(1))).clamp(1, span);
+        let most = width(part_bytes);
+        Self { low, high: low + span, next: Some(low), least: width(LEAST_BYTES.min(part_bytes)).min(most), most }
+    }
+
+    /// The next part, for one of `readers` that share the rest.
+    pub(super) fn cut(&mut self, readers: usize) -> Option<Part> {
+        let from = self.next?;
+        let rest = self.high - from;
+        let share = rest / (2 * i128::try_from(readers.max(1)).unwrap_or(1));
+        let width = share.clamp(self.least, self.most);
+        // A remainder that is not worth a part goes with this one.
+        let to = (rest - width >= self.least).then_some(from + width);
+        self.next = to;
+        Some(Part { from: (from > self.low).then_some(from), to })
+    }
+
+    /// Whether further readers would find something to do.
+    pub(super) fn is_worth_sharing(&self) -> bool {
+        self.next.is_some_and(|next| self.high - next >= 2 * self.least)
+    }
 }
 
 impl Part {
@@ -75,35 +107,53 @@ mod tests {
     use super::*;
     use proptest::prelude::*;
 
+    const GB: u64 = 1 << 30;
+
+    fn all(mut cutter: Cutter, readers: usize) -> Vec<Part> {
+        std::iter::from_fn(|| cutter.cut(readers)).collect()
+    }
+
     proptest! {
         #[test]
-        fn every_value_is_in_exactly_one_part(min in any::<i64>(), max in any::<i64>(), wanted in 1_usize..50, value in any::<i64>()) {
+        fn every_value_is_in_exactly_one_part(
+            min in any::<i64>(), max in any::<i64>(), bytes in 0..100 * GB, part in 1..GB,
+            readers in prop::collection::vec(1_usize..9, 1..5), value in any::<i64>(),
+        ) {
             let axis = Axis::Key { column: "k".to_owned(), min: min.min(max), max: min.max(max) };
-            let parts = cut(&axis, wanted);
+            let mut cutter = Cutter::new(&axis, bytes, part.max(bytes / 1000));
+            // Readers come and go meanwhile.
+            let mut readers = readers.into_iter().cycle();
+            let parts: Vec<Part> = std::iter::from_fn(|| cutter.cut(readers.next().unwrap_or(1))).collect();
             let within = |part: &&Part| {
                 part.from.is_none_or(|from| i128::from(value) >= from) && part.to.is_none_or(|to| i128::from(value) < to)
             };
             prop_assert_eq!(parts.iter().filter(within).count(), 1);
-            prop_assert!(parts.len() <= wanted);
         }
     }
 
     #[test]
     fn the_ends_are_open() {
         let axis = Axis::Blocks(100);
-        let conditions: Vec<_> = cut(&axis, 3).iter().map(|part| part.condition(&axis)).collect();
-        assert_eq!(
-            conditions.iter().flatten().map(String::as_str).collect::<Vec<_>>(),
-            ["ctid < '(33,0)'::tid", "ctid >= '(33,0)'::tid AND ctid < '(66,0)'::tid", "ctid >= '(66,0)'::tid"]
+        let conditions: Vec<_> =
+            all(Cutter::new(&axis, 99 * GB, 33 * GB), 1).iter().map(|part| part.condition(&axis)).collect();
+        assert_eq!(conditions[0].as_deref(), Some("ctid < '(33,0)'::tid"));
+        assert_eq!(conditions[1].as_deref(), Some("ctid >= '(33,0)'::tid AND ctid < '(66,0)'::tid"));
+        assert!(
+            conditions.last().and_then(Option::as_deref).is_some_and(|last| !last.contains(" AND ")),
+            "{conditions:?}"
         );
-        assert_eq!(cut(&Axis::Blocks(0), 5), [WHOLE]);
-        assert_eq!(cut(&Axis::None, 5), [WHOLE]);
+        assert_eq!(all(Cutter::new(&Axis::Blocks(0), 0, GB), 5), [WHOLE]);
+        assert_eq!(all(Cutter::new(&Axis::None, GB, GB), 5), [WHOLE]);
         assert_eq!(WHOLE.condition(&axis), None);
     }
 
     #[test]
-    fn parts_follow_the_size() {
-        assert_eq!([0, 1, 10, 11, 25].map(|bytes| wanted(bytes, 10)), [1, 1, 1, 2, 3]);
-        assert_eq!(wanted(u64::MAX, 0), 10_000);
+    fn parts_shrink_towards_the_end() {
+        let parts = all(Cutter::new(&Axis::Blocks(131_072), GB, GB), 4);
+        let widths: Vec<i128> = parts.iter().map(|part| part.to.unwrap_or(131_072) - part.from.unwrap_or(0)).collect();
+        assert_eq!(widths[0], 131_072 / 8, "the rest is shared, twice over");
+        assert!(widths.windows(2).all(|pair| pair[0] >= pair[1] || pair[1] < 2 * 1024), "{widths:?}");
+        assert!(widths.iter().all(|width| *width >= 1024), "none below 8 MB: {widths:?}");
+        assert_eq!(all(Cutter::new(&Axis::Blocks(1000), LEAST_BYTES, GB), 4), [WHOLE]);
     }
 }

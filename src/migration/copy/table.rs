@@ -1,14 +1,18 @@
-//! One table: held, emptied on the target, read in parts and written by as many connections.
+//! One table: held, emptied on the target, and filled, by one pair of connections or by several.
+//!
+//! A table that one pair fills is emptied in the same transaction, so its rows are written frozen: nobody has to visit
+//! them again to note that their transaction has committed (index builds would be the first, and on a server with data
+//! checksums each such note is a page image in its write-ahead log). One that is worth more than a fair share of the
+//! connections is opened for others to help with: they take part after part, under the same snapshot.
 
-use std::sync::Arc;
-use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
-use tokio::sync::OwnedSemaphorePermit;
-use tokio::task::JoinSet;
+use tokio::sync::{Notify, OwnedSemaphorePermit, watch};
 
 use super::holder::{self, Holder};
-use super::parts::{self, Axis, Part};
+use super::pairs::Pairs;
+use super::parts::{self, Axis, Cutter, Part};
 use super::tables::{self, Format};
 use super::{CopiedRows, CopyContext, CopyError, SourceTable};
 use crate::postgres::{RawConnection, RawError};
@@ -16,24 +20,164 @@ use crate::postgres::{RawConnection, RawError};
 /// Attempts at a table whose connections break; each begins it anew.
 const ATTEMPTS: u32 = 5;
 
-/// Rows and bytes are reported after about so many bytes.
-const REPORT_BYTES: u64 = 256 * 1024;
+/// Rows and bytes are reported, and a limit is kept, each time that about so many bytes were moved.
+const REPORT_BYTES: u64 = 512 * 1024;
 
-/// Copies the table with one connection pair for each permit. Every attempt begins with an empty table and a snapshot of
-/// its own.
+/// Whether others may help with a table.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Sharing {
+    Whole,
+    InParts,
+}
+
+/// What the tables of a database share while they are copied.
+#[derive(Default)]
+pub(super) struct Board {
+    pub(super) pairs: Pairs,
+    open: Mutex<Vec<Arc<OpenTable>>>,
+    /// A table was opened for others.
+    pub(super) opened: Notify,
+}
+
+impl Board {
+    fn post(&self, table: &Arc<OpenTable>) {
+        self.open.lock().unwrap_or_else(PoisonError::into_inner).push(table.clone());
+        self.opened.notify_one();
+    }
+
+    fn withdraw(&self, table: &Arc<OpenTable>) {
+        self.open.lock().unwrap_or_else(PoisonError::into_inner).retain(|posted| !Arc::ptr_eq(posted, table));
+    }
+
+    /// Whether a further pair of connections would find something to do.
+    pub(super) fn wants_help(&self) -> bool {
+        self.open.lock().unwrap_or_else(PoisonError::into_inner).iter().any(|table| table.wants_help())
+    }
+
+    /// Puts a helper's name down for the table that was opened first of those that want one.
+    pub(super) fn enlist(&self) -> Option<Helper> {
+        let open = self.open.lock().unwrap_or_else(PoisonError::into_inner);
+        open.iter().find(|table| table.wants_help()).map(|table| {
+            table.state.send_modify(|state| state.helpers += 1);
+            Helper { table: table.clone() }
+        })
+    }
+}
+
+/// A table that others may help with: one attempt at it.
+pub(super) struct OpenTable {
+    work: Work,
+    snapshot: String,
+    state: watch::Sender<Attempt>,
+}
+
+struct Attempt {
+    cutter: Cutter,
+    helpers: usize,
+    copied: CopiedRows,
+    failure: Option<CopyError>,
+}
+
+impl OpenTable {
+    fn wants_help(&self) -> bool {
+        let state = self.state.borrow();
+        state.failure.is_none() && state.cutter.is_worth_sharing()
+    }
+
+    fn next_part(&self) -> Option<Part> {
+        let mut part = None;
+        self.state.send_modify(|state| {
+            if state.failure.is_none() {
+                part = state.cutter.cut(state.helpers + 1);
+            }
+        });
+        part
+    }
+
+    /// Copies the parts that nobody else has taken, each in a transaction of the target.
+    async fn take_parts(&self, source: &mut RawConnection, target: &mut RawConnection) -> Result<(), CopyError> {
+        while let Some(part) = self.next_part() {
+            self.work.begin(target).await?;
+            let copied = self.work.pump(source, target, &part, Rows::Added).await?;
+            self.work.on_target(target, "committing its rows", "COMMIT").await?;
+            self.state.send_modify(|state| state.copied.add(copied));
+            self.work.context.hit("copy.part_committed", &self.work.table).await?;
+        }
+        Ok(())
+    }
+
+    /// Resolves when somebody has failed; whoever waits for it gives up what it has in hand.
+    async fn failed(&self) {
+        self.until(|state| state.failure.is_some()).await;
+    }
+
+    /// The first failure is the one that is told.
+    fn fail(&self, error: CopyError) {
+        self.state.send_modify(|state| {
+            state.failure.get_or_insert(error);
+        });
+    }
+
+    async fn until(&self, condition: impl FnMut(&Attempt) -> bool) {
+        let mut changes = self.state.subscribe();
+        // The sender lives in self.
+        let _met = changes.wait_for(condition).await;
+    }
+}
+
+/// One that helps with a table. The table's own attempt ends only after every helper has been dropped, and with them
+/// their connections: a part that was committed later would double its rows.
+pub(super) struct Helper {
+    table: Arc<OpenTable>,
+}
+
+impl Drop for Helper {
+    fn drop(&mut self) {
+        self.table.state.send_modify(|state| state.helpers -= 1);
+    }
+}
+
+impl Helper {
+    /// Helps until nothing is left to take. What fails is reported by the table's own attempt.
+    pub(super) async fn help(self, board: Arc<Board>, permit: OwnedSemaphorePermit) {
+        let done = tokio::select! {
+            done = self.take_parts(&board) => done,
+            // Dropped connections make both servers roll back.
+            () = self.table.failed() => Ok(()),
+        };
+        if let Err(error) = done {
+            self.table.fail(error);
+        }
+        drop(self);
+        drop(permit);
+    }
+
+    async fn take_parts(&self, board: &Board) -> Result<(), CopyError> {
+        let work = &self.table.work;
+        let mut source = board.pairs.source(&work.context).await?;
+        let mut target = board.pairs.target(&work.context, &work.table).await?;
+        holder::join(&work.context, &work.table, &self.table.snapshot, &mut source).await?;
+        self.table.take_parts(&mut source, &mut target).await?;
+        end(&work.table, &mut source).await?;
+        board.pairs.give_back(source, target);
+        Ok(())
+    }
+}
+
+/// Copies the table. Every attempt begins with an empty table and a snapshot of its own.
 pub(super) async fn copy(
     context: &CopyContext,
+    board: &Board,
     table: &SourceTable,
-    permits: OwnedSemaphorePermit,
+    sharing: Sharing,
 ) -> Result<CopiedRows, CopyError> {
-    let readers = permits.num_permits();
-    let permits = PermitPool(std::sync::Mutex::new(Some(permits)));
     let mut pause = Duration::from_secs(1);
     let mut attempt = 1;
     loop {
-        match attempt_once(context, table, readers, &permits).await {
+        match attempt_once(context, board, table, sharing).await {
             Err(error) if attempt < ATTEMPTS && error.may_pass() => {
                 tracing::warn!(database = context.database, table = %table.name, attempt, %error, "copying the table again");
+                board.pairs.forget();
                 tokio::time::sleep(pause).await;
                 pause *= 2;
                 attempt += 1;
@@ -43,28 +187,15 @@ pub(super) async fn copy(
     }
 }
 
-/// The permits of a table, given back one by one as its readers run out of parts.
-struct PermitPool(std::sync::Mutex<Option<OwnedSemaphorePermit>>);
-
-impl PermitPool {
-    /// Gives one back, but the last.
-    fn release_one(&self) {
-        let mut permits = self.0.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
-        if let Some(permits) = permits.as_mut().filter(|permits| permits.num_permits() > 1) {
-            drop(permits.split(1));
-        }
-    }
-}
-
 async fn attempt_once(
     context: &CopyContext,
+    board: &Board,
     table: &SourceTable,
-    readers: usize,
-    permits: &PermitPool,
+    sharing: Sharing,
 ) -> Result<CopiedRows, CopyError> {
-    let mut holder = Holder::open(context, table).await?;
-    let mut first = target_connection(context, table).await?;
-    check_columns(table, &holder, &mut first).await?;
+    let mut holder = Holder::open(context, table, board.pairs.source(context).await?).await?;
+    let mut target = board.pairs.target(context, table).await?;
+    check_columns(table, &holder, &mut target).await?;
     context
         .recorder
         .snapshot_taken(table, &holder.hand_over)
@@ -72,19 +203,15 @@ async fn attempt_once(
         .map_err(|source| CopyError::Record { table: table.name.clone(), source })?;
     context.hit("copy.snapshot_taken", table).await?;
 
-    let axis = if readers > 1 { holder.axis(table).await? } else { Axis::None };
-    let parts = parts::cut(&axis, if readers > 1 { parts::wanted(table.bytes, context.config.part_bytes) } else { 1 });
-    context.progress.started(table, parts.len());
-    let work = Arc::new(Work::new(context, table, &holder, axis, parts));
-    let copied = if work.parts.len() == 1 {
-        (1..readers).for_each(|_| permits.release_one());
-        work.whole(&mut holder.connection, &mut first).await?
+    let axis = if sharing == Sharing::InParts { holder.axis(table).await? } else { Axis::None };
+    context.progress.started(table);
+    let work = Work::new(context, table, &holder, axis);
+    let copied = if work.axis == Axis::None {
+        work.whole(&mut holder.connection, &mut target).await?
     } else {
-        in_parts(context, table, &mut holder, first, &work, readers, permits).await?
+        in_parts(board, &mut holder, &mut target, work).await?
     };
-    // Ends the transaction, and with it the lock.
-    let ended = holder.connection.simple_query("COMMIT").await;
-    ended.map_err(|source| error(table, "source", "ending its transaction", source))?;
+    end(table, &mut holder.connection).await?;
     context.hit("copy.committed", table).await?;
     context
         .recorder
@@ -92,70 +219,69 @@ async fn attempt_once(
         .await
         .map_err(|source| CopyError::Record { table: table.name.clone(), source })?;
     context.hit("copy.recorded", table).await?;
+    board.pairs.give_back(holder.connection, target);
     Ok(copied)
 }
 
-/// Several readers take part after part; the holder is one of them.
-async fn in_parts(
-    context: &CopyContext,
-    table: &SourceTable,
-    holder: &mut Holder,
-    mut first: RawConnection,
-    work: &Arc<Work>,
-    readers: usize,
-    permits: &PermitPool,
-) -> Result<CopiedRows, CopyError> {
-    let snapshot = holder.export(table).await?;
-    let mut joined = Vec::new();
-    for _ in 1..readers.min(work.parts.len()) {
-        joined.push((holder::join(context, table, &snapshot).await?, target_connection(context, table).await?));
-    }
-    for _ in work.parts.len()..readers {
-        permits.release_one();
-    }
-    work.empty(&mut first).await?;
-    // Dropping the set, on an error or from outside, ends every reader: their transactions roll back.
-    let mut others = JoinSet::new();
-    for (mut source, mut target) in joined {
-        let work = work.clone();
-        others.spawn(async move { work.take_parts(&mut source, &mut target).await });
-    }
-    let mut total = work.take_parts(&mut holder.connection, &mut first).await?;
-    permits.release_one();
-    while let Some(ended) = others.join_next().await {
-        let copied = ended.map_err(|_| CopyError::Unreadable { table: table.name.clone(), what: "part" })??;
-        permits.release_one();
-        total.add(copied);
-    }
-    Ok(total)
+/// Ends the transaction on the source, and with it the lock.
+async fn end(table: &SourceTable, source: &mut RawConnection) -> Result<(), CopyError> {
+    let ended = source.simple_query("COMMIT").await;
+    ended.map(|_| ()).map_err(|source| error(table, "source", "ending its transaction", source))
 }
 
-/// The statements of a table's copy, and its parts.
+/// Opens the table for others, and takes parts of it like them.
+async fn in_parts(
+    board: &Board,
+    holder: &mut Holder,
+    target: &mut RawConnection,
+    work: Work,
+) -> Result<CopiedRows, CopyError> {
+    let snapshot = holder.export(&work.table).await?;
+    work.empty(target).await?;
+    let cutter = Cutter::new(&work.axis, work.table.bytes, work.context.config.part_bytes);
+    let attempt = Attempt { cutter, helpers: 0, copied: CopiedRows::default(), failure: None };
+    let open = Arc::new(OpenTable { work, snapshot, state: watch::Sender::new(attempt) });
+    board.post(&open);
+    let done = tokio::select! {
+        done = open.take_parts(&mut holder.connection, target) => done,
+        () = open.failed() => Ok(()),
+    };
+    board.withdraw(&open);
+    if let Err(error) = done {
+        open.fail(error);
+    }
+    open.until(|state| state.helpers == 0).await;
+    let mut result = Ok(CopiedRows::default());
+    open.state.send_modify(|state| result = state.failure.take().map_or(Ok(state.copied), Err));
+    result
+}
+
+/// How rows are written.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Rows {
+    /// Into a table that this very transaction has emptied.
+    Frozen,
+    /// Beside others.
+    Added,
+}
+
+/// The statements of a table's copy.
 struct Work {
     context: CopyContext,
     table: SourceTable,
     columns: Option<String>,
     options: String,
     axis: Axis,
-    parts: Vec<Part>,
-    next: AtomicUsize,
 }
 
 impl Work {
-    fn new(context: &CopyContext, table: &SourceTable, holder: &Holder, axis: Axis, parts: Vec<Part>) -> Self {
+    fn new(context: &CopyContext, table: &SourceTable, holder: &Holder, axis: Axis) -> Self {
         let options = match tables::format(&holder.columns, &holder.encoding) {
             Format::Binary => "FORMAT binary".to_owned(),
             Format::Text => format!("FORMAT text, ENCODING '{}'", holder.encoding),
         };
-        Self {
-            context: context.clone(),
-            table: table.clone(),
-            columns: tables::column_list(&holder.columns),
-            options,
-            axis,
-            parts,
-            next: AtomicUsize::new(0),
-        }
+        let columns = tables::column_list(&holder.columns);
+        Self { context: context.clone(), table: table.clone(), columns, options, axis }
     }
 
     fn out(&self, part: &Part) -> String {
@@ -176,9 +302,10 @@ impl Work {
         }
     }
 
-    fn in_(&self) -> String {
+    fn in_(&self, rows: Rows) -> String {
         let columns = self.columns.as_ref().map_or_else(String::new, |columns| format!(" ({columns})"));
-        format!("COPY {}{columns} FROM STDIN WITH ({})", self.table.name, self.options)
+        let freeze = if rows == Rows::Frozen { ", FREEZE" } else { "" };
+        format!("COPY {}{columns} FROM STDIN WITH ({}{freeze})", self.table.name, self.options)
     }
 
     /// The statement that removes what an earlier attempt left.
@@ -193,7 +320,9 @@ impl Work {
     async fn whole(&self, source: &mut RawConnection, target: &mut RawConnection) -> Result<CopiedRows, CopyError> {
         self.begin(target).await?;
         self.on_target(target, "emptying it", &self.emptying()).await?;
-        let copied = self.pump(source, target, &parts::WHOLE).await?;
+        // Where rows of an extension's own stay, the table is not new.
+        let rows = if self.table.filter.is_none() { Rows::Frozen } else { Rows::Added };
+        let copied = self.pump(source, target, &parts::WHOLE, rows).await?;
         self.on_target(target, "committing its rows", "COMMIT").await?;
         Ok(copied)
     }
@@ -202,22 +331,6 @@ impl Work {
         self.begin(target).await?;
         self.on_target(target, "emptying it", &self.emptying()).await?;
         self.on_target(target, "emptying it", "COMMIT").await
-    }
-
-    /// Copies the parts that nobody else has taken, each in a transaction of the target.
-    async fn take_parts(
-        &self,
-        source: &mut RawConnection,
-        target: &mut RawConnection,
-    ) -> Result<CopiedRows, CopyError> {
-        let mut total = CopiedRows::default();
-        while let Some(part) = self.parts.get(self.next.fetch_add(1, Ordering::Relaxed)) {
-            self.begin(target).await?;
-            total.add(self.pump(source, target, part).await?);
-            self.on_target(target, "committing its rows", "COMMIT").await?;
-            self.context.hit("copy.part_committed", &self.table).await?;
-        }
-        Ok(total)
     }
 
     /// Begins a transaction on the target, if no other engine has taken over.
@@ -243,39 +356,25 @@ impl Work {
         source: &mut RawConnection,
         target: &mut RawConnection,
         part: &Part,
+        rows: Rows,
     ) -> Result<CopiedRows, CopyError> {
         let copy = |source| CopyError::Copy { table: self.table.name.clone(), source };
         let mut reader = source.copy_out(&self.out(part)).await.map_err(copy)?;
-        let mut writer = target.copy_in(&self.in_()).await.map_err(copy)?;
-        let mut copied = CopiedRows::default();
-        let mut unreported = CopiedRows::default();
-        while let Some(data) = reader.next().await.map_err(copy)? {
-            writer.send(&data).await.map_err(copy)?;
-            // A server sends one message for each row, so this is exact but for binary's trailer.
-            unreported.add(CopiedRows { rows: 1, bytes: data.len() as u64 });
-            if unreported.bytes >= REPORT_BYTES {
-                copied.add(unreported);
-                self.context.progress.moved(&self.table, unreported.rows, unreported.bytes);
-                unreported = CopiedRows::default();
-            }
+        let mut writer = target.copy_in(&self.in_(rows)).await.map_err(copy)?;
+        let mut bytes = 0;
+        while let Some(moved) = reader.hand_on(&mut writer, REPORT_BYTES).await.map_err(copy)? {
+            bytes += moved.bytes;
+            // One message for each row, so this is exact but for binary's trailer.
+            self.context.progress.moved(&self.table, moved.messages, moved.bytes);
+            self.context.workers.pace.moved(moved.bytes).await;
         }
-        copied.add(unreported);
-        self.context.progress.moved(&self.table, unreported.rows, unreported.bytes);
         let sent = reader.rows().unwrap_or_default();
         let taken = writer.finish().await.map_err(copy)?;
         if sent != taken {
             return Err(CopyError::Count { table: self.table.name.clone(), sent, taken });
         }
-        Ok(CopiedRows { rows: taken, bytes: copied.bytes })
+        Ok(CopiedRows { rows: taken, bytes })
     }
-}
-
-/// A writer on the target: no trigger, rule or foreign key acts on what it writes.
-async fn target_connection(context: &CopyContext, table: &SourceTable) -> Result<RawConnection, CopyError> {
-    let mut connection = context.target.raw(&context.target.own_login(&context.database, "copy")).await?;
-    let set = connection.simple_query("SET session_replication_role = replica").await;
-    set.map_err(|source| error(table, "target", "setting session_replication_role", source))?;
-    Ok(connection)
 }
 
 /// The definitions were dumped before the table was locked; in between it may have been altered.

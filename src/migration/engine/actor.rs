@@ -8,9 +8,10 @@ use tokio::task::JoinHandle;
 
 use super::cancel;
 use super::context::Context;
-use super::database::Gauges;
 use super::error::{EngineError, WorkError};
+use super::gauges::Gauges;
 use super::live::unix_now;
+use super::source_watch;
 use super::worker::{WorkEnd, Worker};
 use crate::catalog::decision::Outcome;
 use crate::catalog::journal::Side;
@@ -73,9 +74,12 @@ impl Actor {
             self.perform(effect).await;
         }
         let tasks = self.tasks.clone();
+        let context = self.context.clone();
+        let mut source = std::pin::pin!(source_watch::watch(context.clone()));
         loop {
             let retry = self.unfinished.is_some();
-            // A channel, a handle that is only borrowed, a sleep and a token: nothing is lost by dropping a wait for them.
+            // A channel, a handle that is only borrowed, a sleep, a watch that is kept and a token: nothing is lost by
+            // dropping a wait for them.
             tokio::select! {
                 command = self.commands.recv() => match command {
                     Some(command) => self.obey(command).await,
@@ -86,6 +90,10 @@ impl Actor {
                     self.ended(end).await;
                 }
                 () = tokio::time::sleep(AGAIN), if retry => self.try_again().await,
+                exceeded = &mut source => {
+                    self.give_up_slots(&exceeded).await;
+                    source.set(source_watch::watch(context.clone()));
+                }
                 () = tasks.stopping() => break,
             }
         }
@@ -162,6 +170,20 @@ impl Actor {
                 "the end is not recorded yet"
             );
             self.unfinished = Some(Unfinished::End(event, problem));
+        }
+    }
+
+    /// The source cannot afford the migration any longer. One that had failed before keeps slots too.
+    async fn give_up_slots(&mut self, exceeded: &source_watch::Exceeded) {
+        let problem = exceeded.problem();
+        tracing::error!(migration = self.context.live.name(), problem = problem.message, "the slots are dropped");
+        self.stop_work().await;
+        // Where this fails the watch finds the slot again.
+        self.end_stream().await;
+        if self.context.live.state() == State::Failed {
+            self.context.live.publish(|status| status.error = Some(problem));
+        } else {
+            self.ended(WorkEnd::Event(Event::WorkFailed, Some(problem))).await;
         }
     }
 

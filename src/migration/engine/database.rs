@@ -9,6 +9,7 @@ use tokio::sync::watch;
 
 use super::context::Context;
 use super::error::WorkError;
+use super::gauges::Gauges;
 use super::live::{DatabaseLive, Step};
 use super::recorder::Recorder;
 use crate::catalog::journal::{Journal, MadeObject, Side};
@@ -19,7 +20,6 @@ use crate::ident::{QualifiedName, quote_literal};
 use crate::lsn::Lsn;
 use crate::migration::copy::{self, CopyContext, SourceTable, Stage};
 use crate::migration::identity::{self, Remedy};
-use crate::migration::lag::Lag;
 use crate::migration::schema::{self, Archive, Existing, PgDump, RestoreFailure, RestoreTarget};
 use crate::migration::sequences::SequencePair;
 use crate::migration::snapshot::HandOver;
@@ -28,7 +28,6 @@ use crate::migration::view::Mode;
 use crate::migration::{materialized, publication};
 use crate::postgres::Control;
 use crate::postgres::walsender::ReplicationConnection;
-use crate::telemetry::metrics::{Direction, Metrics};
 
 /// How often the source's position is looked at.
 const LAG_INTERVAL: Duration = Duration::from_millis(500);
@@ -88,6 +87,9 @@ impl DatabaseWork {
             let what = format!("database {} without its slot's start", row.database);
             return Err(crate::catalog::migrations::CatalogError::Unreadable { what }.into());
         };
+        if self.live.step() < Step::Copied {
+            self.slot_is_there(&row).await?;
+        }
         let mut archive = None;
         if self.live.step() < Step::Restored {
             let archive = self.archive(&mut archive).await?;
@@ -106,6 +108,19 @@ impl DatabaseWork {
             error = stream::run(&stream, &self.live.stream) => Err(error.into()),
             done = self.finish(row, last, archive) => done,
             error = self.watch_lag() => Err(error),
+        }
+    }
+
+    /// Rows that no stream can bring up to date are not worth copying.
+    async fn slot_is_there(&self, row: &DatabaseRow) -> Result<(), WorkError> {
+        let source = self.context.source_control(&row.database, "slot").await?;
+        let found = source
+            .query_opt("SELECT FROM pg_catalog.pg_replication_slots WHERE slot_name = $1", &[&row.slot])
+            .await
+            .map_err(|source| WorkError::Query { doing: "looking for the slot on the source", source })?;
+        match found {
+            Some(_) => Ok(()),
+            None => Err(stream::StreamError::SlotMissing { slot: row.slot.clone() }.into()),
         }
     }
 
@@ -429,55 +444,13 @@ impl DatabaseWork {
             None => connection.insert(self.context.source_control(&self.live.name, "lag").await?),
         };
         let row = source
-            .query_one(
-                "SELECT pg_catalog.pg_current_wal_flush_lsn(),
-                        (SELECT pg_catalog.pg_wal_lsn_diff(pg_catalog.pg_current_wal_flush_lsn(), s.restart_lsn)::bigint
-                           FROM pg_catalog.pg_replication_slots s WHERE s.slot_name = $1),
-                        (SELECT (pg_catalog.to_jsonb(s) ->> 'safe_wal_size')::bigint
-                           FROM pg_catalog.pg_replication_slots s WHERE s.slot_name = $1)",
-                &[&self.live.slot],
-            )
+            .query_one("SELECT pg_catalog.pg_current_wal_flush_lsn()", &[])
             .await
             .map_err(|source| WorkError::Query { doing: "looking at the source's position", source })?;
         self.live.observe(row.get(0));
         let gauges = Gauges { metrics: &self.context.metrics, migration: self.migration(), database: &self.live.name };
-        gauges.set(self.live.lag(), row.get(1), row.get(2));
+        gauges.lag(self.live.lag());
         Ok(())
-    }
-}
-
-/// What is shown of the replication of one database; absent while it is not known.
-pub(super) struct Gauges<'a> {
-    pub(super) metrics: &'a Metrics,
-    pub(super) migration: &'a str,
-    pub(super) database: &'a str,
-}
-
-impl Gauges<'_> {
-    fn set(&self, lag: Option<Lag>, retained: Option<i64>, safe: Option<i64>) {
-        let stream = [self.migration, self.database, Direction::Forward.as_str()];
-        let slot = [self.migration, self.database];
-        let bytes = lag.map(|lag| i64::try_from(lag.bytes).unwrap_or(i64::MAX));
-        for (gauge, labels, value) in [
-            (&self.metrics.replication_lag_bytes, &stream[..], bytes),
-            (&self.metrics.slot_retained_wal_bytes, &slot, retained.map(|bytes| bytes.max(0))),
-            (&self.metrics.slot_safe_wal_bytes, &slot, safe),
-        ] {
-            match value {
-                Some(value) => gauge.with_label_values(labels).set(value),
-                // One that was never set cannot be removed, which is as well.
-                None => drop(gauge.remove_label_values(labels)),
-            }
-        }
-        match lag {
-            Some(lag) => self.metrics.replication_latency_seconds.with_label_values(&stream).set(lag.seconds),
-            None => drop(self.metrics.replication_latency_seconds.remove_label_values(&stream)),
-        }
-    }
-
-    /// Nothing is known any more.
-    pub(super) fn clear(&self) {
-        self.set(None, None, None);
     }
 }
 

@@ -17,6 +17,7 @@ use crate::migration::stream::StreamStatus;
 use crate::migration::view::{
     CancelReport, DatabaseView, FullLoadView, MigrationSpec, MigrationView, Problem, TableView,
 };
+use crate::migration::wal_limit::SlotWal;
 
 /// One migration.
 #[derive(Debug)]
@@ -55,6 +56,17 @@ struct Inner {
     step: Step,
     tables: BTreeMap<QualifiedName, TableLive>,
     lag: LagMeter,
+    slot: Option<SlotLive>,
+}
+
+/// What the slot of a database makes the source keep.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct SlotLive {
+    pub(super) wal: SlotWal,
+    /// As configured.
+    pub(super) limit: Option<u64>,
+    /// It is much.
+    pub(super) warning: bool,
 }
 
 /// The last step of a database that was completed, in their order. Stored in the catalogue.
@@ -110,6 +122,36 @@ pub(super) struct TableLive {
     pub(super) rows_total: Option<u64>,
     pub(super) bytes_total: Option<u64>,
     pub(super) indexes: Option<(usize, usize)>,
+    /// Since when its rows are copied; none: not in this process, or they are not.
+    pub(super) copying_since: Option<Instant>,
+}
+
+impl TableLive {
+    /// Bytes per second, and seconds that are left; none: not known. The share that is done is told by rows where their
+    /// number is estimated, because bytes of COPY are not those of the table.
+    fn speed(&self, now: Instant) -> (Option<u64>, Option<f64>) {
+        let seconds = match (self.state, self.copying_since) {
+            (Some(TableState::Copying), Some(since)) => (now - since).as_secs_f64(),
+            _ => return (None, None),
+        };
+        if seconds < 0.5 || self.bytes == 0 {
+            return (None, None);
+        }
+        #[expect(clippy::cast_precision_loss, reason = "an estimate")]
+        let (bytes, left) = {
+            let share = |done: u64, total: Option<u64>| {
+                total.filter(|total| *total > 0).map(|total| (done as f64 / total as f64).clamp(1e-9, 1.0))
+            };
+            let share = share(self.rows, self.rows_total).or(share(self.bytes, self.bytes_total));
+            (self.bytes as f64 / seconds, share.map(|share| seconds * (1.0 - share) / share))
+        };
+        #[expect(
+            clippy::cast_possible_truncation,
+            clippy::cast_sign_loss,
+            reason = "not negative, and no table is so large"
+        )]
+        (Some(bytes as u64), left)
+    }
 }
 
 impl Live {
@@ -189,7 +231,7 @@ impl DatabaseLive {
             publication,
             stream: StreamStatus::default(),
             broken: watch::Sender::new(None),
-            inner: Mutex::new(Inner { step, tables: BTreeMap::new(), lag: LagMeter::default() }),
+            inner: Mutex::new(Inner { step, tables: BTreeMap::new(), lag: LagMeter::default(), slot: None }),
         }
     }
 
@@ -215,6 +257,7 @@ impl DatabaseLive {
                 rows_total: row.rows_total.map(unsigned),
                 bytes_total: row.bytes_total.map(unsigned),
                 indexes: None,
+                copying_since: None,
             };
             (row.table.clone(), live)
         });
@@ -242,6 +285,12 @@ impl DatabaseLive {
     pub(super) fn observe(&self, written: Lsn) {
         let applied = self.stream.applied.borrow().seen;
         self.lock().lag.observe(Instant::now(), written, applied);
+    }
+
+    /// Notes what the slot keeps; whether it has become, or is no longer, worth a warning.
+    pub(super) fn show_slot(&self, slot: SlotLive) -> bool {
+        let before = self.lock().slot.replace(slot);
+        before.is_some_and(|before| before.warning) != slot.warning
     }
 
     pub(super) fn forget_lag(&self) {
@@ -273,13 +322,19 @@ impl DatabaseLive {
             tables_ready: ready,
             retries: trouble.as_ref().map_or(0, |trouble| trouble.retries),
             last_error: trouble.map(|trouble| trouble.last_error),
+            retained_wal_bytes: inner.slot.map(|slot| slot.wal.retained),
+            retained_wal_limit_bytes: inner.slot.and_then(|slot| slot.limit),
+            safe_wal_bytes: inner.slot.and_then(|slot| slot.wal.safe),
+            wal_warning: inner.slot.is_some_and(|slot| slot.warning),
         }
     }
 
     fn table_views(&self) -> Vec<TableView> {
         let caught_up = self.lag().is_some_and(|lag| lag.bytes == 0);
         let inner = self.lock();
+        let now = Instant::now();
         let view = |(name, table): (&QualifiedName, &TableLive)| {
+            let (bytes_per_second, seconds_left) = table.speed(now);
             let state = table.state.unwrap_or(TableState::Waiting);
             let indexes = match (state, table.indexes) {
                 (TableState::Ready, _) => "built".to_owned(),
@@ -296,6 +351,8 @@ impl DatabaseLive {
                     bytes: table.bytes,
                     rows_total: table.rows_total,
                     bytes_total: table.bytes_total,
+                    bytes_per_second,
+                    seconds_left,
                 },
                 incremental_sync: crate::migration::view::IncrementalView {
                     pending: caught_up.then_some(0),

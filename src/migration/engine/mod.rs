@@ -35,9 +35,11 @@ mod cancel;
 mod context;
 mod database;
 mod error;
+mod gauges;
 mod lease;
 mod live;
 mod recorder;
+mod source_watch;
 mod worker;
 
 use std::collections::{BTreeMap, HashMap};
@@ -108,6 +110,8 @@ pub struct Engine {
     verdicts: Mutex<HashMap<String, Outcome>>,
     /// Why it is not the owner, as logged last.
     last_reason: Mutex<String>,
+    /// One budget of connections for every database of every migration.
+    workers: Workers,
 }
 
 impl std::fmt::Debug for Engine {
@@ -136,6 +140,7 @@ impl Engine {
     pub fn start(deps: EngineDeps) -> Arc<Self> {
         let tasks = deps.tasks.clone();
         let engine = Arc::new(Self {
+            workers: Workers::new(&deps.config.migration),
             deps,
             owner: watch::Sender::new(Ownership::No("the target has not been reached yet".to_owned())),
             migrations: RwLock::default(),
@@ -370,7 +375,7 @@ impl Engine {
             catalog,
             metrics: deps.metrics.clone(),
             failpoints: deps.failpoints.clone(),
-            workers: Workers::new(&deps.config.migration),
+            workers: self.workers.clone(),
             live: live.clone(),
             changes: self.changes.clone(),
         });

@@ -67,7 +67,10 @@ impl TableRecorder for Recorder {
     }
 
     async fn rows_copied(&self, table: &SourceTable, copied: CopiedRows) -> Result<(), RecordError> {
-        self.set(table, TableState::Copied, None, copied).await
+        self.set(table, TableState::Copied, None, copied).await?;
+        let CopiedRows { rows, bytes } = copied;
+        tracing::info!(database = self.database.name, table = %table.name, rows, bytes, "rows copied");
+        Ok(())
     }
 
     async fn indexes_built(&self, table: &SourceTable) -> Result<(), RecordError> {
@@ -77,9 +80,11 @@ impl TableRecorder for Recorder {
 }
 
 impl CopyProgress for Recorder {
-    fn started(&self, table: &SourceTable, parts: usize) {
-        tracing::info!(database = self.database.name, table = %table.name, parts, "copying");
-        self.database.update_table(&table.name, |live| (live.rows, live.bytes) = (0, 0));
+    fn started(&self, table: &SourceTable) {
+        tracing::info!(database = self.database.name, table = %table.name, "copying");
+        self.database.update_table(&table.name, |live| {
+            (live.rows, live.bytes, live.copying_since) = (0, 0, Some(std::time::Instant::now()));
+        });
     }
 
     fn moved(&self, table: &SourceTable, rows: u64, bytes: u64) {

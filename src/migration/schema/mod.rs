@@ -20,6 +20,7 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use crate::config::Migration;
+use crate::ident::QualifiedName;
 use crate::migration::made::{Journal, JournalError};
 use crate::postgres::{ConnectError, Connector};
 
@@ -246,13 +247,44 @@ pub async fn restore_last(target: &RestoreTarget<'_>, archive: &Archive) -> Resu
     Ok(restorer.finish())
 }
 
-/// `ANALYZE` of the whole database.
+/// `ANALYZE` of what has no statistics yet, or not all: tables that [`analyze_table`] was not called for, parents,
+/// materialised views, and tables with statistics objects or indexes on expressions.
 pub async fn analyze(target: &Connector, database: &str) -> Result<(), SchemaError> {
     let control = target.control(database, "analyze").await?;
-    let analyzed = control.batch_execute("ANALYZE").await;
+    let failed = |source| SchemaError::Database { database: database.to_owned(), doing: "ANALYZE".to_owned(), source };
+    for row in control.query(WITHOUT_STATISTICS, &[]).await.map_err(failed)? {
+        let analyze = format!("ANALYZE {}", row.get::<_, &str>(0));
+        match control.batch_execute(&analyze).await {
+            // Somebody has dropped it meanwhile.
+            Err(error) if error.code().is_some_and(|code| code.code() == "42P01") => {}
+            done => done.map_err(failed)?,
+        }
+    }
+    Ok(())
+}
+
+/// Never analysed: -1 tuples from PostgreSQL 14 on, 0 in 0 pages before.
+const WITHOUT_STATISTICS: &str = "\
+SELECT pg_catalog.format('%I.%I', n.nspname, c.relname)
+  FROM pg_catalog.pg_class c JOIN pg_catalog.pg_namespace n ON n.oid = c.relnamespace
+ WHERE n.nspname NOT IN ('information_schema', 'pgcutover') AND n.nspname !~ '^pg_'
+   AND (c.relkind = 'm' AND c.relispopulated OR c.relkind = 'p'
+        OR c.relkind = 'r' AND (c.reltuples < 0 OR c.reltuples = 0 AND c.relpages = 0 OR c.relhassubclass
+             OR EXISTS (SELECT FROM pg_catalog.pg_statistic_ext s WHERE s.stxrelid = c.oid)
+             OR EXISTS (SELECT FROM pg_catalog.pg_index i WHERE i.indrelid = c.oid AND i.indexprs IS NOT NULL)))
+ ORDER BY c.relkind DESC, 1";
+
+/// `ANALYZE` of one table, as soon as its indexes are there.
+pub(in crate::migration) async fn analyze_table(
+    target: &Connector,
+    database: &str,
+    table: &QualifiedName,
+) -> Result<(), SchemaError> {
+    let control = target.control(database, "analyze").await?;
+    let analyzed = control.batch_execute(&format!("ANALYZE {table}")).await;
     analyzed.map_err(|source| SchemaError::Database {
         database: database.to_owned(),
-        doing: "ANALYZE".to_owned(),
+        doing: format!("ANALYZE {table}"),
         source,
     })
 }

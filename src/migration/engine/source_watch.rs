@@ -1,0 +1,153 @@
+//! Looks after the source while a migration weighs on it: what the slots make it keep, and how far its standbys are behind.
+//!
+//! It runs as long as the migration's actor does, also while the migration has failed and waits for somebody: its slots
+//! still keep write-ahead log then.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use super::context::Context;
+use super::error::WorkError;
+use super::gauges::Gauges;
+use super::live::{SlotLive, Step};
+use crate::config::units::format_size;
+use crate::migration::copy::Traffic;
+use crate::migration::state::State;
+use crate::migration::stream::describe;
+use crate::migration::view::Problem;
+use crate::migration::wal_limit::{SlotWal, Verdict, judge};
+use crate::postgres::Control;
+
+/// How often the source is looked at.
+const INTERVAL: Duration = Duration::from_secs(1);
+
+const SLOTS: &str = "\
+SELECT s.slot_name::text, pg_catalog.pg_wal_lsn_diff(pg_catalog.pg_current_wal_insert_lsn(), s.restart_lsn)::bigint,
+       (pg_catalog.to_jsonb(s) ->> 'safe_wal_size')::bigint
+  FROM pg_catalog.pg_replication_slots s WHERE s.slot_name = ANY ($1)";
+
+/// Physical standbys alone: a logical subscriber that is behind does not fall further behind by our reading. A server that
+/// has nothing to send reports no lag.
+const STANDBYS: &str = "\
+SELECT coalesce(extract(epoch FROM max(r.replay_lag)), 0)::float8
+  FROM pg_catalog.pg_stat_replication r
+ WHERE r.state IN ('streaming', 'catchup') AND r.application_name !~ '^pgcutover/'
+   AND NOT EXISTS (SELECT FROM pg_catalog.pg_replication_slots s WHERE s.active_pid = r.pid AND s.slot_type = 'logical')";
+
+/// A slot keeps more than the configuration allows.
+#[derive(Debug)]
+pub(super) struct Exceeded {
+    database: String,
+    slot: String,
+    retained: u64,
+    limit: u64,
+}
+
+impl Exceeded {
+    /// For the operator.
+    pub(super) fn problem(&self) -> Problem {
+        let Self { slot, retained, limit, .. } = self;
+        Problem {
+            code: "wal_limit".to_owned(),
+            message: format!(
+                "replication slot {slot} made the source keep {} MB of write-ahead log, and migration.max_retained_wal is {}: the migration was ended and the slot dropped, before the source's disk fills",
+                retained >> 20,
+                format_size(*limit)
+            ),
+            object: Some(format!("database {}", self.database)),
+            hint: Some(
+                "cancel the migration; raise migration.max_retained_wal if the source has room, or choose a quieter hour, and create it again with --overwrite-target"
+                    .to_owned(),
+            ),
+        }
+    }
+}
+
+/// Resolves when a slot keeps too much. Can be begun again at any time.
+pub(super) async fn watch(context: Arc<Context>) -> Exceeded {
+    let mut connection = None;
+    loop {
+        let state = context.live.state();
+        let watched = state.is_active() || state == State::Failed;
+        // A cutover ends within seconds, one way or the other; the slot is looked at again afterwards.
+        if watched && state != State::CompletingMigration {
+            match look(&context, &mut connection).await {
+                Ok(Some(exceeded)) => return exceeded,
+                Ok(None) => {}
+                Err(error) => {
+                    connection = None;
+                    tracing::debug!(
+                        migration = context.live.name(),
+                        error = describe(&error),
+                        "the source could not be looked at"
+                    );
+                }
+            }
+        } else {
+            connection = None;
+        }
+        tokio::time::sleep(INTERVAL).await;
+    }
+}
+
+async fn look(context: &Context, connection: &mut Option<Control>) -> Result<Option<Exceeded>, WorkError> {
+    let with_slots: Vec<_> =
+        context.live.databases.iter().filter(|database| database.step() >= Step::Published).collect();
+    if with_slots.is_empty() {
+        return Ok(None);
+    }
+    let source = match connection {
+        Some(source) => source,
+        None => connection.insert(context.source_control(&context.config.control.database, "watch").await?),
+    };
+    let failed = |source| WorkError::Query { doing: "looking at what the source keeps", source };
+    let names: Vec<&str> = with_slots.iter().map(|database| database.slot.as_str()).collect();
+    let rows = source.query(SLOTS, &[&names]).await.map_err(failed)?;
+    let limit = context.config.migration.max_retained_wal_bytes;
+    let mut worst = Verdict::Fine;
+    for row in rows {
+        let name: &str = row.get(0);
+        let Some(database) = with_slots.iter().find(|database| database.slot == name) else { continue };
+        let unsigned = |bytes: i64| u64::try_from(bytes).unwrap_or(0);
+        // A slot that was lost keeps nothing.
+        let Some(retained) = row.get::<_, Option<i64>>(1).map(unsigned) else { continue };
+        let wal = SlotWal { retained, safe: row.get::<_, Option<i64>>(2).map(unsigned) };
+        let verdict = judge(wal, limit);
+        if database.show_slot(SlotLive { wal, limit, warning: verdict >= Verdict::Warning }) {
+            let (retained, safe) = (wal.retained, wal.safe);
+            if verdict >= Verdict::Warning {
+                tracing::warn!(
+                    migration = context.live.name(),
+                    database = database.name,
+                    retained,
+                    ?safe,
+                    ?limit,
+                    "the source keeps much write-ahead log for the migration; limits on the copy's speed are lifted"
+                );
+            } else {
+                tracing::info!(
+                    migration = context.live.name(),
+                    database = database.name,
+                    retained,
+                    "the source keeps less again"
+                );
+            }
+        }
+        let gauges = Gauges { metrics: &context.metrics, migration: context.live.name(), database: &database.name };
+        gauges.slot(Some(wal), limit);
+        worst = worst.max(verdict);
+        if let (Verdict::Exceeded, Some(limit)) = (verdict, limit) {
+            return Ok(Some(Exceeded { database: database.name.clone(), slot: name.to_owned(), retained, limit }));
+        }
+    }
+    let traffic = if worst >= Verdict::Warning { Traffic::Unlimited } else { standbys(context, source).await? };
+    context.workers.direct(traffic);
+    Ok(None)
+}
+
+async fn standbys(context: &Context, source: &Control) -> Result<Traffic, WorkError> {
+    let Some(most) = context.config.migration.max_standby_lag else { return Ok(Traffic::Limited) };
+    let row = source.query_one(STANDBYS, &[]).await;
+    let row = row.map_err(|source| WorkError::Query { doing: "looking at the source's standbys", source })?;
+    Ok(if row.get::<_, f64>(0) > most.as_secs_f64() { Traffic::Halted } else { Traffic::Limited })
+}

@@ -1,0 +1,111 @@
+//! What a migration asks of the source, and what it does when that is too much.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use pgcutover::config::Config;
+
+use crate::support::{connect, wait_for};
+use crate::world::{World, create, reach, spec};
+
+impl World {
+    fn with(mut self, change: impl FnOnce(&mut Config)) -> Self {
+        let mut config = (*self.config).clone();
+        change(&mut config);
+        self.config = Arc::new(config);
+        self
+    }
+}
+
+const SLOTS: &str = "SELECT count(*) FROM pg_replication_slots";
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_slot_that_keeps_too_much_is_dropped_before_the_disk_fills() {
+    let world = World::same_major().with(|config| {
+        config.migration.max_retained_wal_bytes = Some(64 << 20);
+        // Asked, and nobody is late.
+        config.migration.max_standby_lag = Some(Duration::from_secs(3600));
+    });
+    world.furnish("shop").await;
+    let running = world.engine("");
+    create(&running, spec("heavy", &["shop"])).await;
+    reach(&running, "heavy", "WaitingForCutoverTrigger").await;
+
+    // The target takes nothing while somebody locks a table there.
+    let target = connect(&world.target, "shop").await;
+    target.batch_execute("BEGIN; LOCK TABLE customer IN ACCESS EXCLUSIVE MODE").await.expect("locked");
+    let source = connect(&world.source, "shop").await;
+    source.batch_execute("INSERT INTO customer (email) VALUES ('stuck')").await.expect("written");
+    let write = "SELECT pg_logical_emit_message(false, 'bulk', repeat('x', 1024 * 1024)) FROM generate_series(1, 20)";
+    source.batch_execute(&format!("{write}; {write}")).await.expect("written");
+    wait_for("the warning", || async {
+        let view = running.engine.show("heavy").expect("known");
+        view.databases[0].wal_warning && view.databases[0].retained_wal_bytes.is_some_and(|kept| kept > 32 << 20)
+    })
+    .await;
+    let view = running.engine.show("heavy").expect("known");
+    assert_eq!(view.substate, "WaitingForCutoverTrigger", "half of the limit is a warning");
+    assert_eq!(view.databases[0].retained_wal_limit_bytes, Some(64 << 20));
+
+    source.batch_execute(&format!("{write}; {write}")).await.expect("written");
+    wait_for("the end of the migration", || async {
+        running.engine.show("heavy").is_ok_and(|view| view.substate == "Failed")
+    })
+    .await;
+    let error = running.engine.show("heavy").expect("known").error.expect("a reason");
+    assert_eq!(error.code, "wal_limit", "{error:?}");
+    assert!(error.message.contains("64MB") && error.hint.is_some(), "{error:?}");
+    let slots: i64 = source.query_one(SLOTS, &[]).await.expect("count").get(0);
+    assert_eq!(slots, 0, "what filled the disk is gone");
+    target.batch_execute("ROLLBACK").await.expect("released");
+
+    // Going on is not possible, and is said at once; a cancel leaves nothing.
+    running.engine.retry("heavy").await.expect("accepted");
+    wait_for("the second failure", || async {
+        running.engine.show("heavy").is_ok_and(|view| view.error.is_some_and(|error| error.code == "slot_missing"))
+    })
+    .await;
+    running.engine.cancel("heavy").await.expect("cancelled");
+    world.assert_clean("shop").await;
+    running.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_migration_that_has_failed_does_not_fill_the_disk_either() {
+    let world = World::same_major().with(|config| config.migration.max_retained_wal_bytes = Some(32 << 20));
+    world.furnish("shop").await;
+    let running = world.engine("engine.after_schema=error");
+    create(&running, spec("idle", &["shop"])).await;
+    wait_for("the failure", || async { running.engine.show("idle").is_ok_and(|view| view.substate == "Failed") }).await;
+    let source = connect(&world.source, "shop").await;
+    let slots: i64 = source.query_one(SLOTS, &[]).await.expect("count").get(0);
+    assert_eq!(slots, 1, "it could go on");
+    let write = "SELECT pg_logical_emit_message(false, 'bulk', repeat('x', 1024 * 1024)) FROM generate_series(1, 40)";
+    source.batch_execute(write).await.expect("written");
+    wait_for("the slot to go", || async { source.query_one(SLOTS, &[]).await.expect("count").get::<_, i64>(0) == 0 })
+        .await;
+    wait_for("the reason", || async {
+        running.engine.show("idle").is_ok_and(|view| view.error.is_some_and(|error| error.code == "wal_limit"))
+    })
+    .await;
+    running.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_slow_copy_says_how_long_it_will_take() {
+    let world = World::same_major().with(|config| config.migration.copy_rate_bytes = Some(12 << 20));
+    world.furnish("shop").await;
+    let running = world.engine("");
+    create(&running, spec("slow", &["shop"])).await;
+    wait_for("an estimate", || async {
+        let tables = running.engine.tables("slow").expect("known");
+        let orders = tables.into_iter().find(|table| table.name == "orders").map(|table| table.full_load);
+        orders.is_some_and(|load| load.seconds_left.is_some() && load.bytes_per_second.is_some_and(|rate| rate > 0))
+    })
+    .await;
+    reach(&running, "slow", "WaitingForCutoverTrigger").await;
+    let tables = running.engine.tables("slow").expect("known");
+    assert!(tables.iter().all(|table| table.full_load.seconds_left.is_none()), "nothing is left");
+    world.assert_equal("shop").await;
+    running.stop().await;
+}
