@@ -29,6 +29,7 @@ use self::reading::Reading;
 use super::apply::applier::{Applied, Applier, ApplyError, Counters, Tally};
 use super::apply::executor::{ExecuteError, Executor};
 use super::apply::plan::Planner;
+use super::gate::Gate;
 use super::snapshot::HandOver;
 use crate::catalog::migrations::{CatalogError, Generation};
 use crate::catalog::progress;
@@ -41,6 +42,9 @@ use crate::telemetry::metrics::Metrics;
 
 /// Items that may wait in the queue, besides the bound in bytes.
 const QUEUE_ITEMS: usize = 8192;
+
+/// Items between the gate and the apply, beside those in the queue.
+const PASSING_ITEMS: usize = 64;
 
 /// Bytes that one permit of the queue's memory stands for.
 const PERMIT_BYTES: usize = 256;
@@ -84,6 +88,8 @@ pub struct StreamStatus {
     pub applied: watch::Sender<Applied>,
     /// Row counters.
     pub counters: Arc<Counters>,
+    /// Where a verification holds the apply.
+    pub gate: Gate,
     /// Lost connections since the last success, and why the last was lost.
     pub trouble: watch::Sender<Option<Trouble>>,
 }
@@ -93,6 +99,7 @@ impl Default for StreamStatus {
         Self {
             applied: watch::Sender::new(Applied::default()),
             counters: Arc::new(Counters::default()),
+            gate: Gate::default(),
             trouble: watch::Sender::new(None),
         }
     }
@@ -320,6 +327,8 @@ async fn attempt(context: &StreamContext, status: &StreamStatus) -> Result<Never
     let connection = Box::pin(context.target.raw(&login)).await?;
     let executor = Executor::new(connection, &context.migration, context.generation).await.map_err(ApplyError::from)?;
     let (sender, queue) = mpsc::channel(QUEUE_ITEMS);
+    let (passed_on, passed) = mpsc::channel(PASSING_ITEMS);
+    let passage = status.gate.open();
     let received = Arc::new(watch::Sender::new(Lsn::ZERO));
     let mut reading = Reading::begin(context, progress.end_lsn, sender, received.clone());
     let feedback = reading.started().await?;
@@ -346,7 +355,8 @@ async fn attempt(context: &StreamContext, status: &StreamStatus) -> Result<Never
     // target rolls back what was not committed.
     tokio::select! {
         error = reading.failed() => Err(error.into()),
-        error = applier.run(queue) => Err(error.into()),
+        never = passage.run(queue, passed_on, status.applied.subscribe()) => match never {},
+        error = applier.run(passed) => Err(error.into()),
         error = confirm(&feedback, status.applied.subscribe(), &received, &context.failpoints) => Err(error.into()),
     }
 }

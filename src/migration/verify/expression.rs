@@ -1,0 +1,188 @@
+//! SQL that turns a row into 64 bits which are the same on two servers exactly when the row is. Pure.
+//!
+//! Every column goes through its type's *output function*, under the settings that our sessions pin: what a server shows
+//! of a value is all there is to it, trailing zeros and the sign of a zero included. No comparison operator of a type and
+//! no collation takes part: `1.0 = 1.00`, and two servers sort text each in its own way.
+//!
+//! | | majors 11 and later | where one server is 10, or the two disagree |
+//! | --- | --- | --- |
+//! | hash | `hashtextextended`, each column seeded by the last | the first 64 bits of `md5` of the row's text in UTF-8 |
+//! | NULL | a word of 128 random bits, chosen for the run | as a row's text has it |
+//!
+//! `hashint8extended` and what is built on it (time stamps) are no use: they fold 64 bits into 32 first.
+//!
+//! PostgreSQL 12 began to show floating point numbers by their shortest form that reads back the same. Between servers
+//! before and after that, such columns are compared in binary form, and numbers inside composite types with 15 digits.
+
+use crate::ident::quote_ident;
+
+/// Columns that seed each other; further ones begin anew, because a server's parser goes only so deep.
+const CHAIN: usize = 64;
+
+/// A column of one of the two servers.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Column {
+    /// Its name.
+    pub name: String,
+    /// `format_type`, to see whether the two servers agree.
+    pub type_name: String,
+    /// Name of the type under any domains, with `pg_catalog` left out: `int8`, `_float8`; of other types with schema.
+    pub base: String,
+    /// The base type's output function, quoted and with its schema.
+    pub output: String,
+}
+
+/// How both servers hash.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Method {
+    /// `hashtextextended`; the word stands for NULL.
+    Extended {
+        /// Not to be met in any data.
+        null_word: String,
+    },
+    /// `md5`
+    Md5,
+}
+
+/// How floating point numbers are written on the two servers.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Floats {
+    /// In the same way.
+    Alike,
+    /// One is older than PostgreSQL 12.
+    Apart,
+}
+
+/// Builds expressions for one pair of servers.
+#[derive(Clone, Debug)]
+pub struct Hasher {
+    /// How both hash.
+    pub method: Method,
+    /// How they write numbers.
+    pub floats: Floats,
+}
+
+impl Hasher {
+    /// An expression of type `bigint` over these columns, in this order.
+    pub fn hash<'a>(&self, columns: impl IntoIterator<Item = &'a Column>) -> String {
+        let texts: Vec<String> = columns.into_iter().map(|column| self.text(column)).collect();
+        match &self.method {
+            Method::Md5 => {
+                let row = texts.join(", ");
+                format!("('x' || substr(md5(convert_to(ROW({row})::text, 'UTF8')), 1, 16))::bit(64)::bigint")
+            }
+            Method::Extended { null_word } => {
+                let chain = |(index, texts): (usize, &[String])| {
+                    texts.iter().fold(format!("{}::bigint", index + 1), |seed, text| {
+                        format!("hashtextextended(coalesce({text}, '{null_word}') COLLATE \"C\", {seed})")
+                    })
+                };
+                let chains: Vec<String> = texts.chunks(CHAIN).enumerate().map(chain).collect();
+                match chains.as_slice() {
+                    [] => "0::bigint".to_owned(),
+                    [one] => one.clone(),
+                    many => format!("hashtextextended(ROW({})::text COLLATE \"C\", 0)", many.join(", ")),
+                }
+            }
+        }
+    }
+
+    /// An expression of type `text` that is NULL where the column is.
+    pub fn text(&self, column: &Column) -> String {
+        let name = quote_ident(&column.name);
+        if self.floats == Floats::Apart
+            && let Some(sent) = sent(&column.base, &name)
+        {
+            return format!("encode({sent}, 'hex')");
+        }
+        match column.base.as_str() {
+            // No copy of the value is made.
+            "text" | "varchar" => format!("{name}::text"),
+            // A hash of 128 bits instead of two characters for each byte.
+            "bytea" => format!("md5({name}::bytea)"),
+            // These are shorter to write in their binary form than in text, and it has not changed since version 10.
+            "timestamp" => format!("encode(timestamp_send({name}), 'hex')"),
+            "timestamptz" => format!("encode(timestamptz_send({name}), 'hex')"),
+            _ => format!("textin({}({name}))", column.output),
+        }
+    }
+
+    /// The column as an operator reads it, NULL included.
+    pub fn shown(column: &Column) -> String {
+        format!("textin({}({}))", column.output, quote_ident(&column.name))
+    }
+}
+
+/// The binary form of types that hold floating point numbers. A number that is not one has a sign, which no text shows
+/// and no stream carries.
+fn sent(base: &str, name: &str) -> Option<String> {
+    match base {
+        "float4" | "float8" => {
+            Some(format!("{base}send(CASE WHEN {name} = 'NaN' THEN 'NaN'::{base} ELSE {name}::{base} END)"))
+        }
+        "_float4" | "_float8" => Some(format!("array_send({name})")),
+        "point" | "lseg" | "path" | "box" | "polygon" | "line" | "circle" => Some(format!("{base}_send({name})")),
+        _ => None,
+    }
+}
+
+/// Makes the columns that both have alike to those of the target: where the types are not the same, both go by their
+/// text alone.
+pub fn reconcile(source: &[Column], target: &[Column]) -> (Vec<Column>, Vec<Column>) {
+    let plain = |column: &Column| Column { base: String::new(), ..column.clone() };
+    source
+        .iter()
+        .filter_map(|from| {
+            let to = target.iter().find(|to| to.name == from.name)?;
+            Some(if from.base == to.base { (from.clone(), to.clone()) } else { (plain(from), plain(to)) })
+        })
+        .unzip()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn column(name: &str, base: &str) -> Column {
+        Column {
+            name: name.to_owned(),
+            type_name: base.to_owned(),
+            base: base.to_owned(),
+            output: format!("\"pg_catalog\".\"{base}out\""),
+        }
+    }
+
+    #[test]
+    fn columns_seed_each_other_and_null_is_a_word() {
+        let hasher = Hasher { method: Method::Extended { null_word: "W".to_owned() }, floats: Floats::Alike };
+        assert_eq!(
+            hasher.hash(&[column("a", "int4"), column("b\"c", "text")]),
+            "hashtextextended(coalesce(\"b\"\"c\"::text, 'W') COLLATE \"C\", \
+             hashtextextended(coalesce(textin(\"pg_catalog\".\"int4out\"(\"a\")), 'W') COLLATE \"C\", 1::bigint))"
+        );
+        assert_eq!(hasher.hash(&[]), "0::bigint");
+        let many: Vec<Column> = (0..65).map(|number| column(&format!("c{number}"), "text")).collect();
+        assert!(hasher.hash(&many).starts_with("hashtextextended(ROW(hashtextextended("));
+    }
+
+    #[test]
+    fn numbers_go_in_binary_form_where_the_servers_write_them_differently() {
+        let hasher = Hasher { method: Method::Md5, floats: Floats::Apart };
+        let sql = hasher.hash(&[column("f", "float8"), column("p", "point"), column("i", "int4")]);
+        assert!(sql.contains("encode(float8send(CASE WHEN \"f\" = 'NaN'"), "{sql}");
+        assert!(sql.contains("encode(point_send(\"p\"), 'hex'), textin("), "{sql}");
+        let alike = Hasher { floats: Floats::Alike, ..hasher };
+        assert!(!alike.hash(&[column("f", "float8")]).contains("send"));
+    }
+
+    #[test]
+    fn different_types_are_compared_as_text_and_missing_columns_not_at_all() {
+        let (from, to) = reconcile(
+            &[column("a", "timestamp"), column("b", "text"), column("gone", "int4")],
+            &[column("b", "text"), column("a", "timestamptz")],
+        );
+        let names = |columns: &[Column]| columns.iter().map(|column| column.name.clone()).collect::<Vec<_>>();
+        assert_eq!((names(&from), names(&to)), (vec!["a".to_owned(), "b".to_owned()], names(&from)));
+        assert_eq!((from[0].base.as_str(), to[0].base.as_str(), from[1].base.as_str()), ("", "", "text"));
+    }
+}

@@ -1,0 +1,457 @@
+//! Compares source and target while both are live: no false alarm, no blind spot.
+//!
+//! ```text
+//! round      two snapshots that see the same transactions (align), for as many tables as are read in a while
+//! parts      each table is read once on each server, in block order and in parts, several at a time and with rests; the
+//!            rows' hashes (expression) are summed up in buckets. A sum, unlike an exclusive or, also tells two rows
+//!            from four, so tables without a key are compared as multisets by the same means
+//! descend    only where a bucket differs, and under the same snapshots: its rows side by side, by the hash of their key
+//! ```
+//!
+//! Neither server sorts, no collation is asked, nothing is written, and locks are held for one part at a time, so that
+//! TRUNCATE and ALTER TABLE of the application go on. They are not MVCC-safe: a table that was rewritten meanwhile is
+//! read again in the next round, and one to which that happens again and again is locked against them while it is read.
+//!
+//! Values never leave the servers, but for the keys of rows that differ: those are in the report, and nowhere else.
+//!
+//! Source and target are roles, not servers: after a cutover the same runs the other way round, along the reverse stream.
+
+pub mod align;
+mod descend;
+mod expression;
+mod table;
+
+use std::collections::{HashMap, VecDeque};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
+
+use async_trait::async_trait;
+use futures_util::stream::{self, TryStreamExt as _};
+use serde::{Deserialize, Serialize};
+
+use self::align::{Pair, Sides, align};
+use self::expression::{Floats, Hasher, Method};
+use self::table::{Part, Plan, Sums};
+use crate::catalog::migrations::CatalogError;
+use crate::ident::QualifiedName;
+use crate::migration::stream::{transient_query, transient_sqlstate};
+use crate::postgres::{ConnectError, Control};
+
+/// A round ends with the table that makes it this large, in bytes: no snapshot holds back vacuum for ever.
+const ROUND_BYTES: u64 = 16 << 30;
+
+/// One part, in bytes: what is read between two rests.
+const PART_BYTES: u64 = 32 << 20;
+
+/// Times that a table is read again because it was rewritten meanwhile.
+const REWRITES: u32 = 10;
+
+/// After so many times it is locked.
+const RESTLESS: u32 = 2;
+
+/// Times that a round is begun again after a lost connection.
+const RETRIES: u32 = 8;
+
+/// Rows that are listed for each table; the rest is counted.
+pub const LISTED: usize = 100;
+
+/// What to compare, and how gently.
+#[derive(Clone)]
+pub struct VerifyContext {
+    /// Both servers and the stream between them.
+    pub sides: Sides,
+    /// Tables, or parts of large ones, that are read at the same time.
+    pub workers: usize,
+    /// Share of its time in which each worker reads; it rests for the remainder.
+    pub load_percent: u8,
+    /// Told of everything that is done.
+    pub observer: Arc<dyn Observer>,
+}
+
+/// Learns how far a verification is.
+#[async_trait]
+pub trait Observer: Send + Sync {
+    /// This many rows and bytes of the source were read.
+    fn moved(&self, rows: u64, bytes: u64);
+    /// A table is done; durable when it returns.
+    async fn finished(&self, result: &TableResult) -> Result<(), CatalogError>;
+}
+
+/// What the comparison of one table came to.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct TableResult {
+    /// Schema, unquoted.
+    pub schema: String,
+    /// Name, unquoted.
+    pub name: String,
+    /// Its rows on the source.
+    pub rows: u64,
+    /// Rows that differ, are missing on the target or stand there alone.
+    pub differences: u64,
+    /// The first of them.
+    pub listed: Vec<RowDifference>,
+    /// What could not be compared; null: everything was.
+    pub problem: Option<String>,
+}
+
+impl TableResult {
+    /// Its name.
+    pub fn table(&self) -> QualifiedName {
+        QualifiedName::new(&self.schema, &self.name)
+    }
+}
+
+/// One row that is not the same.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct RowDifference {
+    /// What is wrong with it.
+    pub kind: DifferenceKind,
+    /// The columns of its key as text; of a table without a key `ctid` on the server that has the row.
+    pub key: Vec<Option<String>>,
+}
+
+/// What can be wrong with a row.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum DifferenceKind {
+    /// On both servers, not the same.
+    Differs,
+    /// Not on the target.
+    Missing,
+    /// Not on the source.
+    Extra,
+}
+
+/// Tables could not be compared. Names objects, never values.
+#[derive(Debug, thiserror::Error)]
+pub enum VerifyError {
+    /// No session.
+    #[error(transparent)]
+    Connect(#[from] ConnectError),
+    /// A statement failed.
+    #[error("{doing} failed")]
+    Query {
+        /// What was being done.
+        doing: &'static str,
+        /// Why.
+        source: tokio_postgres::Error,
+    },
+    /// No two snapshots could be made to fit.
+    #[error(
+        "no moment was found within {waited:?} at which the target of database {database} had just what the source showed: the stream is interrupted, or a transaction is too large"
+    )]
+    NoCommonSnapshot {
+        /// The database.
+        database: String,
+        /// How long it was tried.
+        waited: Duration,
+    },
+    /// A server's answer makes no sense.
+    #[error("{0} cannot be read")]
+    Unreadable(&'static str),
+    /// A result could not be kept.
+    #[error(transparent)]
+    Catalog(#[from] CatalogError),
+}
+
+impl VerifyError {
+    fn query(doing: &'static str) -> impl Fn(tokio_postgres::Error) -> Self {
+        move |source| Self::Query { doing, source }
+    }
+
+    fn is_transient(&self) -> bool {
+        match self {
+            Self::Connect(error) => error.sqlstate().is_none_or(transient_sqlstate),
+            // 22023 and 58P01: the snapshot of a holder that has gone.
+            Self::Query { source, .. } => {
+                transient_query(source) || source.code().is_some_and(|code| matches!(code.code(), "22023" | "42704"))
+            }
+            Self::NoCommonSnapshot { .. } | Self::Unreadable(_) | Self::Catalog(_) => false,
+        }
+    }
+}
+
+/// Compares these tables, and returns what it found in the order in which it was done. Dropping it stops it; what the
+/// observer was told of stays done.
+pub async fn tables(context: &VerifyContext, wanted: Vec<QualifiedName>) -> Result<Vec<TableResult>, VerifyError> {
+    let mut left: VecDeque<QualifiedName> = wanted.into();
+    let mut rewrites: HashMap<QualifiedName, u32> = HashMap::new();
+    let mut results = Vec::new();
+    let mut retries = 0;
+    while !left.is_empty() {
+        let done = Mutex::new(Vec::new());
+        let restless = |table: &&QualifiedName| rewrites.get(*table).is_some_and(|times| *times >= RESTLESS);
+        let locked: Vec<QualifiedName> = left.iter().filter(restless).take(1).cloned().collect();
+        let ended = Box::pin(round(context, &left, &locked, &done)).await;
+        for ended in done.into_inner().unwrap_or_else(PoisonError::into_inner) {
+            let table = match ended {
+                Ended::Compared(result) => {
+                    let table = result.table();
+                    results.push(result);
+                    table
+                }
+                Ended::Rewritten(table) => {
+                    let times = rewrites.entry(table.clone()).or_default();
+                    *times += 1;
+                    if *times <= REWRITES {
+                        continue;
+                    }
+                    let result = unreadable(&table, "it was rewritten or truncated again and again");
+                    context.observer.finished(&result).await?;
+                    results.push(result);
+                    table
+                }
+            };
+            left.retain(|name| *name != table);
+        }
+        match ended {
+            Ok(()) => retries = 0,
+            Err(error) if error.is_transient() && retries < RETRIES => {
+                retries += 1;
+                let error = crate::migration::stream::describe(&error);
+                tracing::warn!(
+                    database = context.sides.database,
+                    retries,
+                    error,
+                    "the verification begins its round again"
+                );
+                tokio::time::sleep(Duration::from_millis(250) * 2_u32.pow(retries.min(6))).await;
+            }
+            Err(error) => return Err(error),
+        }
+    }
+    Ok(results)
+}
+
+fn unreadable(table: &QualifiedName, problem: &str) -> TableResult {
+    TableResult {
+        schema: table.schema.clone(),
+        name: table.name.clone(),
+        rows: 0,
+        differences: 0,
+        listed: Vec::new(),
+        problem: Some(problem.to_owned()),
+    }
+}
+
+/// How a table left a round.
+enum Ended {
+    Compared(TableResult),
+    Rewritten(QualifiedName),
+}
+
+/// Compares the first of `left`, or `locked` if there are any, under one pair of snapshots. What is in `done` is done, also when it fails.
+async fn round(
+    context: &VerifyContext,
+    left: &VecDeque<QualifiedName>,
+    locked: &[QualifiedName],
+    done: &Mutex<Vec<Ended>>,
+) -> Result<(), VerifyError> {
+    let pair = align(&context.sides, locked).await?;
+    let hasher = hasher(&pair).await?;
+    let mut plans = Vec::new();
+    let mut bytes = 0;
+    // What is locked is read alone, to be done with it soon.
+    for table in left.iter().filter(|table| locked.is_empty() || locked.contains(table)) {
+        match Plan::make(&pair, table, &hasher).await? {
+            Ok(plan) => {
+                bytes += plan.bytes();
+                plans.push(plan);
+            }
+            Err(problem) => {
+                let result = unreadable(table, &problem);
+                context.observer.finished(&result).await?;
+                note(done, Ended::Compared(result));
+            }
+        }
+        if bytes >= ROUND_BYTES {
+            break;
+        }
+    }
+    if !locked.is_empty() {
+        // A session of its own would queue for its lock behind a TRUNCATE that waits for the holder's.
+        prepare(&pair.source, &pair.target).await?;
+    }
+    let workers = if locked.is_empty() { context.workers.max(1) } else { 1 };
+    let round = Round {
+        context,
+        locked: !locked.is_empty(),
+        pair: &pair,
+        done,
+        progress: plans.iter().map(|plan| Mutex::new((Sums::default(), plan.parts()))).collect(),
+        plans,
+        idle: Mutex::default(),
+    };
+    let parts =
+        round.plans.iter().enumerate().flat_map(|(index, plan)| (0..plan.parts()).map(move |part| (index, part)));
+    stream::iter(parts.map(Ok)).try_for_each_concurrent(workers, |(index, part)| round.part(index, part)).await
+}
+
+fn note(done: &Mutex<Vec<Ended>>, ended: Ended) {
+    done.lock().unwrap_or_else(PoisonError::into_inner).push(ended);
+}
+
+/// What the workers of a round share.
+struct Round<'a> {
+    context: &'a VerifyContext,
+    /// The holders themselves read.
+    locked: bool,
+    pair: &'a Pair,
+    plans: Vec<Plan>,
+    /// For each plan, what was summed up, and how many parts are missing.
+    progress: Vec<Mutex<(Sums, u32)>>,
+    done: &'a Mutex<Vec<Ended>>,
+    /// Sessions that no worker has at the moment.
+    idle: Mutex<Vec<Worker>>,
+}
+
+/// Who reads one part.
+#[derive(Clone, Copy)]
+struct Readers<'a> {
+    source: &'a Control,
+    target: &'a Control,
+    /// The snapshots to join for it; none: they are the holders.
+    snapshots: Option<(&'a str, &'a str)>,
+}
+
+impl Readers<'_> {
+    async fn join(&self) -> Result<(), VerifyError> {
+        let Some((source, target)) = self.snapshots else { return Ok(()) };
+        tokio::try_join!(table::join(self.source, source), table::join(self.target, target)).map(|_| ())
+    }
+
+    /// Locks on tables are held no longer.
+    async fn leave(&self) -> Result<(), VerifyError> {
+        if self.snapshots.is_none() {
+            return Ok(());
+        }
+        tokio::try_join!(table::leave(self.source), table::leave(self.target)).map(|_| ())
+    }
+}
+
+/// A session on each server.
+struct Worker {
+    source: Control,
+    target: Control,
+}
+
+impl Round<'_> {
+    async fn worker(&self) -> Result<Worker, VerifyError> {
+        let idle = self.idle.lock().unwrap_or_else(PoisonError::into_inner).pop();
+        if let Some(worker) = idle {
+            return Ok(worker);
+        }
+        let sides = &self.context.sides;
+        let (source, target) = tokio::try_join!(
+            sides.source.control(&sides.database, "verify"),
+            sides.target.control(&sides.database, "verify"),
+        )?;
+        prepare(&source, &target).await?;
+        Ok(Worker { source, target })
+    }
+
+    async fn part(&self, index: usize, number: u32) -> Result<(), VerifyError> {
+        if self.locked {
+            let (source, target) = (&self.pair.source, &self.pair.target);
+            return self.part_by(index, number, Readers { source, target, snapshots: None }).await;
+        }
+        let worker = self.worker().await?;
+        let (source, target) = (&worker.source, &worker.target);
+        let snapshots = Some((self.pair.source_snapshot.as_str(), self.pair.target_snapshot.as_str()));
+        self.part_by(index, number, Readers { source, target, snapshots }).await?;
+        self.idle.lock().unwrap_or_else(PoisonError::into_inner).push(worker);
+        Ok(())
+    }
+
+    async fn part_by(&self, index: usize, number: u32, readers: Readers<'_>) -> Result<(), VerifyError> {
+        let (Some(plan), Some(progress)) = (self.plans.get(index), self.progress.get(index)) else { return Ok(()) };
+        let began = tokio::time::Instant::now();
+        let Part { sums, rows, bytes } = plan.read(readers, number).await?;
+        self.context.observer.moved(rows, bytes);
+        let complete = {
+            let mut progress = progress.lock().unwrap_or_else(PoisonError::into_inner);
+            progress.0.add(sums);
+            progress.1 -= 1;
+            (progress.1 == 0).then(|| std::mem::take(&mut progress.0))
+        };
+        if let Some(sums) = complete {
+            self.complete(plan, sums, readers).await?;
+        }
+        let busy = u32::from(self.context.load_percent.clamp(1, 100));
+        tokio::time::sleep(began.elapsed() * (100 - busy) / busy).await;
+        Ok(())
+    }
+
+    /// All of a table was read.
+    async fn complete(&self, plan: &Plan, sums: Sums, readers: Readers<'_>) -> Result<(), VerifyError> {
+        let rows = sums.rows();
+        let mut result = TableResult { rows, ..unreadable(&plan.table, "") };
+        result.problem = None;
+        let buckets = sums.differing();
+        if !buckets.is_empty() {
+            let found = descend::rows(plan, readers, &buckets).await?;
+            (result.differences, result.listed) = (found.differences, found.listed);
+        }
+        if !self.locked && plan.rewritten(readers.source, readers.target).await? {
+            tracing::info!(table = %plan.table, "rewritten while it was read; it is read again");
+            note(self.done, Ended::Rewritten(plan.table.clone()));
+            return Ok(());
+        }
+        self.context.observer.finished(&result).await?;
+        if result.differences > 0 {
+            tracing::warn!(table = %plan.table, differences = result.differences, "source and target differ");
+        }
+        note(self.done, Ended::Compared(result));
+        Ok(())
+    }
+}
+
+async fn prepare(source: &Control, target: &Control) -> Result<(), VerifyError> {
+    let floats = versions(source, target);
+    for server in [source, target] {
+        let set = server.batch_execute(&settings(server.version_num(), floats)).await;
+        set.map_err(VerifyError::query("preparing a session"))?;
+    }
+    Ok(())
+}
+
+/// What the sessions that read need beside what every session of ours has.
+fn settings(version_num: u32, floats: Floats) -> String {
+    let mut sql = "SET max_parallel_workers_per_gather = 0; SET lc_monetary = 'C'".to_owned();
+    if version_num >= 110_000 {
+        sql.push_str("; SET jit = off");
+    }
+    if floats == Floats::Apart {
+        sql.push_str("; SET extra_float_digits = 0");
+    }
+    sql
+}
+
+fn versions(source: &Control, target: &Control) -> Floats {
+    let shortest = |control: &Control| control.version_num() >= 120_000;
+    if shortest(source) == shortest(target) { Floats::Alike } else { Floats::Apart }
+}
+
+/// How these two servers hash: asked, because a hash function may depend on the machine.
+async fn hasher(pair: &Pair) -> Result<Hasher, VerifyError> {
+    let floats = versions(&pair.source, &pair.target);
+    let old = pair.source.version_num().min(pair.target.version_num()) < 110_000;
+    let mut answers = Vec::new();
+    for server in [&pair.source, &pair.target] {
+        if !old {
+            let sql =
+                "SELECT hashtextextended('pgcutover asks' COLLATE \"C\", 4711), current_setting('server_encoding')";
+            let row = server.query_one(sql, &[]).await.map_err(VerifyError::query("asking for a hash"))?;
+            answers.push((row.get::<_, i64>(0), row.get::<_, String>(1)));
+        }
+    }
+    let same = answers.len() == 2 && answers[0] == answers[1];
+    let method =
+        if same { Method::Extended { null_word: format!("{:032x}", rand::random::<u128>()) } } else { Method::Md5 };
+    Ok(Hasher { method, floats })
+}
+
+/// The error that a stream of rows ended with.
+fn streamed<T>(doing: &'static str) -> impl Fn(Result<T, tokio_postgres::Error>) -> Result<T, VerifyError> {
+    move |row| row.map_err(VerifyError::query(doing))
+}

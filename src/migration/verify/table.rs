@@ -1,0 +1,353 @@
+//! One table: what is read of it, in which parts, and what the parts sum up to.
+
+use std::collections::BTreeMap;
+
+use super::align::Pair;
+use super::expression::{Column, Hasher, reconcile};
+use super::{PART_BYTES, Readers, VerifyError};
+use crate::ident::{QualifiedName, quote_literal};
+use crate::postgres::Control;
+
+/// Rows that one bucket is to hold.
+const BUCKET_ROWS: u64 = 4096;
+
+/// A guess, for tables that were never analysed.
+const LIKELY_ROW_BYTES: u64 = 200;
+
+/// Most buckets of a table; each part brings one row for each.
+const BUCKETS: u64 = 1024;
+
+/// Ranges of blocks are found without reading the rest from here on.
+const TID_RANGES: u32 = 140_000;
+
+/// Columns, with the types that lie under domains.
+const COLUMNS: &str = "
+WITH RECURSIVE base AS (
+    SELECT a.attnum, a.attname::text AS name, format_type(a.atttypid, a.atttypmod) AS shown, a.atttypid AS oid
+      FROM pg_attribute a WHERE a.attrelid = $1 AND a.attnum > 0 AND NOT a.attisdropped
+    UNION ALL
+    SELECT b.attnum, b.name, b.shown, t.typbasetype FROM base b JOIN pg_type t ON t.oid = b.oid WHERE t.typtype = 'd')
+SELECT b.name, b.shown,
+       CASE WHEN n.nspname = 'pg_catalog' THEN t.typname::text ELSE format('%I.%I', n.nspname, t.typname) END,
+       format('%I.%I', m.nspname, p.proname)
+  FROM base b JOIN pg_type t ON t.oid = b.oid AND t.typtype <> 'd' JOIN pg_namespace n ON n.oid = t.typnamespace
+  JOIN pg_proc p ON p.oid = t.typoutput JOIN pg_namespace m ON m.oid = p.pronamespace
+ ORDER BY b.attnum";
+
+/// The key that rows are told apart by: the primary key, or else the replica identity's index.
+const KEY: &str = "
+SELECT a.attname::text
+  FROM pg_index i CROSS JOIN LATERAL unnest(i.indkey::int2[]) WITH ORDINALITY AS k (attnum, position)
+  JOIN pg_attribute a ON a.attrelid = i.indrelid AND a.attnum = k.attnum
+ WHERE i.indexrelid = (SELECT x.indexrelid FROM pg_index x
+                        WHERE x.indrelid = $1 AND x.indisvalid AND (x.indisprimary OR x.indisreplident)
+                        ORDER BY x.indisprimary DESC LIMIT 1)
+   AND k.position <= coalesce((to_jsonb(i) ->> 'indnkeyatts')::int, i.indnatts)
+ ORDER BY k.position";
+
+/// A table on one server, as its snapshot has it.
+#[derive(Debug)]
+struct Place {
+    oid: u32,
+    /// Changes whenever the table is rewritten or truncated.
+    file: u32,
+    blocks: u64,
+    rows: u64,
+    block_size: u64,
+    columns: Vec<Column>,
+    tid_ranges: bool,
+}
+
+/// What to read of one table.
+#[derive(Debug)]
+pub(super) struct Plan {
+    pub(super) table: QualifiedName,
+    source: Place,
+    target: Place,
+    /// Names of the key's columns; empty: none.
+    pub(super) key: Vec<String>,
+    /// Rows that belong to the migration, as SQL beginning with WHERE; of an extension's table perhaps not all.
+    filter: String,
+    hasher: Hasher,
+    /// One less than the number of buckets, which is a power of two.
+    mask: i64,
+}
+
+/// What one part came to.
+pub(super) struct Part {
+    pub(super) sums: Sums,
+    /// Rows of the source.
+    pub(super) rows: u64,
+    /// Bytes of the source.
+    pub(super) bytes: u64,
+}
+
+/// Number of rows and sum of their hashes, for each bucket, on both servers.
+#[derive(Debug, Default)]
+pub(super) struct Sums {
+    source: BTreeMap<i64, (i64, i128)>,
+    target: BTreeMap<i64, (i64, i128)>,
+}
+
+impl Sums {
+    pub(super) fn add(&mut self, more: Self) {
+        for (sums, more) in [(&mut self.source, more.source), (&mut self.target, more.target)] {
+            for (bucket, (rows, sum)) in more {
+                let entry = sums.entry(bucket).or_default();
+                *entry = (entry.0 + rows, entry.1.wrapping_add(sum));
+            }
+        }
+    }
+
+    /// Rows on the source.
+    pub(super) fn rows(&self) -> u64 {
+        self.source.values().map(|(rows, _)| rows.unsigned_abs()).sum()
+    }
+
+    /// Buckets that are not the same.
+    pub(super) fn differing(&self) -> Vec<i64> {
+        let mut buckets: Vec<i64> = self.source.keys().chain(self.target.keys()).copied().collect();
+        buckets.sort_unstable();
+        buckets.dedup();
+        buckets.retain(|bucket| self.source.get(bucket) != self.target.get(bucket));
+        buckets
+    }
+}
+
+impl Plan {
+    /// Looks at the table on both servers; the inner error says why it cannot be compared.
+    pub(super) async fn make(
+        pair: &Pair,
+        table: &QualifiedName,
+        hasher: &Hasher,
+    ) -> Result<Result<Self, String>, VerifyError> {
+        let (source, target) = (place(&pair.source, table).await?, place(&pair.target, table).await?);
+        let (Some(mut source), Some(mut target)) = (source, target) else {
+            return Ok(Err("the table is not on both servers".to_owned()));
+        };
+        let alone: Vec<&str> = [(&source.columns, &target.columns), (&target.columns, &source.columns)]
+            .into_iter()
+            .flat_map(|(here, there)| here.iter().filter(|column| !there.iter().any(|other| other.name == column.name)))
+            .map(|column| column.name.as_str())
+            .collect();
+        if !alone.is_empty() {
+            return Ok(Err(format!("columns that only one of the servers has: {}", alone.join(", "))));
+        }
+        (source.columns, target.columns) = reconcile(&source.columns, &target.columns);
+        let rows = pair.source.query(KEY, &[&source.oid]).await.map_err(VerifyError::query("reading a key"))?;
+        let filter = pair
+            .source
+            .query_opt(
+                "SELECT u.condition FROM pg_extension x
+                  CROSS JOIN LATERAL unnest(x.extconfig, x.extcondition) AS u (relation, condition)
+                  WHERE u.relation = $1 AND u.condition <> ''",
+                &[&source.oid],
+            )
+            .await
+            .map_err(VerifyError::query("reading what belongs to an extension"))?;
+        let rows_likely = source.rows.max(target.rows).max(source.blocks * source.block_size / LIKELY_ROW_BYTES);
+        let buckets = (rows_likely / BUCKET_ROWS).clamp(1, BUCKETS).next_power_of_two();
+        Ok(Ok(Self {
+            table: table.clone(),
+            source,
+            target,
+            key: rows.iter().map(|row| row.get(0)).collect(),
+            filter: filter.map(|row| row.get(0)).unwrap_or_default(),
+            hasher: hasher.clone(),
+            mask: i64::try_from(buckets - 1).unwrap_or(0),
+        }))
+    }
+
+    /// Size on the source.
+    pub(super) fn bytes(&self) -> u64 {
+        self.source.blocks * self.source.block_size
+    }
+
+    /// How many parts there are, at least one.
+    pub(super) fn parts(&self) -> u32 {
+        if !(self.source.tid_ranges && self.target.tid_ranges) {
+            return 1;
+        }
+        let bytes = self.bytes().max(self.target.blocks * self.target.block_size);
+        u32::try_from(bytes.div_ceil(PART_BYTES).clamp(1, 1 << 20)).unwrap_or(1)
+    }
+
+    /// Reads one part on both servers at the same time.
+    pub(super) async fn read(&self, readers: Readers<'_>, number: u32) -> Result<Part, VerifyError> {
+        readers.join().await?;
+        let (from, to) = tokio::try_join!(
+            self.sums(readers.source, &self.source, number),
+            self.sums(readers.target, &self.target, number),
+        )?;
+        readers.leave().await?;
+        let rows = from.values().map(|(rows, _)| rows.unsigned_abs()).sum();
+        Ok(Part { sums: Sums { source: from, target: to }, rows, bytes: self.bytes() / u64::from(self.parts()) })
+    }
+
+    async fn sums(
+        &self,
+        server: &Control,
+        place: &Place,
+        number: u32,
+    ) -> Result<BTreeMap<i64, (i64, i128)>, VerifyError> {
+        let sql = format!(
+            "SELECT h & {}, count(*), sum(h)::text FROM (SELECT {} AS h FROM ONLY {} {} OFFSET 0) AS r GROUP BY 1",
+            self.mask,
+            self.hasher.hash(&place.columns),
+            self.table,
+            condition(&[&self.filter, &place.range(number, self.parts())]),
+        );
+        let rows = server.query(&sql, &[]).await.map_err(VerifyError::query("reading a table"))?;
+        rows.iter()
+            .map(|row| {
+                let sum: &str = row.get(2);
+                let sum = sum.parse().map_err(|_| VerifyError::Unreadable("a sum of hashes"))?;
+                Ok((row.get(0), (row.get(1), sum)))
+            })
+            .collect()
+    }
+
+    /// The rows of some buckets on one server: hash of the key, hash of the row, the key or the place as text; in the
+    /// order of the hashes.
+    pub(super) fn rows_sql(&self, side: Side, buckets: &[i64]) -> String {
+        let place = match side {
+            Side::Source => &self.source,
+            Side::Target => &self.target,
+        };
+        let keys: Vec<&Column> =
+            self.key.iter().filter_map(|name| place.columns.iter().find(|column| column.name == *name)).collect();
+        let (key_hash, shown) = if keys.is_empty() {
+            (None, "ARRAY[ctid::text]".to_owned())
+        } else {
+            let shown: Vec<String> = keys.iter().map(|column| Hasher::shown(column)).collect();
+            (Some(self.hasher.hash(keys)), format!("ARRAY[{}]", shown.join(", ")))
+        };
+        let row_hash = self.hasher.hash(&place.columns);
+        let key_column = key_hash.map_or_else(String::new, |hash| format!(", {hash} AS k"));
+        let key = if key_column.is_empty() { "h" } else { "k" };
+        let list: Vec<String> = buckets.iter().map(i64::to_string).collect();
+        format!(
+            "SELECT {key}, h, shown FROM (SELECT {row_hash} AS h{key_column}, {shown} AS shown FROM ONLY {} {} OFFSET 0) AS r
+             WHERE h & {} IN ({}) ORDER BY 1, 2",
+            self.table,
+            condition(&[&self.filter, ""]),
+            self.mask,
+            list.join(", "),
+        )
+    }
+
+    /// Whether the table was rewritten, truncated or dropped since the snapshots were taken, on either server.
+    pub(super) async fn rewritten(&self, source: &Control, target: &Control) -> Result<bool, VerifyError> {
+        for (server, place) in [(source, &self.source), (target, &self.target)] {
+            let row = server
+                .query_opt("SELECT relfilenode FROM pg_class WHERE oid = $1", &[&place.oid])
+                .await
+                .map_err(VerifyError::query("looking a table up again"))?;
+            if row.is_none_or(|row| row.get::<_, u32>(0) != place.file) {
+                return Ok(true);
+            }
+        }
+        Ok(false)
+    }
+}
+
+/// Which of the two.
+#[derive(Clone, Copy, Debug)]
+pub(super) enum Side {
+    Source,
+    Target,
+}
+
+impl Place {
+    /// The condition for one of `parts` parts; the last one is open, so that nothing is beyond it.
+    fn range(&self, number: u32, parts: u32) -> String {
+        if parts == 1 {
+            return String::new();
+        }
+        let at = |part: u32| self.blocks * u64::from(part) / u64::from(parts);
+        let from = format!("ctid >= '({},0)'", at(number));
+        if number + 1 == parts { from } else { format!("{from} AND ctid < '({},0)'", at(number + 1)) }
+    }
+}
+
+/// `filter` begins with WHERE or is empty.
+fn condition([filter, range]: &[&str; 2]) -> String {
+    match (filter.trim(), *range) {
+        (filter, "") => filter.to_owned(),
+        ("", range) => format!("WHERE {range}"),
+        (filter, range) => format!("{filter} AND {range}"),
+    }
+}
+
+async fn place(holder: &Control, table: &QualifiedName) -> Result<Option<Place>, VerifyError> {
+    let row = holder
+        .query_opt(
+            "SELECT c.oid, c.relfilenode, pg_relation_size(c.oid) / current_setting('block_size')::int8,
+                    greatest(c.reltuples, 0)::float8, current_setting('block_size')::int8
+               FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace
+              WHERE n.nspname = $1 AND c.relname = $2 AND c.relkind = 'r'",
+            &[&table.schema, &table.name],
+        )
+        .await
+        .map_err(VerifyError::query("looking a table up"))?;
+    let Some(row) = row else { return Ok(None) };
+    let oid: u32 = row.get(0);
+    let columns = holder.query(COLUMNS, &[&oid]).await.map_err(VerifyError::query("reading columns"))?;
+    let columns = columns
+        .iter()
+        .map(|row| Column { name: row.get(0), type_name: row.get(1), base: row.get(2), output: row.get(3) })
+        .collect();
+    let unsigned = |number: Option<i64>| number.and_then(|number| u64::try_from(number).ok()).unwrap_or(0);
+    #[expect(clippy::cast_possible_truncation, clippy::cast_sign_loss, reason = "an estimate")]
+    let rows = row.get::<_, f64>(3) as u64;
+    Ok(Some(Place {
+        oid,
+        file: row.get(1),
+        blocks: unsigned(row.get(2)),
+        rows,
+        block_size: unsigned(row.get(4)),
+        columns,
+        tid_ranges: holder.version_num() >= TID_RANGES,
+    }))
+}
+
+/// Begins a transaction under a holder's snapshot.
+pub(super) async fn join(server: &Control, snapshot: &str) -> Result<(), VerifyError> {
+    let sql = format!(
+        "ROLLBACK; BEGIN ISOLATION LEVEL REPEATABLE READ READ ONLY; SET TRANSACTION SNAPSHOT {}",
+        quote_literal(snapshot)
+    );
+    server.batch_execute(&sql).await.map_err(VerifyError::query("joining a snapshot"))
+}
+
+/// Ends it; locks on tables are held no longer.
+pub(super) async fn leave(server: &Control) -> Result<(), VerifyError> {
+    server.batch_execute("COMMIT").await.map_err(VerifyError::query("leaving a snapshot"))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn sums_tell_duplicates_and_name_the_buckets_that_differ() {
+        let one_side =
+            |list: &[(i64, i64, i128)]| list.iter().map(|&(b, n, s)| (b, (n, s))).collect::<BTreeMap<_, _>>();
+        let mut sums = Sums::default();
+        sums.add(Sums { source: one_side(&[(0, 2, 10), (1, 1, 7)]), target: one_side(&[(0, 1, 4)]) });
+        sums.add(Sums { source: one_side(&[(2, 1, 1)]), target: one_side(&[(0, 1, 6), (1, 2, 7), (3, 1, 0)]) });
+        assert_eq!(sums.differing(), [1, 2, 3], "bucket 0 came in two parts, bucket 1 has a row of hash 0 more");
+        assert_eq!(sums.rows(), 4);
+    }
+
+    #[test]
+    fn parts_cover_every_block_and_the_last_is_open() {
+        let place =
+            Place { oid: 1, file: 1, blocks: 100, rows: 0, block_size: 8192, columns: Vec::new(), tid_ranges: true };
+        assert_eq!(place.range(0, 1), "");
+        assert_eq!(place.range(0, 3), "ctid >= '(0,0)' AND ctid < '(33,0)'");
+        assert_eq!(place.range(2, 3), "ctid >= '(66,0)'");
+        assert_eq!(condition(&["WHERE a", "b"]), "WHERE a AND b");
+        assert_eq!(condition(&["", "b"]), "WHERE b");
+    }
+}
