@@ -501,6 +501,7 @@ mod tests {
     async fn exactly_what_the_snapshot_sees_passes_until_the_hold_is_let_go() {
         let bench = bench();
         bench.commit(700, 100).await;
+        bench.until(&[100]).await;
         let mut hold = bench.gate.hold().await.expect("running");
         bench.commit_together(&[(741, 200), (743, 300), (750, 400)]).await;
         bench.send.send(Received::UpTo(Lsn(500))).await.expect("running");
@@ -529,6 +530,7 @@ mod tests {
     async fn what_was_applied_before_it_is_visible_does_not_fit() {
         let bench = bench();
         bench.commit(743, 300).await;
+        bench.until(&[300]).await;
         let mut hold = bench.gate.hold().await.expect("running");
         assert_eq!(hold.fit(&snapshot("743:745:743"), Lsn(320)).await, Ok(Fit::Disordered));
         bench.send.send(Received::UpTo(Lsn(330))).await.expect("running");
