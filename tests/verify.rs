@@ -137,7 +137,7 @@ impl Bench {
         let told = Arc::new(Told::default());
         let context = VerifyContext { sides, workers: 2, load_percent: 100, observer: told.clone() };
         let tables = NAMES.iter().map(|name| QualifiedName::new("public", *name)).collect();
-        let results = tokio::time::timeout(2 * support::PATIENCE, verify::tables(&context, tables)).await;
+        let results = tokio::time::timeout(5 * support::PATIENCE, verify::tables(&context, tables)).await;
         let results = results.expect("in time").expect("verified");
         assert_eq!(told.tables.load(Ordering::Relaxed), results.len() as u64);
         results.into_iter().map(|result| (result.name.clone(), result)).collect()

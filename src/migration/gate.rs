@@ -17,6 +17,7 @@
 //! Nothing is ever reordered or dropped: what is kept back passes, in order, when the hold is let go, and with it ends.
 
 use std::collections::VecDeque;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
@@ -35,7 +36,11 @@ const RECENT_AGE: Duration = Duration::from_secs(600);
 
 /// Where those who want the apply to hold find the stream of a database. Cheap to clone.
 #[derive(Clone, Debug, Default)]
-pub struct Gate(Arc<Mutex<Option<mpsc::Sender<Order>>>>);
+pub struct Gate {
+    stream: Arc<Mutex<Option<mpsc::Sender<Order>>>>,
+    /// Items passed on.
+    passed: Arc<AtomicU64>,
+}
 
 /// The stream was interrupted, or is not running; ask again when it runs.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
@@ -75,7 +80,7 @@ pub struct Hold {
 impl Gate {
     /// Has the apply finish what it has begun and begin nothing more.
     pub async fn hold(&self) -> Result<Hold, Interrupted> {
-        let stream = self.0.lock().unwrap_or_else(PoisonError::into_inner).clone().ok_or(Interrupted)?;
+        let stream = self.stream.lock().unwrap_or_else(PoisonError::into_inner).clone().ok_or(Interrupted)?;
         let (held, answer) = oneshot::channel();
         let (questions, receiver) = mpsc::channel(1);
         stream.send(Order { held, questions: receiver }).await.map_err(|_| Interrupted)?;
@@ -83,11 +88,17 @@ impl Gate {
         Ok(Hold { questions })
     }
 
+    /// Counts up with everything that passes: tells a stream that is far behind from one that stands still.
+    pub fn passed(&self) -> u64 {
+        self.passed.load(Ordering::Relaxed)
+    }
+
     /// The place of a stream that begins; it takes the place of an earlier one.
     pub(super) fn open(&self) -> Passage {
         let (sender, orders) = mpsc::channel(1);
-        *self.0.lock().unwrap_or_else(PoisonError::into_inner) = Some(sender);
-        Passage { orders, cursor: Cursor::default(), kept: VecDeque::new(), recent: VecDeque::new() }
+        *self.stream.lock().unwrap_or_else(PoisonError::into_inner) = Some(sender);
+        let passed = self.passed.clone();
+        Passage { orders, passed, cursor: Cursor::default(), kept: VecDeque::new(), recent: VecDeque::new() }
     }
 }
 
@@ -199,6 +210,7 @@ fn u32_at(data: &[u8], at: usize) -> Option<u32> {
 #[derive(Debug)]
 pub(super) struct Passage {
     orders: mpsc::Receiver<Order>,
+    passed: Arc<AtomicU64>,
     cursor: Cursor,
     /// Received and not passed on, in order.
     kept: VecDeque<Received>,
@@ -354,6 +366,7 @@ impl Passage {
 
     /// Notes what is passed on.
     fn note(&mut self, item: &Received) {
+        self.passed.fetch_add(1, Ordering::Relaxed);
         let Received::Data { messages, .. } = item else { return };
         for data in messages {
             let Some(xid) = self.cursor.step(data) else { continue };

@@ -16,7 +16,8 @@ use crate::migration::snapshot::TxidSnapshot;
 use crate::postgres::{Connector, Control};
 use crate::sqlstate;
 
-/// The longest that the apply is held at a time.
+/// The longest that the apply is held without anything passing; a stream that is far behind may take longer to come to the
+/// place, and is not held meanwhile.
 const HOLD: Duration = Duration::from_secs(5);
 
 /// Bound on all attempts together.
@@ -76,7 +77,7 @@ pub async fn align(sides: &Sides, locked: &[QualifiedName]) -> Result<Pair, Veri
     let mut attempts = 0;
     loop {
         attempts += 1;
-        match timeout(HOLD, held(gate, &source, &begin, &marker, &target)).await {
+        match while_it_moves(gate, held(gate, &source, &begin, &marker, &target)).await {
             Ok(Ok(Some((source_snapshot, target_snapshot)))) => {
                 tracing::debug!(database = sides.database, attempts, "both snapshots are taken");
                 return Ok(Pair { source, target, source_snapshot, target_snapshot });
@@ -87,8 +88,8 @@ pub async fn align(sides: &Sides, locked: &[QualifiedName]) -> Result<Pair, Veri
                     && began.elapsed() < PATIENCE => {}
             Ok(Err(error)) => return Err(error),
             // The stream was interrupted, or is busy with something large.
-            Ok(Ok(None)) | Err(_) if began.elapsed() < PATIENCE => {}
-            Ok(Ok(None)) | Err(_) => {
+            Ok(Ok(None)) | Err(Stuck) if began.elapsed() < PATIENCE => {}
+            Ok(Ok(None)) | Err(Stuck) => {
                 return Err(VerifyError::NoCommonSnapshot {
                     database: sides.database.clone(),
                     waited: began.elapsed(),
@@ -99,6 +100,22 @@ pub async fn align(sides: &Sides, locked: &[QualifiedName]) -> Result<Pair, Veri
         for holder in [&source, &target] {
             // Without a transaction this is a warning that nobody sees.
             holder.batch_execute("ROLLBACK").await.map_err(VerifyError::query("giving up a snapshot"))?;
+        }
+    }
+}
+
+/// Nothing has passed for too long.
+struct Stuck;
+
+/// Waits for `attempt` as long as the stream goes on. Dropping it gives the hold up.
+async fn while_it_moves<T>(gate: &Gate, attempt: impl Future<Output = T>) -> Result<T, Stuck> {
+    let mut attempt = std::pin::pin!(attempt);
+    loop {
+        let passed = gate.passed();
+        match timeout(HOLD, &mut attempt).await {
+            Ok(done) => return Ok(done),
+            Err(_) if gate.passed() > passed => {}
+            Err(_) => return Err(Stuck),
         }
     }
 }
