@@ -82,6 +82,16 @@ enum Command {
     Check,
     /// Show the whole thing on throw-away clusters
     Demo(DemoArgs),
+    /// Print the completions of a shell, such as `pgcutover completions bash >/etc/bash_completion.d/pgcutover`
+    Completions {
+        /// The shell
+        #[arg(value_enum)]
+        shell: clap_complete::Shell,
+    },
+    /// Print the manual page, such as `pgcutover man | man -l -`
+    Man,
+    /// Print the description (OpenAPI) of the HTTP API, and so of what --output json prints
+    Openapi,
     /// Create, watch, cut over and cancel migrations
     #[command(subcommand)]
     Migration(MigrationCommand),
@@ -174,6 +184,8 @@ enum Shown {
     Config,
     Members,
     Blockers,
+    Events,
+    Help,
 }
 
 #[derive(Debug, Subcommand)]
@@ -201,6 +213,11 @@ enum MigrationCommand {
     },
     /// The answers of its premigration validation
     Validation {
+        /// Its name
+        name: MigrationName,
+    },
+    /// How far it was behind over the last minutes
+    History {
         /// Its name
         name: MigrationName,
     },
@@ -303,6 +320,12 @@ enum Verdict {
     Bad,
 }
 
+/// Reads a command line, program's name included, as the program would, and does nothing of it. What the documentation
+/// shows is held against this.
+pub fn understands(words: &[&str]) -> Result<(), String> {
+    Cli::try_parse_from(words).map(drop).map_err(|error| error.to_string())
+}
+
 /// Everything that the process does.
 pub fn main() -> ExitCode {
     let cli = Cli::parse();
@@ -321,6 +344,15 @@ fn dispatch(cli: Cli, output: &Output) -> Result<ExitCode, CliError> {
     let command = match cli.command {
         // Its statuses are its own; see `pgcutover demo --help`.
         Command::Demo(arguments) => return demo(arguments),
+        Command::Completions { shell } => {
+            clap_complete::generate(shell, &mut Cli::command(), "pgcutover", &mut std::io::stdout());
+            return Ok(ExitCode::SUCCESS);
+        }
+        Command::Man => return manual(),
+        Command::Openapi => {
+            output.json(&crate::admin::http::description());
+            return Ok(ExitCode::SUCCESS);
+        }
         Command::Run { takeover } => return run(&global, if takeover { Begin::Takeover } else { Begin::Fresh }),
         command => command,
     };
@@ -366,7 +398,12 @@ async fn order(command: Command, client: &Client, output: &Output) -> Result<Ver
             let body = serde_json::json!({ "wait_for": wait_for });
             output.done(&client.post("/api/v1/shutdown", Some(&body)).await?, "stopping")?;
         }
-        Command::Run { .. } | Command::Check | Command::Demo(_) => {
+        Command::Run { .. }
+        | Command::Check
+        | Command::Demo(_)
+        | Command::Completions { .. }
+        | Command::Man
+        | Command::Openapi => {
             let message = Cli::command().render_usage().to_string();
             return Err(CliError::Usage(message));
         }
@@ -398,6 +435,22 @@ fn run(global: &Global, begin: Begin) -> Result<ExitCode, CliError> {
     let path = config_path(global);
     let config = config::load(path.as_deref(), &environment())?;
     crate::app::run(config, path, begin)?;
+    Ok(ExitCode::SUCCESS)
+}
+
+/// One page for the program, and behind it one for each command.
+fn manual() -> Result<ExitCode, CliError> {
+    let mut text = Vec::new();
+    let mut commands = vec![(String::new(), Cli::command())];
+    while let Some((prefix, command)) = commands.pop() {
+        let name = format!("{prefix}{}", command.get_name());
+        let inner = command.get_subcommands().filter(|inner| inner.get_name() != "help");
+        commands.extend(inner.map(|inner| (format!("{name}-"), inner.clone())));
+        let page = clap_mangen::Man::new(command.display_name(name)).render(&mut text);
+        page.map_err(|error| anyhow::anyhow!("cannot write the manual: {error}"))?;
+    }
+    let printed = std::io::Write::write_all(&mut std::io::stdout(), &text);
+    printed.map_err(|error| anyhow::anyhow!("cannot print the manual: {error}"))?;
     Ok(ExitCode::SUCCESS)
 }
 

@@ -24,12 +24,12 @@ const ADDED: [&str; 3] = ["instance", "job", "le"];
 fn known() -> BTreeMap<String, BTreeSet<String>> {
     let metrics = Metrics::new().unwrap();
     let histograms = ["client_wait_seconds", "transaction_seconds", "cutover_phase_seconds", "cutover_pause_seconds"];
-    let labels = metrics.labels();
     let mut known = BTreeMap::new();
     for name in metrics.names() {
         let is_histogram = histograms.iter().any(|histogram| *name == format!("pgcutover_{histogram}"));
         let suffixes: &[&str] = if is_histogram { &["_bucket", "_sum", "_count"] } else { &[""] };
-        let own: BTreeSet<String> = labels.get(name).into_iter().flatten().cloned().collect();
+        let described = metrics.described().get(name);
+        let own: BTreeSet<String> = described.into_iter().flat_map(|metric| metric.labels.clone()).collect();
         known.extend(suffixes.iter().map(|suffix| (format!("{name}{suffix}"), own.clone())));
     }
     known

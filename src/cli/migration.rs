@@ -27,6 +27,10 @@ pub(super) async fn run(command: MigrationCommand, client: &Client, output: &Out
             Ok(Verdict::Good)
         }
         MigrationCommand::Validation { name } => validation(&client.get(&path(&name, "/validation")).await?, output),
+        MigrationCommand::History { name } => {
+            output.rows(&client.get(&path(&name, "/history")).await?)?;
+            Ok(Verdict::Good)
+        }
         MigrationCommand::Cutover(cutover) => self::cutover(cutover, client, output).await,
         MigrationCommand::Cancel { name } => {
             output.cancelled(&client.post(&path(&name, "/cancel"), None).await?)?;

@@ -230,23 +230,35 @@ pub struct Metrics {
     /// `verify_mismatches_total`.
     pub verify_mismatches: IntCounter,
     names: Vec<String>,
-    labels: BTreeMap<String, Vec<String>>,
+    described: BTreeMap<String, Described>,
+}
+
+/// What a metric says of itself.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Described {
+    /// What it counts.
+    pub help: String,
+    /// Its labels.
+    pub labels: Vec<String>,
+}
+
+fn described(collector: &impl Collector) -> Vec<(String, Described)> {
+    let of = |desc: &Desc| Described { help: desc.help.clone(), labels: desc.variable_labels.clone() };
+    collector.desc().into_iter().map(|desc| (desc.fq_name.clone(), of(desc))).collect()
 }
 
 /// Registers metrics and notes their names.
 struct Registrar {
     registry: Registry,
     names: Vec<String>,
-    labels: BTreeMap<String, Vec<String>>,
+    described: BTreeMap<String, Described>,
 }
 
 impl Registrar {
     fn add<C: Collector + Clone + 'static>(&mut self, collector: C) -> Result<C, prometheus::Error> {
         self.registry.register(Box::new(collector.clone()))?;
         self.names.extend(collector.desc().iter().map(|desc: &&Desc| desc.fq_name.clone()));
-        let labels =
-            collector.desc().into_iter().map(|desc: &Desc| (desc.fq_name.clone(), desc.variable_labels.clone()));
-        self.labels.extend(labels);
+        self.described.extend(described(&collector));
         Ok(collector)
     }
 
@@ -280,7 +292,7 @@ impl Registrar {
 impl Metrics {
     /// Registers every metric.
     pub fn new() -> Result<Self, prometheus::Error> {
-        let mut r = Registrar { registry: Registry::new(), names: Vec::new(), labels: BTreeMap::new() };
+        let mut r = Registrar { registry: Registry::new(), names: Vec::new(), described: BTreeMap::new() };
         let replication = ["migration", "database", "direction"];
         let slot = ["migration", "database"];
         let phase_options =
@@ -374,13 +386,14 @@ impl Metrics {
             verify_mismatches: r.counter("verify_mismatches_total", "Rows that verification found to differ.")?,
             registry: r.registry.clone(),
             names: Vec::new(),
-            labels: BTreeMap::new(),
+            described: BTreeMap::new(),
         };
         let process = prometheus::process_collector::ProcessCollector::for_self();
         r.names.extend(process.desc().iter().map(|desc| desc.fq_name.clone()));
+        r.described.extend(described(&process));
         r.registry.register(Box::new(process))?;
         metrics.names = r.names;
-        metrics.labels = r.labels;
+        metrics.described = r.described;
         metrics.begin_at_zero();
         Ok(metrics)
     }
@@ -406,9 +419,9 @@ impl Metrics {
         &self.names
     }
 
-    /// The labels of each metric that has any.
-    pub fn labels(&self) -> &BTreeMap<String, Vec<String>> {
-        &self.labels
+    /// Help and labels of every metric, by name.
+    pub fn described(&self) -> &BTreeMap<String, Described> {
+        &self.described
     }
 
     /// The text that Prometheus reads.

@@ -30,6 +30,11 @@ use crate::shutdown::Tasks;
 /// How long a console session outlives the order to stop.
 const LAST_ANSWER: Duration = Duration::from_millis(200);
 
+/// Reads one statement as the console would, and does nothing of it. What the documentation shows is held against this.
+pub fn understands(text: &str) -> Result<(), crate::admin::error::AdminError> {
+    parse::parse(text).map(drop)
+}
+
 /// Serves the console. Cheap to clone.
 #[derive(Clone)]
 pub struct Console {

@@ -38,6 +38,11 @@ struct Site {
 
 type Shared = State<Arc<Site>>;
 
+/// The API's description in the form of OpenAPI 3.1.
+pub fn description() -> serde_json::Value {
+    openapi::document()
+}
+
 /// Listens on `address` and serves until `tasks` are told to stop. Returns the address that was taken.
 pub async fn start(address: SocketAddr, service: Service, tasks: &Tasks) -> std::io::Result<SocketAddr> {
     let listener = tokio::net::TcpListener::bind(address).await?;

@@ -121,7 +121,7 @@ fn of_path(part: &str) -> Option<Value> {
     let schema = match name {
         "name" => json!({ "type": "string", "pattern": "^[A-Za-z0-9][A-Za-z0-9-]{0,39}$" }),
         "pid" => json!({ "type": "integer", "minimum": 0, "maximum": i32::MAX }),
-        "id" => json!({ "type": "integer", "minimum": 0 }),
+        "id" => json!({ "type": "integer", "minimum": 0, "maximum": u64::MAX }),
         _ => json!({ "type": "string", "minLength": 1 }),
     };
     Some(json!({ "name": name, "in": "path", "required": true, "schema": schema }))

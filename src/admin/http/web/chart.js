@@ -2,8 +2,8 @@
 
 import { s, h } from './dom.js';
 
-const WIDTH = 560;
-const HEIGHT = 150;
+const WIDTH = 330;
+const HEIGHT = 120;
 const LEFT = 8;
 const TOP = 20;
 const BOTTOM = 22;
@@ -13,7 +13,8 @@ export function chart(title, points, words) {
   const known = points.filter((point) => point.value !== null && point.value !== undefined);
   if (known.length < 2) return h('p', { class: 'muted small' }, `${title}: nothing to draw yet.`);
   const [first, last] = [points[0].at, points[points.length - 1].at];
-  const top = Math.max(...known.map((point) => point.value)) || 1;
+  const highest = Math.max(...known.map((point) => point.value));
+  const top = highest || 1;
   const x = (at) => LEFT + (WIDTH - 2 * LEFT) * ((at - first) / Math.max(last - first, 1));
   const y = (value) => TOP + (HEIGHT - TOP - BOTTOM) * (1 - value / top);
   const runs = [[]];
@@ -25,13 +26,13 @@ export function chart(title, points, words) {
   const ground = y(0);
   const now = known[known.length - 1].value;
   const minutes = Math.max(1, Math.round((last - first) / 60));
-  const label = `${title}: now ${words(now)}, at most ${words(top)} in the last ${minutes} min`;
+  const label = `${title}: now ${words(now)}, at most ${words(highest)} in the last ${minutes} min`;
   return s('svg', { class: 'chart', viewBox: `0 0 ${WIDTH} ${HEIGHT}`, role: 'img', 'aria-label': label },
     drawn.map((run) => s('polygon', { class: 'area', points: `${run[0].split(',')[0]},${ground} ${run.join(' ')} ${run[run.length - 1].split(',')[0]},${ground}` })),
     s('line', { class: 'axis', x1: LEFT, x2: WIDTH - LEFT, y1: ground, y2: ground }),
     s('line', { class: 'axis', x1: LEFT, x2: WIDTH - LEFT, y1: TOP, y2: TOP, 'stroke-dasharray': '3 4' }),
     drawn.map((run) => s('polyline', { class: 'line', points: run.join(' ') })),
-    s('text', { x: LEFT, y: 13 }, words(top)),
+    s('text', { x: LEFT, y: 13 }, top === highest ? words(top) : ''),
     s('text', { x: WIDTH - LEFT, y: 13, 'text-anchor': 'end' }, `now ${words(now)}`),
     s('text', { x: LEFT, y: HEIGHT - 6 }, `${minutes} min ago`),
     s('text', { x: WIDTH - LEFT, y: HEIGHT - 6, 'text-anchor': 'end' }, 'now'));

@@ -1,0 +1,227 @@
+//! `README.md` and `docs/`: commands and statements that they show are understood, links lead somewhere, and the
+//! references list what the code has, no more and no less.
+//!
+//! `UPDATE_DOCS=1 cargo test --test docs` writes the references anew.
+
+#![expect(clippy::unwrap_used, reason = "a test fails by panicking")]
+
+use std::collections::BTreeSet;
+use std::fmt::Write as _;
+use std::fs;
+use std::path::{Path, PathBuf};
+
+use pgcutover::admin::console;
+use pgcutover::cli;
+use pgcutover::config::{Config, Live, Server};
+use pgcutover::migration::state::State;
+use pgcutover::telemetry::metrics::Metrics;
+
+fn root() -> &'static Path {
+    Path::new(env!("CARGO_MANIFEST_DIR"))
+}
+
+/// Every page with its text.
+fn pages() -> Vec<(PathBuf, String)> {
+    let mut found = vec![root().join("README.md")];
+    let mut folders = vec![root().join("docs")];
+    while let Some(folder) = folders.pop() {
+        for entry in fs::read_dir(folder).unwrap() {
+            let path = entry.unwrap().path();
+            if path.is_dir() {
+                folders.push(path);
+            } else if path.extension().is_some_and(|extension| extension == "md") {
+                found.push(path);
+            }
+        }
+    }
+    found.sort();
+    found.into_iter().map(|path| (path.clone(), fs::read_to_string(path).unwrap())).collect()
+}
+
+/// Lines of fenced blocks with the block's language, and what stands between single backticks, with none.
+fn code(text: &str) -> Vec<(String, String)> {
+    let (mut found, mut fence) = (Vec::new(), None::<String>);
+    for line in text.lines() {
+        match (&fence, line.trim_start().strip_prefix("```")) {
+            (None, Some(language)) => fence = Some(language.trim().to_owned()),
+            (Some(_), Some(_)) => fence = None,
+            (Some(language), None) => found.push((language.clone(), line.trim().to_owned())),
+            (None, None) => {
+                found.extend(line.split('`').skip(1).step_by(2).map(|part| (String::new(), part.to_owned())))
+            }
+        }
+    }
+    found
+}
+
+/// The words of a line up to what the shell does with the output, or a comment.
+fn words(line: &str) -> Vec<&str> {
+    let end = |word: &&str| !matches!(*word, "#" | "|" | "&" | "&&" | ";") && !word.starts_with(['>', '#']);
+    line.split_whitespace().take_while(end).collect()
+}
+
+/// What is wrong with the program's commands and the console's statements in `text`.
+fn faults(text: &str) -> Vec<String> {
+    let mut faults = Vec::new();
+    for (language, line) in code(text) {
+        let words = words(&line);
+        if language == "console" && !line.is_empty() {
+            faults.extend(console::understands(&line).err().map(|error| format!("{line}: {error}")));
+        } else if words.first() == Some(&"pgcutover") && words.len() > 1 {
+            let is_help = words.last() == Some(&"--help");
+            let words = if is_help { &words[..words.len() - 1] } else { &words[..] };
+            let group = ["pgcutover", "migration"];
+            if is_help && (words.len() == 1 || words == group) {
+                continue;
+            }
+            // Where a page speaks of a command without its arguments, what is missing is no mistake.
+            let complaint = cli::understands(words).err().filter(|error| language == "sh" || !is_incomplete(error));
+            faults.extend(complaint.map(|error| format!("{line}: {error}")));
+        }
+    }
+    faults
+}
+
+fn is_incomplete(error: &str) -> bool {
+    error.contains("required arguments were not provided")
+        || error.contains("requires a subcommand")
+        || error.starts_with("Usage")
+}
+
+#[test]
+fn every_command_and_statement_is_understood() {
+    let mut shown = 0;
+    for (path, text) in pages() {
+        assert_eq!(faults(&text), [""; 0], "{}", path.display());
+        shown += code(&text)
+            .iter()
+            .filter(|(language, line)| language == "console" || line.starts_with("pgcutover "))
+            .count();
+    }
+    assert!(shown > 50, "{shown}");
+}
+
+#[test]
+fn a_wrong_command_is_seen() {
+    assert_eq!(faults("`pgcutover status`, `pgcutover migration show`, `pgcutover.toml`, `pgcutover --help`"), [""; 0]);
+    assert_eq!(faults("`pgcutover migration cutover move --dryrun`").len(), 1);
+    assert_eq!(faults("```sh\npgcutover stauts\n```").len(), 1);
+    assert_eq!(faults("```sh\npgcutover migration show\n```").len(), 1);
+    assert_eq!(faults("```console\nSHOW HELP\nSHOW NOTHING\n```").len(), 1);
+}
+
+/// The name that a heading has in a link (GitHub's rule).
+fn anchor(heading: &str) -> String {
+    let kept = heading.trim().to_lowercase();
+    let kept = kept.chars().filter(|c| c.is_alphanumeric() || matches!(c, ' ' | '-' | '_'));
+    kept.map(|c| if c == ' ' { '-' } else { c }).collect()
+}
+
+#[test]
+fn every_link_leads_somewhere() {
+    let mut links = 0;
+    for (path, text) in pages() {
+        for link in text.split("](").skip(1).filter_map(|rest| rest.split(')').next()) {
+            if link.starts_with("http") {
+                continue;
+            }
+            let (file, heading) = link.split_once('#').unwrap_or((link, ""));
+            let target = if file.is_empty() { path.clone() } else { path.parent().unwrap().join(file) };
+            assert!(target.exists(), "{} links to {link}", path.display());
+            if !heading.is_empty() {
+                let text = fs::read_to_string(&target).unwrap();
+                let found = text
+                    .lines()
+                    .filter(|line| line.starts_with('#'))
+                    .any(|line| anchor(line.trim_start_matches('#')) == heading);
+                assert!(found, "{} links to {link}, a heading that is not there", path.display());
+            }
+            links += 1;
+        }
+    }
+    assert!(links > 25, "{links}");
+}
+
+#[test]
+fn every_page_is_reached_from_the_first() {
+    let index = fs::read_to_string(root().join("docs/README.md")).unwrap();
+    for (path, _) in pages() {
+        let name = path.strip_prefix(root().join("docs")).map(|path| path.display().to_string()).unwrap_or_default();
+        assert!(
+            name.is_empty() || name == "README.md" || index.contains(&format!("({name})")),
+            "{name} is not in docs/README.md"
+        );
+    }
+}
+
+/// What a reference is held against, or is written as.
+fn held(name: &str, wanted: &str) {
+    let path = root().join("docs/reference").join(name);
+    if std::env::var_os("UPDATE_DOCS").is_some() {
+        fs::write(&path, wanted).unwrap();
+    }
+    let found = fs::read_to_string(&path).unwrap_or_default();
+    let lines = |text: &str| text.lines().map(str::to_owned).collect::<BTreeSet<_>>();
+    let (found, wanted) = (lines(&found), lines(wanted));
+    let missing: Vec<_> = wanted.difference(&found).collect();
+    let stale: Vec<_> = found.difference(&wanted).collect();
+    assert!(
+        missing.is_empty() && stale.is_empty(),
+        "docs/reference/{name} lacks {missing:#?} and has {stale:#?}: `UPDATE_DOCS=1 cargo test --test docs` writes it anew"
+    );
+}
+
+#[test]
+fn settings_are_those_of_the_code() {
+    let config = Config::new(Server::new("", 5432, ""), Server::new("", 5432, ""));
+    let mut text = String::from(
+        "# Settings\n\nEvery key, with its default and whether `pgcutover reload` applies a change. What each means is said in\n\
+         [config/pgcutover.toml](../../config/pgcutover.toml), which is a complete example. Secrets (`password`, `password_file`,\n\
+         `password_env`, `token` and the like) are keys too, explained there and shown nowhere.\n\n\
+         | key | default | reload |\n| --- | --- | --- |\n",
+    );
+    for setting in config.settings() {
+        let own = setting.section == "listen" && setting.key == "workers";
+        let value =
+            if own { "the number of cores".to_owned() } else { format!("`{}`", setting.value).replace("``", "") };
+        let live = if setting.live == Live::Reload { "yes" } else { "restart" };
+        writeln!(text, "| `{}.{}` | {value} | {live} |", setting.section, setting.key).unwrap();
+    }
+    held("settings.md", &text);
+}
+
+#[test]
+fn metrics_are_those_of_the_code() {
+    let metrics = Metrics::new().unwrap();
+    let mut text = String::from(
+        "# Metrics\n\nWhat `/metrics` exports. Dashboards and rules are in [dashboards](../../dashboards/).\n\n\
+         | name | labels | meaning |\n| --- | --- | --- |\n",
+    );
+    for (name, metric) in metrics.described() {
+        writeln!(text, "| `{name}` | {} | {} |", metric.labels.join(", "), metric.help).unwrap();
+    }
+    held("metrics.md", &text);
+}
+
+#[test]
+fn every_state_is_explained() {
+    let page = fs::read_to_string(root().join("docs/reference/states.md")).unwrap();
+    for state in State::ALL {
+        let row = format!("| {} | {} | ", state.name(), state.substate());
+        assert!(page.contains(&row), "docs/reference/states.md has no row {row:?}");
+    }
+}
+
+#[test]
+fn sqlstates_are_those_of_the_code() {
+    let source = fs::read_to_string(root().join("src/sqlstate.rs")).unwrap();
+    let mut text = String::from(
+        "# SQLSTATEs\n\nWhat the proxy and the console send of their own, or act on. Everything else that clients get is the server's.\n\n\
+         | code | meaning |\n| --- | --- |\n",
+    );
+    for line in source.lines().filter_map(|line| line.strip_prefix("/// `")) {
+        let (code, meaning) = line.split_once("` ").unwrap();
+        writeln!(text, "| `{code}` | {} |", meaning.trim_end_matches('.')).unwrap();
+    }
+    held("sqlstates.md", &text);
+}
