@@ -126,6 +126,8 @@ pub struct Listen {
     pub tcp: Tcp,
     /// Threads that serve sessions, one runtime each; default: the number of cores.
     pub workers: usize,
+    /// Whether workers use io_uring where the kernel has it.
+    pub io_uring: bool,
 }
 
 /// What happens to clients that ask for a replication connection.

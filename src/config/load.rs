@@ -86,6 +86,7 @@ fn listen(mut section: Section<'_>) -> Listen {
     let proxy_protocol_from = section.networks("proxy_protocol_from");
     let cores = std::thread::available_parallelism().map_or(1, usize::from);
     let workers = section.number("workers", cores, 1..=1024);
+    let io_uring = section.flag("io_uring", true);
     let tls = match (certificate, key) {
         (Some(certificate), Some(key)) => {
             Some(ListenTls { certificate, key, required, min_version, client_ca, client_certificates })
@@ -110,7 +111,7 @@ fn listen(mut section: Section<'_>) -> Listen {
     let takeover_socket = section.path("takeover_socket");
     let policies = [ReplicationPolicy::Pass, ReplicationPolicy::Refuse].map(|policy| (policy.as_str(), policy));
     let replication = section.choice("replication", ReplicationPolicy::Pass, &policies);
-    Listen { address, unix_socket_dir, tls, proxy_protocol_from, replication, takeover_socket, tcp, workers }
+    Listen { address, unix_socket_dir, tls, proxy_protocol_from, replication, takeover_socket, tcp, workers, io_uring }
 }
 
 /// Authorities and what is asked for; with authorities alone, certificates are checked where they are given.

@@ -65,6 +65,7 @@ impl Config {
             add("listen", key, value, Restart);
         }
         add("listen", "workers", listen.workers.to_string(), Restart);
+        add("listen", "io_uring", listen.io_uring.to_string(), Restart);
         add("control", "database", self.control.database.clone(), Restart);
         let fence = if self.control.fence == FencePolicy::Hard { "hard" } else { "soft" };
         add("control", "fence", fence.to_owned(), Restart);

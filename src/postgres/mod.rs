@@ -21,6 +21,7 @@ pub mod fuzzing;
 mod login;
 mod pipeline;
 mod raw;
+pub mod ring;
 mod scram;
 mod settings;
 mod stream;

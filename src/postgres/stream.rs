@@ -9,6 +9,8 @@ use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio::net::{TcpStream, UnixStream};
 use tokio_rustls::TlsStream;
 
+use super::ring;
+
 /// A connected byte stream.
 #[derive(Debug)]
 pub enum Stream {
@@ -18,22 +20,24 @@ pub enum Stream {
     Unix(UnixStream),
     /// TLS over TCP, client or server side.
     Tls(Box<TlsStream<TcpStream>>),
+    /// TCP or a Unix socket that an io_uring serves: a session's, once it relays.
+    Ring(ring::Socket),
 }
 
 impl Stream {
     /// Whether what is sent cannot be read on the way: TLS, or a Unix socket that never leaves the machine.
     pub fn is_private(&self) -> bool {
-        !matches!(self, Self::Tcp(_))
+        !matches!(self, Self::Tcp(_) | Self::Ring(_))
     }
 
     /// Breaks the connection once sent bytes stay unacknowledged for `limit`; the kernel's own limit is about a quarter
     /// of an hour, because keepalive probes wait until everything sent is acknowledged. Only for peers that always
-    /// read: a full receive window counts as silence too. Does nothing for Unix sockets, nor where the system cannot.
+    /// read: a full receive window counts as silence too. Does nothing for Unix sockets and those of a ring, nor where the system cannot.
     pub(super) fn limit_unacknowledged(&self, limit: Duration) -> io::Result<()> {
         let tcp = match self {
             Self::Tcp(stream) => stream,
             Self::Tls(stream) => stream.get_ref().0,
-            Self::Unix(_) => return Ok(()),
+            Self::Unix(_) | Self::Ring(_) => return Ok(()),
         };
         #[cfg(target_os = "linux")]
         socket2::SockRef::from(tcp).set_tcp_user_timeout(Some(limit))?;
@@ -84,6 +88,8 @@ impl Stream {
             Self::Tcp(stream) => Parts::Tcp(stream.into_std()?),
             Self::Unix(stream) => Parts::Unix(stream.into_std()?),
             Self::Tls(stream) => Parts::Tls(stream),
+            // A session that relays keeps its sockets to its end.
+            Self::Ring(_) => return Err(io::ErrorKind::Unsupported.into()),
         }))
     }
 }
@@ -105,6 +111,7 @@ impl AsyncRead for Stream {
             Self::Tcp(stream) => Pin::new(stream).poll_read(cx, buf),
             Self::Unix(stream) => Pin::new(stream).poll_read(cx, buf),
             Self::Tls(stream) => Pin::new(stream).poll_read(cx, buf),
+            Self::Ring(stream) => Pin::new(stream).poll_read(cx, buf),
         }
     }
 }
@@ -115,6 +122,7 @@ impl AsyncWrite for Stream {
             Self::Tcp(stream) => Pin::new(stream).poll_write(cx, buf),
             Self::Unix(stream) => Pin::new(stream).poll_write(cx, buf),
             Self::Tls(stream) => Pin::new(stream).poll_write(cx, buf),
+            Self::Ring(stream) => Pin::new(stream).poll_write(cx, buf),
         }
     }
 
@@ -127,6 +135,7 @@ impl AsyncWrite for Stream {
             Self::Tcp(stream) => Pin::new(stream).poll_write_vectored(cx, bufs),
             Self::Unix(stream) => Pin::new(stream).poll_write_vectored(cx, bufs),
             Self::Tls(stream) => Pin::new(stream).poll_write_vectored(cx, bufs),
+            Self::Ring(stream) => Pin::new(stream).poll_write_vectored(cx, bufs),
         }
     }
 
@@ -135,6 +144,7 @@ impl AsyncWrite for Stream {
             Self::Tcp(stream) => stream.is_write_vectored(),
             Self::Unix(stream) => stream.is_write_vectored(),
             Self::Tls(stream) => stream.is_write_vectored(),
+            Self::Ring(stream) => stream.is_write_vectored(),
         }
     }
 
@@ -143,6 +153,7 @@ impl AsyncWrite for Stream {
             Self::Tcp(stream) => Pin::new(stream).poll_flush(cx),
             Self::Unix(stream) => Pin::new(stream).poll_flush(cx),
             Self::Tls(stream) => Pin::new(stream).poll_flush(cx),
+            Self::Ring(stream) => Pin::new(stream).poll_flush(cx),
         }
     }
 
@@ -151,6 +162,7 @@ impl AsyncWrite for Stream {
             Self::Tcp(stream) => Pin::new(stream).poll_shutdown(cx),
             Self::Unix(stream) => Pin::new(stream).poll_shutdown(cx),
             Self::Tls(stream) => Pin::new(stream).poll_shutdown(cx),
+            Self::Ring(stream) => Pin::new(stream).poll_shutdown(cx),
         }
     }
 }

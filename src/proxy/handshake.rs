@@ -54,7 +54,7 @@ impl Peer {
         let socket = match stream {
             Stream::Tcp(socket) => socket,
             Stream::Tls(tls) => tls.get_ref().0,
-            Stream::Unix(_) => return false,
+            Stream::Unix(_) | Stream::Ring(_) => return false,
         };
         let own = socket.local_addr().is_ok_and(|own| own.ip().to_canonical() == address);
         if self.is_hearsay { own && !address.is_loopback() } else { own || address.is_loopback() }

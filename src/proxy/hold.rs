@@ -116,6 +116,7 @@ pub(super) fn is_closed(stream: &Stream) -> bool {
         Stream::Tcp(socket) => socket.ready(Interest::READABLE).now_or_never(),
         Stream::Unix(socket) => socket.ready(Interest::READABLE).now_or_never(),
         Stream::Tls(tls) => tls.get_ref().0.ready(Interest::READABLE).now_or_never(),
+        Stream::Ring(socket) => return socket.is_read_closed(),
     };
     matches!(ready, Some(Ok(ready)) if ready.is_read_closed())
 }

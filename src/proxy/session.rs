@@ -297,6 +297,9 @@ impl Session {
             return end;
         }
         loop {
+            if self.board_ring().is_err() {
+                return End::ServerLost;
+            }
             let step = std::future::poll_fn(|cx| self.poll_relay(cx)).await;
             let outcome = match step {
                 Step::Orders => Box::pin(self.obey()).await,
@@ -308,6 +311,15 @@ impl Session {
                 return end;
             }
         }
+    }
+
+    /// The worker's ring serves both sockets while they are plain ones; a backend may be a new one.
+    fn board_ring(&mut self) -> std::io::Result<()> {
+        let Some(ring) = &self.worker.ring else { return Ok(()) };
+        if let Some(backend) = &mut self.backend {
+            ring.serve(&mut backend.connection.stream)?;
+        }
+        ring.serve(&mut self.client)
     }
 
     /// Deals with what the mailbox holds.

@@ -13,6 +13,7 @@ use std::task::{Context, Poll};
 
 use futures_util::task::noop_waker_ref;
 use tokio::sync::mpsc;
+use tokio::task::JoinHandle;
 
 use super::Shared;
 use super::buffers::Pool;
@@ -21,12 +22,15 @@ use super::meters::DatabaseMeters;
 use super::pool::LocalPool;
 use super::sessions::Entry;
 use crate::postgres::Credential;
+use crate::postgres::ring::Ring;
 use crate::switch::Database;
 
 /// What the sessions of one worker share.
 pub(super) struct Worker {
     pub(super) shared: Arc<Shared>,
     pub(super) pool: Rc<Pool>,
+    /// Serves the sockets of sessions that relay; none where the kernel has no io_uring, or forbids it.
+    pub(super) ring: Option<Ring>,
     databases: RefCell<HashMap<String, Rc<LocalDatabase>>>,
     /// Which worker it is.
     number: usize,
@@ -53,7 +57,10 @@ pub(super) struct Watch {
 impl Worker {
     fn new(shared: Arc<Shared>, number: usize) -> Rc<Self> {
         let pool = Pool::new(shared.config.limits.buffer_bytes);
-        Rc::new(Self { shared, pool, databases: RefCell::default(), number, pools: RefCell::default() })
+        let ring = shared.config.listen.io_uring.then(Ring::open).and_then(|opened| {
+            opened.inspect_err(|error| tracing::info!(%error, "the kernel offers no io_uring; sockets are polled")).ok()
+        });
+        Rc::new(Self { shared, pool, ring, databases: RefCell::default(), number, pools: RefCell::default() })
     }
 
     /// Serves sockets until the channel closes and every session has ended.
@@ -61,6 +68,7 @@ impl Worker {
         let alive = shared.workers_alive.subscribe();
         let worker = Self::new(shared, number);
         let sessions = tokio_util::task::TaskTracker::new();
+        let ring = worker.ring.clone().map(|ring| tokio::task::spawn_local(ring.drive()));
         let meters = tokio::task::spawn_local(worker.clone().flush_meters());
         let timeouts = tokio::task::spawn_local(super::timeouts::sweep(worker.clone()));
         let pools = tokio::task::spawn_local(worker.clone().look_after_pools());
@@ -70,6 +78,7 @@ impl Worker {
         }
         sessions.close();
         sessions.wait().await;
+        ring.iter().for_each(JoinHandle::abort);
         meters.abort();
         timeouts.abort();
         pools.abort();

@@ -1,0 +1,222 @@
+//! A socket of a ring, as the relay and everything else that reads and writes streams sees it.
+//!
+//! `poll_write` of a small message takes it as written once the ring has it: it is on its way to the kernel at the end of
+//! the turn, in order, and a failure is told at the next write, flush or read, as the kernel's own buffer would. Whoever
+//! must know waits for `poll_flush`. Must never wait for the kernel itself.
+
+use std::io;
+use std::net::Shutdown;
+use std::pin::Pin;
+use std::task::{Context, Poll, Waker, ready};
+
+use rustix::event::{PollFd, PollFlags, Timespec};
+use rustix::io::Errno;
+use rustix::net::{RecvFlags, SendFlags};
+use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
+use tokio::task::coop;
+
+use super::kernel::{CHUNK_BYTES, Kind, Request};
+use super::{Reading, Ring, State, Writing};
+
+/// What is larger is not copied, but written by the task itself.
+const SMALL_BYTES: usize = CHUNK_BYTES;
+
+/// A connected socket that a [`Ring`] serves.
+#[derive(Debug)]
+pub struct Socket {
+    pub(super) ring: Ring,
+    pub(super) number: usize,
+}
+
+impl Socket {
+    /// Whether the other side has closed, as far as the kernel has been told.
+    pub fn is_read_closed(&self) -> bool {
+        let state = self.ring.state();
+        let Some(slot) = &state.sockets[self.number] else { return true };
+        let mut polled = [PollFd::new(&slot.fd, PollFlags::RDHUP)];
+        let at_once = Timespec { tv_sec: 0, tv_nsec: 0 };
+        rustix::event::poll(&mut polled, Some(&at_once)).is_ok_and(|ready| ready > 0)
+    }
+}
+
+impl AsyncRead for Socket {
+    fn poll_read(self: Pin<&mut Self>, cx: &mut Context<'_>, into: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
+        let turn = ready!(coop::poll_proceed(cx));
+        let read = self.ring.state().poll_read(self.number, cx, into);
+        if read.is_ready() {
+            turn.made_progress();
+        }
+        read.map_err(io::Error::from)
+    }
+}
+
+impl AsyncWrite for Socket {
+    fn poll_write(self: Pin<&mut Self>, cx: &mut Context<'_>, bytes: &[u8]) -> Poll<io::Result<usize>> {
+        let turn = ready!(coop::poll_proceed(cx));
+        let written = self.ring.state().poll_write(self.number, cx, bytes);
+        if written.is_ready() {
+            turn.made_progress();
+        }
+        written.map_err(io::Error::from)
+    }
+
+    fn poll_flush(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        self.ring.state().poll_writable(self.number, cx).map_err(io::Error::from)
+    }
+
+    fn poll_shutdown(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        let mut state = self.ring.state();
+        ready!(state.poll_writable(self.number, cx))?;
+        let Some(slot) = &state.sockets[self.number] else { return Poll::Ready(Err(Errno::BADF.into())) };
+        Poll::Ready(socket2::SockRef::from(&slot.fd).shutdown(Shutdown::Write))
+    }
+}
+
+impl Drop for Socket {
+    /// What was written is still attempted; what the other side does not take is lost, as with any closed socket.
+    fn drop(&mut self) {
+        let mut state = self.ring.state();
+        let Some(slot) = &mut state.sockets[self.number] else { return };
+        slot.is_dropped = true;
+        let reading = match slot.reading {
+            Reading::Receiving => Some(Kind::Receive),
+            Reading::Awaiting => Some(Kind::AwaitReadable),
+            Reading::Empty | Reading::Ready | Reading::Arrived(_) | Reading::Ended | Reading::Failed(_) => None,
+        };
+        let writing = match slot.writing {
+            Writing::Sending => Some(Kind::Send),
+            Writing::Awaiting => Some(Kind::AwaitWritable),
+            Writing::Free | Writing::Failed(_) => None,
+        };
+        for under_way in [reading, writing].into_iter().flatten() {
+            // If not even this can be asked, the socket stays until its peer closes.
+            let _asked = state.ask(self.number, Request::Cancel(under_way));
+        }
+        state.forget_if_done(self.number);
+    }
+}
+
+impl State {
+    fn poll_read(&mut self, number: usize, cx: &Context<'_>, into: &mut ReadBuf<'_>) -> Poll<Result<(), Errno>> {
+        let Some(slot) = &mut self.sockets[number] else { return Poll::Ready(Err(Errno::BADF)) };
+        if into.remaining() == 0 {
+            return Poll::Ready(Ok(()));
+        }
+        loop {
+            match &mut slot.reading {
+                Reading::Arrived(chunk) => {
+                    let is_full = chunk.came_full();
+                    self.kernel.take(chunk, into);
+                    if chunk.len() == 0 {
+                        // A full chunk: there is likely more, and it is read by the task itself from here on.
+                        slot.is_bulk = is_full;
+                        let next = if is_full { Reading::Ready } else { Reading::Empty };
+                        if let Reading::Arrived(chunk) = std::mem::replace(&mut slot.reading, next) {
+                            self.kernel.give_back(chunk);
+                        }
+                    }
+                    return Poll::Ready(Ok(()));
+                }
+                Reading::Ready => {
+                    let room = into.initialize_unfilled();
+                    let size = room.len();
+                    match rustix::net::recv(&slot.fd, room, RecvFlags::DONTWAIT) {
+                        Ok((0, _)) => slot.reading = Reading::Ended,
+                        Ok((count, _)) => {
+                            into.advance(count);
+                            // As with a poller that tells of changes: less than there is room for was all there was.
+                            if count < size {
+                                slot.is_bulk = count >= CHUNK_BYTES;
+                                slot.reading = Reading::Empty;
+                            }
+                            return Poll::Ready(Ok(()));
+                        }
+                        Err(Errno::AGAIN) => slot.reading = Reading::Empty,
+                        Err(Errno::INTR) => {}
+                        Err(errno) => slot.reading = Reading::Failed(errno),
+                    }
+                }
+                Reading::Empty => {
+                    let (request, reading) = match slot.is_bulk {
+                        true => (Request::AwaitReadable, Reading::Awaiting),
+                        false => (Request::Receive, Reading::Receiving),
+                    };
+                    slot.reading = reading;
+                    wait(&mut slot.reader, cx);
+                    if let Err(errno) = self.ask(number, request) {
+                        if let Some(slot) = &mut self.sockets[number] {
+                            slot.reading = Reading::Failed(errno);
+                        }
+                        return Poll::Ready(Err(errno));
+                    }
+                    return Poll::Pending;
+                }
+                Reading::Receiving | Reading::Awaiting => {
+                    wait(&mut slot.reader, cx);
+                    return Poll::Pending;
+                }
+                Reading::Ended => return Poll::Ready(Ok(())),
+                Reading::Failed(errno) => return Poll::Ready(Err(*errno)),
+            }
+        }
+    }
+
+    /// Ready once nothing is being sent.
+    fn poll_writable(&mut self, number: usize, cx: &Context<'_>) -> Poll<Result<(), Errno>> {
+        let Some(slot) = &mut self.sockets[number] else { return Poll::Ready(Err(Errno::BADF)) };
+        match slot.writing {
+            Writing::Free => Poll::Ready(Ok(())),
+            Writing::Failed(errno) => Poll::Ready(Err(errno)),
+            Writing::Sending | Writing::Awaiting => {
+                wait(&mut slot.writer, cx);
+                Poll::Pending
+            }
+        }
+    }
+
+    fn poll_write(&mut self, number: usize, cx: &Context<'_>, bytes: &[u8]) -> Poll<Result<usize, Errno>> {
+        ready!(self.poll_writable(number, cx))?;
+        if bytes.is_empty() {
+            return Poll::Ready(Ok(0));
+        }
+        let (request, writing) = if bytes.len() <= SMALL_BYTES {
+            let mut copy = self.spare.pop().unwrap_or_default();
+            copy.clear();
+            copy.extend_from_slice(bytes);
+            (Request::Send(copy), Writing::Sending)
+        } else {
+            match self.send_now(number, bytes) {
+                Err(Errno::AGAIN) => (Request::AwaitWritable, Writing::Awaiting),
+                sent => return Poll::Ready(sent),
+            }
+        };
+        if let Err(errno) = self.ask(number, request) {
+            return Poll::Ready(Err(errno));
+        }
+        if let Some(slot) = &mut self.sockets[number] {
+            slot.writing = writing;
+        }
+        match writing {
+            Writing::Sending => Poll::Ready(Ok(bytes.len())),
+            Writing::Awaiting | Writing::Free | Writing::Failed(_) => {
+                self.poll_writable(number, cx).map_ok(|()| 0)
+            }
+        }
+    }
+
+    fn send_now(&self, number: usize, bytes: &[u8]) -> Result<usize, Errno> {
+        let Some(slot) = &self.sockets[number] else { return Err(Errno::BADF) };
+        loop {
+            match rustix::net::send(&slot.fd, bytes, SendFlags::DONTWAIT | SendFlags::NOSIGNAL) {
+                Err(Errno::INTR) => {}
+                sent => return sent,
+            }
+        }
+    }
+}
+
+fn wait(place: &mut Option<Waker>, cx: &Context<'_>) {
+    if !place.as_ref().is_some_and(|waker| waker.will_wake(cx.waker())) {
+        *place = Some(cx.waker().clone());
+    }
+}
