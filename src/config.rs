@@ -124,7 +124,7 @@ pub struct Listen {
     pub takeover_socket: Option<PathBuf>,
     /// How the kernel watches links to clients.
     pub tcp: Tcp,
-    /// Threads that serve sessions, one runtime each; default: the number of cores.
+    /// Threads that serve sessions, one runtime each; default: half the number of cores.
     pub workers: usize,
     /// Whether workers use io_uring where the kernel has it.
     pub io_uring: bool,

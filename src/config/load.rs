@@ -85,7 +85,7 @@ fn listen(mut section: Section<'_>) -> Listen {
     let (client_ca, client_certificates) = client_certificates(&mut section);
     let proxy_protocol_from = section.networks("proxy_protocol_from");
     let cores = std::thread::available_parallelism().map_or(1, usize::from);
-    let workers = section.number("workers", cores, 1..=1024);
+    let workers = section.number("workers", cores.div_ceil(2), 1..=1024);
     let io_uring = section.flag("io_uring", true);
     let tls = match (certificate, key) {
         (Some(certificate), Some(key)) => {

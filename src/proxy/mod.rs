@@ -9,6 +9,8 @@
 //! 4. [`relay`] is the hot path: it reads the client's bytes, looks at tag and length of each frame, asks the gate of
 //!    [`crate::switch`] before the first frame of a transaction, and writes the bytes to the backend unchanged. On the way
 //!    back it looks for ReadyForQuery, and leaves the gate when the session is at a safe point.
+//!    The sockets are served by the worker's [`crate::postgres::ring`] where the kernel has io_uring: the relay reads and
+//!    writes as ever, and what all sessions of a worker have to send goes out in one system call.
 //! 5. [`hold`]: a session whose next frame may not pass keeps reading into its one buffer, so that Terminate, a lost
 //!    client and a cancel are noticed.
 //! 6. [`moves`] takes a session to the other server at a cutover, with the help of [`handoff`].

@@ -1,4 +1,4 @@
-//! The hot path: frames from client to backend and back, without a copy, a timer or an allocation for a message.
+//! The hot path: frames from client to backend and back, without a timer or an allocation for a message.
 //!
 //! ```text
 //! client ──read──▶ up.buffer ──clear──▶ written to the backend      clear: tag and length of each frame, the gate
@@ -8,7 +8,8 @@
 //! Each direction owns at most one block of memory; when it is full nothing more is read, which holds the other side
 //! back. A frame never has to fit in a block. One wake-up of the task does as much as the sockets allow: with an
 //! edge-triggered poller a read that does not fill its block has emptied the socket, so no second read finds out, and
-//! a socket that was found empty is not asked again before the next wake-up.
+//! a socket that was found empty is not asked again before the next wake-up. Sockets of a ring ([`crate::postgres::ring`])
+//! behave the same, at the price of a copy of what is small: system calls cost more than that.
 //!
 //! # Who may pass
 //!

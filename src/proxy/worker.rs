@@ -78,6 +78,8 @@ impl Worker {
         }
         sessions.close();
         sessions.wait().await;
+        // The last sockets are closed in the ring's next turn.
+        tokio::task::yield_now().await;
         ring.iter().for_each(JoinHandle::abort);
         meters.abort();
         timeouts.abort();

@@ -175,6 +175,7 @@ impl Kernel {
     /// Notes a request; nothing happens before [`Kernel::submit`]. The socket must stay open until it is answered.
     pub(super) fn request(&mut self, socket: usize, fd: BorrowedFd<'_>, request: Request) -> io::Result<()> {
         let fd = types::Fd(fd.as_raw_fd());
+        let mut sending = None;
         let (entry, kind) = match request {
             Request::Receive => {
                 let entry = opcode::Recv::new(fd, std::ptr::null_mut(), CHUNK_BYTES as u32).buf_group(GROUP);
@@ -188,20 +189,23 @@ impl Kernel {
                 (opcode::PollAdd::new(fd, PollFlags::OUT.bits().into()).build(), Kind::AwaitWritable)
             }
             Request::Send(bytes) => {
+                let bytes = sending.insert(bytes);
                 let flags = (SendFlags::NOSIGNAL.bits() | RecvFlags::WAITALL.bits()).cast_signed();
-                let entry = opcode::Send::new(fd, bytes.as_ptr(), bytes.len() as u32).flags(flags).build();
-                self.lend(socket, bytes);
-                (entry, Kind::Send)
+                (opcode::Send::new(fd, bytes.as_ptr(), bytes.len() as u32).flags(flags).build(), Kind::Send)
             }
             Request::Cancel(kind) => (opcode::AsyncCancel::new(token(socket, kind)).build(), Kind::Cancel),
         };
+        if self.ring.submission().is_full() {
+            self.submit()?;
+        }
         let entry = entry.user_data(token(socket, kind));
         // SAFETY: a Receive writes only to chunks that are offered, which nobody else touches; a Send reads bytes that
         // `lent.sending` keeps, unchanged, until its answer; the other requests use no memory.
-        while unsafe { self.ring.submission().push(&entry) }.is_err() {
-            self.submit()?;
-        }
+        unsafe { self.ring.submission().push(&entry) }.map_err(|_| io::ErrorKind::WouldBlock)?;
         self.under_way += 1;
+        if let Some(bytes) = sending {
+            self.lend(socket, bytes);
+        }
         Ok(())
     }
 
@@ -215,19 +219,21 @@ impl Kernel {
         sending[socket] = bytes;
     }
 
-    /// Hands the noted requests to the kernel, which does at once what it can.
+    /// Hands the noted requests to the kernel, which does at once what it can, and fetches answers that it had no place for.
     pub(super) fn submit(&mut self) -> io::Result<()> {
         loop {
             let queue = self.ring.submission();
-            if queue.is_empty() && !queue.cq_overflow() {
+            let has_nothing_to_do = queue.is_empty() && !queue.cq_overflow();
+            drop(queue);
+            if has_nothing_to_do {
                 return Ok(());
             }
-            drop(queue);
             match self.ring.submit() {
+                Ok(0) => return Ok(()),
+                // The rest, if a request was not taken.
+                Ok(_) => {}
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
                 Err(error) => return Err(error),
-                Ok(_) if self.ring.completion().is_full() => return Ok(()),
-                Ok(_) => {}
             }
         }
     }
