@@ -243,7 +243,8 @@ impl Kernel {
         let entry = self.ring.completion().next()?;
         self.under_way -= 1;
         let result = usize::try_from(entry.result()).map_err(|_| Errno::from_raw_os_error(-entry.result()));
-        let mut chunk = cqueue::buffer_select(entry.flags()).map(|id| Chunk { id, start: 0, end: *result.as_ref().unwrap_or(&0) });
+        let mut chunk =
+            cqueue::buffer_select(entry.flags()).map(|id| Chunk { id, start: 0, end: *result.as_ref().unwrap_or(&0) });
         if let Some(empty) = chunk.take_if(|chunk| chunk.len() == 0) {
             self.give_back(empty);
         }

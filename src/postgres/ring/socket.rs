@@ -198,9 +198,7 @@ impl State {
         }
         match writing {
             Writing::Sending => Poll::Ready(Ok(bytes.len())),
-            Writing::Awaiting | Writing::Free | Writing::Failed(_) => {
-                self.poll_writable(number, cx).map_ok(|()| 0)
-            }
+            Writing::Awaiting | Writing::Free | Writing::Failed(_) => self.poll_writable(number, cx).map_ok(|()| 0),
         }
     }
 
