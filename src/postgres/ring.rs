@@ -28,6 +28,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::task::{Poll, Waker};
 
 use rustix::io::Errno;
+use tokio::net::{TcpStream, UnixStream};
 
 use super::Stream;
 use kernel::{Answer, Chunk, Kernel, Kind, Request};
@@ -116,6 +117,19 @@ impl Ring {
         // The kernel waits only for sockets that are allowed to block; whoever reads them here says that it will not.
         rustix::io::ioctl_fionbio(&fd, false)?;
         *stream = Stream::Ring(self.socket(fd));
+        Ok(())
+    }
+
+    /// Takes a stream back from its ring, for who may use it on another thread. Fails, and leaves it where it is, if it has
+    /// been closed or something has come that nobody has read.
+    pub async fn release(stream: &mut Stream) -> io::Result<()> {
+        let Stream::Ring(served) = stream else { return Ok(()) };
+        let socket = socket2::Socket::from(served.settle().await?);
+        socket.set_nonblocking(true)?;
+        *stream = match socket.domain()? {
+            socket2::Domain::UNIX => Stream::Unix(UnixStream::from_std(socket.into())?),
+            _ => Stream::Tcp(TcpStream::from_std(socket.into())?),
+        };
         Ok(())
     }
 

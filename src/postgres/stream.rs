@@ -49,15 +49,16 @@ impl Stream {
 
 impl Stream {
     /// Reads what has come, without waiting; `WouldBlock` where nothing has. Asks the socket itself: one that has just
-    /// been registered with a runtime looks empty to it until the runtime has polled. (Behind TLS only that will do.)
+    /// been registered with a runtime looks empty to it until the runtime has polled. (Behind TLS, and on a ring, only that
+    /// will do.)
     pub fn read_now(&mut self, into: &mut ReadBuf<'_>) -> io::Result<usize> {
         let socket = match self {
             Self::Tcp(stream) => socket2::SockRef::from(&*stream),
             Self::Unix(stream) => socket2::SockRef::from(&*stream),
-            Self::Tls(stream) => {
+            Self::Tls(_) | Self::Ring(_) => {
                 let before = into.filled().len();
                 let mut cx = Context::from_waker(futures_util::task::noop_waker_ref());
-                return match Pin::new(stream).poll_read(&mut cx, into) {
+                return match Pin::new(self).poll_read(&mut cx, into) {
                     Poll::Ready(read) => read.map(|()| into.filled().len() - before),
                     Poll::Pending => Err(io::ErrorKind::WouldBlock.into()),
                 };

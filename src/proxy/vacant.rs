@@ -23,6 +23,7 @@ use super::backend::{Backend, Heard};
 use super::session::{End, Session};
 use super::sessions::{PooledBackend, SessionState, Sessions};
 use crate::config::{Config, Pool};
+use crate::postgres::ring::Ring;
 use crate::postgres::{Login, ParkedConnection};
 use crate::switch::{Epoch, ServerRole};
 
@@ -252,6 +253,10 @@ impl Session {
 /// Whether the connection has been wiped, is idle, and nothing more has come.
 async fn wipe(backend: &mut Backend, query: &str) -> bool {
     let connection = &mut backend.connection;
+    // The next client may be another worker's.
+    if Ring::release(&mut connection.stream).await.is_err() {
+        return false;
+    }
     if !connection.read_buf.is_empty() || connection.simple_query(query).await.is_err() {
         return false;
     }

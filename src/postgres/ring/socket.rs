@@ -6,6 +6,7 @@
 
 use std::io;
 use std::net::Shutdown;
+use std::os::fd::OwnedFd;
 use std::pin::Pin;
 use std::task::{Context, Poll, Waker, ready};
 
@@ -16,7 +17,7 @@ use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio::task::coop;
 
 use super::kernel::{CHUNK_BYTES, Kind, Request};
-use super::{Reading, Ring, State, Writing};
+use super::{Reading, Ring, Slot, State, Writing};
 
 /// What is larger is not copied, but written by the task itself.
 const SMALL_BYTES: usize = CHUNK_BYTES;
@@ -36,6 +37,18 @@ impl Socket {
         let mut polled = [PollFd::new(&slot.fd, PollFlags::RDHUP)];
         let at_once = Timespec { tv_sec: 0, tv_nsec: 0 };
         rustix::event::poll(&mut polled, Some(&at_once)).is_ok_and(|ready| ready > 0)
+    }
+}
+
+impl Socket {
+    /// Gives up what is under way and returns the socket once more. The ring's own is of no use from then on but to be
+    /// dropped, unless this fails.
+    pub(super) async fn settle(&self) -> io::Result<OwnedFd> {
+        let asked = self.ring.state().sockets[self.number].as_ref().and_then(Slot::is_asked_to_read);
+        if let Some(under_way) = asked {
+            self.ring.state().ask(self.number, Request::Cancel(under_way))?;
+        }
+        std::future::poll_fn(|cx| self.ring.state().poll_settled(self.number, cx)).await
     }
 }
 
@@ -78,21 +91,27 @@ impl Drop for Socket {
         let mut state = self.ring.state();
         let Some(slot) = &mut state.sockets[self.number] else { return };
         slot.is_dropped = true;
-        let reading = match slot.reading {
-            Reading::Receiving => Some(Kind::Receive),
-            Reading::Awaiting => Some(Kind::AwaitReadable),
-            Reading::Empty | Reading::Ready | Reading::Arrived(_) | Reading::Ended | Reading::Failed(_) => None,
-        };
         let writing = match slot.writing {
             Writing::Sending => Some(Kind::Send),
             Writing::Awaiting => Some(Kind::AwaitWritable),
             Writing::Free | Writing::Failed(_) => None,
         };
-        for under_way in [reading, writing].into_iter().flatten() {
+        for under_way in [slot.is_asked_to_read(), writing].into_iter().flatten() {
             // If not even this can be asked, the socket stays until its peer closes.
             let _asked = state.ask(self.number, Request::Cancel(under_way));
         }
         state.forget_if_done(self.number);
+    }
+}
+
+impl Slot {
+    /// What the kernel was asked for, to read.
+    fn is_asked_to_read(&self) -> Option<Kind> {
+        match self.reading {
+            Reading::Receiving => Some(Kind::Receive),
+            Reading::Awaiting => Some(Kind::AwaitReadable),
+            Reading::Empty | Reading::Ready | Reading::Arrived(_) | Reading::Ended | Reading::Failed(_) => None,
+        }
     }
 }
 
@@ -158,6 +177,22 @@ impl State {
                 Reading::Ended => return Poll::Ready(Ok(())),
                 Reading::Failed(errno) => return Poll::Ready(Err(*errno)),
             }
+        }
+    }
+
+    /// Ready once nothing is under way.
+    fn poll_settled(&mut self, number: usize, cx: &Context<'_>) -> Poll<io::Result<OwnedFd>> {
+        ready!(self.poll_writable(number, cx))?;
+        let Some(slot) = &mut self.sockets[number] else { return Poll::Ready(Err(Errno::BADF.into())) };
+        match slot.reading {
+            Reading::Receiving | Reading::Awaiting => {
+                wait(&mut slot.reader, cx);
+                Poll::Pending
+            }
+            Reading::Failed(Errno::CANCELED) | Reading::Empty | Reading::Ready => Poll::Ready(slot.fd.try_clone()),
+            Reading::Arrived(_) => Poll::Ready(Err(io::ErrorKind::InvalidData.into())),
+            Reading::Ended => Poll::Ready(Err(io::ErrorKind::UnexpectedEof.into())),
+            Reading::Failed(errno) => Poll::Ready(Err(errno.into())),
         }
     }
 

@@ -146,3 +146,40 @@ fn a_peer_that_is_gone_is_told_to_reader_and_writer() {
         assert!(socket.is_read_closed());
     });
 }
+
+#[test]
+fn a_socket_leaves_the_ring_and_loses_nothing() {
+    with_ring(|ring| async move {
+        let (mut stream, mut theirs) = pair(&ring);
+        assert!(stream.read(&mut [0; 8]).now_or_never().is_none());
+        stream.write_all(b"before").await.expect("written");
+        Ring::release(&mut stream).await.expect("nothing was unread");
+        assert!(matches!(stream, Stream::Unix(_)));
+        theirs.write_all(b"after").expect("written");
+        let mut got = [0; 5];
+        stream.read_exact(&mut got).await.expect("read");
+        assert_eq!(&got, b"after");
+        stream.write_all(b" and after").await.expect("written");
+        let mut got = [0; 16];
+        theirs.read_exact(&mut got).expect("read");
+        assert_eq!(&got, b"before and after");
+        assert_eq!(ring.state().sockets.iter().flatten().count(), 0);
+    });
+}
+
+#[test]
+fn a_socket_with_something_unread_stays_on_the_ring() {
+    with_ring(|ring| async move {
+        let (mut stream, mut theirs) = pair(&ring);
+        assert!(stream.read(&mut [0; 8]).now_or_never().is_none());
+        tokio::task::yield_now().await;
+        theirs.write_all(b"unread").expect("written");
+        while !matches!(ring.state().sockets[0].as_ref().map(|slot| &slot.reading), Some(super::Reading::Arrived(_))) {
+            tokio::task::yield_now().await;
+        }
+        assert!(Ring::release(&mut stream).await.is_err());
+        let mut got = [0; 6];
+        stream.read_exact(&mut got).await.expect("read");
+        assert_eq!(&got, b"unread");
+    });
+}
