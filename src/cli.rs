@@ -30,8 +30,8 @@ use crate::migration::view::{MigrationName, MigrationOption, Mode};
 const DEFAULT_FILES: [&str; 2] = ["pgcutover.toml", "/etc/pgcutover/pgcutover.toml"];
 
 const EXIT_STATUSES: &str = "Exit status:\n  \
-    0  done; for `migration cutover`: switched, or with --dry-run: it would have\n  \
-    1  it was tried and failed, was refused, or a cutover was aborted\n  \
+    0  done; for `migration cutover`: switched, or with --dry-run: it would have;\n     for `migration verify`: nothing differs\n  \
+    1  it was tried and failed, was refused, a cutover was aborted, or a verification found differences\n  \
     2  wrong usage, or a configuration that cannot be used\n  \
     3  the daemon cannot be reached";
 
@@ -225,6 +225,11 @@ enum MigrationCommand {
     Cutover(Cutover),
     /// Remove what it made on both servers, and list it; the target's data stays
     Cancel {
+        /// Its name
+        name: MigrationName,
+    },
+    /// Compare source and target, row by row and definition by definition, while both are live
+    Verify {
         /// Its name
         name: MigrationName,
     },

@@ -436,6 +436,10 @@ pub struct Migration {
     pub apply_queue_bytes: usize,
     /// Directory with pg_dump; none: searched for, the newest wins.
     pub bindir: Option<PathBuf>,
+    /// Tables, or parts of large ones, that a verification reads at the same time.
+    pub verify_workers: usize,
+    /// Share of its time in which each of them reads, in percent; it rests for the remainder.
+    pub verify_load_percent: u8,
     /// Bound on the wait for every transaction that was open when the slot was made.
     pub slot_timeout: Duration,
     /// Bound on one attempt to lock a table of the source.

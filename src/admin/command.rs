@@ -80,6 +80,8 @@ pub enum Command {
     Cancel(MigrationName),
     /// Go on with a migration that failed.
     Retry(MigrationName),
+    /// Compare source and target.
+    Verify(MigrationName),
     /// Read the configuration again.
     Reload,
     /// Hold new transactions of a database, or of all.
@@ -133,6 +135,7 @@ impl Command {
                 | Self::Cutover(..)
                 | Self::Cancel(_)
                 | Self::Retry(_)
+                | Self::Verify(_)
                 | Self::Check
                 | Self::Reload
                 | Self::Pause(_)
@@ -159,7 +162,8 @@ impl Command {
             | Self::History(name)
             | Self::Cutover(name, _)
             | Self::Cancel(name)
-            | Self::Retry(name) => Some(name),
+            | Self::Retry(name)
+            | Self::Verify(name) => Some(name),
             Self::Create(spec) => Some(&spec.name),
             _ => None,
         }
@@ -203,6 +207,7 @@ impl Command {
             Self::Cutover(..) => "cutover",
             Self::Cancel(_) => "cancel",
             Self::Retry(_) => "retry",
+            Self::Verify(_) => "verify",
             Self::Reload => "reload",
             Self::Pause(_) => "pause",
             Self::Resume(_) => "resume",

@@ -9,7 +9,7 @@ use super::error::AdminError;
 use super::view::{BlockerView, CheckView, ClientView, CutoverView, MemberView};
 use crate::config::Changes;
 use crate::migration::preflight::RuleResult;
-use crate::migration::view::{CancelReport, MigrationName, MigrationSpec, MigrationView, TableView};
+use crate::migration::view::{CancelReport, MigrationName, MigrationSpec, MigrationView, TableView, VerifyReport};
 
 /// The engine's side.
 #[async_trait]
@@ -26,6 +26,8 @@ pub trait Migrations: Send + Sync {
     async fn validation(&self, name: &MigrationName) -> Result<Vec<RuleResult>, AdminError>;
     /// Removes what it made.
     async fn cancel(&self, name: &MigrationName) -> Result<CancelReport, AdminError>;
+    /// Compares source and target; comes back when it is done.
+    async fn verify(&self, name: &MigrationName) -> Result<VerifyReport, AdminError>;
     /// Goes on after a failure.
     async fn retry(&self, name: &MigrationName) -> Result<(), AdminError>;
 }

@@ -8,7 +8,7 @@ use super::view::{BlockerView, CheckView, CutoverView, EventView, MemberView, Mi
 use super::{command::Command, pgbouncer, show, stats};
 use crate::config::Changes;
 use crate::migration::preflight::{Level, RuleResult};
-use crate::migration::view::{CancelReport, MigrationView, TableView};
+use crate::migration::view::{CancelReport, MigrationView, TableView, VerifyReport};
 
 /// An answer.
 #[derive(Clone, Debug, PartialEq)]
@@ -31,6 +31,8 @@ pub enum Reply {
     Blockers(Vec<BlockerView>),
     /// Proxies.
     Members(Vec<MemberView>),
+    /// What a verification found.
+    Verified(Box<VerifyReport>),
     /// What a cancel removed and left.
     Cancelled(CancelReport),
     /// How far a migration was, over the last minutes.
@@ -139,6 +141,15 @@ const HISTORY: &[Column] = &[
 const EVENTS: &[Column] =
     &[("number", Integer), ("time", Text), ("migration", Text), ("kind", Text), ("failed", Text), ("event", Text)];
 const CHECK: &[Column] = &[("check", Text), ("ok", Text), ("found", Text), ("fix", Text)];
+const VERIFY: &[Column] = &[
+    ("tables_compared", Integer),
+    ("rows_compared", Integer),
+    ("differences", Integer),
+    ("database", Text),
+    ("object", Text),
+    ("difference", Text),
+    ("key", Text),
+];
 const RELOAD: &[Column] = &[("key", Text), ("result", Text)];
 const STATUS: &[Column] = &[
     ("database", Text),
@@ -182,6 +193,7 @@ pub fn columns(command: &Command) -> Option<&'static [Column]> {
         Command::History(_) => Some(HISTORY),
         Command::Events => Some(EVENTS),
         Command::Check => Some(CHECK),
+        Command::Verify(_) => Some(VERIFY),
         Command::Reload => Some(RELOAD),
         Command::Create(_)
         | Command::Retry(_)
@@ -212,6 +224,7 @@ impl Reply {
             Self::Cutover(cutover) => serde_json::to_value(cutover),
             Self::Blockers(blockers) => serde_json::to_value(blockers),
             Self::Members(members) => serde_json::to_value(members),
+            Self::Verified(report) => serde_json::to_value(report),
             Self::Cancelled(report) => serde_json::to_value(report),
             Self::History(samples) => serde_json::to_value(samples),
             Self::Events(events) => serde_json::to_value(events),
@@ -234,6 +247,7 @@ impl Reply {
             Self::Cutover(cutover) => filled(CUTOVER, cutover.iter().map(cutover_row).collect()),
             Self::Blockers(blockers) => filled(BLOCKERS, blockers.into_iter().map(blocker_row).collect()),
             Self::Members(members) => filled(MEMBERS, members.into_iter().map(member_row).collect()),
+            Self::Verified(report) => filled(VERIFY, verify_rows(&report)),
             Self::Cancelled(report) => filled(CANCEL, cancel_rows(&report)),
             Self::History(samples) => filled(HISTORY, samples.into_iter().map(sample_row).collect()),
             Self::Events(events) => filled(EVENTS, events.into_iter().map(event_row).collect()),
@@ -383,6 +397,48 @@ fn blocker_row(blocker: BlockerView) -> Vec<Cell> {
 
 fn member_row(member: MemberView) -> Vec<Cell> {
     vec![member.instance.into(), member.address.into(), member.role.into(), member.version.into()]
+}
+
+/// A first row with the counts, then one for each difference that is listed.
+fn verify_rows(report: &VerifyReport) -> Vec<Vec<Cell>> {
+    let counts = vec![
+        report.tables_compared.into(),
+        report.rows_compared.into(),
+        report.differences.into(),
+        Cell::Null,
+        Cell::Null,
+        Cell::Null,
+        Cell::Null,
+    ];
+    let row = |database: &str, object: String, difference: String, key: Option<String>| {
+        vec![
+            Cell::Null,
+            Cell::Null,
+            Cell::Null,
+            database.to_owned().into(),
+            object.into(),
+            difference.into(),
+            key.into(),
+        ]
+    };
+    let mut rows = vec![counts];
+    for table in &report.tables {
+        let (database, result) = (&table.database, &table.result);
+        let object = format!("table {}", result.table());
+        if let Some(problem) = &result.problem {
+            rows.push(row(database, object.clone(), format!("not compared: {problem}"), None));
+        }
+        rows.extend(
+            result.listed.iter().map(|found| row(database, object.clone(), word(found.kind), Some(found.shown_key()))),
+        );
+    }
+    for found in &report.definitions {
+        rows.extend(found.definitions.iter().map(|definition| {
+            let object = format!("{} {}", definition.kind, definition.name);
+            row(&found.database, object, definition.difference.clone(), None)
+        }));
+    }
+    rows
 }
 
 fn cancel_rows(report: &CancelReport) -> Vec<Vec<Cell>> {

@@ -190,6 +190,7 @@ impl Inner {
             | Command::Cutover(..)
             | Command::Cancel(_)
             | Command::Retry(_)
+            | Command::Verify(_)
             | Command::Reload
             | Command::Pause(_)
             | Command::Resume(_)
@@ -221,6 +222,7 @@ impl Inner {
                 deps.cutovers.stop(&name).await?;
                 Ok(Reply::Cancelled(deps.migrations.cancel(&name).await?))
             }
+            Command::Verify(name) => Ok(Reply::Verified(Box::new(deps.migrations.verify(&name).await?))),
             Command::Retry(name) => {
                 deps.migrations.retry(&name).await?;
                 Ok(Reply::Done("RETRY"))

@@ -130,7 +130,7 @@ pub(super) const USERS: &[Column] = &[
     ("current_client_connections", Integer),
 ];
 
-const COMMANDS: [(&str, &str); 43] = [
+const COMMANDS: [(&str, &str); 44] = [
     ("SHOW HELP", "this list"),
     ("SHOW VERSION", "the program's version"),
     ("SHOW CONFIG", "every key of the configuration, and whether RELOAD applies a change"),
@@ -167,6 +167,7 @@ const COMMANDS: [(&str, &str); 43] = [
         "switch its databases to the target, or measure the pause",
     ),
     ("CANCEL name", "remove what the migration made; the target's data stays"),
+    ("VERIFY name", "compare source and target, row by row and definition by definition"),
     ("RETRY name", "go on with a migration that failed"),
     ("RELOAD", "read the configuration again"),
     ("PAUSE [database]", "hold new transactions; answers when those that run have ended"),

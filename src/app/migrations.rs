@@ -12,7 +12,7 @@ use crate::catalog::migrations::CatalogError;
 use crate::cutover::parts::{self, Replication};
 use crate::migration::engine::{CutoverLease, DatabaseHandle, Engine, EngineError};
 use crate::migration::preflight::RuleResult;
-use crate::migration::view::{CancelReport, MigrationName, MigrationSpec, MigrationView, TableView};
+use crate::migration::view::{CancelReport, MigrationName, MigrationSpec, MigrationView, TableView, VerifyReport};
 
 /// After the start of the process the engine needs a moment to find its target; orders wait for it, but not longer.
 const TIME_TO_BEGIN: Duration = Duration::from_secs(10);
@@ -70,6 +70,10 @@ impl Migrations for EngineDesk {
         self.engine().await.cancel(name.as_str()).await.map_err(|error| refused(&error))
     }
 
+    async fn verify(&self, name: &MigrationName) -> Result<VerifyReport, AdminError> {
+        self.engine().await.verify(name.as_str()).await.map_err(|error| refused(&error))
+    }
+
     async fn retry(&self, name: &MigrationName) -> Result<(), AdminError> {
         self.engine().await.retry(name.as_str()).await.map_err(|error| refused(&error))
     }
@@ -89,6 +93,7 @@ fn refused(error: &EngineError) -> AdminError {
         | EngineError::Databases(_)
         | EngineError::Roles(_)
         | EngineError::Schema(_)
+        | EngineError::Verify { .. }
         | EngineError::Drift { .. } => (ErrorKind::Unavailable, None),
     };
     let refused = AdminError::from_chain(kind, error);

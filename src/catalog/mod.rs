@@ -2,7 +2,7 @@
 //!
 //! * [`fence`], [`decision`]: append-only rows in the control database of each server; they alone say who is active.
 //!   [`claims`] reads them, [`resolve`] (pure) draws the conclusion.
-//! * [`migrations`], [`tables`], [`progress`], [`journal`]: rows of the engine, of everything that it was asked, has done
+//! * [`migrations`], [`tables`], [`progress`], [`journal`], [`verification`]: rows of the engine, of everything that it was asked, has done
 //!   and has made.
 //!
 //! [`bootstrap`] makes the tables. Each part owns its DDL and a version number; nothing here is ever dropped by it.
@@ -15,6 +15,7 @@ pub mod migrations;
 pub mod progress;
 pub mod resolve;
 pub mod tables;
+pub mod verification;
 
 use self::decision::Outcome;
 use crate::postgres::Control;
@@ -52,12 +53,13 @@ impl Place {
         const DECISION: Part = part("decision", 1, decision::DDL);
         const BOUNDARY: Part = part("boundary", 1, decision::BOUNDARY_DDL);
         const MIGRATIONS: Part = part("migrations", 1, migrations::TARGET_CONTROL_DDL);
+        const VERIFICATION: Part = part("verification", 1, verification::TARGET_CONTROL_DDL);
         const MARKER: Part = part("marker", 1, progress::SOURCE_DATABASE_DDL);
         const PROGRESS: Part = part("progress", 1, progress::TARGET_DATABASE_DDL);
         // A rollback leads the other way, so both control databases hold fences and decisions.
         match self {
             Self::SourceControl => &[FENCE, DECISION],
-            Self::TargetControl => &[FENCE, DECISION, MIGRATIONS],
+            Self::TargetControl => &[FENCE, DECISION, MIGRATIONS, VERIFICATION],
             Self::SourceDatabase => &[MARKER],
             Self::TargetDatabase => &[BOUNDARY, PROGRESS],
         }

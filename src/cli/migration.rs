@@ -7,7 +7,7 @@ use super::output::{Output, typed};
 use super::{CliError, Create, Cutover, MigrationCommand, Verdict, properties, watch};
 use crate::admin::command::{CutoverRequest, Filter};
 use crate::admin::view::CutoverView;
-use crate::migration::view::{MigrationName, MigrationOption, MigrationSpec, Mode};
+use crate::migration::view::{MigrationName, MigrationOption, MigrationSpec, Mode, VerifyReport};
 
 pub(super) async fn run(command: MigrationCommand, client: &Client, output: &Output) -> Result<Verdict, CliError> {
     match command {
@@ -35,6 +35,12 @@ pub(super) async fn run(command: MigrationCommand, client: &Client, output: &Out
         MigrationCommand::Cancel { name } => {
             output.cancelled(&client.post(&path(&name, "/cancel"), None).await?)?;
             Ok(Verdict::Good)
+        }
+        MigrationCommand::Verify { name } => {
+            let answer = client.post(&path(&name, "/verify"), None).await?;
+            output.verified(&answer)?;
+            let report: VerifyReport = typed(&answer)?;
+            Ok(if report.differences == 0 { Verdict::Good } else { Verdict::Bad })
         }
         MigrationCommand::Retry { name } => {
             output.done(&client.post(&path(&name, "/retry"), None).await?, "going on")?;

@@ -9,7 +9,7 @@ use super::client::ClientError;
 use super::{CliError, Format};
 use crate::admin::view::{CutoverView, MigrationEntry, StatusView};
 use crate::config::units::format_size;
-use crate::migration::view::{CancelReport, MigrationView, TableView};
+use crate::migration::view::{CancelReport, MigrationView, TableView, VerifyReport};
 
 /// Prints.
 pub(super) struct Output {
@@ -250,6 +250,39 @@ impl Output {
             output.line(&format!("sessions moved {}, ended {}", report.sessions_moved, report.sessions_ended));
             report.blockers.iter().for_each(|blocker| output.line(&format!("blocker: {blocker}")));
             report.notes.iter().for_each(|note| output.line(&format!("note: {note}")));
+        })
+    }
+
+    pub(super) fn verified(&self, answer: &Value) -> Result<(), CliError> {
+        self.either(answer, |output, report: VerifyReport| {
+            output.line(&format!(
+                "compared {} tables with {} rows: {} differences",
+                report.tables_compared, report.rows_compared, report.differences
+            ));
+            for table in &report.tables {
+                let (database, result) = (&table.database, &table.result);
+                if let Some(problem) = &result.problem {
+                    output.line(&format!("{database}: table {}: not compared: {problem}", result.table()));
+                }
+                for row in &result.listed {
+                    output.line(&format!(
+                        "{database}: table {}: {} {}",
+                        result.table(),
+                        word(row.kind),
+                        row.shown_key()
+                    ));
+                }
+                let more = result.differences.saturating_sub(result.listed.len() as u64);
+                if more > 0 {
+                    output.line(&format!("{database}: table {}: {more} more rows", result.table()));
+                }
+            }
+            for found in &report.definitions {
+                for definition in &found.definitions {
+                    let (kind, name, difference) = (&definition.kind, &definition.name, &definition.difference);
+                    output.line(&format!("{}: {kind} {name}: {difference}", found.database));
+                }
+            }
         })
     }
 

@@ -144,6 +144,8 @@ impl Config {
         add("migration", "without_identity", without.to_owned(), Restart);
         add("migration", "apply_queue", format_size(migration.apply_queue_bytes as u64), Restart);
         add("migration", "bindir", path(migration.bindir.as_ref()), Restart);
+        add("migration", "verify_workers", migration.verify_workers.to_string(), Restart);
+        add("migration", "verify_load", migration.verify_load_percent.to_string(), Restart);
         add("migration", "slot_timeout", format_duration(migration.slot_timeout), Restart);
         add("migration", "lock_timeout", format_duration(migration.lock_timeout), Restart);
         add("migration", "copy_rate", format_size(migration.copy_rate_bytes.unwrap_or(0)), Restart);

@@ -5,6 +5,8 @@
 use serde::{Deserialize, Serialize};
 
 use crate::catalog::journal::MadeObject;
+use crate::migration::verify::TableResult;
+use crate::migration::verify::definitions::DefinitionDifference;
 
 /// A name that is fit for a migration: 1 to 40 ASCII letters, digits and hyphens, not starting with a hyphen. It becomes
 /// part of the publication's name, which PostgreSQL cuts at 63 bytes.
@@ -159,6 +161,9 @@ pub struct MigrationView {
     pub duration_seconds: f64,
     /// `host:port` of the source.
     pub source: String,
+    /// How far the verification is that runs; null: none does.
+    #[serde(default)]
+    pub verification: Option<VerificationView>,
     /// Results of the last premigration validation.
     pub validation: Option<serde_json::Value>,
 }
@@ -253,6 +258,79 @@ pub struct IncrementalView {
     pub truncates: u64,
     /// Received and not yet applied; null: not known.
     pub pending: Option<u64>,
+}
+
+/// How far a verification is.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, schemars::JsonSchema)]
+pub struct VerificationView {
+    /// Tables that are done.
+    pub tables_compared: u64,
+    /// All tables.
+    pub tables_total: u64,
+    /// Rows read on the source.
+    pub rows_compared: u64,
+    /// Bytes read on the source.
+    pub bytes_compared: u64,
+    /// Estimate of all bytes.
+    pub bytes_total: u64,
+    /// Differences found.
+    pub differences: u64,
+    /// Seconds until it is done, at the pace so far; null: not known.
+    pub eta_seconds: Option<f64>,
+}
+
+/// What a verification came to.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, schemars::JsonSchema)]
+pub struct VerifyReport {
+    /// Tables that were compared, also those that an interrupted verification had compared before.
+    pub tables_compared: u64,
+    /// Their rows on the source.
+    pub rows_compared: u64,
+    /// Rows and definitions that differ, and tables that could not be compared. Zero: nothing does.
+    pub differences: u64,
+    /// Tables that are not the same, with the keys of rows that differ, as far as they are listed.
+    pub tables: Vec<VerifiedTable>,
+    /// Definitions that are not the same.
+    pub definitions: Vec<VerifiedDatabase>,
+}
+
+/// A table that is not the same.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, schemars::JsonSchema)]
+pub struct VerifiedTable {
+    /// The database.
+    pub database: String,
+    /// What was found.
+    #[serde(flatten)]
+    pub result: TableResult,
+}
+
+/// Definitions of a database that are not the same.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, schemars::JsonSchema)]
+pub struct VerifiedDatabase {
+    /// The database.
+    pub database: String,
+    /// What differs.
+    pub definitions: Vec<DefinitionDifference>,
+}
+
+impl VerifyReport {
+    /// Adds a table; only those that differ are listed.
+    pub fn add_table(&mut self, database: &str, result: TableResult) {
+        self.tables_compared += 1;
+        self.rows_compared += result.rows;
+        self.differences += result.differences + u64::from(result.problem.is_some());
+        if !result.is_equal() {
+            self.tables.push(VerifiedTable { database: database.to_owned(), result });
+        }
+    }
+
+    /// Adds what was found among the definitions of a database.
+    pub fn add_definitions(&mut self, found: VerifiedDatabase) {
+        self.differences += found.definitions.len() as u64;
+        if !found.definitions.is_empty() {
+            self.definitions.push(found);
+        }
+    }
 }
 
 /// What a cancel removed, and what it left.

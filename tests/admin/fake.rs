@@ -16,8 +16,10 @@ use pgcutover::admin::view::{
 };
 use pgcutover::config::{Changes, Config, Secret, Server};
 use pgcutover::migration::preflight::{Level, Outcome, RuleResult};
+use pgcutover::migration::verify::{DifferenceKind, RowDifference, TableResult};
 use pgcutover::migration::view::{
     CancelReport, DatabaseView, FullLoadView, IncrementalView, MigrationName, MigrationSpec, MigrationView, TableView,
+    VerifyReport,
 };
 use pgcutover::postgres::Stream;
 use pgcutover::shutdown::Tasks;
@@ -114,6 +116,22 @@ impl Migrations for Fake {
     async fn cancel(&self, name: &MigrationName) -> Result<CancelReport, AdminError> {
         self.note(format!("cancel {name}"));
         self.show(name).await.map(|_| CancelReport::default())
+    }
+
+    async fn verify(&self, name: &MigrationName) -> Result<VerifyReport, AdminError> {
+        self.note(format!("verify {name}"));
+        let listed = vec![RowDifference { kind: DifferenceKind::Missing, key: vec![Some("7".to_owned())] }];
+        let result = TableResult {
+            schema: "public".to_owned(),
+            name: "item".to_owned(),
+            rows: 10,
+            differences: 1,
+            listed,
+            problem: None,
+        };
+        let mut report = VerifyReport::default();
+        report.add_table("shop", result);
+        Ok(report)
     }
 
     async fn retry(&self, name: &MigrationName) -> Result<(), AdminError> {

@@ -4,6 +4,7 @@
 mod source;
 #[path = "../support/mod.rs"]
 mod support;
+mod verification;
 mod world;
 
 use std::time::Duration;

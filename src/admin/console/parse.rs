@@ -106,6 +106,7 @@ pub fn parse(text: &str) -> Result<Statement, AdminError> {
         "CUTOVER" => cutover(&mut rest)?,
         "CANCEL" => Command::Cancel(rest.named_migration()?),
         "RETRY" => Command::Retry(rest.named_migration()?),
+        "VERIFY" => Command::Verify(rest.named_migration()?),
         "RELOAD" => Command::Reload,
         "SHUTDOWN" => shutdown(&mut rest)?,
         "KILL" => kill(&mut rest)?,
@@ -121,7 +122,7 @@ pub fn parse(text: &str) -> Result<Statement, AdminError> {
             let hint = "PAUSE holds new transactions; the README says how a new process takes over without a pause";
             return Err(AdminError::new(ErrorKind::Unsupported, "SUSPEND is not needed here").hint(hint));
         }
-        "ROLLBACK" | "COMPLETE" | "VERIFY" => {
+        "ROLLBACK" | "COMPLETE" => {
             return Err(AdminError::new(ErrorKind::Unsupported, format!("{verb} is not available in this version")));
         }
         _ => return Err(unknown("command", &verb, VERBS)),

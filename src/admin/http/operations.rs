@@ -24,7 +24,7 @@ use crate::admin::view::{
 };
 use crate::config::Changes;
 use crate::migration::preflight::RuleResult;
-use crate::migration::view::{CancelReport, MigrationSpec, MigrationView, TableView};
+use crate::migration::view::{CancelReport, MigrationSpec, MigrationView, TableView, VerifyReport};
 
 /// A JSON shape, made when the document is.
 pub(super) type Shape = fn(&mut SchemaGenerator) -> Schema;
@@ -285,6 +285,13 @@ fn migrations() -> Vec<Operation> {
             "Remove what it made on both servers; the target's data stays",
             Answers::Json(shape::<CancelReport>),
             post_named(Command::Cancel),
+        ),
+        order_one(
+            "/api/v1/migrations/{name}/verify",
+            "verifyMigration",
+            "Compare source and target; answered when all of it was compared",
+            Answers::Json(shape::<VerifyReport>),
+            post_named(Command::Verify),
         ),
         order_one(
             "/api/v1/migrations/{name}/retry",

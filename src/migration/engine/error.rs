@@ -13,6 +13,7 @@ use crate::migration::schema::{RestoreFailure, SchemaError};
 use crate::migration::sequences::SequenceError;
 use crate::migration::state::Rejected;
 use crate::migration::stream::{StreamError, describe, transient_query, transient_raw, transient_sqlstate};
+use crate::migration::verify::VerifyError;
 use crate::migration::view::Problem;
 use crate::postgres::walsender::WalsenderError;
 use crate::postgres::{ConnectError, RawError};
@@ -48,6 +49,14 @@ pub enum EngineError {
         database: String,
         /// Why.
         source: tokio_postgres::Error,
+    },
+    /// A verification could not be carried to its end; what it has found so far is kept.
+    #[error("database {database} could not be verified to the end: verify it again to go on")]
+    Verify {
+        /// The database.
+        database: String,
+        /// Why.
+        source: Box<VerifyError>,
     },
     /// Something was defined on the source after the migration began.
     #[error(

@@ -15,7 +15,7 @@ use crate::migration::lag::{Lag, LagMeter};
 use crate::migration::state::State;
 use crate::migration::stream::StreamStatus;
 use crate::migration::view::{
-    CancelReport, DatabaseView, FullLoadView, MigrationSpec, MigrationView, Problem, TableView,
+    CancelReport, DatabaseView, FullLoadView, MigrationSpec, MigrationView, Problem, TableView, VerificationView,
 };
 use crate::migration::wal_limit::SlotWal;
 
@@ -28,6 +28,9 @@ pub(super) struct Live {
     pub(super) databases: Vec<Arc<DatabaseLive>>,
     status: watch::Sender<Status>,
     cancelled: Mutex<Option<CancelReport>>,
+    /// Held by whoever verifies.
+    pub(super) verifying: tokio::sync::Mutex<()>,
+    verification: Mutex<Option<VerificationView>>,
 }
 
 /// Where a migration stands.
@@ -124,6 +127,10 @@ pub(super) struct TableLive {
     pub(super) indexes: Option<(usize, usize)>,
     /// Since when its rows are copied; none: not in this process, or they are not.
     pub(super) copying_since: Option<Instant>,
+    /// What the last verification found, in a word.
+    pub(super) verification: Option<String>,
+    /// Row changes that the table had seen when it was about to be verified; none: not by this process.
+    pub(super) verified_changes: Option<u64>,
 }
 
 impl TableLive {
@@ -162,7 +169,16 @@ impl Live {
         databases: Vec<Arc<DatabaseLive>>,
         status: Status,
     ) -> Self {
-        Self { spec, source, started_at, databases, status: watch::Sender::new(status), cancelled: Mutex::new(None) }
+        Self {
+            spec,
+            source,
+            started_at,
+            databases,
+            status: watch::Sender::new(status),
+            cancelled: Mutex::new(None),
+            verifying: tokio::sync::Mutex::default(),
+            verification: Mutex::default(),
+        }
     }
 
     pub(super) fn name(&self) -> &str {
@@ -189,6 +205,11 @@ impl Live {
         *self.cancelled.lock().unwrap_or_else(PoisonError::into_inner) = Some(report.clone());
     }
 
+    /// How far the verification is; none: none runs.
+    pub(super) fn set_verification(&self, view: Option<VerificationView>) {
+        *self.verification.lock().unwrap_or_else(PoisonError::into_inner) = view;
+    }
+
     pub(super) fn database(&self, name: &str) -> Option<&Arc<DatabaseLive>> {
         self.databases.iter().find(|database| database.name == name)
     }
@@ -209,6 +230,7 @@ impl Live {
             finished_at: status.finished_at,
             duration_seconds: (status.finished_at.unwrap_or(now) - self.started_at).max(0.0),
             source: self.source.clone(),
+            verification: self.verification.lock().unwrap_or_else(PoisonError::into_inner).clone(),
             validation: status.validation,
         }
     }
@@ -258,10 +280,20 @@ impl DatabaseLive {
                 bytes_total: row.bytes_total.map(unsigned),
                 indexes: None,
                 copying_since: None,
+                verification: None,
+                verified_changes: None,
             };
             (row.table.clone(), live)
         });
-        self.lock().tables = tables.collect();
+        let tables: Vec<_> = tables.collect();
+        let mut inner = self.lock();
+        let mut earlier = std::mem::take(&mut inner.tables);
+        for (name, mut live) in tables {
+            if let Some(earlier) = earlier.remove(&name) {
+                (live.verification, live.verified_changes) = (earlier.verification, earlier.verified_changes);
+            }
+            inner.tables.insert(name, live);
+        }
     }
 
     pub(super) fn update_table(&self, table: &QualifiedName, change: impl FnOnce(&mut TableLive)) {
@@ -271,6 +303,22 @@ impl DatabaseLive {
 
     pub(super) fn table(&self, table: &QualifiedName) -> TableLive {
         self.lock().tables.get(table).cloned().unwrap_or_default()
+    }
+
+    /// Every table with its size when its copy began.
+    pub(super) fn table_sizes(&self) -> Vec<(QualifiedName, u64)> {
+        self.lock().tables.iter().map(|(name, table)| (name.clone(), table.bytes_total.unwrap_or(0))).collect()
+    }
+
+    /// Row changes that the table has seen since this process began.
+    pub(super) fn changes(&self, table: &QualifiedName) -> u64 {
+        let seen = self.stream.counters.of(table);
+        seen.inserts + seen.updates + seen.deletes + seen.truncates
+    }
+
+    /// What [`Self::changes`] was when the table was last verified by this process.
+    pub(super) fn verified_changes(&self, table: &QualifiedName) -> Option<u64> {
+        self.lock().tables.get(table).and_then(|table| table.verified_changes)
     }
 
     /// How many tables are in each state.
@@ -359,7 +407,7 @@ impl DatabaseLive {
                     ..self.stream.counters.of(name)
                 },
                 indexes,
-                verification: None,
+                verification: table.verification.clone(),
                 error: None,
             }
         };

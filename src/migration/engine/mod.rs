@@ -40,6 +40,7 @@ mod lease;
 mod live;
 mod recorder;
 mod source_watch;
+mod verification;
 mod worker;
 
 use std::collections::{BTreeMap, HashMap};
@@ -63,6 +64,7 @@ use crate::migration::roles::{self, RoleReport};
 use crate::migration::schema;
 use crate::migration::state::State;
 use crate::migration::stream::describe;
+use crate::migration::verify::TableResult;
 use crate::migration::view::{CancelReport, MigrationSpec, MigrationView, TableView};
 use crate::postgres::Connector;
 use crate::shutdown::Tasks;
@@ -486,6 +488,10 @@ impl Engine {
             let Some(step) = Step::parse(&database.step) else { return Ok(None) };
             let live = DatabaseLive::new(database.database, database.slot, database.publication, step);
             live.load_tables(&catalog.tables(&row.name, &live.name).await?);
+            for verified in catalog.verified(&row.name).await?.into_iter().filter(|row| row.database == live.name) {
+                let found = serde_json::from_value::<TableResult>(verified.result).ok();
+                live.update_table(&verified.table, |table| table.verification = found.map(|found| found.summary()));
+            }
             databases.push(Arc::new(live));
         }
         let status = Status {

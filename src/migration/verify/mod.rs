@@ -17,6 +17,7 @@
 //! Source and target are roles, not servers: after a cutover the same runs the other way round, along the reverse stream.
 
 pub mod align;
+pub mod definitions;
 mod descend;
 mod expression;
 mod table;
@@ -78,7 +79,7 @@ pub trait Observer: Send + Sync {
 }
 
 /// What the comparison of one table came to.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, schemars::JsonSchema)]
 pub struct TableResult {
     /// Schema, unquoted.
     pub schema: String,
@@ -99,10 +100,25 @@ impl TableResult {
     pub fn table(&self) -> QualifiedName {
         QualifiedName::new(&self.schema, &self.name)
     }
+
+    /// Nothing differs, and everything could be compared.
+    pub fn is_equal(&self) -> bool {
+        self.differences == 0 && self.problem.is_none()
+    }
+
+    /// One word for tables of tables.
+    pub fn summary(&self) -> String {
+        match (&self.problem, self.differences) {
+            (Some(_), _) => "not compared".to_owned(),
+            (None, 0) => "equal".to_owned(),
+            (None, 1) => "1 difference".to_owned(),
+            (None, differences) => format!("{differences} differences"),
+        }
+    }
 }
 
 /// One row that is not the same.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, schemars::JsonSchema)]
 pub struct RowDifference {
     /// What is wrong with it.
     pub kind: DifferenceKind,
@@ -110,8 +126,16 @@ pub struct RowDifference {
     pub key: Vec<Option<String>>,
 }
 
+impl RowDifference {
+    /// The key in one text, as a row is written.
+    pub fn shown_key(&self) -> String {
+        let parts: Vec<&str> = self.key.iter().map(|part| part.as_deref().unwrap_or("NULL")).collect();
+        format!("({})", parts.join(", "))
+    }
+}
+
 /// What can be wrong with a row.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, schemars::JsonSchema)]
 #[serde(rename_all = "kebab-case")]
 pub enum DifferenceKind {
     /// On both servers, not the same.

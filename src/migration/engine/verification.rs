@@ -1,0 +1,237 @@
+//! Verifies a migration: every table of every database against the source, with both live. What is found is durable table
+//! by table, so that an interrupted verification goes on where it was.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use async_trait::async_trait;
+
+use super::live::{DatabaseLive, Live};
+use super::{Engine, EngineError};
+use crate::catalog::migrations::{CatalogError, MigrationCatalog};
+use crate::ident::QualifiedName;
+use crate::migration::state::State;
+use crate::migration::verify::align::Sides;
+use crate::migration::verify::{self, Observer, TableResult, VerifyContext, definitions};
+use crate::migration::view::{Mode, VerificationView, VerifiedDatabase, VerifyReport};
+use crate::telemetry::metrics::Metrics;
+
+/// Which tables are compared.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Scope {
+    /// All of them; those that an interrupted run has compared are not read again.
+    Every,
+    /// Those that were never compared, that differed, or that were written to since.
+    Changed,
+}
+
+impl Engine {
+    /// Compares source and target, table by table and definition by definition. Comes back when all of it was compared.
+    pub async fn verify(&self, name: &str) -> Result<VerifyReport, EngineError> {
+        self.compare(name, Scope::Every).await
+    }
+
+    /// Makes sure that every table was found equal since it was last written to: compares again what was not.
+    pub async fn verify_changed(&self, name: &str) -> Result<VerifyReport, EngineError> {
+        self.compare(name, Scope::Changed).await
+    }
+
+    async fn compare(&self, name: &str, scope: Scope) -> Result<VerifyReport, EngineError> {
+        let (catalog, _actors) = self.owned()?;
+        let live = self.entry(name)?.live;
+        let Ok(_alone) = live.verifying.try_lock() else {
+            return Err(EngineError::BadRequest(format!("migration {name:?} is being verified already")));
+        };
+        let state = live.state();
+        let streams = match (state, live.spec.mode) {
+            (State::WaitingForCutoverTrigger, _) => true,
+            (State::Completed, Mode::Offline) => false,
+            _ => {
+                return Err(EngineError::BadRequest(format!(
+                    "migration {name:?} is {state}; it can be verified while it waits for its cutover, or when an offline migration is complete"
+                )));
+            }
+        };
+        let mut changes = self.changes();
+        // What was compared is on record; dropping the rest loses nothing.
+        tokio::select! {
+            report = Box::pin(self.compare_databases(&live, &catalog, scope, streams)) => report,
+            () = async { while live.state() == state && changes.changed().await.is_ok() {} } => {
+                live.set_verification(None);
+                Err(EngineError::Unavailable(format!("migration {name:?} is {} now", live.state())))
+            }
+            () = self.deps.tasks.stopping() => Err(EngineError::Unavailable("it is stopping".to_owned())),
+        }
+    }
+
+    async fn compare_databases(
+        &self,
+        live: &Arc<Live>,
+        catalog: &MigrationCatalog,
+        scope: Scope,
+        streams: bool,
+    ) -> Result<VerifyReport, EngineError> {
+        let began = tokio::time::Instant::now();
+        if scope == Scope::Every {
+            catalog.begin_verification(live.name()).await?;
+        }
+        let known = catalog.verified(live.name()).await?;
+        let mut work = Vec::new();
+        let (mut report, mut bytes_total) = (VerifyReport::default(), 0);
+        for database in &live.databases {
+            let mut wanted = Vec::new();
+            for (table, bytes) in database.table_sizes() {
+                let row = known.iter().find(|row| row.database == database.name && row.table == table);
+                let result = row.and_then(|row| serde_json::from_value::<TableResult>(row.result.clone()).ok());
+                let still = match scope {
+                    Scope::Every => true,
+                    Scope::Changed => {
+                        result.as_ref().is_some_and(TableResult::is_equal)
+                            && database.verified_changes(&table) == Some(database.changes(&table))
+                    }
+                };
+                match result.filter(|_| still) {
+                    Some(result) => report.add_table(&database.name, result),
+                    None => {
+                        bytes_total += bytes;
+                        wanted.push(table);
+                    }
+                }
+            }
+            work.push((database.clone(), wanted));
+        }
+        let progress = Arc::new(Progress {
+            bytes: AtomicU64::new(0),
+            rows: AtomicU64::new(0),
+            tables: AtomicU64::new(report.tables_compared),
+            differences: AtomicU64::new(report.differences),
+            bytes_total,
+            tables_total: live.databases.iter().map(|database| database.table_sizes().len() as u64).sum(),
+            began,
+            live: live.clone(),
+            metrics: self.deps.metrics.clone(),
+        });
+        progress.publish();
+        let outcome = self.compare_tables(live, catalog, work, streams, &progress, &mut report).await;
+        live.set_verification(None);
+        outcome?;
+        if scope == Scope::Every {
+            catalog.end_verification(live.name()).await?;
+        }
+        tracing::info!(
+            migration = live.name(),
+            tables = report.tables_compared,
+            rows = report.rows_compared,
+            differences = report.differences,
+            "verified"
+        );
+        Ok(report)
+    }
+
+    async fn compare_tables(
+        &self,
+        live: &Arc<Live>,
+        catalog: &MigrationCatalog,
+        work: Vec<(Arc<DatabaseLive>, Vec<QualifiedName>)>,
+        streams: bool,
+        progress: &Arc<Progress>,
+        report: &mut VerifyReport,
+    ) -> Result<(), EngineError> {
+        let (source, target) = self.connectors();
+        let config = &self.deps.config.migration;
+        for (database, wanted) in work {
+            let keeper = Keeper {
+                progress: progress.clone(),
+                catalog: catalog.clone(),
+                migration: live.name().to_owned(),
+                // Counted before the snapshot: a change that comes in between is compared, and asked for once more.
+                changes: wanted.iter().map(|table| (table.clone(), database.changes(table))).collect(),
+                database: database.clone(),
+            };
+            let context = VerifyContext {
+                sides: Sides {
+                    source: source.clone(),
+                    target: target.clone(),
+                    database: database.name.clone(),
+                    gate: streams.then(|| database.stream.gate.clone()),
+                },
+                workers: config.verify_workers,
+                load_percent: config.verify_load_percent,
+                observer: Arc::new(keeper),
+            };
+            let failed = |source| EngineError::Verify { database: database.name.clone(), source: Box::new(source) };
+            for result in verify::tables(&context, wanted).await.map_err(failed)? {
+                report.add_table(&database.name, result);
+            }
+            let found = definitions::compare(&context.sides).await.map_err(failed)?;
+            report.add_definitions(VerifiedDatabase { database: database.name.clone(), definitions: found });
+        }
+        Ok(())
+    }
+}
+
+/// How far a verification is.
+struct Progress {
+    bytes: AtomicU64,
+    rows: AtomicU64,
+    tables: AtomicU64,
+    differences: AtomicU64,
+    bytes_total: u64,
+    tables_total: u64,
+    began: tokio::time::Instant,
+    live: Arc<Live>,
+    metrics: Arc<Metrics>,
+}
+
+impl Progress {
+    fn publish(&self) {
+        let done = self.bytes.load(Ordering::Relaxed);
+        let elapsed = self.began.elapsed().as_secs_f64();
+        #[expect(clippy::cast_precision_loss, reason = "an estimate")]
+        let eta = (done > 0).then(|| elapsed * self.bytes_total.saturating_sub(done) as f64 / done as f64);
+        self.live.set_verification(Some(VerificationView {
+            tables_compared: self.tables.load(Ordering::Relaxed),
+            tables_total: self.tables_total,
+            rows_compared: self.rows.load(Ordering::Relaxed),
+            bytes_compared: done,
+            bytes_total: self.bytes_total,
+            differences: self.differences.load(Ordering::Relaxed),
+            eta_seconds: eta,
+        }));
+    }
+}
+
+/// Keeps the results of one database.
+struct Keeper {
+    progress: Arc<Progress>,
+    catalog: MigrationCatalog,
+    migration: String,
+    database: Arc<DatabaseLive>,
+    /// Row changes that each table had seen when it was about to be read.
+    changes: std::collections::HashMap<QualifiedName, u64>,
+}
+
+#[async_trait]
+impl Observer for Keeper {
+    fn moved(&self, rows: u64, bytes: u64) {
+        self.progress.rows.fetch_add(rows, Ordering::Relaxed);
+        self.progress.bytes.fetch_add(bytes, Ordering::Relaxed);
+        self.progress.metrics.verify_rows.inc_by(rows);
+        self.progress.publish();
+    }
+
+    async fn finished(&self, result: &TableResult) -> Result<(), CatalogError> {
+        let table = result.table();
+        let json = serde_json::to_value(result).unwrap_or_default();
+        self.catalog.set_verified(&self.migration, &self.database.name, &table, &json).await?;
+        self.database.update_table(&table, |live| {
+            live.verification = Some(result.summary());
+            live.verified_changes = self.changes.get(&table).copied();
+        });
+        self.progress.metrics.verify_mismatches.inc_by(result.differences);
+        self.progress.tables.fetch_add(1, Ordering::Relaxed);
+        self.progress.differences.fetch_add(result.differences, Ordering::Relaxed);
+        self.progress.publish();
+        Ok(())
+    }
+}

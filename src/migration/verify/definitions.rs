@@ -1,0 +1,169 @@
+//! The definitions of a database on both servers, object by object.
+//!
+//! Every kind of object that a migration carries over is written out by its own server and compared as text: what is on
+//! one server only, and what is defined differently. Servers of different majors write the same definition differently
+//! (qualified columns of views, EXECUTE PROCEDURE), so between those white space, parentheses and qualifications are left
+//! out first; what remains are names, types, operators and constants, in their order.
+//!
+//! Not compared: what a migration changes on purpose (replica identities), what it does not carry over (publications,
+//! subscriptions), and the members of extensions, which belong to the extension's version.
+
+use std::collections::BTreeMap;
+
+use serde::{Deserialize, Serialize};
+
+use super::VerifyError;
+use super::align::Sides;
+use crate::postgres::Control;
+
+/// Differences of one database that are listed.
+const LISTED: usize = 200;
+
+/// `kind`, `name`, `definition` of everything.
+const DEFINITIONS: &str = include_str!("definitions.sql");
+
+/// Where each sequence stands; null where it was never called.
+const SEQUENCES: &str = "
+SELECT format('%I.%I', n.nspname, c.relname), s.seqincrement, pg_sequence_last_value(c.oid)
+  FROM pg_sequence s JOIN pg_class c ON c.oid = s.seqrelid JOIN pg_namespace n ON n.oid = c.relnamespace
+ WHERE c.relpersistence <> 't' AND n.nspname !~ '^pg_' AND n.nspname NOT IN ('information_schema', 'pgcutover')";
+
+/// A definition that is not the same.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, schemars::JsonSchema)]
+pub struct DefinitionDifference {
+    /// `table`, `function`, …
+    pub kind: String,
+    /// Its name, with what it belongs to.
+    pub name: String,
+    /// `missing` on the target, `extra` there, `differs`, or `ahead` for a sequence that the target has used.
+    pub difference: String,
+}
+
+/// Compares the definitions, and sees to it that no sequence of the target is ahead of the source's. (Behind it they all
+/// are: a cutover sets them exactly.)
+pub async fn compare(sides: &Sides) -> Result<Vec<DefinitionDifference>, VerifyError> {
+    let source = sides.source.control(&sides.database, "verify-definitions").await?;
+    let target = sides.target.control(&sides.database, "verify-definitions").await?;
+    let alike = source.version_num() / 10_000 == target.version_num() / 10_000;
+    let found = differences(&read(&source, alike).await?, &read(&target, alike).await?);
+    // The target first: what the source gives out meanwhile only brings it further.
+    let (behind, ahead) = (sequences(&target).await?, sequences(&source).await?);
+    let ahead = behind.into_iter().filter_map(|(name, (increment, target))| {
+        let source = ahead.get(&name)?.1;
+        let beyond = match (target, source) {
+            (Some(target), Some(source)) => {
+                if increment > 0 {
+                    target > source
+                } else {
+                    target < source
+                }
+            }
+            (Some(_), None) => true,
+            (None, _) => false,
+        };
+        beyond.then(|| DefinitionDifference { kind: "sequence".to_owned(), name, difference: "ahead".to_owned() })
+    });
+    Ok(found.into_iter().chain(ahead).take(LISTED).collect())
+}
+
+type Definitions = BTreeMap<(String, String), String>;
+
+async fn read(server: &Control, alike: bool) -> Result<Definitions, VerifyError> {
+    let rows = server.query(DEFINITIONS, &[]).await.map_err(VerifyError::query("reading definitions"))?;
+    let mut definitions = Definitions::new();
+    for row in &rows {
+        let text: Option<&str> = row.get(2);
+        let text = text.unwrap_or_default();
+        let text = if alike { text.to_owned() } else { bare(text) };
+        // Objects of one name (overloads are told apart by their arguments) are written one behind the other.
+        let entry: &mut String = definitions.entry((row.get(0), row.get(1))).or_default();
+        entry.push_str(&text);
+        entry.push('\n');
+    }
+    Ok(definitions)
+}
+
+async fn sequences(server: &Control) -> Result<BTreeMap<String, (i64, Option<i64>)>, VerifyError> {
+    let rows = server.query(SEQUENCES, &[]).await.map_err(VerifyError::query("reading sequences"))?;
+    Ok(rows.iter().map(|row| (row.get(0), (row.get(1), row.get(2)))).collect())
+}
+
+fn differences(source: &Definitions, target: &Definitions) -> Vec<DefinitionDifference> {
+    let told = |(kind, name): &(String, String), difference: &str| DefinitionDifference {
+        kind: kind.clone(),
+        name: name.clone(),
+        difference: difference.to_owned(),
+    };
+    let here = source.iter().filter_map(|(object, definition)| match target.get(object) {
+        None => Some(told(object, "missing")),
+        Some(other) if other != definition => Some(told(object, "differs")),
+        Some(_) => None,
+    });
+    let there = target.keys().filter(|object| !source.contains_key(object)).map(|object| told(object, "extra"));
+    here.chain(there).collect()
+}
+
+/// The text without what majors write differently; quoted strings stay as they are.
+fn bare(text: &str) -> String {
+    let text = text.replace("EXECUTE PROCEDURE", "EXECUTE FUNCTION");
+    let mut bare = String::with_capacity(text.len());
+    // Where the identifier began that may turn out to be a qualification.
+    let mut word = 0;
+    let mut quoted = None;
+    for c in text.chars() {
+        match (quoted, c) {
+            (Some(quote), _) => {
+                bare.push(c);
+                if c == quote {
+                    quoted = None;
+                }
+            }
+            (None, '\'') => {
+                bare.push(c);
+                quoted = Some(c);
+                word = bare.len();
+            }
+            (None, '"') => {
+                bare.push(c);
+                quoted = Some(c);
+            }
+            (None, '.') if !bare[word..].is_empty() && !bare[word..].starts_with(|c: char| c.is_ascii_digit()) => {
+                bare.truncate(word);
+            }
+            (None, '(' | ')') => word = bare.len(),
+            (None, c) if c.is_whitespace() => word = bare.len(),
+            (None, c) if c.is_alphanumeric() || c == '_' || c == '$' => bare.push(c),
+            (None, c) => {
+                bare.push(c);
+                word = bare.len();
+            }
+        }
+    }
+    bare
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_majors_write_differently_is_left_out_and_nothing_else() {
+        assert_eq!(bare("SELECT t.a,\n  (t.b + 1.5) FROM s.t"), bare("SELECT a, b + 1.5 FROM t"));
+        assert_eq!(bare("EXECUTE PROCEDURE public.f()"), bare("EXECUTE FUNCTION f()"));
+        assert_ne!(bare("CHECK (a > 1)"), bare("CHECK (a > 2)"));
+        assert_ne!(bare("DEFAULT 'a b'"), bare("DEFAULT 'ab'"));
+        assert_ne!(bare("DEFAULT 1.5"), bare("DEFAULT 2.5"));
+        assert_eq!(bare("\"Odd \"\"x\".\"y\""), "\"y\"");
+    }
+
+    #[test]
+    fn each_kind_of_difference_is_named() {
+        let one = |name: &str, text: &str| (("table".to_owned(), name.to_owned()), text.to_owned());
+        let source = Definitions::from([one("a", "1"), one("b", "1"), one("c", "1")]);
+        let target = Definitions::from([one("b", "2"), one("c", "1"), one("d", "1")]);
+        let found: Vec<(String, String)> =
+            differences(&source, &target).into_iter().map(|found| (found.name, found.difference)).collect();
+        let wanted = [("a", "missing"), ("b", "differs"), ("d", "extra")];
+        assert_eq!(found, wanted.map(|(name, difference)| (name.to_owned(), difference.to_owned())));
+    }
+}
