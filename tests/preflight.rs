@@ -128,3 +128,76 @@ async fn a_server_that_cannot_be_reached_is_a_failed_rule() {
     assert_eq!(results["connect_target"].outcome, Outcome::Succeeded);
     assert!(!preflight::may_proceed(&results.into_values().collect::<Vec<_>>()));
 }
+
+/// For each rule: what makes it speak, what it must then name, and the fix after which it is silent.
+const MENDED: &[(&str, &str, &str, &str)] = &[
+    (
+        "wraparound",
+        "UPDATE pg_database SET datfrozenxid = '2694967296' WHERE datname = current_database()",
+        "of 2147483648",
+        "VACUUM (FREEZE)",
+    ),
+    (
+        "scheduled_jobs",
+        "CREATE SCHEMA cron; CREATE TABLE cron.job (jobid int PRIMARY KEY, active boolean); INSERT INTO cron.job VALUES (1, true)",
+        "1 active jobs",
+        "DELETE FROM cron.job",
+    ),
+    (
+        "index_search_path",
+        "CREATE FUNCTION keyed_by(int) RETURNS int LANGUAGE plpgsql IMMUTABLE AS 'BEGIN RETURN $1; END';
+         CREATE INDEX by_function ON t (keyed_by(id))",
+        "by_function calls public.keyed_by(integer)",
+        "ALTER FUNCTION keyed_by(int) SET search_path = public",
+    ),
+    (
+        "catalogue_grants",
+        "CREATE ROLE curious; GRANT SELECT ON pg_authid TO curious",
+        "SELECT to curious on pg_authid",
+        "REVOKE SELECT ON pg_authid FROM curious",
+    ),
+    (
+        "c_functions",
+        "CREATE FUNCTION in_c(internal) RETURNS void LANGUAGE c AS '$libdir/pgoutput', '_PG_output_plugin_init'",
+        "public.in_c(internal) in $libdir/pgoutput",
+        "DROP FUNCTION in_c(internal)",
+    ),
+    (
+        "text_only_types",
+        "CREATE TYPE shown; CREATE FUNCTION shown_in(cstring) RETURNS shown LANGUAGE internal IMMUTABLE STRICT AS 'textin';
+         CREATE FUNCTION shown_out(shown) RETURNS cstring LANGUAGE internal IMMUTABLE STRICT AS 'textout';
+         CREATE TYPE shown (INPUT = shown_in, OUTPUT = shown_out, LIKE = text);
+         CREATE TABLE has_shown (id int PRIMARY KEY, s shown)",
+        "public.has_shown.s is public.shown",
+        "ALTER TABLE has_shown ALTER s TYPE text USING NULL",
+    ),
+    (
+        "object_numbers",
+        "CREATE TABLE has_numbers (id int PRIMARY KEY, c regclass)",
+        "public.has_numbers.c is regclass",
+        "ALTER TABLE has_numbers ALTER c TYPE text",
+    ),
+];
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_fix_that_is_followed_makes_its_rule_silent() {
+    let rig = Rig::start();
+    rig.make_source("CREATE TABLE t (id int PRIMARY KEY); INSERT INTO t VALUES (1)").await;
+    let client = support::connect(&rig.source_cluster, DATABASE).await;
+    let before = validate(&rig, &rig.source, &rig.whole, false).await;
+    for (code, make, ..) in MENDED {
+        assert_eq!(before[*code].outcome, Outcome::Succeeded, "{:#?}", before[*code]);
+        client.batch_execute(make).await.unwrap_or_else(|error| panic!("{code}: {error:?}"));
+    }
+    let spoken = validate(&rig, &rig.source, &rig.whole, false).await;
+    for (code, _, named, fix) in MENDED {
+        let result = &spoken[*code];
+        assert_eq!(result.outcome, Outcome::Warning, "{result:#?}");
+        assert!(result.evidence.iter().any(|found| found.contains(named)), "{result:#?}");
+        client.batch_execute(fix).await.unwrap_or_else(|error| panic!("{code}: {error:?}"));
+    }
+    let after = validate(&rig, &rig.source, &rig.whole, false).await;
+    for (code, ..) in MENDED {
+        assert_eq!(after[*code].outcome, Outcome::Succeeded, "{:#?}", after[*code]);
+    }
+}

@@ -11,20 +11,20 @@ use crate::postgres::Control;
 const OURS: &str = "n.nspname NOT IN ('information_schema', 'pgcutover') AND n.nspname !~ '^pg_'";
 
 /// A rule that is a query for what must not be there.
-struct Finding {
-    code: &'static str,
-    why: &'static str,
-    fix: &'static str,
-    outcome: Outcome,
+pub(super) struct Finding {
+    pub(super) code: &'static str,
+    pub(super) why: &'static str,
+    pub(super) fix: &'static str,
+    pub(super) outcome: Outcome,
     /// Only where changes are streamed.
-    online: bool,
+    pub(super) online: bool,
     /// First and last version of the source that it applies to.
-    versions: (u32, u32),
+    pub(super) versions: (u32, u32),
     /// Yields one text for each finding; `{ours}` stands for [`OURS`].
-    query: &'static str,
+    pub(super) query: &'static str,
 }
 
-const EVERY: (u32, u32) = (0, u32::MAX);
+pub(super) const EVERY: (u32, u32) = (0, u32::MAX);
 
 const FINDINGS: &[Finding] = &[
     Finding {
@@ -182,7 +182,7 @@ pub(super) async fn check(
     };
     let mut results = vec![exists.succeeded()];
     results.extend(target_database(preflight, name, source, target).await);
-    for finding in FINDINGS {
+    for finding in FINDINGS.iter().chain(super::findings::FINDINGS) {
         results.push(find(preflight, name, &session, finding).await);
     }
     if preflight.mode == Mode::Online {

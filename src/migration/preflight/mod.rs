@@ -4,6 +4,7 @@
 //! be evaluated is Failed, never Succeeded.
 
 mod database;
+mod findings;
 mod instance;
 
 use tokio_postgres::types::ToSql;
