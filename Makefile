@@ -2,7 +2,7 @@
 
 CARGO ?= cargo
 
-.PHONY: demo test servers check help
+.PHONY: demo test random servers check help
 
 help: ## list the commands
 	@sed -n 's/^\([a-z]*\):.*## /  make \1	/p' Makefile
@@ -12,6 +12,9 @@ demo: servers ## move a live database between two throw-away servers; ends with 
 
 test: servers ## every test, documentation examples included
 	$(CARGO) test --no-fail-fast
+
+random: servers ## move random databases while everything is killed at random; SEEDS=200 for a night
+	RANDOM_SEEDS=$(or $(SEEDS),10) $(CARGO) test --test randomised -- --nocapture
 
 servers: ## make sure that PostgreSQL server programs are there
 	@bash tests/support/servers.sh

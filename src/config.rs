@@ -419,6 +419,15 @@ pub enum WithoutIdentity {
     Refuse,
 }
 
+/// What happens to changes of definitions on the source while a migration runs.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Ddl {
+    /// An event trigger refuses them, where the role may make one.
+    Refuse,
+    /// They are found out, and stop the stream or the cutover.
+    Detect,
+}
+
 /// `[migration]`
 #[derive(Clone, Debug)]
 pub struct Migration {
@@ -432,6 +441,8 @@ pub struct Migration {
     pub maintenance_work_mem: String,
     /// What is done with tables that have no usable replica identity.
     pub without_identity: WithoutIdentity,
+    /// What is done about changes of definitions on the source.
+    pub ddl: Ddl,
     /// Memory of the apply queue of one database, in bytes.
     pub apply_queue_bytes: usize,
     /// Directory with pg_dump; none: searched for, the newest wins.

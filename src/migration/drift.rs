@@ -4,12 +4,17 @@
 //! after a cutover, without an error anywhere. A column added to a table that nobody writes to says nothing either. So
 //! the definitions of both servers are compared before a cutover begins, and what the target lacks is named.
 //!
+//! A table that was dropped and made again has its name and its columns, and is in no publication all the same: every
+//! table of the migration must still be published.
+//!
 //! Compared are names, columns with their types, indexes, constraints and functions; objects of extensions belong to the
 //! extension's version and are left out.
 
 use std::collections::BTreeSet;
 
 use tokio_postgres::GenericClient;
+
+use crate::ident::QualifiedName;
 
 /// Differences that are named; the rest is counted.
 const NAMED: usize = 5;
@@ -68,15 +73,30 @@ impl std::fmt::Display for Drift {
     }
 }
 
-/// Compares the definitions of one database; none when the target has everything.
+/// Compares the definitions of one database; none when the target has everything, and `tables` are all in `publication`.
 pub async fn compare(
     source: &impl GenericClient,
     target: &impl GenericClient,
+    publication: &str,
+    tables: &[QualifiedName],
 ) -> Result<Option<Drift>, tokio_postgres::Error> {
-    let wanted = definitions(source).await?;
+    let mut wanted = definitions(source).await?;
     let found = definitions(target).await?;
+    let (schemas, names): (Vec<&str>, Vec<&str>) =
+        tables.iter().map(|table| (table.schema.as_str(), table.name.as_str())).unzip();
+    for row in source.query(UNPUBLISHED, &[&schemas, &names, &publication]).await? {
+        // The target lacks their rows, whatever its definitions are.
+        wanted.insert(format!("changes of table {}", row.get::<_, &str>(0)));
+    }
     Ok(missing(&wanted, &found))
 }
+
+/// Those of the tables `$1.$2` that are not in publication `$3` any more.
+const UNPUBLISHED: &str = "
+SELECT pg_catalog.format('%I.%I', t.s, t.n)
+  FROM ROWS FROM (pg_catalog.unnest($1::text[]), pg_catalog.unnest($2::text[])) AS t (s, n)
+ WHERE NOT EXISTS (SELECT FROM pg_catalog.pg_publication_tables p
+                    WHERE p.pubname = $3 AND p.schemaname = t.s AND p.tablename = t.n)";
 
 async fn definitions(client: &impl GenericClient) -> Result<BTreeSet<String>, tokio_postgres::Error> {
     Ok(client.query(DEFINITIONS, &[]).await?.iter().map(|row| row.get(0)).collect())

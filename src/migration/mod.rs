@@ -10,6 +10,7 @@
 
 pub mod apply;
 pub mod copy;
+pub mod ddl;
 pub mod drift;
 pub mod engine;
 pub mod gate;

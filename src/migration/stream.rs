@@ -343,14 +343,14 @@ async fn attempt(context: &StreamContext, status: &StreamStatus) -> Result<Never
 
     let applier = Applier::new(
         Planner::new(context.hand_overs.clone()),
-        (context.queue_bytes, PERMIT_BYTES),
         executor,
         target,
         &progress,
         status.applied.clone(),
         Tally { tables: status.counters.clone(), metrics: context.metrics.clone() },
         context.failpoints.clone(),
-    );
+    )
+    .from_queue(context.queue_bytes, PERMIT_BYTES);
     // Whichever ends first ends the attempt; the others are dropped: the socket to the source is closed, and the
     // target rolls back what was not committed.
     tokio::select! {

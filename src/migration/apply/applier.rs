@@ -194,10 +194,9 @@ struct Done {
 }
 
 impl Applier {
-    /// Goes on from `progress`. `queue` is the size of the queue's memory and of one permit of it, in bytes.
+    /// Goes on from `progress`.
     pub fn new(
         planner: Planner,
-        queue: (usize, usize),
         executor: Executor,
         control: Arc<Control>,
         progress: &Progress,
@@ -213,7 +212,7 @@ impl Applier {
         let applied = Arc::new(applied);
         let intake = Intake {
             planner,
-            gatherer: Gatherer::new(queue.0, queue.1),
+            gatherer: Gatherer::default(),
             control,
             applied: applied.clone(),
             commit_lsn: progress.commit_lsn,
@@ -222,6 +221,13 @@ impl Applier {
             handed_at: Instant::now(),
         };
         Self { intake, worker: Worker { executor, applied, tally, failpoints, done: Done::default() } }
+    }
+
+    /// Takes changes from a queue with so much memory, of which one permit stands for `permit_bytes`.
+    #[must_use]
+    pub fn from_queue(mut self, queue_bytes: usize, permit_bytes: usize) -> Self {
+        self.intake.gatherer = Gatherer::new(queue_bytes, permit_bytes);
+        self
     }
 
     /// Applies until something fails. Dropping it in between loses nothing: the target rolls an open transaction back.

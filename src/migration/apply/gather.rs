@@ -106,6 +106,12 @@ impl Counts {
     }
 }
 
+impl Default for Gatherer {
+    fn default() -> Self {
+        Self::new(usize::MAX, 1)
+    }
+}
+
 impl Gatherer {
     /// For a queue of `queue_bytes`, of which one permit stands for `permit_bytes`. A piece must never need more than
     /// there is: nothing more could be read, and it would wait for more for ever.

@@ -308,7 +308,7 @@ impl Actor {
     /// Drops the forward slots and publications; tried again until it has succeeded.
     async fn end_stream(&mut self) {
         let is_stream = |object: &crate::catalog::journal::MadeObject| {
-            object.side == Side::Source && matches!(object.kind.as_str(), "slot" | "publication")
+            object.side == Side::Source && matches!(object.kind.as_str(), "slot" | "publication" | "event_trigger")
         };
         match Box::pin(cancel::undo(&self.context, is_stream)).await {
             Ok(undone) => {

@@ -17,9 +17,11 @@ use crate::postgres::Control;
 fn rank(object: &MadeObject) -> u8 {
     match object.kind.as_str() {
         "slot" => 0,
-        "publication" => 1,
-        "replica_identity" => 2,
-        _ => 3,
+        // Before anything else of ours is changed there.
+        "event_trigger" => 1,
+        "publication" => 2,
+        "replica_identity" => 3,
+        _ => 4,
     }
 }
 

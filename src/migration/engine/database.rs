@@ -16,9 +16,11 @@ use crate::catalog::journal::{Journal, MadeObject, Side};
 use crate::catalog::progress::{self, LANE};
 use crate::catalog::tables::{DatabaseRow, TableRow, TableState};
 use crate::catalog::{Place, bootstrap};
+use crate::config::Ddl;
 use crate::ident::{QualifiedName, quote_literal};
 use crate::lsn::Lsn;
 use crate::migration::copy::{self, CopyContext, SourceTable, Stage};
+use crate::migration::ddl::{self, DdlError};
 use crate::migration::identity::{self, Remedy};
 use crate::migration::schema::{self, Archive, Existing, PgDump, RestoreFailure, RestoreTarget};
 use crate::migration::sequences::SequencePair;
@@ -168,6 +170,9 @@ impl DatabaseWork {
         journal.record(&self.made(Side::Source, "schema", "pgcutover", undo)).await?;
         bootstrap(&source, Place::SourceDatabase).await?;
 
+        if self.context.config.migration.ddl == Ddl::Refuse {
+            self.refuse_ddl(&source, &journal).await?;
+        }
         let identities = identity::plan(&source, self.context.config.migration.without_identity).await?;
         let refused = identities.iter().filter(|table| table.remedy == Remedy::Refuse);
         let refused: Vec<String> = refused.map(|table| table.table.to_string()).collect();
@@ -209,6 +214,26 @@ impl DatabaseWork {
         row.barrier = Some(publication::barrier(&mut source).await?);
         self.context.failpoints.hit("engine.after_barrier").await?;
         self.completed(row, Step::Published).await
+    }
+
+    /// Has the source refuse changes of definitions, where the role may do that.
+    async fn refuse_ddl(&self, source: &Control, journal: &Journal) -> Result<(), WorkError> {
+        let undo = ddl::UNDO_SQL.to_owned();
+        journal.record(&self.made(Side::Source, "event_trigger", "pgcutover_ddl", undo)).await?;
+        match ddl::refuse(&**source, self.migration()).await {
+            Ok(()) => Ok(()),
+            Err(DdlError::NotAllowed) => {
+                tracing::warn!(
+                    migration = self.migration(),
+                    database = self.live.name,
+                    "the role may not create event triggers: changes of definitions are not refused, only found out"
+                );
+                Ok(())
+            }
+            Err(DdlError::Query(source)) => {
+                Err(WorkError::Query { doing: "making the event trigger that refuses DDL on the source", source })
+            }
+        }
     }
 
     async fn not_somebody_elses(

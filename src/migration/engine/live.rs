@@ -321,6 +321,11 @@ impl DatabaseLive {
         self.lock().tables.get(table).and_then(|table| table.verified_changes)
     }
 
+    /// The tables that are migrated.
+    pub(super) fn table_names(&self) -> Vec<QualifiedName> {
+        self.lock().tables.keys().cloned().collect()
+    }
+
     /// How many tables are in each state.
     pub(super) fn table_states(&self) -> BTreeMap<&'static str, i64> {
         let mut states = BTreeMap::new();

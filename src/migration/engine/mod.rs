@@ -343,7 +343,7 @@ impl Engine {
         for database in &live.databases {
             let source = self.deps.source.control(&database.name, "drift").await?;
             let target = self.deps.target.control(&database.name, "drift").await?;
-            let compared = drift::compare(&*source, &*target).await;
+            let compared = drift::compare(&*source, &*target, &database.publication, &database.table_names()).await;
             let drift = compared.map_err(|source| EngineError::Drift { database: database.name.clone(), source })?;
             if let Some(drift) = drift {
                 return Err(EngineError::Drifted { database: database.name.clone(), drift });

@@ -9,6 +9,7 @@ use tokio_postgres::{Error, Transaction};
 
 use super::toc::{Entry, Toc};
 use crate::ident::{QualifiedName, quote_ident};
+use crate::migration::ddl;
 
 /// A dump, cut into entries and sorted.
 #[derive(Clone, Debug)]
@@ -115,6 +116,10 @@ fn sort(toc: Toc, owners: &HashMap<(u32, u32), Owner>) -> Archive {
         toc.entries.iter().position(|entry| POST_DATA.contains(&entry.kind.as_str())).unwrap_or(toc.entries.len());
     let mut late: HashSet<u32> = HashSet::new();
     for (at, entry) in toc.entries.into_iter().enumerate() {
+        // Refuses changes of the source's definitions, and only there.
+        if entry.kind == "EVENT TRIGGER" && ddl::is_own_trigger(&entry.name) {
+            continue;
+        }
         let owner = owners.get(&(entry.class_oid, entry.oid));
         if at < boundary {
             archive.pre_data.push(entry);

@@ -19,11 +19,14 @@ use crate::postgres::{Frame, RawConnection, RawError, Stream};
 /// while they decode a long transaction of which nothing is published.
 const MAX_SILENCE: Duration = Duration::from_secs(600);
 
-/// Read from the socket at a time, at least.
-const READ_BYTES: usize = 64 * 1024;
+/// Memory that messages are read into, piece by piece.
+const READ_BYTES: usize = 256 * 1024;
 
-/// A read that brings this much, and not all it could have, is followed by others: worth a nap.
-const BUSY_BYTES: usize = 4096;
+/// Read from the socket at a time, at least.
+const MIN_ROOM_BYTES: usize = 32 * 1024;
+
+/// When so much has come within so short a time, more will come: worth a nap.
+const BUSY: (usize, Duration) = (4096, Duration::from_millis(10));
 
 /// How long the reading thread sleeps then.
 const NAP: Duration = Duration::from_millis(1);
@@ -100,8 +103,10 @@ pub struct ReplicationStream {
     label: String,
     feedback: Feedback,
     own_thread: bool,
-    /// Bytes that the last read brought.
-    last_read: usize,
+    /// When the last nap ended, or little came, and the bytes that have come since.
+    window: (Instant, usize),
+    /// The last read took as much as it had room for.
+    more: bool,
     /// Holds the writing half; ended by [`Self::stop`] or by dropping.
     writer: JoinHandle<io::Result<()>>,
 }
@@ -120,7 +125,8 @@ impl ReplicationStream {
         let (outgoing, said) = watch::channel(Outgoing::default());
         let writer = tokio::spawn(write_statuses(write_half, said, period));
         let feedback = Feedback { outgoing: Arc::new(outgoing) };
-        Self { socket, read_buf: connection.read_buf, label, feedback, own_thread: false, last_read: 0, writer }
+        let window = (Instant::now(), 0);
+        Self { socket, read_buf: connection.read_buf, label, feedback, own_thread: false, window, more: false, writer }
     }
 
     /// A handle to report positions with.
@@ -202,6 +208,18 @@ impl ReplicationStream {
         Ok(())
     }
 
+    /// Sleeps, with the whole thread, while changes come without end.
+    fn nap(&mut self) {
+        let (since, bytes) = self.window;
+        let passed = since.elapsed();
+        if bytes >= BUSY.0 && passed < BUSY.1 {
+            std::thread::sleep(NAP);
+        } else if passed < BUSY.1 {
+            return;
+        }
+        self.window = (Instant::now(), 0);
+    }
+
     fn frame_at_hand(&mut self) -> Result<Option<Frame>, RawError> {
         take_frame(&mut self.read_buf, MAX_FRAME_BYTES).map_err(|what| self.violation(what))
     }
@@ -211,13 +229,20 @@ impl ReplicationStream {
             if let Some(frame) = self.frame_at_hand()? {
                 return Ok(frame);
             }
-            if self.own_thread && (BUSY_BYTES..READ_BYTES).contains(&self.last_read) {
-                std::thread::sleep(NAP);
+            if self.own_thread && !self.more {
+                self.nap();
             }
-            self.read_buf.reserve(READ_BYTES);
+            // Messages keep the whole piece of memory that they were read into: it is used up before there is another.
+            if self.read_buf.capacity() - self.read_buf.len() < MIN_ROOM_BYTES {
+                self.read_buf.reserve(READ_BYTES);
+            }
+            let room = self.read_buf.capacity() - self.read_buf.len();
             match tokio::time::timeout(MAX_SILENCE, self.socket.read_buf(&mut self.read_buf)).await {
                 Ok(Ok(0)) => return Err(self.lost(io::ErrorKind::UnexpectedEof.into())),
-                Ok(Ok(read)) => self.last_read = read,
+                Ok(Ok(read)) => {
+                    self.window.1 += read;
+                    self.more = read == room;
+                }
                 Ok(Err(error)) => return Err(self.lost(error)),
                 Err(_) => return Err(self.lost(io::ErrorKind::TimedOut.into())),
             }

@@ -1,0 +1,88 @@
+//! Keeps definitions on the source as they are while a migration runs, where rights allow it.
+//!
+//! No logical stream carries definitions. Where the configuration says so, an event trigger on the source refuses whatever
+//! would change them, with a message that says why and what to do. Temporary objects may come and go. It fires for
+//! nobody with `session_replication_role = replica`, and passes over sessions of pgcutover by their application name: it is
+//! a guard against a mistake, not against ill will, and [`drift`](super::drift) looks again before a cutover.
+//!
+//! It must never outlive the migration: it is in the journal before it is made, and it is not restored on the target.
+
+use tokio_postgres::GenericClient;
+
+use crate::ident::quote_literal;
+
+/// Name of both event triggers is this with what they wait for behind it.
+const TRIGGER: &str = "pgcutover_ddl";
+
+/// Removes it all; nothing when it is not there.
+pub const UNDO_SQL: &str = "DROP EVENT TRIGGER IF EXISTS pgcutover_ddl_end; \
+    DROP EVENT TRIGGER IF EXISTS pgcutover_ddl_drop; DROP FUNCTION IF EXISTS pgcutover.refuse_ddl()";
+
+/// Whether an event trigger is one of ours.
+pub fn is_own_trigger(name: &str) -> bool {
+    name.starts_with(TRIGGER)
+}
+
+/// Why nothing was made.
+#[derive(Debug, thiserror::Error)]
+pub enum DdlError {
+    /// The role may not create event triggers.
+    #[error("the role may not create event triggers on the source")]
+    NotAllowed,
+    /// A statement failed.
+    #[error("the event trigger that refuses changes of definitions could not be made on the source")]
+    Query(#[from] tokio_postgres::Error),
+}
+
+/// Makes the event triggers of `migration`, anew where they are there already.
+pub async fn refuse(source: &impl GenericClient, migration: &str) -> Result<(), DdlError> {
+    let made = source.batch_execute(&create_sql(migration)).await;
+    made.map_err(|error| match error.code() {
+        Some(code) if code.code() == "42501" => DdlError::NotAllowed,
+        Some(_) | None => DdlError::Query(error),
+    })
+}
+
+/// Sent as one query, which is one transaction.
+fn create_sql(migration: &str) -> String {
+    let detail = format!("The database is being moved by the pgcutover migration {migration}.");
+    format!(
+        "{UNDO_SQL};
+CREATE FUNCTION pgcutover.refuse_ddl() RETURNS event_trigger LANGUAGE plpgsql SET search_path = pg_catalog AS $body$
+DECLARE
+    what text;
+BEGIN
+    IF pg_catalog.current_setting('application_name') LIKE 'pgcutover/%' THEN
+        RETURN;
+    END IF;
+    IF TG_EVENT = 'sql_drop' THEN
+        SELECT d.object_type || ' ' || d.object_identity INTO what
+          FROM pg_catalog.pg_event_trigger_dropped_objects() d WHERE d.original AND NOT d.is_temporary LIMIT 1;
+    ELSE
+        SELECT coalesce(d.object_type || ' ' || d.object_identity, '') INTO what
+          FROM pg_catalog.pg_event_trigger_ddl_commands() d
+         WHERE d.command_tag <> 'REFRESH MATERIALIZED VIEW' AND d.schema_name IS DISTINCT FROM 'pg_temp' LIMIT 1;
+    END IF;
+    IF FOUND THEN
+        RAISE EXCEPTION '% is refused while the database is being moved: %', TG_TAG, what
+            USING ERRCODE = 'object_not_in_prerequisite_state', DETAIL = {detail},
+                  HINT = 'Wait until the migration is complete, or cancel it.';
+    END IF;
+END
+$body$;
+CREATE EVENT TRIGGER {TRIGGER}_end ON ddl_command_end EXECUTE PROCEDURE pgcutover.refuse_ddl();
+CREATE EVENT TRIGGER {TRIGGER}_drop ON sql_drop EXECUTE PROCEDURE pgcutover.refuse_ddl()",
+        detail = quote_literal(&detail),
+    )
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_migration_is_named_and_only_our_triggers_are_ours() {
+        assert!(create_sql("it's").contains("migration it''s."));
+        assert!(is_own_trigger("pgcutover_ddl_end") && !is_own_trigger("somebody_elses"));
+    }
+}

@@ -1,0 +1,83 @@
+//! Changes of definitions on the source while a migration runs: refused where that is configured, and found out in any
+//! case before a cutover.
+
+mod support;
+
+use support::daemon::{Daemon, DaemonOptions};
+use support::{connect, two_clusters, wait_for};
+
+const NAME: &str = "move";
+
+const TABLES: &str = "CREATE TABLE a (id int PRIMARY KEY, v text); CREATE TABLE b (id int PRIMARY KEY);
+    CREATE MATERIALIZED VIEW m AS SELECT count(*) FROM a; INSERT INTO a VALUES (1, 'x'); INSERT INTO b VALUES (1);";
+
+async fn ready(daemon: &Daemon) {
+    wait_for("the migration to be ready", || async {
+        let view = daemon.json(&["migration", "show", NAME]);
+        assert!(view["error"].is_null(), "{view}");
+        view["substate"] == "WaitingForCutoverTrigger"
+    })
+    .await;
+}
+
+const OURS: &str = "SELECT count(*) FROM pg_event_trigger WHERE evtname LIKE 'pgcutover%'";
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn changes_are_refused_until_the_migration_ends() {
+    let (source, target) = two_clusters();
+    connect(&source, "postgres").await.batch_execute("CREATE DATABASE shop").await.expect("made");
+    let client = connect(&source, "shop").await;
+    client.batch_execute(TABLES).await.expect("tables");
+    let options = DaemonOptions::default()
+        .section("migration", "ddl = \"refuse\"")
+        .section("cutover", "max_pause = \"60s\"\ndrain_timeout = \"30s\"");
+    let daemon = Daemon::start(&source, &target, options);
+    daemon.must(&["migration", "create", NAME, "--database", "shop"]);
+    ready(&daemon).await;
+    for refused in [
+        "ALTER TABLE a ADD c int",
+        "CREATE TABLE c (id int)",
+        "DROP TABLE b",
+        "CREATE FUNCTION f() RETURNS int LANGUAGE sql AS 'SELECT 1'",
+    ] {
+        let error = client.batch_execute(refused).await.expect_err(refused);
+        let error = error.as_db_error().expect("the server's");
+        assert_eq!(error.code().code(), "55000", "{refused}: {error}");
+        assert!(error.message().contains("while the database is being moved"), "{refused}: {error}");
+        assert!(error.detail().is_some_and(|detail| detail.contains(NAME)) && error.hint().is_some(), "{refused}");
+    }
+    for allowed in [
+        "CREATE TEMP TABLE t (id serial PRIMARY KEY, v text); CREATE INDEX ON t (v); DROP TABLE t",
+        "REFRESH MATERIALIZED VIEW m",
+        "INSERT INTO a VALUES (2, 'y')",
+        "TRUNCATE b",
+    ] {
+        client.batch_execute(allowed).await.unwrap_or_else(|error| panic!("{allowed}: {error:?}"));
+    }
+    let on_target: i64 = connect(&target, "shop").await.query_one(OURS, &[]).await.expect("counted").get(0);
+    assert_eq!(on_target, 0, "it is the source's alone");
+
+    daemon.must(&["migration", "cancel", NAME]);
+    wait_for("everything to be removed", || async {
+        client.query_one(OURS, &[]).await.expect("counted").get::<_, i64>(0) == 0
+    })
+    .await;
+    client.batch_execute("ALTER TABLE a ADD c int").await.expect("allowed again");
+}
+
+/// A table that was made again has its old name and its old columns, and nobody streams its rows.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_table_that_was_made_again_stops_the_cutover() {
+    let (source, target) = two_clusters();
+    connect(&source, "postgres").await.batch_execute("CREATE DATABASE shop").await.expect("made");
+    let client = connect(&source, "shop").await;
+    client.batch_execute(TABLES).await.expect("tables");
+    let daemon = Daemon::start(&source, &target, DaemonOptions::default());
+    daemon.must(&["migration", "create", NAME, "--database", "shop"]);
+    ready(&daemon).await;
+    let again = "DROP TABLE b; CREATE TABLE b (id int PRIMARY KEY); INSERT INTO b VALUES (2)";
+    client.batch_execute(again).await.expect("made again");
+    let output = daemon.command(&["migration", "cutover", NAME]);
+    let told = format!("{}{}", String::from_utf8_lossy(&output.stdout), String::from_utf8_lossy(&output.stderr));
+    assert!(!output.status.success() && told.contains("changes of table public.b"), "{told}");
+}

@@ -1,0 +1,135 @@
+//! Random databases, moved while random transactions run and the engine, the source and the target are killed at random.
+//! Afterwards source and target are equal.
+//!
+//! `make random SEEDS=200` runs that many seeds; a seed is printed before it begins, and
+//! `RANDOM_SEED=… cargo test --test randomised` runs that one alone. The statements of a seed are always the same; how they
+//! meet each other and the kills is not.
+
+#[path = "../support/mod.rs"]
+mod support;
+
+mod schema;
+mod workload;
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::time::Duration;
+
+use pgcutover::demo::cluster::{Cluster, Stop};
+use pgcutover::demo::compare;
+use rand::rngs::StdRng;
+use rand::{Rng as _, SeedableRng as _};
+use support::daemon::{Daemon, DaemonOptions};
+use support::{connect, two_clusters_with, wait_for, wait_for_within};
+use workload::Workload;
+
+/// A migration under load and kills on a busy machine.
+const MIGRATION_PATIENCE: Duration = Duration::from_secs(240);
+
+const WRITERS: u64 = 3;
+
+fn from_environment(name: &str) -> Option<u64> {
+    std::env::var(name).ok().and_then(|text| text.parse().ok())
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_random_database_arrives_whole_whatever_is_killed() {
+    let seeds: Vec<u64> = match from_environment("RANDOM_SEED") {
+        Some(seed) => vec![seed],
+        None => (0..from_environment("RANDOM_SEEDS").unwrap_or(2)).map(|_| u64::from(rand::random::<u32>())).collect(),
+    };
+    let settings = |options: pgcutover::demo::cluster::ClusterOptions| {
+        options.setting("max_prepared_transactions", "10").setting("max_replication_slots", "20")
+    };
+    let (mut source, mut target) = two_clusters_with(settings, settings);
+    for (number, seed) in seeds.iter().enumerate() {
+        println!("RANDOM_SEED={seed} ({} of {})", number + 1, seeds.len());
+        one(&mut source, &mut target, *seed).await;
+    }
+}
+
+/// One database from the first table to the comparison.
+async fn one(source: &mut Cluster, target: &mut Cluster, seed: u64) {
+    let mut dice = StdRng::seed_from_u64(seed);
+    let database = format!("seed_{seed}");
+    let (tables, sql) = schema::tables(&mut dice, source.major());
+    connect(source, "postgres").await.batch_execute(&format!("CREATE DATABASE {database}")).await.expect("made");
+    let client = connect(source, &database).await;
+    client.batch_execute(&sql).await.unwrap_or_else(|error| panic!("{error:?}\n{sql}"));
+    drop(client);
+    let workload = Arc::new(Workload {
+        tables,
+        config: source.config(&database),
+        stop: AtomicBool::new(false),
+        committed: AtomicU64::new(0),
+    });
+    let writers: Vec<_> =
+        (0..WRITERS).map(|number| tokio::spawn(workload::write(workload.clone(), seed, number))).collect();
+    wait_for("something to copy", || async { workload.committed.load(Ordering::Relaxed) > 100 }).await;
+
+    let mut daemon = Daemon::start(source, target, DaemonOptions::default());
+    let name = format!("move-{seed}");
+    daemon.must(&["migration", "create", &name, "--database", &database, "--option", "migrate"]);
+    for _ in 0..dice.random_range(3..8) {
+        tokio::time::sleep(Duration::from_millis(dice.random_range(100..1500))).await;
+        match dice.random_range(0..4) {
+            0 | 1 => daemon.restart(),
+            2 => source.restart(Stop::Immediate).expect("the source comes back"),
+            _ => target.restart(Stop::Immediate).expect("the target comes back"),
+        }
+        // An application without a server is no load.
+        let more = workload.committed.load(Ordering::Relaxed) + dice.random_range(10..150);
+        wait_for("the writers to go on", || async { workload.committed.load(Ordering::Relaxed) > more }).await;
+    }
+    workload.stop.store(true, Ordering::Relaxed);
+    for writer in writers {
+        writer.await.expect("no panic");
+    }
+    end_prepared(source, &database).await;
+    wait_for_within(MIGRATION_PATIENCE, "the migration to be ready", || async {
+        let state = state(&daemon, &name);
+        assert!(!state.contains("Fail"), "{state}\n{sql}");
+        state == "WaitingForCutoverTrigger"
+    })
+    .await;
+    let (from, to) = (connect(source, &database).await, connect(target, &database).await);
+    let mut differences = Vec::new();
+    // What was committed last may still be on its way; nothing more comes.
+    for _ in 0..200 {
+        differences = compare::differences(&from, &to).await.expect("both can be read");
+        // Sequences are set by a cutover.
+        differences.retain(|difference| !difference.starts_with("sequence"));
+        if differences.is_empty() {
+            break;
+        }
+        tokio::time::sleep(Duration::from_millis(100)).await;
+    }
+    assert_eq!(differences, Vec::<String>::new(), "\n{sql}");
+    println!("  {} transactions, equal", workload.committed.load(Ordering::Relaxed));
+    drop((from, to));
+    daemon.must(&["migration", "cancel", &name]);
+    daemon.kill();
+    for (cluster, database) in [(&*source, &database), (&*target, &database)] {
+        let admin = connect(cluster, "postgres").await;
+        let drop = format!("DROP DATABASE {database}");
+        wait_for("nobody in the database", || async { admin.batch_execute(&drop).await.is_ok() }).await;
+    }
+}
+
+fn state(daemon: &Daemon, name: &str) -> String {
+    let output = daemon.command(&["migration", "show", name, "--output", "json"]);
+    let Ok(view) = serde_json::from_slice::<serde_json::Value>(&output.stdout) else { return "no answer".to_owned() };
+    let substate = view["substate"].as_str().unwrap_or("?").to_owned();
+    if view["error"].is_null() { substate } else { format!("{substate}: {}", view["error"]) }
+}
+
+/// A crash leaves transactions that were prepared and neither committed nor rolled back.
+async fn end_prepared(source: &Cluster, database: &str) {
+    let client = connect(source, database).await;
+    let sql = "SELECT gid FROM pg_prepared_xacts WHERE database = current_database() ORDER BY gid";
+    for (number, row) in client.query(sql, &[]).await.expect("listed").iter().enumerate() {
+        let gid: &str = row.get(0);
+        let how = if number % 2 == 0 { "COMMIT" } else { "ROLLBACK" };
+        client.batch_execute(&format!("{how} PREPARED '{gid}'")).await.expect("ended");
+    }
+}

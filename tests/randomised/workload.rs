@@ -1,0 +1,172 @@
+//! Random transactions: any change of any table, savepoints, aborts, two-phase commits. What fails is rolled back, as
+//! an application would.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::time::Duration;
+
+use rand::rngs::StdRng;
+use rand::{Rng as _, SeedableRng as _};
+use tokio_postgres::Client;
+
+use crate::schema::{Key, Table, literal};
+use crate::support::try_connect;
+
+/// Keys come from a small range, so that transactions meet.
+const KEYS: i32 = 60;
+
+/// What all writers share.
+pub struct Workload {
+    pub tables: Vec<Table>,
+    pub config: tokio_postgres::Config,
+    pub stop: AtomicBool,
+    pub committed: AtomicU64,
+}
+
+/// Writes until told to stop, connecting again whenever the server was away.
+pub async fn write(workload: Arc<Workload>, seed: u64, number: u64) {
+    let mut dice = StdRng::seed_from_u64(seed.wrapping_mul(31).wrapping_add(number));
+    let mut prepared = 0;
+    while !workload.stop.load(Ordering::Relaxed) {
+        let Ok(client) = try_connect(&workload.config).await else {
+            tokio::time::sleep(Duration::from_millis(100)).await;
+            continue;
+        };
+        while !workload.stop.load(Ordering::Relaxed) && !client.is_closed() {
+            prepared += 1;
+            let name = format!("writer {number} {prepared}");
+            if transaction(&client, &workload.tables, &mut dice, &name).await {
+                workload.committed.fetch_add(1, Ordering::Relaxed);
+            }
+            tokio::time::sleep(Duration::from_millis(dice.random_range(0..4))).await;
+        }
+    }
+}
+
+/// Whether it committed.
+async fn transaction(client: &Client, tables: &[Table], dice: &mut StdRng, name: &str) -> bool {
+    let single = dice.random_ratio(1, 3);
+    let mut failed = false;
+    if !single {
+        failed |= client.batch_execute("BEGIN").await.is_err();
+    }
+    for _ in 0..if single { 1 } else { dice.random_range(1..9) } {
+        // The dice fall the same way whether or not a statement succeeds.
+        let savepoint = !single && dice.random_ratio(1, 4);
+        let back = dice.random_ratio(1, 2);
+        let sql = statement(tables, dice);
+        if failed {
+            continue;
+        }
+        if savepoint {
+            failed |= client.batch_execute("SAVEPOINT s").await.is_err();
+        }
+        let done = client.batch_execute(&sql).await;
+        if savepoint && (back || done.is_err()) {
+            failed |= client.batch_execute("ROLLBACK TO SAVEPOINT s").await.is_err();
+        } else {
+            failed |= done.is_err();
+        }
+    }
+    let (abort, two_phase) = (dice.random_ratio(1, 6), dice.random_ratio(1, 8));
+    if single {
+        return !failed;
+    }
+    if failed || abort {
+        let _ = client.batch_execute("ROLLBACK").await;
+        return false;
+    }
+    if two_phase {
+        let commit = format!("COMMIT PREPARED '{name}'");
+        if client.batch_execute(&format!("PREPARE TRANSACTION '{name}'")).await.is_err() {
+            let _ = client.batch_execute("ROLLBACK").await;
+            return false;
+        }
+        return client.batch_execute(&commit).await.is_ok();
+    }
+    client.batch_execute("COMMIT").await.is_ok()
+}
+
+fn statement(tables: &[Table], dice: &mut StdRng) -> String {
+    match dice.random_range(0..20) {
+        0 => format!("INSERT INTO base VALUES ({}, 'x') ON CONFLICT DO NOTHING", dice.random_range(0..KEYS)),
+        1 => format!("UPDATE base SET v = v || 'y' WHERE k = {}", dice.random_range(0..KEYS)),
+        2 => {
+            format!("INSERT INTO derived VALUES ({}, 'd', 1) ON CONFLICT DO NOTHING", 1000 + dice.random_range(0..KEYS))
+        }
+        3 => format!("DELETE FROM derived WHERE k = {}", 1000 + dice.random_range(0..KEYS)),
+        4 => "INSERT INTO nothing DEFAULT VALUES".to_owned(),
+        5 => format!(
+            "INSERT INTO parts SELECT g, g % 3, 'p' FROM generate_series({0}, {0} + 5) g ON CONFLICT DO NOTHING",
+            dice.random_range(0..KEYS)
+        ),
+        6 => {
+            format!("UPDATE parts SET region = (region + 1) % 3, v = v || '!' WHERE k = {}", dice.random_range(0..KEYS))
+        }
+        7 => format!("DELETE FROM parts WHERE k = {}", dice.random_range(0..KEYS)),
+        _ => of_table(&tables[dice.random_range(0..tables.len())], dice),
+    }
+}
+
+fn of_table(table: &Table, dice: &mut StdRng) -> String {
+    let key = dice.random_range(0..KEYS);
+    let name = &table.name;
+    match dice.random_range(0..16) {
+        0..5 => insert(table, dice, key, 1),
+        5 => {
+            let rows = dice.random_range(2..40);
+            insert(table, dice, key * 100, rows)
+        }
+        6..9 => {
+            let (column, kind) = &table.columns[dice.random_range(0..table.columns.len())];
+            format!("UPDATE {name} SET {column} = {} WHERE k = {key}", literal(*kind, dice))
+        }
+        9 => {
+            let (column, kind) = &table.columns[dice.random_range(0..table.columns.len())];
+            format!("UPDATE {name} SET {column} = {} WHERE k % 7 = {}", literal(*kind, dice), key % 7)
+        }
+        10 if table.key == Key::Always => format!("UPDATE {name} SET k = DEFAULT WHERE k = {key}"),
+        10 if table.key == Key::Numeric => format!("UPDATE {name} SET k = k + 0.0 WHERE k = {key}"),
+        10 => format!("UPDATE {name} SET k = k + {} WHERE k = {key}", dice.random_range(1..5)),
+        11 if table.unique => format!(
+            "WITH two AS (SELECT k, u, lead(u) OVER w AS next, lag(u) OVER w AS last FROM {name}
+              WHERE u IS NOT NULL WINDOW w AS (ORDER BY u) LIMIT 2)
+             UPDATE {name} t SET u = coalesce(two.next, two.last) FROM two WHERE t.k = two.k AND t.u = two.u"
+        ),
+        11 => format!("UPDATE {name} SET k = k WHERE k = {key}"),
+        12 if table.unique => format!(
+            "UPDATE {name} SET u = -u WHERE k = {key}; UPDATE {name} SET u = 1 - coalesce(u, 0) WHERE k = {key}"
+        ),
+        12 | 13 => format!("DELETE FROM {name} WHERE k = {key}"),
+        14 => format!("DELETE FROM {name} WHERE k % 11 = {}; {}", key % 11, insert(table, dice, key, 1)),
+        _ if table.truncates && dice.random_ratio(1, 4) => format!("TRUNCATE {name}"),
+        _ => format!("DELETE FROM {name} WHERE ctid = (SELECT min(ctid) FROM {name})"),
+    }
+}
+
+fn insert(table: &Table, dice: &mut StdRng, key: i32, rows: i32) -> String {
+    let mut names = vec!["k".to_owned()];
+    let mut values = vec![match table.key {
+        Key::Numeric => format!("g{}", ["::numeric", " + 0.0", " + 0.00"][dice.random_range(0..3)]),
+        Key::Int | Key::Always | Key::Pair | Key::Index | Key::FullWithKey | Key::Full => "g".to_owned(),
+    }];
+    if table.key == Key::Pair {
+        names.push("kt".to_owned());
+        values.push("'a\\b' || g % 2".to_owned());
+    }
+    for ((column, _), value) in table.columns.iter().zip(table.values(dice)) {
+        names.push(column.clone());
+        values.push(value);
+    }
+    if table.unique {
+        names.push("u".to_owned());
+        values.push(format!("g + {}", dice.random_range(0..3) * 10));
+    }
+    format!(
+        "INSERT INTO {} ({}) OVERRIDING SYSTEM VALUE SELECT {} FROM generate_series({key}, {}) g ON CONFLICT DO NOTHING",
+        table.name,
+        names.join(", "),
+        values.join(", "),
+        key + rows - 1
+    )
+}
