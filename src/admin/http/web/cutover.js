@@ -102,6 +102,7 @@ export function actions(order) {
     draw();
   };
   const path = (state, rest) => of(state.route.name, rest);
+  const back = (answer) => ({ switched: 'The databases run on the source again.', aborted: 'The rollback was aborted; nothing has changed.' }[answer.outcome] || answer.outcome);
   const ended = (answer) => ({ switched: 'The databases run on the target.', 'dry-run': 'The dry run has ended.', aborted: 'The cutover was aborted; nothing has changed.' }[answer.outcome] || answer.outcome);
   return {
     dryRun: (_target, _event, state, draw) => run(state, draw, ended, () => post(path(state, '/cutover'), { dry_run: true })),
@@ -120,7 +121,7 @@ export function actions(order) {
     },
     rollBack: async (_target, _event, state, draw) => {
       const sure = await ask({ title: `Roll back ${state.route.name}?`, good: 'Roll back now', danger: true, body: [h('p', {}, `The databases go back to ${state.live.source}, with everything that was written since.`), pending(current(state))] });
-      if (sure) run(state, draw, 'The databases run on the source again.', () => post(path(state, '/rollback'), {}));
+      if (sure) run(state, draw, back, () => post(path(state, '/rollback'), {}));
     },
     complete: async (_target, _event, state, draw) => {
       const sure = await ask({ title: `Complete ${state.route.name}?`, good: 'Complete', danger: true, body: h('p', {}, 'The way back is closed: what brings changes back to the source is removed.') });
