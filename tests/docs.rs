@@ -183,7 +183,7 @@ fn settings_are_those_of_the_code() {
     for setting in config.settings() {
         let own = setting.section == "listen" && setting.key == "workers";
         let value =
-            if own { "the number of cores".to_owned() } else { format!("`{}`", setting.value).replace("``", "") };
+            if own { "half the number of cores".to_owned() } else { format!("`{}`", setting.value).replace("``", "") };
         let live = if setting.live == Live::Reload { "yes" } else { "restart" };
         writeln!(text, "| `{}.{}` | {value} | {live} |", setting.section, setting.key).unwrap();
     }
