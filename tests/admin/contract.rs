@@ -130,7 +130,9 @@ async fn every_call_of_the_document_is_answered_as_it_says() {
             }
             let body = match operation["operationId"].as_str().unwrap() {
                 "createMigration" => json!({"name": "m2", "mode": "offline", "databases": ["shop"]}).to_string(),
-                "cutOver" | "rollBack" => json!({"dry_run": true, "max_pause": "2s", "stragglers": "abort"}).to_string(),
+                "cutOver" | "rollBack" => {
+                    json!({"dry_run": true, "max_pause": "2s", "stragglers": "abort"}).to_string()
+                }
                 "set" => json!({"value": "5s"}).to_string(),
                 "shutdown" => json!({"wait_for": "clients"}).to_string(),
                 _ => String::new(),
