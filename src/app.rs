@@ -19,6 +19,7 @@ mod cutovers;
 mod migrations;
 mod sessions;
 mod successor;
+mod supervisor;
 mod when_ready;
 
 use std::net::SocketAddr;
@@ -34,6 +35,7 @@ use self::control::Control;
 use self::cutovers::CutoverDesk;
 use self::migrations::EngineDesk;
 use self::sessions::SessionDesk;
+use self::supervisor::{Change, Supervisor};
 use crate::admin::command::ShutdownWhen;
 use crate::admin::console::Console;
 use crate::admin::http;
@@ -73,7 +75,8 @@ pub fn run(config: Config, path: Option<PathBuf>, begin: Begin) -> anyhow::Resul
     let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build().context("cannot start")?;
     let ended = runtime.block_on(async move {
         let live = Arc::new(ArcSwap::from_pointee(config));
-        let control = Arc::new(Control::new(path, live.clone(), log));
+        let supervisor = Arc::new(Supervisor::from_environment());
+        let control = Arc::new(Control::new(path, live.clone(), log, supervisor.clone()));
         control.clone().obey_signals().await.context("cannot listen to signals")?;
         let mut daemon = tokio::select! {
             started = Daemon::start(live, control.clone(), failpoints, begin) => started?,
@@ -81,18 +84,21 @@ pub fn run(config: Config, path: Option<PathBuf>, begin: Begin) -> anyhow::Resul
             () = control.stopping() => return Ok(()),
         };
         let mut requests = daemon.proxy.expect_successor()?;
+        supervisor.tell(if begin == Begin::Takeover { Change::TakenOver } else { Change::Ready });
         let successor = tokio::select! {
             () = control.stopping() => None,
             // Safe to drop: it closes the listeners and then only waits.
             () = daemon.wind_down(&control) => None,
             successor = daemon.successor(requests.as_mut()) => Some(successor),
         };
-        if let Some(successor) = successor {
-            tokio::select! {
+        // With a successor the service goes on.
+        match successor {
+            None => supervisor.tell(Change::Stopping),
+            Some(successor) => tokio::select! {
                 () = control.stopping() => {}
                 // Dropped only when told to stop: what is not given up yet is then given up by that.
                 () = daemon.retire(successor) => {}
-            }
+            },
         }
         daemon.stop().await;
         Ok(())

@@ -152,3 +152,35 @@ async fn a_takeover_is_refused_where_it_would_lose_something_and_the_old_process
     let members = daemon.json(&["show", "members"]);
     assert_eq!(members.as_array().unwrap().len(), 1, "{members}");
 }
+
+/// What the service manager is told, in the words of sd_notify(3).
+#[tokio::test(flavor = "multi_thread")]
+async fn the_service_manager_is_told_of_every_change() {
+    let (source, target) = support::two_clusters();
+    let directory = tempfile::tempdir().unwrap();
+    let path = directory.path().join("notify");
+    let manager = tokio::net::UnixDatagram::bind(&path).unwrap();
+    let told = async || {
+        let mut bytes = [0; 256];
+        let count = tokio::time::timeout(support::PATIENCE, manager.recv(&mut bytes)).await.expect("told").unwrap();
+        String::from_utf8_lossy(&bytes[..count]).into_owned()
+    };
+    let mut options = DaemonOptions::default().section("listen", "takeover_socket = \"takeover.sock\"");
+    options.environment.push(("NOTIFY_SOCKET".to_owned(), path.display().to_string()));
+    let mut daemon = Daemon::start(&source, &target, options);
+    let socket = daemon.config_path().with_file_name("takeover.sock");
+    assert_eq!(told().await, "READY=1");
+    let signal = |pid: u32, name: &str| {
+        let sent = std::process::Command::new("kill").args([name, &pid.to_string()]).status().unwrap();
+        assert!(sent.success());
+    };
+    signal(daemon.pid().unwrap(), "-HUP");
+    assert_eq!(told().await, "RELOADING=1");
+    assert_eq!(told().await, "READY=1");
+    let mut old = take_over(&mut daemon, &socket).await;
+    let pid = daemon.pid().unwrap();
+    assert_eq!(told().await, format!("MAINPID={pid}\nREADY=1"), "the old process says nothing of its end");
+    wait_for_end(&mut old).await;
+    signal(pid, "-TERM");
+    assert_eq!(told().await, "STOPPING=1");
+}

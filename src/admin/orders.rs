@@ -79,13 +79,15 @@ impl Inner {
         Ok(Reply::Done("KILL"))
     }
 
-    /// RECONNECT: every server connection that is open now is to go. A session has one of its own, so it goes with it.
+    /// RECONNECT: every server connection that is open now is to go. One that a session has for itself goes with it, a
+    /// shared one when it is given back, and what nobody has goes at once.
     pub(super) fn reconnect(&self, database: Option<String>) -> Answer {
         let names = match database {
             Some(name) => vec![self.known(&name)?.name().to_owned()],
             None => self.deps.switchboard.all().iter().map(|database| database.name().to_owned()).collect(),
         };
         let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().as_secs_f64();
+        names.iter().for_each(|name| self.deps.clients.reconnect(name));
         self.reconnects().extend(names.into_iter().map(|name| (name, now)));
         Ok(Reply::Done("RECONNECT"))
     }
@@ -98,7 +100,7 @@ impl Inner {
         let concerned = |client: &ClientView| {
             client.close_needed && database.as_ref().is_none_or(|database| client.database == *database)
         };
-        while self.clients().iter().any(concerned) {
+        while self.clients().iter().chain(&self.deps.clients.idle_servers()).any(concerned) {
             tokio::select! {
                 () = tokio::time::sleep(LOOK_AGAIN) => {}
                 () = self.deps.tasks.stopping() => {
@@ -113,7 +115,7 @@ impl Inner {
     pub(super) fn clients(&self) -> Vec<ClientView> {
         let reconnects = self.reconnects();
         let mut clients = self.deps.clients.list();
-        for client in &mut clients {
+        for client in clients.iter_mut().filter(|client| !client.pooled) {
             let ordered = reconnects.get(&client.database);
             client.close_needed = ordered.zip(client.connected_at).is_some_and(|(ordered, since)| since < *ordered);
         }

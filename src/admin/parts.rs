@@ -55,6 +55,8 @@ pub trait Clients: Send + Sync {
     fn idle_servers(&self) -> Vec<ClientView> {
         Vec::new()
     }
+    /// RECONNECT: server connections of a database that nobody has now are closed, shared ones when they are given back.
+    fn reconnect(&self, _database: &str) {}
     /// Ends the session whose server side has this process id, with 57P01. False: there is none.
     fn end(&self, backend_pid: i32) -> bool;
     /// Ends the session with this number, with 57P01. False: there is none.

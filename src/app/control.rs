@@ -8,6 +8,7 @@ use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
 
+use super::supervisor::{Change, Supervisor};
 use crate::admin::check;
 use crate::admin::command::ShutdownWhen;
 use crate::admin::error::{AdminError, ErrorKind};
@@ -22,6 +23,7 @@ pub(super) struct Control {
     path: Option<PathBuf>,
     config: Arc<ArcSwap<Config>>,
     log: LogControl,
+    supervisor: Arc<Supervisor>,
     stop: CancellationToken,
     /// When a shutdown that was ordered is to end the sessions.
     winding_down: watch::Sender<Option<ShutdownWhen>>,
@@ -44,11 +46,17 @@ type Follower = Box<dyn Fn(&Config) + Send + Sync>;
 type Reader = Box<dyn Fn(&Config) -> Result<(), AccessError> + Send + Sync>;
 
 impl Control {
-    pub(super) fn new(path: Option<PathBuf>, config: Arc<ArcSwap<Config>>, log: LogControl) -> Self {
+    pub(super) fn new(
+        path: Option<PathBuf>,
+        config: Arc<ArcSwap<Config>>,
+        log: LogControl,
+        supervisor: Arc<Supervisor>,
+    ) -> Self {
         Self {
             path,
             config,
             log,
+            supervisor,
             stop: CancellationToken::new(),
             winding_down: watch::Sender::new(None),
             overrides: Mutex::default(),
@@ -116,7 +124,9 @@ impl Daemon for Control {
     }
 
     fn reload(&self) -> Result<Changes, AdminError> {
+        self.supervisor.tell(Change::Reloading);
         let result = self.try_reload();
+        self.supervisor.tell(Change::Ready);
         match &result {
             Ok(changes) => {
                 tracing::info!(applied = ?changes.applied, needs_restart = ?changes.needs_restart, "configuration read again");

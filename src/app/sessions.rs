@@ -14,7 +14,11 @@ pub(super) struct SessionDesk(pub(super) Arc<proxy::Sessions>);
 impl Clients for SessionDesk {
     fn list(&self) -> Vec<ClientView> {
         let now = SystemTime::now();
-        self.0.list().into_iter().map(|view| client(view, now)).collect()
+        let mut clients: Vec<_> = self.0.list().into_iter().map(|view| client(view, now)).collect();
+        for client in clients.iter_mut().filter(|client| client.pooled) {
+            client.close_needed = client.backend_pid.is_some_and(|pid| self.0.is_retired(pid));
+        }
+        clients
     }
 
     fn idle_servers(&self) -> Vec<ClientView> {
@@ -26,9 +30,14 @@ impl Clients for SessionDesk {
             backend_pid: Some(backend.pid),
             state: "idle".to_owned(),
             pooled: true,
+            close_needed: self.0.is_retired(backend.pid),
             ..ClientView::default()
         };
         idle.map(view).collect()
+    }
+
+    fn reconnect(&self, database: &str) {
+        self.0.retire(database);
     }
 
     fn end(&self, backend_pid: i32) -> bool {
@@ -78,7 +87,7 @@ fn client(view: SessionView, now: SystemTime) -> ClientView {
         since_seconds: Some(view.for_time.as_secs_f64()),
         blockers: view.blockers.iter().map(ToString::to_string).collect(),
         prepared: view.moving == MoveState::Prepared,
-        // Known to the service alone.
+        // Of a session with a connection of its own, known to the service alone.
         close_needed: false,
         pooled: view.pooled,
         pinned: view.pinned,

@@ -19,7 +19,8 @@ pub struct Timeouts {
     pub idle_transaction: Duration,
     /// A transaction from its first message to its end (25P04).
     pub transaction: Duration,
-    /// The first message of a transaction that waits (57014). Not counted while a cutover holds it: `max_pause` bounds that.
+    /// The first message of a transaction that waits: because of PAUSE (57014), or for a connection of its pool (53300).
+    /// Not counted while a cutover holds it: `max_pause` bounds that.
     pub query_wait: Duration,
     /// A session since it connected; it is ended where nothing is under way (57P01).
     pub lifetime: Duration,
@@ -35,6 +36,9 @@ enum Which {
     QueryWait,
     Lifetime,
 }
+
+/// `query_wait_timeout` unless configured otherwise, as PgBouncer's.
+const QUERY_WAIT: Duration = Duration::from_secs(120);
 
 /// Every time-out with its key.
 const TIMEOUTS: [(&str, Which); 6] = [
@@ -72,7 +76,8 @@ impl Timeouts {
     pub(super) fn read(section: &mut Section<'_>) -> Self {
         let mut timeouts = Self::default();
         for (key, which) in TIMEOUTS {
-            *timeouts.slot(which) = section.duration(key, Duration::ZERO);
+            let default = if which == Which::QueryWait { QUERY_WAIT } else { Duration::ZERO };
+            *timeouts.slot(which) = section.duration(key, default);
         }
         timeouts
     }
@@ -207,7 +212,8 @@ mod tests {
         assert_eq!((of("ann", "shop").query, of("ann", "shop").idle), (SECOND, 4 * SECOND));
         assert_eq!((of("bob", "shop").query, of("bob", "x").query), (3 * SECOND, 9 * SECOND));
         assert_eq!(of("bob", "x").idle, Duration::ZERO);
-        assert_eq!(limits.shortest_timeouts(), Timeouts { query: SECOND, idle: 4 * SECOND, ..Timeouts::default() });
+        let expected = Timeouts { query: SECOND, idle: 4 * SECOND, query_wait: QUERY_WAIT, ..Timeouts::default() };
+        assert_eq!(limits.shortest_timeouts(), expected);
         assert_eq!((limits.max_connections_of_user("ann"), limits.max_connections_of_user("bob")), (None, Some(5)));
         assert_eq!(limits.max_connections_of_database("shop"), Some(7));
         assert_eq!(limits.max_connections_of_database("x"), None);

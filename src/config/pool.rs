@@ -68,8 +68,8 @@ pub struct Pool {
     pub server_reset_query_always: bool,
     /// Protocol-level prepared statements kept on each server connection; 0: none are shared.
     pub max_prepared_statements: usize,
-    /// How long a client may wait for a server connection; 0: for ever.
-    pub query_wait_timeout: Duration,
+    /// Named prepared statements of one client in transaction mode; 0: any number.
+    pub max_client_statements: usize,
     /// What databases have of their own, by name.
     pub databases: BTreeMap<String, PoolOverride>,
     /// What users have of their own, by name.
@@ -171,10 +171,11 @@ pub(super) fn read(reader: &mut Reader) -> Pool {
         server_reset_query: section.text("server_reset_query").unwrap_or_else(|| "DISCARD ALL".to_owned()),
         server_reset_query_always: section.flag("server_reset_query_always", false),
         max_prepared_statements: section.number("max_prepared_statements", 200, 0..=1_000_000),
-        query_wait_timeout: section.duration("query_wait_timeout", Duration::from_secs(120)),
+        max_client_statements: section.number("max_client_statements", 10_000, 0..=1_000_000),
         databases: BTreeMap::new(),
         users: BTreeMap::new(),
     };
+    section.moved("query_wait_timeout", "limits");
     drop(section);
     pool.databases = overrides(reader, "database");
     pool.users = overrides(reader, "user");

@@ -259,6 +259,14 @@ impl Section<'_> {
         self.parsed(key, "a duration in quotes, such as \"5s\"", parse_duration).unwrap_or(default)
     }
 
+    /// A key that stands in another section now.
+    pub fn moved(&mut self, key: &'static str, to: &str) {
+        if let Some(found) = self.reader.values.remove(&(self.name.to_owned(), key.to_owned())) {
+            let message = format!("`{key}` does not stand in [{}]; it is a key of [{to}]", self.name);
+            self.reader.problem(found.origin, message);
+        }
+    }
+
     /// A size with a unit, in bytes, within `range`.
     pub fn size(&mut self, key: &'static str, default: u64, range: RangeInclusive<u64>) -> u64 {
         let limits = range.clone();

@@ -102,6 +102,7 @@ impl Config {
             ("max_db_connections", pool.max_db_connections),
             ("max_user_connections", pool.max_user_connections),
             ("max_prepared_statements", pool.max_prepared_statements),
+            ("max_client_statements", pool.max_client_statements),
         ] {
             add("pool", key, number.to_string(), Restart);
         }
@@ -111,7 +112,6 @@ impl Config {
             ("server_idle_timeout", pool.server_idle_timeout),
             ("server_linger", pool.server_linger),
             ("server_check_delay", pool.server_check_delay),
-            ("query_wait_timeout", pool.query_wait_timeout),
         ] {
             add("pool", key, format_duration(time), Restart);
         }

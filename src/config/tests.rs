@@ -131,7 +131,7 @@ fn show_config_lists_every_key_and_no_secret() {
 #[test]
 fn mistakes_are_named_with_their_line_and_the_nearest_key() {
     type Case = (fn(String) -> String, &'static str);
-    let cases: [Case; 21] = [
+    let cases: [Case; 22] = [
         (|f| f.replace("users =", "user ="), "f:7: unknown key `user` in [admin]; did you mean `users`?"),
         (|f| f.replace("[target]", "[targets]"), "f:14: unknown section [targets]; did you mean `target`?"),
         (|f| f + "sslmod = \"require\"\n", "f:18: unknown key `sslmod` in [target]; did you mean `sslmode`?"),
@@ -159,6 +159,10 @@ fn mistakes_are_named_with_their_line_and_the_nearest_key() {
         (
             |f| f + "[pool.user.ann]\nmod = \"session\"\n",
             "f:19: unknown key `mod` in [pool.user.ann]; did you mean `mode`?",
+        ),
+        (
+            |f| f + "[pool]\nquery_wait_timeout = \"1s\"\n",
+            "f:19: `query_wait_timeout` does not stand in [pool]; it is a key of [limits]",
         ),
         (|f| f + "[pool.users.ann]\nmode = \"session\"\n", "f:18: unknown key `users` in [pool]"),
         (|f| f + "[auth]\nmethod = \"password\"\n", "f:19: [auth] method: sends passwords in clear text"),

@@ -119,6 +119,8 @@ pub enum ClientError {
     },
     /// A prepared statement too large to be shared.
     StatementTooLarge,
+    /// More named statements than a client may have in transaction mode.
+    TooManyStatements,
     /// The session's task failed; the backend is being looked after.
     Internal,
 }
@@ -175,7 +177,7 @@ impl ClientError {
             Self::CancelledWhileHeld => sqlstate::QUERY_CANCELED,
             Self::Terminated | Self::ReplicationEnded | Self::MoveFailed { .. } => sqlstate::ADMIN_SHUTDOWN,
             Self::SettingsLost { code } => code,
-            Self::StatementTooLarge => sqlstate::PROGRAM_LIMIT_EXCEEDED,
+            Self::StatementTooLarge | Self::TooManyStatements => sqlstate::PROGRAM_LIMIT_EXCEEDED,
             Self::Internal => sqlstate::INTERNAL_ERROR,
         }
     }
@@ -231,6 +233,7 @@ impl ClientError {
                 "terminating connection: its settings could not be brought to another server connection".into()
             }
             Self::StatementTooLarge => "prepared statement is too large for transaction pooling".into(),
+            Self::TooManyStatements => "terminating connection: it has too many prepared statements".into(),
             Self::Internal => "internal error of the proxy".into(),
         }
     }
@@ -267,6 +270,9 @@ impl ClientError {
             | Self::ReplicationEnded
             | Self::LifetimeReached => Some("Connect again."),
             Self::RouteUnknown { .. } | Self::ServerUnreachable => Some("Try again in a moment."),
+            Self::TooManyStatements => {
+                Some("Close those that are not used any more, or raise [pool] max_client_statements.")
+            }
             Self::ConsoleForbidden { .. } => Some("The users that may are listed in the proxy's configuration."),
             _ => None,
         }
@@ -362,6 +368,7 @@ mod tests {
             (ClientError::QueryWaitTimeout, "FATAL", "53300"),
             (ClientError::SettingsLost { code: "42704".to_owned() }, "FATAL", "42704"),
             (ClientError::StatementTooLarge, "FATAL", "54000"),
+            (ClientError::TooManyStatements, "FATAL", "54000"),
             (ClientError::Internal, "FATAL", "XX000"),
         ];
         for (error, severity, code) in table {

@@ -8,6 +8,7 @@ use super::auth::users_file;
 use super::certificate::{self, ClientCertificate};
 use super::handshake::{ClientChannel, Entrance, Peer, Request, negotiate};
 pub use super::pooled::fuzzing::{expected, startup_options};
+pub use super::takeover::fuzzing::takeover_messages;
 use crate::config::Network;
 use crate::postgres::fuzzing::scripted;
 

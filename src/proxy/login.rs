@@ -18,7 +18,7 @@ use super::pooled::{self, Pooled, PooledSession};
 use super::session::{Link, Session};
 use super::sessions::{Entry, Order, Registration, SessionState};
 use super::vacant::Origin;
-use super::worker::Worker;
+use super::worker::{LocalDatabase, Worker};
 use super::{CONSOLE_ALIAS, CONSOLE_DATABASE, Shared, backend};
 use crate::config::PoolMode;
 use crate::config::ReplicationPolicy;
@@ -32,6 +32,9 @@ use tokio::time::Instant;
 
 /// Connections beyond the limit that may be in handshake at one time, so that they can be told; others are just closed.
 const REFUSALS_MAX: usize = 1000;
+
+/// How long a connection that only asked may take to close.
+const CLOSING: Duration = Duration::from_secs(5);
 
 /// Bytes that a client may send while its login is held.
 const EARLY_INPUT_MAX: usize = 64 * 1024;
@@ -373,6 +376,25 @@ impl LoginInProgress<'_> {
         let _ended = served.await;
     }
 
+    /// A database that nobody has been in yet is taken for one when the server has let this client into it: names that
+    /// clients make up leave no gate, no pool and no metric behind. What is opened here is closed again.
+    async fn meet(&self, login: &Login) -> Result<(), Refused> {
+        let shared = self.shared();
+        if shared.switchboard.existing(&login.database).is_some() {
+            return Ok(());
+        }
+        let server = self.active_server(false)?;
+        let connection = shared.connector(server).raw(login).await.map_err(|error| {
+            tracing::info!(%error, "a client asks for a database that was not asked for before, and is not let in");
+            Refused::With(backend::refusal(&error))
+        })?;
+        tokio::task::spawn_local(async move {
+            // Best effort: the server notices a closed socket too.
+            let _closed = tokio::time::timeout(CLOSING, connection.terminate()).await;
+        });
+        Ok(())
+    }
+
     /// Waits for admission and opens the backend inside it, so that a cutover never meets a login half done.
     async fn connect(&mut self, credential: Credential) -> Result<Link, Refused> {
         let exempt = wants_replication(&self.startup);
@@ -385,10 +407,12 @@ impl LoginInProgress<'_> {
         let mut key = self.shared().keys.issue(&self.registration);
         let tls = matches!(self.channel.stream, Stream::Tls(_));
         self.registration.set_identity(&user, &database, &application_name, key.pid, tls);
-        let local = self.worker.database(&database);
-        let login = Login { user, database, credential, parameters: std::mem::take(&mut self.startup.parameters) };
+        let parameters = std::mem::take(&mut self.startup.parameters);
+        let login = Login { user, database, credential, parameters };
+        self.meet(&login).await?;
+        let local = self.worker.database(&login.database);
         let member = local.database.join();
-        let admission = admit(&mut self.channel, &member, &self.registration, patience).await?;
+        let admission = admit(&mut self.channel, &local, &member, &self.registration, patience).await?;
         let server = match &*local.database.route() {
             Route::To { server, .. } => *server,
             Route::Unknown { reason } => {
@@ -445,16 +469,17 @@ impl LoginInProgress<'_> {
         self.registration.set_identity(&user, &database, &application_name, key.pid, tls);
         self.registration.set_pooled();
         let settings = pooled::settings_of(&self.startup.parameters).map_err(Refused::With)?;
-        let local = self.worker.database(&database);
-        let pool = self.worker.pool(&local, &database, &user, &credential);
         let parameters = std::mem::take(&mut self.startup.parameters);
         let login = Login { user, database, credential, parameters };
+        self.meet(&login).await?;
+        let local = self.worker.database(&login.database);
+        let pool = self.worker.pool(&local, &login.database, &login.user, &login.credential);
         let member = local.database.join();
         let waiter = Waiter::new(pool.worker, (*self.registration).clone());
         let (profile, told) = match pooled::known(&pool, &settings) {
             Some(known) => known,
             None => {
-                let learned = self.learn(&pool, &member, &waiter, settings, patience).await;
+                let learned = self.learn(&pool, (&local, &member), &waiter, settings, patience).await;
                 // Whatever came of it, nobody hands a connection to a waiter that has gone.
                 pool.stop_waiting(&waiter);
                 learned?
@@ -473,13 +498,13 @@ impl LoginInProgress<'_> {
     async fn learn(
         &mut self,
         pool: &Rc<LocalPool>,
-        member: &Member,
+        (local, member): (&LocalDatabase, &Member),
         waiter: &Arc<Waiter>,
         settings: Vec<(String, String)>,
         patience: Duration,
     ) -> Result<(Arc<Profile>, Reported), Refused> {
         loop {
-            let admission = admit(&mut self.channel, member, &self.registration, patience).await?;
+            let admission = admit(&mut self.channel, local, member, &self.registration, patience).await?;
             // Not inside while it waits in line.
             member.leave();
             pool.server_at(admission.epoch);
@@ -534,15 +559,18 @@ impl LoginInProgress<'_> {
 }
 
 /// Waits until the gate is open. A client that goes away meanwhile, or sends more than a client has reason to, ends it.
-/// So does a PAUSE that lasts longer than `patience`, unless that is zero.
+/// So does a PAUSE that lasts longer than `patience`, unless that is zero. After a pause it waits for its turn, where so
+/// much is configured (`limits.resume_rate`).
 async fn admit(
     channel: &mut ClientChannel,
+    local: &LocalDatabase,
     member: &Member,
     entry: &Arc<Entry>,
     patience: Duration,
 ) -> Result<Admission, Refused> {
     let database = member.database();
     let mut patience_ends = Instant::now() + patience;
+    let (mut was_held, mut turn) = (false, None);
     loop {
         let mut changed = pin!(database.changed());
         // Listening begins before looking, so that no change falls between.
@@ -552,16 +580,27 @@ async fn admit(
         if let Route::Unknown { reason } = &*database.route() {
             return Err(Refused::With(ClientError::RouteUnknown { reason: reason.clone() }));
         }
-        if let Some(admission) = member.try_enter() {
+        was_held |= database.is_fenced();
+        if was_held && !database.is_fenced() && turn.is_none() {
+            turn = Some(local.next_turn());
+        }
+        if turn.is_none_or(|turn| turn <= Instant::now())
+            && let Some(admission) = member.try_enter()
+        {
             return Ok(admission);
+        }
+        if database.is_fenced() {
+            turn = None;
         }
         tokio::select! {
             // Dropped and made anew in the next round.
             () = changed => {}
+            // Only looks at the clock.
+            () = tokio::time::sleep_until(turn.unwrap_or_else(Instant::now)), if turn.is_some() => {}
             // Cancel-safe: what was read is in the channel.
             read = channel.read_some(), if channel.input.len() < EARLY_INPUT_MAX => read?,
             // Only looks at the clock.
-            () = tokio::time::sleep_until(patience_ends), if !patience.is_zero() => {
+            () = tokio::time::sleep_until(patience_ends), if !patience.is_zero() && turn.is_none() => {
                 if !database.is_fenced_by_cutover() {
                     return Err(Refused::With(ClientError::LoginWaitTimeout));
                 }

@@ -11,7 +11,7 @@ use std::task::Waker;
 use std::time::{Duration, Instant};
 
 use futures_util::future::join_all;
-use tokio::sync::oneshot;
+use tokio::sync::{oneshot, watch};
 
 use super::catalogue_names::CatalogueNames;
 use super::client_error::ClientError;
@@ -155,6 +155,8 @@ pub struct PooledBackend {
     pub server: ServerRole,
     /// Its process id.
     pub pid: i32,
+    /// When it was opened.
+    pub opened: Instant,
 }
 
 /// What a session is told from outside.
@@ -411,6 +413,10 @@ pub struct Sessions {
     pub(super) catalogue_names: CatalogueNames,
     /// Backends of pools by database, whether a session has them now or none.
     pooled: Mutex<HashMap<i32, PooledBackend>>,
+    /// When RECONNECT was last ordered, by database.
+    retired: Mutex<HashMap<String, Instant>>,
+    /// Told of each RECONNECT.
+    retirements: watch::Sender<()>,
     next_id: AtomicU64,
 }
 
@@ -483,6 +489,27 @@ impl Sessions {
         if pooled.get(&backend.pid) == Some(backend) {
             pooled.remove(&backend.pid);
         }
+    }
+
+    /// RECONNECT: no connection of `database` that is open now is used again once the session that has it ends, or its
+    /// transaction where connections are shared. Those that nobody has are closed.
+    pub fn retire(&self, database: &str) {
+        lock(&self.retired).insert(database.to_owned(), Instant::now());
+        self.retirements.send_replace(());
+    }
+
+    pub(super) fn retired(&self, database: &str) -> Option<Instant> {
+        lock(&self.retired).get(database).copied()
+    }
+
+    pub(super) fn retirements(&self) -> watch::Receiver<()> {
+        self.retirements.subscribe()
+    }
+
+    /// Whether the backend of a pool with this process id is still open though it was retired.
+    pub fn is_retired(&self, pid: i32) -> bool {
+        let known = lock(&self.pooled).get(&pid).map(|backend| (backend.database.clone(), backend.opened));
+        known.is_some_and(|(database, opened)| self.retired(&database).is_some_and(|by| opened <= by))
     }
 
     /// Backends of pools that no session holds now, by process id.

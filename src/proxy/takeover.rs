@@ -90,7 +90,7 @@ pub struct Handle {
 }
 
 /// What is said.
-#[derive(Debug, Serialize, Deserialize)]
+#[derive(Debug, PartialEq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 enum Message {
     /// Successor: hand over.
@@ -113,6 +113,11 @@ enum Message {
     Done,
 }
 
+/// What a line says.
+fn read_message(line: &[u8]) -> io::Result<Message> {
+    Ok(serde_json::from_slice(line)?)
+}
+
 async fn send(stream: &mut UnixStream, message: &Message) -> io::Result<()> {
     let mut line = serde_json::to_vec(message)?;
     line.push(b'\n');
@@ -123,7 +128,7 @@ async fn receive(stream: &mut UnixStream) -> io::Result<Message> {
     let mut line = Vec::new();
     loop {
         match stream.read_u8().await? {
-            b'\n' => return Ok(serde_json::from_slice(&line)?),
+            b'\n' => return read_message(&line),
             _ if line.len() >= MESSAGE_MAX => return Err(io::ErrorKind::InvalidData.into()),
             byte => line.push(byte),
         }
@@ -175,7 +180,7 @@ async fn receive_with(stream: &UnixStream) -> io::Result<(Message, Vec<OwnedFd>)
         }
         line.extend_from_slice(&piece[..count]);
     }
-    Ok((serde_json::from_slice(&line)?, sockets))
+    Ok((read_message(&line)?, sockets))
 }
 
 /// The side of the process that takes over.
@@ -417,6 +422,24 @@ async fn answer(
             Ok(())
         }
         _ => Err(io::ErrorKind::InvalidData.into()),
+    }
+}
+
+#[cfg(any(test, fuzzing))]
+pub(super) mod fuzzing {
+    use super::{Message, read_message};
+
+    /// Lines that another process says at the socket: each is refused, or means the same once it is written again.
+    pub fn takeover_messages(data: &[u8]) {
+        for line in data.split(|byte| *byte == b'\n').take(64) {
+            let Ok(message) = read_message(line) else { continue };
+            let again = serde_json::to_vec(&message).expect("it can be written");
+            assert!(!again.contains(&b'\n'), "a message is one line");
+            assert_eq!(read_message(&again).expect("it can be read"), message);
+            if let Message::Listeners(purposes) = message {
+                assert!(purposes.len() <= line.len());
+            }
+        }
     }
 }
 

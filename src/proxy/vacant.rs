@@ -137,19 +137,20 @@ impl Vacancies {
     fn keep(&self, login: Login, backend: Backend, opened: Instant, epoch: Epoch) {
         let (server, pid) = (backend.server, backend.connection.pid);
         let Ok(connection) = backend.connection.park() else { return };
-        let listing = PooledBackend { database: login.database.clone(), user: login.user.clone(), server, pid };
+        let (database, user) = (login.database.clone(), login.user.clone());
+        let listing = PooledBackend { database, user, server, pid, opened };
         self.sessions.note_pooled(listing.clone());
         let listed = Listed { sessions: self.sessions.clone(), backend: listing };
         let most = self.settings().sizes(&login.database, &login.user).pool_size;
         let key = (login.database.clone(), login.user.clone());
         let vacant = Vacant { connection, login, epoch, opened, since: Instant::now(), listed };
         let unwanted = match lock(&self.waiting).as_mut() {
-            Some(waiting) => {
+            Some(waiting) if !self.is_retired(&vacant) => {
                 let of = waiting.entry(key).or_default();
                 of.push(vacant);
                 (of.len() > most).then(|| of.remove(0))
             }
-            None => Some(vacant),
+            Some(_) | None => Some(vacant),
         };
         self.close(unwanted);
     }
@@ -173,6 +174,15 @@ impl Vacancies {
         let (linger, lifetime) = (self.settings().server_linger, self.settings().server_lifetime);
         let is_old = |vacant: &Vacant| !lifetime.is_zero() && now.saturating_duration_since(vacant.opened) >= lifetime;
         self.close(self.take_out(|vacant| now.saturating_duration_since(vacant.since) >= linger || is_old(vacant)));
+    }
+
+    /// RECONNECT was ordered for some database.
+    pub(super) fn close_retired(&self) {
+        self.close(self.take_out(|vacant| self.is_retired(vacant)));
+    }
+
+    fn is_retired(&self, vacant: &Vacant) -> bool {
+        self.sessions.retired(&vacant.login.database).is_some_and(|by| vacant.opened <= by)
     }
 
     /// The gate of a database has moved: nothing of an earlier epoch is kept.

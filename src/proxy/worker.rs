@@ -3,7 +3,7 @@
 //! Both sockets of a session live on its worker, so relaying wakes no other thread. What sessions of one worker share
 //! (spare buffers, counters, the watch on a database's gate) is reached through `Rc` and costs no atomics.
 
-use std::cell::RefCell;
+use std::cell::{Cell, RefCell};
 use std::collections::HashMap;
 use std::future::Future;
 use std::pin::Pin;
@@ -46,6 +46,9 @@ pub(super) struct LocalDatabase {
     pub(super) meters: DatabaseMeters,
     /// Sessions to be woken when gate or route change.
     sessions: RefCell<HashMap<u64, Arc<Entry>>>,
+    /// `limits.resume_rate` as far as this worker goes, and when the next login that was held may be let in.
+    shared: Arc<Shared>,
+    next_turn: Cell<tokio::time::Instant>,
 }
 
 /// A session's wish to be woken when its database's gate changes; ends when dropped.
@@ -99,11 +102,13 @@ impl Worker {
         let local = Rc::new(LocalDatabase {
             meters: DatabaseMeters::new(&self.shared.metrics, name),
             sessions: RefCell::default(),
+            shared: self.shared.clone(),
+            next_turn: Cell::new(tokio::time::Instant::now()),
             database,
         });
         // Listening begins before the first session looks at the gate, so that no change falls between.
         let first = listen(&local.database);
-        tokio::task::spawn_local(watch(local.clone(), first, self.shared.clone()));
+        tokio::task::spawn_local(watch(local.clone(), first));
         self.databases.borrow_mut().insert(name.to_owned(), local.clone());
         local
     }
@@ -135,11 +140,17 @@ impl Worker {
     async fn look_after_pools(self: Rc<Self>) {
         let mut every_second = tokio::time::interval(std::time::Duration::from_secs(1));
         every_second.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+        let mut retirements = self.shared.sessions.retirements();
         loop {
             let called = tokio::select! {
-                // Neither loses anything when it is dropped: a call is remembered.
+                // None loses anything when it is dropped: a call is remembered, and so is a change.
                 () = self.shared.pools.called(self.number) => true,
                 _ = every_second.tick() => false,
+                _ = retirements.changed() => {
+                    self.shared.vacancies.close_retired();
+                    self.pools.borrow().values().for_each(|pool| pool.retire());
+                    continue;
+                }
             };
             if !called && self.number == 0 {
                 self.shared.vacancies.look_after();
@@ -147,6 +158,11 @@ impl Worker {
             let pools: Vec<_> = self.pools.borrow().values().cloned().collect();
             for pool in pools {
                 if called { pool.serve_waiting() } else { pool.look_after() }
+            }
+            if !called {
+                // Nobody has it and nothing is open: its secrets go with it.
+                self.pools.borrow_mut().retain(|_, pool| Rc::strong_count(pool) > 1 || !pool.is_empty());
+                self.shared.pools.forget_unused();
             }
         }
     }
@@ -161,6 +177,21 @@ impl Worker {
 }
 
 impl LocalDatabase {
+    /// So many are let in each [`LET_IN_EVERY`] on this worker; none: all at once.
+    fn resume_rate(&self) -> Option<usize> {
+        let rate = self.shared.limits.load().resume_rate;
+        (rate > 0).then(|| rate.div_ceil(self.shared.config.listen.workers.max(1)))
+    }
+
+    /// When a login that was held may come in, each after the one before.
+    pub(super) fn next_turn(&self) -> tokio::time::Instant {
+        let now = tokio::time::Instant::now();
+        let Some(rate) = self.resume_rate() else { return now };
+        let turn = self.next_turn.get().max(now);
+        self.next_turn.set(turn + LET_IN_EVERY / u32::try_from(rate).unwrap_or(u32::MAX));
+        turn
+    }
+
     /// From now on `entry` is woken when gate or route change.
     pub(super) fn watch(self: &Rc<Self>, entry: &Arc<Entry>) -> Watch {
         self.sessions.borrow_mut().insert(entry.id(), entry.clone());
@@ -187,18 +218,18 @@ fn listen(database: &Arc<Database>) -> Change {
 }
 
 /// Wakes the sessions at every change of gate or route.
-async fn watch(local: Rc<LocalDatabase>, mut change: Change, shared: Arc<Shared>) {
+async fn watch(local: Rc<LocalDatabase>, mut change: Change) {
+    let shared = local.shared.clone();
     loop {
         change.await;
         // First listen again, then wake: a change during the waking is not missed.
         change = listen(&local.database);
         shared.vacancies.keep_only(local.database.name(), local.database.epoch());
-        match shared.limits.load().resume_rate {
-            rate if rate > 0 && !local.database.is_fenced() => {
-                let own_rate = rate.div_ceil(shared.config.listen.workers.max(1));
-                tokio::task::spawn_local(wake_gradually(local.clone(), own_rate));
+        match local.resume_rate() {
+            Some(rate) if !local.database.is_fenced() => {
+                tokio::task::spawn_local(wake_gradually(local.clone(), rate));
             }
-            _ => local.sessions.borrow().values().for_each(|entry| entry.wake()),
+            Some(_) | None => local.sessions.borrow().values().for_each(|entry| entry.wake()),
         }
     }
 }

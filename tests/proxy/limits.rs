@@ -1,9 +1,14 @@
 //! How many clients there may be, and that an operator gets in all the same.
 
+use futures_util::StreamExt as _;
 use pgcutover::config::limits::Override;
+use pgcutover::config::{self, PoolMode};
+use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
+use tokio::net::{TcpListener, TcpStream};
 
 use crate::rig::{Rig, server};
 use crate::support::{self, one_cluster, wait_for};
+use crate::wire_client::{WireClient, frame, parse, query, sync};
 
 /// SQLSTATE and message of a refused login.
 async fn refusal(config: &tokio_postgres::Config) -> (String, String) {
@@ -69,5 +74,101 @@ async fn operators_have_places_of_their_own() {
     assert_eq!(refusal(&ann).await, full);
     let _operator = rig.connect("postgres").await;
     assert_eq!(refusal(&rig.client("postgres")).await, full, "their places are counted too");
+    rig.stop().await;
+}
+
+/// A server that has one database, lets in whoever asks for it, and says nothing more.
+async fn server_of_one() -> config::Server {
+    let listener = TcpListener::bind("127.0.0.1:0").await.expect("a free port");
+    let port = listener.local_addr().expect("bound").port();
+    tokio::spawn(async move {
+        while let Ok((stream, _)) = listener.accept().await {
+            tokio::spawn(let_in(stream));
+        }
+    });
+    config::Server::new("127.0.0.1", port, "postgres")
+}
+
+async fn let_in(mut stream: TcpStream) -> std::io::Result<()> {
+    loop {
+        let length = stream.read_u32().await?;
+        let mut packet = vec![0; length as usize - 4];
+        stream.read_exact(&mut packet).await?;
+        if packet[..4] != (3u32 << 16).to_be_bytes() {
+            stream.write_all(b"N").await?;
+            continue;
+        }
+        let answer = match packet.windows(14).any(|part| part == b"database\0shop\0") {
+            true => [frame(b'R', &[0; 4]), frame(b'K', &[0, 0, 0, 1, 7, 7, 7, 7]), frame(b'Z', b"I")].concat(),
+            false => frame(b'E', b"SFATAL\0VFATAL\0C3D000\0Mdatabase does not exist\0\0"),
+        };
+        stream.write_all(&answer).await?;
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn names_that_clients_make_up_leave_nothing_behind() {
+    let server = server_of_one().await;
+    for mode in [PoolMode::Session, PoolMode::Transaction] {
+        let rig = Rig::start(server.clone(), server.clone(), |config| config.pool.mode = mode);
+        let known = rig.board.all().len();
+        let series =
+            || rig.metrics.render().expect("rendered").lines().filter(|line| line.contains("invented")).count();
+        let answers: Vec<String> = futures_util::stream::iter(0..2000)
+            .map(|number| {
+                let port = rig.port;
+                async move {
+                    let mut client = WireClient::connect(port).await;
+                    client.start(&[("user", "postgres"), ("database", &format!("invented{number}"))]).await;
+                    let error = client.until_ready().await.pop().expect("an answer");
+                    error.code()
+                }
+            })
+            .buffer_unordered(16)
+            .collect()
+            .await;
+        assert!(answers.len() == 2000 && answers.iter().all(|code| code == "3D000"), "{mode:?}");
+        rig.until_no_session().await;
+        assert_eq!(rig.board.all().len(), known, "{mode:?}");
+        assert_eq!((series(), rig.sessions.idle_backends().len()), (0, 0), "{mode:?}");
+        // One that is there is met once and known from then on.
+        if mode == PoolMode::Session {
+            let mut client = WireClient::connect(rig.port).await;
+            client.start(&[("user", "postgres"), ("database", "shop")]).await;
+            assert!(client.tags_until_ready().await.ends_with("ZI"));
+            assert!(rig.board.existing("shop").is_some());
+        }
+        rig.stop().await;
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_pooled_client_has_only_so_many_statements() {
+    let cluster = one_cluster("statements");
+    let rig = Rig::start(server(&cluster), server(&cluster), |config| {
+        config.pool.mode = PoolMode::Transaction;
+        config.pool.max_client_statements = 3;
+    });
+    let mut client = rig.wire("postgres").await;
+    for name in ["a", "b", "c"] {
+        client.send(&[parse(name, "SELECT 1"), sync()].concat()).await;
+        assert_eq!(client.tags_until_ready().await, "1ZI");
+    }
+    // The unnamed one is none of them, one that is taken is an error of its own, and one that is closed makes room.
+    client.send(&[parse("", "SELECT 2"), sync(), parse("a", "SELECT 1"), sync()].concat()).await;
+    assert_eq!(client.tags_until_ready().await, "1ZI");
+    assert_eq!(client.tags_until_ready().await, "EZI");
+    client.send(&[frame(b'C', b"Sa\0"), sync()].concat()).await;
+    assert_eq!(client.tags_until_ready().await, "3ZI");
+    client.send(&[parse("d", "SELECT 3"), sync()].concat()).await;
+    assert_eq!(client.tags_until_ready().await, "1ZI");
+    client.send(&[parse("e", "SELECT 4"), sync()].concat()).await;
+    let error = client.next().await.expect("an error");
+    assert_eq!((error.tag, error.code().as_str()), ('E', "54000"));
+    assert_eq!(client.next().await, None);
+    // Somebody else has room, and the connection serves on.
+    let mut other = rig.wire("postgres").await;
+    other.send(&query("SELECT 1")).await;
+    assert!(other.tags_until_ready().await.ends_with("ZI"));
     rig.stop().await;
 }

@@ -346,7 +346,7 @@ async fn what_cannot_be_shared_keeps_its_connection() {
 #[tokio::test(flavor = "multi_thread")]
 async fn nobody_waits_for_ever_and_all_get_their_turn() {
     let cluster = one_cluster("fair");
-    let rig = pooled_with(&cluster, 1, |config| config.pool.query_wait_timeout = Duration::from_secs(2));
+    let rig = pooled_with(&cluster, 1, |config| config.limits.timeouts.query_wait = Duration::from_secs(2));
     let stop = Arc::new(AtomicBool::new(false));
     let counts: Vec<Arc<AtomicUsize>> = (0..12).map(|_| Arc::default()).collect();
     let mut tasks = Vec::new();
@@ -588,5 +588,29 @@ async fn pgbench_runs_prepared_with_many_clients_on_two_connections() {
     let direct = connect(&cluster, "postgres").await;
     assert_eq!(text(&direct, "SELECT count(*) FROM pgbench_history").await, "1920");
     assert_eq!(rig.sessions.idle_backends().len(), 2);
+    rig.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_reconnect_closes_idle_connections_at_once_and_others_when_they_are_given_back() {
+    let cluster = one_cluster("reconnect");
+    let rig = pooled_with(&cluster, 3, |_| {});
+    let (mut busy, mut idle) = (rig.wire("postgres").await, rig.wire("postgres").await);
+    let busy_pid = first_row(&mut busy, "BEGIN; SELECT pg_backend_pid()").await;
+    let idle_pid = first_row(&mut idle, "SELECT pg_backend_pid()").await;
+    let open = || rig.sessions.idle_backends().iter().map(|one| one.pid.to_string()).collect::<Vec<_>>();
+    assert!(open().contains(&idle_pid));
+    rig.sessions.retire("elsewhere");
+    assert_eq!(first_row(&mut idle, "SELECT pg_backend_pid()").await, idle_pid);
+    rig.sessions.retire("postgres");
+    wait_for("idle connections to go", || async { open().is_empty() }).await;
+    let number = busy_pid.parse().expect("a number");
+    assert!(rig.sessions.is_retired(number));
+    assert_ne!(first_row(&mut idle, "SELECT pg_backend_pid()").await, idle_pid);
+    assert_eq!(first_row(&mut busy, "SELECT pg_backend_pid()").await, busy_pid, "a transaction ends where it began");
+    busy.send(&query("COMMIT")).await;
+    busy.until_ready().await;
+    wait_for("it to be given up", || async { !rig.sessions.is_retired(number) }).await;
+    assert_ne!(first_row(&mut busy, "SELECT pg_backend_pid()").await, busy_pid);
     rig.stop().await;
 }

@@ -174,6 +174,10 @@ impl Backend {
         match tag {
             b'P' => {
                 let (name, text) = (cstr(&mut rest), cstr(&mut rest));
+                if name.is_empty() {
+                    // Gone before the new one is looked at, as in exec_parse_message.
+                    self.statements.remove("");
+                }
                 if is_failed && text != "ROLLBACK" {
                     return Err("25P02");
                 }

@@ -207,6 +207,32 @@ async fn held_sessions_are_let_in_gradually_when_asked_and_all_of_them() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn logins_that_waited_are_let_in_gradually_too() {
+    let cluster = one_cluster("resume_logins");
+    let rig = Rig::start(server(&cluster), server(&cluster), |config| config.limits.resume_rate = 2);
+    drop(rig.wire("postgres").await);
+    rig.until_no_session().await;
+    let database = rig.database();
+    assert_eq!(database.pause(), Ok(true));
+    let mut clients = Vec::new();
+    for _ in 0..12 {
+        let mut client = WireClient::connect(rig.port).await;
+        client.start(&[("user", "postgres"), ("database", "postgres")]).await;
+        clients.push(client);
+    }
+    let waiting = || rig.sessions.list().iter().filter(|one| one.database == "postgres").count();
+    wait_for("every login to wait", || async { waiting() == 12 }).await;
+    let resumed = Instant::now();
+    database.resume();
+    for client in &mut clients {
+        assert!(client.tags_until_ready().await.ends_with("ZI"));
+    }
+    // Two workers with six logins each, at best, and one a step: the last came after five steps.
+    assert!(resumed.elapsed() >= Duration::from_millis(50));
+    rig.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn a_proxy_that_stops_leaves_no_statement_behind() {
     let cluster = one_cluster("stop");
     let rig = Rig::over(&cluster);

@@ -329,6 +329,26 @@ async fn one_that_has_ended_is_not_given_to_anybody() {
     rig.stop().await;
 }
 
+#[tokio::test(flavor = "multi_thread")]
+async fn a_reconnect_closes_them() {
+    let cluster = one_cluster("vacantretired");
+    let rig = over(&cluster);
+    let mut early = rig.wire(POSTGRES).await;
+    first_row(&mut early, "SELECT 1").await;
+    let client = rig.wire(POSTGRES).await;
+    drop(client);
+    wait_for("one to wait", || async { rig.sessions.idle_backends().len() == 1 }).await;
+    rig.sessions.retire(POSTGRES);
+    wait_for("it to be closed", || async { rig.sessions.idle_backends().is_empty() }).await;
+    // Opened before, left afterwards.
+    leave(&rig, early).await;
+    assert_eq!(rig.sessions.idle_backends(), []);
+    let late = rig.wire(POSTGRES).await;
+    leave(&rig, late).await;
+    assert_eq!(rig.sessions.idle_backends().len(), 1);
+    rig.stop().await;
+}
+
 /// What a scripted server does when it is told to wipe a connection.
 #[derive(Clone)]
 struct Wiping {

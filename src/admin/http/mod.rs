@@ -6,6 +6,8 @@
 
 mod dashboard;
 mod events;
+#[cfg(any(test, fuzzing))]
+pub mod fuzzing;
 mod guard;
 mod idempotency;
 mod openapi;

@@ -315,9 +315,8 @@ impl Central {
         }
     }
 
-    /// Those who have waited for too long are told.
-    pub(super) fn end_long_waits(&self) {
-        let bound = self.settings().query_wait_timeout;
+    /// Those who have waited for longer than `bound` are told; zero: nobody is.
+    pub(super) fn end_long_waits(&self, bound: Duration) {
         if bound.is_zero() || !self.is_waited_for() {
             return;
         }

@@ -69,8 +69,8 @@ impl Link {
             held: Held::default(),
             unnamed: 0,
             spoiled: false,
+            opened: seat.opened().unwrap_or(now),
             seat,
-            opened: now,
             idle_since: now,
         }
     }

@@ -35,6 +35,8 @@ pub(in crate::proxy) struct LocalPool {
     route: Cell<Option<(Epoch, ServerRole)>>,
     /// Connections to this server are kept though it is not the active one: a cutover is being prepared.
     preparing: Cell<Option<ServerRole>>,
+    /// RECONNECT: connections that were opened by then are closed when nobody has them.
+    retired: Cell<Option<Instant>>,
 }
 
 /// A connection could not be opened.
@@ -65,6 +67,7 @@ impl LocalPool {
         local: Rc<LocalDatabase>,
     ) -> Rc<Self> {
         let epoch = local.database.epoch();
+        let retired = shared.sessions.retired(&central.database);
         let this = Self {
             central,
             shared,
@@ -73,6 +76,7 @@ impl LocalPool {
             idle: RefCell::default(),
             route: Cell::new(None),
             preparing: Cell::new(None),
+            retired: Cell::new(retired),
         };
         this.read_route(epoch);
         Rc::new(this)
@@ -132,7 +136,7 @@ impl LocalPool {
         let settings = self.central.settings();
         let lifetime = settings.server_lifetime;
         let is_old = !lifetime.is_zero() && now.saturating_duration_since(link.opened) >= lifetime;
-        if link.spoiled || is_old || self.is_stray(&link) {
+        if link.spoiled || is_old || self.is_retired(&link) || self.is_stray(&link) {
             link.close();
             return;
         }
@@ -262,6 +266,21 @@ impl LocalPool {
         self.close_strays();
     }
 
+    fn is_retired(&self, link: &Link) -> bool {
+        self.retired.get().is_some_and(|by| link.opened <= by)
+    }
+
+    /// RECONNECT was ordered for some database, maybe this one.
+    pub(in crate::proxy) fn retire(&self) {
+        self.retired.set(self.shared.sessions.retired(&self.central.database));
+        self.close_idle(|link| self.is_retired(link));
+    }
+
+    /// Whether there is nothing here, nobody waits, and nothing has to be kept open.
+    pub(in crate::proxy) fn is_empty(&self) -> bool {
+        self.idle.borrow().is_empty() && !self.central.is_waited_for() && self.central.sizes.min_pool_size == 0
+    }
+
     /// Whether the connection is not to where the database runs, as far as is known.
     fn is_elsewhere(&self, link: &Link) -> bool {
         self.route.get().is_some_and(|(_, server)| server != link.server())
@@ -312,7 +331,9 @@ impl LocalPool {
         {
             link.close();
         }
-        self.central.end_long_waits();
+        let limits = self.shared.limits.load();
+        let patience = limits.timeouts_of(&self.central.user, &self.central.database).query_wait;
+        self.central.end_long_waits(patience);
         if self.central.is_waited_for() {
             self.serve_waiting();
             self.open_for_waiting();

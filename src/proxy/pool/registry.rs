@@ -2,6 +2,7 @@
 
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Instant;
 
 use tokio::sync::Notify;
 
@@ -98,12 +99,19 @@ impl Pools {
 
     fn count_down(&self, central: &Central) {
         let mut counts = lock(&self.counts);
-        for count in [counts.of_database.get_mut(&central.database)].into_iter().flatten() {
-            *count = count.saturating_sub(1);
+        let Counts { of_database, of_user } = &mut *counts;
+        for (counts, name) in [(of_database, &central.database), (of_user, &central.user)] {
+            match counts.get_mut(name) {
+                Some(count) if *count > 1 => *count -= 1,
+                // Nothing is left: the name must not stay for ever.
+                Some(_) | None => drop(counts.remove(name)),
+            }
         }
-        if let Some(count) = counts.of_user.get_mut(&central.user) {
-            *count = count.saturating_sub(1);
-        }
+    }
+
+    /// Pools that no worker and no connection has any more.
+    pub(in crate::proxy) fn forget_unused(&self) {
+        lock(&self.pools).retain(|_, pool| Arc::strong_count(pool) > 1);
     }
 
     /// Pools that share a bound with `central`.
@@ -129,9 +137,16 @@ impl Seat {
     /// The connection is open: its backend is no stranger.
     pub(super) fn sit(&mut self, server: ServerRole, pid: i32) {
         let (database, user) = (self.central.database.clone(), self.central.user.clone());
-        let backend = PooledBackend { database, user, server, pid };
+        let backend = PooledBackend { database, user, server, pid, opened: Instant::now() };
         self.central.pools.sessions.note_pooled(backend.clone());
         self.backend = Some(backend);
+    }
+}
+
+impl Seat {
+    /// When its connection was opened, if it is.
+    pub(super) fn opened(&self) -> Option<Instant> {
+        self.backend.as_ref().map(|backend| backend.opened)
     }
 }
 
@@ -146,5 +161,29 @@ impl Drop for Seat {
         for neighbour in pools.neighbours(&self.central) {
             neighbour.wake_first();
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::config::Server;
+
+    #[test]
+    fn a_pool_that_nobody_has_goes_and_leaves_no_name_behind() {
+        let config = Arc::new(Config::new(Server::new("a", 1, "u"), Server::new("b", 1, "u")));
+        let pools = Arc::new(Pools::new(config, Arc::default()));
+        let credential = Credential::None;
+        let pool = pools.of("shop", "ann", &credential);
+        let mut seat = pool.seat_up_to(1).expect("room");
+        seat.sit(ServerRole::Source, 7);
+        drop(pool);
+        pools.forget_unused();
+        assert_eq!(lock(&pools.pools).len(), 1, "its connection is there");
+        drop(seat);
+        pools.forget_unused();
+        assert!(lock(&pools.pools).is_empty());
+        let counts = lock(&pools.counts);
+        assert!(counts.of_database.is_empty() && counts.of_user.is_empty());
     }
 }

@@ -79,6 +79,9 @@ impl PooledSession {
                 return Ok(Passage::Done);
             }
             frontend::QUERY => self.forward_query(header),
+            frontend::PARSE if self.has_too_many_for(header) => {
+                return Err(Step::End(End::Told(ClientError::TooManyStatements)));
+            }
             frontend::PARSE => self.forward_parse(header),
             frontend::BIND => self.forward_bind(header),
             frontend::DESCRIBE => self.forward_describe(header),
@@ -179,6 +182,17 @@ impl PooledSession {
         }
         self.note(frontend::QUERY, Sent::Query);
         self.pass_whole(header);
+    }
+
+    /// Whether a Parse gives the client one named statement more than it may have. None of the others can be given up
+    /// for it: the client counts on each, and their texts are kept nowhere else.
+    fn has_too_many_for(&self, header: Header) -> bool {
+        let most = self.pool.central.settings().max_client_statements;
+        if most == 0 || self.names.len() < most {
+            return false;
+        }
+        let name = self.body(header).split(|byte| *byte == 0).next().unwrap_or_default();
+        !name.is_empty() && !self.names.contains_key(name)
     }
 
     fn forward_parse(&mut self, header: Header) {

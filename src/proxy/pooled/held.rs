@@ -66,6 +66,10 @@ impl PooledSession {
         let mut answer = Vec::new();
         let why = if waited_too_long { ClientError::WaitTimeout } else { ClientError::CancelledWhileHeld };
         why.encode(&mut answer);
+        if header.tag == frontend::QUERY {
+            // Cancelled or not, a Query destroys the unnamed statement.
+            self.unnamed.token = 0;
+        }
         if matches!(header.tag, frontend::QUERY | frontend::FUNCTION_CALL) {
             self.up.discard_left = HEADER_BYTES + header.body_bytes as usize;
             message::ready_for_query(&mut answer, TransactionStatus::Idle);
