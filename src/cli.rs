@@ -223,6 +223,13 @@ enum MigrationCommand {
     },
     /// Switch its databases to the target
     Cutover(Cutover),
+    /// Take a cutover back: switch its databases to the source again, with everything written since
+    Rollback(Cutover),
+    /// Give up the way back: end the stream to the old server and remove what served it, and list what stays
+    Complete {
+        /// Its name
+        name: MigrationName,
+    },
     /// Remove what it made on both servers, and list it; the target's data stays
     Cancel {
         /// Its name
@@ -533,7 +540,7 @@ mod tests {
             ("migration create shop --mode live", "expected `online` or `offline`"),
             ("migration cutover shop --max-pause 5", "write a number with us, ms, s, min, h or d"),
             ("migration cutover shop --stragglers kill", "expected `abort` or `terminate`"),
-            ("migration rollback shop", "unrecognized subcommand 'rollback'"),
+            ("migration rollback shop --max-pause 5", "write a number with us, ms, s, min, h or d"),
             ("show nothing", "possible values: databases"),
         ] {
             let words = std::iter::once("pgcutover").chain(arguments.split(' '));

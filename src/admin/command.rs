@@ -76,6 +76,10 @@ pub enum Command {
     Create(MigrationSpec),
     /// Cut over.
     Cutover(MigrationName, CutoverRequest),
+    /// Take a cutover back.
+    Rollback(MigrationName, CutoverRequest),
+    /// Give up the way back.
+    Complete(MigrationName),
     /// Undo what a migration made.
     Cancel(MigrationName),
     /// Go on with a migration that failed.
@@ -133,6 +137,8 @@ impl Command {
             self,
             Self::Create(_)
                 | Self::Cutover(..)
+                | Self::Rollback(..)
+                | Self::Complete(_)
                 | Self::Cancel(_)
                 | Self::Retry(_)
                 | Self::Verify(_)
@@ -205,6 +211,8 @@ impl Command {
             Self::Check => "check",
             Self::Create(_) => "create",
             Self::Cutover(..) => "cutover",
+            Self::Rollback(..) => "rollback",
+            Self::Complete(_) => "complete",
             Self::Cancel(_) => "cancel",
             Self::Retry(_) => "retry",
             Self::Verify(_) => "verify",

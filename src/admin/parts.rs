@@ -7,6 +7,7 @@ use async_trait::async_trait;
 use super::command::{CutoverRequest, ShutdownWhen};
 use super::error::AdminError;
 use super::view::{BlockerView, CheckView, ClientView, CutoverView, MemberView};
+use crate::catalog::streams::Direction;
 use crate::config::Changes;
 use crate::migration::preflight::RuleResult;
 use crate::migration::view::{CancelReport, MigrationName, MigrationSpec, MigrationView, TableView, VerifyReport};
@@ -26,6 +27,8 @@ pub trait Migrations: Send + Sync {
     async fn validation(&self, name: &MigrationName) -> Result<Vec<RuleResult>, AdminError>;
     /// Removes what it made.
     async fn cancel(&self, name: &MigrationName) -> Result<CancelReport, AdminError>;
+    /// Ends the stream by which a cutover could have been rolled back.
+    async fn complete(&self, name: &MigrationName) -> Result<CancelReport, AdminError>;
     /// Compares source and target; comes back when it is done.
     async fn verify(&self, name: &MigrationName) -> Result<VerifyReport, AdminError>;
     /// Goes on after a failure.
@@ -36,7 +39,13 @@ pub trait Migrations: Send + Sync {
 #[async_trait]
 pub trait Cutovers: Send + Sync {
     /// Runs a cutover to its end. Must not be dropped half way: the service runs it in a task of its own.
-    async fn run(&self, name: &MigrationName, request: CutoverRequest) -> Result<CutoverView, AdminError>;
+    /// Forward is a cutover, reverse a rollback.
+    async fn run(
+        &self,
+        name: &MigrationName,
+        direction: Direction,
+        request: CutoverRequest,
+    ) -> Result<CutoverView, AdminError>;
     /// The cutover that runs, or the last one; `None`: there was none since this process began.
     async fn progress(&self, name: &MigrationName) -> Result<Option<CutoverView>, AdminError>;
     /// Makes a cutover that runs give up, and waits until it has; nothing when none runs or it is decided already.

@@ -17,6 +17,7 @@ use super::stats::{PERIOD, Periods};
 use super::table::Table;
 use super::view::{ClientView, CutoverView, LiveView, MigrationBrief, MigrationEntry, RouteView, StatusView};
 use super::{gauges, pgbouncer, show};
+use crate::catalog::streams::Direction;
 use crate::config::{Config, Server};
 use crate::migration::preflight::{Level, Outcome, RuleResult};
 use crate::migration::view::{MigrationName, MigrationView, Problem};
@@ -188,6 +189,8 @@ impl Inner {
             Command::Check => Ok(Reply::Checked(deps.daemon.check().await)),
             Command::Create(_)
             | Command::Cutover(..)
+            | Command::Rollback(..)
+            | Command::Complete(_)
             | Command::Cancel(_)
             | Command::Retry(_)
             | Command::Verify(_)
@@ -216,8 +219,14 @@ impl Inner {
                 Ok(Reply::Done("CREATE MIGRATION"))
             }
             Command::Cutover(name, request) => {
-                Ok(Reply::Cutover(Some(deps.cutovers.run(&name, self.with_defaults(request)).await?)))
+                let request = self.with_defaults(request);
+                Ok(Reply::Cutover(Some(deps.cutovers.run(&name, Direction::Forward, request).await?)))
             }
+            Command::Rollback(name, request) => {
+                let request = self.with_defaults(request);
+                Ok(Reply::Cutover(Some(deps.cutovers.run(&name, Direction::Reverse, request).await?)))
+            }
+            Command::Complete(name) => Ok(Reply::Cancelled(deps.migrations.complete(&name).await?)),
             Command::Cancel(name) => {
                 deps.cutovers.stop(&name).await?;
                 Ok(Reply::Cancelled(deps.migrations.cancel(&name).await?))

@@ -130,7 +130,7 @@ pub(super) const USERS: &[Column] = &[
     ("current_client_connections", Integer),
 ];
 
-const COMMANDS: [(&str, &str); 44] = [
+const COMMANDS: [(&str, &str); 46] = [
     ("SHOW HELP", "this list"),
     ("SHOW VERSION", "the program's version"),
     ("SHOW CONFIG", "every key of the configuration, and whether RELOAD applies a change"),
@@ -166,6 +166,8 @@ const COMMANDS: [(&str, &str); 44] = [
         "CUTOVER name [DRY RUN] [MAX PAUSE 5s] [DRAIN TIMEOUT 3s] [STRAGGLERS abort|terminate]",
         "switch its databases to the target, or measure the pause",
     ),
+    ("ROLLBACK name [the same options]", "switch its databases back to the source, with everything written since"),
+    ("COMPLETE name", "give up the way back"),
     ("CANCEL name", "remove what the migration made; the target's data stays"),
     ("VERIFY name", "compare source and target, row by row and definition by definition"),
     ("RETRY name", "go on with a migration that failed"),

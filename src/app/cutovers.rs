@@ -10,6 +10,7 @@ use crate::admin::command::CutoverRequest;
 use crate::admin::error::{AdminError, ErrorKind};
 use crate::admin::parts::{Clients, Cutovers, Migrations};
 use crate::admin::view::{BlockerView, CutoverView, MemberView, PhasesView};
+use crate::catalog::streams::Direction;
 use crate::config::Config;
 use crate::cutover::CutoverError;
 use crate::cutover::coordinator::{Coordinator, CutoverOptions, CutoverState};
@@ -37,7 +38,12 @@ pub(super) struct CutoverDesk {
 
 #[async_trait]
 impl Cutovers for CutoverDesk {
-    async fn run(&self, name: &MigrationName, request: CutoverRequest) -> Result<CutoverView, AdminError> {
+    async fn run(
+        &self,
+        name: &MigrationName,
+        direction: Direction,
+        request: CutoverRequest,
+    ) -> Result<CutoverView, AdminError> {
         // Says "no such migration" before anything else does.
         self.migrations.show(name).await?;
         if let Some(one) = self.predecessors().await.first() {
@@ -50,6 +56,7 @@ impl Cutovers for CutoverDesk {
         }
         let (config, defaults) = (self.config.load(), self.coordinator.default_options());
         let options = CutoverOptions {
+            direction,
             dry_run: request.dry_run,
             max_pause: request.max_pause.unwrap_or(config.cutover.max_pause),
             drain_timeout: request.drain_timeout.unwrap_or(config.cutover.drain_timeout),

@@ -9,10 +9,12 @@ use crate::admin::error::{AdminError, ErrorKind};
 use crate::admin::parts::Migrations;
 use crate::catalog::decision::Outcome;
 use crate::catalog::migrations::CatalogError;
+use crate::catalog::streams::Direction;
 use crate::cutover::parts::{self, Replication};
 use crate::migration::engine::{CutoverLease, DatabaseHandle, Engine, EngineError};
 use crate::migration::preflight::RuleResult;
 use crate::migration::view::{CancelReport, MigrationName, MigrationSpec, MigrationView, TableView, VerifyReport};
+use crate::switch::Epoch;
 
 /// After the start of the process the engine needs a moment to find its target; orders wait for it, but not longer.
 const TIME_TO_BEGIN: Duration = Duration::from_secs(10);
@@ -70,6 +72,10 @@ impl Migrations for EngineDesk {
         self.engine().await.cancel(name.as_str()).await.map_err(|error| refused(&error))
     }
 
+    async fn complete(&self, name: &MigrationName) -> Result<CancelReport, AdminError> {
+        self.engine().await.complete(name.as_str()).await.map_err(|error| refused(&error))
+    }
+
     async fn verify(&self, name: &MigrationName) -> Result<VerifyReport, AdminError> {
         self.engine().await.verify(name.as_str()).await.map_err(|error| refused(&error))
     }
@@ -86,7 +92,7 @@ fn refused(error: &EngineError) -> AdminError {
         EngineError::Catalog(CatalogError::Exists(_)) => {
             (ErrorKind::Conflict, Some("choose another name; names are never used twice on one target"))
         }
-        EngineError::Rejected(_) | EngineError::Drifted { .. } => (ErrorKind::Conflict, None),
+        EngineError::Rejected(_) | EngineError::Drifted { .. } | EngineError::Return(_) => (ErrorKind::Conflict, None),
         EngineError::Unavailable(_)
         | EngineError::Connect(_)
         | EngineError::Catalog(_)
@@ -105,8 +111,12 @@ fn refused(error: &EngineError) -> AdminError {
 
 #[async_trait]
 impl parts::Engine for EngineDesk {
-    async fn begin_cutover(&self, migration: &str) -> Result<Arc<dyn parts::Lease>, String> {
-        let lease = self.engine.begin_cutover(migration).await.map_err(|error| refused(&error).message)?;
+    async fn begin_cutover(&self, migration: &str, direction: Direction) -> Result<Arc<dyn parts::Lease>, String> {
+        let lease = match direction {
+            Direction::Forward => self.engine.begin_cutover(migration).await,
+            Direction::Reverse => self.engine.begin_rollback(migration).await,
+        };
+        let lease = lease.map_err(|error| refused(&error).message)?;
         Ok(Arc::new(Lease(Mutex::new(Some(lease)))))
     }
 
@@ -143,8 +153,13 @@ impl parts::Lease for Lease {
         lease.synchronise().await.map_err(|error| refused(&error).message)
     }
 
+    async fn prepare_return(&self, epoch: Epoch) -> Result<Vec<String>, String> {
+        let Some(lease) = self.with(CutoverLease::clone) else { return Ok(Vec::new()) };
+        lease.prepare_return(epoch).await.map_err(|error| refused(&error).message)
+    }
+
     fn replication(&self, database: &str) -> Replication {
-        let names = self.handle(database).map(|handle| (handle.slot().to_owned(), handle.publication().to_owned()));
+        let names = self.handle(database).map(|handle| (handle.slot(), handle.publication()));
         let (slot, publication) = names.unwrap_or_default();
         Replication { slot, publication }
     }

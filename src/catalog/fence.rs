@@ -6,6 +6,16 @@
 //!
 //! Rows are never deleted. A row with the outcome `decided` is the server's tombstone: it tells a configuration that
 //! still names this server where its databases have gone.
+//!
+//! ```text
+//! outcome   hard   ajar   returned_by   the databases
+//! –         –      –      –             read-only by default
+//! –         true   –      –             … and shut
+//! aborted                 –             as they were before
+//! decided   true   false  –             shut; our own sessions get in through the door (see [`super::door`])
+//! decided   true   true   –             open and read-only by default: a rollback is being prepared
+//! decided                 2             as they were before: cutover 2 has brought them back
+//! ```
 
 use tokio_postgres::GenericClient;
 
@@ -28,8 +38,14 @@ CREATE TABLE IF NOT EXISTS pgcutover.fence (
     saved             jsonb NOT NULL,
     outcome           text CHECK (outcome IN ('decided', 'aborted')),
     made_at           timestamptz NOT NULL DEFAULT now(),
-    ended_at          timestamptz
+    ended_at          timestamptz,
+    hard              boolean NOT NULL DEFAULT false,
+    ajar              boolean NOT NULL DEFAULT false,
+    returned_by       bigint
 );
+ALTER TABLE pgcutover.fence ADD COLUMN IF NOT EXISTS hard boolean NOT NULL DEFAULT false;
+ALTER TABLE pgcutover.fence ADD COLUMN IF NOT EXISTS ajar boolean NOT NULL DEFAULT false;
+ALTER TABLE pgcutover.fence ADD COLUMN IF NOT EXISTS returned_by bigint;
 ";
 
 /// Everything that a fence row says.
@@ -139,6 +155,80 @@ pub async fn hold_open(transaction: &impl GenericClient, epoch: Epoch) -> Result
 /// Whether the fence of `epoch` stands without an outcome, at this moment.
 pub async fn is_open(client: &impl GenericClient, epoch: Epoch) -> Result<bool, RecordError> {
     Ok(read(client, epoch).await?.is_some_and(|(_, outcome)| outcome.is_none()))
+}
+
+/// Notes that the databases of `epoch` are being shut for everybody. Part of the transaction that does it.
+pub async fn note_hard(transaction: &impl GenericClient, epoch: Epoch) -> Result<(), RecordError> {
+    transaction
+        .execute("UPDATE pgcutover.fence SET hard = true WHERE epoch = $1", &[&super::epoch_to_sql(epoch)])
+        .await
+        .map_err(|source| RecordError::query("note that the databases are shut", source))?;
+    Ok(())
+}
+
+/// Fences that stand since a decision: their databases have gone and not come back. By epoch.
+pub async fn standing(control: &impl GenericClient) -> Result<Vec<Standing>, RecordError> {
+    let failed = |source| RecordError::query("read the fences that stand", source);
+    let there = control.query_one("SELECT pg_catalog.to_regclass('pgcutover.fence') IS NOT NULL", &[]).await;
+    if !there.map_err(failed)?.get::<_, bool>(0) {
+        return Ok(Vec::new());
+    }
+    // A row that an earlier version wrote has none of the later columns, and is left as it is.
+    let rows = control
+        .query(
+            "SELECT epoch, coalesce((to_jsonb(f) ->> 'ajar')::boolean, false),
+                    coalesce((to_jsonb(f) ->> 'hard')::boolean, false)
+             FROM pgcutover.fence f
+             WHERE outcome = 'decided' AND to_jsonb(f) ->> 'returned_by' IS NULL ORDER BY epoch",
+            &[],
+        )
+        .await
+        .map_err(failed)?;
+    let mut standing = Vec::new();
+    for row in rows {
+        let Some((fence, _)) = read(control, super::epoch_from_sql(row.get(0))?).await? else { continue };
+        standing.push(Standing { fence, ajar: row.get(1), hard: row.get(2) });
+    }
+    Ok(standing)
+}
+
+/// A fence that stands since a decision.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Standing {
+    /// The fence.
+    pub fence: Fence,
+    /// Whether a rollback has opened it for a while.
+    pub ajar: bool,
+    /// Whether the databases are shut, and not only read-only by default.
+    pub hard: bool,
+}
+
+/// Notes that a standing fence is, or is no more, ajar for a rollback. Part of the transaction that opens or shuts.
+/// Returns false, and notes nothing, when it does not stand.
+pub async fn note_ajar(transaction: &impl GenericClient, epoch: Epoch, ajar: bool) -> Result<bool, RecordError> {
+    let noted = transaction
+        .execute(
+            "UPDATE pgcutover.fence SET ajar = $2
+             WHERE epoch = $1 AND outcome = 'decided' AND returned_by IS NULL",
+            &[&super::epoch_to_sql(epoch), &ajar],
+        )
+        .await
+        .map_err(|source| RecordError::query("note that a fence is ajar", source))?;
+    Ok(noted == 1)
+}
+
+/// Notes that the databases of the fence `epoch` have come back by the cutover `by`. Part of the transaction that
+/// restores them. Returns false, and notes nothing, when that was noted before.
+pub async fn note_returned(transaction: &impl GenericClient, epoch: Epoch, by: Epoch) -> Result<bool, RecordError> {
+    let noted = transaction
+        .execute(
+            "UPDATE pgcutover.fence SET returned_by = $2, ajar = false
+             WHERE epoch = $1 AND outcome = 'decided' AND returned_by IS NULL",
+            &[&super::epoch_to_sql(epoch), &super::epoch_to_sql(by)],
+        )
+        .await
+        .map_err(|source| RecordError::query("note that databases have come back", source))?;
+    Ok(noted == 1)
 }
 
 /// Notes the outcome of a fence. Part of the transaction that acts on it.

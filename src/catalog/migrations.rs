@@ -9,6 +9,7 @@ use std::sync::Arc;
 use tokio::sync::Mutex;
 
 use crate::postgres::{ConnectError, Connector, Control};
+use crate::switch::ServerRole;
 
 /// Tables of the target's control database that belong to migrations. Idempotent.
 pub const TARGET_CONTROL_DDL: &str = r"
@@ -40,6 +41,12 @@ CREATE TABLE IF NOT EXISTS pgcutover.migration_database (
     changed_at  timestamptz NOT NULL DEFAULT now(),
     PRIMARY KEY (migration, database)
 );
+ALTER TABLE pgcutover.migration_database ADD COLUMN IF NOT EXISTS direction text NOT NULL DEFAULT 'forward';
+ALTER TABLE pgcutover.migration_database ADD COLUMN IF NOT EXISTS epoch bigint NOT NULL DEFAULT 0;
+ALTER TABLE pgcutover.migration_database ADD COLUMN IF NOT EXISTS next_epoch bigint;
+ALTER TABLE pgcutover.migration_database ADD COLUMN IF NOT EXISTS next_slot text;
+ALTER TABLE pgcutover.migration_database ADD COLUMN IF NOT EXISTS next_publication text;
+ALTER TABLE pgcutover.migration_database ADD COLUMN IF NOT EXISTS next_start pg_lsn;
 CREATE TABLE IF NOT EXISTS pgcutover.migration_table (
     migration   text NOT NULL,
     database    text NOT NULL,
@@ -335,19 +342,40 @@ impl MigrationCatalog {
     }
 }
 
-/// Names of the migrations that are being cut over, as far as the engine has noted. Needs no generation: it only reads.
-/// A target without our schema has none.
-pub async fn completing(control: &Control) -> Result<Vec<String>, CatalogError> {
+/// A migration that is being cut over or rolled back, as far as the engine has noted.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Completing {
+    /// Its name.
+    pub name: String,
+    /// Where its databases go.
+    pub leads_to: ServerRole,
+    /// They move together.
+    pub databases: Vec<String>,
+}
+
+/// The migrations that are being cut over or rolled back. Needs no generation: it only reads. A target without our
+/// schema has none.
+pub async fn completing(control: &Control) -> Result<Vec<Completing>, CatalogError> {
     let failed = |source| CatalogError::query("read the migrations that are being cut over", source);
     let there = control.query_one("SELECT pg_catalog.to_regclass('pgcutover.migration') IS NOT NULL", &[]).await;
     if !there.map_err(failed)?.get::<_, bool>(0) {
         return Ok(Vec::new());
     }
     let rows = control
-        .query("SELECT name FROM pgcutover.migration WHERE state = 'CompletingMigration' ORDER BY name", &[])
+        .query(
+            "SELECT m.name, m.state, array_agg(d.database ORDER BY d.database)
+             FROM pgcutover.migration m JOIN pgcutover.migration_database d ON d.migration = m.name
+             WHERE m.state IN ('CompletingMigration', 'RollingBack') GROUP BY m.name, m.state ORDER BY m.name",
+            &[],
+        )
         .await
         .map_err(failed)?;
-    Ok(rows.iter().map(|row| row.get(0)).collect())
+    let completing = |row: &tokio_postgres::Row| Completing {
+        name: row.get(0),
+        leads_to: if row.get::<_, &str>(1) == "RollingBack" { ServerRole::Source } else { ServerRole::Target },
+        databases: row.get(2),
+    };
+    Ok(rows.iter().map(completing).collect())
 }
 
 /// A database of a migration that is being accepted.

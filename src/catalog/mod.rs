@@ -2,18 +2,21 @@
 //!
 //! * [`fence`], [`decision`]: append-only rows in the control database of each server; they alone say who is active.
 //!   [`claims`] reads them, [`resolve`] (pure) draws the conclusion.
-//! * [`migrations`], [`tables`], [`progress`], [`journal`], [`verification`]: rows of the engine, of everything that it was asked, has done
-//!   and has made.
+//! * [`migrations`], [`tables`], [`streams`], [`progress`], [`journal`], [`verification`]: rows of the engine, of
+//!   everything that it was asked, has done and has made.
+//! * [`door`]: how our own sessions get into databases that a fence keeps shut.
 //!
 //! [`bootstrap`] makes the tables. Each part owns its DDL and a version number; nothing here is ever dropped by it.
 
 pub mod claims;
 pub mod decision;
+pub mod door;
 pub mod fence;
 pub mod journal;
 pub mod migrations;
 pub mod progress;
 pub mod resolve;
+pub mod streams;
 pub mod tables;
 pub mod verification;
 
@@ -32,6 +35,8 @@ pub enum Place {
     SourceDatabase,
     /// A migrated database on the target.
     TargetDatabase,
+    /// A migrated database, on either server, once changes flow both ways.
+    BothWays,
 }
 
 /// Tables that are made together and change version together.
@@ -49,10 +54,10 @@ const fn part(name: &'static str, version: i32, ddl: &'static str) -> Part {
 
 impl Place {
     const fn parts(self) -> &'static [Part] {
-        const FENCE: Part = part("fence", 1, fence::DDL);
+        const FENCE: Part = part("fence", 2, fence::DDL);
         const DECISION: Part = part("decision", 1, decision::DDL);
         const BOUNDARY: Part = part("boundary", 1, decision::BOUNDARY_DDL);
-        const MIGRATIONS: Part = part("migrations", 1, migrations::TARGET_CONTROL_DDL);
+        const MIGRATIONS: Part = part("migrations", 2, migrations::TARGET_CONTROL_DDL);
         const VERIFICATION: Part = part("verification", 1, verification::TARGET_CONTROL_DDL);
         const MARKER: Part = part("marker", 1, progress::SOURCE_DATABASE_DDL);
         const PROGRESS: Part = part("progress", 1, progress::TARGET_DATABASE_DDL);
@@ -62,6 +67,7 @@ impl Place {
             Self::TargetControl => &[FENCE, DECISION, MIGRATIONS, VERIFICATION],
             Self::SourceDatabase => &[MARKER],
             Self::TargetDatabase => &[BOUNDARY, PROGRESS],
+            Self::BothWays => &[MARKER, BOUNDARY, PROGRESS],
         }
     }
 }

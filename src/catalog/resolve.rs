@@ -107,26 +107,27 @@ pub fn chores(source: Option<&Claims>, target: Option<&Claims>) -> Vec<Chore> {
     chores
 }
 
-/// What became of the last cutover of `migration`, for an engine that was stopped before it heard. `None`: not known, or
-/// not settled yet. A migration that was begun to be cut over and has no rows was never fenced: that is an abort.
-pub fn last_outcome(migration: &str, source: Option<&Claims>, target: Option<&Claims>) -> Option<Outcome> {
-    let both = || [source, target].into_iter().flatten();
-    let fences = both().flat_map(|claims| &claims.fences).filter(|fence| fence.migration == migration);
-    let decisions = both().flat_map(|claims| &claims.decisions).filter(|decision| decision.migration == migration);
-    let told = fences.clone().filter_map(|fence| fence.outcome.map(|outcome| (fence.epoch, outcome)));
-    let told = decisions.map(|decision| (decision.epoch, decision.outcome)).chain(told);
-    let latest = told.max_by_key(|(epoch, _)| *epoch);
-    if both().count() < 2 {
-        // A fence that cannot be read may be later than everything that can, but nothing takes a decision back.
-        return latest.map(|(_, outcome)| outcome).filter(|outcome| *outcome == Outcome::Decided);
-    }
-    let open = fences.map(|fence| fence.epoch).max();
-    match latest {
-        Some((epoch, _)) if open.is_some_and(|open| open > epoch) => None,
-        Some((_, outcome)) => Some(outcome),
-        None if open.is_some() => None,
-        None => Some(Outcome::Aborted),
-    }
+/// What became of the cutover of `migration` towards `leads_to`, for an engine that was stopped before it heard. `None`:
+/// not known, or not settled yet. It was decided iff it made that server active; one that was never fenced was not.
+pub fn outcome_of(
+    migration: &str,
+    databases: &[String],
+    leads_to: ServerRole,
+    source: Option<&Claims>,
+    target: Option<&Claims>,
+) -> Option<Outcome> {
+    let by_it = |epoch: Epoch| {
+        let decisions = [source, target].into_iter().flatten().flat_map(|claims| &claims.decisions);
+        decisions.into_iter().any(|decision| decision.epoch == epoch && decision.migration == migration)
+    };
+    let outcome = |database: &String| match resolve(database, source, target) {
+        Verdict::Active { server, epoch } if server == leads_to && by_it(epoch) => Some(Outcome::Decided),
+        Verdict::Active { .. } => Some(Outcome::Aborted),
+        Verdict::Undecided { .. } | Verdict::Refuse { .. } => None,
+    };
+    let first = outcome(databases.first()?)?;
+    // One row covers all of them.
+    databases.iter().all(|database| outcome(database) == Some(first)).then_some(first)
 }
 
 /// Where `database` runs. `None` stands for a server that could not be read.

@@ -1,8 +1,10 @@
 //! Databases and tables of a migration: how far each is, and where each table is handed over from its copy to the stream.
 
 use super::migrations::{CatalogError, MigrationCatalog};
+use super::streams::{Direction, NextStream};
 use crate::ident::QualifiedName;
 use crate::lsn::Lsn;
+use crate::switch::Epoch;
 
 /// A database of a migration as it is stored.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -19,6 +21,12 @@ pub struct DatabaseRow {
     pub slot_start: Option<Lsn>,
     /// `B`: snapshots for copies must have `xmin` above it. 64 bits, with epoch.
     pub barrier: Option<u64>,
+    /// Which way its stream flows; slot and publication are on the server that it comes from.
+    pub direction: Direction,
+    /// The cutover at whose boundary the stream begins; 0: the first stream, which begins where the copies ended.
+    pub epoch: Epoch,
+    /// The stream that a cutover has prepared, to flow the other way once it is decided.
+    pub next: Option<NextStream>,
 }
 
 /// How far the copy of a table is.
@@ -96,23 +104,34 @@ impl MigrationCatalog {
         let client = self.client().await?;
         let rows = client
             .query(
-                "SELECT database, step, slot, publication, slot_start, barrier
+                "SELECT database, step, slot, publication, slot_start, barrier, direction, epoch,
+                        next_epoch, next_slot, next_publication, next_start
                  FROM pgcutover.migration_database WHERE migration = $1 ORDER BY database",
                 &[&migration],
             )
             .await
             .map_err(|source| CatalogError::query("read the databases of a migration", source))?;
-        Ok(rows
-            .iter()
-            .map(|row| DatabaseRow {
-                database: row.get(0),
-                step: row.get(1),
-                slot: row.get(2),
-                publication: row.get(3),
-                slot_start: row.get(4),
-                barrier: row.get::<_, Option<i64>>(5).map(i64::cast_unsigned),
+        rows.iter()
+            .map(|row| {
+                let next = |epoch: i64| NextStream {
+                    epoch: Epoch(epoch.cast_unsigned()),
+                    slot: row.get(9),
+                    publication: row.get(10),
+                    slot_start: row.get(11),
+                };
+                Ok(DatabaseRow {
+                    database: row.get(0),
+                    step: row.get(1),
+                    slot: row.get(2),
+                    publication: row.get(3),
+                    slot_start: row.get(4),
+                    barrier: row.get::<_, Option<i64>>(5).map(i64::cast_unsigned),
+                    direction: Direction::parse(row.get(6))?,
+                    epoch: Epoch(row.get::<_, i64>(7).cast_unsigned()),
+                    next: row.get::<_, Option<i64>>(8).map(next),
+                })
             })
-            .collect())
+            .collect()
     }
 
     /// Keeps the last completed step of a database with the slot's start and the barrier.

@@ -31,7 +31,12 @@ pub(super) async fn run(command: MigrationCommand, client: &Client, output: &Out
             output.rows(&client.get(&path(&name, "/history")).await?)?;
             Ok(Verdict::Good)
         }
-        MigrationCommand::Cutover(cutover) => self::cutover(cutover, client, output).await,
+        MigrationCommand::Cutover(cutover) => self::cutover(cutover, "/cutover", client, output).await,
+        MigrationCommand::Rollback(rollback) => self::cutover(rollback, "/rollback", client, output).await,
+        MigrationCommand::Complete { name } => {
+            output.cancelled(&client.post(&path(&name, "/complete"), None).await?)?;
+            Ok(Verdict::Good)
+        }
         MigrationCommand::Cancel { name } => {
             output.cancelled(&client.post(&path(&name, "/cancel"), None).await?)?;
             Ok(Verdict::Good)
@@ -107,7 +112,7 @@ fn validation(answer: &Value, output: &Output) -> Result<Verdict, CliError> {
 }
 
 /// Good only when switched, or when a dry run would have.
-async fn cutover(cutover: Cutover, client: &Client, output: &Output) -> Result<Verdict, CliError> {
+async fn cutover(cutover: Cutover, order: &str, client: &Client, output: &Output) -> Result<Verdict, CliError> {
     let request = CutoverRequest {
         dry_run: cutover.dry_run,
         max_pause: cutover.max_pause,
@@ -115,7 +120,7 @@ async fn cutover(cutover: Cutover, client: &Client, output: &Output) -> Result<V
         stragglers: cutover.stragglers,
     };
     let body = to_json(&request)?;
-    let answer = client.post(&path(&cutover.name, "/cutover"), Some(&body)).await?;
+    let answer = client.post(&path(&cutover.name, order), Some(&body)).await?;
     output.cutover(&answer)?;
     let report: CutoverView = typed(&answer)?;
     let expected = if cutover.dry_run { "dry-run" } else { "switched" };

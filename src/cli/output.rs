@@ -240,8 +240,8 @@ impl Output {
     pub(super) fn cutover(&self, answer: &Value) -> Result<(), CliError> {
         self.either(answer, |output, report: CutoverView| {
             match report.outcome.as_str() {
-                "switched" => output.line("switched: the databases run on the target"),
-                "dry-run" => output.line("dry run: it would have switched; everything runs on the source"),
+                "switched" => output.line("switched: the databases run on the other server"),
+                "dry-run" => output.line("dry run: it would have switched; everything runs where it ran"),
                 other => output.line(&format!("{other}: {}", report.reason)),
             }
             let phases: Vec<String> =

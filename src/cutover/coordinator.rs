@@ -14,6 +14,7 @@ use tokio_util::sync::CancellationToken;
 
 use super::CutoverError;
 use super::hard_fence::{self, Known, Looking, Obstacle};
+use super::home;
 use super::leadership::claim_coordination;
 use super::parts::{Engine, Lease};
 use super::phase::Phase;
@@ -24,6 +25,7 @@ use super::undo::Undo;
 use super::work::{Line, Orders, Side, Work};
 use crate::catalog::decision::{Case, Outcome};
 use crate::catalog::resolve::{self, Verdict as Claimed};
+use crate::catalog::streams::Direction;
 use crate::catalog::{Place, bootstrap, claims};
 use crate::config::Config;
 use crate::failpoint::Failpoints;
@@ -123,6 +125,7 @@ impl Coordinator {
     pub fn default_options(&self) -> CutoverOptions {
         let cutover = &self.deps.config.cutover;
         CutoverOptions {
+            direction: Direction::Forward,
             dry_run: false,
             max_pause: cutover.max_pause,
             drain_timeout: cutover.drain_timeout,
@@ -194,21 +197,23 @@ impl Coordinator {
         true
     }
 
-    /// Work on the source, in databases that the proxy serves, that is older than the drain of a cutover would wait for.
+    /// Work in databases that the proxy serves, on the server where they run, that is older than the drain of a cutover
+    /// or rollback would wait for.
     pub async fn long_work(&self) -> Result<Vec<Obstacle>, CutoverError> {
-        let on_source = |route: &Route| matches!(route, Route::To { server: ServerRole::Source, .. });
-        let databases: Vec<String> = self
-            .deps
-            .switchboard
-            .all()
-            .iter()
-            .filter(|database| on_source(&database.route()))
-            .map(|database| database.name().to_owned())
-            .collect();
-        let control = self.deps.source.control(&self.deps.config.control.database, "blockers").await?;
-        let known =
-            Known { pids: Vec::new(), own_prefix: self.deps.source.instance().application_name(""), slots: Vec::new() };
-        let mut busy = hard_fence::backends(&control, &databases, &known, Looking::Work).await?;
+        let mut busy = Vec::new();
+        for (role, server) in [(ServerRole::Source, &self.deps.source), (ServerRole::Target, &self.deps.target)] {
+            let here = |route: &Route| matches!(route, Route::To { server, .. } if *server == role);
+            let all = self.deps.switchboard.all();
+            let databases = all.iter().filter(|database| here(&database.route()));
+            let databases: Vec<String> = databases.map(|database| database.name().to_owned()).collect();
+            if databases.is_empty() {
+                continue;
+            }
+            let control = server.control(&self.deps.config.control.database, "blockers").await?;
+            let own_prefix = server.instance().application_name("");
+            let known = Known { pids: Vec::new(), own_prefix, slots: Vec::new() };
+            busy.extend(hard_fence::backends(&control, &databases, &known, Looking::Work).await?);
+        }
         busy.retain(|obstacle| obstacle.age_seconds > self.deps.config.cutover.drain_timeout.as_secs_f64());
         Ok(busy)
     }
@@ -217,14 +222,14 @@ impl Coordinator {
         self.running.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    fn measure(&self, report: &CutoverReport) {
+    fn measure(&self, direction: Direction, report: &CutoverReport) {
         let metrics = &self.deps.metrics;
         let outcome = match report.outcome {
             CutoverOutcome::Switched => metrics::Outcome::Switched,
             CutoverOutcome::Aborted => metrics::Outcome::Aborted,
             CutoverOutcome::DryRun => metrics::Outcome::DryRun,
         };
-        metrics.cutovers.with_label_values(&[metrics::Direction::Forward.as_str(), outcome.as_str()]).inc();
+        metrics.cutovers.with_label_values(&[direction.as_str(), outcome.as_str()]).inc();
         let phases = report.phases_ms;
         for (phase, spent_ms) in [
             (metrics::Phase::Prepare, phases.prepare),
@@ -253,14 +258,16 @@ impl Coordinator {
             return Err(CutoverError::Guardrail("another process is taking over from this one".to_owned()));
         }
         // The lock first: whoever settles leaves alone what has a living coordinator, from the engine's first note on.
-        let to = self.lead_to(migration).await?;
-        let lease = self.deps.engine.begin_cutover(migration).await.map_err(CutoverError::Engine)?;
+        let (from, to) = self.take_sides(options.direction, migration).await?;
+        let lease = self.deps.engine.begin_cutover(migration, options.direction).await;
+        let lease = lease.map_err(CutoverError::Engine)?;
         let (progress, seen) = watch::channel(None);
         let cancel = CancellationToken::new();
         let running = Running { progress: seen, cancel: cancel.clone(), report: None };
         self.running().insert(migration.to_owned(), running);
         let orders = Orders { cancel, tasks: self.deps.tasks.clone() };
-        let report = match Box::pin(self.accept(to, migration, options, lease.clone(), orders, progress)).await {
+        let report = match Box::pin(self.accept((from, to), migration, options, lease.clone(), orders, progress)).await
+        {
             Ok(work) => Box::pin(walk(work)).await,
             Err(error) => {
                 tracing::warn!(migration, %error, "cutover not begun");
@@ -271,7 +278,7 @@ impl Coordinator {
             }
         };
         drop(turn);
-        self.measure(&report);
+        self.measure(options.direction, &report);
         if let Some(running) = self.running().get_mut(migration) {
             running.report = Some(report.clone());
         }
@@ -283,27 +290,38 @@ impl Coordinator {
         Ok(report)
     }
 
-    /// A session in the control database of the target that holds the coordinator's lock.
-    async fn lead_to(&self, migration: &str) -> Result<Side, CutoverError> {
+    /// Sessions in the control databases of both servers that hold the coordinator's lock: whoever settles asks the one
+    /// that holds the decision, the engine's state is told to who asks the target.
+    async fn take_sides(&self, direction: Direction, migration: &str) -> Result<(Side, Side), CutoverError> {
+        let target = self.side_with_lock(ServerRole::Target, migration).await?;
+        let source = self.side_with_lock(ServerRole::Source, migration).await?;
+        Ok(direction.ends(source, target))
+    }
+
+    async fn side_with_lock(&self, role: ServerRole, migration: &str) -> Result<Side, CutoverError> {
         let database = &self.deps.config.control.database;
-        let to = side(ServerRole::Target, &self.deps.target, database, Place::TargetControl).await?;
+        let (connector, place) = match role {
+            ServerRole::Source => (&self.deps.source, Place::SourceControl),
+            ServerRole::Target => (&self.deps.target, Place::TargetControl),
+        };
+        let side = side(role, connector, database, place).await?;
         // A session that has just ended, ours or that of a process that was killed, holds it for a moment longer.
         let deadline = Instant::now() + WAIT_FOR_TURN;
-        while !claim_coordination(&to.control, migration).await? {
+        while !claim_coordination(&side.control, migration).await? {
             if Instant::now() >= deadline {
                 return Err(CutoverError::Guardrail(format!(
-                    "another coordinator is working on migration {migration:?}; it ends, or its session on the target ends"
+                    "another coordinator is working on migration {migration:?}; it ends, or its session on the {role} ends"
                 )));
             }
             tokio::time::sleep(LOOK_AGAIN).await;
         }
-        Ok(to)
+        Ok(side)
     }
 
-    /// Everything else that a cutover needs to begin: the other control database, a number, the databases.
+    /// Everything else that a cutover needs to begin: a number, the databases, the fence to come back through.
     async fn accept(
         &self,
-        to: Side,
+        (from, to): (Side, Side),
         migration: &str,
         options: CutoverOptions,
         lease: Arc<dyn Lease>,
@@ -311,7 +329,6 @@ impl Coordinator {
         progress: watch::Sender<Option<CutoverProgress>>,
     ) -> Result<Box<Work>, CutoverError> {
         let control_database = self.deps.config.control.database.clone();
-        let from = side(ServerRole::Source, &self.deps.source, &control_database, Place::SourceControl).await?;
         let (left, led_to) = (claims::read(&*from.control).await?, claims::read(&*to.control).await?);
         let epoch = Epoch(resolve::highest_epoch(&left, &led_to).0 + 1);
         // Its settings would be saved as those from before, and lifting it would open what we have shut.
@@ -321,10 +338,20 @@ impl Coordinator {
                 fence.epoch
             )));
         }
+        let home = home::find(&to.control, migration).await?;
+        if options.direction == Direction::Reverse && home.is_none() {
+            return Err(CutoverError::Guardrail(format!(
+                "no fence of migration {migration:?} stands on the {}: it was not left by a cutover, or the cutover is \
+                 still being noted there",
+                to.role
+            )));
+        }
+        // The same two, in the order of their roles again.
+        let (of_source, of_target) = options.direction.ends(&left, &led_to);
         let databases = lease.databases();
         let mut lines = Vec::new();
         for name in &databases {
-            match resolve::resolve(name, Some(&left), Some(&led_to)) {
+            match resolve::resolve(name, Some(of_source), Some(of_target)) {
                 Claimed::Active { server, epoch: earlier } if server == from.role => {
                     lines.push(Line {
                         name: name.clone(),
@@ -342,12 +369,20 @@ impl Coordinator {
                 Claimed::Refuse { reason } => return Err(CutoverError::Guardrail(reason)),
             }
         }
+        // The one that a rollback has lifted is noted so; until then its settings would be taken for those from before.
+        if home::find(&from.control, migration).await?.is_some() {
+            return Err(CutoverError::Guardrail(format!(
+                "the settings of the {} from before an earlier cutover are not restored yet; start pgcutover again",
+                from.role
+            )));
+        }
         let work = Work {
             options,
             case: Case { epoch, migration: migration.to_owned(), databases },
             control_database,
             from,
             to,
+            home,
             lines,
             sessions: self.deps.sessions.clone(),
             lease,

@@ -88,6 +88,7 @@ pub(super) async fn shut(control: &mut Control, case: &Case) -> Result<(), Cutov
     if !fence::hold_open(&transaction, case.epoch).await? {
         return Err(OVERTAKEN);
     }
+    fence::note_hard(&transaction, case.epoch).await?;
     for database in &case.databases {
         transaction.batch_execute(&format!("ALTER DATABASE {} {how}", quote_ident(database))).await.map_err(failed)?;
     }

@@ -17,6 +17,15 @@
 //! switch    fence 1 decided                                                 switched
 //! ```
 //!
+//! # Rollback
+//!
+//! The same steps with source and target exchanged, fed by the stream that has carried everything back since the first
+//! write on the target; epochs go on. What it adds is the fence that still stands on the server it leads back to
+//! (`home`): ajar from prepare on, lifted after the gates have opened, shut again by an abort. Each cutover and each
+//! rollback prepares the stream for the way back before it fences anything ([`parts::Lease::prepare_return`]), so that one
+//! can go there and back as often as wanted. A stream begins behind the boundary row of its epoch: what was applied before
+//! came from the other side, and is not sent back.
+//!
 //! # After a decided cutover
 //!
 //! The server that was left stays fenced, so that a writer that knows its address fails instead of writing where nobody
@@ -30,6 +39,7 @@ mod decide;
 mod drain;
 mod guardrails;
 pub mod hard_fence;
+mod home;
 mod leadership;
 pub mod parts;
 pub mod phase;

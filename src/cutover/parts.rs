@@ -5,6 +5,8 @@ use std::sync::Arc;
 use async_trait::async_trait;
 
 use crate::catalog::decision::Outcome;
+use crate::catalog::streams::Direction;
+use crate::switch::Epoch;
 
 /// A migration, held by one cutover.
 #[async_trait]
@@ -18,7 +20,11 @@ pub trait Lease: Send + Sync {
     /// Brings over once more what no stream carries: roles and settings. Returns notes for the operator.
     async fn synchronise(&self) -> Result<Vec<String>, String>;
 
-    /// Slot and publication of one database on the source.
+    /// Makes what the stream needs that will carry back what is written after cutover `epoch`, on the server that it leads
+    /// to. Returns notes for the operator: where a server cannot send one, the cutover cannot be taken back.
+    async fn prepare_return(&self, epoch: Epoch) -> Result<Vec<String>, String>;
+
+    /// Slot and publication of one database on the server that is left.
     fn replication(&self, database: &str) -> Replication;
 
     /// Resolves once every lane has durably applied the commit that set the marker of `database` to `nonce`.
@@ -28,7 +34,7 @@ pub trait Lease: Send + Sync {
     async fn finish(&self, outcome: Outcome) -> Result<(), String>;
 }
 
-/// Names on the source.
+/// Names on the server that is left.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Replication {
     /// Replication slot.
@@ -40,8 +46,8 @@ pub struct Replication {
 /// The engine.
 #[async_trait]
 pub trait Engine: Send + Sync {
-    /// Takes a migration that is ready to be cut over.
-    async fn begin_cutover(&self, migration: &str) -> Result<Arc<dyn Lease>, String>;
+    /// Takes a migration that is ready to be cut over, or was cut over and is to be rolled back.
+    async fn begin_cutover(&self, migration: &str, direction: Direction) -> Result<Arc<dyn Lease>, String>;
 
     /// Tells what became of a cutover that another process, or an earlier life of this one, has begun.
     async fn cutover_settled(&self, migration: &str, outcome: Outcome) -> Result<(), String>;

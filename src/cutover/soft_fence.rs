@@ -25,6 +25,8 @@ const READ_ONLY: &str = "default_transaction_read_only";
 pub(super) struct Before {
     pub(super) saved: SavedDatabase,
     pub(super) window: PrepareWindow,
+    /// What counts where the database has no setting of its own.
+    pub(super) fallback: String,
 }
 
 #[derive(serde::Deserialize)]
@@ -83,15 +85,16 @@ pub(super) async fn read_before(
             allow_connections: row.get(1),
             connection_limit: row.get(2),
         };
+        let fallback = everyone.unwrap_or_else(|| server_default.clone());
         let window = PrepareWindow {
             epoch,
-            earlier_read_only: read_only.or(everyone).unwrap_or_else(|| server_default.clone()),
+            earlier_read_only: read_only.unwrap_or_else(|| fallback.clone()),
             earlier_of_roles: roles
                 .into_iter()
                 .filter_map(|role| Some((role.name, role.in_database.or(role.everywhere)?)))
                 .collect(),
         };
-        found.push(Before { saved, window });
+        found.push(Before { saved, window, fallback });
     }
     match databases.iter().find(|name| !found.iter().any(|before| before.saved.name == **name)) {
         Some(missing) => Err(CutoverError::Guardrail(format!("database {missing:?} does not exist on the server"))),
@@ -170,7 +173,8 @@ pub(super) async fn lift(control: &mut Control, fence: &Fence) -> Result<Ended, 
     Ok(ended)
 }
 
-async fn restore(transaction: &mut Transaction<'_>, saved: &SavedDatabase) -> Result<(), CutoverError> {
+/// Puts one database back to what was saved. Part of the transaction that notes it.
+pub(super) async fn restore(transaction: &mut Transaction<'_>, saved: &SavedDatabase) -> Result<(), CutoverError> {
     let failed = |source| CutoverError::query("restore the settings of a database", source);
     let row = transaction
         .query_opt("SELECT datallowconn, datconnlimit FROM pg_catalog.pg_database WHERE datname = $1", &[&saved.name])

@@ -11,6 +11,7 @@ use std::time::Duration;
 use tokio::sync::{Mutex, MutexGuard};
 
 use super::CutoverError;
+use super::home;
 use super::leadership::{claim_coordination, release_coordination};
 use super::parts::Engine;
 use super::settle;
@@ -115,6 +116,14 @@ impl Resolver {
                     tracing::warn!(%error, "a server stopped answering while an earlier cutover was being settled");
                     return false;
                 }
+            }
+        }
+        // Before clients are let in: they would find a server that is read-only by default.
+        match Box::pin(self.settle_homes(&mut source, &mut target)).await {
+            Ok(in_order) => settled &= in_order,
+            Err(error) => {
+                tracing::warn!(%error, "a server that was left, or led back to, is not in order yet");
+                settled = false;
             }
         }
         let source_claims = source.as_ref().map(|server| &server.claims);
@@ -229,17 +238,60 @@ impl Resolver {
         known
     }
 
+    /// Fences that stand since a decision: lifted where a later one has brought the databases back, shut where a rollback
+    /// that came to nothing has left them ajar. Returns whether nothing remains.
+    async fn settle_homes(
+        &self,
+        source: &mut Option<Readable>,
+        target: &mut Option<Readable>,
+    ) -> Result<bool, CutoverError> {
+        let mut in_order = true;
+        let claims = |server: &Option<Readable>| server.as_ref().map(|server| server.claims.clone());
+        let (of_source, of_target) = (claims(source), claims(target));
+        for (role, server) in [(ServerRole::Source, source), (ServerRole::Target, target)] {
+            let Some(server) = server else { continue };
+            for standing in fence::standing(&*server.control).await? {
+                let Case { migration, databases, epoch } = &standing.fence.case;
+                let verdict = |database: &String| resolve::resolve(database, of_source.as_ref(), of_target.as_ref());
+                let Some(Verdict::Active { server: active, epoch: since }) = databases.first().map(verdict) else {
+                    continue;
+                };
+                let came_back = active == role && since > *epoch;
+                if !came_back && !standing.ajar {
+                    continue;
+                }
+                // A rollback under way has opened it, or is about to lift it.
+                if !claim_coordination(&server.control, migration).await? {
+                    in_order = false;
+                    continue;
+                }
+                if came_back {
+                    home::give_back(&mut server.control, &standing.fence, since).await?;
+                    for name in databases {
+                        self.switchboard.database(name).set_return_window(None);
+                    }
+                } else {
+                    home::shut_again(self.connector(role), &self.control_database, &standing).await?;
+                }
+                tracing::info!(epoch = epoch.0, server = %role, came_back, "the fence of an earlier cutover is in order");
+                release_coordination(&server.control, migration).await?;
+            }
+        }
+        Ok(in_order)
+    }
+
     /// The engine may have been stopped between a verdict and its own note of it, or before there was a fence.
     async fn tell_engine(&self, source: Option<&Readable>, target: Option<&Readable>) -> Result<(), CutoverError> {
         let Some(control) = target.map(|server| &server.control) else { return Ok(()) };
-        for migration in migrations::completing(control).await? {
+        for migrations::Completing { name: migration, leads_to, databases } in migrations::completing(control).await? {
             // Who holds the lock is about to fence, or deciding, and tells its engine itself.
             if !claim_coordination(control, &migration).await? {
                 continue;
             }
             // Read under the lock: a coordinator may have come to its end since the last look.
             let (source, target) = (reread(source).await?, reread(target).await?);
-            if let Some(outcome) = resolve::last_outcome(&migration, source.as_ref(), target.as_ref()) {
+            let outcome = resolve::outcome_of(&migration, &databases, leads_to, source.as_ref(), target.as_ref());
+            if let Some(outcome) = outcome {
                 tracing::info!(migration, outcome = outcome.as_str(), "telling the engine how its cutover ended");
                 self.engine.cutover_settled(&migration, outcome).await.map_err(CutoverError::Engine)?;
             }

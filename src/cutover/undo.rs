@@ -9,6 +9,7 @@
 use std::time::Duration;
 
 use super::CutoverError;
+use super::home;
 use super::phase::Event;
 use super::report::{CutoverOutcome, CutoverReport};
 use super::settle::{self, Answer};
@@ -28,6 +29,8 @@ pub(super) struct Undo {
     pub(super) fence: Option<Fence>,
     /// Gates were closed.
     pub(super) gates: bool,
+    /// The fence of the server that a rollback leads back to was opened.
+    pub(super) ajar: bool,
 }
 
 impl Work {
@@ -53,6 +56,7 @@ impl Work {
             // Closing the sessions releases the table locks; a lock that is still waited for has its own time-out.
             line.sessions = None;
             line.gate.set_prepare_window(None);
+            line.gate.set_return_window(None);
         }
         if std::mem::take(&mut self.undo.moves) {
             self.sessions.discard_moves(&self.case.databases);
@@ -63,8 +67,16 @@ impl Work {
             }
             self.timings.gates_opened();
         }
+        // The engine removes what it has prepared there; so it is shut after that.
         if let Err(reason) = self.lease.finish(Outcome::Aborted).await {
             tracing::warn!(migration = self.case.migration, reason, "the engine did not take the migration back");
+        }
+        if std::mem::take(&mut self.undo.ajar)
+            && let Some(home) = self.home.take()
+            && let Err(error) = home::shut_again(&self.to.connector, &self.control_database, &home).await
+        {
+            tracing::error!(%error, "the {} could not be shut again; the next start does it", self.to.role);
+            self.notes.push(format!("the {} could not be shut again: {error}; the next start does it", self.to.role));
         }
         if let Err(rejected) = self.advance(Event::Finished) {
             tracing::error!(error = %rejected, "cutover");

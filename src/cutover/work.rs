@@ -14,6 +14,8 @@ use super::report::{CutoverOutcome, CutoverProgress, CutoverReport, Timings};
 use super::undo::Undo;
 use crate::catalog::claims::ServerIdentity;
 use crate::catalog::decision::Case;
+use crate::catalog::fence::Standing;
+use crate::catalog::streams::Direction;
 use crate::config::{FencePolicy, Stragglers};
 use crate::failpoint::{Failed, Failpoints};
 use crate::migration::sequences::SequencePair;
@@ -25,6 +27,8 @@ use crate::switch::{Database, Epoch, ServerRole};
 /// What the operator asked for; bounds come from the configuration where the command does not give them.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct CutoverOptions {
+    /// Forward: a cutover. Reverse: a rollback, the same with source and target exchanged.
+    pub direction: Direction,
     /// Everything up to the decision, without fencing the server, then resume where it ran.
     pub dry_run: bool,
     /// From the closing of the gates to the sending of the decision.
@@ -85,6 +89,8 @@ pub(super) struct Work {
     pub(super) from: Side,
     /// The server that it leads to. Its control session holds the lock that says this coordinator lives.
     pub(super) to: Side,
+    /// The fence that still stands on the server that a rollback leads back to.
+    pub(super) home: Option<Standing>,
     pub(super) lines: Vec<Line>,
     pub(super) sessions: Arc<Sessions>,
     pub(super) lease: Arc<dyn Lease>,

@@ -109,6 +109,8 @@ pub(super) async fn run(args: &DemoArgs) -> Result<Report, DemoError> {
     watch(&application, &mut progress, QUIET_TIME).await;
     let outcomes = application.finish().await;
     progress.begin("both servers are compared");
+    // The stream back to the source ends, so that it holds still while it is read.
+    stage.daemon.order(&["migration", "complete", MIGRATION]).await?;
     let inspection = stage.inspect(clients).await?;
     progress.end(None);
 

@@ -154,10 +154,22 @@ pub async fn mend(
     lock_timeout: Duration,
     journal: &dyn Journal,
 ) -> Result<(), IdentityError> {
+    mend_on(Side::Source, source, database, table, lock_timeout, journal).await
+}
+
+/// The same on the server of `side`, to which `source` is connected: a stream may come from either.
+pub async fn mend_on(
+    side: Side,
+    source: &Control,
+    database: &str,
+    table: &TableIdentity,
+    lock_timeout: Duration,
+    journal: &dyn Journal,
+) -> Result<(), IdentityError> {
     let Remedy::SetFull { undo } = &table.remedy else { return Ok(()) };
     let name = &table.table;
     let made = MadeObject {
-        side: Side::Source,
+        side,
         database: Some(database.to_owned()),
         kind: made::REPLICA_IDENTITY.to_owned(),
         name: name.to_string(),

@@ -6,7 +6,7 @@
 
 use async_trait::async_trait;
 
-use crate::catalog::journal::{Journal as Catalogue, MadeObject};
+use crate::catalog::journal::{Journal as Catalogue, MadeObject, Side};
 
 /// `REPLICA IDENTITY` of a source table.
 pub const REPLICA_IDENTITY: &str = "replica_identity";
@@ -48,5 +48,19 @@ impl Journal for Catalogue {
         Catalogue::record(self, made)
             .await
             .map_err(|source| JournalError { object: made.name.clone(), source: Box::new(source) })
+    }
+}
+
+/// The same journal for what is brought the other way: what is made, is made on the other server.
+pub struct Mirrored<'a>(pub &'a dyn Journal);
+
+#[async_trait]
+impl Journal for Mirrored<'_> {
+    async fn record(&self, made: &MadeObject) -> Result<(), JournalError> {
+        let side = match made.side {
+            Side::Source => Side::Target,
+            Side::Target => Side::Source,
+        };
+        self.0.record(&MadeObject { side, ..made.clone() }).await
     }
 }

@@ -20,7 +20,6 @@ pub mod made;
 pub mod materialized;
 pub mod preflight;
 pub mod publication;
-pub mod reverse;
 pub mod roles;
 pub mod schema;
 pub mod sequences;

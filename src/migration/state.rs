@@ -3,8 +3,13 @@
 //! ```text
 //! PerformingPreRequisiteSteps → ValidationInProgress → MigratingData → WaitingForCutoverTrigger ⇄ CompletingMigration
 //!            ↑  └──────────────┬──────┴───────────────────┴──┬───────────────┘                        ↓
-//!            └─── retry ── ValidationFailed, Failed ──── cancel ──→ Cancelling → Cancelled          Completed
+//!            └─── retry ── ValidationFailed, Failed ──── cancel ──→ Cancelling → Cancelled          Completed ⇄ RollingBack
+//!                                                                                                    ↓            ↓
+//!                                                                                  Closed ← Closing ─┘  WaitingForCutoverTrigger
 //! ```
+//!
+//! The databases run on the target from Completed on, and on the source again when a rollback has led back to
+//! WaitingForCutoverTrigger; it may go on like this as often as wanted, until `complete` closes the migration.
 //!
 //! No sockets, no clock, no tokio. Every pair of state and event is in `state_table.txt`, which a test compares with
 //! this file; there is no catch-all arm, so a new state or event does not compile until every pair has been thought of.
@@ -13,6 +18,8 @@ use std::fmt;
 use std::str::FromStr;
 
 use serde::{Deserialize, Serialize};
+
+use crate::catalog::streams::Direction;
 
 /// Where a migration stands. The pair of names that operators see is [`State::name`] and [`State::substate`].
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
@@ -28,7 +35,14 @@ pub enum State {
     /// Set by the cutover when it begins. Only the cutover's verdict leaves this state.
     CompletingMigration,
     /// Set by the cutover's decision, by an offline migration's end, or by a passed validation that was all that was asked.
+    /// After a cutover what is written on the target goes back to the source, and it can be rolled back.
     Completed,
+    /// Set by the rollback when it begins. Only its verdict leaves this state.
+    RollingBack,
+    /// Set by `complete`: the stream back is being removed. A restart goes on removing.
+    Closing,
+    /// Set once that is done: there is no way back.
+    Closed,
     /// Set by the worker: a rule failed. Nothing was copied.
     ValidationFailed,
     /// Set by the worker: it cannot go on by itself. What was made stays, for `retry` or `cancel`.
@@ -56,10 +70,14 @@ pub enum Event {
     CopiedOffline,
     /// A cutover wants the migration for itself.
     CutoverBegun,
-    /// The cutover has the decision 'aborted' on record, or never fenced anything.
+    /// The cutover or rollback has the decision 'aborted' on record, or never fenced anything.
     CutoverAborted,
-    /// The cutover has the decision 'decided' on record.
+    /// The cutover or rollback has the decision 'decided' on record.
     CutoverDecided,
+    /// A rollback wants the migration for itself.
+    RollbackBegun,
+    /// An operator needs no way back any more.
+    CompleteAsked,
     /// The worker cannot go on.
     WorkFailed,
     /// An operator says that the reason is mended.
@@ -79,9 +97,11 @@ pub enum Effect {
     StopWork,
     /// Remove everything that the journal names.
     Undo,
-    /// Drop the forward slot and publication: nothing will be read from the old source any more, and a slot that nobody
-    /// reads keeps its WAL for ever.
-    EndStream,
+    /// Make the streams fit the state: the one that was prepared by a decided cutover becomes the current one, and every
+    /// other slot and publication is dropped, because a slot that nobody reads keeps its WAL for ever.
+    Align,
+    /// Drop every stream.
+    EndStreams,
     /// Do nothing until the cutover's verdict is known.
     AwaitVerdict,
 }
@@ -116,6 +136,8 @@ pub fn transition(state: State, event: Event) -> Result<(State, Vec<Effect>), Re
             | E::CutoverBegun
             | E::CutoverAborted
             | E::CutoverDecided
+            | E::RollbackBegun
+            | E::CompleteAsked
             | E::RetryAsked
             | E::Undone => rejected,
         },
@@ -131,12 +153,14 @@ pub fn transition(state: State, event: Event) -> Result<(State, Vec<Effect>), Re
             | E::CutoverBegun
             | E::CutoverAborted
             | E::CutoverDecided
+            | E::RollbackBegun
+            | E::CompleteAsked
             | E::RetryAsked
             | E::Undone => rejected,
         },
         S::MigratingData => match event {
             E::CaughtUp => Ok((S::WaitingForCutoverTrigger, vec![])),
-            E::CopiedOffline => Ok((S::Completed, vec![F::StopWork, F::EndStream])),
+            E::CopiedOffline => Ok((S::Completed, vec![F::StopWork, F::Align])),
             E::WorkFailed => Ok((S::Failed, vec![F::StopWork])),
             E::CancelAsked => Ok((S::Cancelling, vec![F::StopWork, F::Undo])),
             E::PrerequisitesMet
@@ -146,6 +170,8 @@ pub fn transition(state: State, event: Event) -> Result<(State, Vec<Effect>), Re
             | E::CutoverBegun
             | E::CutoverAborted
             | E::CutoverDecided
+            | E::RollbackBegun
+            | E::CompleteAsked
             | E::RetryAsked
             | E::Undone => rejected,
         },
@@ -161,14 +187,16 @@ pub fn transition(state: State, event: Event) -> Result<(State, Vec<Effect>), Re
             | E::CopiedOffline
             | E::CutoverAborted
             | E::CutoverDecided
+            | E::RollbackBegun
+            | E::CompleteAsked
             | E::RetryAsked
             | E::Undone => rejected,
         },
         // A worker that fails here is told to the cutover, which aborts: failing the migration by ourselves would take
         // the ground from under a decision that may already be on its way.
         S::CompletingMigration => match event {
-            E::CutoverAborted => Ok((S::WaitingForCutoverTrigger, vec![F::StartWork])),
-            E::CutoverDecided => Ok((S::Completed, vec![F::StopWork, F::EndStream])),
+            E::CutoverAborted => Ok((S::WaitingForCutoverTrigger, vec![F::StartWork, F::Align])),
+            E::CutoverDecided => Ok((S::Completed, vec![F::StopWork, F::Align, F::StartWork])),
             E::PrerequisitesMet
             | E::ValidationPassed
             | E::ValidatedOnly
@@ -176,10 +204,66 @@ pub fn transition(state: State, event: Event) -> Result<(State, Vec<Effect>), Re
             | E::CaughtUp
             | E::CopiedOffline
             | E::CutoverBegun
+            | E::RollbackBegun
+            | E::CompleteAsked
             | E::WorkFailed
             | E::RetryAsked
             | E::CancelAsked
             | E::Undone => rejected,
+        },
+        S::Completed => match event {
+            E::RollbackBegun => Ok((S::RollingBack, vec![])),
+            // Asked by an operator who has mended what kept the stream back from flowing.
+            E::RetryAsked => Ok((S::Completed, vec![F::StopWork, F::Align, F::StartWork])),
+            E::CompleteAsked => Ok((S::Closing, vec![F::StopWork, F::EndStreams])),
+            E::PrerequisitesMet
+            | E::ValidationPassed
+            | E::ValidatedOnly
+            | E::ValidationRejected
+            | E::CaughtUp
+            | E::CopiedOffline
+            | E::CutoverBegun
+            | E::CutoverAborted
+            | E::CutoverDecided
+            | E::WorkFailed
+            | E::CancelAsked
+            | E::Undone => rejected,
+        },
+        // As in CompletingMigration.
+        S::RollingBack => match event {
+            E::CutoverAborted => Ok((S::Completed, vec![F::StartWork, F::Align])),
+            E::CutoverDecided => Ok((S::WaitingForCutoverTrigger, vec![F::StopWork, F::Align, F::StartWork])),
+            E::PrerequisitesMet
+            | E::ValidationPassed
+            | E::ValidatedOnly
+            | E::ValidationRejected
+            | E::CaughtUp
+            | E::CopiedOffline
+            | E::CutoverBegun
+            | E::RollbackBegun
+            | E::CompleteAsked
+            | E::WorkFailed
+            | E::RetryAsked
+            | E::CancelAsked
+            | E::Undone => rejected,
+        },
+        S::Closing => match event {
+            // Asked again because a server could not be reached the first time.
+            E::CompleteAsked => Ok((S::Closing, vec![F::EndStreams])),
+            E::Undone => Ok((S::Closed, vec![])),
+            E::PrerequisitesMet
+            | E::ValidationPassed
+            | E::ValidatedOnly
+            | E::ValidationRejected
+            | E::CaughtUp
+            | E::CopiedOffline
+            | E::CutoverBegun
+            | E::CutoverAborted
+            | E::CutoverDecided
+            | E::RollbackBegun
+            | E::WorkFailed
+            | E::RetryAsked
+            | E::CancelAsked => rejected,
         },
         S::ValidationFailed | S::Failed => match event {
             E::RetryAsked => Ok((S::PerformingPreRequisiteSteps, vec![F::StartWork])),
@@ -193,6 +277,8 @@ pub fn transition(state: State, event: Event) -> Result<(State, Vec<Effect>), Re
             | E::CutoverBegun
             | E::CutoverAborted
             | E::CutoverDecided
+            | E::RollbackBegun
+            | E::CompleteAsked
             | E::WorkFailed
             | E::Undone => rejected,
         },
@@ -209,10 +295,12 @@ pub fn transition(state: State, event: Event) -> Result<(State, Vec<Effect>), Re
             | E::CutoverBegun
             | E::CutoverAborted
             | E::CutoverDecided
+            | E::RollbackBegun
+            | E::CompleteAsked
             | E::WorkFailed
             | E::RetryAsked => rejected,
         },
-        S::Completed | S::Cancelled => rejected,
+        S::Closed | S::Cancelled => rejected,
     }
 }
 
@@ -220,27 +308,30 @@ pub fn transition(state: State, event: Event) -> Result<(State, Vec<Effect>), Re
 #[deny(clippy::wildcard_enum_match_arm)]
 pub fn resume(state: State) -> Vec<Effect> {
     match state {
-        State::PerformingPreRequisiteSteps
-        | State::ValidationInProgress
-        | State::MigratingData
-        | State::WaitingForCutoverTrigger => vec![Effect::StartWork],
-        State::CompletingMigration => vec![Effect::AwaitVerdict],
-        // The process may have ended between the decision and the end of the stream.
-        State::Completed => vec![Effect::EndStream],
+        State::PerformingPreRequisiteSteps | State::ValidationInProgress | State::MigratingData => {
+            vec![Effect::StartWork]
+        }
+        State::CompletingMigration | State::RollingBack => vec![Effect::AwaitVerdict],
+        // The process may have ended between the verdict and what follows from it.
+        State::WaitingForCutoverTrigger | State::Completed => vec![Effect::Align, Effect::StartWork],
+        State::Closing => vec![Effect::EndStreams],
         State::Cancelling => vec![Effect::Undo],
-        State::ValidationFailed | State::Failed | State::Cancelled => vec![],
+        State::ValidationFailed | State::Failed | State::Cancelled | State::Closed => vec![],
     }
 }
 
 impl State {
     /// Every state, in the order of a migration's life.
-    pub const ALL: [Self; 10] = [
+    pub const ALL: [Self; 13] = [
         Self::PerformingPreRequisiteSteps,
         Self::ValidationInProgress,
         Self::MigratingData,
         Self::WaitingForCutoverTrigger,
         Self::CompletingMigration,
         Self::Completed,
+        Self::RollingBack,
+        Self::Closing,
+        Self::Closed,
         Self::ValidationFailed,
         Self::Failed,
         Self::Cancelling,
@@ -254,9 +345,10 @@ impl State {
             | Self::ValidationInProgress
             | Self::MigratingData
             | Self::CompletingMigration
+            | Self::RollingBack
             | Self::Cancelling => "InProgress",
             Self::WaitingForCutoverTrigger => "WaitingForUserAction",
-            Self::Completed => "Succeeded",
+            Self::Completed | Self::Closing | Self::Closed => "Succeeded",
             Self::ValidationFailed => "ValidationFailed",
             Self::Failed => "Failed",
             Self::Cancelled => "Cancelled",
@@ -272,10 +364,29 @@ impl State {
             Self::WaitingForCutoverTrigger => "WaitingForCutoverTrigger",
             Self::CompletingMigration => "CompletingMigration",
             Self::Completed => "Completed",
+            Self::RollingBack => "RollingBack",
+            Self::Closing => "Closing",
+            Self::Closed => "Closed",
             Self::ValidationFailed => "ValidationFailed",
             Self::Failed => "Failed",
             Self::Cancelling => "Cancelling",
             Self::Cancelled => "Cancelled",
+        }
+    }
+
+    /// Which way the changes flow in this state.
+    pub fn direction(self) -> Direction {
+        match self {
+            Self::PerformingPreRequisiteSteps
+            | Self::ValidationInProgress
+            | Self::MigratingData
+            | Self::WaitingForCutoverTrigger
+            | Self::CompletingMigration
+            | Self::ValidationFailed
+            | Self::Failed
+            | Self::Cancelling
+            | Self::Cancelled => Direction::Forward,
+            Self::Completed | Self::RollingBack | Self::Closing | Self::Closed => Direction::Reverse,
         }
     }
 
@@ -287,8 +398,10 @@ impl State {
             | Self::MigratingData
             | Self::WaitingForCutoverTrigger
             | Self::CompletingMigration
+            | Self::RollingBack
+            | Self::Closing
             | Self::Cancelling => true,
-            Self::Completed | Self::ValidationFailed | Self::Failed | Self::Cancelled => false,
+            Self::Completed | Self::Closed | Self::ValidationFailed | Self::Failed | Self::Cancelled => false,
         }
     }
 }
@@ -316,7 +429,7 @@ impl FromStr for State {
 mod tests {
     use super::*;
 
-    const EVENTS: [Event; 13] = [
+    const EVENTS: [Event; 15] = [
         Event::PrerequisitesMet,
         Event::ValidationPassed,
         Event::ValidatedOnly,
@@ -326,6 +439,8 @@ mod tests {
         Event::CutoverBegun,
         Event::CutoverAborted,
         Event::CutoverDecided,
+        Event::RollbackBegun,
+        Event::CompleteAsked,
         Event::WorkFailed,
         Event::RetryAsked,
         Event::CancelAsked,
@@ -359,7 +474,7 @@ mod tests {
         }
         for event in EVENTS {
             assert!(transition(State::Cancelled, event).is_err());
-            assert!(transition(State::Completed, event).is_err());
+            assert!(transition(State::Closed, event).is_err());
         }
         assert!("Tomorrow".parse::<State>().is_err());
     }

@@ -20,7 +20,7 @@
 mod reading;
 
 use std::collections::HashMap;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use tokio::sync::{mpsc, watch};
@@ -31,13 +31,15 @@ use super::apply::executor::{ExecuteError, Executor};
 use super::apply::plan::Planner;
 use super::gate::Gate;
 use super::snapshot::HandOver;
+use crate::catalog::door::{Door, DoorError};
 use crate::catalog::migrations::{CatalogError, Generation};
 use crate::catalog::progress;
 use crate::failpoint::{self, Failpoints};
 use crate::ident::QualifiedName;
 use crate::lsn::Lsn;
 use crate::postgres::walsender::{Feedback, WalsenderError};
-use crate::postgres::{ConnectError, Connector, Control, PipelineError, RawError};
+use crate::postgres::{ConnectError, Connector, Control, PipelineError, RawConnection, RawError};
+use crate::switch::Epoch;
 use crate::telemetry::metrics::Metrics;
 
 /// Items that may wait in the queue, besides the bound in bytes.
@@ -73,12 +75,45 @@ pub struct StreamContext {
     pub publication: String,
     /// For each table, what its copy contains.
     pub hand_overs: HashMap<QualifiedName, HandOver>,
+    /// For a stream that begins at a cutover: its number, at whose boundary the stream begins.
+    pub boundary: Option<Epoch>,
+    /// Sessions for the first attempt, opened before a fence shut the database that is applied to.
+    pub reserve: Arc<Reserve>,
+    /// How to get into that database later.
+    pub door: Option<Door>,
     /// Bound on what has been read and not yet been sent to the target, in bytes.
     pub queue_bytes: usize,
     /// Counters.
     pub metrics: Arc<Metrics>,
     /// Test points.
     pub failpoints: Failpoints,
+}
+
+/// Sessions in the database that is applied to, opened before it was shut. Used once.
+#[derive(Debug, Default)]
+pub struct Reserve(Mutex<Option<(Control, RawConnection)>>);
+
+impl Reserve {
+    /// Opens them.
+    pub async fn fill(&self, server: &Connector, database: &str) -> Result<(), ConnectError> {
+        let control = server.control(database, "apply-control").await?;
+        let connection = Box::pin(server.raw(&server.own_login(database, "apply"))).await?;
+        *self.lock() = Some((control, connection));
+        Ok(())
+    }
+
+    /// Closes them.
+    pub fn empty(&self) {
+        self.lock().take();
+    }
+
+    fn take(&self) -> Option<(Control, RawConnection)> {
+        self.lock().take().filter(|(control, _)| !control.is_closed())
+    }
+
+    fn lock(&self) -> std::sync::MutexGuard<'_, Option<(Control, RawConnection)>> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
 }
 
 /// What a stream tells about itself.
@@ -160,6 +195,9 @@ pub enum StreamError {
     /// Applying failed.
     #[error(transparent)]
     Apply(#[from] ApplyError),
+    /// The fenced database could not be entered.
+    #[error(transparent)]
+    Door(#[from] DoorError),
     /// A test asked for it.
     #[error(transparent)]
     Failpoint(#[from] failpoint::Failed),
@@ -170,6 +208,8 @@ impl StreamError {
     pub fn is_transient(&self) -> bool {
         match self {
             Self::Connect(error) => error.sqlstate().is_none_or(transient_sqlstate),
+            // A fence that is being raised or lifted at this moment.
+            Self::Door(_) => true,
             Self::Catalog(CatalogError::Connect { source, .. }) => source.sqlstate().is_none_or(transient_sqlstate),
             Self::Catalog(CatalogError::Query { source, .. }) | Self::Slot(source) => transient_query(source),
             Self::Catalog(CatalogError::Fenced(_) | CatalogError::Unreadable { .. } | CatalogError::Exists(_))
@@ -207,7 +247,7 @@ impl StreamError {
     /// A word for scripts.
     pub fn code(&self) -> &'static str {
         match self {
-            Self::Connect(_) => "connection",
+            Self::Connect(_) | Self::Door(_) => "connection",
             Self::Catalog(_) => "catalog",
             Self::SlotMissing { .. } | Self::Walsender(WalsenderError::SlotMissing { .. }) => "slot_missing",
             Self::SlotLost { .. } | Self::Walsender(WalsenderError::SlotLost { .. }) => "slot_lost",
@@ -229,6 +269,7 @@ impl StreamError {
             Self::Apply(ApplyError::Shape { table, .. }) => Some(table.to_string()),
             Self::Apply(_)
             | Self::Connect(_)
+            | Self::Door(_)
             | Self::Catalog(_)
             | Self::Slot(_)
             | Self::SlotMissing { .. }
@@ -317,14 +358,23 @@ enum Never {}
 
 /// One connection's life.
 async fn attempt(context: &StreamContext, status: &StreamStatus) -> Result<Never, StreamError> {
-    let target = Arc::new(context.target.control(&context.database, "apply-control").await?);
+    let login = context.target.own_login(&context.database, "apply");
+    let connect = async {
+        let target = context.target.control(&context.database, "apply-control").await?;
+        let connection = Box::pin(context.target.raw(&login)).await?;
+        Ok::<_, StreamError>((target, connection))
+    };
+    let (target, connection) = match (context.reserve.take(), &context.door) {
+        (Some(open), _) => open,
+        (None, Some(door)) => Box::pin(door.through(connect)).await?,
+        (None, None) => connect.await?,
+    };
+    let target = Arc::new(target);
     let progress = progress::claim(&**target, &context.migration, context.generation, context.slot_start).await?;
     let source = context.source.control(&context.database, "stream-control").await?;
     check_slot(&source, &context.slot, progress.end_lsn).await?;
     drop(source);
 
-    let login = context.target.own_login(&context.database, "apply");
-    let connection = Box::pin(context.target.raw(&login)).await?;
     let executor = Executor::new(connection, &context.migration, context.generation).await.map_err(ApplyError::from)?;
     let (sender, queue) = mpsc::channel(QUEUE_ITEMS);
     let (passed_on, passed) = mpsc::channel(PASSING_ITEMS);
@@ -341,8 +391,13 @@ async fn attempt(context: &StreamContext, status: &StreamStatus) -> Result<Never
     );
     status.trouble.send_replace(None);
 
+    let planner = match context.boundary {
+        // A marker was applied, and those before the boundary are not: so the boundary is behind us.
+        Some(epoch) if progress.marker.is_none() => Planner::behind_boundary(epoch),
+        Some(_) | None => Planner::new(context.hand_overs.clone()),
+    };
     let applier = Applier::new(
-        Planner::new(context.hand_overs.clone()),
+        planner,
         executor,
         target,
         &progress,

@@ -175,6 +175,12 @@ pub struct DatabaseView {
     pub name: String,
     /// The step it is in.
     pub state: String,
+    /// Which way its changes flow: `forward` from source to target; `reverse` from target to source, after a cutover.
+    #[serde(default)]
+    pub direction: String,
+    /// Whether the stream back exists by which a cutover can be taken back.
+    #[serde(default)]
+    pub rollback_possible: bool,
     /// How far the target is behind, in bytes of WAL; null: not known.
     pub latency_bytes: Option<u64>,
     /// How far the target is behind, in seconds; null: not known.

@@ -10,7 +10,7 @@ use super::Shared;
 use super::client_error::ClientError;
 use crate::postgres::{ConnectError, Login, RawConnection, Stream};
 use crate::sqlstate;
-use crate::switch::{Database, Route, ServerRole};
+use crate::switch::{Database, ServerRole};
 use crate::wire::frame::{self, HEADER_BYTES, backend as tags};
 use crate::wire::message;
 
@@ -86,8 +86,8 @@ impl Backend {
     }
 }
 
-/// Logs in to `server` as the session's user. Between prepare and pause of a cutover the backend on the active server
-/// starts with the read-only default that its role would have had before the fence.
+/// Logs in to `server` as the session's user. Where a fence of ours has changed the read-only default, and the session must
+/// not feel it, the backend starts with the one that its role would have had before the fence.
 pub(super) async fn open(
     shared: &Shared,
     login: &Login,
@@ -95,11 +95,10 @@ pub(super) async fn open(
     server: ServerRole,
 ) -> Result<Backend, ConnectError> {
     let connector = shared.connector(server);
-    let is_active = matches!(&*database.route(), Route::To { server: active, .. } if *active == server);
-    let in_window = match database.prepare_window() {
-        Some(window) if is_active && !sets_read_only(login) => {
+    let in_window = match database.read_only_default(server, &login.user) {
+        Some(default) if !sets_read_only(login) => {
             let mut login = login.clone();
-            login.parameters.push((READ_ONLY.to_owned(), window.earlier_read_only_of(&login.user).to_owned()));
+            login.parameters.push((READ_ONLY.to_owned(), default));
             Some(login)
         }
         Some(_) | None => None,

@@ -97,6 +97,8 @@ pub struct Database {
     gate: Gate,
     route: ArcSwap<Route>,
     prepare: ArcSwapOption<PrepareWindow>,
+    /// The same for the server that a rollback leads back to, whose fence stands until it has.
+    returning: ArcSwapOption<(ServerRole, PrepareWindow)>,
     members: Mutex<HashMap<u64, Arc<Cell>>>,
     next_member: AtomicU64,
     /// DISABLE: new sessions are refused.
@@ -173,6 +175,7 @@ impl Database {
             gate: Gate::open_at(epoch),
             route: ArcSwap::from_pointee(route),
             prepare: ArcSwapOption::empty(),
+            returning: ArcSwapOption::empty(),
             members: Mutex::new(HashMap::new()),
             next_member: AtomicU64::new(0),
             disabled: AtomicBool::new(false),
@@ -218,6 +221,23 @@ impl Database {
     /// Opens or closes the prepare window.
     pub fn set_prepare_window(&self, window: Option<PrepareWindow>) {
         self.prepare.store(window.map(Arc::new));
+    }
+
+    /// Opens or closes the window of a server that a rollback leads back to.
+    pub fn set_return_window(&self, window: Option<(ServerRole, PrepareWindow)>) {
+        self.returning.store(window.map(Arc::new));
+    }
+
+    /// What a backend that `role` starts on `server` must be given as its read-only default; none: nothing.
+    pub fn read_only_default(&self, server: ServerRole, role: &str) -> Option<String> {
+        if let Some(returning) = self.returning.load_full()
+            && returning.0 == server
+        {
+            return Some(returning.1.earlier_read_only_of(role).to_owned());
+        }
+        let window = self.prepare.load_full()?;
+        let is_active = matches!(&*self.route(), Route::To { server: active, .. } if *active == server);
+        is_active.then(|| window.earlier_read_only_of(role).to_owned())
     }
 
     /// Holds new transactions from now on. Does not wait for those that run: see [`Database::wait_empty`].

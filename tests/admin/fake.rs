@@ -14,6 +14,7 @@ use pgcutover::admin::service::{Service, ServiceDeps};
 use pgcutover::admin::view::{
     BlockerView, CheckView, ClientView, CutoverView, FindingView, MemberView, PhasesView, SourceDatabaseView,
 };
+use pgcutover::catalog::streams::Direction;
 use pgcutover::config::{Changes, Config, Secret, Server};
 use pgcutover::migration::preflight::{Level, Outcome, RuleResult};
 use pgcutover::migration::verify::{DifferenceKind, RowDifference, TableResult};
@@ -61,6 +62,8 @@ impl Migrations for Fake {
             latency_bytes: None,
             latency_seconds: Some(0.5),
             pending_changes: Some(7),
+            direction: "forward".to_owned(),
+            rollback_possible: false,
             tables_total: 3,
             tables_ready: 1,
             retries: 0,
@@ -118,6 +121,11 @@ impl Migrations for Fake {
         self.show(name).await.map(|_| CancelReport::default())
     }
 
+    async fn complete(&self, name: &MigrationName) -> Result<CancelReport, AdminError> {
+        self.note(format!("complete {name}"));
+        self.show(name).await.map(|_| CancelReport::default())
+    }
+
     async fn verify(&self, name: &MigrationName) -> Result<VerifyReport, AdminError> {
         self.note(format!("verify {name}"));
         let listed = vec![RowDifference { kind: DifferenceKind::Missing, key: vec![Some("7".to_owned())] }];
@@ -142,9 +150,15 @@ impl Migrations for Fake {
 
 #[async_trait]
 impl Cutovers for Fake {
-    async fn run(&self, name: &MigrationName, request: CutoverRequest) -> Result<CutoverView, AdminError> {
+    async fn run(
+        &self,
+        name: &MigrationName,
+        direction: Direction,
+        request: CutoverRequest,
+    ) -> Result<CutoverView, AdminError> {
         let pause = request.max_pause.map(|pause| pause.as_millis());
-        self.note(format!("cutover {name} dry={} pause={pause:?}", request.dry_run));
+        let order = if direction == Direction::Forward { "cutover" } else { "rollback" };
+        self.note(format!("{order} {name} dry={} pause={pause:?}", request.dry_run));
         let phases_ms = PhasesView { prepare: 12, ..PhasesView::default() };
         Ok(CutoverView { outcome: "switched".to_owned(), pause_ms: 41, phases_ms, ..CutoverView::default() })
     }

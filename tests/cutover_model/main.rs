@@ -92,6 +92,7 @@ impl Model {
         let mut next = world.clone();
         let e = job.epoch;
         let passed = match job.passed {
+            "prepare.after_return" => "prepare.before_fence",
             "prepare.before_fence" => {
                 next.fences.push(None);
                 next.decisions.push(None);
@@ -268,10 +269,10 @@ impl Model {
                 }
                 // The next number is taken when the fence is written; nobody else can be before it: the lock.
                 next.lock = Some(me);
-                next.passed = "prepare.before_fence";
+                next.passed = "prepare.after_return";
                 let epoch = world.fences.len();
                 next.processes[me].job =
-                    Some(Job { epoch, passed: "prepare.before_fence", unlinked: false, marker: 0, in_doubt: false });
+                    Some(Job { epoch, passed: "prepare.after_return", unlinked: false, marker: 0, in_doubt: false });
             }
             Action::Step(_) => {
                 // A number that another process has taken meanwhile makes the insert fail.
@@ -299,7 +300,8 @@ impl Model {
             }
             Action::GiveUp(_) => {
                 let job = world.processes[me].job?;
-                let begun = job.passed != "prepare.before_fence" && !job.passed.starts_with("abort");
+                let begun = !["prepare.after_return", "prepare.before_fence"].contains(&job.passed)
+                    && !job.passed.starts_with("abort");
                 if !may_give_up(&job) || !begun || world.misfortunes == 0 {
                     return None;
                 }

@@ -1,4 +1,4 @@
-//! A TCP link to a server that a test can watch and cut at a chosen message.
+//! A TCP link to a server that a test can watch, cut at a chosen message or at any moment, and stall.
 //!
 //! Stands between the code under test and a real server. Bytes pass unchanged until the client sends the trigger text;
 //! then the connection that carried it is cut, before or after the server has received it.
@@ -9,6 +9,7 @@ use std::sync::{Arc, Mutex};
 
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 use tokio::net::{TcpListener, TcpStream};
+use tokio::sync::watch;
 
 /// When a connection is cut.
 #[derive(Clone, Debug)]
@@ -26,6 +27,9 @@ pub struct Link {
     pub address: SocketAddr,
     cut: Arc<Mutex<Option<Cut>>>,
     cuts: Arc<AtomicU64>,
+    /// Counts up with every order to cut what is there.
+    cut_all: watch::Sender<u64>,
+    stalled: watch::Sender<bool>,
 }
 
 impl Link {
@@ -33,7 +37,13 @@ impl Link {
     pub async fn to(server: SocketAddr) -> Self {
         let listener = TcpListener::bind("127.0.0.1:0").await.expect("a free port");
         let address = listener.local_addr().expect("bound");
-        let link = Self { address, cut: Arc::default(), cuts: Arc::default() };
+        let link = Self {
+            address,
+            cut: Arc::default(),
+            cuts: Arc::default(),
+            cut_all: watch::Sender::new(0),
+            stalled: watch::Sender::new(false),
+        };
         let inner = link.clone();
         tokio::spawn(async move {
             while let Ok((client, _)) = listener.accept().await {
@@ -53,6 +63,16 @@ impl Link {
         *self.cut.lock().expect("not poisoned") = Some(cut);
     }
 
+    /// Cuts every connection that is there now.
+    pub fn cut_all(&self) {
+        self.cut_all.send_modify(|count| *count += 1);
+    }
+
+    /// From now on nothing passes, in either direction, or everything does again. No connection is lost by it.
+    pub fn stall(&self, stalled: bool) {
+        self.stalled.send_replace(stalled);
+    }
+
     /// How many connections have been cut.
     pub fn cuts(&self) -> u64 {
         self.cuts.load(Ordering::SeqCst)
@@ -70,13 +90,28 @@ impl Link {
     async fn carry(&self, client: TcpStream, server: TcpStream) {
         let (mut from_client, mut to_client) = client.into_split();
         let (mut from_server, mut to_server) = server.into_split();
+        let mut passing = self.stalled.subscribe();
+        let mut cut_all = self.cut_all.subscribe();
+        cut_all.mark_unchanged();
         let answers = tokio::spawn(async move {
-            let _ = tokio::io::copy(&mut from_server, &mut to_client).await;
+            let mut buffer = vec![0; 64 * 1024];
+            while let Ok(read) = from_server.read(&mut buffer).await
+                && read > 0
+                && passing.wait_for(|stalled| !stalled).await.is_ok()
+                && to_client.write_all(&buffer[..read]).await.is_ok()
+            {}
         });
+        let mut passing = self.stalled.subscribe();
         let mut buffer = vec![0; 64 * 1024];
-        while let Ok(read) = from_client.read(&mut buffer).await
-            && read > 0
-        {
+        loop {
+            // Both are ends of the connection, so nothing is lost that was not to be.
+            let read = tokio::select! {
+                read = from_client.read(&mut buffer) => read.unwrap_or(0),
+                _ = cut_all.changed() => 0,
+            };
+            if read == 0 || passing.wait_for(|stalled| !stalled).await.is_err() {
+                break;
+            }
             match self.triggered(&buffer[..read]) {
                 Some(Cut::Before(_)) => {
                     self.cuts.fetch_add(1, Ordering::SeqCst);

@@ -9,6 +9,7 @@ pub mod link;
 pub mod proxy;
 pub mod shop;
 pub mod stage;
+pub mod world;
 
 use std::future::Future;
 use std::time::{Duration, Instant};

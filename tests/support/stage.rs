@@ -6,6 +6,7 @@ use std::time::Duration;
 use async_trait::async_trait;
 use futures_util::future::BoxFuture;
 use pgcutover::catalog::decision::Outcome;
+use pgcutover::catalog::streams::Direction;
 use pgcutover::catalog::{Place, bootstrap};
 use pgcutover::config::Config;
 use pgcutover::cutover::coordinator::{Coordinator, CoordinatorDeps, CutoverOptions};
@@ -35,7 +36,7 @@ pub struct Instantly {
 
 #[async_trait]
 impl Engine for Instantly {
-    async fn begin_cutover(&self, _: &str) -> Result<Arc<dyn Lease>, String> {
+    async fn begin_cutover(&self, _: &str, _: Direction) -> Result<Arc<dyn Lease>, String> {
         Ok(Arc::new(self.clone()))
     }
     async fn cutover_settled(&self, _: &str, outcome: Outcome) -> Result<(), String> {
@@ -53,6 +54,9 @@ impl Lease for Instantly {
         Some(0)
     }
     async fn synchronise(&self) -> Result<Vec<String>, String> {
+        Ok(Vec::new())
+    }
+    async fn prepare_return(&self, _: Epoch) -> Result<Vec<String>, String> {
         Ok(Vec::new())
     }
     fn replication(&self, _: &str) -> Replication {

@@ -103,7 +103,9 @@ pub fn parse(text: &str) -> Result<Statement, AdminError> {
         "SHOW" => show(&mut rest)?,
         "CHECK" => Command::Check,
         "CREATE" => create(&mut rest)?,
-        "CUTOVER" => cutover(&mut rest)?,
+        "CUTOVER" => cutover(&mut rest, Command::Cutover)?,
+        "ROLLBACK" => cutover(&mut rest, Command::Rollback)?,
+        "COMPLETE" => Command::Complete(rest.named_migration()?),
         "CANCEL" => Command::Cancel(rest.named_migration()?),
         "RETRY" => Command::Retry(rest.named_migration()?),
         "VERIFY" => Command::Verify(rest.named_migration()?),
@@ -122,9 +124,6 @@ pub fn parse(text: &str) -> Result<Statement, AdminError> {
             let hint = "PAUSE holds new transactions; the README says how a new process takes over without a pause";
             return Err(AdminError::new(ErrorKind::Unsupported, "SUSPEND is not needed here").hint(hint));
         }
-        "ROLLBACK" | "COMPLETE" => {
-            return Err(AdminError::new(ErrorKind::Unsupported, format!("{verb} is not available in this version")));
-        }
         _ => return Err(unknown("command", &verb, VERBS)),
     };
     match rest.words.first() {
@@ -137,7 +136,7 @@ fn no_effect(verb: &str, rest: &Words<'_>) -> Option<NoEffect> {
     match verb {
         "BEGIN" | "START" => Some(NoEffect::Begin),
         "COMMIT" | "END" => Some(NoEffect::Commit),
-        // With a name it will be an order of ours.
+        // With a name it is an order of ours.
         "ROLLBACK" | "ABORT" if rest.is_of_transaction() => Some(NoEffect::Rollback),
         "RESET" => Some(NoEffect::Reset),
         "DISCARD" => Some(NoEffect::Discard),
@@ -219,7 +218,10 @@ fn create(rest: &mut Words<'_>) -> Result<Command, AdminError> {
     Ok(Command::Create(spec))
 }
 
-fn cutover(rest: &mut Words<'_>) -> Result<Command, AdminError> {
+fn cutover(
+    rest: &mut Words<'_>,
+    order: impl FnOnce(MigrationName, CutoverRequest) -> Command,
+) -> Result<Command, AdminError> {
     let name = rest.named_migration()?;
     let mut request = CutoverRequest::default();
     while let Some(option) = rest.keyword() {
@@ -243,7 +245,7 @@ fn cutover(rest: &mut Words<'_>) -> Result<Command, AdminError> {
             _ => return Err(unknown("option", &option, "DRY MAX DRAIN STRAGGLERS")),
         }
     }
-    Ok(Command::Cutover(name, request))
+    Ok(order(name, request))
 }
 
 fn kill(rest: &mut Words<'_>) -> Result<Command, AdminError> {
@@ -442,6 +444,8 @@ mod tests {
         assert_eq!(command("SHOW TABLES shop-1"), Command::Tables(name("shop-1")));
         assert_eq!(command("SHOW CUTOVER 'shop'"), Command::CutoverOf(name("shop")));
         assert_eq!(command("CUTOVER shop"), Command::Cutover(name("shop"), CutoverRequest::default()));
+        assert_eq!(command("rollback shop"), Command::Rollback(name("shop"), CutoverRequest::default()));
+        assert_eq!(command("COMPLETE shop"), Command::Complete(name("shop")));
         assert_eq!(command("CUTOVER MIGRATION migration"), command("cutover migration"));
         let request = CutoverRequest {
             dry_run: true,
@@ -505,7 +509,6 @@ mod tests {
             assert!(error.message.starts_with(message), "{text}: {error}");
             assert_eq!(error.kind, ErrorKind::Invalid);
         }
-        assert_eq!(parse("ROLLBACK shop").expect_err("planned").kind, ErrorKind::Unsupported);
     }
 
     #[test]

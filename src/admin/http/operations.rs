@@ -279,6 +279,23 @@ fn migrations() -> Vec<Operation> {
             problems: &[400, 404, 409, 500, 503],
             handler: post(cutover),
         },
+        Operation {
+            method: "post",
+            path: "/api/v1/migrations/{name}/rollback",
+            id: "rollBack",
+            summary: "Switch its databases back to the source, with everything written since; answers when it has ended",
+            body: takes::<CutoverRequest>(),
+            answers: Answers::Json(shape::<CutoverView>),
+            problems: &[400, 404, 409, 500, 503],
+            handler: post(rollback),
+        },
+        order_one(
+            "/api/v1/migrations/{name}/complete",
+            "completeMigration",
+            "Give up the way back, and list what stays",
+            Answers::Json(shape::<CancelReport>),
+            post_named(Command::Complete),
+        ),
         order_one(
             "/api/v1/migrations/{name}/cancel",
             "cancelMigration",
@@ -544,6 +561,11 @@ fn created(mut answer: Response, name: &crate::migration::view::MigrationName) -
 async fn cutover(caller: Caller, state: Shared, Path(name): Path<String>, body: Bytes) -> Answer {
     let request: CutoverRequest = if body.is_empty() { CutoverRequest::default() } else { parse(&body)? };
     change(state, caller, Command::Cutover(migration_name(&name)?, request)).await
+}
+
+async fn rollback(caller: Caller, state: Shared, Path(name): Path<String>, body: Bytes) -> Answer {
+    let request: CutoverRequest = if body.is_empty() { CutoverRequest::default() } else { parse(&body)? };
+    change(state, caller, Command::Rollback(migration_name(&name)?, request)).await
 }
 
 async fn kill(caller: Caller, state: Shared, Path(pid): Path<String>) -> Answer {

@@ -157,12 +157,13 @@ fn outcomes_that_are_not_noted_yet() {
 
 #[test]
 fn what_an_engine_is_told_that_was_stopped_before_it_heard() {
-    let found = |source: &str, target: &str| {
+    let told = |leads_to, source: &str, target: &str| {
         let (source, target) = (claims(source, "T"), claims(target, "S"));
-        last_outcome("m", source.as_ref(), target.as_ref()).map(Outcome::as_str)
+        outcome_of("m", &["shop".to_owned()], leads_to, source.as_ref(), target.as_ref()).map(Outcome::as_str)
     };
+    let found = |source: &str, target: &str| told(ServerRole::Target, source, target);
     assert_eq!(found("S", "T"), Some("aborted"), "begun and never fenced");
-    assert_eq!(found("S", "down"), None);
+    assert_eq!(found("S", "down"), Some("aborted"), "nobody else can be active while it was never fenced");
     assert_eq!(found("S | fence 1", "T"), None, "undecided");
     assert_eq!(found("S | fence 1", "T | decided 1"), Some("decided"));
     assert_eq!(found("S | fence 1 aborted", "T"), Some("aborted"));
@@ -170,6 +171,19 @@ fn what_an_engine_is_told_that_was_stopped_before_it_heard() {
     assert_eq!(found("down", "T | aborted 1"), None, "a second fence may stand on the source");
     assert_eq!(found("S | fence 1 aborted; fence 2", "T | aborted 1"), None);
     assert_eq!(found("S | fence 1 aborted; fence 2", "T | aborted 1; decided 2"), Some("decided"));
+    // A rollback: what was decided before it is not its own outcome.
+    let back = |source: &str, target: &str| told(ServerRole::Source, source, target);
+    assert_eq!(back("S | fence 1 decided", "T | decided 1"), Some("aborted"), "begun and never fenced");
+    assert_eq!(back("S | fence 1 decided", "T | decided 1; fence 2"), None, "undecided");
+    assert_eq!(back("S | fence 1 decided; decided 2", "T | decided 1; fence 2"), Some("decided"));
+    assert_eq!(back("S | fence 1 decided; aborted 2", "T | decided 1; fence 2 aborted"), Some("aborted"));
+    assert_eq!(back("down", "T | decided 1; fence 2"), None);
+    assert_eq!(back("down", "T | decided 1"), Some("aborted"));
+    // And the cutover after it.
+    let again = "S | fence 1 decided; decided 2";
+    assert_eq!(found(again, "T | decided 1; fence 2 decided"), Some("aborted"), "begun again and not fenced");
+    let again = "S | fence 1 decided; decided 2; fence 3";
+    assert_eq!(found(again, "T | decided 1; fence 2 decided; decided 3"), Some("decided"));
 }
 
 #[test]

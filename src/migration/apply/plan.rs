@@ -13,7 +13,8 @@ use super::statement;
 use crate::ident::QualifiedName;
 use crate::lsn::Lsn;
 use crate::migration::snapshot::HandOver;
-use crate::pgoutput::{Begin, Commit, Message, Relation, Timestamp, Truncate};
+use crate::pgoutput::{Begin, Commit, Message, Relation, Timestamp, Truncate, Tuple};
+use crate::switch::Epoch;
 
 /// What a change does.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -130,6 +131,11 @@ enum Destination {
         /// Position of the nonce in its tuples.
         nonce: usize,
     },
+    /// The boundary table, likewise.
+    Boundary {
+        /// Position of the epoch in its tuples.
+        epoch: usize,
+    },
 }
 
 /// The transaction of the source that is being read.
@@ -137,6 +143,8 @@ enum Destination {
 struct Open {
     begin: Begin,
     marker: Option<String>,
+    /// It wrote the boundary that is waited for.
+    at_boundary: bool,
     changes: u64,
 }
 
@@ -146,6 +154,8 @@ pub struct Planner {
     relations: HashMap<u32, Destination>,
     hand_overs: HashMap<QualifiedName, HandOver>,
     open: Option<Open>,
+    /// Everything up to and including the commit that writes this boundary is discarded; none: it is behind us.
+    boundary: Option<Epoch>,
     next_table: u64,
     retired: Vec<u64>,
 }
@@ -153,15 +163,25 @@ pub struct Planner {
 /// Schema and name of the marker table.
 const MARKER: (&str, &str) = ("pgcutover", "marker");
 
+/// Schema and name of the boundary table.
+const BOUNDARY: (&str, &str) = ("pgcutover", "boundary");
+
 impl Planner {
     /// A planner that skips what the copies contain already.
     pub fn new(hand_overs: HashMap<QualifiedName, HandOver>) -> Self {
-        Self { relations: HashMap::new(), hand_overs, open: None, next_table: 0, retired: Vec::new() }
+        Self { relations: HashMap::new(), hand_overs, open: None, boundary: None, next_table: 0, retired: Vec::new() }
+    }
+
+    /// A planner of a stream that begins behind the boundary of `epoch`: what the other side sent before the switch came
+    /// from here, and goes no further. The commit of the boundary counts as a marker, so that the progress row says
+    /// durably that it is behind us.
+    pub fn behind_boundary(epoch: Epoch) -> Self {
+        Self { boundary: Some(epoch), ..Self::new(HashMap::new()) }
     }
 
     /// Whether the target's shape of `relation` is needed to map it.
     pub fn needs_shape(relation: &Relation) -> bool {
-        (relation.schema.as_str(), relation.name.as_str()) != MARKER
+        ![MARKER, BOUNDARY].contains(&(relation.schema.as_str(), relation.name.as_str()))
     }
 
     /// Learns what a relation looks like, on the source and on the target. What it looked like before is given up.
@@ -176,6 +196,9 @@ impl Planner {
             let hand_overs = &self.hand_overs;
             let table = Table::map(id, relation, shape.unwrap_or_default(), |name| hand_overs.get(name).cloned())?;
             Destination::Table(Arc::new(table))
+        } else if relation.name == BOUNDARY.1 {
+            let epoch = relation.columns.iter().position(|column| column.name == "epoch");
+            Destination::Boundary { epoch: epoch.ok_or(PlanError::OutOfPlace("boundary table without an epoch"))? }
         } else {
             let nonce = relation.columns.iter().position(|column| column.name == "nonce");
             Destination::Marker { nonce: nonce.ok_or(PlanError::OutOfPlace("marker table without a nonce"))? }
@@ -198,19 +221,25 @@ impl Planner {
     pub fn plan(&mut self, message: Message) -> Result<Planned, PlanError> {
         match message {
             Message::Begin(begin) => {
-                if self.open.replace(Open { begin, marker: None, changes: 0 }).is_some() {
+                if self.open.replace(Open { begin, marker: None, at_boundary: false, changes: 0 }).is_some() {
                     return Err(PlanError::OutOfPlace("a transaction begins inside another"));
                 }
                 Ok(Planned::Begin)
             }
             Message::Commit(commit) => self.commit(&commit).map(Planned::Commit),
-            Message::Insert(insert) => self.change(insert.relation, RowChange::Insert(insert.new)),
+            Message::Insert(insert) => {
+                self.look_for_boundary(insert.relation, &insert.new);
+                self.change(insert.relation, RowChange::Insert(insert.new))
+            }
             Message::Update(update) => {
+                self.look_for_boundary(update.relation, &update.new);
                 if let Some(Destination::Marker { nonce }) = self.relations.get(&update.relation) {
                     let value = update.new.values.get(*nonce).and_then(plan_table::text);
                     let value = value.and_then(|bytes| String::from_utf8(bytes.to_vec()).ok());
                     let open = self.open.as_mut().ok_or(PlanError::OutOfPlace("a change outside a transaction"))?;
-                    open.marker = value.or(open.marker.take());
+                    if self.boundary.is_none() {
+                        open.marker = value.or(open.marker.take());
+                    }
                     return Ok(Planned::Nothing);
                 }
                 self.change(update.relation, RowChange::Update { old: update.old, new: update.new })
@@ -233,10 +262,28 @@ impl Planner {
         }
     }
 
+    /// A retried decision updates the row that it finds, so both insert and update can be the boundary.
+    fn look_for_boundary(&mut self, relation: u32, new: &Tuple) {
+        let Some(Destination::Boundary { epoch }) = self.relations.get(&relation) else { return };
+        let written = new.values.get(*epoch).and_then(plan_table::text);
+        let written = written.and_then(|text| std::str::from_utf8(text).ok()?.parse().ok()).map(Epoch);
+        if let Some(open) = &mut self.open
+            && self.boundary.is_some()
+            && written == self.boundary
+        {
+            open.at_boundary = true;
+        }
+    }
+
     fn commit(&mut self, commit: &Commit) -> Result<Committed, PlanError> {
-        let open = self.open.take().ok_or(PlanError::OutOfPlace("a transaction ends that never began"))?;
+        let mut open = self.open.take().ok_or(PlanError::OutOfPlace("a transaction ends that never began"))?;
         if open.begin.final_lsn != commit.commit_lsn {
             return Err(PlanError::OutOfPlace("a transaction ends at another position than it announced"));
+        }
+        if open.at_boundary
+            && let Some(epoch) = self.boundary.take()
+        {
+            open.marker = Some(format!("boundary-{epoch}"));
         }
         Ok(Committed {
             commit_lsn: commit.commit_lsn,
@@ -251,10 +298,10 @@ impl Planner {
         let open = self.open.as_mut().ok_or(PlanError::OutOfPlace("a change outside a transaction"))?;
         let destination = self.relations.get(&oid).ok_or(PlanError::OutOfPlace("a change of an unknown relation"))?;
         let table = match destination {
-            Destination::Marker { .. } => return Ok(Planned::Nothing),
+            Destination::Marker { .. } | Destination::Boundary { .. } => return Ok(Planned::Nothing),
             Destination::Table(table) => table,
         };
-        if table.has_copied(&open.begin) {
+        if self.boundary.is_some() || table.has_copied(&open.begin) {
             return Ok(Planned::Nothing);
         }
         table.check(&row)?;
@@ -267,8 +314,10 @@ impl Planner {
         let mut tables = Vec::new();
         for oid in &truncate.relations {
             match self.relations.get(oid).ok_or(PlanError::OutOfPlace("a change of an unknown relation"))? {
-                Destination::Table(table) if !table.has_copied(&open.begin) => tables.push(table.clone()),
-                Destination::Table(_) | Destination::Marker { .. } => {}
+                Destination::Table(table) if self.boundary.is_none() && !table.has_copied(&open.begin) => {
+                    tables.push(table.clone());
+                }
+                Destination::Table(_) | Destination::Marker { .. } | Destination::Boundary { .. } => {}
             }
         }
         if tables.is_empty() {

@@ -6,19 +6,21 @@ use std::time::Duration;
 use tokio::sync::{mpsc, oneshot};
 use tokio::task::JoinHandle;
 
-use super::cancel;
+use super::cancel::{self, Shut};
 use super::context::Context;
 use super::error::{EngineError, WorkError};
 use super::gauges::Gauges;
 use super::live::unix_now;
 use super::source_watch;
+use super::turn;
 use super::worker::{WorkEnd, Worker};
 use crate::catalog::decision::Outcome;
-use crate::catalog::journal::Side;
+use crate::catalog::streams::Direction;
 use crate::migration::state::{Effect, Event, State, resume, transition};
 use crate::migration::stream::describe;
 use crate::migration::view::{CancelReport, Problem};
 use crate::shutdown::Tasks;
+use crate::switch::Epoch;
 
 /// How long until something that failed is tried again by itself.
 const AGAIN: Duration = Duration::from_secs(5);
@@ -31,8 +33,12 @@ pub(super) enum Command {
     Cancel(oneshot::Sender<Result<CancelReport, EngineError>>),
     /// An operator wants it tried again.
     Retry(oneshot::Sender<Result<(), EngineError>>),
-    /// A cutover begins.
-    Begin(oneshot::Sender<Result<(), EngineError>>),
+    /// A cutover begins, or a rollback.
+    Begin(Direction, oneshot::Sender<Result<(), EngineError>>),
+    /// It prepares the stream that will flow the other way; answered with why there will be none.
+    PrepareReturn(Epoch, oneshot::Sender<Result<Option<String>, EngineError>>),
+    /// An operator needs no way back any more.
+    Complete(oneshot::Sender<Result<CancelReport, EngineError>>),
     /// A cutover has ended.
     Settle(Outcome, oneshot::Sender<Result<(), EngineError>>),
 }
@@ -55,8 +61,10 @@ enum Unfinished {
     End(Event, Option<Problem>),
     /// The verdict of the cutover is not durable yet.
     Verdict(Outcome),
-    /// The forward slot and publication are not gone yet.
-    EndStream,
+    /// The streams do not fit the state yet.
+    Align,
+    /// The streams are not gone yet.
+    EndStreams,
 }
 
 impl Actor {
@@ -112,8 +120,15 @@ impl Actor {
             Command::Retry(reply) => {
                 let _ = reply.send(self.ordered(Event::RetryAsked).await);
             }
-            Command::Begin(reply) => {
-                let _ = reply.send(self.ordered(Event::CutoverBegun).await);
+            Command::Begin(direction, reply) => {
+                let _ = reply.send(self.begin(direction).await);
+            }
+            Command::PrepareReturn(epoch, reply) => {
+                let prepared = Box::pin(turn::prepare(&self.context, epoch)).await;
+                let _ = reply.send(prepared.map_err(|error| EngineError::Return(describe(&error))));
+            }
+            Command::Complete(reply) => {
+                let _ = reply.send(self.complete().await);
             }
             Command::Settle(outcome, reply) => {
                 let _ = reply.send(self.settle(outcome).await);
@@ -129,7 +144,7 @@ impl Actor {
     /// The verdict of a cutover. One that is known already changes nothing; one that cannot be recorded now is recorded
     /// as soon as it can be.
     async fn settle(&mut self, outcome: Outcome) -> Result<(), EngineError> {
-        if self.context.live.state() != State::CompletingMigration {
+        if !matches!(self.context.live.state(), State::CompletingMigration | State::RollingBack) {
             return Ok(());
         }
         let event = match outcome {
@@ -141,6 +156,30 @@ impl Actor {
             self.unfinished = Some(Unfinished::Verdict(outcome));
         }
         settled
+    }
+
+    async fn begin(&mut self, direction: Direction) -> Result<(), EngineError> {
+        match direction {
+            Direction::Forward => self.ordered(Event::CutoverBegun).await,
+            Direction::Reverse => {
+                let mut databases = self.context.live.databases.iter();
+                let state = self.context.live.state();
+                if state == State::Completed && databases.any(|database| !database.current().flows()) {
+                    let name = self.context.live.name();
+                    let message =
+                        format!("there is no stream back for migration {name:?}, so it cannot be rolled back");
+                    return Err(EngineError::Return(message));
+                }
+                self.ordered(Event::RollbackBegun).await
+            }
+        }
+    }
+
+    async fn complete(&mut self) -> Result<CancelReport, EngineError> {
+        if self.context.live.state() != State::Closed {
+            self.ordered(Event::CompleteAsked).await?;
+        }
+        Ok(self.context.live.cancelled().unwrap_or_default())
     }
 
     async fn cancel(&mut self) -> Result<CancelReport, EngineError> {
@@ -156,7 +195,7 @@ impl Actor {
     /// The worker has ended.
     async fn ended(&mut self, end: WorkEnd) {
         let WorkEnd::Event(event, problem) = end else { return };
-        if self.context.live.state() == State::CompletingMigration {
+        if matches!(self.context.live.state(), State::CompletingMigration | State::RollingBack | State::Completed) {
             // The cutover learns it from the stream and aborts; work that is begun again then fails again.
             return;
         }
@@ -179,7 +218,8 @@ impl Actor {
         tracing::error!(migration = self.context.live.name(), problem = problem.message, "the slots are dropped");
         self.stop_work().await;
         // Where this fails the watch finds the slot again.
-        self.end_stream().await;
+        let dropped = Box::pin(cancel::undo(&self.context, turn::is_stream, Shut::Stays)).await;
+        let _listed = self.what_is_left(dropped);
         if self.context.live.state() == State::Failed {
             self.context.live.publish(|status| status.error = Some(problem));
         } else {
@@ -195,7 +235,8 @@ impl Actor {
                     tracing::warn!(migration = self.context.live.name(), %error, "the verdict is not recorded yet");
                 }
             }
-            Some(Unfinished::EndStream) => self.end_stream().await,
+            Some(Unfinished::Align) => self.align().await,
+            Some(Unfinished::EndStreams) => self.end_streams().await,
             None => {}
         }
     }
@@ -244,7 +285,8 @@ impl Actor {
             Effect::StartWork => self.start_work(),
             Effect::StopWork => self.stop_work().await,
             Effect::Undo => self.undo().await,
-            Effect::EndStream => self.end_stream().await,
+            Effect::Align => self.align().await,
+            Effect::EndStreams => self.end_streams().await,
             Effect::AwaitVerdict => {}
         }
     }
@@ -267,12 +309,14 @@ impl Actor {
         for database in &self.context.live.databases {
             database.forget_lag();
             let (metrics, migration) = (&self.context.metrics, self.context.live.name());
-            Gauges { metrics, migration, database: &database.name }.clear();
+            for direction in [Direction::Forward, Direction::Reverse] {
+                Gauges { metrics, migration, database: &database.name, direction }.clear();
+            }
         }
     }
 
     async fn undo(&mut self) {
-        let undone = match Box::pin(cancel::undo(&self.context, |_| true)).await {
+        let undone = match Box::pin(cancel::undo(&self.context, |_| true, Shut::Entered)).await {
             Ok(undone) => undone,
             Err(error) => {
                 let problem = error.problem(None);
@@ -305,19 +349,46 @@ impl Actor {
         }
     }
 
-    /// Drops the forward slots and publications; tried again until it has succeeded.
-    async fn end_stream(&mut self) {
-        let is_stream = |object: &crate::catalog::journal::MadeObject| {
-            object.side == Side::Source && matches!(object.kind.as_str(), "slot" | "publication" | "event_trigger")
+    /// Makes the streams fit the state; tried again until every slot is where it belongs.
+    async fn align(&mut self) {
+        let aligned = Box::pin(turn::align(&self.context, self.context.live.state().direction())).await;
+        let left = self.what_is_left(aligned);
+        // A publication that stays is listed until `complete`; a slot that stays holds WAL back.
+        if left.is_none_or(|report| report.left.iter().any(|left| left.object.kind == "slot")) {
+            self.unfinished = Some(Unfinished::Align);
+        }
+    }
+
+    /// Drops every stream; the migration is closed once that is done.
+    async fn end_streams(&mut self) {
+        let ended = Box::pin(turn::end(&self.context)).await;
+        let Some(mut report) = self.what_is_left(ended) else {
+            self.unfinished = Some(Unfinished::EndStreams);
+            return;
         };
-        match Box::pin(cancel::undo(&self.context, is_stream)).await {
+        let tombstones = turn::tombstones(&self.context).await;
+        let complete = report.left.is_empty();
+        report.left.extend(tombstones);
+        self.context.live.set_cancelled(&report);
+        if !complete {
+            self.unfinished = Some(Unfinished::EndStreams);
+            return;
+        }
+        if let Err(error) = Box::pin(self.change(Event::Undone, None)).await {
+            tracing::warn!(
+                migration = self.context.live.name(),
+                error = describe(&error),
+                "not recorded as closed yet"
+            );
+            self.unfinished = Some(Unfinished::EndStreams);
+        }
+    }
+
+    /// The report, with what is left logged; none when it is to be tried again.
+    fn what_is_left(&self, undone: Result<cancel::Undone, WorkError>) -> Option<CancelReport> {
+        match undone {
             Ok(undone) => {
-                // A publication in a database that refuses connections stays, listed, until `complete`; a slot that
-                // stays holds WAL back.
-                if undone.report.left.iter().any(|left| left.object.kind == "slot") {
-                    self.unfinished = Some(Unfinished::EndStream);
-                }
-                for left in undone.report.left {
+                for left in &undone.report.left {
                     tracing::warn!(
                         migration = self.context.live.name(),
                         kind = left.object.kind,
@@ -326,15 +397,15 @@ impl Actor {
                         "not removed yet"
                     );
                 }
+                Some(undone.report)
             }
-            Err(error) if error.is_fenced() => {}
             Err(error) => {
                 tracing::warn!(
                     migration = self.context.live.name(),
                     error = describe(&error),
-                    "the stream is not removed yet"
+                    "the streams are not in order yet"
                 );
-                self.unfinished = Some(Unfinished::EndStream);
+                None
             }
         }
     }

@@ -7,6 +7,7 @@ use std::collections::HashMap;
 
 use super::context::Context;
 use super::error::WorkError;
+use crate::catalog::door::Door;
 use crate::catalog::journal::{Journal, MadeObject, Side};
 use crate::migration::publication;
 use crate::migration::stream::describe;
@@ -27,12 +28,16 @@ fn rank(object: &MadeObject) -> u8 {
 
 /// Undoes those entries of the journal that `chosen` picks. Whether everything that could be undone was, is told by
 /// [`Undone::complete`].
-pub(super) async fn undo(context: &Context, chosen: impl Fn(&MadeObject) -> bool) -> Result<Undone, WorkError> {
+pub(super) async fn undo(
+    context: &Context,
+    chosen: impl Fn(&MadeObject) -> bool,
+    shut: Shut,
+) -> Result<Undone, WorkError> {
     let journal = Journal::new(context.catalog.clone(), context.live.name());
     let mut objects: Vec<MadeObject> = journal.list().await?.into_iter().filter(chosen).collect();
     objects.reverse();
     objects.sort_by_key(rank);
-    let mut sessions = Sessions { context, open: HashMap::new() };
+    let mut sessions = Sessions { context, shut, open: HashMap::new() };
     let mut undone = Undone { report: CancelReport::default(), complete: true };
     for object in objects {
         let Some(sql) = object.undo.clone() else {
@@ -62,6 +67,20 @@ pub(super) async fn undo(context: &Context, chosen: impl Fn(&MadeObject) -> bool
     Ok(undone)
 }
 
+/// `datallowconn` is off, or the connection limit is reached.
+fn is_shut(sqlstate: &str) -> bool {
+    matches!(sqlstate, "55000" | "53300")
+}
+
+/// What about objects in a database that a fence keeps shut.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Shut {
+    /// They stay for now: nobody reads them, and the door is opened for a moment only, but opened.
+    Stays,
+    /// They are removed.
+    Entered,
+}
+
 /// What became of it.
 pub(super) struct Undone {
     pub(super) report: CancelReport,
@@ -72,6 +91,7 @@ pub(super) struct Undone {
 /// One session for each database of each server.
 struct Sessions<'a> {
     context: &'a Context,
+    shut: Shut,
     open: HashMap<(Side, String), Control>,
 }
 
@@ -103,9 +123,25 @@ impl Sessions<'_> {
     async fn session(&mut self, side: Side, database: &str) -> Result<&Control, WorkError> {
         let key = (side, database.to_owned());
         if self.open.get(&key).is_none_or(|session| session.is_closed()) {
-            let session = match side {
-                Side::Source => self.context.source_control(database, "cancel").await?,
-                Side::Target => self.context.target.control(database, "cancel").await?,
+            let connect = || async {
+                match side {
+                    Side::Source => self.context.source_control(database, "cancel").await,
+                    Side::Target => Ok(self.context.target.control(database, "cancel").await?),
+                }
+            };
+            let session = match connect().await {
+                // A fence keeps it shut; its door lets us in.
+                Err(WorkError::Connect(error))
+                    if self.shut == Shut::Entered && error.sqlstate().is_some_and(is_shut) =>
+                {
+                    let server = match side {
+                        Side::Source => &self.context.source,
+                        Side::Target => &self.context.target,
+                    };
+                    let control = &self.context.config.control.database;
+                    Door::new(server, control, database).through(connect()).await?
+                }
+                other => other?,
             };
             self.open.insert(key.clone(), session);
         }

@@ -9,11 +9,13 @@ use tokio::sync::watch;
 
 use super::context::Context;
 use super::error::WorkError;
-use super::gauges::Gauges;
+use super::lag_watch::Watch;
 use super::live::{DatabaseLive, Step};
 use super::recorder::Recorder;
+use crate::catalog::door::Door;
 use crate::catalog::journal::{Journal, MadeObject, Side};
 use crate::catalog::progress::{self, LANE};
+use crate::catalog::streams::progress_key;
 use crate::catalog::tables::{DatabaseRow, TableRow, TableState};
 use crate::catalog::{Place, bootstrap};
 use crate::config::Ddl;
@@ -30,8 +32,9 @@ use crate::migration::view::Mode;
 use crate::migration::{materialized, publication};
 use crate::postgres::Control;
 use crate::postgres::walsender::ReplicationConnection;
+use crate::switch::Epoch;
 
-/// How often the source's position is looked at.
+/// How often it is looked whether the target has caught up.
 const LAG_INTERVAL: Duration = Duration::from_millis(500);
 
 /// First and longest wait before interrupted work is begun again.
@@ -105,11 +108,12 @@ impl DatabaseWork {
         self.live.load_tables(&tables);
         let stream = self.stream_context(&row, slot_start, &tables)?;
         let last = stream.hand_overs.values().map(|hand_over| hand_over.position).max().unwrap_or(Lsn::ZERO);
+        let watch = Watch { context: &self.context, live: &self.live };
         // The stream never ends by itself; the work beside it ends when an offline copy is complete.
         tokio::select! {
             error = stream::run(&stream, &self.live.stream) => Err(error.into()),
             done = self.finish(row, last, archive) => done,
-            error = self.watch_lag() => Err(error),
+            error = watch.run() => Err(error),
         }
     }
 
@@ -349,6 +353,8 @@ impl DatabaseWork {
         tables: &[TableRow],
     ) -> Result<StreamContext, WorkError> {
         let mut hand_overs = HashMap::new();
+        // A stream that begins at a cutover knows nothing of copies.
+        let tables = if row.epoch == Epoch(0) { tables } else { &[] };
         for table in tables {
             let unreadable = || crate::catalog::migrations::CatalogError::Unreadable {
                 what: format!("table {} without the snapshot of its copy", table.table),
@@ -361,12 +367,17 @@ impl DatabaseWork {
             source: self.context.source.clone(),
             target: self.context.target.clone(),
             database: row.database.clone(),
-            migration: self.migration().to_owned(),
+            migration: progress_key(self.migration(), row.epoch),
             generation: self.context.catalog.generation(),
             slot: row.slot.clone(),
             slot_start,
             publication: row.publication.clone(),
             hand_overs,
+            reserve: self.live.reserve.clone(),
+            boundary: (row.epoch > Epoch(0)).then_some(row.epoch),
+            // A rollback has left the target fenced.
+            door: (row.epoch > Epoch(0))
+                .then(|| Door::new(&self.context.target, &self.context.config.control.database, &row.database)),
             queue_bytes: self.context.config.migration.apply_queue_bytes,
             metrics: self.context.metrics.clone(),
             failpoints: self.context.failpoints.clone(),
@@ -442,39 +453,6 @@ impl DatabaseWork {
         let source = self.context.source_control(&row.database, "offline-sequences").await?;
         let target = self.context.target.control(&row.database, "offline-sequences").await?;
         SequencePair::prepare(&source, &target).await?;
-        Ok(())
-    }
-
-    /// Looks at the source's position all the time. A look that fails makes the lag unknown, and is tried again.
-    async fn watch_lag(&self) -> WorkError {
-        let mut connection = None;
-        loop {
-            if let Err(error) = self.look(&mut connection).await {
-                connection = None;
-                self.live.forget_lag();
-                Gauges { metrics: &self.context.metrics, migration: self.migration(), database: &self.live.name }
-                    .clear();
-                if error.is_fenced() {
-                    return error;
-                }
-                tracing::debug!(database = self.live.name, error = describe(&error), "the lag could not be measured");
-            }
-            tokio::time::sleep(LAG_INTERVAL).await;
-        }
-    }
-
-    async fn look(&self, connection: &mut Option<Control>) -> Result<(), WorkError> {
-        let source = match connection {
-            Some(source) => source,
-            None => connection.insert(self.context.source_control(&self.live.name, "lag").await?),
-        };
-        let row = source
-            .query_one("SELECT pg_catalog.pg_current_wal_flush_lsn()", &[])
-            .await
-            .map_err(|source| WorkError::Query { doing: "looking at the source's position", source })?;
-        self.live.observe(row.get(0));
-        let gauges = Gauges { metrics: &self.context.metrics, migration: self.migration(), database: &self.live.name };
-        gauges.lag(self.live.lag());
         Ok(())
     }
 }

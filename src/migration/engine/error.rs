@@ -1,6 +1,7 @@
 //! What the engine answers when it cannot, and why a worker cannot go on.
 
 use crate::catalog::RecordError;
+use crate::catalog::door::DoorError;
 use crate::catalog::migrations::CatalogError;
 use crate::failpoint;
 use crate::migration::copy::CopyError;
@@ -74,6 +75,9 @@ pub enum EngineError {
     /// The settings of a database could not be brought over again.
     #[error(transparent)]
     Schema(#[from] SchemaError),
+    /// The stream back could not be prepared, or not be removed.
+    #[error("{0}")]
+    Return(String),
 }
 
 /// A worker cannot go on.
@@ -99,6 +103,8 @@ pub(super) enum WorkError {
     PublicationTaken(String),
     #[error(transparent)]
     Slot(#[from] WalsenderError),
+    #[error(transparent)]
+    Door(#[from] DoorError),
     #[error(transparent)]
     Roles(#[from] RolesError),
     #[error(transparent)]
@@ -167,6 +173,7 @@ impl WorkError {
             | Self::Slot(_)
             | Self::Stopping => false,
             Self::Bootstrap(_)
+            | Self::Door(_)
             | Self::Journal(_)
             | Self::Query { .. }
             | Self::Identity(_)
@@ -198,7 +205,9 @@ impl WorkError {
     /// For the operator. Never quotes a row.
     pub(super) fn problem(&self, database: Option<&str>) -> Problem {
         let (code, hint) = match self {
-            Self::Connect(_) => ("connection", "check that both servers run and that the configured role may log in"),
+            Self::Connect(_) | Self::Door(_) => {
+                ("connection", "check that both servers run and that the configured role may log in")
+            }
             Self::Catalog(_) | Self::Bootstrap(_) | Self::Journal(_) => {
                 ("catalog", "the configured role must be able to create and write the pgcutover schema")
             }

@@ -3,21 +3,24 @@
 
 use prometheus::IntGaugeVec;
 
+use crate::catalog::streams::Direction;
 use crate::migration::lag::Lag;
 use crate::migration::wal_limit::SlotWal;
-use crate::telemetry::metrics::{Direction, Metrics};
+use crate::telemetry::metrics::Metrics;
 
 /// The series of one database.
 pub(super) struct Gauges<'a> {
     pub(super) metrics: &'a Metrics,
     pub(super) migration: &'a str,
     pub(super) database: &'a str,
+    /// Which way the changes flow.
+    pub(super) direction: Direction,
 }
 
 impl Gauges<'_> {
-    /// How far the target is behind.
+    /// How far the server that is applied to is behind.
     pub(super) fn lag(&self, lag: Option<Lag>) {
-        let stream = [self.migration, self.database, Direction::Forward.as_str()];
+        let stream = [self.migration, self.database, self.direction.as_str()];
         let bytes = lag.map(|lag| i64::try_from(lag.bytes).unwrap_or(i64::MAX));
         show(&self.metrics.replication_lag_bytes, &stream, bytes);
         match lag {
@@ -32,7 +35,7 @@ impl Gauges<'_> {
         self.slot(None, None);
     }
 
-    /// What the slot makes the source keep, and what it may.
+    /// What the slot makes its server keep, and what it may.
     pub(super) fn slot(&self, wal: Option<SlotWal>, limit: Option<u64>) {
         let slot = [self.migration, self.database];
         let signed = |bytes: u64| i64::try_from(bytes).unwrap_or(i64::MAX);

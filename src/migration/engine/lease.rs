@@ -8,6 +8,7 @@ use super::live::{DatabaseLive, Live};
 use crate::catalog::decision::Outcome;
 use crate::migration::lag::Lag;
 use crate::postgres::{ConnectError, Connector, Control};
+use crate::switch::Epoch;
 
 /// A migration that is being cut over. It must be given back by [`CutoverLease::finish`]: dropping it leaves the
 /// migration in CompletingMigration until the verdict is told to [`Engine::settle_cutover`].
@@ -64,6 +65,12 @@ impl CutoverLease {
         self.engine.synchronise(&self.live).await
     }
 
+    /// Makes publication and slot on the server that the cutover `epoch` leads to, in every database, for the stream that
+    /// will carry what is written there back. Returns what an operator should know.
+    pub async fn prepare_return(&self, epoch: Epoch) -> Result<Vec<String>, EngineError> {
+        self.engine.prepare_return(self.live.name(), epoch).await
+    }
+
     /// Gives the migration back with the verdict.
     pub async fn finish(&self, outcome: Outcome) -> Result<(), EngineError> {
         self.engine.settle_cutover(self.live.name(), outcome).await
@@ -84,14 +91,14 @@ impl DatabaseHandle {
         &self.live.name
     }
 
-    /// Its replication slot on the source.
-    pub fn slot(&self) -> &str {
-        &self.live.slot
+    /// Its replication slot on the server that the changes come from.
+    pub fn slot(&self) -> String {
+        self.live.current().slot
     }
 
-    /// Its publication on the source.
-    pub fn publication(&self) -> &str {
-        &self.live.publication
+    /// Its publication there.
+    pub fn publication(&self) -> String {
+        self.live.current().publication
     }
 
     /// How far the target is behind; none when it is not known.

@@ -8,16 +8,19 @@ use std::time::{Instant, SystemTime, UNIX_EPOCH};
 
 use tokio::sync::watch;
 
-use crate::catalog::tables::{TableRow, TableState};
+use crate::catalog::streams::Direction;
+use crate::catalog::tables::{DatabaseRow, TableRow, TableState};
 use crate::ident::QualifiedName;
 use crate::lsn::Lsn;
+use crate::migration::apply::applier::Applied;
 use crate::migration::lag::{Lag, LagMeter};
 use crate::migration::state::State;
-use crate::migration::stream::StreamStatus;
+use crate::migration::stream::{Reserve, StreamStatus};
 use crate::migration::view::{
     CancelReport, DatabaseView, FullLoadView, MigrationSpec, MigrationView, Problem, TableView, VerificationView,
 };
 use crate::migration::wal_limit::SlotWal;
+use crate::switch::Epoch;
 
 /// One migration.
 #[derive(Debug)]
@@ -46,9 +49,9 @@ pub(super) struct Status {
 #[derive(Debug)]
 pub(super) struct DatabaseLive {
     pub(super) name: String,
-    pub(super) slot: String,
-    pub(super) publication: String,
     pub(super) stream: StreamStatus,
+    /// Opened by a cutover before it shuts the database that the next stream applies to.
+    pub(super) reserve: Arc<Reserve>,
     /// Why its worker has ended; none while it runs.
     pub(super) broken: watch::Sender<Option<String>>,
     inner: Mutex<Inner>,
@@ -57,6 +60,7 @@ pub(super) struct DatabaseLive {
 #[derive(Debug)]
 struct Inner {
     step: Step,
+    current: Current,
     tables: BTreeMap<QualifiedName, TableLive>,
     lag: LagMeter,
     slot: Option<SlotLive>,
@@ -70,6 +74,35 @@ pub(super) struct SlotLive {
     pub(super) limit: Option<u64>,
     /// It is much.
     pub(super) warning: bool,
+}
+
+/// The stream that carries the changes of a database now.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) struct Current {
+    /// Which way it flows.
+    pub(super) direction: Direction,
+    /// The cutover at whose boundary it begins.
+    pub(super) epoch: Epoch,
+    /// On the server that it comes from; empty: there is no stream.
+    pub(super) slot: String,
+    /// Likewise.
+    pub(super) publication: String,
+}
+
+impl Current {
+    pub(super) fn of(row: &DatabaseRow) -> Self {
+        Self {
+            direction: row.direction,
+            epoch: row.epoch,
+            slot: row.slot.clone(),
+            publication: row.publication.clone(),
+        }
+    }
+
+    /// Whether there is a stream.
+    pub(super) fn flows(&self) -> bool {
+        !self.slot.is_empty()
+    }
 }
 
 /// The last step of a database that was completed, in their order. Stored in the catalogue.
@@ -246,14 +279,13 @@ pub(super) fn unix_now() -> f64 {
 }
 
 impl DatabaseLive {
-    pub(super) fn new(name: String, slot: String, publication: String, step: Step) -> Self {
+    pub(super) fn new(name: String, current: Current, step: Step) -> Self {
         Self {
             name,
-            slot,
-            publication,
             stream: StreamStatus::default(),
+            reserve: Arc::default(),
             broken: watch::Sender::new(None),
-            inner: Mutex::new(Inner { step, tables: BTreeMap::new(), lag: LagMeter::default(), slot: None }),
+            inner: Mutex::new(Inner { step, current, tables: BTreeMap::new(), lag: LagMeter::default(), slot: None }),
         }
     }
 
@@ -263,6 +295,24 @@ impl DatabaseLive {
 
     pub(super) fn step(&self) -> Step {
         self.lock().step
+    }
+
+    pub(super) fn current(&self) -> Current {
+        self.lock().current.clone()
+    }
+
+    /// Another stream carries the changes from now on; nobody may be applying. Positions of the other server mean nothing
+    /// any more.
+    pub(super) fn set_current(&self, current: Current) {
+        let mut inner = self.lock();
+        if inner.current == current {
+            return;
+        }
+        inner.current = current;
+        inner.lag.forget();
+        drop(inner);
+        self.stream.applied.send_replace(Applied::default());
+        self.stream.trouble.send_replace(None);
     }
 
     pub(super) fn set_step(&self, step: Step) {
@@ -366,7 +416,14 @@ impl DatabaseLive {
         let ready = inner.tables.values().filter(|table| table.state == Some(TableState::Ready)).count();
         DatabaseView {
             name: self.name.clone(),
-            state: if state.is_active() { inner.step.doing() } else { state.substate() }.to_owned(),
+            state: match (state.is_active(), inner.current.direction) {
+                (true, Direction::Forward) => inner.step.doing(),
+                (_, Direction::Reverse) if inner.current.flows() => "StreamingBack",
+                _ => state.substate(),
+            }
+            .to_owned(),
+            direction: inner.current.direction.as_str().to_owned(),
+            rollback_possible: state == State::Completed && inner.current.flows(),
             latency_bytes: lag.map(|lag| lag.bytes),
             latency_seconds: lag.map(|lag| lag.seconds),
             // Rows can be counted only once they are received; with nothing behind there is none.

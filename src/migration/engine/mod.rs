@@ -24,6 +24,9 @@
 //! | `engine.after_schema` | the definitions were restored, before that is recorded |
 //! | `engine.after_copy` | rows and indexes are there, before that is recorded |
 //! | `engine.after_constraints` | foreign keys and triggers are there, before that is recorded |
+//! | `return.after_publication`, `return.after_slot` | publication, slot of the stream back were made |
+//! | `return.after_prepared` | the stream back is recorded as prepared |
+//! | `return.after_turn` | it became the current stream, before the other one is removed |
 //! | `engine.before_undo` | (just before) an object is removed |
 //! | `apply.before_commit`, `apply.after_commit` | around COMMIT of an apply transaction |
 //! | `stream.before_confirm` | (just before) the slot is told what is durable |
@@ -31,15 +34,18 @@
 //! The copy's own are listed in [`super::copy::CopyContext::failpoints`].
 
 mod actor;
+mod back;
 mod cancel;
 mod context;
 mod database;
 mod error;
 mod gauges;
+mod lag_watch;
 mod lease;
 mod live;
 mod recorder;
 mod source_watch;
+mod turn;
 mod verification;
 mod worker;
 
@@ -51,15 +57,17 @@ use tokio::sync::{mpsc, oneshot, watch};
 
 use self::actor::{Actor, Command};
 use self::context::Context;
-use self::live::{DatabaseLive, Live, Status, Step};
+use self::live::{Current, DatabaseLive, Live, Status, Step};
 use crate::catalog::decision::Outcome;
 use crate::catalog::journal::Journal;
 use crate::catalog::migrations::{CatalogError, EngineLock, MigrationCatalog, MigrationRow, NewDatabase};
+use crate::catalog::streams::Direction;
 use crate::catalog::{Place, bootstrap};
 use crate::config::Config;
 use crate::failpoint::Failpoints;
 use crate::migration::copy::Workers;
 use crate::migration::drift;
+use crate::migration::made::Mirrored;
 use crate::migration::roles::{self, RoleReport};
 use crate::migration::schema;
 use crate::migration::state::State;
@@ -68,6 +76,7 @@ use crate::migration::verify::TableResult;
 use crate::migration::view::{CancelReport, MigrationSpec, MigrationView, TableView};
 use crate::postgres::Connector;
 use crate::shutdown::Tasks;
+use crate::switch::Epoch;
 use crate::telemetry::metrics::Metrics;
 
 pub use error::EngineError;
@@ -137,6 +146,11 @@ struct Entry {
     commands: mpsc::Sender<Command>,
 }
 
+/// Whether a cutover of the migration was rolled back, which leaves the target fenced.
+fn has_come_back(live: &Live) -> bool {
+    live.databases.iter().any(|database| database.current().epoch > Epoch(0))
+}
+
 impl Engine {
     /// Starts to look for the target's migrations, and to work on them, in tasks of `deps.tasks`.
     pub fn start(deps: EngineDeps) -> Arc<Self> {
@@ -179,7 +193,11 @@ impl Engine {
         tracing::info!(migration = name, databases = ?spec.databases, mode = ?spec.mode, option = ?spec.option, "accepted");
         let databases = databases
             .into_iter()
-            .map(|new| Arc::new(DatabaseLive::new(new.database, new.slot, new.publication, Step::Waiting)))
+            .map(|new| {
+                let (direction, epoch) = (Direction::Forward, Epoch(0));
+                let current = Current { direction, epoch, slot: new.slot, publication: new.publication };
+                Arc::new(DatabaseLive::new(new.database, current, Step::Waiting))
+            })
             .collect();
         let status = Status { state, error: None, validation: None, finished_at: None };
         let live = Arc::new(Live::new(spec, self.source_address(), live::unix_now(), databases, status));
@@ -232,11 +250,35 @@ impl Engine {
     /// since the migration began.
     pub async fn begin_cutover(self: &Arc<Self>, name: &str) -> Result<CutoverLease, EngineError> {
         let live = self.entry(name)?.live;
-        if live.state() == State::WaitingForCutoverTrigger {
-            Box::pin(self.check_drift(&live)).await?;
+        if live.state() == State::WaitingForCutoverTrigger && !has_come_back(&live) {
+            Box::pin(self.check_drift(&live, Direction::Forward)).await?;
         }
-        self.order(name, Command::Begin).await?;
+        self.begin(name, Direction::Forward).await?;
         Ok(CutoverLease::new(self.clone(), self.entry(name)?.live))
+    }
+
+    /// Takes a migration that was cut over, to take the cutover back.
+    pub async fn begin_rollback(self: &Arc<Self>, name: &str) -> Result<CutoverLease, EngineError> {
+        self.begin(name, Direction::Reverse).await?;
+        Ok(CutoverLease::new(self.clone(), self.entry(name)?.live))
+    }
+
+    /// What became of an earlier cutover says nothing about the one that begins.
+    async fn begin(&self, name: &str, direction: Direction) -> Result<(), EngineError> {
+        self.verdicts.lock().unwrap_or_else(PoisonError::into_inner).remove(name);
+        self.order(name, |reply| Command::Begin(direction, reply)).await
+    }
+
+    /// Ends the stream by which a cutover could have been rolled back. Comes back when that is done, with what was removed
+    /// and what is left. If something could not be removed, it is tried again in the background.
+    pub async fn complete(&self, name: &str) -> Result<CancelReport, EngineError> {
+        self.order(name, Command::Complete).await
+    }
+
+    /// See [`CutoverLease::prepare_return`].
+    async fn prepare_return(&self, name: &str, epoch: Epoch) -> Result<Vec<String>, EngineError> {
+        let why_not = self.order(name, |reply| Command::PrepareReturn(epoch, reply)).await?;
+        Ok(why_not.into_iter().collect())
     }
 
     /// Tells what became of a cutover, also of one that an earlier life of this process has begun. A migration that is
@@ -307,12 +349,17 @@ impl Engine {
         }
         for entry in self.entries() {
             let live = entry.live;
-            if matches!(live.state(), State::Cancelled | State::Completed) {
+            let over = match live.state() {
+                State::Cancelled | State::Closed => true,
+                State::Completed => !live.databases.iter().any(|database| database.current().flows()),
+                _ => false,
+            };
+            if over {
                 continue;
             }
             if let Some(taken) = spec.databases.iter().find(|name| live.database(name).is_some()) {
                 return bad(format!(
-                    "database {taken:?} is being migrated by {:?} already; cancel that migration first",
+                    "database {taken:?} is being migrated by {:?} already; cancel that migration first, or complete it if it was cut over",
                     live.name()
                 ));
             }
@@ -324,8 +371,16 @@ impl Engine {
     async fn synchronise(&self, live: &Live) -> Result<Vec<String>, EngineError> {
         let (catalog, _actors) = self.owned()?;
         let journal = Journal::new(catalog, live.name());
-        let (source, target) = (&self.deps.source, &self.deps.target);
-        let reports = roles::copy_roles(source, target, &journal).await?;
+        let direction = live.state().direction();
+        if direction == Direction::Reverse || has_come_back(live) {
+            // For a first cutover it was compared before it began; a fenced server could not be entered until now.
+            self.check_drift(live, direction).await?;
+        }
+        let (source, target) = direction.ends(&self.deps.source, &self.deps.target);
+        let reports = match direction {
+            Direction::Forward => roles::copy_roles(source, target, &journal).await?,
+            Direction::Reverse => roles::copy_roles(source, target, &Mirrored(&journal)).await?,
+        };
         for database in &live.databases {
             let changed = schema::sync_database(source, target, &database.name, &[READ_ONLY_SETTING]).await?;
             if changed > 0 {
@@ -339,13 +394,22 @@ impl Engine {
     }
 
     /// Both servers must have the same definitions.
-    async fn check_drift(&self, live: &Live) -> Result<(), EngineError> {
+    async fn check_drift(&self, live: &Live, direction: Direction) -> Result<(), EngineError> {
+        let (from, to) = direction.ends(&self.deps.source, &self.deps.target);
         for database in &live.databases {
-            let source = self.deps.source.control(&database.name, "drift").await?;
-            let target = self.deps.target.control(&database.name, "drift").await?;
-            let compared = drift::compare(&*source, &*target, &database.publication, &database.table_names()).await;
+            let source = from.control(&database.name, "drift").await?;
+            let target = to.control(&database.name, "drift").await?;
+            let publication = database.current().publication;
+            let compared = drift::compare(&*source, &*target, &publication, &database.table_names()).await;
             let drift = compared.map_err(|source| EngineError::Drift { database: database.name.clone(), source })?;
             if let Some(drift) = drift {
+                if direction == Direction::Reverse {
+                    return Err(EngineError::Return(format!(
+                        "database {}: the source lacks {drift}, defined on the target since the cutover; define the same \
+                         on the source (not for tables that hold rows)",
+                        database.name
+                    )));
+                }
                 return Err(EngineError::Drifted { database: database.name.clone(), drift });
             }
         }
@@ -464,17 +528,20 @@ impl Engine {
                 );
                 continue;
             };
-            let completing = live.state() == State::CompletingMigration;
             let entry = self.employ(live, catalog.clone(), actors);
-            let verdict = self.verdicts.lock().unwrap_or_else(PoisonError::into_inner).get(&name).copied();
-            if let (true, Some(outcome)) = (completing, verdict) {
-                let (reply, _nobody) = oneshot::channel();
-                // The actor has just been started and has room.
-                let _ = entry.commands.try_send(Command::Settle(outcome, reply));
-            }
             entries.insert(name, entry);
         }
+        let known: Vec<(String, Entry)> = entries.iter().map(|(name, entry)| (name.clone(), entry.clone())).collect();
         *self.migrations.write().unwrap_or_else(PoisonError::into_inner) = entries;
+        // Only now: a verdict that is told from here on finds the migration, one from before is found here.
+        for (name, entry) in known {
+            let verdict = self.verdicts.lock().unwrap_or_else(PoisonError::into_inner).get(&name).copied();
+            if let Some(outcome) = verdict {
+                let (reply, _nobody) = oneshot::channel();
+                // The actor has just been started and has room; one that is not being cut over leaves it at that.
+                let _ = entry.commands.try_send(Command::Settle(outcome, reply));
+            }
+        }
         Ok(())
     }
 
@@ -486,7 +553,8 @@ impl Engine {
         let mut databases = Vec::new();
         for database in catalog.databases(&row.name).await? {
             let Some(step) = Step::parse(&database.step) else { return Ok(None) };
-            let live = DatabaseLive::new(database.database, database.slot, database.publication, step);
+            let current = Current::of(&database);
+            let live = DatabaseLive::new(database.database, current, step);
             live.load_tables(&catalog.tables(&row.name, &live.name).await?);
             for verified in catalog.verified(&row.name).await?.into_iter().filter(|row| row.database == live.name) {
                 let found = serde_json::from_value::<TableResult>(verified.result).ok();

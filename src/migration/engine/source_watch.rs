@@ -10,6 +10,7 @@ use super::context::Context;
 use super::error::WorkError;
 use super::gauges::Gauges;
 use super::live::{SlotLive, Step};
+use crate::catalog::streams::Direction;
 use crate::config::units::format_size;
 use crate::migration::copy::Traffic;
 use crate::migration::state::State;
@@ -68,7 +69,7 @@ pub(super) async fn watch(context: Arc<Context>) -> Exceeded {
     let mut connection = None;
     loop {
         let state = context.live.state();
-        let watched = state.is_active() || state == State::Failed;
+        let watched = (state.is_active() || state == State::Failed) && state.direction() == Direction::Forward;
         // A cutover ends within seconds, one way or the other; the slot is looked at again afterwards.
         if watched && state != State::CompletingMigration {
             match look(&context, &mut connection).await {
@@ -101,13 +102,14 @@ async fn look(context: &Context, connection: &mut Option<Control>) -> Result<Opt
         None => connection.insert(context.source_control(&context.config.control.database, "watch").await?),
     };
     let failed = |source| WorkError::Query { doing: "looking at what the source keeps", source };
-    let names: Vec<&str> = with_slots.iter().map(|database| database.slot.as_str()).collect();
+    let names: Vec<String> = with_slots.iter().map(|database| database.current().slot).collect();
     let rows = source.query(SLOTS, &[&names]).await.map_err(failed)?;
     let limit = context.config.migration.max_retained_wal_bytes;
     let mut worst = Verdict::Fine;
     for row in rows {
         let name: &str = row.get(0);
-        let Some(database) = with_slots.iter().find(|database| database.slot == name) else { continue };
+        let Some(index) = names.iter().position(|known| known == name) else { continue };
+        let Some(database) = with_slots.get(index) else { continue };
         let unsigned = |bytes: i64| u64::try_from(bytes).unwrap_or(0);
         // A slot that was lost keeps nothing.
         let Some(retained) = row.get::<_, Option<i64>>(1).map(unsigned) else { continue };
@@ -133,7 +135,8 @@ async fn look(context: &Context, connection: &mut Option<Control>) -> Result<Opt
                 );
             }
         }
-        let gauges = Gauges { metrics: &context.metrics, migration: context.live.name(), database: &database.name };
+        let (migration, direction) = (context.live.name(), Direction::Forward);
+        let gauges = Gauges { metrics: &context.metrics, migration, database: &database.name, direction };
         gauges.slot(Some(wal), limit);
         worst = worst.max(verdict);
         if let (Verdict::Exceeded, Some(limit)) = (verdict, limit) {

@@ -7,11 +7,13 @@ use futures_util::future::try_join_all;
 use tokio::sync::{mpsc, oneshot, watch};
 
 use super::actor::Command;
+use super::back::BackWork;
 use super::context::Context;
 use super::database::DatabaseWork;
 use super::error::WorkError;
 use super::live::Step;
 use crate::catalog::journal::Journal;
+use crate::catalog::streams::Direction;
 use crate::catalog::{Place, bootstrap};
 use crate::migration::preflight::{self, Outcome, Preflight, RuleResult};
 use crate::migration::state::{Event, State};
@@ -53,6 +55,9 @@ impl Worker {
 
     async fn work(&self) -> Result<(Event, Option<Problem>), (WorkError, Option<String>)> {
         let plain = |error| (error, None);
+        if self.state().direction() == Direction::Reverse {
+            return Err(self.follow_back().await);
+        }
         if self.state() == State::PerformingPreRequisiteSteps {
             self.patiently("prerequisites", || self.prerequisites()).await.map_err(plain)?;
             self.report(Event::PrerequisitesMet).await.map_err(plain)?;
@@ -90,6 +95,18 @@ impl Worker {
             done = all => done.map(|_| (Event::CopiedOffline, None)),
             error = self.tell_when_ready(ready) => Err((error, None)),
         }
+    }
+
+    /// After a cutover: every database's stream back, until another engine takes over.
+    async fn follow_back(&self) -> (WorkError, Option<String>) {
+        let databases = self.context.live.databases.iter().filter(|live| live.current().flows());
+        let works: Vec<BackWork> =
+            databases.map(|live| BackWork { context: self.context.clone(), live: live.clone() }).collect();
+        if works.is_empty() {
+            return std::future::pending().await;
+        }
+        let (error, ..) = futures_util::future::select_all(works.iter().map(|work| Box::pin(work.run()))).await;
+        (error, None)
     }
 
     fn state(&self) -> State {

@@ -1,0 +1,135 @@
+//! How our own sessions get into the databases of a server that a cutover has left: the fence shuts everybody out, the
+//! applier of the reverse stream included.
+//!
+//! ```text
+//! open    ALLOW_CONNECTIONS true, CONNECTION LIMIT 0      only superusers could come in now, read-only by default
+//!         our session connects
+//! close   ALLOW_CONNECTIONS false                         who slipped in meanwhile is ended
+//! ```
+//!
+//! A role without superuser's rights can set the connection limit only: open is then "no limit" for that moment. Each
+//! step locks the fence row, so that it never opens what a rollback or an abort has just changed. Does nothing where no
+//! fence stands, where it is soft, or where a rollback keeps the databases open.
+
+use super::RecordError;
+use crate::ident::quote_ident;
+use crate::postgres::{ConnectError, Connector, Control};
+
+/// The way into one database of one server.
+#[derive(Clone, Debug)]
+pub struct Door {
+    connector: Connector,
+    control_database: String,
+    database: String,
+}
+
+/// The door could not be opened or shut.
+#[derive(Debug, thiserror::Error)]
+pub enum DoorError {
+    /// The control database could not be reached.
+    #[error(transparent)]
+    Connect(#[from] ConnectError),
+    /// A statement failed.
+    #[error(transparent)]
+    Record(#[from] RecordError),
+}
+
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Turn {
+    Open,
+    Shut,
+}
+
+impl Door {
+    /// The way into `database` of the server of `connector`.
+    pub fn new(connector: &Connector, control_database: &str, database: &str) -> Self {
+        Self {
+            connector: connector.clone(),
+            control_database: control_database.to_owned(),
+            database: database.to_owned(),
+        }
+    }
+
+    /// Runs `connect` while the door is open, and shuts it, however that ended.
+    pub async fn through<T, E: From<DoorError>>(&self, connect: impl Future<Output = Result<T, E>>) -> Result<T, E> {
+        let mut control = self.connector.control(&self.control_database, "door").await.map_err(DoorError::from)?;
+        if !turn(&mut control, &self.database, Turn::Open).await.map_err(DoorError::from)? {
+            return connect.await;
+        }
+        let connected = connect.await;
+        turn(&mut control, &self.database, Turn::Shut).await.map_err(DoorError::from)?;
+        self.expel(&control).await.map_err(DoorError::from)?;
+        connected
+    }
+
+    /// Ends whoever came in beside us. Backends that are starting hold a lock on the database's row; they are waited for.
+    async fn expel(&self, control: &Control) -> Result<(), RecordError> {
+        let failed = |source| RecordError::query("end sessions on the server that was left", source);
+        let own = self.connector.instance().application_name("");
+        loop {
+            let row = control
+                .query_one(
+                    "SELECT (SELECT count(*) FROM pg_catalog.pg_locks l JOIN pg_catalog.pg_database d ON d.oid = l.objid
+                              WHERE l.locktype = 'object' AND l.classid = 'pg_catalog.pg_database'::regclass
+                                AND d.datname = $1 AND l.pid <> pg_catalog.pg_backend_pid()),
+                            (SELECT count(*) FROM
+                               (SELECT pg_catalog.pg_terminate_backend(pid) FROM pg_catalog.pg_stat_activity
+                                 WHERE datname = $1 AND left(application_name, length($2)) IS DISTINCT FROM $2
+                                   AND coalesce(backend_type, '') NOT IN ('autovacuum worker', 'parallel worker')) ended)",
+                    &[&self.database, &own],
+                )
+                .await
+                .map_err(failed)?;
+            if row.get::<_, i64>(0) == 0 && row.get::<_, i64>(1) == 0 {
+                return Ok(());
+            }
+            tokio::time::sleep(std::time::Duration::from_millis(10)).await;
+        }
+    }
+}
+
+/// Opens or shuts one database, if a hard fence stands over it and is not ajar. Returns whether one does.
+async fn turn(control: &mut Control, database: &str, turn: Turn) -> Result<bool, RecordError> {
+    let failed = |source| RecordError::query("open the door of a fenced database", source);
+    let there = control
+        .query_one(
+            "SELECT EXISTS (SELECT FROM pg_catalog.pg_attribute
+                             WHERE attrelid = pg_catalog.to_regclass('pgcutover.fence') AND attname = 'ajar'),
+                    (SELECT rolsuper FROM pg_catalog.pg_roles WHERE rolname = current_user)",
+            &[],
+        )
+        .await
+        .map_err(failed)?;
+    if !there.get::<_, bool>(0) {
+        return Ok(false);
+    }
+    let superuser: bool = there.get(1);
+    let transaction = control.transaction().await.map_err(failed)?;
+    let standing = transaction
+        .query_opt(
+            "SELECT epoch FROM pgcutover.fence
+             WHERE outcome = 'decided' AND returned_by IS NULL AND hard AND NOT ajar AND $1 = ANY(databases)
+             ORDER BY epoch DESC LIMIT 1 FOR UPDATE",
+            &[&database],
+        )
+        .await
+        .map_err(failed)?;
+    if standing.is_none() {
+        return Ok(false);
+    }
+    transaction.batch_execute(&statements(database, superuser, turn)).await.map_err(failed)?;
+    transaction.commit().await.map_err(failed)?;
+    Ok(true)
+}
+
+fn statements(database: &str, superuser: bool, turn: Turn) -> String {
+    let database = quote_ident(database);
+    match (superuser, turn) {
+        (true, Turn::Open) => {
+            format!("ALTER DATABASE {database} CONNECTION LIMIT 0; ALTER DATABASE {database} ALLOW_CONNECTIONS true")
+        }
+        (true, Turn::Shut) => format!("ALTER DATABASE {database} ALLOW_CONNECTIONS false"),
+        (false, Turn::Open) => format!("ALTER DATABASE {database} CONNECTION LIMIT -1"),
+        (false, Turn::Shut) => format!("ALTER DATABASE {database} CONNECTION LIMIT 0"),
+    }
+}

@@ -1,0 +1,240 @@
+//! Turning the streams of a migration round: what a cutover prepares for the way back, and what becomes of it.
+//!
+//! [`prepare`] makes the next stream on the server that the cutover leads to, before anything is fenced. [`align`] is
+//! called when the outcome is durable, and again at every start: it makes the streams fit the state, whatever was done
+//! of it before. Which stream is which is in [`crate::catalog::streams`].
+
+use super::cancel::{self, Shut, Undone};
+use super::context::Context;
+use super::error::WorkError;
+use super::live::Current;
+use crate::catalog::fence::{self, Standing};
+use crate::catalog::journal::{Journal, MadeObject, Side};
+use crate::catalog::streams::{Direction, NextStream};
+use crate::catalog::tables::DatabaseRow;
+use crate::catalog::{Place, bootstrap};
+use crate::ident::QualifiedName;
+use crate::migration::identity::{self, Remedy};
+use crate::migration::view::Left;
+use crate::migration::{made, publication};
+use crate::postgres::walsender::ReplicationConnection;
+use crate::postgres::{Connector, Control};
+use crate::switch::{Epoch, ServerRole};
+
+/// Makes publication and slot of the stream that begins at the boundary of cutover `epoch`, in every database. Returns
+/// why there will be none, where the server cannot send one; then nothing is made, and the cutover cannot be taken back.
+pub(super) async fn prepare(context: &Context, epoch: Epoch) -> Result<Option<String>, WorkError> {
+    let rows = context.catalog.databases(context.live.name()).await?;
+    let Some(first) = rows.first() else { return Ok(None) };
+    let (_, to) = first.direction.ends(&context.source, &context.target);
+    if let Some(why) = cannot_send(to, &context.config.control.database, rows.len()).await? {
+        return Ok(Some(why));
+    }
+    for row in &rows {
+        Box::pin(prepare_one(context, row, epoch)).await?;
+    }
+    Ok(None)
+}
+
+/// Why `server` cannot send so many streams, in words for the operator.
+async fn cannot_send(server: &Connector, control_database: &str, streams: usize) -> Result<Option<String>, WorkError> {
+    let control = server.control(control_database, "return").await?;
+    let row = control
+        .query_one(
+            "SELECT pg_catalog.current_setting('wal_level'),
+                    pg_catalog.current_setting('max_replication_slots')::bigint
+                      - (SELECT count(*) FROM pg_catalog.pg_replication_slots)",
+            &[],
+        )
+        .await
+        .map_err(|source| WorkError::Query { doing: "looking whether changes can be sent back", source })?;
+    let (level, free): (&str, i64) = (row.get(0), row.get(1));
+    let label = server.label();
+    if level != "logical" {
+        return Ok(Some(format!(
+            "this cutover cannot be rolled back: the {label} has wal_level {level}; set wal_level = logical there and \
+             restart it to be able to"
+        )));
+    }
+    if free < i64::try_from(streams).unwrap_or(i64::MAX) {
+        return Ok(Some(format!(
+            "this cutover cannot be rolled back: the {label} has {free} free replication slots and {streams} are needed; \
+             raise max_replication_slots there"
+        )));
+    }
+    Ok(None)
+}
+
+async fn prepare_one(context: &Context, row: &DatabaseRow, epoch: Epoch) -> Result<(), WorkError> {
+    let (from, to) = row.direction.ends(&context.source, &context.target);
+    let side = side_of(row.direction.to());
+    let journal = Journal::new(context.catalog.clone(), context.live.name());
+    let own = async |server: &Connector| -> Result<Control, WorkError> {
+        let control = server.control(&row.database, "return").await?;
+        bootstrap(&control, Place::BothWays).await?;
+        Ok(control)
+    };
+    let server_left = from;
+    let (from, mut control) = (own(from).await?, own(to).await?);
+
+    let tables = published(&from, &row.publication).await?;
+    let lock_timeout = context.config.migration.lock_timeout;
+    for table in identity::plan(&control, context.config.migration.without_identity).await? {
+        if !tables.contains(&table.table) {
+            continue;
+        }
+        if table.remedy == Remedy::Refuse {
+            return Err(WorkError::NoIdentity(vec![table.table.to_string()]));
+        }
+        identity::mend_on(side, &control, &row.database, &table, lock_timeout, &journal).await?;
+    }
+
+    let made = |kind: &str, name: &str, undo: String| MadeObject {
+        side,
+        database: Some(row.database.clone()),
+        kind: kind.to_owned(),
+        name: name.to_owned(),
+        undo: Some(undo),
+        note: String::new(),
+    };
+    let mut next = NextStream {
+        epoch,
+        slot: format!("pgcutover_{:016x}", rand::random::<u64>()),
+        publication: format!("pgcutover_{}_{epoch}", context.live.name()),
+        slot_start: None,
+    };
+    let undo = publication::drop_publication_sql(&next.publication);
+    journal.record(&made("publication", &next.publication, undo)).await?;
+    journal.record(&made("slot", &next.slot, publication::drop_slot_sql(&next.slot))).await?;
+    context.catalog.set_next(context.live.name(), &row.database, &next).await?;
+    let mut tables = tables;
+    tables.push(QualifiedName::new("pgcutover", "boundary"));
+    publication::create(&mut control, &next.publication, &tables, lock_timeout).await?;
+    context.failpoints.hit("return.after_publication").await?;
+    // Waits for every transaction that is open there.
+    let mut replication = ReplicationConnection::connect(to, &row.database).await?;
+    let created = replication.create_logical_slot(&next.slot, context.config.migration.slot_timeout).await?;
+    replication.terminate().await?;
+    context.failpoints.hit("return.after_slot").await?;
+    next.slot_start = Some(created.consistent_point);
+    context.catalog.set_next(context.live.name(), &row.database, &next).await?;
+    context.failpoints.hit("return.after_prepared").await?;
+    // What is applied to the server that is left, once it is shut, is applied through these.
+    if let Some(live) = context.live.database(&row.database) {
+        live.reserve.fill(server_left, &row.database).await?;
+    }
+    Ok(())
+}
+
+/// The tables that the present stream carries, ours left out.
+async fn published(from: &Control, publication: &str) -> Result<Vec<QualifiedName>, WorkError> {
+    let rows = from
+        .query(
+            "SELECT schemaname::text, tablename::text FROM pg_catalog.pg_publication_tables
+             WHERE pubname = $1 AND schemaname <> 'pgcutover' ORDER BY 1, 2",
+            &[&publication],
+        )
+        .await
+        .map_err(|source| WorkError::Query { doing: "listing the published tables", source })?;
+    Ok(rows.iter().map(|row| QualifiedName::new(row.get::<_, String>(0), row.get::<_, String>(1))).collect())
+}
+
+/// Makes the streams flow `to_be`: the prepared one becomes the current one if it has to, what was prepared in vain is
+/// forgotten, and every slot and publication of ours that is not the current stream's is removed. Nobody may be applying
+/// when a stream is turned.
+pub(super) async fn align(context: &Context, to_be: Direction) -> Result<Undone, WorkError> {
+    let name = context.live.name();
+    for row in context.catalog.databases(name).await? {
+        if row.direction != to_be {
+            context.catalog.turn(name, &row.database, to_be).await?;
+            context.failpoints.hit("return.after_turn").await?;
+        } else {
+            if row.next.is_some() {
+                context.catalog.drop_next(name, &row.database).await?;
+            }
+            if let Some(live) = context.live.database(&row.database) {
+                live.reserve.empty();
+            }
+        }
+    }
+    let rows = context.catalog.databases(name).await?;
+    for row in &rows {
+        if let Some(live) = context.live.database(&row.database) {
+            live.set_current(Current::of(row));
+        }
+    }
+    let chosen = |object: &MadeObject| is_stream(object) && !is_current(object, &rows);
+    cancel::undo(context, chosen, Shut::Stays).await
+}
+
+/// Removes every stream and what served it: the migration is closed. What was brought over stays, and is the target's own.
+pub(super) async fn end(context: &Context) -> Result<Undone, WorkError> {
+    let name = context.live.name();
+    for row in context.catalog.databases(name).await? {
+        context.catalog.end_stream(name, &row.database).await?;
+    }
+    for row in context.catalog.databases(name).await? {
+        if let Some(live) = context.live.database(&row.database) {
+            live.set_current(Current::of(&row));
+        }
+    }
+    let chosen = |object: &MadeObject| is_stream(object) || SERVED.contains(&object.kind.as_str());
+    cancel::undo(context, chosen, Shut::Entered).await
+}
+
+/// What stays on the servers when a migration is closed, and why: who is active is read from it.
+pub(super) async fn tombstones(context: &Context) -> Vec<Left> {
+    let mut left = Vec::new();
+    for (side, server) in [(Side::Source, &context.source), (Side::Target, &context.target)] {
+        let standing = async {
+            let control = server.control(&context.config.control.database, "return").await.ok()?;
+            fence::standing(&*control).await.ok()
+        };
+        for Standing { fence, .. } in standing.await.unwrap_or_default() {
+            if fence.case.migration != context.live.name() {
+                continue;
+            }
+            let made = |kind: &str, name: String| MadeObject {
+                side,
+                database: None,
+                kind: kind.to_owned(),
+                name,
+                undo: None,
+                note: String::new(),
+            };
+            let reason = "tells who still uses this server where its databases have gone".to_owned();
+            left.push(Left { object: made("fence_row", format!("pgcutover.fence {}", fence.case.epoch)), reason });
+            for database in &fence.case.databases {
+                let reason = "the databases of the server that was left stay shut and read-only; see the                               documentation for how to open them"
+                    .to_owned();
+                left.push(Left { object: made("fence", database.clone()), reason });
+            }
+        }
+    }
+    left
+}
+
+/// Kinds of objects that are of use to streams only.
+const SERVED: [&str; 2] = [made::REPLICA_IDENTITY, "schema"];
+
+pub(super) fn is_stream(object: &MadeObject) -> bool {
+    matches!(object.kind.as_str(), "slot" | "publication" | "event_trigger")
+}
+
+fn is_current(object: &MadeObject, rows: &[DatabaseRow]) -> bool {
+    rows.iter().any(|row| {
+        object.database.as_deref() == Some(row.database.as_str())
+            && object.side == side_of(row.direction.from())
+            && (object.name == row.slot
+                || object.name == row.publication
+                // What keeps definitions from changing while the source is followed.
+                || object.kind == "event_trigger" && !row.slot.is_empty())
+    })
+}
+
+fn side_of(server: ServerRole) -> Side {
+    match server {
+        ServerRole::Source => Side::Source,
+        ServerRole::Target => Side::Target,
+    }
+}

@@ -1,0 +1,74 @@
+//! A ledger kept by clients of the proxy, checked across cutovers, rollbacks, aborts and crashes.
+//!
+//! Clients write numbered entries and move money between accounts, and remember what they were told; they read what they
+//! have written, and never see it go back. Meanwhile a seeded schedule orders cutovers and rollbacks and lets things go
+//! wrong: processes killed and stopped, servers stopped, links cut and stalled, steps that fail. At the end what the
+//! clients remember is compared with what the server holds, and both servers with each other.
+//!
+//! ```text
+//! cargo test --test ledger                                          a few schedules
+//! LEDGER_SEEDS=1000 cargo test --test ledger seeded -- --nocapture  so many
+//! LEDGER_SEED=42 cargo test --test ledger seeded -- --nocapture     that one
+//! ```
+//!
+//! A checker that cannot fail shows nothing: with a drain that lies (failpoint `drain.lie`) it must find what is lost.
+
+#[path = "../support/mod.rs"]
+mod support;
+
+mod clients;
+mod schedule;
+
+use clients::{Clients, Violations};
+use schedule::Schedule;
+use support::world::{COMPLETED, READY};
+
+/// Schedules that every run of the tests takes.
+const SHARE: u64 = 3;
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn seeded_schedules_of_faults_lose_double_and_reorder_nothing() {
+    let read = |name: &str| std::env::var(name).ok().and_then(|text| text.parse::<u64>().ok());
+    let seeds: Vec<u64> = match (read("LEDGER_SEED"), read("LEDGER_SEEDS")) {
+        (Some(seed), _) => vec![seed],
+        (None, count) => {
+            let first = read("LEDGER_FIRST").unwrap_or_else(|| u64::from(rand::random::<u32>()));
+            (0..count.unwrap_or(SHARE)).map(|index| first + index).collect()
+        }
+    };
+    let mut stage = schedule::Stage::set("").await;
+    for seed in &seeds {
+        println!("LEDGER_SEED={seed}");
+        let clients = Clients::start(&stage.world.daemon, *seed);
+        let schedule = Schedule::of(*seed);
+        for step in &schedule.steps {
+            println!("  {step:?}");
+            stage.play(step).await;
+        }
+        // Everything is well again, and there is one more switch with nobody in the way.
+        stage.settle().await;
+        clients.go_on_writing().await;
+        let memories = clients.finish().await;
+        let order = if stage.world.state() == READY { "cutover" } else { "rollback" };
+        stage.must_switch(order).await;
+        let violations = stage.check(&memories).await;
+        assert_eq!(violations, Violations::default(), "LEDGER_SEED={seed} {schedule:?}");
+        let errors: u64 = memories.iter().map(|memory| memory.errors).sum();
+        assert!(errors == 0 || schedule.may_be_felt(), "LEDGER_SEED={seed}: {errors} errors from {schedule:?}");
+    }
+    println!("{} schedules, no violation", seeds.len());
+}
+
+/// The same checker on a drain that does not wait for what was written: it must not stay silent.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn the_checker_finds_what_a_lying_drain_loses() {
+    // The apply lags behind, so that there is something to lose.
+    let mut stage = schedule::Stage::set("drain.lie=error;apply.before_commit=sleep:300ms").await;
+    let clients = Clients::start(&stage.world.daemon, 1);
+    clients.go_on_writing().await;
+    stage.must_switch("cutover").await;
+    stage.world.wait_until(COMPLETED).await;
+    let memories = clients.finish().await;
+    let found = stage.check(&memories).await;
+    assert!(found.lost > 0, "{found:?}");
+}

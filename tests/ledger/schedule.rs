@@ -1,0 +1,254 @@
+//! What happens to the ledger: orders, and what goes wrong while they are carried out. Everything follows from a seed.
+
+use std::time::Duration;
+
+use pgcutover::cutover::steps::ALL_FAILPOINTS;
+use pgcutover::demo::cluster::Cluster;
+use pgcutover::demo::compare;
+use rand::rngs::StdRng;
+use rand::{Rng as _, SeedableRng as _};
+
+use crate::clients::{self, LEDGER, Memory, TABLES, Violations};
+use crate::support::daemon::{Daemon, DaemonOptions};
+use crate::support::link::Link;
+use crate::support::world::{COMPLETED, NAME, READY, World};
+use crate::support::{connect, try_connect, two_clusters, wait_for};
+
+/// Steps of one schedule.
+const STEPS: usize = 3;
+
+/// What goes wrong while an order is carried out.
+#[derive(Clone, Debug, PartialEq)]
+pub enum Fault {
+    /// Nothing.
+    None,
+    /// The daemon is killed so many milliseconds after the order, and started again.
+    Kill(u64),
+    /// The daemon is stopped for a while after so many milliseconds.
+    StopDaemon(u64),
+    /// The source is, with all its processes.
+    StopSource(u64),
+    /// The target is.
+    StopTarget(u64),
+    /// Every connection between the daemon and the target is cut.
+    CutTarget(u64),
+    /// Nothing passes between the daemon and the target for a while.
+    StallTarget(u64),
+    /// The daemon runs with a step that fails.
+    Fail(&'static str),
+    /// The daemon dies at a step.
+    DieAt(&'static str),
+}
+
+/// One order with its fault.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Step {
+    /// A rehearsal only.
+    pub dry_run: bool,
+    pub fault: Fault,
+}
+
+/// Everything that happens.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Schedule {
+    pub steps: Vec<Step>,
+}
+
+impl Schedule {
+    pub fn of(seed: u64) -> Self {
+        let mut dice = StdRng::seed_from_u64(seed);
+        let steps = (0..STEPS).map(|_| {
+            let after = dice.random_range(0..400);
+            let failpoint = ALL_FAILPOINTS[dice.random_range(0..ALL_FAILPOINTS.len())];
+            let fault = match dice.random_range(0..12) {
+                0 | 1 => Fault::None,
+                2 | 3 => Fault::Kill(after),
+                4 => Fault::StopDaemon(after),
+                5 => Fault::StopSource(after),
+                6 => Fault::StopTarget(after),
+                7 => Fault::CutTarget(after),
+                8 => Fault::StallTarget(after),
+                9 => Fault::Fail(failpoint),
+                _ => Fault::DieAt(failpoint),
+            };
+            Step { dry_run: dice.random_bool(0.15), fault }
+        });
+        Self { steps: steps.collect() }
+    }
+
+    /// Whether a client may have noticed: its proxy died, or its connection did. Nothing else may be felt.
+    pub fn may_be_felt(&self) -> bool {
+        self.steps.iter().any(|step| match step.fault {
+            Fault::None | Fault::StopDaemon(_) | Fault::StopSource(_) => false,
+            Fault::StopTarget(_) | Fault::StallTarget(_) => false,
+            // Failing steps are switched on by starting the daemon again.
+            Fault::Kill(_) | Fault::CutTarget(_) | Fault::Fail(_) | Fault::DieAt(_) => true,
+        })
+    }
+}
+
+/// The servers and the daemon; they live through many schedules, because a migration can go there and back for ever.
+pub struct Stage {
+    pub world: World,
+    link: Link,
+    failpoints: String,
+}
+
+impl Stage {
+    pub async fn set(failpoints: &str) -> Self {
+        let (source, target) = two_clusters();
+        let admin = connect(&source, "postgres").await;
+        admin.batch_execute(&format!("CREATE DATABASE {LEDGER}")).await.expect("a new database");
+        connect(&source, LEDGER).await.batch_execute(TABLES).await.expect("new tables");
+        let link = Link::to(target.address()).await;
+        let options = DaemonOptions::default()
+            .section("cutover", "max_pause = \"20s\"\ndrain_timeout = \"10s\"\nmax_lag_at_start = \"1GB\"")
+            .section(
+                "target",
+                &format!("host = \"127.0.0.1\"\nport = {}\nconnect_timeout = \"3s\"", link.address.port()),
+            )
+            .failpoints(failpoints);
+        let daemon = Daemon::start(&source, &target, options);
+        let size = pgcutover::demo::shop::Size::at_scale(0.01);
+        let world = World { source, target, daemon, size };
+        world.daemon.must(&["migration", "create", NAME, "--database", LEDGER]);
+        world.wait_until(READY).await;
+        Self { world, link, failpoints: failpoints.to_owned() }
+    }
+
+    /// Carries an order out, with its fault.
+    pub async fn play(&mut self, step: &Step) {
+        self.settle().await;
+        let state = self.world.state();
+        let order = if state == READY { "cutover" } else { "rollback" };
+        if let Fault::Fail(name) | Fault::DieAt(name) = step.fault {
+            let action = if matches!(step.fault, Fault::Fail(_)) { "error" } else { "abort" };
+            let needs_abort = if name.starts_with("abort.") { "decide.before_decision=error;" } else { "" };
+            self.world.daemon.set_failpoints(&format!("{needs_abort}{name}={action}"));
+            self.world.daemon.restart();
+            self.world.wait_until(&state).await;
+        }
+        let arguments: &[&str] =
+            if step.dry_run { &["migration", order, NAME, "--dry-run"] } else { &["migration", order, NAME] };
+        let mut ordered = self.world.daemon.begin(arguments);
+        self.go_wrong(&step.fault).await;
+        wait_for("the order to end", || {
+            let ended = ordered.try_wait().expect("a child process").is_some();
+            async move { ended }
+        })
+        .await;
+        if matches!(step.fault, Fault::Fail(_) | Fault::DieAt(_)) {
+            self.world.daemon.set_failpoints(&self.failpoints);
+            self.world.daemon.restart();
+        }
+    }
+
+    async fn go_wrong(&mut self, fault: &Fault) {
+        let pause = |milliseconds| tokio::time::sleep(Duration::from_millis(milliseconds));
+        let a_while = 700;
+        match fault {
+            Fault::None | Fault::Fail(_) | Fault::DieAt(_) => {}
+            Fault::Kill(after) => {
+                pause(*after).await;
+                self.world.daemon.restart();
+            }
+            Fault::StopDaemon(after) => {
+                pause(*after).await;
+                let pid = self.world.daemon.pid().expect("it runs");
+                signal(&[pid], "STOP");
+                pause(a_while).await;
+                signal(&[pid], "CONT");
+            }
+            Fault::StopSource(after) | Fault::StopTarget(after) => {
+                pause(*after).await;
+                let cluster =
+                    if matches!(fault, Fault::StopSource(_)) { &self.world.source } else { &self.world.target };
+                let processes = family(cluster);
+                signal(&processes, "STOP");
+                pause(a_while).await;
+                signal(&processes, "CONT");
+            }
+            Fault::CutTarget(after) => {
+                pause(*after).await;
+                self.link.cut_all();
+            }
+            Fault::StallTarget(after) => {
+                pause(*after).await;
+                self.link.stall(true);
+                pause(a_while).await;
+                self.link.stall(false);
+            }
+        }
+    }
+
+    /// Waits until the daemon serves, and the migration can go either way.
+    pub async fn settle(&mut self) {
+        if self.world.daemon.has_ended() {
+            self.world.daemon.kill();
+            self.world.daemon.start_again();
+        }
+        wait_for("the proxy to serve", || async {
+            let Ok(client) = try_connect(&self.world.daemon.client(LEDGER)).await else { return false };
+            client.query_one("SELECT 1", &[]).await.is_ok()
+        })
+        .await;
+        wait_for("the migration to be at rest", || async {
+            let view = self.world.view();
+            let word = |key: &str| view[key].as_str().unwrap_or("?").to_owned();
+            let state = format!("{}/{}", word("state"), word("substate"));
+            [READY, COMPLETED].contains(&state.as_str()) && view["databases"][0]["latency_bytes"].is_u64()
+        })
+        .await;
+    }
+
+    /// Gives an order that has to go through, as often as something of before is still being put in order.
+    pub async fn must_switch(&mut self, order: &str) {
+        wait_for(&format!("a {order} that goes through"), || async {
+            let output = self.world.daemon.command(&["migration", order, NAME, "--output", "json"]);
+            let text = String::from_utf8_lossy(&output.stdout).into_owned();
+            if !output.status.success() {
+                println!("  {order}: {text}{}", String::from_utf8_lossy(&output.stderr));
+            }
+            output.status.success()
+        })
+        .await;
+    }
+
+    /// What the clients remember against the server that serves, and the two servers against each other. The other one
+    /// is opened for it, and shut again by the next switch.
+    pub async fn check(&self, memories: &[Memory]) -> Violations {
+        let serving = self.world.serving_port_of(LEDGER).await;
+        let (active, other) = if serving == self.world.source.port() {
+            (&self.world.source, &self.world.target)
+        } else {
+            (&self.world.target, &self.world.source)
+        };
+        let active = connect(active, LEDGER).await;
+        let mut found = clients::check(memories, &active).await.expect("the server that serves can be read");
+        let admin = connect(other, "postgres").await;
+        admin.batch_execute(&format!("ALTER DATABASE {LEDGER} ALLOW_CONNECTIONS true")).await.expect("a superuser may");
+        let left = connect(other, LEDGER).await;
+        found.differences = compare::differences(&active, &left).await.expect("both can be read");
+        drop(left);
+        admin
+            .batch_execute(&format!("ALTER DATABASE {LEDGER} ALLOW_CONNECTIONS false"))
+            .await
+            .expect("a superuser may");
+        found
+    }
+}
+
+/// The postmaster and every process that it has started.
+fn family(cluster: &Cluster) -> Vec<u32> {
+    let postmaster = cluster.pid().expect("it runs");
+    let children = format!("/proc/{postmaster}/task/{postmaster}/children");
+    let children = std::fs::read_to_string(children).unwrap_or_default();
+    let children = children.split_whitespace().filter_map(|pid| pid.parse().ok());
+    std::iter::once(postmaster).chain(children).collect()
+}
+
+fn signal(processes: &[u32], signal: &str) {
+    for process in processes {
+        pgcutover::demo::cluster::send_signal(*process, signal);
+    }
+}

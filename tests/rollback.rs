@@ -1,0 +1,123 @@
+//! Cutovers that are taken back, with the real daemon under load: nothing is lost and nobody notices, however often; a
+//! daemon that is killed at any step of a rollback ends up wholly on one side; a completed migration leaves what it lists.
+
+mod support;
+
+use pgcutover::cutover::steps::{ALL_FAILPOINTS, ROLLBACK_FAILPOINTS};
+use pgcutover::demo::compare;
+use pgcutover::demo::shop::SHOP;
+use support::world::{COMPLETED, NAME, READY, World};
+use support::{connect, shop, wait_for};
+
+/// Five times there and back while 16 clients write; then nobody writes any more, and both servers hold the same.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn ten_alternating_cutovers_and_rollbacks_under_load_lose_nothing() {
+    let world = World::begin(0.01).await;
+    let application = world.application(16);
+    world.migrate().await;
+    let mut epoch = 0;
+    for _ in 0..5 {
+        for (order, then, port) in
+            [("cutover", COMPLETED, world.target.port()), ("rollback", READY, world.source.port())]
+        {
+            world.wait_for_writes(&application, 100).await;
+            let report = world.daemon.json(&["migration", order, NAME]);
+            assert_eq!(report["outcome"], "switched", "{order}: {report}");
+            epoch += 1;
+            assert_eq!(report["epoch"], epoch, "{order}");
+            assert_eq!(world.serving_port().await, port, "{order}");
+            world.wait_until(then).await;
+            let view = world.view();
+            let direction = if order == "cutover" { "reverse" } else { "forward" };
+            assert_eq!(view["databases"][0]["direction"], direction, "{view}");
+            assert_eq!(view["databases"][0]["rollback_possible"], order == "cutover", "{view}");
+        }
+    }
+    world.wait_for_writes(&application, 100).await;
+    let outcomes = application.finish().await;
+    shop::nobody_noticed(&outcomes);
+    // Sequences are brought over by a cutover.
+    let report = world.daemon.json(&["migration", "cutover", NAME]);
+    assert_eq!(report["outcome"], "switched", "{report}");
+    shop::nothing_lost(&outcomes, &world.source, &world.target).await;
+    let (source, target) = (connect(&world.source, SHOP).await, connect(&world.target, SHOP).await);
+    assert_eq!(compare::differences(&source, &target).await.expect("both can be read"), Vec::<String>::new());
+    // One slot for the one stream that there is, and no other.
+    for (cluster, slots) in [(&world.source, 0), (&world.target, 1)] {
+        let admin = connect(cluster, "postgres").await;
+        let count = admin.query_one("SELECT count(*) FROM pg_replication_slots", &[]).await.expect("readable");
+        assert_eq!(count.get::<_, i64>(0), slots);
+    }
+}
+
+/// Killed at each step of a rollback: before the decision it goes on on the target and can be rolled back all the same,
+/// after it on the source and can be cut over again.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn killed_at_any_step_of_a_rollback_it_is_wholly_on_one_side() {
+    let mut world = World::begin(0.01).await;
+    let application = world.application(6);
+    world.migrate().await;
+    let report = world.daemon.json(&["migration", "cutover", NAME]);
+    assert_eq!(report["outcome"], "switched", "{report}");
+    let engine = ["return.after_publication", "return.after_slot", "return.after_prepared", "return.after_turn"];
+    for name in ALL_FAILPOINTS.iter().chain(ROLLBACK_FAILPOINTS).chain(&engine) {
+        let failpoints = match name.strip_prefix("abort.") {
+            Some(_) => format!("decide.before_decision=error;{name}=hang"),
+            None => format!("{name}=hang"),
+        };
+        world.crash_at(COMPLETED, "rollback", &failpoints, name).await;
+        let decided = name.starts_with("switch.") || ["decide.after_decision", "return.after_turn"].contains(name);
+        if decided {
+            assert_eq!(world.serving_port().await, world.source.port(), "{name}");
+            world.wait_until(READY).await;
+            world.must_be_shut(&world.target).await;
+            world.wait_for_writes(&application, 20).await;
+            let report = world.daemon.json(&["migration", "cutover", NAME]);
+            assert_eq!(report["outcome"], "switched", "{name}: {report}");
+        } else {
+            assert_eq!(world.serving_port().await, world.target.port(), "{name}");
+            world.wait_until(COMPLETED).await;
+            world.must_be_shut(&world.source).await;
+        }
+        world.wait_for_writes(&application, 20).await;
+    }
+    let outcomes = application.finish().await;
+    let report = world.daemon.json(&["migration", "rollback", NAME]);
+    assert_eq!(report["outcome"], "switched", "{report}");
+    // What was lost or late is looked for on the server that serves now: the source.
+    shop::nothing_lost(&outcomes, &world.target, &world.source).await;
+    let (source, target) = (connect(&world.source, SHOP).await, connect(&world.target, SHOP).await);
+    assert_eq!(compare::differences(&source, &target).await.expect("both can be read"), Vec::<String>::new());
+}
+
+/// Complete ends the way back, and says what stays; an order that comes too late is refused.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_completed_migration_leaves_what_it_lists() {
+    let world = World::begin(0.01).await;
+    world.migrate().await;
+    let refused = world.daemon.command(&["migration", "rollback", NAME]);
+    assert!(!refused.status.success(), "nothing was cut over yet");
+    let report = world.daemon.json(&["migration", "cutover", NAME]);
+    assert_eq!(report["outcome"], "switched", "{report}");
+    world.wait_until(COMPLETED).await;
+    let report = world.daemon.json(&["migration", "complete", NAME]);
+    let left: Vec<&str> =
+        report["left"].as_array().expect("a list").iter().filter_map(|one| one["kind"].as_str()).collect();
+    assert_eq!(left, ["fence_row", "fence"], "{report}");
+    wait_for("the migration to be closed", || async { world.state() == "Succeeded/Closed" }).await;
+    for cluster in [&world.source, &world.target] {
+        let admin = connect(cluster, "postgres").await;
+        let slots = admin.query_one("SELECT count(*) FROM pg_replication_slots", &[]).await.expect("readable");
+        assert_eq!(slots.get::<_, i64>(0), 0);
+    }
+    world.must_be_shut(&world.source).await;
+    shop::open_fenced(&world.source).await;
+    for cluster in [&world.source, &world.target] {
+        let client = connect(cluster, SHOP).await;
+        let ours = "SELECT (SELECT count(*) FROM pg_publication) + (SELECT count(*) FROM pg_namespace WHERE nspname = 'pgcutover')";
+        assert_eq!(client.query_one(ours, &[]).await.expect("readable").get::<_, i64>(0), 0);
+    }
+    let refused = world.daemon.command(&["migration", "rollback", NAME]);
+    assert!(!refused.status.success(), "there is no way back any more");
+    assert_eq!(world.serving_port().await, world.target.port());
+}
