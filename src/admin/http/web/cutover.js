@@ -31,7 +31,7 @@ export function panel(m, state) {
 
 function ready(m, state) {
   if (m.mode === 'offline') return h('p', { class: 'muted' }, 'An offline migration is a copy: there is nothing to cut over.');
-  if (m.state === 'Succeeded') return after(state);
+  if (m.state === 'Succeeded') return after(m, state);
   if (m.state !== 'WaitingForUserAction') {
     return h('p', { class: 'muted' }, m.state === 'InProgress' ? 'It can be cut over once everything is copied and the target follows.' : 'This migration cannot be cut over.');
   }
@@ -47,12 +47,14 @@ function ready(m, state) {
   ];
 }
 
-function after(state) {
-  const can = state.can || {};
+function after(m, state) {
+  const known = state.can || {};
+  const open = m.substate === 'Completed' && m.databases.every((database) => database.rollback_possible !== false);
+  const can = { ...known, rollback: known.rollback && open, complete: known.complete && m.substate === 'Completed' };
   return [
     h('p', {}, 'The databases run on the target.'),
     can.rollback ? h('p', { class: 'muted' }, 'Until it is completed, every change is also brought back to the source, so that the way back is open.')
-      : h('p', { class: 'muted' }, 'This version of pgcutover cannot roll back: changes made on the target are not brought to the source.'),
+      : h('p', { class: 'muted' }, known.rollback ? 'There is no way back to the source any more.' : 'This version of pgcutover cannot roll back: changes made on the target are not brought to the source.'),
     h('div', { class: 'actions' },
       can.rollback ? h('button', { type: 'button', id: 'roll-back', class: 'danger', 'data-act': 'rollBack' }, 'Roll back …') : null,
       can.complete ? h('button', { type: 'button', id: 'complete', 'data-act': 'complete' }, 'Complete …') : null,

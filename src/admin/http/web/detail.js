@@ -72,7 +72,7 @@ function overview(m, state) {
           h('dt', {}, 'Started'), h('dd', {}, time(m.started_at)),
           h('dt', {}, 'Duration'), h('dd', {}, seconds(m.finished_at ? m.duration_seconds : Math.max(0, state.live.at - m.started_at)))),
         h('div', { class: 'figures' },
-          figure('Latency', over(m) ? '–' : bytes(sum('latency_bytes'))), figure('Pending changes', over(m) ? '–' : number(sum('pending_changes'))))),
+          figure('Latency', over(m) && sum('latency_bytes') === null ? '–' : bytes(sum('latency_bytes'))), figure('Pending changes', over(m) && sum('pending_changes') === null ? '–' : number(sum('pending_changes'))))),
       cutover.panel(m, state)),
     h('section', { class: 'card', 'aria-labelledby': 'dbs' }, h('h2', { id: 'dbs' }, 'Databases'), databases(m)),
     h('div', { class: 'grid' },
@@ -107,9 +107,9 @@ function databases(m) {
     { label: 'Database', cell: (d) => d.name },
     { label: 'State', cell: (d) => [d.state, d.last_error ? h('p', { class: 'error' }, `${d.retries} tries: ${d.last_error}`) : null] },
     { label: 'Tables ready', cell: (d) => [`${number(d.tables_ready)} of ${number(d.tables_total)}`, h('progress', { max: d.tables_total || 1, value: d.tables_ready, 'aria-label': `Tables of ${d.name} that are ready` })] },
-    { label: 'Latency', class: 'num', cell: (d) => (over(m) ? '–' : bytes(d.latency_bytes)) },
-    { label: 'In time', class: 'num', cell: (d) => (over(m) ? '–' : seconds(d.latency_seconds)) },
-    { label: 'Pending changes', class: 'num', cell: (d) => (over(m) ? '–' : number(d.pending_changes)) },
+    { label: 'Latency', class: 'num', cell: (d) => (over(m) && d.latency_bytes === null ? '–' : bytes(d.latency_bytes)) },
+    { label: 'In time', class: 'num', cell: (d) => (over(m) && d.latency_seconds === null ? '–' : seconds(d.latency_seconds)) },
+    { label: 'Pending changes', class: 'num', cell: (d) => (over(m) && d.pending_changes === null ? '–' : number(d.pending_changes)) },
   ], m.databases) : h('p', { class: 'muted' }, 'Not known yet.');
 }
 

@@ -96,7 +96,7 @@ export function time(unix) {
 const KINDS = { Succeeded: 'good', WaitingForUserAction: 'good', InProgress: 'busy', Failed: 'bad', ValidationFailed: 'bad', Cancelled: '' };
 const WORDS = {
   PerformingPreRequisiteSteps: 'Preparing', ValidationInProgress: 'Validating', MigratingData: 'Copying',
-  WaitingForCutoverTrigger: 'Ready to cut over', CompletingMigration: 'Cutting over', Completed: 'Completed',
+  WaitingForCutoverTrigger: 'Ready to cut over', CompletingMigration: 'Cutting over', Completed: 'Completed', RollingBack: 'Rolling back', Cancelling: 'Cancelling',
 };
 
 /** State and substate of a migration, as a person says it; the names of the API stand beside it. */
