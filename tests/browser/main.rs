@@ -102,7 +102,7 @@ async fn the_whole_story_by_clicks() {
     browser.wait_for("#cut-over", "Cut over");
     browser.wait_for(".pill", "Ready to cut over");
     application.execute("INSERT INTO orders (note) VALUES ('while it runs')", &[]).await.unwrap();
-    browser.wait_for(".chart text", " ");
+    browser.wait_for(".chart text:nth-of-type(2)", "now");
     check(&browser, "06-ready");
     browser.click("#tab-tables");
     browser.wait_for("#panel", "public.customer");
