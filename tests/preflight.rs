@@ -158,9 +158,9 @@ const MENDED: &[(&str, &str, &str, &str)] = &[
     ),
     (
         "c_functions",
-        "CREATE FUNCTION in_c(internal) RETURNS void LANGUAGE c AS '$libdir/pgoutput', '_PG_output_plugin_init'",
-        "public.in_c(internal) in $libdir/pgoutput",
-        "DROP FUNCTION in_c(internal)",
+        "CREATE FUNCTION in_c() RETURNS language_handler LANGUAGE c AS '$libdir/plpgsql', 'plpgsql_call_handler'",
+        "public.in_c() in $libdir/plpgsql",
+        "DROP FUNCTION in_c()",
     ),
     (
         "text_only_types",
