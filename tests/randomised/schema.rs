@@ -33,12 +33,12 @@ pub enum Key {
     /// `k int NOT NULL` with a unique index that is the replica identity.
     Index,
     /// REPLICA IDENTITY FULL with a primary key.
-    FullWithKey,
+    WholeRow,
     /// Nothing but FULL: rows may be alike.
     Full,
 }
 
-const KEYS: [Key; 7] = [Key::Int, Key::Always, Key::Pair, Key::Numeric, Key::Index, Key::FullWithKey, Key::Full];
+const KEYS: [Key; 7] = [Key::Int, Key::Always, Key::Pair, Key::Numeric, Key::Index, Key::WholeRow, Key::Full];
 
 fn text(dice: &mut StdRng) -> String {
     const PARTS: [&str; 12] = ["a", "Z", "\\", "\t", "\n", "\r", "''", "\"", "é", "漢", "{,}", "\\N"];
@@ -152,7 +152,7 @@ fn table(dice: &mut StdRng, number: usize, major: u16, sql: &mut String) -> Tabl
     let key = KEYS[dice.random_range(0..KEYS.len())];
     let name = if dice.random_ratio(1, 3) { format!("\"Table {number}\"") } else { format!("t{number}") };
     let mut lines = vec![match key {
-        Key::Int | Key::FullWithKey => "k int PRIMARY KEY".to_owned(),
+        Key::Int | Key::WholeRow => "k int PRIMARY KEY".to_owned(),
         Key::Always => "k int GENERATED ALWAYS AS IDENTITY PRIMARY KEY".to_owned(),
         Key::Pair => "k int, kt text, PRIMARY KEY (kt, k)".to_owned(),
         Key::Numeric => "k numeric PRIMARY KEY".to_owned(),
@@ -182,7 +182,7 @@ fn table(dice: &mut StdRng, number: usize, major: u16, sql: &mut String) -> Tabl
     sql.push_str(&format!("CREATE TABLE {name} ({});\n", lines.join(", ")));
     match key {
         Key::Index => sql.push_str(&format!("ALTER TABLE {name} REPLICA IDENTITY USING INDEX identity_{number};\n")),
-        Key::FullWithKey => sql.push_str(&format!("ALTER TABLE {name} REPLICA IDENTITY FULL;\n")),
+        Key::WholeRow => sql.push_str(&format!("ALTER TABLE {name} REPLICA IDENTITY FULL;\n")),
         Key::Int | Key::Always | Key::Pair | Key::Numeric | Key::Full => {}
     }
     for (column, (kind, _)) in &columns {

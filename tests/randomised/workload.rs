@@ -148,7 +148,7 @@ fn insert(table: &Table, dice: &mut StdRng, key: i32, rows: i32) -> String {
     let mut names = vec!["k".to_owned()];
     let mut values = vec![match table.key {
         Key::Numeric => format!("g{}", ["::numeric", " + 0.0", " + 0.00"][dice.random_range(0..3)]),
-        Key::Int | Key::Always | Key::Pair | Key::Index | Key::FullWithKey | Key::Full => "g".to_owned(),
+        Key::Int | Key::Always | Key::Pair | Key::Index | Key::WholeRow | Key::Full => "g".to_owned(),
     }];
     if table.key == Key::Pair {
         names.push("kt".to_owned());
