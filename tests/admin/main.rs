@@ -126,14 +126,22 @@ async fn the_console_gives_orders_and_names_what_it_refuses() {
     client.batch_execute("CREATE MIGRATION m1 DATABASES shop, \"a b\"; KILL 42").await.unwrap();
     let row = client.query_one("CUTOVER m1 DRY RUN MAX PAUSE 2s", &[]).await.unwrap();
     assert_eq!((row.get::<_, &str>("outcome"), row.get::<_, i64>("pause_ms")), ("switched", 41));
-    let orders = ["create m1 shop,a b", "kill 42", "cutover m1 dry=true pause=Some(2000)"];
+    let row = client.query_one("ROLLBACK m1", &[]).await.unwrap();
+    assert_eq!(row.get::<_, &str>("outcome"), "switched");
+    client.batch_execute("COMPLETE m1").await.unwrap();
+    let orders = [
+        "create m1 shop,a b",
+        "kill 42",
+        "cutover m1 dry=true pause=Some(2000)",
+        "rollback m1 dry=false pause=None",
+        "complete m1",
+    ];
     assert_eq!(admin.fake.orders(), orders);
     for (sql, code, hint) in [
         ("SHOW MIGRATONS", "42601", Some("SHOW HELP lists the commands")),
         ("SELECT * FROM pg_class", "42601", Some("SHOW HELP lists the commands")),
         ("SHOW MIGRATION none", "42704", Some("SHOW MIGRATIONS")),
         ("RETRY m1", "55000", None),
-        ("ROLLBACK m1", "0A000", None),
         ("SHOW BLOCKERS", "57P03", None),
     ] {
         for error in [client.simple_query(sql).await.err(), client.query(sql, &[]).await.err()] {
