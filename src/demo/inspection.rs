@@ -1,8 +1,9 @@
 //! What both servers hold at the end: the proof, or the list of what is wrong.
 //!
-//! The application went on writing on the target, so the two are not equal. The source is frozen at the switch; its
-//! last write of each client is the *boundary*. Every row whose last writer is at or before the boundary must be the
-//! same on both sides; rows that were written or deleted on the target after it are left out on both.
+//! The application went on writing on the target, and the stream back has carried a part of that to the source, in the
+//! target's order of commits. The last write of each client there is the *boundary*. Every row whose last writer is at or
+//! before the boundary must be the same on both sides; rows that were written or deleted on the target after it are left
+//! out on both.
 
 use std::collections::HashMap;
 use std::fmt::Write as _;

@@ -102,6 +102,7 @@ pub(super) async fn run(args: &DemoArgs) -> Result<Report, DemoError> {
     run.copy = copy(&stage, &application, &mut progress).await?;
     progress.begin("the cutover");
     cut_over(&stage, &mut run, &mut progress).await?;
+    run.writes_until_switch = application.tally().writes.load(Ordering::Relaxed);
     progress.begin("the application works on the target");
     watch(&application, &mut progress, QUIET_TIME).await;
     stage.must_lead_to_target().await?;
