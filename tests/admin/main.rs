@@ -133,7 +133,7 @@ async fn the_console_gives_orders_and_names_what_it_refuses() {
         "create m1 shop,a b",
         "kill 42",
         "cutover m1 dry=true pause=Some(2000)",
-        "rollback m1 dry=false pause=None",
+        "rollback m1 dry=false pause=Some(5000)",
         "complete m1",
     ];
     assert_eq!(admin.fake.orders(), orders);
