@@ -494,6 +494,8 @@ pub struct Cutover {
     pub max_lag_at_start_bytes: u64,
     /// Transactions that outlast the drain.
     pub stragglers: Stragglers,
+    /// A cutover begins only when every table was found equal since it was last written to.
+    pub require_verified: bool,
 }
 
 /// `[admin]`

@@ -92,7 +92,10 @@ fn refused(error: &EngineError) -> AdminError {
         EngineError::Catalog(CatalogError::Exists(_)) => {
             (ErrorKind::Conflict, Some("choose another name; names are never used twice on one target"))
         }
-        EngineError::Rejected(_) | EngineError::Drifted { .. } | EngineError::Return(_) => (ErrorKind::Conflict, None),
+        EngineError::Rejected(_)
+        | EngineError::Drifted { .. }
+        | EngineError::Return(_)
+        | EngineError::Unverified { .. } => (ErrorKind::Conflict, None),
         EngineError::Unavailable(_)
         | EngineError::Connect(_)
         | EngineError::Catalog(_)

@@ -1,5 +1,6 @@
 //! Verification of whole migrations: under load, across majors, interrupted, and where something was done to the target.
 
+use pgcutover::catalog::decision::Outcome;
 use pgcutover::demo::cluster::Installation;
 use pgcutover::migration::verify::DifferenceKind;
 use pgcutover::migration::view::VerifyReport;
@@ -155,5 +156,35 @@ async fn what_was_written_to_is_compared_again_and_nothing_else() {
     assert_eq!(again.differences, 1, "{again:#?}");
     let refused = running.engine.verify("nobody").await.expect_err("unknown");
     assert!(refused.to_string().contains("nobody"));
+    running.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_cutover_that_requires_it_begins_only_when_nothing_differs() {
+    let found = installations();
+    let major = found.newest_with_client_tools().expect("checked by installations()");
+    let mut world = World::start(major, major);
+    std::sync::Arc::get_mut(&mut world.config).expect("nobody else has it").cutover.require_verified = true;
+    world.furnish("shop").await;
+    let running = world.engine("");
+    create(&running, spec("checked", &["shop"])).await;
+    reach(&running, "checked", "WaitingForCutoverTrigger").await;
+    let lease = running.engine.begin_cutover("checked").await.expect("equal, which was found out now");
+    lease.finish(Outcome::Aborted).await.expect("recorded");
+    reach(&running, "checked", "WaitingForCutoverTrigger").await;
+    let there = connect(&world.target, "shop").await;
+    there.batch_execute("UPDATE customer SET mood = 'sad' WHERE id = 3").await.expect("damaged");
+    let here = connect(&world.source, "shop").await;
+    here.batch_execute("UPDATE customer SET mood = 'happy' WHERE id = 4").await.expect("written");
+    let updated = || async {
+        let tables = running.engine.tables("checked").expect("known");
+        tables.iter().any(|table| table.name == "customer" && table.incremental_sync.updates > 0)
+    };
+    wait_for("the update to arrive", updated).await;
+    let refused = running.engine.begin_cutover("checked").await.expect_err("customer differs").to_string();
+    assert!(refused.contains("1 places") && refused.contains("customer"), "{refused}");
+    there.batch_execute("UPDATE customer SET mood = 'ok' WHERE id = 3").await.expect("mended");
+    let lease = running.engine.begin_cutover("checked").await.expect("what differed is compared again");
+    lease.finish(Outcome::Aborted).await.expect("recorded");
     running.stop().await;
 }

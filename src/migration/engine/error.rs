@@ -51,6 +51,16 @@ pub enum EngineError {
         /// Why.
         source: tokio_postgres::Error,
     },
+    /// The configuration wants source and target to be equal before a cutover.
+    #[error(
+        "source and target differ in {differences} places, among them {first}, and [cutover] require_verified is set: `migration verify` lists them"
+    )]
+    Unverified {
+        /// How many.
+        differences: u64,
+        /// Some of them.
+        first: String,
+    },
     /// A verification could not be carried to its end; what it has found so far is kept.
     #[error("database {database} could not be verified to the end: verify it again to go on")]
     Verify {

@@ -246,12 +246,17 @@ impl Engine {
         self.order(name, Command::Retry).await
     }
 
-    /// Takes a migration that is ready for its cutover. Refused when the target lacks what was defined on the source
+    /// Takes a migration that is ready for its cutover. Refused when something differs and `require_verified` is set, and when the target lacks what was defined on the source
     /// since the migration began.
     pub async fn begin_cutover(self: &Arc<Self>, name: &str) -> Result<CutoverLease, EngineError> {
         let live = self.entry(name)?.live;
-        if live.state() == State::WaitingForCutoverTrigger && !has_come_back(&live) {
-            Box::pin(self.check_drift(&live, Direction::Forward)).await?;
+        if live.state() == State::WaitingForCutoverTrigger {
+            if !has_come_back(&live) {
+                Box::pin(self.check_drift(&live, Direction::Forward)).await?;
+            }
+            if self.deps.config.cutover.require_verified {
+                Box::pin(self.must_be_equal(&live)).await?;
+            }
         }
         self.begin(name, Direction::Forward).await?;
         Ok(CutoverLease::new(self.clone(), self.entry(name)?.live))
@@ -391,6 +396,19 @@ impl Engine {
             report.warnings.into_iter().map(move |warning| format!("role {:?}: {warning}", report.role))
         };
         Ok(reports.into_iter().flat_map(note).collect())
+    }
+
+    /// Every table must have been found equal since it was last written to.
+    async fn must_be_equal(&self, live: &Live) -> Result<(), EngineError> {
+        let report = self.verify_changed(live.name()).await?;
+        if report.differences == 0 {
+            return Ok(());
+        }
+        let tables = report.tables.iter().map(|table| format!("table {}", table.result.table()));
+        let definitions = report.definitions.iter().flat_map(|found| &found.definitions);
+        let definitions = definitions.map(|found| format!("{} {}", found.kind, found.name));
+        let first: Vec<String> = tables.chain(definitions).take(3).collect();
+        Err(EngineError::Unverified { differences: report.differences, first: first.join(", ") })
     }
 
     /// Both servers must have the same definitions.

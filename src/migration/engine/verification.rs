@@ -52,6 +52,12 @@ impl Engine {
                 )));
             }
         };
+        if super::has_come_back(&live) {
+            // Its target is shut, and another stream than the one that can be held feeds it.
+            return Err(EngineError::BadRequest(format!(
+                "migration {name:?} was rolled back; this version verifies before the first cutover only"
+            )));
+        }
         let mut changes = self.changes();
         // What was compared is on record; dropping the rest loses nothing.
         tokio::select! {
