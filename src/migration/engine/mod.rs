@@ -246,8 +246,8 @@ impl Engine {
         self.order(name, Command::Retry).await
     }
 
-    /// Takes a migration that is ready for its cutover. Refused when something differs and `require_verified` is set, and when the target lacks what was defined on the source
-    /// since the migration began.
+    /// Takes a migration that is ready for its cutover. Refused when the target lacks what was defined on the source since
+    /// the migration began, and, with `require_verified`, when anything differs.
     pub async fn begin_cutover(self: &Arc<Self>, name: &str) -> Result<CutoverLease, EngineError> {
         let live = self.entry(name)?.live;
         if live.state() == State::WaitingForCutoverTrigger {
