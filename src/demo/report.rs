@@ -236,7 +236,8 @@ mod tests {
         ledger.acknowledge(number);
         let outcome = Outcome { ledger, ..Outcome::default() };
         let inspection = Inspection { source_writes: HashMap::from([(number, 1)]), ..Inspection::default() };
-        let report = Report::new(&Run::default(), &[outcome], &inspection);
+        let run = Run { writes_until_switch: 1, ..Run::default() };
+        let report = Report::new(&run, &[outcome], &inspection);
         assert_eq!((report.missing_writes, report.late_source_writes, report.writes_after_switch), (1, 1, 0));
     }
 }
