@@ -3,6 +3,7 @@
 use std::collections::HashSet;
 
 use tokio_postgres::Error;
+use tokio_postgres::error::SqlState;
 
 use super::{Existing, SchemaError};
 use crate::catalog::journal::{MadeObject, Side};
@@ -64,7 +65,14 @@ pub(super) async fn create(
             };
             journal.record(&made).await?;
             let sql = create_sql(&control, name, &wanted).await.map_err(|source| read_error(name, source))?;
-            run(&control, name, "CREATE DATABASE", &sql).await?;
+            match run(&control, name, "CREATE DATABASE", &sql).await {
+                // The statement of an engine that was killed runs to its end: it was faster, and the database is ours.
+                Err(SchemaError::Database { source, .. }) if is_taken(&source) => {
+                    let found = read(&control, name).await.map_err(|source| read_error(name, source))?;
+                    check_same(name, &found.ok_or_else(|| SchemaError::NoDatabase(name.to_owned()))?, &wanted)?;
+                }
+                outcome => outcome?,
+            }
         }
     }
     carry_over(&control, name, &wanted).await
@@ -152,6 +160,11 @@ async fn drop_database(control: &Control, name: &str, journal: &dyn Journal) -> 
     })?;
     // DROP DATABASE itself waits some seconds for sessions that are on their way out.
     run(control, name, "DROP DATABASE", &format!("DROP DATABASE {}", quote_ident(name))).await
+}
+
+/// Whether a database has the name already. Two statements at the same time meet in the unique index of the catalogue.
+fn is_taken(error: &Error) -> bool {
+    error.code().is_some_and(|code| [SqlState::DUPLICATE_DATABASE, SqlState::UNIQUE_VIOLATION].contains(code))
 }
 
 fn check_same(name: &str, found: &Database, wanted: &Database) -> Result<(), SchemaError> {
