@@ -25,6 +25,7 @@ const PURE: &[&str] = &[
     "pgoutput/",
     "migration/state.rs",
     "migration/apply/plan",
+    "migration/backoff.rs",
     "cutover/phase.rs",
     "catalog/resolve",
     "proxy/auth/hba",

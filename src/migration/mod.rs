@@ -9,6 +9,7 @@
 //! and without a double; [`view`] what operators see.
 
 pub mod apply;
+mod backoff;
 pub mod copy;
 pub mod ddl;
 pub mod drift;

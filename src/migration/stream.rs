@@ -21,7 +21,6 @@ mod reading;
 
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex, PoisonError};
-use std::time::Duration;
 
 use tokio::sync::{mpsc, watch};
 
@@ -29,6 +28,7 @@ use self::reading::Reading;
 use super::apply::applier::{Applied, Applier, ApplyError, Counters, Tally};
 use super::apply::executor::{ExecuteError, Executor};
 use super::apply::plan::Planner;
+use super::backoff::Backoff;
 use super::gate::Gate;
 use super::snapshot::HandOver;
 use crate::catalog::door::{Door, DoorError};
@@ -50,9 +50,6 @@ const PASSING_ITEMS: usize = 64;
 
 /// Bytes that one permit of the queue's memory stands for.
 const PERMIT_BYTES: usize = 256;
-
-/// First and longest wait before a lost connection is made again.
-const BACKOFF: (Duration, Duration) = (Duration::from_millis(200), Duration::from_secs(10));
 
 /// What a stream needs to know.
 #[derive(Clone, Debug)]
@@ -310,8 +307,7 @@ pub(super) fn transient_query(error: &tokio_postgres::Error) -> bool {
 
 /// Streams until something happens that trying again cannot mend. Dropping it at any moment loses nothing.
 pub async fn run(context: &StreamContext, status: &StreamStatus) -> StreamError {
-    let mut retries = 0;
-    let mut wait = BACKOFF.0;
+    let mut backoff = Backoff::of_stream();
     loop {
         let before = status.applied.borrow().durable;
         let error = match Box::pin(attempt(context, status)).await {
@@ -322,9 +318,9 @@ pub async fn run(context: &StreamContext, status: &StreamStatus) -> StreamError 
             return error;
         }
         if status.applied.borrow().durable > before {
-            (retries, wait) = (0, BACKOFF.0);
+            backoff.progressed();
         }
-        retries += 1;
+        let (retries, wait) = backoff.failed();
         tracing::warn!(
             database = context.database,
             migration = context.migration,
@@ -335,7 +331,6 @@ pub async fn run(context: &StreamContext, status: &StreamStatus) -> StreamError 
         );
         status.trouble.send_replace(Some(Trouble { retries, last_error: describe(&error) }));
         tokio::time::sleep(wait).await;
-        wait = (wait * 2).min(BACKOFF.1);
     }
 }
 

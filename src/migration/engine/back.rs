@@ -8,7 +8,6 @@
 
 use std::collections::HashMap;
 use std::sync::Arc;
-use std::time::Duration;
 
 use super::context::Context;
 use super::error::WorkError;
@@ -17,10 +16,8 @@ use super::live::DatabaseLive;
 use crate::catalog::door::Door;
 use crate::catalog::migrations::CatalogError;
 use crate::catalog::streams::{Direction, progress_key};
+use crate::migration::backoff::Backoff;
 use crate::migration::stream::{self, StreamContext, Trouble, describe};
-
-/// First and longest wait before what has failed is begun again.
-const BACKOFF: (Duration, Duration) = (Duration::from_millis(500), Duration::from_secs(15));
 
 /// The worker of one database.
 pub(super) struct BackWork {
@@ -32,13 +29,13 @@ impl BackWork {
     /// Follows the target until another engine takes over. There is nothing that trying again could make worse, so it is
     /// tried for ever; what was wrong is shown meanwhile.
     pub(super) async fn run(&self) -> WorkError {
-        let (mut wait, mut retries) = (BACKOFF.0, 0);
+        let mut backoff = Backoff::of_work();
         loop {
             let error = Box::pin(self.once()).await;
             if error.is_fenced() {
                 return error;
             }
-            retries += 1;
+            let (retries, wait) = backoff.failed();
             let last_error = describe(&error);
             tracing::warn!(
                 migration = self.context.live.name(),
@@ -51,7 +48,6 @@ impl BackWork {
             self.live.stream.trouble.send_replace(Some(Trouble { retries, last_error }));
             self.context.live.publish(|status| status.error = Some(error.problem(Some(&self.live.name))));
             tokio::time::sleep(wait).await;
-            wait = (wait * 2).min(BACKOFF.1);
         }
     }
 

@@ -21,6 +21,7 @@ use crate::catalog::{Place, bootstrap};
 use crate::config::Ddl;
 use crate::ident::{QualifiedName, quote_literal};
 use crate::lsn::Lsn;
+use crate::migration::backoff::Backoff;
 use crate::migration::copy::{self, CopyContext, SourceTable, Stage};
 use crate::migration::ddl::{self, DdlError};
 use crate::migration::identity::{self, Remedy};
@@ -37,9 +38,6 @@ use crate::switch::Epoch;
 /// How often it is looked whether the target has caught up.
 const LAG_INTERVAL: Duration = Duration::from_millis(500);
 
-/// First and longest wait before interrupted work is begun again.
-const BACKOFF: (Duration, Duration) = (Duration::from_millis(500), Duration::from_secs(15));
-
 /// The worker of one database.
 pub(super) struct DatabaseWork {
     pub(super) context: Arc<Context>,
@@ -52,8 +50,7 @@ pub(super) struct DatabaseWork {
 impl DatabaseWork {
     /// Works until the offline copy is complete, or for ever; interrupted work is begun again.
     pub(super) async fn run(&self) -> Result<(), WorkError> {
-        let mut wait = BACKOFF.0;
-        let mut retries = 0;
+        let mut backoff = Backoff::of_work();
         loop {
             let step = self.live.step();
             let error = match Box::pin(self.once()).await {
@@ -65,9 +62,9 @@ impl DatabaseWork {
                 return Err(error);
             }
             if self.live.step() > step {
-                (retries, wait) = (0, BACKOFF.0);
+                backoff.progressed();
             }
-            retries += 1;
+            let (retries, wait) = backoff.failed();
             let last_error = describe(&error);
             tracing::warn!(
                 migration = self.context.live.name(),
@@ -78,7 +75,6 @@ impl DatabaseWork {
             );
             self.live.stream.trouble.send_replace(Some(stream::Trouble { retries, last_error }));
             tokio::time::sleep(wait).await;
-            wait = (wait * 2).min(BACKOFF.1);
         }
     }
 

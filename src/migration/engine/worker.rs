@@ -15,6 +15,7 @@ use super::live::Step;
 use crate::catalog::journal::Journal;
 use crate::catalog::streams::Direction;
 use crate::catalog::{Place, bootstrap};
+use crate::migration::backoff::Backoff;
 use crate::migration::preflight::{self, Outcome, Preflight, RuleResult};
 use crate::migration::state::{Event, State};
 use crate::migration::stream::{Trouble, describe};
@@ -122,20 +123,18 @@ impl Worker {
     where
         F: Future<Output = Result<T, WorkError>>,
     {
-        let mut wait = std::time::Duration::from_millis(500);
-        let mut retries = 0;
+        let mut backoff = Backoff::of_work();
         loop {
             match Box::pin(attempt()).await {
                 Err(error) if error.is_transient() => {
                     let error = describe(&error);
                     tracing::warn!(migration = self.context.live.name(), what, error, "interrupted, begins again");
-                    retries += 1;
+                    let (retries, wait) = backoff.failed();
                     for database in &self.context.live.databases {
                         let trouble = Trouble { retries, last_error: error.clone() };
                         database.stream.trouble.send_replace(Some(trouble));
                     }
                     tokio::time::sleep(wait).await;
-                    wait = (wait * 2).min(std::time::Duration::from_secs(15));
                 }
                 other => return other,
             }
