@@ -1,6 +1,7 @@
 //! A session's connection to a server.
 
 use std::io;
+use std::time::Duration;
 
 use bytes::BytesMut;
 use futures_util::task::noop_waker_ref;
@@ -16,6 +17,9 @@ use crate::wire::message;
 
 /// The setting that a soft fence changes for a database.
 const READ_ONLY: &str = "default_transaction_read_only";
+
+/// How long a connection that is of no use may take to close.
+const CLOSING: Duration = Duration::from_secs(5);
 
 /// An open backend and where it is.
 #[derive(Debug)]
@@ -48,6 +52,11 @@ impl Backend {
     /// The same, asking the socket itself: for a connection that has just come to this runtime.
     pub(super) fn listen_in_anew(&mut self) -> Heard {
         self.hear(|stream, into| stream.read_now(into).map(drop))
+    }
+
+    /// Whether the server has said that its transactions begin read-only (PostgreSQL 14 and later say so).
+    pub(super) fn is_read_only(&self) -> bool {
+        self.connection.parameters.iter().any(|(name, value)| name == READ_ONLY && value == "on")
     }
 
     fn hear(&mut self, mut read_some: impl FnMut(&mut Stream, &mut ReadBuf<'_>) -> io::Result<()>) -> Heard {
@@ -94,15 +103,46 @@ pub(super) async fn open(
     database: &Database,
     server: ServerRole,
 ) -> Result<Backend, ConnectError> {
-    let connector = shared.connector(server);
-    let in_window = match database.read_only_default(server, &login.user) {
-        Some(default) if !sets_read_only(login) => {
-            let mut login = login.clone();
-            login.parameters.push((READ_ONLY.to_owned(), default));
-            Some(login)
+    open_noting(shared, login, database, server).await.map(|(backend, _given)| backend)
+}
+
+/// The same, with the read-only default that the backend was given.
+pub(super) async fn open_noting(
+    shared: &Shared,
+    login: &Login,
+    database: &Database,
+    server: ServerRole,
+) -> Result<(Backend, Option<String>), ConnectError> {
+    loop {
+        let given = given_read_only(login, database, server);
+        let connection = log_in(shared, login, given.as_deref(), server).await?;
+        // A fence may have been raised or lifted since it was looked at. The window is opened before its fence can be felt
+        // and closed after that, so what it is now tells what the server started with.
+        if given_read_only(login, database, server) == given {
+            return Ok((Backend { connection, server }, given));
         }
-        Some(_) | None => None,
-    };
+        // The link may be gone; the server notices that too.
+        let _closed = tokio::time::timeout(CLOSING, connection.terminate()).await;
+    }
+}
+
+/// The read-only default that a backend of this login is given on `server` as things are; none: it has its own.
+pub(super) fn given_read_only(login: &Login, database: &Database, server: ServerRole) -> Option<String> {
+    database.read_only_default(server, &login.user).filter(|_| !sets_read_only(login))
+}
+
+async fn log_in(
+    shared: &Shared,
+    login: &Login,
+    read_only: Option<&str>,
+    server: ServerRole,
+) -> Result<RawConnection, ConnectError> {
+    let connector = shared.connector(server);
+    let in_window = read_only.map(|default| {
+        let mut login = login.clone();
+        login.parameters.push((READ_ONLY.to_owned(), default.to_owned()));
+        login
+    });
     let login = in_window.as_ref().unwrap_or(login);
     let mut connection = match connector.raw(login).await {
         Err(error) if is_full(&error) && shared.vacancies.make_room(server).await => connector.raw(login).await?,
@@ -112,7 +152,7 @@ pub(super) async fn open(
         // Its capacity is of no use any more: the relay has buffers of its own.
         connection.read_buf = bytes::BytesMut::new();
     }
-    Ok(Backend { connection, server })
+    Ok(connection)
 }
 
 /// Whether the server, the database or the role has as many connections as it may have.

@@ -419,20 +419,18 @@ impl LoginInProgress<'_> {
                 return Err(Refused::With(ClientError::RouteUnknown { reason: reason.clone() }));
             }
         };
-        let vacant = if exempt { None } else { self.shared().vacancies.take(&login, server, admission.epoch) };
+        let given = backend::given_read_only(&login, &local.database, server);
+        let vacancies = &self.shared().vacancies;
+        let vacant = (!exempt).then(|| vacancies.take((&login, given.as_deref()), server, admission.epoch)).flatten();
         let (backend, origin) = match vacant {
-            Some((backend, origin)) => (backend, Some(origin)),
+            Some(vacant) => vacant,
             None => {
-                // One that starts under a fence has a setting of its own, which the next client must not have.
-                let has_window = || local.database.prepare_window().is_some();
-                let had_window = has_window();
-                let opened = backend::open(self.shared(), &login, &local.database, server).await;
-                let backend = opened.map_err(|error| {
+                let opened = backend::open_noting(self.shared(), &login, &local.database, server).await;
+                let (backend, given) = opened.map_err(|error| {
                     tracing::warn!(%error, "no backend for a client");
                     Refused::With(backend::refusal(&error))
                 })?;
-                let origin =
-                    (!exempt && !had_window && !has_window()).then(|| Origin::of(&backend, Instant::now().into_std()));
+                let origin = Origin::of(&backend, given, Instant::now().into_std()).filter(|_| !exempt);
                 (backend, origin)
             }
         };

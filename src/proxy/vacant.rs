@@ -7,7 +7,9 @@
 //! ```
 //!
 //! A client gets one only where a login of its own would have given the same: the same user, database, proof and startup
-//! parameters. So RESET leads to what this client asked for, and no setting has to be brought to the connection.
+//! parameters. So RESET leads to what this client asked for, and no setting has to be brought to the connection. A fence
+//! that is being raised changes what a login gives, too: what it was given against the fence, if anything, must be the
+//! same, and one that has felt a fence is not kept.
 //!
 //! What must never happen here: a connection that is handed out while an answer is due on it, after its reset has failed
 //! or has left anything that the server reports otherwise than at the login; one of another epoch, which may be one of
@@ -31,18 +33,22 @@ use crate::switch::{Epoch, ServerRole};
 const PATIENCE: Duration = Duration::from_secs(1);
 
 /// What a connection was like right after its login.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Debug)]
 pub(super) struct Origin {
     /// Stands for what the server reported then.
     reported: u64,
+    /// The read-only default that it was given against a fence ([`super::backend::given_read_only`]).
+    given: Option<String>,
     /// When it was opened.
     opened: Instant,
 }
 
 impl Origin {
-    /// Of a connection on which nothing has been done yet.
-    pub(super) fn of(backend: &Backend, opened: Instant) -> Self {
-        Self { reported: reported(backend), opened }
+    /// Of a connection on which nothing has been done yet. None: it must not be another client's, because it may have felt
+    /// the fence of a cutover that this process knows nothing of.
+    pub(super) fn of(backend: &Backend, given: Option<String>, opened: Instant) -> Option<Self> {
+        let may_be_fenced = given.is_none() && backend.is_read_only();
+        (!may_be_fenced).then(|| Self { reported: reported(backend), given, opened })
     }
 }
 
@@ -58,6 +64,8 @@ struct Vacant {
     connection: ParkedConnection,
     /// What it was opened with.
     login: Login,
+    /// And was given beside that.
+    given: Option<String>,
     /// The gate stood at this epoch all the time since it was opened.
     epoch: Epoch,
     opened: Instant,
@@ -109,14 +117,23 @@ impl Vacancies {
         !settings.server_linger.is_zero() && !settings.server_reset_query.is_empty() && lock(&self.waiting).is_some()
     }
 
-    /// A connection that is what `login` would give now, for who is inside the gate at `epoch`.
-    pub(super) fn take(&self, login: &Login, server: ServerRole, epoch: Epoch) -> Option<(Backend, Origin)> {
+    /// A connection that is what `login` would give now, with this read-only default, for who is inside the gate at
+    /// `epoch`.
+    pub(super) fn take(
+        &self,
+        (login, given): (&Login, Option<&str>),
+        server: ServerRole,
+        epoch: Epoch,
+    ) -> Option<(Backend, Option<Origin>)> {
         loop {
             let vacant = {
                 let mut waiting = lock(&self.waiting);
                 let of = waiting.as_mut()?.get_mut(&(login.database.clone(), login.user.clone()))?;
                 let fits = |vacant: &Vacant| {
-                    vacant.epoch == epoch && vacant.listed.backend.server == server && vacant.login.is_same_as(login)
+                    vacant.epoch == epoch
+                        && vacant.listed.backend.server == server
+                        && vacant.given.as_deref() == given
+                        && vacant.login.is_same_as(login)
                 };
                 let at = of.iter().rposition(fits)?;
                 of.remove(at)
@@ -128,13 +145,14 @@ impl Vacancies {
                 tracing::debug!(pid = backend.connection.pid, "a connection that waited is of no use any more");
                 continue;
             }
-            let origin = Origin::of(&backend, vacant.opened);
+            let origin = Origin::of(&backend, vacant.given, vacant.opened);
             return Some((backend, origin));
         }
     }
 
     /// Keeps a connection that has been wiped. The caller is inside the gate at `epoch`.
-    fn keep(&self, login: Login, backend: Backend, opened: Instant, epoch: Epoch) {
+    fn keep(&self, login: Login, backend: Backend, origin: Origin, epoch: Epoch) {
+        let Origin { given, opened, .. } = origin;
         let (server, pid) = (backend.server, backend.connection.pid);
         let Ok(connection) = backend.connection.park() else { return };
         let (database, user) = (login.database.clone(), login.user.clone());
@@ -143,7 +161,7 @@ impl Vacancies {
         let listed = Listed { sessions: self.sessions.clone(), backend: listing };
         let most = self.settings().sizes(&login.database, &login.user).pool_size;
         let key = (login.database.clone(), login.user.clone());
-        let vacant = Vacant { connection, login, epoch, opened, since: Instant::now(), listed };
+        let vacant = Vacant { connection, login, given, epoch, opened, since: Instant::now(), listed };
         let unwanted = match lock(&self.waiting).as_mut() {
             Some(waiting) if !self.is_retired(&vacant) => {
                 let of = waiting.entry(key).or_default();
@@ -239,7 +257,7 @@ impl Session {
         drop((client, slot));
         let vacancies = &worker.shared.vacancies;
         let admission = member.as_ref().and_then(|member| member.try_enter());
-        let is_wiped = match (admission, origin) {
+        let is_wiped = match (admission, &origin) {
             (Some(admission), Some(origin)) if admission.epoch == epoch => {
                 entry.set_state(SessionState::Orphan);
                 let query = &vacancies.settings().server_reset_query;
@@ -249,7 +267,7 @@ impl Session {
             (Some(_) | None, _) => false,
         };
         match origin {
-            Some(origin) if is_wiped => vacancies.keep(login, backend, origin.opened, epoch),
+            Some(origin) if is_wiped => vacancies.keep(login, backend, origin, epoch),
             Some(_) | None => {
                 entry.set_backend(None);
                 drop(member);

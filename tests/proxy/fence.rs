@@ -207,7 +207,13 @@ async fn in_the_prepare_window_a_backend_starts_as_if_there_were_no_fence() {
         .await
         .expect("fenced softly");
     let show = "SHOW default_transaction_read_only";
-    assert_eq!(text(&rig.connect("postgres").await, show).await, "on");
+    // A stranger's fence is felt, and nobody is given a connection on which it was.
+    let felt = rig.connect("postgres").await;
+    assert_eq!(text(&felt, show).await, "on");
+    drop(felt);
+    rig.until_no_session().await;
+    let reported = cluster.major() >= 14;
+    assert!(!reported || rig.sessions.idle_backends().is_empty());
     let window = PrepareWindow { epoch: Epoch(1), earlier_read_only: "off".to_owned(), earlier_of_roles: [].into() };
     rig.database().set_prepare_window(Some(window));
     assert_eq!(text(&rig.connect("postgres").await, show).await, "off");

@@ -36,14 +36,21 @@ async fn pid(client: &mut WireClient) -> String {
     first_row(client, "SELECT pg_backend_pid()").await
 }
 
-/// Says Terminate and waits until the proxy is done with the session.
-async fn leave(rig: &Rig, mut client: WireClient) {
+/// Says Terminate and waits until the proxy is done with the session, and there is none any more.
+async fn leave(rig: &Rig, client: WireClient) {
+    leave_one(rig, client).await;
+    assert_eq!(rig.sessions.list().len(), 0);
+}
+
+/// The same, where others stay.
+async fn leave_one(rig: &Rig, mut client: WireClient) {
+    let staying = rig.sessions.list().len() - 1;
     client.send(&frame(b'X', &[])).await;
     // A notification may still have been on its way to it.
     while let Some(message) = client.next().await {
         assert_eq!(message.tag, 'A', "{message:?}");
     }
-    rig.until_no_session().await;
+    wait_for("the session to end", || async { rig.sessions.list().len() == staying }).await;
 }
 
 async fn with(rig: &Rig, parameters: &[(&str, &str)]) -> WireClient {
@@ -210,25 +217,31 @@ async fn a_switch_leaves_none_of_the_old_server() {
         rig.sessions.backend_pids(POSTGRES).contains(&kept.parse().expect("a number")),
         "a cutover knows it as ours"
     );
-    // Between prepare and pause: a connection from before is as it would be now, one from within is not kept.
+    // Between prepare and pause a login is given what it would have had before; a connection that was given nothing is
+    // not the same.
     database.set_prepare_window(Some(PrepareWindow {
         epoch: Epoch(1),
         earlier_read_only: "off".to_owned(),
         earlier_of_roles: Default::default(),
     }));
-    let mut before = rig.wire(POSTGRES).await;
-    assert_eq!(pid(&mut before).await, kept);
     let mut within = rig.wire(POSTGRES).await;
-    first_row(&mut within, "SELECT 1").await;
-    drop((before, within));
-    wait_for("two to have left", || async { rig.sessions.list().len() == 1 }).await;
-    assert_eq!(waiting().len(), 1);
+    let given = pid(&mut within).await;
+    assert_ne!(given, kept);
+    leave_one(&rig, within).await;
+    assert_eq!(waiting().len(), 2);
+    let mut within = rig.wire(POSTGRES).await;
+    assert_eq!(pid(&mut within).await, given, "both were given the same");
     database.set_prepare_window(None);
+    leave_one(&rig, within).await;
+    let mut after = rig.wire(POSTGRES).await;
+    assert_eq!(pid(&mut after).await, kept, "neither was given anything");
+    leave_one(&rig, after).await;
+    assert_eq!(waiting().len(), 2);
     database.fence();
     // Under the fence nothing is done on the old server any more: who leaves now leaves nothing.
     drop(early.stream);
     rig.until_no_session().await;
-    assert_eq!(waiting().len(), 1);
+    assert_eq!(waiting().len(), 2);
     early = WireClient::connect(rig.port).await;
     early.start(&[("user", POSTGRES), ("database", POSTGRES)]).await;
     rig.until(SessionState::Login).await;
