@@ -6,31 +6,9 @@ mod support;
 use std::time::{Duration, Instant};
 
 use support::daemon::{Daemon, DaemonOptions};
+use support::stopped::Stopped;
 use support::{connect, two_clusters_with, wait_for};
 use tokio_postgres::Client;
-
-/// The background writer, stopped: its snapshots of running transactions would move the position on after 15 seconds.
-struct Stopped(String);
-
-impl Stopped {
-    async fn background_writer(client: &Client) -> Self {
-        let sql = "SELECT pid::text FROM pg_stat_activity WHERE backend_type = 'background writer'";
-        let stopped = Self(client.query_one(sql, &[]).await.expect("a background writer").get(0));
-        stopped.signal("-STOP");
-        stopped
-    }
-
-    fn signal(&self, signal: &str) {
-        let sent = std::process::Command::new("kill").args([signal, &self.0]).status();
-        assert!(sent.expect("kill can be run").success(), "the background writer got {signal}");
-    }
-}
-
-impl Drop for Stopped {
-    fn drop(&mut self) {
-        self.signal("-CONT");
-    }
-}
 
 const PAGE_BYTES: u64 = 8192;
 /// `SizeOfXLogShortPHD` (xlog_internal.h): what an insert position at the start of a page has skipped.
@@ -84,7 +62,8 @@ async fn neither_catching_up_nor_the_drain_waits_for_a_stranded_position() {
     let (source, target) = two_clusters_with(quiet, |options| options);
     let admin = connect(&source, "postgres").await;
     admin.batch_execute("CREATE DATABASE shop").await.expect("created");
-    let _stopped = Stopped::background_writer(&admin).await;
+    // Its snapshots of running transactions would move the position on after 15 seconds.
+    let _stopped = Stopped::process(&admin, "background writer").await;
     let shop = connect(&source, "shop").await;
     shop.batch_execute("CREATE TABLE t (id int PRIMARY KEY); INSERT INTO t SELECT generate_series(1, 10)")
         .await

@@ -9,6 +9,7 @@ pub mod link;
 pub mod proxy;
 pub mod shop;
 pub mod stage;
+pub mod stopped;
 pub mod world;
 
 use std::future::Future;

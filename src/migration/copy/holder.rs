@@ -47,7 +47,12 @@ impl Holder {
                 Some(barrier) if snapshot.xmin <= barrier => {}
                 Some(_) | None => break snapshot,
             }
-            // Something from before the slot is still running, or committed and not yet visible.
+            // Something from before the slot is still running, or committed and not yet visible. Or the source has crashed
+            // since: it gives xids out once more that nothing durable used, such as the barrier's own, and where nobody
+            // writes the barrier would never be reached.
+            if context.barrier_xid.is_some_and(|barrier| snapshot.xmax <= barrier) {
+                query(table, &mut connection, "using up an xid", "SELECT txid_current()").await?;
+            }
             query(table, &mut connection, "releasing the lock", "ROLLBACK").await?;
             if began.elapsed() > context.config.slot_timeout {
                 let blockers = old_transactions(&mut connection, snapshot.xmin).await;
@@ -93,6 +98,18 @@ impl Holder {
             // No row is visible.
             _ => Axis::None,
         })
+    }
+
+    /// Ends the transaction, and with it the lock, and returns the connection once the source cannot forget any more what
+    /// the snapshot saw end. Its records may not have been flushed when it was taken: a source that crashes then gives
+    /// the same positions and xids to other transactions, and the stream would skip those for this table.
+    pub(super) async fn end(mut self, table: &SourceTable) -> Result<RawConnection, CopyError> {
+        query(table, &mut self.connection, "ending its transaction", "COMMIT").await?;
+        // It writes, so its commit is flushed, and with it whatever was written before. No standby is waited for.
+        let flush = "BEGIN READ WRITE; SET LOCAL synchronous_commit = local; \
+                     SELECT pg_logical_emit_message(true, 'pgcutover', 'copied'); COMMIT";
+        query(table, &mut self.connection, "making its snapshot durable", flush).await?;
+        Ok(self.connection)
     }
 
     /// Lets further connections read under this snapshot while this one holds it.

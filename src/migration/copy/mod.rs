@@ -10,6 +10,7 @@
 //!   L = insert LSN              (every commit the snapshot sees begins before L)
 //!   recorded durably: xmin, xmax, xip, L
 //!   COPY t
+//!   WAL flushed past L          (a crash takes back nothing that the snapshot saw)
 //! ```
 //!
 //! A streamed transaction is skipped for `t` iff its commit LSN < L and its top-level xid is visible in the snapshot.

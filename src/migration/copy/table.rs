@@ -158,7 +158,8 @@ impl Helper {
         let mut target = board.pairs.target(&work.context, &work.table).await?;
         holder::join(&work.context, &work.table, &self.table.snapshot, &mut source).await?;
         self.table.take_parts(&mut source, &mut target).await?;
-        end(&work.table, &mut source).await?;
+        let ended = source.simple_query("COMMIT").await;
+        ended.map_err(|source| error(&work.table, "source", "ending its transaction", source))?;
         board.pairs.give_back(source, target);
         Ok(())
     }
@@ -211,7 +212,7 @@ async fn attempt_once(
     } else {
         in_parts(board, &mut holder, &mut target, work).await?
     };
-    end(table, &mut holder.connection).await?;
+    let source = holder.end(table).await?;
     context.hit("copy.committed", table).await?;
     context
         .recorder
@@ -219,14 +220,8 @@ async fn attempt_once(
         .await
         .map_err(|source| CopyError::Record { table: table.name.clone(), source })?;
     context.hit("copy.recorded", table).await?;
-    board.pairs.give_back(holder.connection, target);
+    board.pairs.give_back(source, target);
     Ok(copied)
-}
-
-/// Ends the transaction on the source, and with it the lock.
-async fn end(table: &SourceTable, source: &mut RawConnection) -> Result<(), CopyError> {
-    let ended = source.simple_query("COMMIT").await;
-    ended.map(|_| ()).map_err(|source| error(table, "source", "ending its transaction", source))
 }
 
 /// Opens the table for others, and takes parts of it like them.
