@@ -4,6 +4,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use pgcutover::config::Config;
+use pgcutover::demo::cluster::Stop;
 
 use crate::support::{connect, wait_for};
 use crate::world::{World, create, reach, spec};
@@ -106,6 +107,47 @@ async fn a_slow_copy_says_how_long_it_will_take() {
     reach(&running, "slow", "WaitingForCutoverTrigger").await;
     let tables = running.engine.tables("slow").expect("known");
     assert!(tables.iter().all(|table| table.full_load.seconds_left.is_none()), "nothing is left");
+    world.assert_equal("shop").await;
+    running.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_source_that_goes_down_under_pg_dump_is_waited_for() {
+    use std::os::unix::fs::PermissionsExt as _;
+    let bindir = tempfile::tempdir().expect("a directory");
+    let (began, down) = (bindir.path().join("began"), bindir.path().join("down"));
+    let mut real = None;
+    let mut world = World::same_major().with(|config| {
+        real = config.migration.bindir.replace(bindir.path().to_owned());
+    });
+    world.furnish("shop").await;
+    // The first dump is begun, and never gets further than its server.
+    let program = bindir.path().join("pg_dump");
+    let script = format!(
+        "#!/bin/sh
+         if [ \"$1\" != --version ] && ! [ -e '{began}' ]; then
+             touch '{began}'
+             until [ -e '{down}' ]; do sleep 0.1; done
+             exit 1
+         fi
+         exec '{real}/pg_dump' \"$@\"
+        ",
+        began = began.display(),
+        down = down.display(),
+        real = real.expect("client tools").display()
+    );
+    // Under another name first: a program that is open for writing cannot be run.
+    let draft = bindir.path().join("draft");
+    std::fs::write(&draft, script).expect("written");
+    std::fs::set_permissions(&draft, std::fs::Permissions::from_mode(0o755)).expect("made executable");
+    std::fs::rename(&draft, &program).expect("renamed");
+    let running = world.engine("");
+    create(&running, spec("dumped", &["shop"])).await;
+    wait_for("the dump", || async { began.exists() }).await;
+    world.source.restart(Stop::Immediate).expect("the source comes back");
+    std::fs::write(&down, "").expect("written");
+    reach(&running, "dumped", "WaitingForCutoverTrigger").await;
+    assert!(running.engine.show("dumped").expect("known").error.is_none());
     world.assert_equal("shop").await;
     running.stop().await;
 }

@@ -174,6 +174,7 @@ impl WorkError {
             Self::Connect(error) => connect_is_transient(error),
             Self::Catalog(error) => catalog_is_transient(error),
             Self::Stream(error) => error.is_transient(),
+            Self::Schema(error) if matches!(**error, SchemaError::DumpLost { .. }) => true,
             Self::Slot(WalsenderError::Raw(error)) => transient_raw(error),
             Self::NoIdentity(_)
             | Self::PublicationTaken(_)

@@ -114,7 +114,13 @@ async fn attempt(
         .map_err(read)?;
     let snapshot: String =
         transaction.query_one("SELECT pg_catalog.pg_export_snapshot()", &[]).await.map_err(read)?.get(0);
-    let text = run(pg_dump, source, database, Some(&snapshot), lock_timeout).await?;
+    let text = match run(pg_dump, source, database, Some(&snapshot), lock_timeout).await {
+        // Whatever pg_dump says when its server goes down: the session that holds the snapshot is gone then, too.
+        Err(SchemaError::Dump { database, program, why }) if transaction.query_one("SELECT 1", &[]).await.is_err() => {
+            return Err(SchemaError::DumpLost { database, program, why });
+        }
+        other => other?,
+    };
     let toc = toc::parse(&text.stdout, &text.stderr)
         .map_err(|error| SchemaError::Split { database: database.to_owned(), source: error })?;
     let archive = archive::build(&transaction, toc).await.map_err(read)?;
@@ -177,7 +183,14 @@ async fn run(
     let output = command.output().await.map_err(|error| failed(error.to_string()))?;
     let stderr = String::from_utf8_lossy(&output.stderr).into_owned();
     if !output.status.success() {
-        return Err(failed(format!("{}: {}", output.status, complaints(&stderr))));
+        let why = format!("{}: {}", output.status, complaints(&stderr));
+        // What libpq says in the language of no locale when only this connection is cut.
+        let is_lost =
+            stderr.contains("server closed the connection unexpectedly") || stderr.contains("SSL SYSCALL error");
+        return Err(match failed(why) {
+            SchemaError::Dump { database, program, why } if is_lost => SchemaError::DumpLost { database, program, why },
+            other => other,
+        });
     }
     let stdout = String::from_utf8(output.stdout).map_err(|_| failed("the dump is not UTF-8".to_owned()))?;
     Ok(Output { stdout, stderr })

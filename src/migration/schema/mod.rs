@@ -103,6 +103,16 @@ pub enum SchemaError {
         /// Its complaints.
         why: String,
     },
+    /// pg_dump lost its server, or the session that holds its snapshot did: trying again may help.
+    #[error("{} lost the server while it dumped database {database}: {why}", program.display())]
+    DumpLost {
+        /// The database.
+        database: String,
+        /// The program.
+        program: PathBuf,
+        /// Its complaints.
+        why: String,
+    },
     /// The dump could not be cut.
     #[error("the dump of database {database} could not be cut into its entries")]
     Split {
