@@ -85,7 +85,7 @@ async fn one(source: &mut Cluster, target: &mut Cluster, seed: u64) {
     for writer in writers {
         writer.await.expect("no panic");
     }
-    end_prepared(source, &database).await;
+    workload::end_prepared(&connect(source, &database).await, "%").await.expect("ended");
     wait_for_within(MIGRATION_PATIENCE, "the migration to be ready", || async {
         let state = state(&daemon, &name);
         assert!(!state.contains("Fail"), "{state}\n{sql}");
@@ -121,15 +121,4 @@ fn state(daemon: &Daemon, name: &str) -> String {
     let Ok(view) = serde_json::from_slice::<serde_json::Value>(&output.stdout) else { return "no answer".to_owned() };
     let substate = view["substate"].as_str().unwrap_or("?").to_owned();
     if view["error"].is_null() { substate } else { format!("{substate}: {}", view["error"]) }
-}
-
-/// A crash leaves transactions that were prepared and neither committed nor rolled back.
-async fn end_prepared(source: &Cluster, database: &str) {
-    let client = connect(source, database).await;
-    let sql = "SELECT gid FROM pg_prepared_xacts WHERE database = current_database() ORDER BY gid";
-    for (number, row) in client.query(sql, &[]).await.expect("listed").iter().enumerate() {
-        let gid: &str = row.get(0);
-        let how = if number % 2 == 0 { "COMMIT" } else { "ROLLBACK" };
-        client.batch_execute(&format!("{how} PREPARED '{gid}'")).await.expect("ended");
-    }
 }

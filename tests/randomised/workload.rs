@@ -32,6 +32,10 @@ pub async fn write(workload: Arc<Workload>, seed: u64, number: u64) {
             tokio::time::sleep(Duration::from_millis(100)).await;
             continue;
         };
+        // As whoever prepares transactions must: what a crash left prepared keeps its locks, and others wait for them.
+        if end_prepared(&client, &format!("writer {number} %")).await.is_err() {
+            continue;
+        }
         while !workload.stop.load(Ordering::Relaxed) && !client.is_closed() {
             prepared += 1;
             let name = format!("writer {number} {prepared}");
@@ -41,6 +45,17 @@ pub async fn write(workload: Arc<Workload>, seed: u64, number: u64) {
             tokio::time::sleep(Duration::from_millis(dice.random_range(0..4))).await;
         }
     }
+}
+
+/// Ends the transactions of the client's database that are prepared under such a name.
+pub async fn end_prepared(client: &Client, like: &str) -> Result<(), tokio_postgres::Error> {
+    let sql = "SELECT gid FROM pg_prepared_xacts WHERE database = current_database() AND gid LIKE $1 ORDER BY gid";
+    for (number, row) in client.query(sql, &[&like]).await?.iter().enumerate() {
+        let gid: &str = row.get(0);
+        let how = if number % 2 == 0 { "COMMIT" } else { "ROLLBACK" };
+        client.batch_execute(&format!("{how} PREPARED '{gid}'")).await?;
+    }
+    Ok(())
 }
 
 /// Whether it committed.
