@@ -5,6 +5,7 @@
 
 mod check;
 mod client;
+mod frame;
 #[cfg(any(test, fuzzing))]
 pub mod fuzzing;
 mod migration;
@@ -202,7 +203,8 @@ enum MigrationCommand {
     Show {
         /// Its name
         name: MigrationName,
-        /// Follow it until it is ready to cut over, finished or failed
+        /// Follow it: on a terminal a live view until it has ended or Ctrl-C, elsewhere a line at every change until it is
+        /// ready to cut over, finished or failed
         #[arg(long)]
         watch: bool,
     },

@@ -17,7 +17,7 @@ pub(super) async fn run(command: MigrationCommand, client: &Client, output: &Out
             output.migrations(&client.get(&format!("/api/v1/migrations?filter={filter}")).await?)?;
             Ok(Verdict::Good)
         }
-        MigrationCommand::Show { name, watch: true } => watch::until_settled(&name, client, output).await,
+        MigrationCommand::Show { name, watch: true } => watch::watch(&name, client, output).await,
         MigrationCommand::Show { name, watch: false } => {
             output.migration(&client.get(&path(&name, "")).await?)?;
             Ok(Verdict::Good)

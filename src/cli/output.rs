@@ -9,7 +9,7 @@ use super::client::ClientError;
 use super::{CliError, Format};
 use crate::admin::view::{CutoverView, MigrationEntry, StatusView};
 use crate::config::units::format_size;
-use crate::migration::view::{CancelReport, MigrationView, TableView, VerifyReport};
+use crate::migration::view::{CancelReport, DatabaseView, MigrationView, TableView, VerifyReport};
 
 /// Prints.
 pub(super) struct Output {
@@ -328,8 +328,19 @@ fn plain(value: Option<&Value>) -> String {
     }
 }
 
+/// `20kB (0.1s) behind`; empty: nothing is known.
+pub(super) fn latency(database: &DatabaseView) -> String {
+    let bytes = database.latency_bytes.map(approximate);
+    match (bytes, database.latency_seconds) {
+        (Some(bytes), Some(seconds)) => format!("{bytes} ({seconds:.1}s) behind"),
+        (Some(bytes), None) => format!("{bytes} behind"),
+        (None, Some(seconds)) => format!("{seconds:.1}s behind"),
+        (None, None) => String::new(),
+    }
+}
+
 /// The word that serde writes for a unit variant.
-fn word(value: impl serde::Serialize) -> String {
+pub(super) fn word(value: impl serde::Serialize) -> String {
     serde_json::to_value(value).ok().and_then(|value| value.as_str().map(str::to_owned)).unwrap_or_default()
 }
 
