@@ -13,7 +13,7 @@ use tokio_rustls::rustls::pki_types::ServerName;
 
 use crate::config::{self, SslMode};
 use crate::postgres::derived_keys::DerivedKeys;
-use crate::postgres::dial::{self, Encryption};
+use crate::postgres::dial::{self, Encryption, Unread};
 use crate::postgres::login::{LoginError, cancel_request, log_in};
 use crate::postgres::{Credential, Login, RawConnection, RawError, Stream, settings, tls};
 use crate::sqlstate;
@@ -161,7 +161,7 @@ impl Connector {
     /// Sends a CancelRequest and waits until the server has closed the connection (it has then sent the signal).
     pub async fn cancel(&self, pid: i32, key: &[u8]) -> Result<(), ConnectError> {
         self.bounded(async {
-            let mut stream = self.open(Encryption::AsConfigured).await?;
+            let mut stream = self.open(Encryption::AsConfigured, Unread::Here).await?;
             let sent = async {
                 stream.write_all(&cancel_request(pid, key)).await?;
                 stream.flush().await?;
@@ -182,7 +182,7 @@ impl Connector {
         purpose: &str,
         encryption: Encryption,
     ) -> Result<Control, ConnectError> {
-        let stream = self.open(encryption).await?;
+        let stream = self.open(encryption, Unread::Here).await?;
         let limited = stream.limit_unacknowledged(MAX_UNACKNOWLEDGED);
         limited.map_err(|error| self.error("preparing the socket", &error.to_string(), ""))?;
         let mut config = tokio_postgres::Config::new();
@@ -210,7 +210,9 @@ impl Connector {
     }
 
     async fn raw_once(&self, login: &Login, encryption: Encryption) -> Result<RawConnection, ConnectError> {
-        let stream = self.open(encryption).await?;
+        let streams = self.is_own(login) && login.parameters.iter().any(|(name, _)| name == "replication");
+        let unread = if streams { Unread::WithSender } else { Unread::Here };
+        let stream = self.open(encryption, unread).await?;
         let mut connection = RawConnection::before_login(stream, &self.inner.label);
         log_in(&mut connection, login, &self.inner.derived).await.map_err(|error| self.login_error(login, &error))?;
         if self.is_own(login)
@@ -228,8 +230,8 @@ impl Connector {
         login.parameters.iter().any(|(name, value)| name == "application_name" && value.starts_with(&ours))
     }
 
-    async fn open(&self, encryption: Encryption) -> Result<Stream, ConnectError> {
-        let opened = dial::open(&self.inner.server, self.inner.tls.as_ref(), encryption).await;
+    async fn open(&self, encryption: Encryption, unread: Unread) -> Result<Stream, ConnectError> {
+        let opened = dial::open(&self.inner.server, self.inner.tls.as_ref(), encryption, unread).await;
         opened.map_err(|error| self.error(error.step, &error.cause, error.hint))
     }
 

@@ -4,7 +4,7 @@ use std::io;
 
 use socket2::{SockRef, TcpKeepalive};
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
-use tokio::net::{TcpStream, UnixStream};
+use tokio::net::{TcpSocket, TcpStream, UnixStream};
 use tokio_rustls::TlsConnector;
 use tokio_rustls::rustls::pki_types::ServerName;
 
@@ -23,6 +23,21 @@ pub(super) enum Encryption {
     Without,
 }
 
+/// Where bytes wait that we have not read yet.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Unread {
+    /// Here, as far as the kernel likes.
+    Here,
+    /// With a sender on this machine, but for a few. A process that sends many small messages over loopback carries each
+    /// to the receiver by itself, through the whole network stack, unless the receive window is full: then they are put
+    /// together, and whoever reads fetches them. That halves what sending costs a walsender.
+    WithSender,
+}
+
+/// Receive buffer of a connection whose unread bytes are to stay with the sender. It is set before connecting: shrunk
+/// later, the window could close for ever, because it would be told in units larger than the buffer.
+const SMALL_BUFFER_BYTES: u32 = 4096;
+
 /// Why there is no stream: at which step, why, and what mends it.
 #[derive(Debug)]
 pub(super) struct DialError {
@@ -36,6 +51,7 @@ pub(super) async fn open(
     server: &config::Server,
     tls: Option<&(TlsConnector, ServerName<'static>)>,
     encryption: Encryption,
+    unread: Unread,
 ) -> Result<Stream, DialError> {
     if server.host.starts_with('/') {
         let path = format!("{}/.s.PGSQL.{}", server.host.trim_end_matches('/'), server.port);
@@ -47,24 +63,45 @@ pub(super) async fn open(
         return Ok(Stream::Unix(stream));
     }
 
-    let stream = connect_tcp(server).await.map_err(|error| DialError {
+    let stream = connect_tcp(server, unread).await.map_err(|error| DialError {
         step: "connecting",
         cause: error.to_string(),
         hint: "is the server running there, does listen_addresses include that address, and does the network let it through?",
     })?;
     match tls {
         Some((connector, name)) if encryption == Encryption::AsConfigured => {
-            negotiate(server, stream, connector, name.clone()).await
+            negotiate(server, stream, connector, name.clone(), unread).await
         }
         Some(_) | None => Ok(Stream::Tcp(stream)),
     }
 }
 
-async fn connect_tcp(server: &config::Server) -> io::Result<TcpStream> {
-    let stream = TcpStream::connect((server.host.as_str(), server.port)).await?;
+async fn connect_tcp(server: &config::Server, unread: Unread) -> io::Result<TcpStream> {
+    let address = (server.host.as_str(), server.port);
+    let stream = match unread {
+        Unread::Here => TcpStream::connect(address).await?,
+        Unread::WithSender => connect_small(address).await?,
+    };
     stream.set_nodelay(true)?;
     watch_link(&SockRef::from(&stream), &server.tcp)?;
     Ok(stream)
+}
+
+/// The first of the addresses that answers. Only over loopback is the buffer small: elsewhere it would be waited for the
+/// network after every few bytes.
+async fn connect_small(address: (&str, u16)) -> io::Result<TcpStream> {
+    let mut failure = io::ErrorKind::AddrNotAvailable.into();
+    for address in tokio::net::lookup_host(address).await? {
+        let socket = if address.is_ipv4() { TcpSocket::new_v4()? } else { TcpSocket::new_v6()? };
+        if address.ip().to_canonical().is_loopback() {
+            socket.set_recv_buffer_size(SMALL_BUFFER_BYTES)?;
+        }
+        match socket.connect(address).await {
+            Ok(stream) => return Ok(stream),
+            Err(error) => failure = error,
+        }
+    }
+    Err(failure)
 }
 
 /// Lets the kernel watch a link, or every link that a listening socket accepts: Linux hands these options down.
@@ -84,6 +121,7 @@ async fn negotiate(
     mut stream: TcpStream,
     connector: &TlsConnector,
     name: ServerName<'static>,
+    unread: Unread,
 ) -> Result<Stream, DialError> {
     let lost = |error: io::Error| DialError {
         step: "asking for TLS",
@@ -100,7 +138,7 @@ async fn negotiate(
                 Err(error) if server.sslmode == SslMode::Prefer => {
                     // As libpq does: prefer protects against nothing that can break a handshake.
                     tracing::debug!(host = server.host, port = server.port, %error, "no TLS, goes on without");
-                    Box::pin(open(server, None, Encryption::Without)).await
+                    Box::pin(open(server, None, Encryption::Without, unread)).await
                 }
                 Err(error) => Err(DialError {
                     step: "negotiating TLS",

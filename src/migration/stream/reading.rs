@@ -134,7 +134,7 @@ async fn into_queue(
                 let mut messages = vec![data];
                 // What has come with it goes with it.
                 while cost < TOGETHER_BYTES && next.is_none() {
-                    match stream.at_hand()? {
+                    match stream.at_hand().await? {
                         Some(ReplicationMessage::XLogData { end: later, data, .. }) => {
                             end = end.max(later);
                             cost += cost_of(&data);

@@ -1,6 +1,8 @@
 //! A running stream: the reading half with its owner, the writing half with a task that sends statuses.
 
+use std::pin::pin;
 use std::sync::Arc;
+use std::task::Poll;
 use std::time::{Duration, SystemTime};
 use std::{fmt, io};
 
@@ -58,6 +60,13 @@ pub enum ReplicationMessage {
     },
 }
 
+/// Whether the runtime has asked the system which sockets can be read.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Driver {
+    NotAsked,
+    Asked,
+}
+
 /// What the writing task has to say.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 struct Outgoing {
@@ -105,8 +114,6 @@ pub struct ReplicationStream {
     own_thread: bool,
     /// When the last nap ended, or little came, and the bytes that have come since.
     window: (Instant, usize),
-    /// The last read took as much as it had room for.
-    more: bool,
     /// Holds the writing half; ended by [`Self::stop`] or by dropping.
     writer: JoinHandle<io::Result<()>>,
 }
@@ -126,7 +133,7 @@ impl ReplicationStream {
         let writer = tokio::spawn(write_statuses(write_half, said, period));
         let feedback = Feedback { outgoing: Arc::new(outgoing) };
         let window = (Instant::now(), 0);
-        Self { socket, read_buf: connection.read_buf, label, feedback, own_thread: false, window, more: false, writer }
+        Self { socket, read_buf: connection.read_buf, label, feedback, own_thread: false, window, writer }
     }
 
     /// A handle to report positions with.
@@ -155,14 +162,18 @@ impl ReplicationStream {
         }
     }
 
-    /// A message that has been read already.
-    pub fn at_hand(&mut self) -> Result<Option<ReplicationMessage>, WalsenderError> {
-        while let Some(frame) = self.frame_at_hand()? {
-            if let Some(message) = self.understand(frame)? {
-                return Ok(Some(message));
+    /// A message that has come already; none: the next one must be waited for. Dropping the future loses nothing.
+    pub async fn at_hand(&mut self) -> Result<Option<ReplicationMessage>, WalsenderError> {
+        loop {
+            while let Some(frame) = self.frame_at_hand()? {
+                if let Some(message) = self.understand(frame)? {
+                    return Ok(Some(message));
+                }
+            }
+            if !self.read_at_once().await? {
+                return Ok(None);
             }
         }
-        Ok(None)
     }
 
     fn understand(&self, frame: Frame) -> Result<Option<ReplicationMessage>, WalsenderError> {
@@ -229,23 +240,50 @@ impl ReplicationStream {
             if let Some(frame) = self.frame_at_hand()? {
                 return Ok(frame);
             }
-            if self.own_thread && !self.more {
+            if self.read_at_once().await? {
+                continue;
+            }
+            if self.own_thread {
                 self.nap();
             }
-            // Messages keep the whole piece of memory that they were read into: it is used up before there is another.
-            if self.read_buf.capacity() - self.read_buf.len() < MIN_ROOM_BYTES {
-                self.read_buf.reserve(READ_BYTES);
-            }
-            let room = self.read_buf.capacity() - self.read_buf.len();
+            self.make_room();
             match tokio::time::timeout(MAX_SILENCE, self.socket.read_buf(&mut self.read_buf)).await {
-                Ok(Ok(0)) => return Err(self.lost(io::ErrorKind::UnexpectedEof.into())),
-                Ok(Ok(read)) => {
-                    self.window.1 += read;
-                    self.more = read == room;
-                }
-                Ok(Err(error)) => return Err(self.lost(error)),
+                Ok(read) => self.has_read(read)?,
                 Err(_) => return Err(self.lost(io::ErrorKind::TimedOut.into())),
             }
+        }
+    }
+
+    /// Reads what can be read without waiting; false: nothing can.
+    async fn read_at_once(&mut self) -> Result<bool, RawError> {
+        self.make_room();
+        for driver in [Driver::NotAsked, Driver::Asked] {
+            if driver == Driver::Asked {
+                // The runtime takes a socket that gave less than it could for an empty one, until it has asked the system.
+                tokio::task::yield_now().await;
+            }
+            if let Poll::Ready(read) = futures_util::poll!(pin!(self.socket.read_buf(&mut self.read_buf))) {
+                return self.has_read(read).map(|()| true);
+            }
+        }
+        Ok(false)
+    }
+
+    /// Messages keep the whole piece of memory that they were read into: it is used up before there is another.
+    fn make_room(&mut self) {
+        if self.read_buf.capacity() - self.read_buf.len() < MIN_ROOM_BYTES {
+            self.read_buf.reserve(READ_BYTES);
+        }
+    }
+
+    fn has_read(&mut self, read: io::Result<usize>) -> Result<(), RawError> {
+        match read {
+            Ok(0) => Err(self.lost(io::ErrorKind::UnexpectedEof.into())),
+            Ok(count) => {
+                self.window.1 += count;
+                Ok(())
+            }
+            Err(error) => Err(self.lost(error)),
         }
     }
 
