@@ -43,7 +43,7 @@ function ready(m, state) {
     h('div', { class: 'actions' },
       h('button', { type: 'button', id: 'dry-run', 'data-act': 'dryRun' }, 'Dry run'),
       h('button', { type: 'button', id: 'cut-over', class: 'primary', 'data-act': 'cutOver' }, 'Cut over …'),
-      state.can && state.can.verify ? h('button', { type: 'button', 'data-act': 'verify' }, 'Verify') : null),
+      state.can && state.can.verify ? h('button', { type: 'button', id: 'verify', 'data-act': 'verify' }, 'Verify') : null),
   ];
 }
 
@@ -58,7 +58,7 @@ function after(m, state) {
     h('div', { class: 'actions' },
       can.rollback ? h('button', { type: 'button', id: 'roll-back', class: 'danger', 'data-act': 'rollBack' }, 'Roll back …') : null,
       can.complete ? h('button', { type: 'button', id: 'complete', 'data-act': 'complete' }, 'Complete …') : null,
-      can.verify ? h('button', { type: 'button', 'data-act': 'verify' }, 'Verify') : null),
+      can.verify ? h('button', { type: 'button', id: 'verify', 'data-act': 'verify' }, 'Verify') : null),
   ];
 }
 

@@ -26,7 +26,7 @@ export function draw(state) {
     h('div', { class: 'head' }, h('h1', {}, m.name), pill(m),
       h('div', { class: 'actions' },
         m.state === 'Failed' ? h('button', { type: 'button', class: 'primary', 'data-act': 'retry' }, 'Retry') : null,
-        ['InProgress', 'WaitingForUserAction', 'Failed', 'ValidationFailed'].includes(m.state) ? h('button', { type: 'button', class: 'danger', 'data-act': 'cancel' }, 'Cancel migration') : null)),
+        ['InProgress', 'WaitingForUserAction', 'Failed', 'ValidationFailed'].includes(m.state) ? h('button', { type: 'button', id: 'cancel', class: 'danger', 'data-act': 'cancel' }, 'Cancel migration') : null)),
     steps(m), refused(state), problem(m),
     h('div', { class: 'tabs', role: 'tablist', 'aria-label': 'Parts of the migration' }, TABS.map(([id, label]) =>
       h('button', { type: 'button', role: 'tab', id: `tab-${id}`, 'data-act': 'tab', 'data-tab': id, 'aria-selected': String(id === tab), 'aria-controls': 'panel', tabindex: id === tab ? '0' : '-1' }, label))),

@@ -35,7 +35,7 @@ fn find(names: &[&str]) -> Option<PathBuf> {
 
 impl Browser {
     /// Starts one; an error says what is missing on this machine.
-    pub fn start(screenshots: &str) -> Result<Self, String> {
+    fn start(screenshots: &str) -> Result<Self, String> {
         let driver = find(&["chromedriver"]).ok_or("chromedriver is not installed (Debian: chromium-driver)")?;
         let chromium = find(&["chromium", "chromium-browser", "google-chrome"])
             .ok_or("no Chromium is installed (Debian: chromium)")?;
@@ -108,6 +108,18 @@ impl Browser {
 
     fn on(&self, method: &str, path: &str, body: &Value) -> Result<Value, String> {
         self.call(method, &format!("/session/{}{path}", self.session), body)
+    }
+
+    /// A browser; none: there is none here, and the reason is said aloud.
+    pub fn found(name: &str) -> Option<Self> {
+        match Self::start(name) {
+            Ok(browser) => Some(browser),
+            Err(missing) => {
+                println!("not run: {missing}");
+                eprintln!("{name}: not run: {missing}");
+                None
+            }
+        }
     }
 
     pub fn open(&self, address: &str) {
