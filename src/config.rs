@@ -492,6 +492,8 @@ pub struct Cutover {
     pub drain_timeout: Duration,
     /// A cutover is not begun with more than this to replay, in bytes.
     pub max_lag_at_start_bytes: u64,
+    /// Unlogged tables and large objects may be so large in all, in bytes: they are carried inside the pause.
+    pub max_unstreamed_bytes: u64,
     /// Transactions that outlast the drain.
     pub stragglers: Stragglers,
     /// A cutover begins only when every table was found equal since it was last written to.

@@ -186,6 +186,7 @@ fn refused(error: &CutoverError) -> AdminError {
         | CutoverError::Record(_)
         | CutoverError::Catalog(_)
         | CutoverError::Sequences(_)
+        | CutoverError::Unstreamed(_)
         | CutoverError::Synchronise(_)
         | CutoverError::Failpoint(_)
         | CutoverError::Unexpected(_) => ErrorKind::Failed,

@@ -103,6 +103,7 @@ fn refused(error: &EngineError) -> AdminError {
         | EngineError::Roles(_)
         | EngineError::Schema(_)
         | EngineError::Verify { .. }
+        | EngineError::Unstreamed { .. }
         | EngineError::Drift { .. } => (ErrorKind::Unavailable, None),
     };
     let refused = AdminError::from_chain(kind, error);

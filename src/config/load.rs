@@ -255,6 +255,7 @@ fn cutover(mut section: Section<'_>) -> Cutover {
         max_pause: section.duration("max_pause", Duration::from_secs(5)),
         drain_timeout: section.duration("drain_timeout", Duration::from_secs(3)),
         max_lag_at_start_bytes: section.size("max_lag_at_start", 16 * MB, 0..=u64::MAX),
+        max_unstreamed_bytes: section.size("max_unstreamed", 64 * MB, 0..=u64::MAX),
         require_verified: section.flag("require_verified", false),
         stragglers: section.choice(
             "stragglers",

@@ -15,6 +15,7 @@ use super::guardrails::published_tables;
 use super::hard_fence::{self, Looking, Obstacle};
 use super::work::{Line, LineSessions, Unmoved, Work};
 use crate::config::{FencePolicy, Stragglers};
+use crate::migration::unstreamed::{self, Carried};
 use crate::sqlstate;
 
 /// Between two looks at the server.
@@ -137,7 +138,8 @@ impl Work {
 
     async fn lock_tables_of(&self, line: &Line) -> Result<Option<String>, CutoverError> {
         let Some(LineSessions { locks, .. }) = &line.sessions else { return Ok(None) };
-        let tables = published_tables(locks, &self.lease.replication(&line.name).publication).await?;
+        let mut tables = published_tables(locks, &self.lease.replication(&line.name).publication).await?;
+        tables.extend(unstreamed::weigh(locks).await?.tables.iter().map(|(table, _)| table.to_string()));
         if tables.is_empty() {
             return Ok(None);
         }
@@ -185,6 +187,23 @@ impl Work {
     pub(super) async fn wait_markers(&self, nonce: &str) -> Result<(), CutoverError> {
         let waits = self.lines.iter().map(|line| self.lease.wait_marker(&line.name, nonce));
         try_join_all(waits).await.map_err(CutoverError::Engine)?;
+        Ok(())
+    }
+
+    /// Unlogged tables and large objects, now that nobody writes.
+    pub(super) async fn carry_unstreamed(&mut self) -> Result<(), CutoverError> {
+        for line in &self.lines {
+            let Some((from, to)) = line.sessions.as_ref().and_then(|sessions| sessions.unstreamed.as_ref()) else {
+                continue;
+            };
+            let Carried { tables, large_objects } = unstreamed::bring_over(from, to).await?;
+            if tables + large_objects > 0 {
+                let name = &line.name;
+                self.notes.push(format!(
+                    "carried inside the pause for {name:?}: {tables} unlogged tables, {large_objects} large objects"
+                ));
+            }
+        }
         Ok(())
     }
 

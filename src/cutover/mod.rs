@@ -58,6 +58,7 @@ use crate::catalog::RecordError;
 use crate::catalog::migrations::CatalogError;
 use crate::failpoint;
 use crate::migration::sequences::SequenceError;
+use crate::migration::unstreamed::UnstreamedError;
 use crate::postgres::ConnectError;
 
 /// Why a cutover stopped. The text is the reason in the report: for operators, never for clients of the proxy.
@@ -83,6 +84,9 @@ pub enum CutoverError {
     /// Sequences could not be read or set.
     #[error("{}", chain(.0))]
     Sequences(#[from] SequenceError),
+    /// Unlogged tables or large objects could not be carried.
+    #[error("{}", chain(.0))]
+    Unstreamed(#[from] UnstreamedError),
     /// Something that must hold before a cutover does not.
     #[error("{0}")]
     Guardrail(String),
@@ -100,8 +104,8 @@ pub enum CutoverError {
     /// The engine could not take part, or lost the stream.
     #[error("replication: {0}")]
     Engine(String),
-    /// Roles or settings could not be brought over.
-    #[error("roles and settings: {0}")]
+    /// What no stream carries could not be brought over before the pause.
+    #[error("what no stream carries: {0}")]
     Synchronise(String),
     /// The pause would have become longer than allowed.
     #[error("max_pause of {0:?} reached")]
@@ -131,6 +135,7 @@ impl CutoverError {
             | Self::Record(_)
             | Self::Catalog(_)
             | Self::Sequences(_)
+            | Self::Unstreamed(_)
             | Self::Synchronise(_)
             | Self::Guardrail(_)
             | Self::Sessions(_)

@@ -26,6 +26,7 @@ use crate::catalog::fence::Fence;
 use crate::catalog::{Place, bootstrap};
 use crate::config::FencePolicy;
 use crate::migration::sequences::SequencePair;
+use crate::migration::unstreamed;
 
 /// Every failpoint of a cutover, in the order in which one that goes well passes them, then those of an abort. Crash
 /// tests walk this list.
@@ -364,8 +365,15 @@ impl Work {
             self.sessions.learn_names(&line.name, order, &marker).await.map_err(failed)?;
             // What is set here need not be set in the pause, and the statements are planned.
             let sequences = SequencePair::prepare(&marker, &onward).await?;
+            let unstreamed = if unstreamed::weigh(&marker).await?.is_nothing() {
+                None
+            } else {
+                let from = self.from.connector.control(&line.name, "cutover-unstreamed").await?;
+                Some((from, self.to.connector.control(&line.name, "cutover-unstreamed").await?))
+            };
             line.sessions = Some(LineSessions {
                 sequences,
+                unstreamed,
                 locks: self.from.connector.control(&line.name, "cutover-locks").await?,
                 marker,
                 onward,
@@ -439,6 +447,7 @@ impl Work {
         if self.failpoint("drain.lie").await.is_ok() {
             self.wait_markers(&nonce).await?;
         }
+        self.carry_unstreamed().await?;
         self.failpoint("drain.after_applied").await?;
         Ok(())
     }

@@ -68,6 +68,8 @@ pub(super) struct LineSessions {
     pub(super) locks: Control,
     pub(super) onward: Control,
     pub(super) sequences: SequencePair,
+    /// From here to there, where there is something that no stream carries.
+    pub(super) unstreamed: Option<(Control, Control)>,
 }
 
 /// Who may tell a cutover to give up.

@@ -26,13 +26,14 @@ WITH namespace AS (
     SELECT oid, nspname FROM pg_catalog.pg_namespace
      WHERE nspname !~ '^pg_' AND nspname NOT IN ('information_schema', 'pgcutover')),
 relation AS (
-    SELECT c.oid, c.relkind, pg_catalog.format('%I.%I', n.nspname, c.relname) AS name
+    SELECT c.oid, c.relkind, c.relpersistence, pg_catalog.format('%I.%I', n.nspname, c.relname) AS name
       FROM pg_catalog.pg_class c JOIN namespace n ON n.oid = c.relnamespace
      WHERE c.relpersistence <> 't'
        AND NOT EXISTS (SELECT FROM pg_catalog.pg_depend d
                         WHERE d.classid = 'pg_catalog.pg_class'::regclass AND d.objid = c.oid AND d.deptype = 'e'))
 SELECT CASE relkind WHEN 'v' THEN 'view' WHEN 'm' THEN 'materialized view' WHEN 'S' THEN 'sequence'
-                    WHEN 'f' THEN 'foreign table' ELSE 'table' END || ' ' || name
+                    WHEN 'f' THEN 'foreign table'
+                    ELSE CASE relpersistence WHEN 'u' THEN 'unlogged table' ELSE 'table' END END || ' ' || name
   FROM relation WHERE relkind IN ('r', 'p', 'v', 'm', 'S', 'f')
 UNION ALL
 SELECT 'column ' || r.name || '.' || pg_catalog.quote_ident(a.attname) || ' '

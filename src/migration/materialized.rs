@@ -4,33 +4,54 @@ use crate::ident::QualifiedName;
 use crate::migration::schema::{RestoreFailure, SchemaError};
 use crate::postgres::{Connector, Control};
 
+/// What became of the materialized views.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Refreshed {
+    /// Those that could not be refreshed.
+    pub failures: Vec<RestoreFailure>,
+    /// Those that were left as they were, because of their size.
+    pub left: Vec<QualifiedName>,
+}
+
 /// Refreshes, in the order of their dependencies, the materialized views of `database` that are populated on the source.
-/// One that cannot be refreshed is a recorded failure; the others go on.
+/// One that cannot be refreshed is a recorded failure; the others go on. With a limit, those are left as they are that
+/// would make it more than so many bytes, as large as they are on the target now.
 pub async fn refresh(
     source: &Connector,
     target: &Connector,
     database: &str,
-) -> Result<Vec<RestoreFailure>, SchemaError> {
+    limit_bytes: Option<u64>,
+) -> Result<Refreshed, SchemaError> {
     let read = |error| SchemaError::Read { database: database.to_owned(), source: error };
     let populated = populated(&source.control(database, "refresh").await?).await.map_err(read)?;
+    let mut refreshed = Refreshed::default();
     if populated.is_empty() {
-        return Ok(Vec::new());
+        return Ok(refreshed);
     }
     let control = target.control(database, "refresh").await?;
-    let mut failures = Vec::new();
+    let mut room = limit_bytes;
     for view in populated {
+        if let Some(room) = &mut room {
+            let size = "SELECT coalesce(pg_catalog.pg_table_size(pg_catalog.to_regclass($1)), 0)";
+            let size: i64 = control.query_one(size, &[&view.to_string()]).await.map_err(read)?.get(0);
+            let Some(rest) = room.checked_sub(size.unsigned_abs()) else {
+                refreshed.left.push(view);
+                continue;
+            };
+            *room = rest;
+        }
         let Err(error) = control.batch_execute(&format!("REFRESH MATERIALIZED VIEW {view}")).await else { continue };
         let Some(refusal) = error.as_db_error() else {
             return Err(SchemaError::Lost { object: format!("MATERIALIZED VIEW {view}"), source: error });
         };
-        failures.push(RestoreFailure {
+        refreshed.failures.push(RestoreFailure {
             kind: "MATERIALIZED VIEW DATA".to_owned(),
             object: view.to_string(),
             sqlstate: refusal.code().code().to_owned(),
             message: refusal.message().to_owned(),
         });
     }
-    Ok(failures)
+    Ok(refreshed)
 }
 
 /// Populated materialized views, each after those it reads, directly or through views. What a function reads stands in no

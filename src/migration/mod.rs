@@ -28,6 +28,7 @@ mod settings;
 pub mod snapshot;
 pub mod state;
 pub mod stream;
+pub mod unstreamed;
 pub mod verify;
 pub mod view;
 mod wal_limit;

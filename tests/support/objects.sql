@@ -87,6 +87,12 @@ INSERT INTO part VALUES (1, 'eu', '2023-01-01'), (2, 'us', '2023-01-01'), (3, NU
 CREATE TABLE wide (); ALTER TABLE wide ADD a int, ADD gone int, ADD b int; ALTER TABLE wide DROP gone; INSERT INTO wide VALUES (1, 2);
 CREATE TABLE "Odd ""Name"."Table;" ("Col ""umn" int PRIMARY KEY, "select" text); INSERT INTO "Odd ""Name"."Table;" VALUES (1, 's');
 
+-- what no stream carries
+CREATE UNLOGGED TABLE fleeting (id int PRIMARY KEY, main int REFERENCES main, v text); INSERT INTO fleeting VALUES (1, 100, E'a\\tb'), (2, NULL, '');
+CREATE UNLOGGED TABLE fleeting_too (of int REFERENCES fleeting); INSERT INTO fleeting_too VALUES (1);
+SELECT lo_from_bytea(4711, 'contents'), lo_create(4712); COMMENT ON LARGE OBJECT 4711 IS 'l'; ALTER LARGE OBJECT 4711 OWNER TO owner_a;
+GRANT SELECT ON LARGE OBJECT 4711 TO member_c WITH GRANT OPTION; GRANT UPDATE ON LARGE OBJECT 4712 TO PUBLIC;
+
 -- sequences
 CREATE SEQUENCE loose AS smallint MINVALUE -5 MAXVALUE 50 START 3 INCREMENT -1 CACHE 4 CYCLE; COMMENT ON SEQUENCE loose IS 'loose';
 GRANT USAGE, SELECT ON SEQUENCE loose TO member_c; CREATE SEQUENCE owned OWNED BY whole.a; ALTER SEQUENCE loose OWNER TO owner_b;

@@ -18,6 +18,7 @@ use pgcutover::migration::made::{Journal, JournalError};
 use pgcutover::migration::materialized;
 use pgcutover::migration::schema::{self, Archive, Existing, PgDump, RestoreTarget};
 use pgcutover::migration::snapshot::HandOver;
+use pgcutover::migration::unstreamed;
 use pgcutover::postgres::{Connector, InstanceId};
 
 use crate::support;
@@ -191,6 +192,9 @@ impl Rig {
     /// Everything after the rows.
     pub async fn finish(&self, archive: &Archive) {
         let target = self.restore_target();
+        let from = self.source.control(DATABASE, "test").await.unwrap();
+        let to = self.target.control(DATABASE, "test").await.unwrap();
+        unstreamed::bring_over(&from, &to).await.unwrap();
         for report in [
             schema::restore_after_copy(&target, archive).await.unwrap(),
             schema::restore_foreign_keys(&target, archive).await.unwrap(),
@@ -198,7 +202,8 @@ impl Rig {
         ] {
             assert_eq!(report.failures, []);
         }
-        assert_eq!(materialized::refresh(&self.source, &self.target, DATABASE).await.unwrap(), []);
+        let refreshed = materialized::refresh(&self.source, &self.target, DATABASE, None).await.unwrap();
+        assert_eq!(refreshed, materialized::Refreshed::default());
         schema::analyze(&self.target, DATABASE).await.unwrap();
     }
 
@@ -237,5 +242,8 @@ impl Rig {
             };
             assert_eq!(read(&source).await, read(&target).await, "{}", table.name);
         }
+        let (from, to) = (self.source.control(DATABASE, "test"), self.target.control(DATABASE, "test"));
+        let carried = unstreamed::bring_over(&from.await.unwrap(), &to.await.unwrap()).await.unwrap();
+        assert_eq!(carried, unstreamed::Carried::default(), "unlogged tables and large objects are there already");
     }
 }

@@ -30,7 +30,7 @@ use crate::migration::sequences::SequencePair;
 use crate::migration::snapshot::HandOver;
 use crate::migration::stream::{self, StreamContext, describe};
 use crate::migration::view::Mode;
-use crate::migration::{materialized, publication};
+use crate::migration::{materialized, publication, unstreamed};
 use crate::postgres::Control;
 use crate::postgres::walsender::ReplicationConnection;
 use crate::switch::Epoch;
@@ -335,11 +335,24 @@ impl DatabaseWork {
         };
         let report = copy::copy_database(&context, &tables, archive).await?;
         all_restored(report.failures)?;
+        // Before their indexes are built.
+        self.carry_unstreamed(&row.database).await?;
         let guard = self.guard(Guard::Locking);
         let restored = schema::restore_after_copy(&self.restore_target(&guard), archive).await?;
         all_restored(restored.failures)?;
         self.context.failpoints.hit("engine.after_copy").await?;
         self.completed(row, Step::Copied).await
+    }
+
+    /// Unlogged tables and large objects, as they are now.
+    async fn carry_unstreamed(&self, database: &str) -> Result<(), WorkError> {
+        let source = self.context.source_control(database, "unstreamed").await?;
+        let target = self.context.target.control(database, "unstreamed").await?;
+        let carried = unstreamed::bring_over(&source, &target).await?;
+        if carried != unstreamed::Carried::default() {
+            tracing::info!(migration = self.migration(), database, ?carried, "carried what no stream carries");
+        }
+        Ok(())
     }
 
     fn stream_context(
@@ -386,13 +399,15 @@ impl DatabaseWork {
         self.caught_up().await;
         if self.live.step() < Step::Constrained {
             let archive = self.archive(&mut archive).await?;
+            // As near as can be to the rows that their foreign keys refer to.
+            self.carry_unstreamed(&row.database).await?;
             // No lock on the progress row here: the stream needs it all the time.
             let guard = self.guard(Guard::Looking);
             let target = self.restore_target(&guard);
             all_restored(schema::restore_foreign_keys(&target, archive).await?.failures)?;
             all_restored(schema::restore_last(&target, archive).await?.failures)?;
             let (from, to) = (&self.context.source, &self.context.target);
-            all_restored(materialized::refresh(from, to, &row.database).await?)?;
+            all_restored(materialized::refresh(from, to, &row.database, None).await?.failures)?;
             schema::analyze(to, &row.database).await?;
             self.context.failpoints.hit("engine.after_constraints").await?;
             self.completed(&mut row, Step::Constrained).await?;
@@ -449,7 +464,7 @@ impl DatabaseWork {
         let source = self.context.source_control(&row.database, "offline-sequences").await?;
         let target = self.context.target.control(&row.database, "offline-sequences").await?;
         SequencePair::prepare(&source, &target).await?;
-        Ok(())
+        self.carry_unstreamed(&row.database).await
     }
 }
 

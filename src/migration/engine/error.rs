@@ -14,6 +14,7 @@ use crate::migration::schema::{RestoreFailure, SchemaError};
 use crate::migration::sequences::SequenceError;
 use crate::migration::state::Rejected;
 use crate::migration::stream::{StreamError, describe, transient_query, transient_raw, transient_sqlstate};
+use crate::migration::unstreamed::UnstreamedError;
 use crate::migration::verify::VerifyError;
 use crate::migration::view::Problem;
 use crate::postgres::walsender::WalsenderError;
@@ -85,6 +86,14 @@ pub enum EngineError {
     /// The settings of a database could not be brought over again.
     #[error(transparent)]
     Schema(#[from] SchemaError),
+    /// What no stream carries could not be brought over again.
+    #[error("database {database}: {source}")]
+    Unstreamed {
+        /// The database.
+        database: String,
+        /// Why.
+        source: UnstreamedError,
+    },
     /// The stream back could not be prepared, or not be removed.
     #[error("{0}")]
     Return(String),
@@ -129,6 +138,8 @@ pub(super) enum WorkError {
     Stream(Box<StreamError>),
     #[error(transparent)]
     Sequences(#[from] SequenceError),
+    #[error(transparent)]
+    Unstreamed(#[from] UnstreamedError),
     #[error(transparent)]
     Failpoint(#[from] failpoint::Failed),
     #[error("the engine is stopping")]
@@ -192,6 +203,7 @@ impl WorkError {
             | Self::Roles(_)
             | Self::Schema(_)
             | Self::Copy(_)
+            | Self::Unstreamed(_)
             | Self::Sequences(_) => chain(self).find_map(cause_is_transient).unwrap_or(false),
         }
     }
@@ -242,6 +254,7 @@ impl WorkError {
             Self::TableGone(_) => ("table_gone", "cancel the migration and create it again"),
             Self::Stream(error) => (error.code(), stream_hint(error)),
             Self::Sequences(_) => ("sequences", ""),
+            Self::Unstreamed(_) => ("unstreamed", ""),
             Self::Failpoint(_) => ("failpoint", ""),
             Self::Stopping => ("stopping", ""),
         };

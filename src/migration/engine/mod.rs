@@ -45,6 +45,7 @@ mod lease;
 mod live;
 mod recorder;
 mod source_watch;
+mod synchronise;
 mod turn;
 mod verification;
 mod worker;
@@ -59,17 +60,12 @@ use self::actor::{Actor, Command};
 use self::context::Context;
 use self::live::{Current, DatabaseLive, Live, Status, Step};
 use crate::catalog::decision::Outcome;
-use crate::catalog::journal::Journal;
 use crate::catalog::migrations::{CatalogError, EngineLock, MigrationCatalog, MigrationRow, NewDatabase};
 use crate::catalog::streams::Direction;
 use crate::catalog::{Place, bootstrap};
 use crate::config::Config;
 use crate::failpoint::Failpoints;
 use crate::migration::copy::Workers;
-use crate::migration::drift;
-use crate::migration::made::Mirrored;
-use crate::migration::roles::{self, RoleReport};
-use crate::migration::schema;
 use crate::migration::state::State;
 use crate::migration::stream::describe;
 use crate::migration::verify::TableResult;
@@ -87,9 +83,6 @@ const LOOK_AGAIN: Duration = Duration::from_secs(2);
 
 /// How often the connection that holds the lock is tried.
 const LOCK_CHECK: Duration = Duration::from_secs(2);
-
-/// The one setting of a database that is ours: the fence's.
-const READ_ONLY_SETTING: &str = "default_transaction_read_only";
 
 /// How long tasks may take to stop; they hold nothing that a crash would not leave too.
 const GRACE: Duration = Duration::from_secs(10);
@@ -372,32 +365,6 @@ impl Engine {
         Ok(())
     }
 
-    /// See [`CutoverLease::synchronise`].
-    async fn synchronise(&self, live: &Live) -> Result<Vec<String>, EngineError> {
-        let (catalog, _actors) = self.owned()?;
-        let journal = Journal::new(catalog, live.name());
-        let direction = live.state().direction();
-        if direction == Direction::Reverse || has_come_back(live) {
-            // For a first cutover it was compared before it began; a fenced server could not be entered until now.
-            self.check_drift(live, direction).await?;
-        }
-        let (source, target) = direction.ends(&self.deps.source, &self.deps.target);
-        let reports = match direction {
-            Direction::Forward => roles::copy_roles(source, target, &journal).await?,
-            Direction::Reverse => roles::copy_roles(source, target, &Mirrored(&journal)).await?,
-        };
-        for database in &live.databases {
-            let changed = schema::sync_database(source, target, &database.name, &[READ_ONLY_SETTING]).await?;
-            if changed > 0 {
-                tracing::info!(migration = live.name(), database = database.name, changed, "settings brought over");
-            }
-        }
-        let note = |report: RoleReport| {
-            report.warnings.into_iter().map(move |warning| format!("role {:?}: {warning}", report.role))
-        };
-        Ok(reports.into_iter().flat_map(note).collect())
-    }
-
     /// Every table must have been found equal since it was last written to.
     async fn must_be_equal(&self, live: &Live) -> Result<(), EngineError> {
         let report = self.verify_changed(live.name()).await?;
@@ -409,29 +376,6 @@ impl Engine {
         let definitions = definitions.map(|found| format!("{} {}", found.kind, found.name));
         let first: Vec<String> = tables.chain(definitions).take(3).collect();
         Err(EngineError::Unverified { differences: report.differences, first: first.join(", ") })
-    }
-
-    /// Both servers must have the same definitions.
-    async fn check_drift(&self, live: &Live, direction: Direction) -> Result<(), EngineError> {
-        let (from, to) = direction.ends(&self.deps.source, &self.deps.target);
-        for database in &live.databases {
-            let source = from.control(&database.name, "drift").await?;
-            let target = to.control(&database.name, "drift").await?;
-            let publication = database.current().publication;
-            let compared = drift::compare(&*source, &*target, &publication, &database.table_names()).await;
-            let drift = compared.map_err(|source| EngineError::Drift { database: database.name.clone(), source })?;
-            if let Some(drift) = drift {
-                if direction == Direction::Reverse {
-                    return Err(EngineError::Return(format!(
-                        "database {}: the source lacks {drift}, defined on the target since the cutover; define the same \
-                         on the source (not for tables that hold rows)",
-                        database.name
-                    )));
-                }
-                return Err(EngineError::Drifted { database: database.name.clone(), drift });
-            }
-        }
-        Ok(())
     }
 
     /// Every database of the source that can be connected to, without templates and without the control database.

@@ -3,8 +3,10 @@
 use std::collections::HashMap;
 
 use super::{Level, Mode, Outcome, Preflight, Rule, RuleResult, column};
+use crate::config::units::format_size;
 use crate::ident::quote_ident;
 use crate::migration::identity::{self, Remedy};
+use crate::migration::unstreamed;
 use crate::postgres::Control;
 
 /// Tables that are migrated: what [`crate::migration::copy::list_tables`] lists, near enough for a rule.
@@ -28,23 +30,18 @@ pub(super) const EVERY: (u32, u32) = (0, u32::MAX);
 
 const FINDINGS: &[Finding] = &[
     Finding {
-        code: "large_objects",
-        why: "large objects are in no stream and in no copy: they would be missing on the target",
-        fix: "move them into bytea columns, or migrate them by other means and lo_unlink them here",
+        code: "unreadable_large_objects",
+        why: "large objects are read by the source's login role",
+        fix: "GRANT SELECT ON LARGE OBJECT … TO the source's login role, make it a member of their owners, or log in as a superuser",
         outcome: Outcome::Failed,
         online: false,
         versions: EVERY,
-        query: "SELECT 'large object ' || oid FROM pg_largeobject_metadata ORDER BY oid LIMIT 1000",
-    },
-    Finding {
-        code: "unlogged_tables",
-        why: "changes of unlogged tables are not in the write-ahead log and would be lost",
-        fix: "ALTER TABLE … SET LOGGED, or drop them",
-        outcome: Outcome::Failed,
-        online: false,
-        versions: EVERY,
-        query: "SELECT format('%I.%I', n.nspname, c.relname) FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace \
-                WHERE c.relkind = 'r' AND c.relpersistence = 'u' AND {ours} ORDER BY 1",
+        query: "SELECT 'large object ' || m.oid FROM pg_largeobject_metadata m \
+                CROSS JOIN (SELECT rolsuper AS sees_all FROM pg_roles WHERE rolname = current_user) me \
+                WHERE NOT (me.sees_all OR current_setting('lo_compat_privileges')::boolean OR pg_has_role(m.lomowner, 'USAGE') \
+                OR EXISTS (SELECT FROM aclexplode(m.lomacl) a WHERE a.privilege_type = 'SELECT' \
+                           AND CASE a.grantee WHEN 0 THEN true ELSE pg_has_role(a.grantee, 'USAGE') END)) \
+                ORDER BY m.oid LIMIT 1000",
     },
     Finding {
         code: "always_triggers",
@@ -80,7 +77,7 @@ const FINDINGS: &[Finding] = &[
         online: false,
         versions: EVERY,
         query: "SELECT format('%I.%I', n.nspname, c.relname) FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace \
-                WHERE c.relkind IN ('r', 'p', 'S') AND c.relpersistence = 'p' AND {ours} \
+                WHERE c.relkind IN ('r', 'p', 'S') AND c.relpersistence <> 't' AND {ours} \
                 AND NOT (has_schema_privilege(n.oid, 'USAGE') AND has_table_privilege(c.oid, 'SELECT')) ORDER BY 1",
     },
     Finding {
@@ -185,6 +182,7 @@ pub(super) async fn check(
     for finding in FINDINGS.iter().chain(super::findings::FINDINGS) {
         results.push(find(preflight, name, &session, finding).await);
     }
+    results.extend(unstreamed(preflight, name, &session).await);
     if preflight.mode == Mode::Online {
         results.push(identities(preflight, name, &session).await);
     }
@@ -238,7 +236,8 @@ async fn target_database(preflight: &Preflight<'_>, name: &str, source: &Control
     let query = format!(
         "SELECT format('%I.%I', n.nspname, c.relname) FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace \
          WHERE {OURS} AND NOT EXISTS (SELECT FROM pg_depend d WHERE d.classid = 'pg_class'::regclass \
-         AND d.objid = c.oid AND d.deptype = 'e') ORDER BY 1"
+         AND d.objid = c.oid AND d.deptype = 'e') \
+         UNION ALL SELECT 'large object ' || oid FROM pg_largeobject_metadata ORDER BY 1"
     );
     let empty = match preflight.target.control(name, "validation").await {
         Err(error) => empty.failed(vec![error.to_string()]),
@@ -295,6 +294,40 @@ async fn identities(preflight: &Preflight<'_>, name: &str, session: &Control) ->
         }
         Err(error) => rule.unknown(&error),
     }
+}
+
+/// What no stream carries is carried inside the pause, if it is small enough.
+async fn unstreamed(preflight: &Preflight<'_>, name: &str, session: &Control) -> Vec<RuleResult> {
+    let limit = preflight.config.cutover.max_unstreamed_bytes;
+    let rule = |code| {
+        Rule::new(code, Level::Database(name.to_owned()))
+            .why(
+                "no stream carries them: they are carried with the copy, and inside the pause of the cutover once more where \
+                 they differ, which makes it longer; a cutover refuses more than max_unstreamed of them in a database",
+            )
+            .fix(format!(
+                "raise [cutover] max_unstreamed (now {}) and max_pause, or make them smaller: ALTER TABLE … SET LOGGED, \
+                 lo_unlink and VACUUM FULL pg_largeobject",
+                format_size(limit)
+            ))
+    };
+    let (tables, objects) = (rule("unlogged_tables"), rule("large_objects"));
+    let weight = match unstreamed::weigh(session).await {
+        Ok(weight) => weight,
+        Err(error) => return vec![tables.unknown(&error), objects.unknown(&error)],
+    };
+    // Both together have to fit; the operator sees both sizes.
+    let fits = preflight.mode == Mode::Offline || weight.must_fit(limit).is_ok();
+    let outcome = if fits { Outcome::Warning } else { Outcome::Failed };
+    let kilobytes = |bytes: u64| format!("{} kB", bytes.div_ceil(1024));
+    let found = weight.tables.iter().map(|(table, bytes)| format!("{table}, {}", kilobytes(*bytes))).collect();
+    let count = weight.large_objects;
+    let large_objects = format!("{count} large objects, {}", kilobytes(weight.large_object_bytes));
+    let large_objects = (count > 0).then_some(large_objects);
+    vec![
+        tables.unless_any(outcome, found),
+        objects.unless_any(outcome, large_objects.into_iter().collect()),
+    ]
 }
 
 async fn extensions(name: &str, session: &Control, target: &Control) -> RuleResult {

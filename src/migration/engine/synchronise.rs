@@ -1,0 +1,100 @@
+//! What a cutover asks for before its pause: definitions compared, and everything brought over once more that no stream
+//! carries and may have changed since the copy.
+
+use super::error::EngineError;
+use super::live::Live;
+use super::{Engine, has_come_back};
+use crate::catalog::journal::Journal;
+use crate::catalog::streams::Direction;
+use crate::migration::made::Mirrored;
+use crate::migration::roles::{self, RoleReport};
+use crate::migration::{drift, materialized, schema, unstreamed};
+use crate::postgres::Connector;
+
+/// The one setting of a database that is ours: the fence's.
+const READ_ONLY_SETTING: &str = "default_transaction_read_only";
+
+impl Engine {
+    /// See [`super::CutoverLease::synchronise`].
+    pub(super) async fn synchronise(&self, live: &Live) -> Result<Vec<String>, EngineError> {
+        let (catalog, _actors) = self.owned()?;
+        let journal = Journal::new(catalog, live.name());
+        let direction = live.state().direction();
+        if direction == Direction::Reverse || has_come_back(live) {
+            // For a first cutover it was compared before it began; a fenced server could not be entered until now.
+            self.check_drift(live, direction).await?;
+        }
+        let (from, to) = direction.ends(&self.deps.source, &self.deps.target);
+        let reports = match direction {
+            Direction::Forward => roles::copy_roles(from, to, &journal).await?,
+            Direction::Reverse => roles::copy_roles(from, to, &Mirrored(&journal)).await?,
+        };
+        let note = |report: RoleReport| {
+            report.warnings.into_iter().map(move |warning| format!("role {:?}: {warning}", report.role))
+        };
+        let mut notes: Vec<String> = reports.into_iter().flat_map(note).collect();
+        for database in &live.databases {
+            let changed = schema::sync_database(from, to, &database.name, &[READ_ONLY_SETTING]).await?;
+            if changed > 0 {
+                tracing::info!(migration = live.name(), database = database.name, changed, "settings brought over");
+            }
+            self.bring_over_unstreamed(from, to, &database.name).await?;
+            notes.extend(self.refresh_once_more(from, to, &database.name).await?);
+        }
+        Ok(notes)
+    }
+
+    /// Unlogged tables and large objects, if they are small enough to be carried again inside the pause.
+    async fn bring_over_unstreamed(&self, from: &Connector, to: &Connector, database: &str) -> Result<(), EngineError> {
+        let failed = |source| EngineError::Unstreamed { database: database.to_owned(), source };
+        let from = from.control(database, "unstreamed").await?;
+        let to = to.control(database, "unstreamed").await?;
+        let weight = unstreamed::weigh(&from).await.map_err(failed)?;
+        weight.must_fit(self.deps.config.cutover.max_unstreamed_bytes).map_err(failed)?;
+        unstreamed::bring_over(&from, &to).await.map_err(failed)?;
+        Ok(())
+    }
+
+    /// Materialized views, so that they show what the application has written since the copy. What could not be done is no
+    /// reason against a cutover: it is told.
+    async fn refresh_once_more(
+        &self,
+        from: &Connector,
+        to: &Connector,
+        database: &str,
+    ) -> Result<Vec<String>, EngineError> {
+        let limit = self.deps.config.cutover.max_unstreamed_bytes;
+        let refreshed = materialized::refresh(from, to, database, Some(limit)).await?;
+        let left = refreshed.left.iter().map(|view| {
+            format!(
+                "materialized view {view} of {database:?} is larger than max_unstreamed leaves room for and shows what it did \
+                 after the copy: REFRESH MATERIALIZED VIEW {view}"
+            )
+        });
+        let failed = refreshed.failures.iter().map(|failure| format!("{database:?}: {failure}"));
+        Ok(left.chain(failed).collect())
+    }
+
+    /// Both servers must have the same definitions.
+    pub(super) async fn check_drift(&self, live: &Live, direction: Direction) -> Result<(), EngineError> {
+        let (from, to) = direction.ends(&self.deps.source, &self.deps.target);
+        for database in &live.databases {
+            let source = from.control(&database.name, "drift").await?;
+            let target = to.control(&database.name, "drift").await?;
+            let publication = database.current().publication;
+            let compared = drift::compare(&*source, &*target, &publication, &database.table_names()).await;
+            let drift = compared.map_err(|source| EngineError::Drift { database: database.name.clone(), source })?;
+            if let Some(drift) = drift {
+                if direction == Direction::Reverse {
+                    return Err(EngineError::Return(format!(
+                        "database {}: the source lacks {drift}, defined on the target since the cutover; define the same \
+                         on the source (not for tables that hold rows)",
+                        database.name
+                    )));
+                }
+                return Err(EngineError::Drifted { database: database.name.clone(), drift });
+            }
+        }
+        Ok(())
+    }
+}
