@@ -110,7 +110,9 @@ async fn every_rule_finds_what_it_is_for() {
     limited.user = "limited".to_owned();
     let limited = Connector::new(&limited, "source", rig.source.instance()).unwrap();
     let results = validate(&rig, &limited, &config, false).await;
-    for code in ["row_security", "unreadable_tables", "unreadable_large_objects", "table_ownership", "replication_right"] {
+    for code in
+        ["row_security", "unreadable_tables", "unreadable_large_objects", "table_ownership", "replication_right"]
+    {
         assert_eq!(results[code].outcome, Outcome::Failed, "{:#?}", results[code]);
     }
     for code in ["password_verifiers", "source_signal"] {

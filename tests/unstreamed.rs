@@ -68,7 +68,8 @@ async fn what_no_stream_carries_goes_there_and_back() {
     source.batch_execute(FURNITURE).await.expect("a superuser may");
     world.migrate().await;
     // Sequences are brought over by the cutover.
-    let without_sequence = |state: BTreeSet<String>| state.into_iter().filter(|line| !line.starts_with("nobody")).collect();
+    let without_sequence =
+        |state: BTreeSet<String>| state.into_iter().filter(|line| !line.starts_with("nobody")).collect();
     assert_same(&without_sequence(state(&world.source).await), &without_sequence(state(&world.target).await));
     let view = world.view();
     for (rule, evidence) in [("unlogged_tables", "counter"), ("large_objects", "703 large objects")] {

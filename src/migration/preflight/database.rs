@@ -324,10 +324,7 @@ async fn unstreamed(preflight: &Preflight<'_>, name: &str, session: &Control) ->
     let count = weight.large_objects;
     let large_objects = format!("{count} large objects, {}", kilobytes(weight.large_object_bytes));
     let large_objects = (count > 0).then_some(large_objects);
-    vec![
-        tables.unless_any(outcome, found),
-        objects.unless_any(outcome, large_objects.into_iter().collect()),
-    ]
+    vec![tables.unless_any(outcome, found), objects.unless_any(outcome, large_objects.into_iter().collect())]
 }
 
 async fn extensions(name: &str, session: &Control, target: &Control) -> RuleResult {

@@ -95,13 +95,8 @@ async fn oids(server: &Client) -> Result<Vec<u32>, tokio_postgres::Error> {
 async fn states(server: &Client, low: u32, high: u32) -> Result<BTreeMap<u32, Object>, tokio_postgres::Error> {
     let rows = server.query(STATE, &[&low, &high]).await?;
     let object = |row: &tokio_postgres::Row| {
-        let state = State {
-            owner: row.get(1),
-            grants: row.get(2),
-            comment: row.get(4),
-            size: row.get(5),
-            hash: row.get(6),
-        };
+        let state =
+            State { owner: row.get(1), grants: row.get(2), comment: row.get(4), size: row.get(5), hash: row.get(6) };
         (row.get(0), Object { state, default_grants: row.get(3) })
     };
     Ok(rows.iter().map(object).collect())
@@ -154,7 +149,8 @@ async fn write(from: &Client, to: &Client, oids: &[u32]) -> Result<(), Unstreame
     }
     let read = "SELECT oid, pg_catalog.lo_get(oid) FROM pg_catalog.unnest($1::oid[]) AS g (oid)";
     let rows = from.query(read, &[&oids]).await.map_err(failed("reading them"))?;
-    let (oids, contents): (Vec<u32>, Vec<&[u8]>) = rows.iter().map(|row| (row.get::<_, u32>(0), row.get::<_, &[u8]>(1))).unzip();
+    let (oids, contents): (Vec<u32>, Vec<&[u8]>) =
+        rows.iter().map(|row| (row.get::<_, u32>(0), row.get::<_, &[u8]>(1))).unzip();
     to.execute(
         "SELECT pg_catalog.lo_from_bytea(oid, contents)
            FROM ROWS FROM (pg_catalog.unnest($1::oid[]), pg_catalog.unnest($2::bytea[])) AS g (oid, contents)",

@@ -153,7 +153,8 @@ mod tests {
     #[test]
     fn what_does_not_fit_is_named_with_its_size() {
         let table = |name: &str, bytes| (QualifiedName::new("s", name), bytes);
-        let weight = Weight { tables: vec![table("t", 4096), table("u", 1)], large_objects: 2, large_object_bytes: 8192 };
+        let weight =
+            Weight { tables: vec![table("t", 4096), table("u", 1)], large_objects: 2, large_object_bytes: 8192 };
         assert_eq!(weight.bytes(), 12_289);
         assert!(weight.must_fit(12_289).is_ok());
         let refused = weight.must_fit(8 << 10).expect_err("too large").to_string();
