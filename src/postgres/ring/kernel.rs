@@ -10,7 +10,7 @@ use std::mem;
 use std::os::fd::{AsFd as _, AsRawFd as _, BorrowedFd, OwnedFd};
 use std::sync::atomic::{AtomicU16, AtomicU32, AtomicU64, Ordering};
 
-use io_uring::{IoUring, cqueue, opcode, squeue, types};
+use io_uring::{IoUring, cqueue, opcode, types};
 use rustix::event::PollFlags;
 use rustix::io::Errno;
 use rustix::net::{RecvFlags, SendFlags};
@@ -27,12 +27,10 @@ const REQUESTS: u32 = 512;
 const ANSWERS: u32 = 4096;
 /// The group of buffers in which the chunks are offered.
 const GROUP: u16 = 0;
-/// `IORING_RECVSEND_POLL_FIRST`: the socket was just found empty, so waiting comes before trying.
-const POLL_FIRST: u16 = 1;
 
 /// What the kernel is asked to do with a socket: of each kind, one at a time.
 pub(super) enum Request {
-    /// Receive at most a chunk once something has come.
+    /// Receive chunk after chunk, whenever something has come, until this is given up or a chunk is wanting.
     Receive,
     /// Tell once something can be read, or the other side has closed.
     AwaitReadable,
@@ -80,24 +78,21 @@ pub(super) struct Answer {
     pub(super) chunk: Option<Chunk>,
     /// What was to be sent.
     pub(super) sent: Vec<u8>,
+    /// Nothing more will be answered to this request.
+    pub(super) is_last: bool,
 }
 
 /// Received bytes. To be given back with [`Kernel::give_back`].
 #[derive(Debug)]
 pub(super) struct Chunk {
     id: u16,
-    start: usize,
-    end: usize,
+    start: u16,
+    end: u16,
 }
 
 impl Chunk {
     pub(super) fn len(&self) -> usize {
-        self.end - self.start
-    }
-
-    /// Whether it was filled to its end, so that more is likely to follow.
-    pub(super) fn came_full(&self) -> bool {
-        self.end == CHUNK_BYTES
+        usize::from(self.end - self.start)
     }
 }
 
@@ -177,10 +172,7 @@ impl Kernel {
         let fd = types::Fd(fd.as_raw_fd());
         let mut sending = None;
         let (entry, kind) = match request {
-            Request::Receive => {
-                let entry = opcode::Recv::new(fd, std::ptr::null_mut(), CHUNK_BYTES as u32).buf_group(GROUP);
-                (entry.ioprio(POLL_FIRST).build().flags(squeue::Flags::BUFFER_SELECT), Kind::Receive)
-            }
+            Request::Receive => (opcode::RecvMulti::new(fd, GROUP).build(), Kind::Receive),
             Request::AwaitReadable => {
                 let events = PollFlags::IN | PollFlags::RDHUP;
                 (opcode::PollAdd::new(fd, events.bits().into()).build(), Kind::AwaitReadable)
@@ -241,10 +233,11 @@ impl Kernel {
     /// The next answer.
     pub(super) fn answer(&mut self) -> Option<Answer> {
         let entry = self.ring.completion().next()?;
-        self.under_way -= 1;
+        let is_last = !cqueue::more(entry.flags());
+        self.under_way -= usize::from(is_last);
         let result = usize::try_from(entry.result()).map_err(|_| Errno::from_raw_os_error(-entry.result()));
-        let mut chunk =
-            cqueue::buffer_select(entry.flags()).map(|id| Chunk { id, start: 0, end: *result.as_ref().unwrap_or(&0) });
+        let received = |id| Chunk { id, start: 0, end: *result.as_ref().unwrap_or(&0) as u16 };
+        let mut chunk = cqueue::buffer_select(entry.flags()).map(received);
         if let Some(empty) = chunk.take_if(|chunk| chunk.len() == 0) {
             self.give_back(empty);
         }
@@ -254,17 +247,17 @@ impl Kernel {
             Kind::Send => mem::take(&mut self.lent.sending[socket]),
             Kind::Receive | Kind::AwaitReadable | Kind::AwaitWritable | Kind::Cancel => Vec::new(),
         };
-        Some(Answer { socket, kind, result, chunk, sent })
+        Some(Answer { socket, kind, result, chunk, sent, is_last })
     }
 
     /// Takes bytes from the front of a chunk, as many as fit.
     pub(super) fn take(&self, chunk: &mut Chunk, into: &mut tokio::io::ReadBuf<'_>) {
         let count = chunk.len().min(into.remaining());
-        let first = &self.lent.chunks[usize::from(chunk.id) * CHUNK_BYTES + chunk.start];
+        let first = &self.lent.chunks[usize::from(chunk.id) * CHUNK_BYTES + usize::from(chunk.start)];
         // SAFETY: whoever has a Chunk has it alone, the kernel has written `end` bytes of it (at most CHUNK_BYTES), and
         // writes to it again only when it is given back, for which the caller's `chunk` is needed.
         into.put_slice(unsafe { std::slice::from_raw_parts(first.get(), count) });
-        chunk.start += count;
+        chunk.start += count as u16;
     }
 
     /// The kernel may receive into this chunk again.

@@ -110,7 +110,7 @@ impl Slot {
         match self.reading {
             Reading::Receiving => Some(Kind::Receive),
             Reading::Awaiting => Some(Kind::AwaitReadable),
-            Reading::Empty | Reading::Ready | Reading::Arrived(_) | Reading::Ended | Reading::Failed(_) => None,
+            Reading::Empty | Reading::Ready | Reading::Stopping | Reading::Ended | Reading::Failed(_) => None,
         }
     }
 }
@@ -121,21 +121,20 @@ impl State {
         if into.remaining() == 0 {
             return Poll::Ready(Ok(()));
         }
+        let held = into.filled().len();
+        while into.remaining() > 0
+            && let Some(chunk) = slot.arrived.front_mut()
+        {
+            self.kernel.take(chunk, into);
+            if chunk.len() == 0 {
+                slot.arrived.pop_front().into_iter().for_each(|read| self.kernel.give_back(read));
+            }
+        }
+        if into.filled().len() > held {
+            return Poll::Ready(Ok(()));
+        }
         loop {
-            match &mut slot.reading {
-                Reading::Arrived(chunk) => {
-                    let is_full = chunk.came_full();
-                    self.kernel.take(chunk, into);
-                    if chunk.len() == 0 {
-                        // A full chunk: there is likely more, and it is read by the task itself from here on.
-                        slot.is_bulk = is_full;
-                        let next = if is_full { Reading::Ready } else { Reading::Empty };
-                        if let Reading::Arrived(chunk) = std::mem::replace(&mut slot.reading, next) {
-                            self.kernel.give_back(chunk);
-                        }
-                    }
-                    return Poll::Ready(Ok(()));
-                }
+            match slot.reading {
                 Reading::Ready => {
                     let room = into.initialize_unfilled();
                     let size = room.len();
@@ -170,12 +169,12 @@ impl State {
                     }
                     return Poll::Pending;
                 }
-                Reading::Receiving | Reading::Awaiting => {
+                Reading::Receiving | Reading::Stopping | Reading::Awaiting => {
                     wait(&mut slot.reader, cx);
                     return Poll::Pending;
                 }
                 Reading::Ended => return Poll::Ready(Ok(())),
-                Reading::Failed(errno) => return Poll::Ready(Err(*errno)),
+                Reading::Failed(errno) => return Poll::Ready(Err(errno)),
             }
         }
     }
@@ -185,12 +184,12 @@ impl State {
         ready!(self.poll_writable(number, cx))?;
         let Some(slot) = &mut self.sockets[number] else { return Poll::Ready(Err(Errno::BADF.into())) };
         match slot.reading {
-            Reading::Receiving | Reading::Awaiting => {
+            Reading::Receiving | Reading::Stopping | Reading::Awaiting => {
                 wait(&mut slot.reader, cx);
                 Poll::Pending
             }
+            _ if !slot.arrived.is_empty() => Poll::Ready(Err(io::ErrorKind::InvalidData.into())),
             Reading::Failed(Errno::CANCELED) | Reading::Empty | Reading::Ready => Poll::Ready(slot.fd.try_clone()),
-            Reading::Arrived(_) => Poll::Ready(Err(io::ErrorKind::InvalidData.into())),
             Reading::Ended => Poll::Ready(Err(io::ErrorKind::UnexpectedEof.into())),
             Reading::Failed(errno) => Poll::Ready(Err(errno.into())),
         }
