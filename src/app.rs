@@ -14,6 +14,7 @@
 //! A cutover that runs ends first, because it needs the proxy and the engine. Then the proxy ends its sessions, then the
 //! engine stops at a place from which it goes on, HTTP last.
 
+mod activation;
 mod control;
 mod cutovers;
 mod migrations;
@@ -72,6 +73,7 @@ pub fn run(config: Config, path: Option<PathBuf>, begin: Begin) -> anyhow::Resul
     if failpoints.any() {
         tracing::warn!("failpoints are switched on: this process is under test");
     }
+    let activated = activation::listeners(config.admin.address)?;
     let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build().context("cannot start")?;
     let ended = runtime.block_on(async move {
         let live = Arc::new(ArcSwap::from_pointee(config));
@@ -79,7 +81,7 @@ pub fn run(config: Config, path: Option<PathBuf>, begin: Begin) -> anyhow::Resul
         let control = Arc::new(Control::new(path, live.clone(), log, supervisor.clone()));
         control.clone().obey_signals().await.context("cannot listen to signals")?;
         let mut daemon = tokio::select! {
-            started = Daemon::start(live, control.clone(), failpoints, begin) => started?,
+            started = Daemon::start(live, control.clone(), failpoints, begin, activated) => started?,
             // Safe to drop: nobody has been let in yet.
             () = control.stopping() => return Ok(()),
         };
@@ -111,7 +113,7 @@ pub fn run(config: Config, path: Option<PathBuf>, begin: Begin) -> anyhow::Resul
 /// How the process gets its listeners.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Begin {
-    /// It binds them.
+    /// It binds those that the service manager has not opened.
     Fresh,
     /// From the process that serves.
     Takeover,
@@ -140,15 +142,17 @@ impl Daemon {
         control: Arc<Control>,
         failpoints: Failpoints,
         begin: Begin,
+        mut inherited: Vec<Handle>,
     ) -> anyhow::Result<Self> {
         let config = live.load_full();
         let rendezvous = config.listen.takeover_socket.clone().map(Rendezvous::new);
-        let (successor, mut inherited) = match begin {
-            Begin::Fresh => (None, Vec::new()),
+        let successor = match begin {
+            Begin::Fresh => None,
             Begin::Takeover => {
                 let rendezvous = rendezvous.as_ref().context("--takeover needs [listen] takeover_socket")?;
-                let (successor, inherited) = Successor::ask(rendezvous.path()).await?;
-                (Some(successor), inherited)
+                let (successor, handed_over) = Successor::ask(rendezvous.path()).await?;
+                inherited.extend(handed_over);
+                Some(successor)
             }
         };
         let instance = InstanceId::random();
@@ -279,7 +283,7 @@ impl Daemon {
     }
 }
 
-/// The HTTP listener that a predecessor has handed over for this address, or a new one.
+/// The HTTP listener that a predecessor or the service manager has handed over for this address, or a new one.
 fn http_listener(address: SocketAddr, inherited: &mut Vec<Handle>) -> std::io::Result<std::net::TcpListener> {
     if let Some(index) = inherited.iter().position(|one| one.purpose == Purpose::Http) {
         let listener = std::net::TcpListener::from(inherited.swap_remove(index).socket);

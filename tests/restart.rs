@@ -184,3 +184,35 @@ async fn the_service_manager_is_told_of_every_change() {
     signal(pid, "-TERM");
     assert_eq!(told().await, "STOPPING=1");
 }
+
+/// Who connects while there is no process waits in the queue of the manager's listener.
+#[tokio::test(flavor = "multi_thread")]
+async fn the_service_manager_may_listen_for_it() {
+    let (source, target) = support::two_clusters();
+    let sockets = tempfile::tempdir().unwrap();
+    let options = DaemonOptions::default().section("listen", &format!("unix_socket_dir = {:?}", sockets.path()));
+    let mut daemon = Daemon::prepare(&source, &target, options);
+    let tcp = std::net::TcpListener::bind(("127.0.0.1", daemon.port)).unwrap();
+    let path = sockets.path().join(format!(".s.PGSQL.{}", daemon.port));
+    let unix = std::os::unix::net::UnixListener::bind(&path).unwrap();
+    let listeners = || [tcp.try_clone().unwrap().into(), unix.try_clone().unwrap().into()];
+    let mut by_socket = tokio_postgres::Config::new();
+    by_socket.host_path(sockets.path()).port(daemon.port).user("postgres").dbname("postgres");
+    for _ in 0..2 {
+        let early = [daemon.client("postgres"), by_socket.clone()];
+        let early = early.map(|config| tokio::spawn(async move { support::try_connect(&config).await }));
+        daemon.spawn_activated(listeners());
+        for connecting in early {
+            let client = connecting.await.unwrap().expect("it waited");
+            client.batch_execute("SELECT 1").await.unwrap();
+        }
+        let pid = daemon.pid().unwrap().to_string();
+        assert!(std::process::Command::new("kill").args(["-TERM", &pid]).status().unwrap().success());
+        daemon.wait_for_end();
+        assert!(path.exists(), "the socket's file is the manager's");
+    }
+    // Where the manager passes nothing, the process listens itself, and at once.
+    drop((tcp, unix));
+    daemon.start_again();
+    connect_with(&by_socket).await.batch_execute("SELECT 1").await.unwrap();
+}

@@ -47,11 +47,20 @@ impl Accepted {
     }
 }
 
+/// Whose a Unix socket's file is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum File {
+    /// Removed when this process stops listening, unless a successor goes on.
+    Ours,
+    /// The service manager's, which keeps it.
+    Managed,
+}
+
 /// A bound socket.
 #[derive(Debug)]
 enum Bound {
     Tcp(TcpListener),
-    Unix { listener: UnixListener, path: PathBuf, handed_over: Arc<AtomicBool> },
+    Unix { listener: UnixListener, path: PathBuf, handed_over: Arc<AtomicBool>, file: File },
 }
 
 /// Where clients connect.
@@ -99,10 +108,10 @@ impl Listener {
         let listener = UnixListener::bind(&path)?;
         // As PostgreSQL's default unix_socket_permissions: authentication decides, not the file system.
         std::fs::set_permissions(&path, std::fs::Permissions::from_mode(0o777))?;
-        Ok(Self(Bound::Unix { listener, path, handed_over: Arc::default() }))
+        Ok(Self(Bound::Unix { listener, path, handed_over: Arc::default(), file: File::Ours }))
     }
 
-    /// The listener that a predecessor has handed over for this address; port 0 takes any.
+    /// The listener that a predecessor or the service manager has handed over for this address; port 0 takes any.
     pub(super) fn inherited_tcp(
         address: SocketAddr,
         tcp: &Tcp,
@@ -116,6 +125,7 @@ impl Listener {
             let bound = listener.local_addr()?;
             if bound == address || (address.port() == 0 && bound.ip() == address.ip()) {
                 inherited.swap_remove(index);
+                SockRef::from(&listener).set_tcp_nodelay(true)?;
                 watch_link(&SockRef::from(&listener), tcp)?;
                 return Ok(Some(Self(Bound::Tcp(TcpListener::from_std(listener)?))));
             }
@@ -123,22 +133,30 @@ impl Listener {
         Ok(None)
     }
 
-    /// The Unix listener that a predecessor has handed over for this directory and port.
+    /// The Unix listener that a predecessor or the service manager has handed over for this directory and port.
     pub(super) fn inherited_unix(directory: &Path, port: u16, inherited: &mut Vec<Handle>) -> io::Result<Option<Self>> {
         let path = directory.join(format!(".s.PGSQL.{port}"));
-        let Some(index) = inherited.iter().position(|one| one.purpose == Purpose::Unix(path.clone())) else {
+        let owners = [(Purpose::Unix(path.clone()), File::Ours), (Purpose::ManagedUnix(path.clone()), File::Managed)];
+        let fits = |(purpose, _): &(Purpose, File)| inherited.iter().position(|one| one.purpose == *purpose);
+        let Some((index, file)) = owners.iter().find_map(|owner| Some((fits(owner)?, owner.1))) else {
             return Ok(None);
         };
         let listener = std::os::unix::net::UnixListener::from(inherited.swap_remove(index).socket);
         let listener = UnixListener::from_std(listener)?;
-        Ok(Some(Self(Bound::Unix { listener, path, handed_over: Arc::default() })))
+        Ok(Some(Self(Bound::Unix { listener, path, handed_over: Arc::default(), file })))
     }
 
     /// The same socket once more, for a successor.
     pub(super) fn handle(&self) -> io::Result<Handle> {
         let (socket, purpose) = match &self.0 {
             Bound::Tcp(listener) => (listener.as_fd().try_clone_to_owned()?, Purpose::Tcp),
-            Bound::Unix { listener, path, .. } => (listener.as_fd().try_clone_to_owned()?, Purpose::Unix(path.clone())),
+            Bound::Unix { listener, path, file, .. } => {
+                let purpose = match file {
+                    File::Ours => Purpose::Unix(path.clone()),
+                    File::Managed => Purpose::ManagedUnix(path.clone()),
+                };
+                (listener.as_fd().try_clone_to_owned()?, purpose)
+            }
         };
         Ok(Handle { purpose, socket })
     }
@@ -201,7 +219,7 @@ impl Listener {
 
 impl Drop for Listener {
     fn drop(&mut self) {
-        if let Bound::Unix { path, handed_over, .. } = &self.0
+        if let Bound::Unix { path, handed_over, file: File::Ours, .. } = &self.0
             && !handed_over.load(Ordering::Acquire)
         {
             // Best effort: a socket file that stays is replaced at the next start.

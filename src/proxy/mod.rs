@@ -222,7 +222,7 @@ impl Proxy {
         Ok(proxy)
     }
 
-    /// The same without accepting yet, on the listeners of a predecessor where it has them.
+    /// The same without accepting yet, on listeners of a predecessor or the service manager where there are any.
     pub fn prepare(deps: ProxyDeps, mut inherited: Vec<Handle>) -> Result<Self, ProxyError> {
         let runtime = tokio::runtime::Handle::current();
         let mut listeners = bind(&deps.config, &mut inherited)?;
@@ -419,6 +419,9 @@ fn bind(config: &Config, inherited: &mut Vec<Handle>) -> Result<Vec<Listener>, P
         };
         let address = directory.display().to_string();
         listeners.push(bound.map_err(|source| ProxyError::Listen { address, source })?);
+    }
+    for unused in inherited.drain(..) {
+        tracing::warn!(purpose = ?unused.purpose, "a listener that was passed on is not one of the configuration: closed");
     }
     if listeners.is_empty() { Err(ProxyError::Nowhere) } else { Ok(listeners) }
 }

@@ -76,6 +76,8 @@ pub enum Purpose {
     Tcp,
     /// Clients at this Unix socket.
     Unix(PathBuf),
+    /// The same, where the socket's file belongs to the service manager.
+    ManagedUnix(PathBuf),
     /// The HTTP API.
     Http,
 }

@@ -2,6 +2,7 @@
 
 use std::fs;
 use std::net::{Ipv4Addr, SocketAddr, TcpStream};
+use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Output, Stdio};
 use std::time::{Duration, Instant};
@@ -111,11 +112,29 @@ impl Daemon {
         self.process.replace(successor).expect("it runs")
     }
 
+    /// Starts the process as a service manager does that listens for it, at these two sockets.
+    pub fn spawn_activated(&mut self, listeners: [OwnedFd; 2]) {
+        assert!(self.process.is_none(), "the daemon runs already");
+        let [third, fourth] = listeners;
+        let mut command = Command::new("sh");
+        let script = r#"exec 3<&0 4<&1 </dev/null >&2; LISTEN_PID=$$ LISTEN_FDS=2 exec "$0" "$@""#;
+        command.args(["-c", script, env!("CARGO_BIN_EXE_pgcutover"), "run", "-c"]).arg(self.config_path());
+        command.stdin(third).stdout(fourth).stderr(self.open_log());
+        self.process = Some(self.spawn_with_environment(command));
+    }
+
     fn process_with(&self, arguments: &[&str]) -> Child {
-        let log = fs::OpenOptions::new().create(true).append(true).open(self.log_path()).expect("log is writable");
         let mut command = Command::new(env!("CARGO_BIN_EXE_pgcutover"));
         command.args(arguments).arg("-c").arg(self.config_path()).stdin(Stdio::null());
-        command.stdout(log.try_clone().expect("file handles can be copied")).stderr(log);
+        command.stdout(self.open_log()).stderr(self.open_log());
+        self.spawn_with_environment(command)
+    }
+
+    fn open_log(&self) -> fs::File {
+        fs::OpenOptions::new().create(true).append(true).open(self.log_path()).expect("log is writable")
+    }
+
+    fn spawn_with_environment(&self, mut command: Command) -> Child {
         command.env("PGCUTOVER_FAILPOINTS", &self.options.failpoints);
         command.envs(self.options.environment.iter().map(|(name, value)| (name, value)));
         command.spawn().expect("the daemon can be run")
