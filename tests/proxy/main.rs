@@ -25,4 +25,5 @@ mod scripted;
 mod timeouts;
 mod tls;
 mod vacant;
+mod vacant_model;
 mod wire_client;

@@ -19,14 +19,16 @@ const NAMES: [&str; 3] = ["a", "b", "c"];
 const SETTINGS: [&str; 3] = ["application_name", "work_mem", "search_path"];
 
 /// A client, what it would see alone, and what it is waiting for.
-struct Client {
+pub struct Client {
     number: usize,
-    wire: WireClient,
+    pub wire: WireClient,
     alone: Backend,
+    /// The application's name that it began with.
+    name: String,
     asked: u64,
     /// Expected answers of what was sent and not read yet.
-    due: Option<Vec<Message>>,
-    in_block: bool,
+    pub due: Option<Vec<Message>>,
+    pub in_block: bool,
     /// What it has sent last, and where sessions are seen, for who reads a failure.
     sent: Vec<u8>,
     sessions: Arc<Sessions>,
@@ -55,16 +57,23 @@ fn messages(mut bytes: &[u8]) -> Vec<Message> {
 
 impl Client {
     async fn connect(rig: &Rig, number: usize) -> Self {
-        let mut wire = WireClient::connect(rig.port).await;
         let name = format!("app-{number}-0");
-        wire.start(&[("user", "postgres"), ("database", "postgres"), ("application_name", &name)]).await;
+        let parameters = [("user", "postgres"), ("database", "postgres"), ("application_name", &name)];
+        Self::log_in(rig, number, &parameters).await
+    }
+
+    /// Client `number`, which no other client has.
+    pub async fn log_in(rig: &Rig, number: usize, parameters: &[(&str, &str)]) -> Self {
+        let mut wire = WireClient::connect(rig.port).await;
+        wire.start(parameters).await;
         let greeting = wire.until_ready().await;
         assert_eq!(greeting.last().map(|message| message.tag), Some('Z'), "{greeting:?}");
-        let alone = Backend::with_startup(&[("application_name", &name)]);
+        let name = parameters.iter().find(|(name, _)| *name == "application_name").map_or("", |(_, value)| value);
         let client = Self {
             number,
             wire,
-            alone,
+            alone: Backend::of_login(parameters),
+            name: name.to_owned(),
             asked: 0,
             due: None,
             in_block: false,
@@ -118,8 +127,13 @@ impl Client {
         }
     }
 
-    async fn send(&mut self, random: &mut StdRng, may_begin: bool) {
+    pub async fn send(&mut self, random: &mut StdRng, may_begin: bool) {
         let bytes = self.next(random, may_begin);
+        self.say(random, bytes).await;
+    }
+
+    /// Sends this, and knows what it should be answered with.
+    pub async fn say(&mut self, random: &mut StdRng, bytes: Vec<u8>) {
         let mut expected = Vec::new();
         for message in messages(&bytes) {
             self.alone.take(message.tag as u8, &message.body, &mut expected);
@@ -138,7 +152,7 @@ impl Client {
     }
 
     /// Reads what is due and compares.
-    async fn receive(&mut self) {
+    pub async fn receive(&mut self) {
         let Some(expected) = self.due.take() else { return };
         let batches = expected.iter().filter(|message| message.tag == 'Z').count();
         let mut seen = Vec::new();
@@ -171,7 +185,8 @@ impl Client {
             if let Some(value) = text.strip_prefix("application_name\0") {
                 let own = format!("app-{}-", self.number);
                 // Nobody's: what the connection began with, until the next transaction resets it to the client's own.
-                assert!(value.starts_with(&own) || value == "\0", "client {} was told {value:?}", self.number);
+                let began = value.trim_end_matches('\0') == self.name;
+                assert!(value.starts_with(&own) || value == "\0" || began, "client {} was told {value:?}", self.number);
             }
         }
     }
@@ -220,7 +235,7 @@ async fn play(seed: u64) {
 }
 
 /// A statement that ends by nothing but its own cancel.
-async fn cancelled(client: &mut Client, rig: &Rig) {
+pub async fn cancelled(client: &mut Client, rig: &Rig) {
     client.receive().await;
     if client.in_block {
         return;

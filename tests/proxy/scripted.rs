@@ -21,6 +21,8 @@ type Row = Vec<Option<Vec<u8>>>;
 /// One backend.
 #[derive(Default)]
 pub struct Backend {
+    /// User and database of its login.
+    who: String,
     /// What the session began with; RESET leads there.
     startup: Settings,
     session: Settings,
@@ -68,6 +70,15 @@ impl Backend {
     pub fn with_startup(startup: &[(&str, &str)]) -> Self {
         let startup: Settings = startup.iter().map(|(name, value)| ((*name).to_owned(), (*value).to_owned())).collect();
         Self { session: startup.clone(), startup, ..Self::default() }
+    }
+
+    /// The backend of a login with these startup parameters.
+    pub fn of_login(parameters: &[(&str, &str)]) -> Self {
+        let of = |wanted: &str| parameters.iter().find(|(name, _)| *name == wanted).map_or("", |(_, value)| value);
+        let who = format!("{} in {}", of("user"), of("database"));
+        let settings: Vec<_> =
+            parameters.iter().copied().filter(|(name, _)| !["user", "database"].contains(name)).collect();
+        Self { who, ..Self::with_startup(&settings) }
     }
 
     fn set_now(&self) -> String {
@@ -286,6 +297,9 @@ impl Backend {
             self.statements.remove(name.trim_matches('"')).ok_or("26000")?;
             return done("DEALLOCATE");
         }
+        if text == "WHO" {
+            return rows(vec![vec![word(&self.who)]]);
+        }
         if let Some(token) = text.strip_prefix("ECHO ") {
             return rows(vec![vec![word(&format!("{token}|{}", self.set_now()))]]);
         }
@@ -376,7 +390,7 @@ pub async fn serve() -> SocketAddr {
 async fn session(mut stream: TcpStream, pid: i32, waiting: Waiting) -> std::io::Result<()> {
     stream.set_nodelay(true)?;
     let mut length = [0; 4];
-    loop {
+    let startup = loop {
         stream.read_exact(&mut length).await?;
         let mut packet = vec![0; u32::from_be_bytes(length) as usize - 4];
         stream.read_exact(&mut packet).await?;
@@ -389,19 +403,27 @@ async fn session(mut stream: TcpStream, pid: i32, waiting: Waiting) -> std::io::
                 }
                 return Ok(());
             }
-            _ => break,
+            _ => break packet,
         }
-    }
+    };
+    let words: Vec<_> =
+        startup[4..].split(|byte| *byte == 0).map(|word| std::str::from_utf8(word).expect("text")).collect();
+    let parameters: Vec<_> =
+        words.chunks_exact(2).filter(|pair| !pair[0].is_empty()).map(|pair| (pair[0], pair[1])).collect();
+    let mut backend = Backend::of_login(&parameters);
+    let name = backend.reported();
     let mut hello = frame(b'R', &[0; 4]);
-    for (name, value) in
-        [("server_version", "15.1"), ("server_encoding", "UTF8"), ("client_encoding", "UTF8"), ("application_name", "")]
-    {
+    for (name, value) in [
+        ("server_version", "15.1"),
+        ("server_encoding", "UTF8"),
+        ("client_encoding", "UTF8"),
+        ("application_name", name.as_str()),
+    ] {
         hello.extend(frame(b'S', format!("{name}\0{value}\0").as_bytes()));
     }
     hello.extend(frame(b'K', &[pid.to_be_bytes(), [7; 4]].concat()));
     hello.extend(frame(b'Z', b"I"));
     stream.write_all(&hello).await?;
-    let mut backend = Backend::default();
     let (mut read, mut out) = (Vec::new(), Vec::new());
     loop {
         while read.len() >= 5 {
