@@ -36,6 +36,9 @@ const REFUSALS_MAX: usize = 1000;
 /// How long a connection that only asked may take to close.
 const CLOSING: Duration = Duration::from_secs(5);
 
+/// What physical replication is counted as where its client names no database that is known: the name that libpq sends.
+const PHYSICAL_REPLICATION: &str = "replication";
+
 /// Bytes that a client may send while its login is held.
 const EARLY_INPUT_MAX: usize = 64 * 1024;
 
@@ -284,7 +287,7 @@ impl LoginInProgress<'_> {
             tls: self.peer.secured.is_some(),
             user: &startup.user,
             database,
-            physical_replication: wants_replication(startup) && startup.parameter("replication") != Some("database"),
+            physical_replication: is_physical(startup),
         };
         let rejected = match self.access.rules.decide(&client) {
             Verdict::Ask(demand) => return Ok(demand.clone()),
@@ -398,6 +401,10 @@ impl LoginInProgress<'_> {
     /// Waits for admission and opens the backend inside it, so that a cutover never meets a login half done.
     async fn connect(&mut self, credential: Credential) -> Result<Link, Refused> {
         let exempt = wants_replication(&self.startup);
+        if is_physical(&self.startup) && self.shared().switchboard.existing(&self.startup.database).is_none() {
+            // The server takes any name then, so an invented one must not be believed.
+            PHYSICAL_REPLICATION.clone_into(&mut self.startup.database);
+        }
         let (user, database) = (self.startup.user.clone(), self.startup.database.clone());
         let limits = self.shared().limits.load_full();
         let places = self.shared().places.of_session(&limits, &user, &database).map_err(Refused::With)?;
@@ -554,6 +561,11 @@ impl LoginInProgress<'_> {
             }
         }
     }
+}
+
+/// Whether the client asks for a walsender that belongs to no database.
+fn is_physical(startup: &SessionStartup) -> bool {
+    wants_replication(startup) && startup.parameter("replication") != Some("database")
 }
 
 /// Waits until the gate is open. A client that goes away meanwhile, or sends more than a client has reason to, ends it.

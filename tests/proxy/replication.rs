@@ -97,10 +97,10 @@ async fn postgresqls_own_programs_work_through_the_proxy() {
 async fn a_switch_ends_them_with_a_reason() {
     let cluster = one_cluster("replication_switch");
     let rig = Rig::over(&cluster);
+    let database = rig.database();
     let mut walsender = WireClient::connect(rig.port).await;
     walsender.start(&[("user", "postgres"), ("database", "postgres"), ("replication", "true")]).await;
     walsender.until_ready().await;
-    let database = rig.database();
     database.fence();
     tokio::time::timeout(std::time::Duration::from_secs(20), database.wait_empty()).await.expect("they are exempt");
     database.open(ServerRole::Target, Epoch(1));
@@ -129,5 +129,24 @@ async fn they_are_refused_by_configuration() {
         let output = receive.stdin(Stdio::null()).output().expect("runs");
         assert!(String::from_utf8_lossy(&output.stderr).contains("refused by this proxy"), "{output:?}");
     }
+    rig.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn names_that_physical_replication_makes_up_leave_nothing_behind() {
+    let cluster = one_cluster("invented");
+    let rig = Rig::over(&cluster);
+    for number in 0..5 {
+        let mut walsender = WireClient::connect(rig.port).await;
+        let name = format!("invented{number}");
+        walsender.start(&[("user", "postgres"), ("database", &name), ("replication", "true")]).await;
+        assert!(walsender.tags_until_ready().await.ends_with("ZI"));
+        walsender.send(&query("IDENTIFY_SYSTEM")).await;
+        assert!(walsender.tags_until_ready().await.ends_with("CZI"));
+    }
+    rig.until_no_session().await;
+    let known: Vec<_> = rig.board.all().iter().map(|database| database.name().to_owned()).collect();
+    assert_eq!(known, ["replication"]);
+    assert!(!rig.metrics.render().expect("rendered").contains("invented"));
     rig.stop().await;
 }
