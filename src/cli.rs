@@ -217,6 +217,12 @@ enum MigrationCommand {
     Validation {
         /// Its name
         name: MigrationName,
+        /// Validate anew and show what mends this rule
+        #[arg(long, value_name = "RULE")]
+        fix: Option<String>,
+        /// Run it, where that costs nothing
+        #[arg(long, requires = "fix")]
+        yes: bool,
     },
     /// How far it was behind over the last minutes
     History {
@@ -241,6 +247,9 @@ enum MigrationCommand {
     Verify {
         /// Its name
         name: MigrationName,
+        /// Write the source's rows over those of the target that differ, and compare these tables again
+        #[arg(long)]
+        repair: bool,
     },
     /// Go on after a failure whose cause is mended
     Retry {

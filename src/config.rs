@@ -453,6 +453,10 @@ pub struct Migration {
     pub verify_load_percent: u8,
     /// Bound on the wait for every transaction that was open when the slot was made.
     pub slot_timeout: Duration,
+    /// How often rules about replication are asked again while a migration streams.
+    pub validation_interval: Duration,
+    /// Validation warns of transactions on the source that are older.
+    pub long_transaction: Duration,
     /// Bound on one attempt to lock a table of the source.
     pub lock_timeout: Duration,
     /// Bytes that all databases together are copied by, each second; none: no limit.

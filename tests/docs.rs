@@ -12,7 +12,8 @@ use std::path::{Path, PathBuf};
 
 use pgcutover::admin::console;
 use pgcutover::cli;
-use pgcutover::config::{Config, Live, Server};
+use pgcutover::config::{Config, Live, Server, ServerKind};
+use pgcutover::migration::preflight::{self, Apply, Definition, Outcome, Subject, When};
 use pgcutover::migration::state::State;
 use pgcutover::telemetry::metrics::Metrics;
 
@@ -156,7 +157,11 @@ fn every_page_is_reached_from_the_first() {
 
 /// What a reference is held against, or is written as.
 fn held(name: &str, wanted: &str) {
-    let path = root().join("docs/reference").join(name);
+    held_at(&format!("docs/reference/{name}"), wanted);
+}
+
+fn held_at(name: &str, wanted: &str) {
+    let path = root().join(name);
     if std::env::var_os("UPDATE_DOCS").is_some() {
         fs::write(&path, wanted).unwrap();
     }
@@ -167,7 +172,7 @@ fn held(name: &str, wanted: &str) {
     let stale: Vec<_> = found.difference(&wanted).collect();
     assert!(
         missing.is_empty() && stale.is_empty(),
-        "docs/reference/{name} lacks {missing:#?} and has {stale:#?}: `UPDATE_DOCS=1 cargo test --test docs` writes it anew"
+        "{name} lacks {missing:#?} and has {stale:#?}: `UPDATE_DOCS=1 cargo test --test docs` writes it anew"
     );
 }
 
@@ -224,4 +229,60 @@ fn sqlstates_are_those_of_the_code() {
         writeln!(text, "| `{code}` | {} |", meaning.trim_end_matches('.')).unwrap();
     }
     held("sqlstates.md", &text);
+}
+
+/// One rule as the page shows it.
+fn rule_text(rule: &Definition) -> String {
+    let mut text = format!("### `{}`\n\n{}.\n\n", rule.code, sentence(rule.why));
+    let worst = if rule.worst == Outcome::Failed { "failure" } else { "warning" };
+    let when = match rule.when {
+        When::Before => "before the migration begins",
+        When::BeforeOnline => "before an online migration begins",
+        When::Repeatedly => "before an online migration begins, every minute while it streams, and before its cutover",
+    };
+    writeln!(text, "- Outcome at worst: {worst}. Asked {when}.").unwrap();
+    writeln!(text, "- Evidence: {}.", rule.evidence).unwrap();
+    writeln!(text, "- Fix: {}.", rule.fix).unwrap();
+    for (name, kind) in
+        [("Amazon RDS, Aurora", ServerKind::AwsRds), ("Azure", ServerKind::Azure), ("Cloud SQL, AlloyDB", ServerKind::GcpCloudSql)]
+    {
+        let fix = rule.fix_on(kind);
+        if fix != rule.fix {
+            writeln!(text, "- {name}: {fix}.").unwrap();
+        }
+    }
+    let applied = match rule.apply {
+        Apply::Since(0) => "runs its statements.".to_owned(),
+        Apply::Since(version) => format!("runs its statements from PostgreSQL {} on.", version / 10_000),
+        Apply::Refused(why) => format!("shows its statements and does not run them: {why}."),
+        Apply::ByHand => "has nothing to run: it is mended by hand.".to_owned(),
+    };
+    writeln!(text, "- `--fix {}` {applied}\n", rule.code).unwrap();
+    text
+}
+
+fn sentence(text: &str) -> String {
+    let mut letters = text.chars();
+    letters.next().map_or_else(String::new, |first| first.to_uppercase().chain(letters).collect())
+}
+
+#[test]
+fn validation_rules_are_those_of_the_code() {
+    let mut text = String::from(
+        "# Premigration validation\n\nWhat is asked before a migration begins, by stable code. Nothing is changed on either server. Each rule answers\n\
+         Succeeded, Warning or Failed, with evidence (at most 20 items, and how many there are), why it matters, what mends it,\n\
+         and where SQL mends it the very statements. A rule that cannot be evaluated has failed. A migration whose validation\n\
+         failed does not begin.\n\n\
+         ```sh\npgcutover migration create NAME --option validate\npgcutover migration validation NAME\n\
+         pgcutover migration validation NAME --fix always_triggers\npgcutover migration validation NAME --fix always_triggers --yes\n```\n\n\
+         `--fix` validates anew, shows the statements of that rule and, with `--yes`, runs them one by one. Rules whose fix could\n\
+         cost something are shown and refused. What was run is in the log and among the events.\n\n",
+    );
+    for (heading, subject) in [("Servers", Subject::Instance), ("Databases", Subject::Database)] {
+        writeln!(text, "## {heading}\n").unwrap();
+        for rule in preflight::rules().filter(|rule| rule.subject == subject) {
+            text.push_str(&rule_text(rule));
+        }
+    }
+    held_at("docs/validation.md", &text);
 }

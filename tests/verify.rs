@@ -18,7 +18,7 @@ use pgcutover::failpoint::Failpoints;
 use pgcutover::ident::QualifiedName;
 use pgcutover::migration::stream::{self, StreamContext, StreamError, StreamStatus};
 use pgcutover::migration::verify::align::Sides;
-use pgcutover::migration::verify::{self, DifferenceKind, Observer, TableResult, VerifyContext};
+use pgcutover::migration::verify::{self, Damaged, DifferenceKind, Observer, TableResult, VerifyContext};
 use pgcutover::postgres::walsender::ReplicationConnection;
 use pgcutover::postgres::{Connector, InstanceId};
 use pgcutover::telemetry::metrics::Metrics;
@@ -45,9 +45,10 @@ CREATE TABLE nothing ();
 const NAMES: [&str; 6] = ["account", "named", "heap", "emptied", "wide", "nothing"];
 
 const ROWS: &str = r#"
-INSERT INTO account SELECT g, 100, 'note ' || g FROM generate_series(1, 400) g;
+INSERT INTO account SELECT g, 100, 'note ' || g FROM generate_series(1, 420) g;
 INSERT INTO named SELECT chr(64 + g % 26) || g, g, repeat('b', g * 20) FROM generate_series(1, 200) g;
 INSERT INTO heap SELECT g % 20, 'same' FROM generate_series(1, 200) g;
+INSERT INTO heap SELECT 77, 'same' FROM generate_series(1, 5) g;
 INSERT INTO emptied SELECT generate_series(1, 50);
 INSERT INTO wide SELECT g, 1.50 * g, g / 3.0, g / 7.0, ARRAY[0.1, g], decode(md5(g::text), 'hex'), '', 'ab', 'cd', '{"a": 1.0}',
     '2020-01-01 01:02:03.000004', '2020-01-01 01:02:03.000004+00', '2020-02-29', md5(g::text)::uuid, 'ok', (g, NULL::text)::pair,
@@ -67,6 +68,7 @@ struct Bench {
 struct Told {
     rows: AtomicU64,
     tables: AtomicU64,
+    journalled: AtomicU64,
 }
 
 #[async_trait]
@@ -76,6 +78,10 @@ impl Observer for Told {
     }
     async fn finished(&self, _result: &TableResult) -> Result<(), CatalogError> {
         self.tables.fetch_add(1, Ordering::Relaxed);
+        Ok(())
+    }
+    async fn repairing(&self, _table: &QualifiedName, _what: &serde_json::Value) -> Result<(), CatalogError> {
+        self.journalled.fetch_add(1, Ordering::Relaxed);
         Ok(())
     }
 }
@@ -131,18 +137,25 @@ impl Bench {
     }
 
     async fn verify(&self, status: &StreamStatus) -> HashMap<String, TableResult> {
+        self.compare(status, Damaged::Listed).await
+    }
+
+    async fn compare(&self, status: &StreamStatus, damaged: Damaged) -> HashMap<String, TableResult> {
         let sides = Sides {
             source: self.context.source.clone(),
             target: self.context.target.clone(),
             database: "shop".to_owned(),
             gate: Some(status.gate.clone()),
+            door: None,
         };
         let told = Arc::new(Told::default());
-        let context = VerifyContext { sides, workers: 2, load_percent: 100, observer: told.clone() };
+        let context = VerifyContext { sides, workers: 2, load_percent: 100, observer: told.clone(), damaged };
         let tables = NAMES.iter().map(|name| QualifiedName::new("public", *name)).collect();
         let results = tokio::time::timeout(5 * support::PATIENCE, verify::tables(&context, tables)).await;
         let results = results.expect("in time").expect("verified");
         assert_eq!(told.tables.load(Ordering::Relaxed), results.len() as u64);
+        let repaired = results.iter().any(|result| result.repaired > 0);
+        assert_eq!(told.journalled.load(Ordering::Relaxed) > 0, repaired, "journalled what is repaired, and nothing else");
         results.into_iter().map(|result| (result.name.clone(), result)).collect()
     }
 }
@@ -186,6 +199,36 @@ fn from_environment(name: &str) -> Option<u64> {
     std::env::var(name).ok().map(|text| text.parse().expect("a number"))
 }
 
+/// The application: four sessions that write until it is stopped.
+struct Load {
+    stop: Arc<AtomicBool>,
+    writers: Vec<JoinHandle<u64>>,
+}
+
+impl Load {
+    async fn start(bench: &Bench, seed: u64) -> Self {
+        let (stop, truncates) = (Arc::new(AtomicBool::new(false)), bench.source.major() >= 11);
+        let mut writers = Vec::new();
+        for number in 0..4 {
+            let random = StdRng::seed_from_u64(seed.wrapping_add(number));
+            let client = connect(&bench.source, "shop").await;
+            writers.push(tokio::spawn(write(client, random, truncates, stop.clone())));
+        }
+        Self { stop, writers }
+    }
+
+    /// Transactions that were committed.
+    async fn stop(self) -> u64 {
+        self.stop.store(true, Ordering::Relaxed);
+        let mut committed = 0;
+        for writer in self.writers {
+            committed += writer.await.expect("a writer");
+        }
+        assert!(committed > 0, "nobody wrote");
+        committed
+    }
+}
+
 /// `runs` verifications under load; each sees a seed of its own and must find no difference.
 async fn moving(source: &Installation, target: &Installation, runs: u64) {
     let bench = Bench::start(source, target).await;
@@ -194,24 +237,13 @@ async fn moving(source: &Installation, target: &Installation, runs: u64) {
     let runs = if first.is_some() { 1 } else { runs };
     for run in 0..runs {
         let seed = first.unwrap_or_else(rand::random);
-        let stop = Arc::new(AtomicBool::new(false));
-        let mut writers = Vec::new();
-        for number in 0..4 {
-            let random = StdRng::seed_from_u64(seed.wrapping_add(number));
-            let client = connect(&bench.source, "shop").await;
-            writers.push(tokio::spawn(write(client, random, source.major >= 11, stop.clone())));
-        }
+        let load = Load::start(&bench, seed).await;
         let results = bench.verify(&status).await;
-        stop.store(true, Ordering::Relaxed);
-        let mut committed = 0;
-        for writer in writers {
-            committed += writer.await.expect("a writer");
-        }
+        let committed = load.stop().await;
         assert!(!running.is_finished(), "the stream goes on");
         for result in results.values() {
             assert_eq!((result.differences, &result.problem), (0, &None), "seed {seed}: {result:?}");
         }
-        assert!(committed > 0, "nobody wrote");
         assert!(results["account"].rows >= 400 && results["wide"].rows == 53);
         println!("run {run}: seed {seed}: {committed} transactions meanwhile, no difference");
     }
@@ -232,7 +264,8 @@ async fn nothing_differs_on_a_moving_target_of_another_major() {
     moving(old, new, from_environment("PGCUTOVER_VERIFY_RUNS").unwrap_or(3)).await;
 }
 
-/// What is done to the target, in which table it shows, how, and on which rows.
+/// What is done to the target, in which table it shows, how, and on which rows. None of these rows is one that the
+/// application changes or deletes by itself: a stream that misses such a row ends.
 const PLANTED: &[(&str, &str, DifferenceKind, &[&str])] = &[
     ("UPDATE wide SET b = set_bit(b, 3, 1 - get_bit(b, 3)) WHERE id = 7", "wide", DifferenceKind::Differs, &["7"]),
     ("UPDATE wide SET f8 = f8 + 1e-15 WHERE id = 2", "wide", DifferenceKind::Differs, &["2"]),
@@ -246,7 +279,7 @@ const PLANTED: &[(&str, &str, DifferenceKind, &[&str])] = &[
     ("UPDATE wide SET ts = ts + interval '1 microsecond' WHERE id = 5", "wide", DifferenceKind::Differs, &["5"]),
     ("UPDATE wide SET bit = B'10101011' WHERE id = 9", "wide", DifferenceKind::Differs, &["9"]),
     ("UPDATE wide SET n = NULL, t = 'x' WHERE id IN (8, 9)", "wide", DifferenceKind::Differs, &["8", "9"]),
-    ("DELETE FROM account WHERE id = 17", "account", DifferenceKind::Missing, &["17"]),
+    ("DELETE FROM account WHERE id = 417", "account", DifferenceKind::Missing, &["417"]),
     ("INSERT INTO account VALUES (0, 0, '')", "account", DifferenceKind::Extra, &["0"]),
     (
         "UPDATE account SET balance = CASE id WHEN 1 THEN 101 ELSE 99 END WHERE id IN (1, 2)",
@@ -256,8 +289,8 @@ const PLANTED: &[(&str, &str, DifferenceKind, &[&str])] = &[
     ),
     ("TRUNCATE emptied", "emptied", DifferenceKind::Missing, &[]),
     ("INSERT INTO nothing DEFAULT VALUES", "nothing", DifferenceKind::Extra, &[]),
-    ("DELETE FROM heap WHERE ctid = (SELECT ctid FROM heap WHERE a = 3 LIMIT 1)", "heap", DifferenceKind::Missing, &[]),
-    ("INSERT INTO heap VALUES (3, 'same')", "heap", DifferenceKind::Extra, &[]),
+    ("DELETE FROM heap WHERE ctid = (SELECT ctid FROM heap WHERE a = 77 LIMIT 1)", "heap", DifferenceKind::Missing, &[]),
+    ("INSERT INTO heap VALUES (77, 'same')", "heap", DifferenceKind::Extra, &[]),
 ];
 
 async fn planted(source: &Installation, target: &Installation) {
@@ -316,4 +349,52 @@ async fn whatever_was_planted_is_found_across_majors() {
     let found = installations();
     let (old, new) = found.pair().expect("checked by installations()");
     planted(old, new).await;
+}
+
+/// Every kind of damage at once, repaired while the application writes; nothing differs afterwards.
+async fn repaired(source: &Installation, target: &Installation) {
+    let bench = Bench::start(source, target).await;
+    let (status, running) = bench.stream();
+    let seed = from_environment("PGCUTOVER_VERIFY_SEED").unwrap_or_else(rand::random);
+    let load = Load::start(&bench, seed).await;
+    let client = connect(&bench.target, "shop").await;
+    // The stream locks rows in an order of its own.
+    for (sql, ..) in PLANTED {
+        while let Err(error) = client.batch_execute(sql).await {
+            assert_eq!(error.code().map(|code| code.code()), Some("40P01"), "{sql}: {error}");
+        }
+    }
+    let more = "INSERT INTO heap SELECT g, 'never there' FROM generate_series(1, 50) g; UPDATE named SET body = NULL WHERE part < 50";
+    client.batch_execute(more).await.expect("more damage");
+    // One that came and one that went are the same again.
+    let other = "DELETE FROM heap WHERE ctid = (SELECT ctid FROM heap WHERE a = 77 LIMIT 1)";
+    client.batch_execute(other).await.expect("more damage");
+    let results = bench.compare(&status, Damaged::Repaired).await;
+    for result in results.values() {
+        assert_eq!((result.differences, &result.problem), (0, &None), "seed {seed}: {result:?}");
+    }
+    for name in ["account", "named", "heap", "emptied", "wide", "nothing"] {
+        // What the application truncated or rewrote meanwhile, it has repaired itself.
+        assert!(results[name].repaired > 0 || name == "emptied", "seed {seed}: {:?}", results[name]);
+    }
+    let committed = load.stop().await;
+    assert!(!running.is_finished(), "the stream goes on");
+    let again = bench.verify(&status).await;
+    assert!(again.values().all(|result| result.is_equal()), "seed {seed}: {again:#?}");
+    println!("seed {seed}: repaired under {committed} transactions");
+    running.abort();
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn whatever_was_planted_is_repaired_under_load() {
+    let found = installations();
+    let newest = found.newest_with_client_tools().expect("checked by installations()");
+    repaired(newest, newest).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn whatever_was_planted_is_repaired_under_load_across_majors() {
+    let found = installations();
+    let (old, new) = found.pair().expect("checked by installations()");
+    repaired(old, new).await;
 }

@@ -85,7 +85,9 @@ pub enum Command {
     /// Go on with a migration that failed.
     Retry(MigrationName),
     /// Compare source and target.
-    Verify(MigrationName),
+    Verify(MigrationName, VerifyRequest),
+    /// Show, or run, what mends a rule of its premigration validation.
+    Fix(MigrationName, FixRequest),
     /// Read the configuration again.
     Reload,
     /// Hold new transactions of a database, or of all.
@@ -141,7 +143,8 @@ impl Command {
                 | Self::Complete(_)
                 | Self::Cancel(_)
                 | Self::Retry(_)
-                | Self::Verify(_)
+                | Self::Verify(..)
+                | Self::Fix(..)
                 | Self::Check
                 | Self::Reload
                 | Self::Pause(_)
@@ -169,7 +172,8 @@ impl Command {
             | Self::Cutover(name, _)
             | Self::Cancel(name)
             | Self::Retry(name)
-            | Self::Verify(name) => Some(name),
+            | Self::Verify(name, _)
+            | Self::Fix(name, _) => Some(name),
             Self::Create(spec) => Some(&spec.name),
             _ => None,
         }
@@ -215,7 +219,8 @@ impl Command {
             Self::Complete(_) => "complete",
             Self::Cancel(_) => "cancel",
             Self::Retry(_) => "retry",
-            Self::Verify(_) => "verify",
+            Self::Verify(..) => "verify",
+            Self::Fix(..) => "fix",
             Self::Reload => "reload",
             Self::Pause(_) => "pause",
             Self::Resume(_) => "resume",
@@ -261,6 +266,26 @@ pub struct CutoverRequest {
     /// What happens to transactions that outlast the drain.
     #[serde(default)]
     pub stragglers: Option<Stragglers>,
+}
+
+/// How to compare.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, schemars::JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct VerifyRequest {
+    /// Write the source's rows over those of the target that differ, and compare these tables again.
+    #[serde(default)]
+    pub repair: bool,
+}
+
+/// What to mend.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, schemars::JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct FixRequest {
+    /// The rule's code.
+    pub rule: String,
+    /// Run the statements; otherwise they are shown.
+    #[serde(default)]
+    pub apply: bool,
 }
 
 /// Durations as operators write them: `"5s"`.

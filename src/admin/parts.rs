@@ -4,13 +4,15 @@
 
 use async_trait::async_trait;
 
-use super::command::{CutoverRequest, ShutdownWhen};
+use super::command::{CutoverRequest, FixRequest, ShutdownWhen, VerifyRequest};
 use super::error::AdminError;
 use super::view::{BlockerView, CheckView, ClientView, CutoverView, MemberView};
 use crate::catalog::streams::Direction;
 use crate::config::Changes;
 use crate::migration::preflight::RuleResult;
-use crate::migration::view::{CancelReport, MigrationName, MigrationSpec, MigrationView, TableView, VerifyReport};
+use crate::migration::view::{
+    CancelReport, FixReport, MigrationName, MigrationSpec, MigrationView, TableView, VerifyReport,
+};
 
 /// The engine's side.
 #[async_trait]
@@ -30,7 +32,9 @@ pub trait Migrations: Send + Sync {
     /// Ends the stream by which a cutover could have been rolled back.
     async fn complete(&self, name: &MigrationName) -> Result<CancelReport, AdminError>;
     /// Compares source and target; comes back when it is done.
-    async fn verify(&self, name: &MigrationName) -> Result<VerifyReport, AdminError>;
+    async fn verify(&self, name: &MigrationName, request: VerifyRequest) -> Result<VerifyReport, AdminError>;
+    /// Shows what mends a rule of the validation, and runs it where that was asked for.
+    async fn fix(&self, name: &MigrationName, request: FixRequest) -> Result<FixReport, AdminError>;
     /// Goes on after a failure.
     async fn retry(&self, name: &MigrationName) -> Result<(), AdminError>;
 }

@@ -7,8 +7,8 @@ use super::table::{Cell, Column, Table};
 use super::view::{BlockerView, CheckView, CutoverView, EventView, MemberView, MigrationEntry, SampleView, StatusView};
 use super::{command::Command, pgbouncer, show, stats};
 use crate::config::Changes;
-use crate::migration::preflight::{Level, RuleResult};
-use crate::migration::view::{CancelReport, MigrationView, TableView, VerifyReport};
+use crate::migration::preflight::{Level, RuleResult, Statement};
+use crate::migration::view::{CancelReport, FixReport, MigrationView, TableView, VerifyReport};
 
 /// An answer.
 #[derive(Clone, Debug, PartialEq)]
@@ -33,6 +33,8 @@ pub enum Reply {
     Members(Vec<MemberView>),
     /// What a verification found.
     Verified(Box<VerifyReport>),
+    /// What mends a rule.
+    Fixed(FixReport),
     /// What a cancel removed and left.
     Cancelled(CancelReport),
     /// How far a migration was, over the last minutes.
@@ -150,6 +152,7 @@ const VERIFY: &[Column] = &[
     ("difference", Text),
     ("key", Text),
 ];
+const FIX: &[Column] = &[("server", Text), ("database", Text), ("statement", Text), ("result", Text)];
 const RELOAD: &[Column] = &[("key", Text), ("result", Text)];
 const STATUS: &[Column] = &[
     ("database", Text),
@@ -193,7 +196,8 @@ pub fn columns(command: &Command) -> Option<&'static [Column]> {
         Command::History(_) => Some(HISTORY),
         Command::Events => Some(EVENTS),
         Command::Check => Some(CHECK),
-        Command::Verify(_) => Some(VERIFY),
+        Command::Verify(..) => Some(VERIFY),
+        Command::Fix(..) => Some(FIX),
         Command::Reload => Some(RELOAD),
         Command::Create(_)
         | Command::Retry(_)
@@ -225,6 +229,7 @@ impl Reply {
             Self::Blockers(blockers) => serde_json::to_value(blockers),
             Self::Members(members) => serde_json::to_value(members),
             Self::Verified(report) => serde_json::to_value(report),
+            Self::Fixed(report) => serde_json::to_value(report),
             Self::Cancelled(report) => serde_json::to_value(report),
             Self::History(samples) => serde_json::to_value(samples),
             Self::Events(events) => serde_json::to_value(events),
@@ -248,6 +253,7 @@ impl Reply {
             Self::Blockers(blockers) => filled(BLOCKERS, blockers.into_iter().map(blocker_row).collect()),
             Self::Members(members) => filled(MEMBERS, members.into_iter().map(member_row).collect()),
             Self::Verified(report) => filled(VERIFY, verify_rows(&report)),
+            Self::Fixed(report) => filled(FIX, fix_rows(&report)),
             Self::Cancelled(report) => filled(CANCEL, cancel_rows(&report)),
             Self::History(samples) => filled(HISTORY, samples.into_iter().map(sample_row).collect()),
             Self::Events(events) => filled(EVENTS, events.into_iter().map(event_row).collect()),
@@ -397,6 +403,19 @@ fn blocker_row(blocker: BlockerView) -> Vec<Cell> {
 
 fn member_row(member: MemberView) -> Vec<Cell> {
     vec![member.instance.into(), member.address.into(), member.role.into(), member.version.into()]
+}
+
+fn fix_rows(report: &FixReport) -> Vec<Vec<Cell>> {
+    let result = match (&report.refused, report.applied) {
+        (_, true) => "run".to_owned(),
+        (Some(why), false) => format!("not run: {why}"),
+        (None, false) => "shown".to_owned(),
+    };
+    let row = |statement: &Statement| {
+        let server = statement.server.to_string();
+        vec![server.into(), statement.database.clone().into(), statement.sql.clone().into(), result.clone().into()]
+    };
+    report.statements.iter().map(row).collect()
 }
 
 /// A first row with the counts, then one for each difference that is listed.

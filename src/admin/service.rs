@@ -193,7 +193,8 @@ impl Inner {
             | Command::Complete(_)
             | Command::Cancel(_)
             | Command::Retry(_)
-            | Command::Verify(_)
+            | Command::Verify(..)
+            | Command::Fix(..)
             | Command::Reload
             | Command::Pause(_)
             | Command::Resume(_)
@@ -231,7 +232,19 @@ impl Inner {
                 deps.cutovers.stop(&name).await?;
                 Ok(Reply::Cancelled(deps.migrations.cancel(&name).await?))
             }
-            Command::Verify(name) => Ok(Reply::Verified(Box::new(deps.migrations.verify(&name).await?))),
+            Command::Verify(name, request) => {
+                Ok(Reply::Verified(Box::new(deps.migrations.verify(&name, request).await?)))
+            }
+            Command::Fix(name, request) => {
+                let report = deps.migrations.fix(&name, request).await?;
+                if report.applied {
+                    for done in &report.statements {
+                        let text = format!("fix {}: {} {}: {}", report.rule, done.server, done.database, done.sql);
+                        self.live.note_order(Some(name.to_string()), text, false);
+                    }
+                }
+                Ok(Reply::Fixed(report))
+            }
             Command::Retry(name) => {
                 deps.migrations.retry(&name).await?;
                 Ok(Reply::Done("RETRY"))

@@ -130,7 +130,7 @@ pub(super) const USERS: &[Column] = &[
     ("current_client_connections", Integer),
 ];
 
-const COMMANDS: [(&str, &str); 46] = [
+const COMMANDS: [(&str, &str); 47] = [
     ("SHOW HELP", "this list"),
     ("SHOW VERSION", "the program's version"),
     ("SHOW CONFIG", "every key of the configuration, and whether RELOAD applies a change"),
@@ -169,7 +169,11 @@ const COMMANDS: [(&str, &str); 46] = [
     ("ROLLBACK name [the same options]", "switch its databases back to the source, with everything written since"),
     ("COMPLETE name", "give up the way back"),
     ("CANCEL name", "remove what the migration made; the target's data stays"),
-    ("VERIFY name", "compare source and target, row by row and definition by definition"),
+    (
+        "VERIFY name [REPAIR]",
+        "compare source and target, row by row and definition by definition, and write the source's rows over those that differ",
+    ),
+    ("FIX name rule [APPLY]", "show what mends a rule of its validation, or run it where that costs nothing"),
     ("RETRY name", "go on with a migration that failed"),
     ("RELOAD", "read the configuration again"),
     ("PAUSE [database]", "hold new transactions; answers when those that run have ended"),

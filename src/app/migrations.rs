@@ -5,15 +5,18 @@ use std::time::Duration;
 
 use async_trait::async_trait;
 
+use crate::admin::command::{FixRequest, VerifyRequest};
 use crate::admin::error::{AdminError, ErrorKind};
 use crate::admin::parts::Migrations;
 use crate::catalog::decision::Outcome;
 use crate::catalog::migrations::CatalogError;
 use crate::catalog::streams::Direction;
 use crate::cutover::parts::{self, Replication};
-use crate::migration::engine::{CutoverLease, DatabaseHandle, Engine, EngineError};
+use crate::migration::engine::{Applied, CutoverLease, DatabaseHandle, Engine, EngineError};
 use crate::migration::preflight::RuleResult;
-use crate::migration::view::{CancelReport, MigrationName, MigrationSpec, MigrationView, TableView, VerifyReport};
+use crate::migration::view::{
+    CancelReport, FixReport, MigrationName, MigrationSpec, MigrationView, TableView, VerifyReport,
+};
 use crate::switch::Epoch;
 
 /// After the start of the process the engine needs a moment to find its target; orders wait for it, but not longer.
@@ -76,8 +79,15 @@ impl Migrations for EngineDesk {
         self.engine().await.complete(name.as_str()).await.map_err(|error| refused(&error))
     }
 
-    async fn verify(&self, name: &MigrationName) -> Result<VerifyReport, AdminError> {
-        self.engine().await.verify(name.as_str()).await.map_err(|error| refused(&error))
+    async fn verify(&self, name: &MigrationName, request: VerifyRequest) -> Result<VerifyReport, AdminError> {
+        let engine = self.engine().await;
+        let report = if request.repair { engine.repair(name.as_str()).await } else { engine.verify(name.as_str()).await };
+        report.map_err(|error| refused(&error))
+    }
+
+    async fn fix(&self, name: &MigrationName, request: FixRequest) -> Result<FixReport, AdminError> {
+        let apply = if request.apply { Applied::Now } else { Applied::No };
+        self.engine().await.fix(name.as_str(), &request.rule, apply).await.map_err(|error| refused(&error))
     }
 
     async fn retry(&self, name: &MigrationName) -> Result<(), AdminError> {
@@ -95,6 +105,8 @@ fn refused(error: &EngineError) -> AdminError {
         EngineError::Rejected(_)
         | EngineError::Drifted { .. }
         | EngineError::Return(_)
+        | EngineError::Invalid(_)
+        | EngineError::Fix { .. }
         | EngineError::Unverified { .. } => (ErrorKind::Conflict, None),
         EngineError::Unavailable(_)
         | EngineError::Connect(_)

@@ -15,6 +15,15 @@ CREATE TABLE IF NOT EXISTS pgcutover.verification (
     verified_at  timestamptz NOT NULL DEFAULT now(),
     PRIMARY KEY (migration, database, schema_name, table_name)
 );
+CREATE TABLE IF NOT EXISTS pgcutover.repair (
+    id           bigint GENERATED ALWAYS AS IDENTITY PRIMARY KEY,
+    migration    text NOT NULL,
+    database     text NOT NULL,
+    schema_name  text NOT NULL,
+    table_name   text NOT NULL,
+    what         jsonb NOT NULL,
+    began_at     timestamptz NOT NULL DEFAULT now()
+);
 CREATE TABLE IF NOT EXISTS pgcutover.verification_run (
     migration    text PRIMARY KEY,
     complete     boolean NOT NULL,
@@ -86,6 +95,26 @@ impl MigrationCatalog {
             )
             .await
             .map_err(|source| CatalogError::query("keep the verification of a table", source))?;
+        self.must_be_one(written)
+    }
+
+    /// Journals rows that are about to be written or removed: keys and counts, never values.
+    pub async fn repairing(
+        &self,
+        migration: &str,
+        database: &str,
+        table: &QualifiedName,
+        what: &serde_json::Value,
+    ) -> Result<(), CatalogError> {
+        let client = self.client().await?;
+        let written = client
+            .execute(
+                "INSERT INTO pgcutover.repair (migration, database, schema_name, table_name, what)
+                 SELECT $1, $2, $3, $4, $5 FROM pgcutover.engine WHERE generation = $6",
+                &[&migration, &database, &table.schema, &table.name, what, &self.generation().0],
+            )
+            .await
+            .map_err(|source| CatalogError::query("journal a repair", source))?;
         self.must_be_one(written)
     }
 

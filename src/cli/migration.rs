@@ -5,9 +5,10 @@ use serde_json::{Value, json};
 use super::client::Client;
 use super::output::{Output, typed};
 use super::{CliError, Create, Cutover, MigrationCommand, Verdict, properties, watch};
-use crate::admin::command::{CutoverRequest, Filter};
+use crate::admin::command::{CutoverRequest, Filter, FixRequest, VerifyRequest};
 use crate::admin::view::CutoverView;
-use crate::migration::view::{MigrationName, MigrationOption, MigrationSpec, Mode, VerifyReport};
+use crate::migration::preflight::{Level, Outcome, RuleResult};
+use crate::migration::view::{FixReport, MigrationName, MigrationOption, MigrationSpec, Mode, VerifyReport};
 
 pub(super) async fn run(command: MigrationCommand, client: &Client, output: &Output) -> Result<Verdict, CliError> {
     match command {
@@ -26,7 +27,15 @@ pub(super) async fn run(command: MigrationCommand, client: &Client, output: &Out
             output.tables(&client.get(&path(&name, "/tables")).await?)?;
             Ok(Verdict::Good)
         }
-        MigrationCommand::Validation { name } => validation(&client.get(&path(&name, "/validation")).await?, output),
+        MigrationCommand::Validation { name, fix: Some(rule), yes } => {
+            let body = to_json(&FixRequest { rule, apply: yes })?;
+            let answer = client.post(&path(&name, "/fix"), Some(&body)).await?;
+            output.fixed(&answer)?;
+            let report: FixReport = typed(&answer)?;
+            let mended = report.found.iter().all(|rule| rule.outcome == Outcome::Succeeded);
+            Ok(if mended { Verdict::Good } else { Verdict::Bad })
+        }
+        MigrationCommand::Validation { name, fix: None, .. } => validation(&client.get(&path(&name, "/validation")).await?, output),
         MigrationCommand::History { name } => {
             output.rows(&client.get(&path(&name, "/history")).await?)?;
             Ok(Verdict::Good)
@@ -41,8 +50,9 @@ pub(super) async fn run(command: MigrationCommand, client: &Client, output: &Out
             output.cancelled(&client.post(&path(&name, "/cancel"), None).await?)?;
             Ok(Verdict::Good)
         }
-        MigrationCommand::Verify { name } => {
-            let answer = client.post(&path(&name, "/verify"), None).await?;
+        MigrationCommand::Verify { name, repair } => {
+            let body = to_json(&VerifyRequest { repair })?;
+            let answer = client.post(&path(&name, "/verify"), Some(&body)).await?;
             output.verified(&answer)?;
             let report: VerifyReport = typed(&answer)?;
             Ok(if report.differences == 0 { Verdict::Good } else { Verdict::Bad })
@@ -90,25 +100,32 @@ async fn create(create: Create, client: &Client, output: &Output) -> Result<Verd
 
 /// Bad when a rule failed.
 fn validation(answer: &Value, output: &Output) -> Result<Verdict, CliError> {
-    let rules: Vec<crate::migration::preflight::RuleResult> = typed(answer)?;
-    let failed = rules.iter().any(|rule| rule.outcome == crate::migration::preflight::Outcome::Failed);
+    let rules: Vec<RuleResult> = typed(answer)?;
+    let failed = rules.iter().any(|rule| rule.outcome == Outcome::Failed);
     if output.is_json() {
         output.json(answer);
     } else {
-        for rule in &rules {
-            let place = match &rule.level {
-                crate::migration::preflight::Level::Instance => "instance",
-                crate::migration::preflight::Level::Database(name) => name,
-            };
-            output.line(&format!("{:?}: {place}: {}", rule.outcome, rule.code));
-            rule.evidence.iter().for_each(|item| output.line(&format!("    {item}")));
-            if rule.outcome != crate::migration::preflight::Outcome::Succeeded {
-                output.line(&format!("    why: {}", rule.why));
-                output.line(&format!("    fix: {}", rule.fix));
-            }
-        }
+        rules.iter().for_each(|rule| show(rule, output));
     }
     Ok(if failed { Verdict::Bad } else { Verdict::Good })
+}
+
+pub(super) fn show(rule: &RuleResult, output: &Output) {
+    let place = match &rule.level {
+        Level::Instance => "instance",
+        Level::Database(name) => name,
+    };
+    output.line(&format!("{:?}: {place}: {}", rule.outcome, rule.code));
+    rule.evidence.iter().for_each(|item| output.line(&format!("    {item}")));
+    let more = rule.evidence_total.saturating_sub(rule.evidence.len());
+    if more > 0 {
+        output.line(&format!("    and {more} more"));
+    }
+    if rule.outcome != Outcome::Succeeded {
+        output.line(&format!("    why: {}", rule.why));
+        output.line(&format!("    fix: {}", rule.fix));
+        rule.statements.iter().for_each(|statement| output.line(&format!("    {statement}")));
+    }
 }
 
 /// Good only when switched, or when a dry run would have.

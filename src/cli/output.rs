@@ -9,7 +9,7 @@ use super::client::ClientError;
 use super::{CliError, Format};
 use crate::admin::view::{CutoverView, MigrationEntry, StatusView};
 use crate::config::units::format_size;
-use crate::migration::view::{CancelReport, DatabaseView, MigrationView, TableView, VerifyReport};
+use crate::migration::view::{CancelReport, DatabaseView, FixReport, MigrationView, TableView, VerifyReport};
 
 /// Prints.
 pub(super) struct Output {
@@ -259,6 +259,9 @@ impl Output {
                 "compared {} tables with {} rows: {} differences",
                 report.tables_compared, report.rows_compared, report.differences
             ));
+            if report.repaired > 0 {
+                output.line(&format!("repaired {} rows", report.repaired));
+            }
             for table in &report.tables {
                 let (database, result) = (&table.database, &table.result);
                 if let Some(problem) = &result.problem {
@@ -283,6 +286,21 @@ impl Output {
                     output.line(&format!("{}: {kind} {name}: {difference}", found.database));
                 }
             }
+        })
+    }
+
+    pub(super) fn fixed(&self, answer: &Value) -> Result<(), CliError> {
+        self.either(answer, |output, report: FixReport| {
+            match (&report.refused, report.applied) {
+                (_, true) => output.line(&format!("{}: run:", report.rule)),
+                (Some(why), false) => output.line(&format!("{}: not run for you, because {why}:", report.rule)),
+                (None, false) if report.statements.is_empty() => {
+                    output.line(&format!("{}: there is nothing to run", report.rule));
+                }
+                (None, false) => output.line(&format!("{}: with --yes, this is run:", report.rule)),
+            }
+            report.statements.iter().for_each(|statement| output.line(&format!("    {statement}")));
+            report.found.iter().for_each(|rule| super::migration::show(rule, output));
         })
     }
 

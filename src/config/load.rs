@@ -243,6 +243,8 @@ fn migration(mut section: Section<'_>) -> Migration {
         verify_workers: section.number("verify_workers", 2, 1..=64),
         verify_load_percent: u8::try_from(section.number("verify_load", 50, 1..=100)).unwrap_or(50),
         slot_timeout: section.duration("slot_timeout", Duration::from_secs(600)),
+        validation_interval: section.duration("validation_interval", Duration::from_secs(60)),
+        long_transaction: section.duration("long_transaction", Duration::from_secs(300)),
         lock_timeout: section.duration("lock_timeout", Duration::from_secs(5)),
         copy_rate_bytes: Some(section.size("copy_rate", 0, 0..=u64::MAX)).filter(|rate| *rate > 0),
         max_standby_lag: Some(section.duration("max_standby_lag", Duration::ZERO)).filter(|lag| !lag.is_zero()),

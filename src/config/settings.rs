@@ -149,6 +149,8 @@ impl Config {
         add("migration", "verify_workers", migration.verify_workers.to_string(), Restart);
         add("migration", "verify_load", migration.verify_load_percent.to_string(), Restart);
         add("migration", "slot_timeout", format_duration(migration.slot_timeout), Restart);
+        add("migration", "validation_interval", format_duration(migration.validation_interval), Restart);
+        add("migration", "long_transaction", format_duration(migration.long_transaction), Restart);
         add("migration", "lock_timeout", format_duration(migration.lock_timeout), Restart);
         add("migration", "copy_rate", format_size(migration.copy_rate_bytes.unwrap_or(0)), Restart);
         let lag = migration.max_standby_lag.unwrap_or_default();

@@ -103,6 +103,11 @@ impl Gate {
 }
 
 impl Hold {
+    /// Whether the apply still waits for it. Once it does not, another stream may have begun.
+    pub fn stands(&self) -> bool {
+        !self.questions.is_closed()
+    }
+
     /// Lets pass what `snapshot` sees. `position` is the source's insert position, read after the snapshot was taken;
     /// something published must be committed after that, or the answer may take until the source has something to say.
     pub async fn fit(&mut self, snapshot: &TxidSnapshot, position: Lsn) -> Result<Fit, Interrupted> {

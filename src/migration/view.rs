@@ -5,6 +5,7 @@
 use serde::{Deserialize, Serialize};
 
 use crate::catalog::journal::MadeObject;
+use crate::migration::preflight::{RuleResult, Statement};
 use crate::migration::verify::TableResult;
 use crate::migration::verify::definitions::DefinitionDifference;
 
@@ -294,10 +295,28 @@ pub struct VerifyReport {
     pub rows_compared: u64,
     /// Rows and definitions that differ, and tables that could not be compared. Zero: nothing does.
     pub differences: u64,
+    /// Rows that were written, or removed, on the server that is followed to make it equal.
+    #[serde(default)]
+    pub repaired: u64,
     /// Tables that are not the same, with the keys of rows that differ, as far as they are listed.
     pub tables: Vec<VerifiedTable>,
     /// Definitions that are not the same.
     pub definitions: Vec<VerifiedDatabase>,
+}
+
+/// What mends a rule of the validation.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, schemars::JsonSchema)]
+pub struct FixReport {
+    /// Its code.
+    pub rule: String,
+    /// Whether the statements were run.
+    pub applied: bool,
+    /// Why they are not run for the operator, where that could cost something; null: they may be.
+    pub refused: Option<String>,
+    /// Every one, in their order.
+    pub statements: Vec<Statement>,
+    /// The rule's answers afterwards.
+    pub found: Vec<RuleResult>,
 }
 
 /// A table that is not the same.
@@ -324,6 +343,7 @@ impl VerifyReport {
     pub fn add_table(&mut self, database: &str, result: TableResult) {
         self.tables_compared += 1;
         self.rows_compared += result.rows;
+        self.repaired += result.repaired;
         self.differences += result.differences + u64::from(result.problem.is_some());
         if !result.is_equal() {
             self.tables.push(VerifiedTable { database: database.to_owned(), result });

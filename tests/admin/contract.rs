@@ -133,6 +133,8 @@ async fn every_call_of_the_document_is_answered_as_it_says() {
                 "cutOver" | "rollBack" => {
                     json!({"dry_run": true, "max_pause": "2s", "stragglers": "abort"}).to_string()
                 }
+                "verifyMigration" => json!({"repair": true}).to_string(),
+                "fixRule" => json!({"rule": "always_triggers", "apply": true}).to_string(),
                 "set" => json!({"value": "5s"}).to_string(),
                 "shutdown" => json!({"wait_for": "clients"}).to_string(),
                 _ => String::new(),

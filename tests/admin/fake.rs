@@ -5,7 +5,7 @@ use std::sync::{Arc, Mutex};
 
 use arc_swap::ArcSwap;
 use async_trait::async_trait;
-use pgcutover::admin::command::{CutoverRequest, ShutdownWhen};
+use pgcutover::admin::command::{CutoverRequest, FixRequest, ShutdownWhen, VerifyRequest};
 use pgcutover::admin::console::Console;
 use pgcutover::admin::error::{AdminError, ErrorKind};
 use pgcutover::admin::http;
@@ -19,7 +19,7 @@ use pgcutover::config::{Changes, Config, Secret, Server};
 use pgcutover::migration::preflight::{Level, Outcome, RuleResult};
 use pgcutover::migration::verify::{DifferenceKind, RowDifference, TableResult};
 use pgcutover::migration::view::{
-    CancelReport, DatabaseView, FullLoadView, IncrementalView, MigrationName, MigrationSpec, MigrationView, TableView,
+    CancelReport, DatabaseView, FixReport, FullLoadView, IncrementalView, MigrationName, MigrationSpec, MigrationView, TableView,
     VerifyReport,
 };
 use pgcutover::postgres::Stream;
@@ -113,6 +113,7 @@ impl Migrations for Fake {
             evidence_total: 1,
             why: "w".to_owned(),
             fix: "f".to_owned(),
+            statements: Vec::new(),
         }])
     }
 
@@ -126,13 +127,20 @@ impl Migrations for Fake {
         self.show(name).await.map(|_| CancelReport::default())
     }
 
-    async fn verify(&self, name: &MigrationName) -> Result<VerifyReport, AdminError> {
-        self.note(format!("verify {name}"));
+    async fn fix(&self, name: &MigrationName, request: FixRequest) -> Result<FixReport, AdminError> {
+        self.note(format!("fix {name} {} {}", request.rule, request.apply));
+        self.show(name).await?;
+        Ok(FixReport { rule: request.rule, applied: request.apply, refused: None, statements: Vec::new(), found: Vec::new() })
+    }
+
+    async fn verify(&self, name: &MigrationName, request: VerifyRequest) -> Result<VerifyReport, AdminError> {
+        self.note(format!("verify {name}{}", if request.repair { " and repair" } else { "" }));
         let listed = vec![RowDifference { kind: DifferenceKind::Missing, key: vec![Some("7".to_owned())] }];
         let result = TableResult {
             schema: "public".to_owned(),
             name: "item".to_owned(),
             rows: 10,
+            repaired: 0,
             differences: 1,
             listed,
             problem: None,

@@ -15,7 +15,7 @@ pub mod world;
 use std::future::Future;
 use std::time::{Duration, Instant};
 
-use pgcutover::demo::cluster::{Cluster, ClusterOptions, Installations};
+use pgcutover::demo::cluster::{Cluster, ClusterOptions, Installation, Installations};
 
 /// For conditions that depend on servers and processes of a busy machine.
 pub const PATIENCE: Duration = Duration::from_secs(60);
@@ -38,9 +38,17 @@ pub fn two_clusters_with(
     target: impl FnOnce(ClusterOptions) -> ClusterOptions,
 ) -> (Cluster, Cluster) {
     let found = installations();
-    let (old, new) = found.pair().expect("checked by installations()");
-    let source = source(ClusterOptions::new(old, "source"));
-    let target = target(ClusterOptions::new(new, "target"));
+    two_clusters_of(found.pair().expect("checked by installations()"), source, target)
+}
+
+/// The same of two chosen installations.
+pub fn two_clusters_of(
+    majors: (&Installation, &Installation),
+    source: impl FnOnce(ClusterOptions) -> ClusterOptions,
+    target: impl FnOnce(ClusterOptions) -> ClusterOptions,
+) -> (Cluster, Cluster) {
+    let source = source(ClusterOptions::new(majors.0, "source"));
+    let target = target(ClusterOptions::new(majors.1, "target"));
     Cluster::start_two(source, target).unwrap_or_else(|error| panic!("{error}"))
 }
 

@@ -102,7 +102,11 @@ impl Rig {
         source: impl FnOnce(ClusterOptions) -> ClusterOptions,
         target: impl FnOnce(ClusterOptions) -> ClusterOptions,
     ) -> Self {
-        let (source_cluster, target_cluster) = support::two_clusters_with(source, target);
+        Self::of(support::two_clusters_with(source, target))
+    }
+
+    /// Between these two.
+    pub fn of((source_cluster, target_cluster): (Cluster, Cluster)) -> Self {
         let whole = configuration(&source_cluster, &target_cluster);
         let config = Migration {
             copy_workers: 3,

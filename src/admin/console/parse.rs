@@ -4,7 +4,7 @@
 
 use std::time::Duration;
 
-use crate::admin::command::{Command, CutoverRequest, Filter, ShutdownWhen};
+use crate::admin::command::{Command, CutoverRequest, Filter, FixRequest, ShutdownWhen, VerifyRequest};
 use crate::admin::error::{AdminError, ErrorKind};
 use crate::admin::pgbouncer;
 use crate::admin::service::migration_name;
@@ -108,7 +108,8 @@ pub fn parse(text: &str) -> Result<Statement, AdminError> {
         "COMPLETE" => Command::Complete(rest.named_migration()?),
         "CANCEL" => Command::Cancel(rest.named_migration()?),
         "RETRY" => Command::Retry(rest.named_migration()?),
-        "VERIFY" => Command::Verify(rest.named_migration()?),
+        "VERIFY" => verify(&mut rest)?,
+        "FIX" => fix(&mut rest)?,
         "RELOAD" => Command::Reload,
         "SHUTDOWN" => shutdown(&mut rest)?,
         "KILL" => kill(&mut rest)?,
@@ -216,6 +217,24 @@ fn create(rest: &mut Words<'_>) -> Result<Command, AdminError> {
         }
     }
     Ok(Command::Create(spec))
+}
+
+fn verify(rest: &mut Words<'_>) -> Result<Command, AdminError> {
+    let name = rest.named_migration()?;
+    match rest.keyword() {
+        None => Ok(Command::Verify(name, VerifyRequest { repair: false })),
+        Some(word) if word == "REPAIR" => Ok(Command::Verify(name, VerifyRequest { repair: true })),
+        Some(word) => Err(unknown("option", &word, "REPAIR")),
+    }
+}
+
+fn fix(rest: &mut Words<'_>) -> Result<Command, AdminError> {
+    let (name, rule) = (rest.named_migration()?, rest.text("a rule")?);
+    match rest.keyword() {
+        None => Ok(Command::Fix(name, FixRequest { rule, apply: false })),
+        Some(word) if word == "APPLY" => Ok(Command::Fix(name, FixRequest { rule, apply: true })),
+        Some(word) => Err(unknown("option", &word, "APPLY")),
+    }
 }
 
 fn cutover(

@@ -14,7 +14,7 @@ use serde::{Deserialize, Serialize};
 
 use super::problem::Problem;
 use super::{Answer, Shared, Site, events, guard, idempotency, openapi};
-use crate::admin::command::{Command, CutoverRequest, Filter, ShutdownWhen};
+use crate::admin::command::{Command, CutoverRequest, Filter, FixRequest, ShutdownWhen, VerifyRequest};
 use crate::admin::error::{AdminError, ErrorKind};
 use crate::admin::reply::{self, Reply};
 use crate::admin::service::migration_name;
@@ -24,7 +24,7 @@ use crate::admin::view::{
 };
 use crate::config::Changes;
 use crate::migration::preflight::RuleResult;
-use crate::migration::view::{CancelReport, MigrationSpec, MigrationView, TableView, VerifyReport};
+use crate::migration::view::{CancelReport, FixReport, MigrationSpec, MigrationView, TableView, VerifyReport};
 
 /// A JSON shape, made when the document is.
 pub(super) type Shape = fn(&mut SchemaGenerator) -> Schema;
@@ -303,13 +303,26 @@ fn migrations() -> Vec<Operation> {
             Answers::Json(shape::<CancelReport>),
             post_named(Command::Cancel),
         ),
-        order_one(
-            "/api/v1/migrations/{name}/verify",
-            "verifyMigration",
-            "Compare source and target; answered when all of it was compared",
-            Answers::Json(shape::<VerifyReport>),
-            post_named(Command::Verify),
-        ),
+        Operation {
+            body: takes::<VerifyRequest>(),
+            ..order_one(
+                "/api/v1/migrations/{name}/verify",
+                "verifyMigration",
+                "Compare source and target, and repair rows if asked to; answered when all of it was compared",
+                Answers::Json(shape::<VerifyReport>),
+                post(verify),
+            )
+        },
+        Operation {
+            body: needs::<FixRequest>(),
+            ..order_one(
+                "/api/v1/migrations/{name}/fix",
+                "fixRule",
+                "Show what mends a rule of its premigration validation, and run it if asked to",
+                Answers::Json(shape::<FixReport>),
+                post(fix),
+            )
+        },
         order_one(
             "/api/v1/migrations/{name}/retry",
             "retryMigration",
@@ -566,6 +579,15 @@ async fn cutover(caller: Caller, state: Shared, Path(name): Path<String>, body: 
 async fn rollback(caller: Caller, state: Shared, Path(name): Path<String>, body: Bytes) -> Answer {
     let request: CutoverRequest = if body.is_empty() { CutoverRequest::default() } else { parse(&body)? };
     change(state, caller, Command::Rollback(migration_name(&name)?, request)).await
+}
+
+async fn verify(caller: Caller, state: Shared, Path(name): Path<String>, body: Bytes) -> Answer {
+    let request = if body.is_empty() { VerifyRequest::default() } else { parse(&body)? };
+    change(state, caller, Command::Verify(migration_name(&name)?, request)).await
+}
+
+async fn fix(caller: Caller, state: Shared, Path(name): Path<String>, body: Bytes) -> Answer {
+    change(state, caller, Command::Fix(migration_name(&name)?, parse(&body)?)).await
 }
 
 async fn kill(caller: Caller, state: Shared, Path(pid): Path<String>) -> Answer {

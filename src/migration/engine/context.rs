@@ -6,6 +6,7 @@ use tokio::sync::watch;
 
 use super::error::WorkError;
 use super::live::Live;
+use super::validation::Servers;
 use crate::catalog::migrations::MigrationCatalog;
 use crate::config::Config;
 use crate::failpoint::Failpoints;
@@ -27,6 +28,11 @@ pub(super) struct Context {
 }
 
 impl Context {
+    /// What the validation asks.
+    pub(super) fn servers(&self) -> Servers<'_> {
+        Servers { source: &self.source, target: &self.target, config: &self.config }
+    }
+
     /// A control session on the source whose own commits wait for no standby: what we make there is worth nothing on
     /// another server, because the slot is not there.
     pub(super) async fn source_control(&self, database: &str, purpose: &str) -> Result<Control, WorkError> {

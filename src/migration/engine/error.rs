@@ -52,6 +52,17 @@ pub enum EngineError {
         /// Why.
         source: tokio_postgres::Error,
     },
+    /// Rules of the validation that held before the migration began do not hold now.
+    #[error("rules of the validation fail now: {0}; `migration validation` tells what mends them")]
+    Invalid(String),
+    /// A statement of a fix failed; those before it were run.
+    #[error("the fix stopped at: {statement}")]
+    Fix {
+        /// Where and what.
+        statement: String,
+        /// Why.
+        source: tokio_postgres::Error,
+    },
     /// The configuration wants source and target to be equal before a cutover.
     #[error(
         "source and target differ in {differences} places, among them {first}, and [cutover] require_verified is set: `migration verify` lists them"

@@ -47,6 +47,7 @@ mod recorder;
 mod source_watch;
 mod synchronise;
 mod turn;
+mod validation;
 mod verification;
 mod worker;
 
@@ -76,6 +77,7 @@ use crate::switch::Epoch;
 use crate::telemetry::metrics::Metrics;
 
 pub use error::EngineError;
+pub use validation::Applied;
 pub use lease::{CutoverLease, DatabaseHandle, StreamBroken};
 
 /// How often a lock that another engine has is asked for.
@@ -240,13 +242,14 @@ impl Engine {
     }
 
     /// Takes a migration that is ready for its cutover. Refused when the target lacks what was defined on the source since
-    /// the migration began, and, with `require_verified`, when anything differs.
+    /// the migration began, when a rule of its validation that is about replication fails now, and, with `require_verified`, when anything differs.
     pub async fn begin_cutover(self: &Arc<Self>, name: &str) -> Result<CutoverLease, EngineError> {
         let live = self.entry(name)?.live;
         if live.state() == State::WaitingForCutoverTrigger {
             if !has_come_back(&live) {
                 Box::pin(self.check_drift(&live, Direction::Forward)).await?;
             }
+            Box::pin(self.must_still_hold(&live)).await?;
             if self.deps.config.cutover.require_verified {
                 Box::pin(self.must_be_equal(&live)).await?;
             }

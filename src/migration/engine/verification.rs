@@ -8,12 +8,15 @@ use async_trait::async_trait;
 
 use super::live::{DatabaseLive, Live};
 use super::{Engine, EngineError};
+use crate::catalog::door::Door;
 use crate::catalog::migrations::{CatalogError, MigrationCatalog};
+use crate::catalog::streams::Direction;
 use crate::ident::QualifiedName;
 use crate::migration::state::State;
 use crate::migration::verify::align::Sides;
-use crate::migration::verify::{self, Observer, TableResult, VerifyContext, definitions};
+use crate::migration::verify::{self, Damaged, Observer, TableResult, VerifyContext, definitions};
 use crate::migration::view::{Mode, VerificationView, VerifiedDatabase, VerifyReport};
+use crate::switch::Epoch;
 use crate::telemetry::metrics::Metrics;
 
 /// Which tables are compared.
@@ -25,43 +28,69 @@ enum Scope {
     Changed,
 }
 
+/// What is asked for.
+#[derive(Clone, Copy, Debug)]
+struct Work {
+    scope: Scope,
+    /// Of the stream: after a cutover the target is the one that is followed.
+    direction: Direction,
+    /// Whether there is one.
+    streams: bool,
+    damaged: Damaged,
+}
+
+impl Work {
+    fn new(scope: Scope, direction: Direction, streams: bool) -> Self {
+        Self { scope, direction, streams, damaged: Damaged::Listed }
+    }
+}
+
 impl Engine {
     /// Compares source and target, table by table and definition by definition. Comes back when all of it was compared.
     pub async fn verify(&self, name: &str) -> Result<VerifyReport, EngineError> {
-        self.compare(name, Scope::Every).await
+        self.compare(name, Scope::Every, Damaged::Listed).await
+    }
+
+    /// The same, and writes the rows of the server that is in use over those of the other that differ.
+    pub async fn repair(&self, name: &str) -> Result<VerifyReport, EngineError> {
+        self.compare(name, Scope::Every, Damaged::Repaired).await
     }
 
     /// Makes sure that every table was found equal since it was last written to: compares again what was not.
     pub async fn verify_changed(&self, name: &str) -> Result<VerifyReport, EngineError> {
-        self.compare(name, Scope::Changed).await
+        self.compare(name, Scope::Changed, Damaged::Listed).await
     }
 
-    async fn compare(&self, name: &str, scope: Scope) -> Result<VerifyReport, EngineError> {
+    async fn compare(&self, name: &str, scope: Scope, damaged: Damaged) -> Result<VerifyReport, EngineError> {
         let (catalog, _actors) = self.owned()?;
         let live = self.entry(name)?.live;
         let Ok(_alone) = live.verifying.try_lock() else {
             return Err(EngineError::BadRequest(format!("migration {name:?} is being verified already")));
         };
         let state = live.state();
-        let streams = match (state, live.spec.mode) {
-            (State::WaitingForCutoverTrigger, _) => true,
-            (State::Completed, Mode::Offline) => false,
+        let streams = live.databases.iter().all(|database| database.current().flows());
+        let work = match (state, live.spec.mode) {
+            (State::WaitingForCutoverTrigger, _) => Work { damaged, ..Work::new(scope, Direction::Forward, true) },
+            (State::Completed, Mode::Online) if streams => {
+                Work { damaged, ..Work::new(scope, Direction::Reverse, true) }
+            }
+            (State::Completed, Mode::Offline) if damaged == Damaged::Listed => Work::new(scope, Direction::Forward, false),
+            (State::Completed, Mode::Offline) => {
+                let message = format!(
+                    "migration {name:?} is complete and follows nothing any more: its target may have rows of its own, which a repair would remove"
+                );
+                return Err(EngineError::BadRequest(message));
+            }
             _ => {
                 return Err(EngineError::BadRequest(format!(
-                    "migration {name:?} is {state}; it can be verified while it waits for its cutover, or when an offline migration is complete"
+                    "migration {name:?} is {state}; it can be verified while it waits for its cutover, as long as it can be rolled back, or when an offline migration is complete"
                 )));
             }
         };
-        if super::has_come_back(&live) {
-            // Its target is shut, and another stream than the one that can be held feeds it.
-            return Err(EngineError::BadRequest(format!(
-                "migration {name:?} was rolled back; this version verifies before the first cutover only"
-            )));
-        }
         let mut changes = self.changes();
         // What was compared is on record; dropping the rest loses nothing.
         tokio::select! {
-            report = Box::pin(self.compare_databases(&live, &catalog, scope, streams)) => report,
+            report = Box::pin(self.compare_databases(&live, &catalog, work)) => report,
             () = async { while live.state() == state && changes.changed().await.is_ok() {} } => {
                 live.set_verification(None);
                 Err(EngineError::Unavailable(format!("migration {name:?} is {} now", live.state())))
@@ -74,9 +103,9 @@ impl Engine {
         &self,
         live: &Arc<Live>,
         catalog: &MigrationCatalog,
-        scope: Scope,
-        streams: bool,
+        order: Work,
     ) -> Result<VerifyReport, EngineError> {
+        let scope = order.scope;
         let began = tokio::time::Instant::now();
         if scope == Scope::Every {
             catalog.begin_verification(live.name()).await?;
@@ -90,7 +119,10 @@ impl Engine {
                 let row = known.iter().find(|row| row.database == database.name && row.table == table);
                 let result = row.and_then(|row| serde_json::from_value::<TableResult>(row.result.clone()).ok());
                 let still = match scope {
-                    Scope::Every => true,
+                    // What differed is to be repaired.
+                    Scope::Every => {
+                        order.damaged == Damaged::Listed || result.as_ref().is_some_and(TableResult::is_equal)
+                    }
                     Scope::Changed => {
                         result.as_ref().is_some_and(TableResult::is_equal)
                             && database.verified_changes(&table) == Some(database.changes(&table))
@@ -118,7 +150,7 @@ impl Engine {
             metrics: self.deps.metrics.clone(),
         });
         progress.publish();
-        let outcome = self.compare_tables(live, catalog, work, streams, &progress, &mut report).await;
+        let outcome = self.compare_tables(live, catalog, work, order, &progress, &mut report).await;
         live.set_verification(None);
         outcome?;
         if scope == Scope::Every {
@@ -139,11 +171,12 @@ impl Engine {
         live: &Arc<Live>,
         catalog: &MigrationCatalog,
         work: Vec<(Arc<DatabaseLive>, Vec<QualifiedName>)>,
-        streams: bool,
+        order: Work,
         progress: &Arc<Progress>,
         report: &mut VerifyReport,
     ) -> Result<(), EngineError> {
         let (source, target) = self.connectors();
+        let (source, target) = order.direction.ends(&source, &target);
         let config = &self.deps.config.migration;
         for (database, wanted) in work {
             let keeper = Keeper {
@@ -159,8 +192,14 @@ impl Engine {
                     source: source.clone(),
                     target: target.clone(),
                     database: database.name.clone(),
-                    gate: streams.then(|| database.stream.gate.clone()),
+                    gate: order.streams.then(|| database.stream.gate.clone()),
+                    // A server that was left is shut.
+                    door: (database.current().epoch > Epoch(0)).then(|| {
+                        let door = Door::new(target, &self.deps.config.control.database, &database.name);
+                        Arc::new(tokio::sync::Mutex::new(door))
+                    }),
                 },
+                damaged: order.damaged,
                 workers: config.verify_workers,
                 load_percent: config.verify_load_percent,
                 observer: Arc::new(keeper),
@@ -224,6 +263,10 @@ impl Observer for Keeper {
         self.progress.bytes.fetch_add(bytes, Ordering::Relaxed);
         self.progress.metrics.verify_rows.inc_by(rows);
         self.progress.publish();
+    }
+
+    async fn repairing(&self, table: &QualifiedName, what: &serde_json::Value) -> Result<(), CatalogError> {
+        self.catalog.repairing(&self.migration, &self.database.name, table, what).await
     }
 
     async fn finished(&self, result: &TableResult) -> Result<(), CatalogError> {

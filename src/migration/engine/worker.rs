@@ -12,11 +12,12 @@ use super::context::Context;
 use super::database::DatabaseWork;
 use super::error::WorkError;
 use super::live::Step;
+use super::validation::{self, Asked};
 use crate::catalog::journal::Journal;
 use crate::catalog::streams::Direction;
 use crate::catalog::{Place, bootstrap};
 use crate::migration::backoff::Backoff;
-use crate::migration::preflight::{self, Outcome, Preflight, RuleResult};
+use crate::migration::preflight::{Outcome, RuleResult};
 use crate::migration::state::{Event, State};
 use crate::migration::stream::{Trouble, describe};
 use crate::migration::view::{MigrationOption, Mode, Problem};
@@ -93,6 +94,8 @@ impl Worker {
                 .map(|work| async move { work.run().await.map_err(|error| (error, Some(work.live.name.clone()))) }),
         );
         tokio::select! {
+            // Never ends; what it has found is kept.
+            never = self.keep_validating() => match never {},
             done = all => done.map(|_| (Event::CopiedOffline, None)),
             error = self.tell_when_ready(ready) => Err((error, None)),
         }
@@ -173,19 +176,7 @@ impl Worker {
         if spec.option == MigrationOption::Migrate || self.live_steps().any(|step| step > Step::Waiting) {
             return Ok(None);
         }
-        let databases: Vec<String> = self.context.live.databases.iter().map(|database| database.name.clone()).collect();
-        let results = preflight::validate(&Preflight {
-            source: &self.context.source,
-            target: &self.context.target,
-            databases: &databases,
-            config: &self.context.config,
-            mode: match spec.mode {
-                Mode::Online => preflight::Mode::Online,
-                Mode::Offline => preflight::Mode::Offline,
-            },
-            overwrite_target: spec.overwrite_target,
-        })
-        .await;
+        let results = validation::ask(&self.context.servers(), &self.context.live, Asked::Everything).await;
         let json = serde_json::to_value(&results).unwrap_or_default();
         self.patiently("validation", || async {
             Ok(self.context.catalog.set_validation(self.context.live.name(), &json).await?)
@@ -199,6 +190,23 @@ impl Worker {
             MigrationOption::Validate => Some((Event::ValidatedOnly, None)),
             MigrationOption::Migrate | MigrationOption::ValidateAndMigrate => None,
         })
+    }
+
+    /// Asks the rules about replication again and again, as long as there is work.
+    async fn keep_validating(&self) -> std::convert::Infallible {
+        let spec = &self.context.live.spec;
+        let asked = spec.mode == Mode::Online && spec.option != MigrationOption::Migrate;
+        loop {
+            tokio::time::sleep(self.context.config.migration.validation_interval).await;
+            if asked && matches!(self.state(), State::MigratingData | State::WaitingForCutoverTrigger) {
+                let (servers, live) = (self.context.servers(), &self.context.live);
+                let results = validation::ask(&servers, live, Asked::AboutReplication).await;
+                if let Err(error) = validation::keep(&self.context.catalog, live, &results).await {
+                    let error = describe(&error);
+                    tracing::debug!(migration = live.name(), error, "the validation could not be kept");
+                }
+            }
+        }
     }
 
     async fn roles(&self) -> Result<(), WorkError> {

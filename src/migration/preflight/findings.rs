@@ -1,103 +1,292 @@
-//! Further rules that are a query for what must not be there, or what an operator has to know: what a dump and a stream
-//! do not carry, and what behaves differently once it is restored.
+//! Rules that are a query of one database for what must not be there, or what an operator has to know: what a dump and a
+//! stream do not carry, and what behaves differently once it is restored.
+//!
+//! Every query yields a text for each finding and the statement that mends just that one, or null.
 
 use super::Outcome;
-use super::database::{EVERY, Finding};
+use super::database::Finding;
+use super::definition::{Apply, Definition, Hosted, When};
 
 pub(super) const FINDINGS: &[Finding] = &[
     Finding {
-        code: "wraparound",
-        why: "a slot and a long copy hold back vacuum; a database that is this near to the end of its transaction ids stops \
-              taking writes before they are through",
-        fix: "VACUUM (FREEZE) the database before the migration, and end what holds back vacuum: old transactions, prepared \
-              transactions, unused slots",
-        outcome: Outcome::Warning,
-        online: false,
-        versions: EVERY,
-        query: "SELECT format('%s transaction ids are used of 2147483648', age(datfrozenxid)) FROM pg_database \
+        definition: Definition {
+            code: "unreadable_large_objects",
+            why: "large objects are read by the source's login role",
+            evidence: "their numbers",
+            fix: "GRANT SELECT ON LARGE OBJECT … TO the source's login role, make it a member of their owners, or log in as a superuser",
+            apply: Apply::Refused("a role cannot give itself rights: another one has to"),
+            ..Finding::DEFINITION
+        },
+        query: "SELECT 'large object ' || m.oid, format('GRANT SELECT ON LARGE OBJECT %s TO %I', m.oid, current_user) FROM pg_largeobject_metadata m \
+                CROSS JOIN (SELECT rolsuper AS sees_all FROM pg_roles WHERE rolname = current_user) me \
+                WHERE NOT (me.sees_all OR current_setting('lo_compat_privileges')::boolean OR pg_has_role(m.lomowner, 'USAGE') \
+                OR EXISTS (SELECT FROM aclexplode(m.lomacl) a WHERE a.privilege_type = 'SELECT' \
+                AND CASE a.grantee WHEN 0 THEN true ELSE pg_has_role(a.grantee, 'USAGE') END)) \
+                ORDER BY m.oid LIMIT 1000",
+        ..Finding::OF_EVERY_VERSION
+    },
+    Finding {
+        definition: Definition {
+            code: "temporary_tables",
+            when: When::BeforeOnline,
+            worst: Outcome::Warning,
+            why: "a session that holds temporary tables cannot be moved: the cutover waits for it or ends it",
+            evidence: "the tables",
+            fix: "let those sessions drop them or DISCARD TEMP before the cutover, or choose to have them ended: `--stragglers terminate`",
+            ..Finding::DEFINITION
+        },
+        query: "SELECT format('%I.%I', n.nspname, c.relname), NULL FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace \
+                WHERE c.relpersistence = 't' AND c.relkind = 'r' ORDER BY 1",
+        ..Finding::OF_EVERY_VERSION
+    },
+    Finding {
+        definition: Definition {
+            code: "always_triggers",
+            when: When::Repeatedly,
+            why: "they fire on replicated changes too and would act a second time on the target",
+            evidence: "the triggers and rules",
+            fix: "ALTER TABLE … ENABLE TRIGGER … (or RULE …) for those that are ENABLE ALWAYS, DISABLE for ENABLE REPLICA, until the \
+                  migration is complete",
+            apply: Apply::Since(0),
+            ..Finding::DEFINITION
+        },
+        query: "SELECT format('trigger %I on %I.%I', t.tgname, n.nspname, c.relname), format('ALTER TABLE %I.%I %s TRIGGER %I', \
+                n.nspname, c.relname, CASE t.tgenabled WHEN 'A' THEN 'ENABLE' ELSE 'DISABLE' END, t.tgname) FROM pg_trigger t \
+                JOIN pg_class c ON c.oid = t.tgrelid JOIN pg_namespace n ON n.oid = c.relnamespace \
+                WHERE t.tgenabled IN ('A', 'R') AND NOT t.tgisinternal AND {ours} UNION ALL \
+                SELECT format('rule %I on %I.%I', r.rulename, n.nspname, c.relname), format('ALTER TABLE %I.%I %s RULE %I', \
+                n.nspname, c.relname, CASE r.ev_enabled WHEN 'A' THEN 'ENABLE' ELSE 'DISABLE' END, r.rulename) FROM pg_rewrite r \
+                JOIN pg_class c ON c.oid = r.ev_class JOIN pg_namespace n ON n.oid = c.relnamespace \
+                WHERE r.ev_enabled IN ('A', 'R') AND {ours}",
+        ..Finding::OF_EVERY_VERSION
+    },
+    Finding {
+        definition: Definition {
+            code: "row_security",
+            why: "rows that the policies hide from the source's login role would not be copied",
+            evidence: "the tables",
+            fix: "log in to the source as a superuser, or ALTER ROLE … BYPASSRLS for its login role",
+            hosted: Hosted::Words {
+                amazon: "migrate as the role that owns the tables, without FORCE ROW LEVEL SECURITY, or as a member of rds_superuser with BYPASSRLS",
+                azure: "ALTER ROLE … BYPASSRLS for the login role, as the server's administrator",
+                google: "ALTER ROLE … BYPASSRLS for the login role, as a member of cloudsqlsuperuser",
+            },
+            apply: Apply::Refused("a role cannot give itself rights: another one has to"),
+            ..Finding::DEFINITION
+        },
+        query: "SELECT format('%I.%I', n.nspname, c.relname), format('ALTER ROLE %I BYPASSRLS', current_user) \
+                FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace \
+                CROSS JOIN (SELECT rolsuper OR rolbypassrls AS sees_all FROM pg_roles WHERE rolname = current_user) me \
+                WHERE c.relrowsecurity AND c.relkind = 'r' AND NOT me.sees_all AND {ours} \
+                AND (c.relforcerowsecurity OR NOT pg_has_role(c.relowner, 'USAGE')) ORDER BY 1",
+        ..Finding::OF_EVERY_VERSION
+    },
+    Finding {
+        definition: Definition {
+            code: "unreadable_tables",
+            why: "every row is read by the source's login role",
+            evidence: "the tables and sequences",
+            fix: "GRANT USAGE ON the SCHEMA and SELECT ON the TABLE to the source's login role, or log in as a superuser",
+            apply: Apply::Refused("a role cannot give itself rights: another one has to"),
+            ..Finding::DEFINITION
+        },
+        query: "SELECT format('%I.%I', n.nspname, c.relname), format('GRANT USAGE ON SCHEMA %I TO %I; GRANT SELECT ON %I.%I TO %I', \
+                n.nspname, current_user, n.nspname, c.relname, current_user) FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace \
+                WHERE c.relkind IN ('r', 'p', 'S') AND c.relpersistence <> 't' AND {ours} \
+                AND NOT (has_schema_privilege(n.oid, 'USAGE') AND has_table_privilege(c.oid, 'SELECT')) ORDER BY 1",
+        ..Finding::OF_EVERY_VERSION
+    },
+    Finding {
+        definition: Definition {
+            code: "table_ownership",
+            when: When::BeforeOnline,
+            why: "only its owner may add a table to a publication or set its replica identity",
+            evidence: "the tables",
+            fix: "GRANT the owning role TO the source's login role, or log in as a superuser",
+            apply: Apply::Refused("a role cannot give itself rights: another one has to"),
+            ..Finding::DEFINITION
+        },
+        query: "SELECT format('%I.%I', n.nspname, c.relname), format('GRANT %I TO %I', pg_get_userbyid(c.relowner), current_user) \
+                FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace \
+                WHERE c.relkind = 'r' AND c.relpersistence = 'p' AND {ours} AND NOT pg_has_role(c.relowner, 'USAGE') ORDER BY 1",
+        ..Finding::OF_EVERY_VERSION
+    },
+    Finding {
+        definition: Definition {
+            code: "tables_with_oids",
+            why: "PostgreSQL 12 and newer know no tables WITH OIDS",
+            evidence: "the tables",
+            fix: "ALTER TABLE … SET WITHOUT OIDS, after what uses the column oid has been changed",
+            apply: Apply::Refused("the numbers of the rows would be lost"),
+            ..Finding::DEFINITION
+        },
+        versions: (0, 119_999),
+        query: "SELECT format('%I.%I', n.nspname, c.relname), format('ALTER TABLE %I.%I SET WITHOUT OIDS', n.nspname, c.relname) \
+                FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace \
+                WHERE c.relkind IN ('r', 'p') AND c.relhasoids AND {ours} ORDER BY 1",
+        ..Finding::OF_EVERY_VERSION
+    },
+    Finding {
+        definition: Definition {
+            code: "removed_types",
+            why: "PostgreSQL 12 and newer do not have the types abstime, reltime and tinterval",
+            evidence: "the columns",
+            fix: "ALTER TABLE … ALTER COLUMN … TYPE timestamptz, interval or text",
+            apply: Apply::Refused("it rewrites the table, which is locked meanwhile"),
+            ..Finding::DEFINITION
+        },
+        versions: (0, 119_999),
+        query: "SELECT format('%I.%I.%I', n.nspname, c.relname, a.attname), CASE WHEN c.relkind IN ('r', 'p') THEN \
+                format('ALTER TABLE %I.%I ALTER COLUMN %I TYPE %s USING %I::text::%s', n.nspname, c.relname, a.attname, w.wanted, \
+                a.attname, w.wanted) END FROM pg_attribute a \
+                JOIN pg_class c ON c.oid = a.attrelid JOIN pg_namespace n ON n.oid = c.relnamespace \
+                JOIN pg_type t ON t.oid = a.atttypid CROSS JOIN LATERAL (SELECT CASE btrim(t.typname, '_') WHEN 'abstime' THEN 'timestamptz' \
+                WHEN 'reltime' THEN 'interval' ELSE 'text' END || CASE WHEN t.typname LIKE '\\_%' THEN '[]' ELSE '' END AS wanted) w \
+                WHERE NOT a.attisdropped AND c.relkind IN ('r', 'p', 'v', 'm') AND {ours} \
+                AND t.typnamespace = 'pg_catalog'::regnamespace \
+                AND btrim(t.typname, '_') IN ('abstime', 'reltime', 'tinterval') ORDER BY 1",
+        ..Finding::OF_EVERY_VERSION
+    },
+    Finding {
+        definition: Definition {
+            code: "invalid_indexes",
+            worst: Outcome::Warning,
+            why: "pg_dump leaves indexes out that are not valid",
+            evidence: "the indexes",
+            fix: "REINDEX INDEX CONCURRENTLY or DROP them (before PostgreSQL 12 REINDEX locks the table)",
+            apply: Apply::Since(120_000),
+            ..Finding::DEFINITION
+        },
+        query: "SELECT format('%I.%I', n.nspname, c.relname), format('REINDEX INDEX %s%I.%I', \
+                CASE WHEN current_setting('server_version_num')::int >= 120000 THEN 'CONCURRENTLY ' ELSE '' END, n.nspname, c.relname) \
+                FROM pg_index i JOIN pg_class c ON c.oid = i.indexrelid \
+                JOIN pg_namespace n ON n.oid = c.relnamespace WHERE NOT i.indisvalid AND c.relkind = 'i' AND {ours} ORDER BY 1",
+        ..Finding::OF_EVERY_VERSION
+    },
+    Finding {
+        definition: Definition {
+            code: "subscriptions",
+            when: When::Repeatedly,
+            why: "an enabled subscription goes on writing to the source after the cutover, and is not carried over",
+            evidence: "their names",
+            fix: "ALTER SUBSCRIPTION … DISABLE, and make it anew on the target after the cutover",
+            apply: Apply::Refused("what it brings would stop coming"),
+            ..Finding::DEFINITION
+        },
+        query: "SELECT s.subname::text, format('ALTER SUBSCRIPTION %I DISABLE', s.subname) FROM pg_subscription s \
+                JOIN pg_database d ON d.oid = s.subdbid \
+                WHERE d.datname = current_database() AND s.subenabled ORDER BY 1",
+        ..Finding::OF_EVERY_VERSION
+    },
+    Finding {
+        definition: Definition {
+            code: "publications",
+            worst: Outcome::Warning,
+            why: "publications are not carried over; their subscribers follow the source, which gets no changes after the cutover",
+            evidence: "their names",
+            fix: "make them anew on the target, let their subscribers follow it, and drop them here",
+            apply: Apply::Refused("its subscribers would fail"),
+            ..Finding::DEFINITION
+        },
+        query: "SELECT pubname::text, format('DROP PUBLICATION %I', pubname) FROM pg_publication WHERE pubname !~ '^pgcutover' ORDER BY 1",
+        ..Finding::OF_EVERY_VERSION
+    },
+    Finding {
+        definition: Definition {
+            code: "foreign_tables",
+            worst: Outcome::Warning,
+            why: "the definition is carried over; the target must reach the foreign server too, and user mappings hold passwords",
+            evidence: "the foreign servers",
+            fix: "check that the target's host may connect to these servers",
+            ..Finding::DEFINITION
+        },
+        query: "SELECT format('server %I', srvname), NULL FROM pg_foreign_server ORDER BY 1",
+        ..Finding::OF_EVERY_VERSION
+    },
+    Finding {
+        definition: Definition {
+            code: "event_triggers",
+            worst: Outcome::Warning,
+            why: "one that is ENABLE ALWAYS or REPLICA fires on what pgcutover itself defines",
+            evidence: "their names",
+            fix: "ALTER EVENT TRIGGER … ENABLE for those that are ENABLE ALWAYS, DISABLE for ENABLE REPLICA, until the migration is complete",
+            apply: Apply::Since(0),
+            ..Finding::DEFINITION
+        },
+        query: "SELECT evtname::text, format('ALTER EVENT TRIGGER %I %s', evtname, CASE evtenabled WHEN 'A' THEN 'ENABLE' ELSE 'DISABLE' END) \
+                FROM pg_event_trigger WHERE evtenabled IN ('A', 'R') ORDER BY 1",
+        ..Finding::OF_EVERY_VERSION
+    },
+    Finding {
+        definition: Definition {
+            code: "wraparound",
+            worst: Outcome::Warning,
+            why: "a slot and a long copy hold back vacuum; a database that is this near to the end of its transaction ids stops \
+                  taking writes before they are through",
+            evidence: "how many are used",
+            fix: "VACUUM (FREEZE) the database before the migration, and end what holds back vacuum: old transactions, prepared \
+                  transactions, unused slots",
+            apply: Apply::Refused("it reads the whole database: choose the hour yourself"),
+            ..Finding::DEFINITION
+        },
+        query: "SELECT format('%s transaction ids are used of 2147483648', age(datfrozenxid)), 'VACUUM (FREEZE)' FROM pg_database \
                 WHERE datname = current_database() AND age(datfrozenxid) > 1500000000",
+        ..Finding::OF_EVERY_VERSION
     },
     Finding {
-        code: "scheduled_jobs",
-        why: "jobs of pg_cron stay with the source: none would run on the target after the cutover",
-        fix: "note the rows of cron.job, SELECT cron.unschedule(jobid) when the cutover begins, and cron.schedule(…) them on the \
-              target after it",
-        outcome: Outcome::Warning,
-        online: false,
-        versions: EVERY,
-        query: "SELECT n || ' active jobs in cron.job' FROM (SELECT CASE WHEN to_regclass('cron.job') IS NOT NULL THEN \
-                (xpath('//n/text()', query_to_xml('SELECT count(*) AS n FROM cron.job WHERE active', false, false, '')))[1]::text \
-                END AS n) AS found WHERE n <> '0'",
+        definition: Definition {
+            code: "scheduled_jobs",
+            worst: Outcome::Warning,
+            why: "jobs of pg_cron stay with the source: none would run on the target after the cutover",
+            evidence: "the jobs",
+            fix: "note the rows of cron.job, SELECT cron.unschedule(jobid) when the cutover begins, and cron.schedule(…) them on the \
+                  target after it",
+            apply: Apply::Refused("they would not run until the cutover"),
+            ..Finding::DEFINITION
+        },
+        query: "SELECT 'job ' || job, format('SELECT cron.unschedule(%s)', job) FROM (SELECT CASE WHEN to_regclass('cron.job') IS NOT NULL \
+                THEN xpath('//jobid/text()', query_to_xml('SELECT jobid FROM cron.job WHERE active ORDER BY 1', false, false, ''))::text[] \
+                END AS jobs) AS found CROSS JOIN LATERAL unnest(jobs) AS job",
+        ..Finding::OF_EVERY_VERSION
     },
     Finding {
-        code: "index_search_path",
-        why: "definitions are restored with an empty search_path: a function that looks up names without a schema fails \
-              there, and with it the index or constraint that calls it",
-        fix: "ALTER FUNCTION … SET search_path = …, with the schemas that its body means",
-        outcome: Outcome::Warning,
-        online: false,
-        versions: EVERY,
-        query: "SELECT DISTINCT format('%s calls %s', d.objid::regclass, p.oid::regprocedure) \
+        definition: Definition {
+            code: "index_search_path",
+            worst: Outcome::Warning,
+            why: "definitions are restored with an empty search_path: a function that looks up names without a schema fails \
+                  there, and with it the index or constraint that calls it",
+            evidence: "the indexes and functions",
+            fix: "ALTER FUNCTION … SET search_path = …, with the schemas that its body means",
+            apply: Apply::Refused("which schemas its body means, only its author knows"),
+            ..Finding::DEFINITION
+        },
+        query: "SELECT DISTINCT format('%s calls %s', d.objid::regclass, p.oid::regprocedure), \
+                format('ALTER FUNCTION %s SET search_path = %I, pg_temp', p.oid::regprocedure, n.nspname) \
                 FROM pg_depend d JOIN pg_proc p ON p.oid = d.refobjid AND d.refclassid = 'pg_proc'::regclass \
                 JOIN pg_class i ON i.oid = d.objid AND d.classid = 'pg_class'::regclass AND i.relkind IN ('i', 'I') \
                 JOIN pg_language l ON l.oid = p.prolang JOIN pg_namespace n ON n.oid = p.pronamespace \
                 WHERE l.lanname NOT IN ('internal', 'c') AND {ours} \
                 AND NOT EXISTS (SELECT FROM unnest(p.proconfig) s WHERE s LIKE 'search\\_path=%') ORDER BY 1",
+        ..Finding::OF_EVERY_VERSION
     },
     Finding {
-        code: "catalogue_grants",
-        why: "grants on objects of the system are in no dump of a database: who relies on them is refused on the target",
-        fix: "REVOKE them, or GRANT the same on the target by hand",
-        outcome: Outcome::Warning,
-        online: false,
-        versions: EVERY,
-        query: "SELECT format('%s to %s on %s', a.privilege_type, CASE WHEN a.grantee = 0 THEN 'public' \
-                ELSE pg_get_userbyid(a.grantee)::text END, c.oid::regclass) \
+        definition: Definition {
+            code: "catalogue_grants",
+            worst: Outcome::Warning,
+            why: "grants on objects of the system are in no dump of a database: who relies on them is refused on the target",
+            evidence: "the grants",
+            fix: "REVOKE them here once the same is granted on the target by hand",
+            apply: Apply::Refused("who relies on them would be refused"),
+            ..Finding::DEFINITION
+        },
+        query: "SELECT format('%s to %s on %s', a.privilege_type, g.grantee, c.oid::regclass), \
+                format('REVOKE %s ON %s FROM %s', a.privilege_type, c.oid::regclass, g.grantee) \
                 FROM pg_class c CROSS JOIN LATERAL aclexplode(c.relacl) a \
+                CROSS JOIN LATERAL (SELECT CASE WHEN a.grantee = 0 THEN 'public' ELSE quote_ident(pg_get_userbyid(a.grantee)) END AS grantee) g \
                 WHERE c.relnamespace = 'pg_catalog'::regnamespace AND c.oid < 16384 AND a.grantee <> c.relowner \
                 AND NOT EXISTS (SELECT FROM pg_init_privs i CROSS JOIN LATERAL aclexplode(i.initprivs) b \
-                                 WHERE i.objoid = c.oid AND i.classoid = 'pg_class'::regclass AND i.objsubid = 0 \
-                                   AND b.grantee = a.grantee AND b.privilege_type = a.privilege_type) ORDER BY 1",
-    },
-    Finding {
-        code: "c_functions",
-        why: "the shared library that such a function names must be on the target's host too, built for its major",
-        fix: "install the library on the target's host, or drop the function (managed services take none but those of their \
-              extensions)",
-        outcome: Outcome::Warning,
-        online: false,
-        versions: EVERY,
-        query: "SELECT format('%s in %s', p.oid::regprocedure, p.probin) FROM pg_proc p \
-                JOIN pg_namespace n ON n.oid = p.pronamespace JOIN pg_language l ON l.oid = p.prolang \
-                WHERE l.lanname = 'c' AND {ours} AND NOT EXISTS (SELECT FROM pg_depend d \
-                WHERE d.classid = 'pg_proc'::regclass AND d.objid = p.oid AND d.deptype = 'e') ORDER BY 1",
-    },
-    Finding {
-        code: "text_only_types",
-        why: "values of these types have no binary form: their tables are copied as text, which is slower, and a binary cursor \
-              of the application fails on either server",
-        fix: "nothing has to be done; CREATE TYPE … with SEND and RECEIVE functions gives a type a binary form",
-        outcome: Outcome::Warning,
-        online: false,
-        versions: EVERY,
-        query: "SELECT format('%s.%I is %s', c.oid::regclass, a.attname, format_type(t.oid, NULL)) \
-                FROM pg_attribute a JOIN pg_class c ON c.oid = a.attrelid JOIN pg_namespace n ON n.oid = c.relnamespace \
-                JOIN pg_type t ON t.oid = a.atttypid WHERE c.relkind IN ('r', 'p') AND a.attnum > 0 AND NOT a.attisdropped \
-                AND {ours} AND (t.typsend = 0 OR t.typreceive = 0) ORDER BY 1",
-    },
-    Finding {
-        code: "object_numbers",
-        why: "columns of these types hold the numbers of objects, which are others on the target; what has a name is found \
-              there again by it, while a column of type oid keeps a number that means nothing",
-        fix: "store names: ALTER TABLE … ALTER COLUMN … TYPE text",
-        outcome: Outcome::Warning,
-        online: false,
-        versions: EVERY,
-        query: "SELECT format('%s.%I is %s', c.oid::regclass, a.attname, format_type(t.oid, NULL)) \
-                FROM pg_attribute a JOIN pg_class c ON c.oid = a.attrelid JOIN pg_namespace n ON n.oid = c.relnamespace \
-                JOIN pg_type t ON t.oid = a.atttypid WHERE c.relkind IN ('r', 'p') AND a.attnum > 0 AND NOT a.attisdropped \
-                AND {ours} AND t.typnamespace = 'pg_catalog'::regnamespace \
-                AND btrim(t.typname, '_') IN ('oid', 'regclass', 'regproc', 'regprocedure', 'regoper', 'regoperator', 'regtype', \
-                'regrole', 'regnamespace', 'regconfig', 'regdictionary', 'regcollation') ORDER BY 1",
+                WHERE i.objoid = c.oid AND i.classoid = 'pg_class'::regclass AND i.objsubid = 0 \
+                AND b.grantee = a.grantee AND b.privilege_type = a.privilege_type) ORDER BY 1",
+        ..Finding::OF_EVERY_VERSION
     },
 ];

@@ -1,335 +1,449 @@
-//! Rules about the two servers.
+//! Rules about the two servers: which they are, and what they are set up with.
 
-use std::collections::HashSet;
+use std::collections::HashMap;
 
-use super::{Level, Mode, Outcome, Preflight, Rule, RuleResult, column};
-use crate::config::FencePolicy;
+use super::definition::{Apply, Definition, Hosted, Subject, When};
+use super::{Outcome, RuleResult, Servers, Statement, column};
+use crate::catalog::journal::Side;
+use crate::ident::{quote_ident, quote_literal};
 use crate::migration::schema::{database_parameters, find_pg_dump};
-use crate::postgres::Control;
+use crate::postgres::{Connector, Control};
 
 /// Connections that a migration opens beside those of its workers.
 const OWN_CONNECTIONS: i64 = 10;
 
-/// Every rule at instance level.
-pub(super) async fn check(preflight: &Preflight<'_>, source: &Control, target: &Control) -> Vec<RuleResult> {
-    let mut results = vec![
-        version(source, target),
-        primary(source, "source_primary", "the source").await,
-        primary(target, "target_primary", "the target").await,
-        pg_dump(preflight, source, target).await,
-        roles(source, target).await,
-        replica_role(target).await,
-        verifiers(source).await,
-        signal(source, "source_signal").await,
-        connections(preflight, source, "source_connections").await,
-        connections(preflight, target, "target_connections").await,
-        preload_libraries(source, target).await,
-        settings(source, target).await,
-        control_database(preflight),
-    ];
-    if preflight.mode == Mode::Online {
-        results.push(wal_level(source).await);
-        results.push(slots(preflight, source).await);
-        results.push(senders(preflight, source).await);
-        results.push(replication(source).await);
-        results.push(slot_wal(source).await);
-        results.push(truncate(source));
-        results.push(fence_settings(preflight, source).await);
-        results.push(long_transactions(source).await);
-        results.push(prepared_transactions(source).await);
-    }
-    results
+/// What most rules here are.
+const SERVER: Definition = Definition {
+    code: "",
+    subject: Subject::Instance,
+    when: When::Before,
+    worst: Outcome::Failed,
+    why: "",
+    evidence: "",
+    fix: "",
+    on: Side::Source,
+    hosted: Hosted::Same,
+    apply: Apply::ByHand,
+};
+
+const CONNECT: Definition = Definition {
+    why: "both servers must let pgcutover in, in the control database too",
+    evidence: "the version and whether the link is encrypted, or what the server answered",
+    fix: "check address, user, password and sslmode of this server, its pg_hba.conf, and control.database",
+    hosted: Hosted::Words {
+        amazon: "check address, user, password and sslmode, the security group and the parameter rds.force_ssl",
+        azure: "check address, user, password and sslmode, and the firewall rules or the virtual network of the server",
+        google: "check address, user, password and sslmode, and the authorized networks or the private address",
+    },
+    ..SERVER
+};
+
+pub(super) const CONNECT_SOURCE: Definition = Definition { code: "connect_source", ..CONNECT };
+pub(super) const CONNECT_TARGET: Definition = Definition { code: "connect_target", on: Side::Target, ..CONNECT };
+
+const VERSION: Definition = Definition {
+    code: "version",
+    why: "logical decoding by pgoutput came with PostgreSQL 10, and definitions are not written for older servers",
+    evidence: "both majors",
+    fix: "use a source of version 10 or newer and a target that is not older than it",
+    on: Side::Target,
+    ..SERVER
+};
+
+const PRIMARY: Definition = Definition {
+    why: "a standby takes no writes, and a snapshot taken there does not fit the stream",
+    evidence: "that the server is in recovery",
+    fix: "name the primary in the configuration, or promote the standby: SELECT pg_promote()",
+    apply: Apply::Refused("a promoted standby no longer follows its primary"),
+    ..SERVER
+};
+
+const SOURCE_PRIMARY: Definition = Definition { code: "source_primary", ..PRIMARY };
+const TARGET_PRIMARY: Definition = Definition { code: "target_primary", on: Side::Target, ..PRIMARY };
+
+const TARGET_WRITABLE: Definition = Definition {
+    code: "target_writable",
+    worst: Outcome::Warning,
+    why: "the application's transactions would be read-only on the target after the cutover; services set this when a disk is \
+          full",
+    evidence: "where default_transaction_read_only is on",
+    fix: "ALTER SYSTEM RESET default_transaction_read_only on the target and reload it; give it more storage if that was why",
+    on: Side::Target,
+    hosted: Hosted::Words {
+        amazon: "set default_transaction_read_only to 0 in the parameter group",
+        azure: "give the server more storage: it is read-only while less than 5 % are free",
+        google: "give the instance more storage, or set the flag default_transaction_read_only to off",
+    },
+    apply: Apply::Since(0),
+    ..SERVER
+};
+
+const PG_DUMP: Definition = Definition {
+    code: "pg_dump",
+    why: "definitions are dumped by pg_dump, which must be at least as new as the source; only one as new as the target can \
+          compare the two in the end",
+    evidence: "the one that was found and its version",
+    fix: "install the client package of the target's version on the host of pgcutover, or set migration.bindir",
+    ..SERVER
+};
+
+const CONNECTIONS: Definition = Definition {
+    worst: Outcome::Warning,
+    why: "copying, building indexes and streaming each have connections of their own, beside the application's; after the \
+          cutover every session of the source has one on the target",
+    evidence: "connections that are free, and how many are needed",
+    fix: "raise max_connections and restart the server, or lower migration.copy_workers and index_workers",
+    hosted: Hosted::Parameter("max_connections"),
+    apply: Apply::Refused("the server has to be restarted for it"),
+    ..SERVER
+};
+
+const SOURCE_CONNECTIONS: Definition = Definition { code: "source_connections", ..CONNECTIONS };
+const TARGET_CONNECTIONS: Definition =
+    Definition { code: "target_connections", on: Side::Target, ..CONNECTIONS };
+
+const PRELOAD_LIBRARIES: Definition = Definition {
+    code: "shared_preload_libraries",
+    worst: Outcome::Warning,
+    why: "extensions that must be preloaded do not work, or cannot be created, without",
+    evidence: "libraries that the source preloads and the target does not",
+    fix: "add these libraries to shared_preload_libraries of the target and restart it, or drop their use",
+    on: Side::Target,
+    hosted: Hosted::Parameter("shared_preload_libraries"),
+    apply: Apply::Refused("the target has to be restarted for it, and does not start without the library"),
+    ..SERVER
+};
+
+const UNKNOWN_SETTINGS: Definition = Definition {
+    code: "unknown_settings",
+    worst: Outcome::Warning,
+    why: "ALTER DATABASE … SET and ALTER ROLE … SET of parameters that the target does not know are left out",
+    evidence: "the parameters",
+    fix: "look up what replaced them in the target's release notes, and RESET them on the source if nothing is lost",
+    apply: Apply::Refused("it changes how the application's sessions run on the source"),
+    ..SERVER
+};
+
+const SERVER_PARAMETERS: Definition = Definition {
+    code: "server_parameters",
+    worst: Outcome::Warning,
+    why: "these parameters change what statements mean, show or are allowed to do, and the servers differ in them",
+    evidence: "each parameter with its value on the source and on the target",
+    fix: "ALTER SYSTEM SET the source's value on the target, then SELECT pg_reload_conf(); some take a restart",
+    on: Side::Target,
+    hosted: Hosted::Words {
+        amazon: "set the source's values in the target's parameter group",
+        azure: "set the source's values as server parameters of the target",
+        google: "set the source's values as database flags of the target",
+    },
+    apply: Apply::Since(0),
+    ..SERVER
+};
+
+const WORKER_PROCESSES: Definition = Definition {
+    code: "worker_processes",
+    worst: Outcome::Warning,
+    why: "parallel queries, parallel index builds and workers of extensions take their processes from this number; a target \
+          with fewer is slower, and the last extension to start finds none",
+    evidence: "max_worker_processes of both",
+    fix: "raise max_worker_processes of the target to that of the source, and restart it",
+    on: Side::Target,
+    hosted: Hosted::Parameter("max_worker_processes"),
+    apply: Apply::Refused("the target has to be restarted for it"),
+    ..SERVER
+};
+
+const CONTROL_DATABASE: Definition = Definition {
+    code: "control_database",
+    why: "the control database holds the decisions of cutovers, so it cannot be dropped and made again",
+    evidence: "its name",
+    fix: "set control.database to another database, or migrate this one without overwriting",
+    on: Side::Target,
+    ..SERVER
+};
+
+pub(super) const DEFINITIONS: [&Definition; 12] = [
+    &VERSION,
+    &SOURCE_PRIMARY,
+    &TARGET_PRIMARY,
+    &TARGET_WRITABLE,
+    &PG_DUMP,
+    &SOURCE_CONNECTIONS,
+    &TARGET_CONNECTIONS,
+    &PRELOAD_LIBRARIES,
+    &UNKNOWN_SETTINGS,
+    &SERVER_PARAMETERS,
+    &WORKER_PROCESSES,
+    &CONTROL_DATABASE,
+];
+
+/// Parameters of which only a smaller value on the target matters.
+const AT_LEAST: [&str; 2] = ["max_locks_per_transaction", "max_prepared_transactions"];
+
+/// Parameters that are compared. What a newer major has another default for is left out unless somebody set it.
+const COMPARED: &str = "\
+SELECT name, setting, setting IS DISTINCT FROM boot_val, context FROM pg_catalog.pg_settings WHERE name IN (
+    'array_nulls', 'backslash_quote', 'bytea_output', 'DateStyle', 'default_text_search_config',
+    'default_transaction_deferrable', 'default_transaction_isolation', 'extra_float_digits', 'IntervalStyle',
+    'idle_in_transaction_session_timeout', 'idle_session_timeout', 'lc_monetary', 'lc_numeric', 'lc_time', 'lock_timeout',
+    'max_locks_per_transaction', 'max_prepared_transactions', 'quote_all_identifiers', 'row_security', 'search_path',
+    'standard_conforming_strings', 'statement_timeout', 'synchronous_commit', 'TimeZone', 'track_commit_timestamp',
+    'transaction_timeout', 'transform_null_equals', 'xmlbinary', 'xmloption', 'default_transaction_read_only')";
+
+/// A parameter as a session finds it that sets none itself.
+struct Parameter {
+    value: String,
+    chosen: bool,
+    restart: bool,
 }
 
-fn rule(code: &'static str) -> Rule {
-    Rule::new(code, Level::Instance)
-}
-
-fn version(source: &Control, target: &Control) -> RuleResult {
-    let (from, to) = (source.version_num() / 10_000, target.version_num() / 10_000);
-    rule("version")
-        .why("logical decoding by pgoutput came with PostgreSQL 10, and definitions are not written for older servers")
-        .fix("use a source of version 10 or newer and a target that is not older than it")
-        .expect(from >= 10 && to >= from, Outcome::Failed, format!("source {from}, target {to}"))
-}
-
-async fn primary(control: &Control, code: &'static str, which: &str) -> RuleResult {
-    let rule = rule(code)
-        .why("a standby takes no writes, and a snapshot taken there does not fit the stream")
-        .fix(format!("name the primary of {which} in the configuration"));
-    match control.query_one("SELECT pg_is_in_recovery()", &[]).await {
-        Ok(row) if row.get(0) => rule.failed(vec![format!("{which} is in recovery")]),
-        Ok(_) => rule.succeeded(),
-        Err(error) => rule.unknown(&error),
-    }
-}
-
-async fn pg_dump(preflight: &Preflight<'_>, source: &Control, target: &Control) -> RuleResult {
-    let rule = rule("pg_dump")
-        .why(
-            "definitions are dumped by pg_dump, which must be at least as new as the source; only one as new as the \
-              target can compare the two in the end",
-        )
-        .fix("install the client package of the target's version, or set migration.bindir");
-    let (from, to) = (source.version_num() / 10_000, target.version_num() / 10_000);
-    match find_pg_dump(&preflight.config.migration, from, to).await {
-        Ok(found) => {
-            let evidence = format!("{} is version {}", found.path.display(), found.major);
-            rule.expect(found.major >= to, Outcome::Warning, evidence)
+impl Servers<'_> {
+    /// Every rule of this file that is asked now.
+    pub(super) async fn instance(&self) -> Vec<RuleResult> {
+        let mut results = Vec::new();
+        for definition in DEFINITIONS {
+            if self.asks(definition) {
+                results.push(self.instance_rule(definition).await);
+            }
         }
-        Err(error) => rule.failed(vec![error.to_string()]),
+        results
     }
-}
 
-async fn roles(source: &Control, target: &Control) -> RuleResult {
-    let rule = rule("create_roles")
-        .why("roles and their grants are carried over before definitions that name them")
-        .fix("ALTER ROLE … CREATEROLE for the target's login role, or make these roles on the target by hand");
-    let names = "SELECT rolname::text FROM pg_roles WHERE rolname !~ '^pg_'";
-    let right = "SELECT rolcreaterole OR rolsuper FROM pg_roles WHERE rolname = current_user";
-    let read = async {
-        let there: HashSet<String> = column(target, names, &[]).await?.into_iter().collect();
-        let missing = column(source, names, &[]).await?.into_iter().filter(|name| !there.contains(name)).collect();
-        let may: bool = target.query_one(right, &[]).await?.get(0);
-        Ok::<(Vec<String>, bool), tokio_postgres::Error>((missing, may))
-    };
-    match read.await {
-        Ok((missing, false)) => rule.unless_any(Outcome::Failed, missing),
-        Ok((_, true)) => rule.succeeded(),
-        Err(error) => rule.unknown(&error),
-    }
-}
-
-/// Tried, because nothing else tells: superusers may, and from PostgreSQL 15 on who was granted it.
-async fn replica_role(target: &Control) -> RuleResult {
-    let rule = rule("session_replication_role")
-        .why("triggers, rules and foreign keys of the target must not act a second time on what is copied and applied")
-        .fix(
-            "make the target's login role a superuser, or from PostgreSQL 15 on: GRANT SET ON PARAMETER \
-              session_replication_role TO it",
-        );
-    match target.batch_execute("BEGIN READ ONLY; SET LOCAL session_replication_role = replica; ROLLBACK").await {
-        Ok(()) => rule.succeeded(),
-        Err(error) => {
-            let evidence =
-                error.as_db_error().map_or_else(|| error.to_string(), |refusal| refusal.message().to_owned());
-            // The rules that follow use the same session.
-            let _ended = target.batch_execute("ROLLBACK").await;
-            rule.failed(vec![evidence])
+    async fn instance_rule(&self, definition: &'static Definition) -> RuleResult {
+        match definition.code {
+            "version" => self.version(),
+            "source_primary" => self.primary(definition, self.source).await,
+            "target_primary" => self.primary(definition, self.target).await,
+            "target_writable" => self.writable().await,
+            "pg_dump" => self.pg_dump().await,
+            "source_connections" => self.connections(definition, self.source).await,
+            "target_connections" => self.connections(definition, self.target).await,
+            "shared_preload_libraries" => self.preload_libraries().await,
+            "unknown_settings" => self.unknown_settings().await,
+            "server_parameters" => self.server_parameters().await,
+            "worker_processes" => self.worker_processes().await,
+            _ => self.control_database(),
         }
     }
-}
 
-async fn verifiers(source: &Control) -> RuleResult {
-    let rule = rule("password_verifiers")
-        .why("clients are logged in to the target with what they proved to the proxy, which needs the same verifier there")
-        .fix("log in to the source as a superuser, or set the same passwords on the target by hand");
-    match source.query_one("SELECT has_table_privilege('pg_authid', 'SELECT')", &[]).await {
-        Ok(row) => rule.expect(row.get(0), Outcome::Warning, format!("pg_authid readable: {}", row.get::<_, bool>(0))),
-        Err(error) => rule.unknown(&error),
+    fn version(&self) -> RuleResult {
+        let (from, to) = (self.source.version_num() / 10_000, self.target.version_num() / 10_000);
+        let evidence = format!("source {from}, target {to}");
+        self.rule(&VERSION).expect(from >= 10 && to >= from, Outcome::Failed, evidence)
     }
-}
 
-async fn signal(source: &Control, code: &'static str) -> RuleResult {
-    let rule = rule(code)
-        .why("at the cutover, sessions that bypass the proxy are ended")
-        .fix("GRANT pg_signal_backend, pg_monitor TO the source's login role");
-    let query = "SELECT rolsuper OR (pg_has_role('pg_signal_backend', 'USAGE') AND pg_has_role('pg_monitor', 'USAGE')) \
-                 FROM pg_roles WHERE rolname = current_user";
-    match source.query_one(query, &[]).await {
-        Ok(row) if row.get(0) => rule.succeeded(),
-        Ok(_) => rule.answer(Outcome::Warning, vec!["neither a superuser nor a member of both".to_owned()]),
-        Err(error) => rule.unknown(&error),
-    }
-}
-
-async fn connections(preflight: &Preflight<'_>, control: &Control, code: &'static str) -> RuleResult {
-    let workers = preflight.config.migration.copy_workers + preflight.config.migration.index_workers;
-    let needed = i64::try_from(workers).unwrap_or(i64::MAX).saturating_add(OWN_CONNECTIONS);
-    let rule = rule(code)
-        .why("copying, building indexes and streaming each have connections of their own, beside the application's")
-        .fix("raise max_connections, or lower migration.copy_workers and index_workers");
-    let query = "SELECT current_setting('max_connections')::int8 - current_setting('superuser_reserved_connections')::int8 \
-                 - count(*) FROM pg_stat_activity WHERE datid IS NOT NULL";
-    match control.query_one(query, &[]).await {
-        Ok(row) => {
-            let free: i64 = row.get(0);
-            rule.expect(free >= needed, Outcome::Warning, format!("{free} free, up to {needed} used"))
+    async fn primary(&self, definition: &'static Definition, control: &Control) -> RuleResult {
+        let promote = if control.version_num() >= 120_000 {
+            vec![self.statement(definition.on, "SELECT pg_catalog.pg_promote()")]
+        } else {
+            Vec::new()
+        };
+        let rule = self.rule(definition).mended_by(promote);
+        match control.query_one("SELECT pg_is_in_recovery()", &[]).await {
+            Ok(row) if row.get(0) => rule.failed(vec![format!("the {} is in recovery", definition.on)]),
+            Ok(_) => rule.succeeded(),
+            Err(error) => rule.unknown(&error),
         }
-        Err(error) => rule.unknown(&error),
     }
-}
 
-async fn preload_libraries(source: &Control, target: &Control) -> RuleResult {
-    let rule = rule("shared_preload_libraries")
-        .why("extensions that must be preloaded do not work, or cannot be created, without")
-        .fix("add these libraries to shared_preload_libraries of the target and restart it, or drop their use");
-    let query = "SELECT btrim(btrim(u), '\"') FROM unnest(string_to_array(current_setting('shared_preload_libraries'), ',')) u \
-                 WHERE btrim(u) <> ''";
-    let read = async {
-        let there = column(target, query, &[]).await?;
-        let missing = column(source, query, &[]).await?.into_iter().filter(|name| !there.contains(name)).collect();
-        Ok::<Vec<String>, tokio_postgres::Error>(missing)
-    };
-    match read.await {
-        Ok(missing) => rule.unless_any(Outcome::Warning, missing),
-        // Only pg_read_all_settings may look; an extension that needs a library fails by itself.
-        Err(error) if error.code() == Some(&tokio_postgres::error::SqlState::INSUFFICIENT_PRIVILEGE) => {
-            rule.answer(Outcome::Warning, vec!["not allowed to read shared_preload_libraries".to_owned()])
+    async fn writable(&self) -> RuleResult {
+        let rule = self.rule(&TARGET_WRITABLE);
+        let settings = "SELECT coalesce('database ' || quote_ident(d.datname), 'all databases') FROM pg_db_role_setting s \
+                        LEFT JOIN pg_database d ON d.oid = s.setdatabase WHERE s.setrole = 0 \
+                        AND (d.datname IS NULL OR d.datname::text = ANY ($1)) \
+                        AND EXISTS (SELECT FROM unnest(s.setconfig) u WHERE lower(u) IN ('default_transaction_read_only=on', \
+                        'default_transaction_read_only=true', 'default_transaction_read_only=yes', 'default_transaction_read_only=1'))";
+        let mut found = match column(self.target, settings, &[&self.preflight.databases]).await {
+            Ok(found) => found,
+            Err(error) => return rule.unknown(&error),
+        };
+        let mut statements: Vec<Statement> = found
+            .iter()
+            .filter_map(|place| place.strip_prefix("database "))
+            .map(|name| format!("ALTER DATABASE {name} RESET default_transaction_read_only"))
+            .map(|sql| self.statement(Side::Target, sql))
+            .collect();
+        match self.parameters(self.preflight.target).await {
+            Ok(all) if all.get("default_transaction_read_only").is_some_and(|parameter| parameter.value == "on") => {
+                found.push("the server's configuration".to_owned());
+                statements.extend(self.on_target("ALTER SYSTEM SET default_transaction_read_only = off"));
+                statements.extend(self.on_target("SELECT pg_catalog.pg_reload_conf()"));
+            }
+            Ok(_) => {}
+            Err(error) => return rule.failed(vec![format!("could not be evaluated: {error}")]),
         }
-        Err(error) => rule.unknown(&error),
+        rule.mended_by(statements).unless_any(Outcome::Warning, found)
     }
-}
 
-async fn settings(source: &Control, target: &Control) -> RuleResult {
-    let rule = rule("unknown_settings")
-        .why("ALTER DATABASE … SET and ALTER ROLE … SET of parameters that the target does not know are left out")
-        .fix("look up what replaced them in the target's release notes");
-    let query = "SELECT DISTINCT lower(split_part(u, '=', 1)) FROM pg_db_role_setting, unnest(setconfig) u ORDER BY 1";
-    let read = async {
-        let known = database_parameters(target).await?;
-        let used = column(source, query, &[]).await?;
-        Ok::<Vec<String>, tokio_postgres::Error>(
-            used.into_iter().filter(|name| !name.contains('.') && !known.contains(name)).collect(),
-        )
-    };
-    match read.await {
-        Ok(unknown) => rule.unless_any(Outcome::Warning, unknown),
-        Err(error) => rule.unknown(&error),
-    }
-}
-
-fn control_database(preflight: &Preflight<'_>) -> RuleResult {
-    let control = &preflight.config.control.database;
-    let hit = preflight.overwrite_target && preflight.databases.contains(control);
-    rule("control_database")
-        .why("the control database holds the decisions of cutovers, so it cannot be dropped and made again")
-        .fix("set control.database to another database, or migrate this one without overwriting")
-        .unless_any(Outcome::Failed, if hit { vec![control.clone()] } else { Vec::new() })
-}
-
-async fn wal_level(source: &Control) -> RuleResult {
-    let rule = rule("wal_level").why("changes are read from the write-ahead log by logical decoding").fix(
-        "ALTER SYSTEM SET wal_level = logical; then restart the source (managed services: the parameter that \
-              switches logical replication on)",
-    );
-    match source.query_one("SELECT current_setting('wal_level')", &[]).await {
-        Ok(row) => {
-            let level: String = row.get(0);
-            rule.expect(level == "logical", Outcome::Failed, format!("wal_level = {level}"))
+    async fn pg_dump(&self) -> RuleResult {
+        let rule = self.rule(&PG_DUMP);
+        let (from, to) = (self.source.version_num() / 10_000, self.target.version_num() / 10_000);
+        match find_pg_dump(&self.preflight.config.migration, from, to).await {
+            Ok(found) => {
+                let evidence = format!("{} is version {}", found.path.display(), found.major);
+                rule.expect(found.major >= to, Outcome::Warning, evidence)
+            }
+            Err(error) => rule.failed(vec![error.to_string()]),
         }
-        Err(error) => rule.unknown(&error),
     }
-}
 
-async fn slots(preflight: &Preflight<'_>, source: &Control) -> RuleResult {
-    let rule = rule("replication_slots")
-        .why("each database is streamed through a slot of its own")
-        .fix("raise max_replication_slots of the source and restart it, or drop slots that nobody uses");
-    let query = "SELECT current_setting('max_replication_slots')::int8 - count(*) FROM pg_replication_slots \
-                 WHERE slot_name !~ '^pgcutover_'";
-    enough(rule, preflight, source, query).await
-}
-
-async fn senders(preflight: &Preflight<'_>, source: &Control) -> RuleResult {
-    let rule = rule("wal_senders")
-        .why("each database is streamed by a walsender of its own")
-        .fix("raise max_wal_senders of the source and restart it");
-    let query = "SELECT current_setting('max_wal_senders')::int8 - count(*) FROM pg_stat_activity \
-                 WHERE backend_type = 'walsender' AND application_name !~ '^pgcutover/'";
-    enough(rule, preflight, source, query).await
-}
-
-async fn enough(rule: Rule, preflight: &Preflight<'_>, source: &Control, query: &str) -> RuleResult {
-    let needed = i64::try_from(preflight.databases.len()).unwrap_or(i64::MAX);
-    match source.query_one(query, &[]).await {
-        Ok(row) => {
-            let free: i64 = row.get(0);
-            rule.expect(free >= needed, Outcome::Failed, format!("{free} free, {needed} needed"))
+    async fn connections(&self, definition: &'static Definition, control: &Control) -> RuleResult {
+        let rule = self.rule(definition);
+        let workers = self.preflight.config.migration.copy_workers + self.preflight.config.migration.index_workers;
+        let query = "SELECT current_setting('max_connections')::int8, current_setting('superuser_reserved_connections')::int8, \
+                     (SELECT count(*) FROM pg_stat_activity WHERE datid IS NOT NULL)";
+        let sessions = "SELECT count(*) FROM pg_stat_activity WHERE backend_type = 'client backend' \
+                        AND application_name !~ '^pgcutover/'";
+        let read = async {
+            let row = control.query_one(query, &[]).await?;
+            // Those of the source come to the target.
+            let moved: i64 = match definition.on {
+                Side::Source => 0,
+                Side::Target => self.source.query_one(sessions, &[]).await?.get(0),
+            };
+            Ok::<_, tokio_postgres::Error>((row.get::<_, i64>(0), row.get::<_, i64>(1), row.get::<_, i64>(2), moved))
+        };
+        match read.await {
+            Ok((most, reserved, used, moved)) => {
+                let needed = i64::try_from(workers).unwrap_or(i64::MAX).saturating_add(OWN_CONNECTIONS + moved);
+                let free = most - reserved - used;
+                let enough = used + reserved + needed + OWN_CONNECTIONS;
+                let raise = format!("ALTER SYSTEM SET max_connections = {enough}");
+                let rule = rule.mended_by(vec![self.statement(definition.on, raise)]);
+                rule.expect(free >= needed, Outcome::Warning, format!("{free} free, up to {needed} used"))
+            }
+            Err(error) => rule.unknown(&error),
         }
-        Err(error) => rule.unknown(&error),
     }
-}
 
-async fn replication(source: &Control) -> RuleResult {
-    let rule = rule("replication_right")
-        .why("a slot is made and read through a replication connection")
-        .fix("ALTER ROLE … REPLICATION for the source's login role (Amazon RDS: GRANT rds_replication TO it)");
-    let query = "SELECT rolreplication OR rolsuper OR EXISTS (SELECT FROM pg_roles r WHERE r.rolname = 'rds_replication' \
-                 AND pg_has_role(r.oid, 'MEMBER')) FROM pg_roles WHERE rolname = current_user";
-    match source.query_one(query, &[]).await {
-        Ok(row) if row.get(0) => rule.succeeded(),
-        Ok(_) => rule.failed(vec!["the login role has neither REPLICATION nor SUPERUSER".to_owned()]),
-        Err(error) => rule.unknown(&error),
-    }
-}
-
-async fn slot_wal(source: &Control) -> RuleResult {
-    let rule = rule("slot_wal_size")
-        .why("a slot that falls further behind than this is invalidated, and the migration begins anew")
-        .fix("set max_slot_wal_keep_size to -1, or well above what the source writes while it is copied");
-    if source.version_num() < 130_000 {
-        return rule.succeeded();
-    }
-    match source.query_one("SELECT current_setting('max_slot_wal_keep_size')", &[]).await {
-        Ok(row) => {
-            let size: String = row.get(0);
-            rule.expect(size == "-1", Outcome::Warning, format!("max_slot_wal_keep_size = {size}"))
+    async fn preload_libraries(&self) -> RuleResult {
+        let rule = self.rule(&PRELOAD_LIBRARIES);
+        let query = "SELECT btrim(btrim(u), '\"') FROM unnest(string_to_array(current_setting('shared_preload_libraries'), ',')) u \
+                     WHERE btrim(u) <> ''";
+        let read = async {
+            let there = column(self.target, query, &[]).await?;
+            let here = column(self.source, query, &[]).await?;
+            let missing: Vec<String> = here.into_iter().filter(|name| !there.contains(name)).collect();
+            Ok::<_, tokio_postgres::Error>((there, missing))
+        };
+        match read.await {
+            Ok((there, missing)) => {
+                let all: Vec<String> = there.iter().chain(&missing).map(|name| quote_literal(name)).collect();
+                let set = format!("ALTER SYSTEM SET shared_preload_libraries = {}", all.join(", "));
+                rule.mended_by(self.on_target(set)).unless_any(Outcome::Warning, missing)
+            }
+            // Only pg_read_all_settings may look; an extension that needs a library fails by itself.
+            Err(error) if error.code() == Some(&tokio_postgres::error::SqlState::INSUFFICIENT_PRIVILEGE) => {
+                rule.answer(Outcome::Warning, vec!["not allowed to read shared_preload_libraries".to_owned()])
+            }
+            Err(error) => rule.unknown(&error),
         }
-        Err(error) => rule.unknown(&error),
     }
-}
 
-fn truncate(source: &Control) -> RuleResult {
-    rule("truncate")
-        .why("PostgreSQL 10 does not stream TRUNCATE: a table truncated meanwhile keeps its rows on the target")
-        .fix("truncate no table between the start of the migration and the cutover; DELETE is streamed")
-        .expect(
-            source.version_num() >= 110_000,
-            Outcome::Warning,
-            format!("server_version_num {}", source.version_num()),
-        )
-}
-
-async fn fence_settings(preflight: &Preflight<'_>, source: &Control) -> RuleResult {
-    let rule = rule("fence_settings")
-        .why("the fence makes databases read-only by default; a setting of a role, or of a role in a database, outranks it")
-        .fix("ALTER ROLE … [IN DATABASE …] RESET default_transaction_read_only, and set control.fence = \"hard\"");
-    let query = "SELECT format('role %s%s', r.rolname, ' in database ' || d.datname) FROM pg_db_role_setting s \
-                 JOIN pg_roles r ON r.oid = s.setrole LEFT JOIN pg_database d ON d.oid = s.setdatabase \
-                 WHERE EXISTS (SELECT FROM unnest(s.setconfig) u WHERE lower(u) IN ('default_transaction_read_only=off', \
-                 'default_transaction_read_only=false', 'default_transaction_read_only=no', 'default_transaction_read_only=0'))";
-    let outcome = match preflight.config.control.fence {
-        FencePolicy::Hard => Outcome::Warning,
-        FencePolicy::Soft => Outcome::Failed,
-    };
-    match column(source, query, &[]).await {
-        Ok(found) => rule.unless_any(outcome, found),
-        Err(error) => rule.unknown(&error),
+    async fn unknown_settings(&self) -> RuleResult {
+        let rule = self.rule(&UNKNOWN_SETTINGS);
+        let query = "SELECT lower(split_part(u, '=', 1)), format('ALTER %s RESET %I', \
+                     CASE WHEN r.rolname IS NULL AND d.datname IS NULL THEN 'ROLE ALL' \
+                          WHEN r.rolname IS NULL THEN 'DATABASE ' || quote_ident(d.datname) \
+                          ELSE 'ROLE ' || quote_ident(r.rolname) || coalesce(' IN DATABASE ' || quote_ident(d.datname), '') END, \
+                     split_part(u, '=', 1)) \
+                     FROM pg_db_role_setting s LEFT JOIN pg_roles r ON r.oid = s.setrole \
+                     LEFT JOIN pg_database d ON d.oid = s.setdatabase CROSS JOIN unnest(s.setconfig) u ORDER BY 1, 2";
+        let read = async {
+            let known = database_parameters(self.target).await?;
+            let used = self.source.query(query, &[]).await?;
+            let used = used.iter().map(|row| (row.get::<_, String>(0), row.get::<_, String>(1)));
+            let unknown = used.filter(|(name, _)| !name.contains('.') && !known.contains(name));
+            Ok::<Vec<(String, String)>, tokio_postgres::Error>(unknown.collect())
+        };
+        match read.await {
+            Ok(unknown) => {
+                let (mut names, reset): (Vec<String>, Vec<String>) = unknown.into_iter().unzip();
+                names.dedup();
+                let statements = reset.into_iter().map(|sql| self.statement(Side::Source, sql)).collect();
+                rule.mended_by(statements).unless_any(Outcome::Warning, names)
+            }
+            Err(error) => rule.unknown(&error),
+        }
     }
-}
 
-async fn long_transactions(source: &Control) -> RuleResult {
-    let rule = rule("long_transactions")
-        .why("making a slot waits for every transaction that writes, in any database of the source, and so does a cutover")
-        .fix("let them end, or end them with pg_terminate_backend(pid)");
-    let query = "SELECT format('pid %s, %s, database %s, for %s', pid, coalesce(nullif(application_name, ''), 'no name'), \
-                 datname, date_trunc('second', now() - xact_start)) FROM pg_stat_activity \
-                 WHERE xact_start < now() - interval '5 minutes' AND backend_type = 'client backend' ORDER BY xact_start";
-    match column(source, query, &[]).await {
-        Ok(found) => rule.unless_any(Outcome::Warning, found),
-        Err(error) => rule.unknown(&error),
+    /// What a session finds that does not set anything itself, unlike ours.
+    async fn parameters(&self, server: &Connector) -> Result<HashMap<String, Parameter>, String> {
+        let mut login = server.own_login(&self.preflight.config.control.database, "validation");
+        login.parameters.retain(|(name, _)| name != "options");
+        let mut connection = Box::pin(server.raw(&login)).await.map_err(|error| error.to_string())?;
+        let rows = connection.simple_query(COMPARED).await.map_err(|error| error.to_string())?;
+        // The answer is here; how the session ends does not matter.
+        let _ended = connection.terminate().await;
+        let parameter = |row: Vec<Option<String>>| {
+            let mut row = row.into_iter();
+            let mut next = || row.next().flatten();
+            let (name, value, chosen, context) = (next()?, next()?, next()?, next()?);
+            Some((name, Parameter { value, chosen: chosen == "t", restart: context == "postmaster" }))
+        };
+        Ok(rows.into_iter().filter_map(parameter).collect())
     }
-}
 
-async fn prepared_transactions(source: &Control) -> RuleResult {
-    let rule = rule("prepared_transactions")
-        .why("making a slot, and taking the first snapshot, waits until they are committed or rolled back")
-        .fix("COMMIT PREPARED or ROLLBACK PREPARED those that their owner has forgotten");
-    let query = "SELECT format('%s in database %s, since %s', gid, database, date_trunc('second', prepared)) \
-                 FROM pg_prepared_xacts ORDER BY prepared";
-    match column(source, query, &[]).await {
-        Ok(found) => rule.unless_any(Outcome::Warning, found),
-        Err(error) => rule.unknown(&error),
+    async fn server_parameters(&self) -> RuleResult {
+        let rule = self.rule(&SERVER_PARAMETERS);
+        let read = async {
+            Ok::<_, String>((self.parameters(self.preflight.source).await?, self.parameters(self.preflight.target).await?))
+        };
+        let (source, target) = match read.await {
+            Ok(both) => both,
+            Err(error) => return rule.failed(vec![format!("could not be evaluated: {error}")]),
+        };
+        let mut differ: Vec<(&String, &Parameter, &Parameter)> = source
+            .iter()
+            .filter(|(name, _)| *name != "default_transaction_read_only")
+            .filter_map(|(name, here)| Some((name, here, target.get(name)?)))
+            .filter(|(name, here, there)| {
+                let number = |text: &str| text.parse::<i64>().unwrap_or(0);
+                let less = number(&there.value) < number(&here.value);
+                here.value != there.value
+                    && (here.chosen || there.chosen)
+                    && (less || !AT_LEAST.contains(&name.as_str()))
+            })
+            .collect();
+        differ.sort_by_key(|(name, ..)| *name);
+        let shown = differ.iter().map(|(name, here, there)| {
+            let restart = if there.restart { " (takes a restart)" } else { "" };
+            format!("{name}: source {}, target {}{restart}", here.value, there.value)
+        });
+        let mut statements: Vec<Statement> = differ
+            .iter()
+            // A list of names is not one literal.
+            .filter(|(name, ..)| *name != "search_path")
+            .map(|(name, here, _)| format!("ALTER SYSTEM SET {} = {}", quote_ident(name), quote_literal(&here.value)))
+            .map(|sql| self.statement(Side::Target, sql))
+            .collect();
+        statements.extend(self.on_target("SELECT pg_catalog.pg_reload_conf()"));
+        let shown = shown.collect();
+        rule.mended_by(statements).unless_any(Outcome::Warning, shown)
+    }
+
+    async fn worker_processes(&self) -> RuleResult {
+        let rule = self.rule(&WORKER_PROCESSES);
+        let query = "SELECT current_setting('max_worker_processes')::int8";
+        let read = async {
+            let source: i64 = self.source.query_one(query, &[]).await?.get(0);
+            let target: i64 = self.target.query_one(query, &[]).await?.get(0);
+            Ok::<_, tokio_postgres::Error>((source, target))
+        };
+        match read.await {
+            Ok((source, target)) => {
+                let raise = format!("ALTER SYSTEM SET max_worker_processes = {source}");
+                let evidence = format!("source {source}, target {target}");
+                rule.mended_by(self.on_target(raise)).expect(target >= source, Outcome::Warning, evidence)
+            }
+            Err(error) => rule.unknown(&error),
+        }
+    }
+
+    fn control_database(&self) -> RuleResult {
+        let control = &self.preflight.config.control.database;
+        let hit = self.preflight.overwrite_target && self.preflight.databases.contains(control);
+        let found = if hit { vec![control.clone()] } else { Vec::new() };
+        self.rule(&CONTROL_DATABASE).unless_any(Outcome::Failed, found)
     }
 }

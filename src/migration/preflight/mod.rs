@@ -4,12 +4,21 @@
 //! be evaluated is Failed, never Succeeded.
 
 mod database;
+pub mod definition;
 mod findings;
+mod forecast;
 mod instance;
+mod locale;
+mod objects;
+mod replication;
+mod rights;
+mod unstreamed;
 
 use tokio_postgres::types::ToSql;
 
-use crate::config::Config;
+pub use self::definition::{Apply, Definition, Subject, When};
+use crate::catalog::journal::Side;
+use crate::config::{Config, ServerKind};
 pub use crate::migration::view::Mode;
 use crate::postgres::{Connector, Control};
 
@@ -53,10 +62,27 @@ pub struct RuleResult {
     pub why: String,
     /// The SQL or setting that mends it; empty when succeeded.
     pub fix: String,
+    /// What mends just what was found, ready to be run in this order; empty: nothing to be done, or not by SQL.
+    #[serde(default)]
+    pub statements: Vec<Statement>,
+}
+
+/// One statement of a fix.
+#[derive(Clone, Debug, PartialEq, Eq, serde::Serialize, serde::Deserialize, schemars::JsonSchema)]
+pub struct Statement {
+    /// On which server.
+    pub server: Side,
+    /// Connected to which database.
+    pub database: String,
+    /// The statement.
+    pub sql: String,
 }
 
 /// Most items of evidence that a rule quotes.
 pub const EVIDENCE_MAX: usize = 20;
+
+/// Most statements that a rule names.
+pub const STATEMENTS_MAX: usize = 200;
 
 /// What a validation looks at.
 #[derive(Clone, Copy, Debug)]
@@ -75,19 +101,106 @@ pub struct Preflight<'a> {
     pub overwrite_target: bool,
 }
 
+impl std::fmt::Display for Statement {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "{}, database {}: {};", self.server, self.database, self.sql)
+    }
+}
+
+impl Preflight<'_> {
+    fn kind(&self, side: Side) -> ServerKind {
+        match side {
+            Side::Source => self.source.server().kind,
+            Side::Target => self.target.server().kind,
+        }
+    }
+}
+
+/// Every rule there is, in the order in which they are evaluated.
+pub fn rules() -> impl Iterator<Item = &'static Definition> {
+    let findings = findings::FINDINGS.iter().chain(objects::FINDINGS).map(|finding| &finding.definition);
+    [&instance::CONNECT_SOURCE, &instance::CONNECT_TARGET]
+        .into_iter()
+        .chain(instance::DEFINITIONS)
+        .chain(rights::DEFINITIONS)
+        .chain(replication::DEFINITIONS)
+        .chain(database::DEFINITIONS)
+        .chain(locale::DEFINITIONS)
+        .chain(unstreamed::DEFINITIONS)
+        .chain(forecast::DEFINITIONS)
+        .chain(findings)
+}
+
 /// Evaluates every rule, instance level first, then database by database. Never fails itself: a server that cannot be
 /// reached is a Failed rule.
 pub async fn validate(preflight: &Preflight<'_>) -> Vec<RuleResult> {
+    evaluate(preflight, Round::First).await
+}
+
+/// Evaluates those that are to hold as long as changes are streamed.
+pub async fn validate_again(preflight: &Preflight<'_>) -> Vec<RuleResult> {
+    evaluate(preflight, Round::Repeated).await
+}
+
+/// Which of the rules are evaluated.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Round {
+    First,
+    Repeated,
+}
+
+async fn evaluate(preflight: &Preflight<'_>, round: Round) -> Vec<RuleResult> {
     let mut results = Vec::new();
     let control = &preflight.config.control.database;
-    let source = connect(preflight.source, control, &mut results).await;
-    let target = connect(preflight.target, control, &mut results).await;
+    let source = connect(preflight, preflight.source, &instance::CONNECT_SOURCE, control, &mut results).await;
+    let target = connect(preflight, preflight.target, &instance::CONNECT_TARGET, control, &mut results).await;
     let (Some(source), Some(target)) = (source, target) else { return results };
-    results.extend(instance::check(preflight, &source, &target).await);
+    let servers = Servers { preflight, source: &source, target: &target, round };
+    results.extend(servers.instance().await);
+    results.extend(servers.rights().await);
+    results.extend(servers.replication().await);
     for name in preflight.databases {
-        results.extend(database::check(preflight, name, &source, &target).await);
+        results.extend(database::check(&servers, name).await);
     }
     results
+}
+
+/// Both servers, entered through the control databases.
+#[derive(Clone, Copy)]
+struct Servers<'a> {
+    preflight: &'a Preflight<'a>,
+    source: &'a Control,
+    target: &'a Control,
+    round: Round,
+}
+
+impl Servers<'_> {
+    /// Whether this rule is asked now.
+    fn asks(&self, definition: &Definition) -> bool {
+        match (self.round, definition.when) {
+            (Round::First, When::Before) => true,
+            (Round::First, When::BeforeOnline) => self.preflight.mode == Mode::Online,
+            (Round::First | Round::Repeated, When::Repeatedly) => self.preflight.mode == Mode::Online,
+            (Round::Repeated, When::Before | When::BeforeOnline) => false,
+        }
+    }
+
+    fn rule(&self, definition: &'static Definition) -> Rule {
+        Rule::new(definition, Level::Instance, self.preflight.kind(definition.on))
+    }
+
+    /// A statement in the control database of one server.
+    fn statement(&self, server: Side, sql: impl Into<String>) -> Statement {
+        Statement { server, database: self.preflight.config.control.database.clone(), sql: sql.into() }
+    }
+
+    fn on_source(&self, sql: impl Into<String>) -> Vec<Statement> {
+        vec![self.statement(Side::Source, sql)]
+    }
+
+    fn on_target(&self, sql: impl Into<String>) -> Vec<Statement> {
+        vec![self.statement(Side::Target, sql)]
+    }
 }
 
 /// Whether a migration may go on.
@@ -95,14 +208,22 @@ pub fn may_proceed(results: &[RuleResult]) -> bool {
     results.iter().all(|result| result.outcome != Outcome::Failed)
 }
 
-async fn connect(server: &Connector, database: &str, results: &mut Vec<RuleResult>) -> Option<Control> {
-    let code = if server.label() == "source" { "connect_source" } else { "connect_target" };
-    let rule = Rule::new(code, Level::Instance)
-        .why("both servers must let pgcutover in, in the control database too")
-        .fix("check address, user, password and sslmode of this server, its pg_hba.conf, and control.database");
+async fn connect(
+    preflight: &Preflight<'_>,
+    server: &Connector,
+    definition: &'static Definition,
+    database: &str,
+    results: &mut Vec<RuleResult>,
+) -> Option<Control> {
+    let rule = Rule::new(definition, Level::Instance, preflight.kind(definition.on));
+    let encryption = "SELECT version FROM pg_stat_ssl WHERE pid = pg_backend_pid() AND ssl";
     match server.control(database, "validation").await {
         Ok(control) => {
-            results.push(rule.noted(vec![format!("server_version_num {}", control.version_num())]));
+            let tls = match column(&control, encryption, &[]).await {
+                Ok(found) => found.into_iter().next().unwrap_or_else(|| "not encrypted".to_owned()),
+                Err(_) => "encryption not known".to_owned(),
+            };
+            results.push(rule.noted(vec![format!("server_version_num {}, {tls}", control.version_num())]));
             Some(control)
         }
         Err(error) => {
@@ -115,39 +236,45 @@ async fn connect(server: &Connector, database: &str, results: &mut Vec<RuleResul
 /// A rule that is about to be answered.
 #[derive(Clone, Debug)]
 struct Rule {
-    code: &'static str,
+    definition: &'static Definition,
     level: Level,
-    why: &'static str,
-    fix: String,
+    kind: ServerKind,
+    statements: Vec<Statement>,
 }
 
 impl Rule {
-    fn new(code: &'static str, level: Level) -> Self {
-        Self { code, level, why: "", fix: String::new() }
+    fn new(definition: &'static Definition, level: Level, kind: ServerKind) -> Self {
+        Self { definition, level, kind, statements: Vec::new() }
     }
 
-    fn why(mut self, why: &'static str) -> Self {
-        self.why = why;
-        self
-    }
-
-    fn fix(mut self, fix: impl Into<String>) -> Self {
-        self.fix = fix.into();
+    /// What mends it, should it not succeed.
+    fn mended_by(mut self, statements: Vec<Statement>) -> Self {
+        self.statements = statements;
         self
     }
 
     fn answer(self, outcome: Outcome, mut evidence: Vec<String>) -> RuleResult {
         let evidence_total = evidence.len();
         evidence.truncate(EVIDENCE_MAX);
-        let fix = if outcome == Outcome::Succeeded { String::new() } else { self.fix };
+        let (mut fix, mut statements) = (String::new(), Vec::new());
+        if outcome != Outcome::Succeeded {
+            fix = self.definition.fix_on(self.kind);
+            for statement in self.statements {
+                if Definition::allows(self.kind, &statement) && !statements.contains(&statement) {
+                    statements.push(statement);
+                }
+            }
+            statements.truncate(STATEMENTS_MAX);
+        }
         RuleResult {
-            code: self.code.to_owned(),
+            code: self.definition.code.to_owned(),
             level: self.level,
             outcome,
             evidence,
             evidence_total,
-            why: self.why.to_owned(),
+            why: self.definition.why.to_owned(),
             fix,
+            statements,
         }
     }
 
@@ -201,13 +328,33 @@ mod tests {
 
     #[test]
     fn evidence_is_capped_and_counted() {
-        let rule = Rule::new("x", Level::Instance).fix("do it");
+        let rule = Rule::new(&instance::CONNECT_SOURCE, Level::Instance, ServerKind::Postgres);
         let result = rule.clone().unless_any(Outcome::Warning, (0..100).map(|n| n.to_string()).collect());
         assert_eq!((result.evidence.len(), result.evidence_total), (EVIDENCE_MAX, 100));
-        assert_eq!((result.outcome, result.fix.as_str()), (Outcome::Warning, "do it"));
+        assert_eq!((result.outcome, result.fix.as_str()), (Outcome::Warning, instance::CONNECT_SOURCE.fix));
         let fine = rule.clone().unless_any(Outcome::Warning, Vec::new());
         assert_eq!((fine.outcome, fine.fix.as_str()), (Outcome::Succeeded, ""));
         assert!(may_proceed(&[result, fine]));
         assert!(!may_proceed(&[rule.unknown(&std::fmt::Error)]), "what is unknown is not fine");
+    }
+
+    #[test]
+    fn nobody_is_told_to_run_what_a_service_forbids() {
+        let alter = |sql: &str| Statement { server: Side::Source, database: "d".to_owned(), sql: sql.to_owned() };
+        let both = vec![alter("ALTER SYSTEM SET x = 1"), alter("GRANT a TO b"), alter("GRANT a TO b")];
+        let asked = |kind| {
+            let rule = Rule::new(&instance::CONNECT_SOURCE, Level::Instance, kind).mended_by(both.clone());
+            rule.failed(Vec::new()).statements.len()
+        };
+        assert_eq!((asked(ServerKind::Postgres), asked(ServerKind::AwsRds)), (2, 1));
+    }
+
+    #[test]
+    fn codes_are_used_once() {
+        let mut codes: Vec<&str> = rules().map(|rule| rule.code).collect();
+        let all = codes.len();
+        codes.sort_unstable();
+        codes.dedup();
+        assert_eq!(codes.len(), all);
     }
 }

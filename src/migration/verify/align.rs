@@ -3,12 +3,14 @@
 //! Exported, so that any number of sessions read under them; they live as long as the [`Pair`]. The rule by which they
 //! are made to fit is told in [`crate::migration::gate`].
 
+use std::sync::Arc;
 use std::time::Duration;
 
 use tokio::time::Instant;
 use tokio::time::timeout;
 
 use super::VerifyError;
+use crate::catalog::door::Door;
 use crate::ident::QualifiedName;
 use crate::lsn::Lsn;
 use crate::migration::gate::{Fit, Gate, Hold, Interrupted};
@@ -50,6 +52,50 @@ pub struct Sides {
     pub database: String,
     /// Where the stream between them can be held; none: nobody writes to either.
     pub gate: Option<Gate>,
+    /// How to get into the target, where a cutover has shut it; none: as everybody does. One at a time.
+    pub door: Option<Arc<tokio::sync::Mutex<Door>>>,
+}
+
+/// Times that the door is tried: the stream may shut it behind itself while we come in.
+const DOOR_ATTEMPTS: u32 = 5;
+
+impl Sides {
+    /// A session on the server that the changes come from.
+    pub(super) async fn enter_source(&self, purpose: &str) -> Result<Control, VerifyError> {
+        Ok(self.source.control(&self.database, purpose).await?)
+    }
+
+    /// A session on the server that they are applied to.
+    pub(super) async fn enter_target(&self, purpose: &str) -> Result<Control, VerifyError> {
+        let Some(door) = &self.door else { return Ok(self.target.control(&self.database, purpose).await?) };
+        let door = door.lock().await;
+        let mut attempt = 0;
+        loop {
+            attempt += 1;
+            let connect = async { Ok::<_, VerifyError>(self.target.control(&self.database, purpose).await?) };
+            match Box::pin(door.through(connect)).await {
+                Err(VerifyError::Connect(_)) if attempt < DOOR_ATTEMPTS => tokio::time::sleep(REST).await,
+                entered => return entered,
+            }
+        }
+    }
+}
+
+/// The apply stands, and nothing is on the target that the source's snapshot does not see. Dropping it lets it go on.
+#[derive(Debug)]
+pub(super) struct Still {
+    /// In a transaction under the snapshot.
+    pub(super) source: Control,
+    /// In no transaction.
+    pub(super) target: Control,
+    hold: Hold,
+}
+
+impl Still {
+    /// Whether it still does.
+    pub(super) fn stands(&self) -> bool {
+        self.hold.stands()
+    }
 }
 
 /// The transaction of a holder.
@@ -62,14 +108,34 @@ const LOCK_TIMEOUT_MS: u32 = 1000;
 /// nobody can rewrite them as long as the snapshots are held. Tries again while the stream is interrupted or too far behind to be held for long.
 pub async fn align(sides: &Sides, locked: &[QualifiedName]) -> Result<Pair, VerifyError> {
     let begin = begin(locked);
-    let source = sides.source.control(&sides.database, "verify-snapshot").await?;
-    let target = sides.target.control(&sides.database, "verify-snapshot").await?;
+    let source = sides.enter_source("verify-snapshot").await?;
+    let target = sides.enter_target("verify-snapshot").await?;
     let Some(gate) = &sides.gate else {
         let (source_snapshot, ..) = take(&source, &begin).await?;
         let target_snapshot = export(&target).await?;
         return Ok(Pair { source, target, source_snapshot, target_snapshot });
     };
-    let marker = sides.source.control(&sides.database, "verify-marker").await?;
+    let (hold, source_snapshot) = stand(sides, gate, &source, &begin).await?;
+    let target_snapshot = export(&target).await?;
+    if !hold.stands() {
+        return Err(VerifyError::Moved);
+    }
+    Ok(Pair { source, target, source_snapshot, target_snapshot })
+}
+
+/// Has the apply stand where a snapshot of the source looks.
+pub(super) async fn still(sides: &Sides) -> Result<Still, VerifyError> {
+    let Some(gate) = &sides.gate else { return Err(VerifyError::Moved) };
+    let source = sides.enter_source("repair").await?;
+    let target = sides.enter_target("repair").await?;
+    let (hold, _snapshot) = stand(sides, gate, &source, BEGIN).await?;
+    super::prepare(&source, &target).await?;
+    Ok(Still { source, target, hold })
+}
+
+/// Holds the stream at a snapshot that `source` takes with `begin`.
+async fn stand(sides: &Sides, gate: &Gate, source: &Control, begin: &str) -> Result<(Hold, String), VerifyError> {
+    let marker = sides.enter_source("verify-marker").await?;
     // A marker is worth nothing on a standby.
     let local = marker.batch_execute("SET synchronous_commit = local").await;
     local.map_err(VerifyError::query("preparing a session on the source"))?;
@@ -77,10 +143,10 @@ pub async fn align(sides: &Sides, locked: &[QualifiedName]) -> Result<Pair, Veri
     let mut attempts = 0;
     loop {
         attempts += 1;
-        match while_it_moves(gate, held(gate, &source, &begin, &marker, &target)).await {
-            Ok(Ok(Some((source_snapshot, target_snapshot)))) => {
-                tracing::debug!(database = sides.database, attempts, "both snapshots are taken");
-                return Ok(Pair { source, target, source_snapshot, target_snapshot });
+        match while_it_moves(gate, held(gate, source, begin, &marker)).await {
+            Ok(Ok(Some(standing))) => {
+                tracing::debug!(database = sides.database, attempts, "the stream stands where a snapshot looks");
+                return Ok(standing);
             }
             // Somebody has a table locked.
             Ok(Err(VerifyError::Query { source, .. }))
@@ -97,10 +163,8 @@ pub async fn align(sides: &Sides, locked: &[QualifiedName]) -> Result<Pair, Veri
             }
         }
         tokio::time::sleep(REST).await;
-        for holder in [&source, &target] {
-            // Without a transaction this is a warning that nobody sees.
-            holder.batch_execute("ROLLBACK").await.map_err(VerifyError::query("giving up a snapshot"))?;
-        }
+        // Without a transaction this is a warning that nobody sees.
+        source.batch_execute("ROLLBACK").await.map_err(VerifyError::query("giving up a snapshot"))?;
     }
 }
 
@@ -126,11 +190,10 @@ async fn held(
     source: &Control,
     begin: &str,
     marker: &Control,
-    target: &Control,
-) -> Result<Option<(String, String)>, VerifyError> {
+) -> Result<Option<(Hold, String)>, VerifyError> {
     let Ok(mut hold) = gate.hold().await else { return Ok(None) };
     match fitting(&mut hold, source, begin, marker).await? {
-        Ok(source_snapshot) => Ok(Some((source_snapshot, export(target).await?))),
+        Ok(snapshot) => Ok(Some((hold, snapshot))),
         Err(Interrupted) => Ok(None),
     }
 }

@@ -42,8 +42,8 @@ pub struct DefinitionDifference {
 /// Compares the definitions, and sees to it that no sequence of the target is ahead of the source's. (Behind it they all
 /// are: a cutover sets them exactly.)
 pub async fn compare(sides: &Sides) -> Result<Vec<DefinitionDifference>, VerifyError> {
-    let source = sides.source.control(&sides.database, "verify-definitions").await?;
-    let target = sides.target.control(&sides.database, "verify-definitions").await?;
+    let source = sides.enter_source("verify-definitions").await?;
+    let target = sides.enter_target("verify-definitions").await?;
     let alike = source.version_num() / 10_000 == target.version_num() / 10_000;
     let found = differences(&read(&source, alike).await?, &read(&target, alike).await?);
     // The target first: what the source gives out meanwhile only brings it further.

@@ -8,6 +8,7 @@ use std::pin::Pin;
 use futures_util::StreamExt as _;
 use tokio_postgres::{Row, RowStream};
 
+use super::repair::{DAMAGE, Damage};
 use super::table::{Plan, Side};
 use super::{DifferenceKind, LISTED, Readers, RowDifference, VerifyError, streamed};
 use crate::postgres::Control;
@@ -17,6 +18,8 @@ use crate::postgres::Control;
 pub(super) struct Found {
     pub(super) differences: u64,
     pub(super) listed: Vec<RowDifference>,
+    /// All of them, as far as a repair takes them on.
+    pub(super) damage: Damage,
 }
 
 /// Rows with one key hash.
@@ -54,6 +57,8 @@ pub(super) async fn rows(plan: &Plan, readers: Readers<'_>, buckets: &[i64]) -> 
 impl Found {
     /// Two groups of the same key hash; one may be missing.
     fn compare(&mut self, source: Option<Group>, target: Option<Group>, keyed: bool) {
+        let hash = source.as_ref().or(target.as_ref()).map(|group| group.key);
+        let before = self.differences;
         let mut missing = source.map(|group| group.rows).unwrap_or_default();
         let mut extra = target.map(|group| group.rows).unwrap_or_default();
         missing.retain(|(hash, _)| match extra.iter().position(|(other, _)| other == hash) {
@@ -66,15 +71,21 @@ impl Found {
         let mut extra = extra.into_iter();
         for (_, key) in missing {
             let differs = keyed && extra.next().is_some();
-            self.note(if differs { DifferenceKind::Differs } else { DifferenceKind::Missing }, key);
+            self.note(if differs { DifferenceKind::Differs } else { DifferenceKind::Missing }, key, keyed);
         }
         for (_, key) in extra {
-            self.note(DifferenceKind::Extra, key);
+            self.note(DifferenceKind::Extra, key, keyed);
+        }
+        if !keyed && self.differences > before && self.damage.hashes.len() < DAMAGE {
+            self.damage.hashes.extend(hash);
         }
     }
 
-    fn note(&mut self, kind: DifferenceKind, key: Vec<Option<String>>) {
+    fn note(&mut self, kind: DifferenceKind, key: Vec<Option<String>>, keyed: bool) {
         self.differences += 1;
+        if keyed && self.damage.keys.len() < DAMAGE {
+            self.damage.keys.push(key.clone());
+        }
         if self.listed.len() < LISTED {
             self.listed.push(RowDifference { kind, key });
         }

@@ -20,6 +20,7 @@ pub mod align;
 pub mod definitions;
 mod descend;
 mod expression;
+mod repair;
 mod table;
 
 use std::collections::{HashMap, VecDeque};
@@ -32,7 +33,9 @@ use serde::{Deserialize, Serialize};
 
 use self::align::{Pair, Sides, align};
 use self::expression::{Floats, Hasher, Method};
+use self::repair::Damage;
 use self::table::{Part, Plan, Sums};
+use crate::catalog::door::DoorError;
 use crate::catalog::migrations::CatalogError;
 use crate::ident::QualifiedName;
 use crate::migration::stream::{transient_query, transient_sqlstate};
@@ -53,6 +56,9 @@ const RESTLESS: u32 = 2;
 /// Times that a round is begun again after a lost connection.
 const RETRIES: u32 = 8;
 
+/// Times that a table is repaired before what still differs is reported.
+const REPAIRS: u32 = 20;
+
 /// Rows that are listed for each table; the rest is counted.
 pub const LISTED: usize = 100;
 
@@ -67,6 +73,17 @@ pub struct VerifyContext {
     pub load_percent: u8,
     /// Told of everything that is done.
     pub observer: Arc<dyn Observer>,
+    /// What becomes of rows that differ.
+    pub damaged: Damaged,
+}
+
+/// What becomes of rows that differ.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Damaged {
+    /// They are listed.
+    Listed,
+    /// Those of the source are written to the target, and the table is compared again.
+    Repaired,
 }
 
 /// Learns how far a verification is.
@@ -76,6 +93,8 @@ pub trait Observer: Send + Sync {
     fn moved(&self, rows: u64, bytes: u64);
     /// A table is done; durable when it returns.
     async fn finished(&self, result: &TableResult) -> Result<(), CatalogError>;
+    /// Rows of a table are about to be written or removed on the target: keys and counts; durable when it returns.
+    async fn repairing(&self, table: &QualifiedName, what: &serde_json::Value) -> Result<(), CatalogError>;
 }
 
 /// What the comparison of one table came to.
@@ -91,6 +110,9 @@ pub struct TableResult {
     pub differences: u64,
     /// The first of them.
     pub listed: Vec<RowDifference>,
+    /// Rows that were written or removed to make it equal.
+    #[serde(default)]
+    pub repaired: u64,
     /// What could not be compared; null: everything was.
     pub problem: Option<String>,
 }
@@ -170,6 +192,12 @@ pub enum VerifyError {
         /// How long it was tried.
         waited: Duration,
     },
+    /// The stream went on, or another one began, while it had to stand.
+    #[error("the stream did not stand still for as long as it had to")]
+    Moved,
+    /// The server that a cutover has left could not be entered.
+    #[error(transparent)]
+    Door(#[from] DoorError),
     /// A server's answer makes no sense.
     #[error("{0} cannot be read")]
     Unreadable(&'static str),
@@ -190,7 +218,9 @@ impl VerifyError {
             Self::Query { source, .. } => {
                 transient_query(source) || source.code().is_some_and(|code| matches!(code.code(), "22023" | "42704"))
             }
-            Self::NoCommonSnapshot { .. } | Self::Unreadable(_) | Self::Catalog(_) => false,
+            Self::Moved => true,
+            Self::Door(DoorError::Connect(error)) => error.sqlstate().is_none_or(transient_sqlstate),
+            Self::Door(_) | Self::NoCommonSnapshot { .. } | Self::Unreadable(_) | Self::Catalog(_) => false,
         }
     }
 }
@@ -199,14 +229,14 @@ impl VerifyError {
 /// observer was told of stays done.
 pub async fn tables(context: &VerifyContext, wanted: Vec<QualifiedName>) -> Result<Vec<TableResult>, VerifyError> {
     let mut left: VecDeque<QualifiedName> = wanted.into();
-    let mut rewrites: HashMap<QualifiedName, u32> = HashMap::new();
+    let mut pasts: HashMap<QualifiedName, Past> = HashMap::new();
     let mut results = Vec::new();
     let mut retries = 0;
     while !left.is_empty() {
         let done = Mutex::new(Vec::new());
-        let restless = |table: &&QualifiedName| rewrites.get(*table).is_some_and(|times| *times >= RESTLESS);
+        let restless = |table: &&QualifiedName| pasts.get(*table).is_some_and(|past| past.rewrites >= RESTLESS);
         let locked: Vec<QualifiedName> = left.iter().filter(restless).take(1).cloned().collect();
-        let ended = Box::pin(round(context, &left, &locked, &done)).await;
+        let ended = Box::pin(round(context, &left, &locked, &pasts, &done)).await;
         for ended in done.into_inner().unwrap_or_else(PoisonError::into_inner) {
             let table = match ended {
                 Ended::Compared(result) => {
@@ -214,10 +244,16 @@ pub async fn tables(context: &VerifyContext, wanted: Vec<QualifiedName>) -> Resu
                     results.push(result);
                     table
                 }
+                Ended::Damaged(plan, damage) => {
+                    let past = pasts.entry(plan.table.clone()).or_default();
+                    past.repairs += 1;
+                    past.repaired += Box::pin(mend(context, &plan, &damage)).await;
+                    continue;
+                }
                 Ended::Rewritten(table) => {
-                    let times = rewrites.entry(table.clone()).or_default();
-                    *times += 1;
-                    if *times <= REWRITES {
+                    let past = pasts.entry(table.clone()).or_default();
+                    past.rewrites += 1;
+                    if past.rewrites <= REWRITES {
                         continue;
                     }
                     let result = unreadable(&table, "it was rewritten or truncated again and again");
@@ -247,6 +283,21 @@ pub async fn tables(context: &VerifyContext, wanted: Vec<QualifiedName>) -> Resu
     Ok(results)
 }
 
+/// Repairs one table as far as it can be. What could not be is found when the table is compared again.
+async fn mend(context: &VerifyContext, plan: &Plan, damage: &Damage) -> u64 {
+    match repair::table(context, plan, damage).await {
+        Ok(rows) => {
+            tracing::warn!(table = %plan.table, rows, "rows were repaired");
+            rows
+        }
+        Err(error) => {
+            let error = crate::migration::stream::describe(&error);
+            tracing::warn!(table = %plan.table, error, "rows could not be repaired");
+            0
+        }
+    }
+}
+
 fn unreadable(table: &QualifiedName, problem: &str) -> TableResult {
     TableResult {
         schema: table.schema.clone(),
@@ -254,6 +305,7 @@ fn unreadable(table: &QualifiedName, problem: &str) -> TableResult {
         rows: 0,
         differences: 0,
         listed: Vec::new(),
+        repaired: 0,
         problem: Some(problem.to_owned()),
     }
 }
@@ -262,6 +314,17 @@ fn unreadable(table: &QualifiedName, problem: &str) -> TableResult {
 enum Ended {
     Compared(TableResult),
     Rewritten(QualifiedName),
+    /// It is to be repaired.
+    Damaged(Arc<Plan>, Damage),
+}
+
+/// What has befallen a table in earlier rounds.
+#[derive(Clone, Copy, Debug, Default)]
+struct Past {
+    rewrites: u32,
+    repairs: u32,
+    /// Rows.
+    repaired: u64,
 }
 
 /// Compares the first of `left`, or `locked` if there are any, under one pair of snapshots. What is in `done` is done, also when it fails.
@@ -269,6 +332,7 @@ async fn round(
     context: &VerifyContext,
     left: &VecDeque<QualifiedName>,
     locked: &[QualifiedName],
+    pasts: &HashMap<QualifiedName, Past>,
     done: &Mutex<Vec<Ended>>,
 ) -> Result<(), VerifyError> {
     let pair = align(&context.sides, locked).await?;
@@ -280,7 +344,7 @@ async fn round(
         match Plan::make(&pair, table, &hasher).await? {
             Ok(plan) => {
                 bytes += plan.bytes();
-                plans.push(plan);
+                plans.push(Arc::new(plan));
             }
             Err(problem) => {
                 let result = unreadable(table, &problem);
@@ -301,6 +365,7 @@ async fn round(
         context,
         locked: !locked.is_empty(),
         pair: &pair,
+        pasts,
         done,
         progress: plans.iter().map(|plan| Mutex::new((Sums::default(), plan.parts()))).collect(),
         plans,
@@ -321,7 +386,8 @@ struct Round<'a> {
     /// The holders themselves read.
     locked: bool,
     pair: &'a Pair,
-    plans: Vec<Plan>,
+    plans: Vec<Arc<Plan>>,
+    pasts: &'a HashMap<QualifiedName, Past>,
     /// For each plan, what was summed up, and how many parts are missing.
     progress: Vec<Mutex<(Sums, u32)>>,
     done: &'a Mutex<Vec<Ended>>,
@@ -367,8 +433,8 @@ impl Round<'_> {
         }
         let sides = &self.context.sides;
         let (source, target) = tokio::try_join!(
-            sides.source.control(&sides.database, "verify"),
-            sides.target.control(&sides.database, "verify"),
+            sides.enter_source("verify"),
+            sides.enter_target("verify"),
         )?;
         prepare(&source, &target).await?;
         Ok(Worker { source, target })
@@ -407,18 +473,25 @@ impl Round<'_> {
     }
 
     /// All of a table was read.
-    async fn complete(&self, plan: &Plan, sums: Sums, readers: Readers<'_>) -> Result<(), VerifyError> {
+    async fn complete(&self, plan: &Arc<Plan>, sums: Sums, readers: Readers<'_>) -> Result<(), VerifyError> {
         let rows = sums.rows();
         let mut result = TableResult { rows, ..unreadable(&plan.table, "") };
         result.problem = None;
+        let past = self.pasts.get(&plan.table).copied().unwrap_or_default();
+        result.repaired = past.repaired;
+        let mut damage = Damage::default();
         let buckets = sums.differing();
         if !buckets.is_empty() {
             let found = descend::rows(plan, readers, &buckets).await?;
-            (result.differences, result.listed) = (found.differences, found.listed);
+            (result.differences, result.listed, damage) = (found.differences, found.listed, found.damage);
         }
         if !self.locked && plan.rewritten(readers.source, readers.target).await? {
             tracing::info!(table = %plan.table, "rewritten while it was read; it is read again");
             note(self.done, Ended::Rewritten(plan.table.clone()));
+            return Ok(());
+        }
+        if result.differences > 0 && self.context.damaged == Damaged::Repaired && past.repairs < REPAIRS {
+            note(self.done, Ended::Damaged(plan.clone(), damage));
             return Ok(());
         }
         self.context.observer.finished(&result).await?;

@@ -67,8 +67,8 @@ pub(super) struct Plan {
     /// Names of the key's columns; empty: none.
     pub(super) key: Vec<String>,
     /// Rows that belong to the migration, as SQL beginning with WHERE; of an extension's table perhaps not all.
-    filter: String,
-    hasher: Hasher,
+    pub(super) filter: String,
+    pub(super) hasher: Hasher,
     /// One less than the number of buckets, which is a power of two.
     mask: i64,
 }
@@ -156,6 +156,19 @@ impl Plan {
             hasher: hasher.clone(),
             mask: i64::try_from(buckets - 1).unwrap_or(0),
         }))
+    }
+
+    /// Its columns on one server, in the same order on both.
+    pub(super) fn columns(&self, side: Side) -> &[Column] {
+        match side {
+            Side::Source => &self.source.columns,
+            Side::Target => &self.target.columns,
+        }
+    }
+
+    /// Its number on the target.
+    pub(super) fn target_oid(&self) -> u32 {
+        self.target.oid
     }
 
     /// Size on the source.

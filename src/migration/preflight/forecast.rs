@@ -1,0 +1,215 @@
+//! How long the copy may take and how much write-ahead log the source would keep meanwhile: from a short sample, shown
+//! with what it rests on.
+//!
+//! The sample reads a few megabytes of the largest table over one connection, as the copy does, and looks how far the
+//! source's log grows in that moment. Writing on the target and building indexes are not in it. It is a forecast as of a
+//! person who has watched for a second, and says so; nothing but a warning rests on it.
+
+use std::time::{Duration, Instant};
+
+use futures_util::StreamExt as _;
+
+use super::database::{Database, Finding};
+use super::definition::{Definition, Hosted, When};
+use super::{Mode, Outcome, RuleResult};
+use crate::config::units::{format_duration, format_size};
+use crate::sqlstate;
+
+const FORECAST: Definition = Definition {
+    code: "forecast",
+    worst: Outcome::Warning,
+    when: When::Before,
+    why: "the source keeps its write-ahead log from the first table to the moment in which the target has caught up; when \
+          that is more than max_slot_wal_keep_size or migration.max_retained_wal, the migration fails",
+    evidence: "sizes; how fast a sample was read, and the time for all of it at that pace; how fast the log grew meanwhile, \
+               and what a slot would keep in that time",
+    fix: "raise max_slot_wal_keep_size and migration.max_retained_wal if the source has room, raise migration.copy_workers, or \
+          choose a quieter hour",
+    hosted: Hosted::Same,
+    ..Finding::DEFINITION
+};
+
+pub(super) const DEFINITIONS: [&Definition; 1] = [&FORECAST];
+
+/// Bytes of the largest table that are read.
+const SAMPLE_BYTES: i64 = 8 << 20;
+
+/// Answers of a server to which the sample does without a table.
+const REFUSALS: [&str; 2] = [sqlstate::INSUFFICIENT_PRIVILEGE, sqlstate::LOCK_NOT_AVAILABLE];
+
+/// The log is watched for at least so long.
+const WATCH: Duration = Duration::from_millis(500);
+
+/// Bytes of all tables and of their indexes, then the largest table: its name, its bytes and its rows.
+const SIZES: &str = "
+WITH ours AS (
+    SELECT c.oid, pg_table_size(c.oid) AS bytes, pg_indexes_size(c.oid) AS index_bytes, pg_relation_size(c.oid) AS heap, c.reltuples
+      FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace
+     WHERE c.relkind = 'r' AND c.relpersistence = 'p' AND n.nspname NOT IN ('information_schema', 'pgcutover') AND n.nspname !~ '^pg_')
+SELECT (SELECT coalesce(sum(bytes), 0) FROM ours)::int8, (SELECT coalesce(sum(index_bytes), 0) FROM ours)::int8,
+       l.name, coalesce(l.heap, 0)::int8, greatest(coalesce(l.reltuples, 0), 0)::float8
+  FROM (SELECT) AS one LEFT JOIN (SELECT oid::regclass::text AS name, heap, reltuples FROM ours ORDER BY heap DESC LIMIT 1) AS l ON true";
+
+/// What was seen.
+#[derive(Clone, Debug, Default, PartialEq)]
+struct Seen {
+    table_bytes: u64,
+    index_bytes: u64,
+    /// The table that was read from, how much of it, and how long that took.
+    sample: Option<(String, u64, Duration)>,
+    /// How far the log grew, and in what time; none: it is not kept.
+    log: Option<(u64, Duration)>,
+    /// What a slot may keep.
+    limit: Option<u64>,
+    workers: usize,
+}
+
+impl Database<'_> {
+    /// See the module.
+    pub(super) async fn forecast(&self) -> RuleResult {
+        let rule = self.rule(&FORECAST);
+        match self.look().await {
+            Ok(seen) => {
+                let (outcome, evidence) = judge(&seen);
+                rule.answer(outcome, evidence)
+            }
+            Err(error) => rule.unknown(&error),
+        }
+    }
+
+    async fn look(&self) -> Result<Seen, tokio_postgres::Error> {
+        let online = self.servers.preflight.mode == Mode::Online;
+        let config = &self.servers.preflight.config.migration;
+        let unsigned = |bytes: i64| u64::try_from(bytes).unwrap_or(0);
+        let position = async || -> Result<Option<crate::lsn::Lsn>, tokio_postgres::Error> {
+            let row = self.session.query_one(
+                "SELECT CASE WHEN pg_is_in_recovery() THEN NULL ELSE pg_current_wal_insert_lsn() END",
+                &[],
+            );
+            Ok(row.await?.get(0))
+        };
+        let (before, began) = (position().await?, Instant::now());
+        let row = self.session.query_one(SIZES, &[]).await?;
+        let mut seen = Seen {
+            table_bytes: unsigned(row.get(0)),
+            index_bytes: unsigned(row.get(1)),
+            workers: config.copy_workers,
+            ..Seen::default()
+        };
+        let (table, heap, rows): (Option<String>, i64, f64) = (row.get(2), row.get(3), row.get(4));
+        if let Some(table) = table.filter(|_| heap > 0) {
+            seen.sample = match self.read(&table, heap, rows).await {
+                // Another rule says that it may not be read; or somebody has it locked just now.
+                Err(error) if error.code().is_some_and(|code| REFUSALS.contains(&code.code())) => None,
+                sample => sample?,
+            };
+        }
+        if online {
+            tokio::time::sleep(WATCH.saturating_sub(began.elapsed())).await;
+            if let (Some(before), Some(after)) = (before, position().await?) {
+                seen.log = Some((after.0.saturating_sub(before.0), began.elapsed()));
+            }
+            let limit = self
+                .session
+                .query_opt(
+                    "SELECT setting::int8 * 1048576 FROM pg_settings WHERE name = 'max_slot_wal_keep_size' AND setting::int8 >= 0",
+                    &[],
+                )
+                .await?;
+            let limits = [limit.map(|row| unsigned(row.get(0))), config.max_retained_wal_bytes];
+            seen.limit = limits.into_iter().flatten().min();
+        }
+        Ok(seen)
+    }
+
+    /// Reads about [`SAMPLE_BYTES`] of a table of `heap` bytes.
+    async fn read(
+        &self,
+        table: &str,
+        heap: i64,
+        rows: f64,
+    ) -> Result<Option<(String, u64, Duration)>, tokio_postgres::Error> {
+        #[expect(clippy::cast_precision_loss, clippy::cast_possible_truncation, reason = "an estimate")]
+        let wanted = (rows * (SAMPLE_BYTES as f64 / heap as f64)).ceil().max(1000.0) as i64;
+        self.session.batch_execute("SET lock_timeout = 1000").await?;
+        let began = Instant::now();
+        let stream = self.session.copy_out(&format!("COPY (SELECT * FROM ONLY {table} LIMIT {wanted}) TO STDOUT")).await?;
+        let mut stream = std::pin::pin!(stream);
+        let mut bytes = 0_u64;
+        while let Some(part) = stream.next().await {
+            bytes += part?.len() as u64;
+        }
+        Ok((bytes > 0).then(|| (table.to_owned(), bytes, began.elapsed())))
+    }
+}
+
+/// The forecast, with what it rests on. Pure.
+fn judge(seen: &Seen) -> (Outcome, Vec<String>) {
+    let mut evidence = vec![format!(
+        "{} of tables and {} of indexes",
+        format_size(rounded(seen.table_bytes)),
+        format_size(rounded(seen.index_bytes))
+    )];
+    let Some((table, bytes, took)) = &seen.sample else {
+        evidence.push("there are no rows of which a sample could be read".to_owned());
+        return (Outcome::Succeeded, evidence);
+    };
+    let pace = per_second(*bytes, *took).max(1);
+    let seconds = seen.table_bytes / pace + 1;
+    evidence.push(format!(
+        "copy: {} or less by {} workers at the pace of one, {} a second, at which {} of {table} were read; writing and \
+         building indexes are not in it and may take as long again",
+        format_duration(Duration::from_secs(seconds)),
+        seen.workers,
+        format_size(rounded(pace)),
+        format_size(rounded(*bytes)),
+    ));
+    let Some((grown, watched)) = seen.log else { return (Outcome::Succeeded, evidence) };
+    let rate = per_second(grown, watched);
+    // Writing and indexes as long again.
+    let kept = rate.saturating_mul(2 * seconds);
+    evidence.push(format!(
+        "write-ahead log: {} a second, watched for {} ms; a slot would keep about {} in twice that time",
+        format_size(rounded(rate)),
+        watched.as_millis(),
+        format_size(rounded(kept)),
+    ));
+    let Some(limit) = seen.limit else { return (Outcome::Succeeded, evidence) };
+    evidence.push(format!("a slot may keep {}", format_size(limit)));
+    (if kept > limit / 2 { Outcome::Warning } else { Outcome::Succeeded }, evidence)
+}
+
+fn per_second(bytes: u64, time: Duration) -> u64 {
+    let micros = u64::try_from(time.as_micros()).unwrap_or(u64::MAX).max(1);
+    u64::try_from(u128::from(bytes) * 1_000_000 / u128::from(micros)).unwrap_or(u64::MAX)
+}
+
+/// To the unit of which there are ten or more, so that no more is claimed than is known.
+fn rounded(bytes: u64) -> u64 {
+    let unit = (0..4).rev().map(|power| 1_u64 << (10 * power)).find(|unit| bytes / unit >= 10).unwrap_or(1);
+    bytes / unit * unit
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_log_that_outgrows_what_a_slot_may_keep_is_a_warning() {
+        let seen = Seen {
+            table_bytes: 100 << 30,
+            index_bytes: 10 << 30,
+            sample: Some(("big".to_owned(), 8 << 20, Duration::from_millis(100))),
+            log: Some((1 << 20, Duration::from_secs(1))),
+            limit: Some(100 << 30),
+            workers: 4,
+        };
+        let (outcome, evidence) = judge(&seen);
+        // 100 GB at 80 MB a second are 1280 seconds; 1 MB a second, for twice that, are 2.5 GB.
+        assert_eq!(outcome, Outcome::Succeeded, "{evidence:#?}");
+        assert!(evidence[2].contains("1MB a second") && evidence.len() == 4, "{evidence:#?}");
+        assert_eq!(judge(&Seen { limit: Some(2 << 30), ..seen.clone() }).0, Outcome::Warning);
+        assert_eq!(judge(&Seen { log: None, ..seen.clone() }).1.len(), 2, "nothing is kept");
+        assert_eq!(judge(&Seen { sample: None, ..seen }).0, Outcome::Succeeded, "nothing to copy");
+    }
+}

@@ -1,0 +1,282 @@
+//! Rules about streaming changes. Most are asked again as long as a migration streams, and before its cutover: a source
+//! whose operator changes something meanwhile is told before it hurts.
+
+use tokio_postgres::types::ToSql;
+
+use super::definition::{Apply, Definition, Hosted, Subject, When};
+use super::{Outcome, Rule, RuleResult, Servers, Statement};
+use crate::catalog::journal::Side;
+use crate::config::FencePolicy;
+
+/// What most rules here are.
+const STREAMED: Definition = Definition {
+    code: "",
+    subject: Subject::Instance,
+    when: When::Repeatedly,
+    worst: Outcome::Failed,
+    why: "",
+    evidence: "",
+    fix: "",
+    on: Side::Source,
+    hosted: Hosted::Same,
+    apply: Apply::ByHand,
+};
+
+const WAL_LEVEL: Definition = Definition {
+    code: "wal_level",
+    why: "changes are read from the write-ahead log by logical decoding",
+    evidence: "its value",
+    fix: "ALTER SYSTEM SET wal_level = logical; then restart the source",
+    hosted: Hosted::Words {
+        amazon: "set rds.logical_replication = 1 in the parameter group, and reboot the source",
+        azure: "set the server parameter wal_level = logical, and restart the source",
+        google: "set the flag cloudsql.logical_decoding = on (AlloyDB: alloydb.logical_decoding), which restarts the source",
+    },
+    apply: Apply::Refused("the source has to be restarted for it"),
+    ..STREAMED
+};
+
+const SLOTS: Definition = Definition {
+    code: "replication_slots",
+    why: "each database is streamed through a slot of its own",
+    evidence: "how many are free and needed",
+    fix: "raise max_replication_slots of the source and restart it, or drop slots that nobody uses",
+    hosted: Hosted::Parameter("max_replication_slots"),
+    apply: Apply::Refused("the source has to be restarted for it"),
+    ..STREAMED
+};
+
+const SENDERS: Definition = Definition {
+    code: "wal_senders",
+    why: "each database is streamed by a walsender of its own",
+    evidence: "how many are free and needed",
+    fix: "raise max_wal_senders of the source and restart it",
+    hosted: Hosted::Parameter("max_wal_senders"),
+    apply: Apply::Refused("the source has to be restarted for it"),
+    ..STREAMED
+};
+
+const REPLICATION: Definition = Definition {
+    code: "replication_right",
+    why: "a slot is made and read through a replication connection",
+    evidence: "what the login role lacks",
+    fix: "ALTER ROLE … REPLICATION for the source's login role",
+    hosted: Hosted::Words {
+        amazon: "GRANT rds_replication TO the source's login role",
+        azure: "ALTER ROLE … REPLICATION for the source's login role, as the server's administrator",
+        google: "ALTER USER … WITH REPLICATION for the source's login role, as a member of cloudsqlsuperuser",
+    },
+    apply: Apply::Refused("a role cannot give itself rights: another one has to"),
+    ..STREAMED
+};
+
+const SLOT_WAL: Definition = Definition {
+    code: "slot_wal_size",
+    worst: Outcome::Warning,
+    why: "a slot that falls further behind than this is invalidated, and the migration begins anew",
+    evidence: "max_slot_wal_keep_size",
+    fix: "set max_slot_wal_keep_size to -1, or well above what the source writes while it is copied (see the rule forecast)",
+    hosted: Hosted::Parameter("max_slot_wal_keep_size"),
+    apply: Apply::Refused("what a slot keeps could then fill the source's disk"),
+    ..STREAMED
+};
+
+const TRUNCATE: Definition = Definition {
+    code: "truncate",
+    when: When::BeforeOnline,
+    worst: Outcome::Warning,
+    why: "PostgreSQL 10 does not stream TRUNCATE: a table truncated meanwhile keeps its rows on the target",
+    evidence: "the version of the source",
+    fix: "truncate no table between the start of the migration and the cutover; DELETE is streamed",
+    ..STREAMED
+};
+
+const FENCE_SETTINGS: Definition = Definition {
+    code: "fence_settings",
+    why: "the fence makes databases read-only by default; a setting of a role, or of a role in a database, outranks it",
+    evidence: "the roles",
+    fix: "ALTER ROLE … [IN DATABASE …] RESET default_transaction_read_only, and set control.fence = \"hard\"",
+    apply: Apply::Since(0),
+    ..STREAMED
+};
+
+const LONG_TRANSACTIONS: Definition = Definition {
+    code: "long_transactions",
+    worst: Outcome::Warning,
+    why: "making a slot waits for every transaction that writes, in any database of the source, and so does a cutover",
+    evidence: "their process ids, names and ages",
+    fix: "let them end, or end them with pg_terminate_backend(pid)",
+    apply: Apply::Refused("the application would lose the transaction"),
+    ..STREAMED
+};
+
+const PREPARED: Definition = Definition {
+    code: "prepared_transactions",
+    worst: Outcome::Warning,
+    why: "making a slot, and taking the first snapshot, waits until they are committed or rolled back",
+    evidence: "their names, databases and ages",
+    fix: "COMMIT PREPARED or ROLLBACK PREPARED those that their owner has forgotten",
+    apply: Apply::Refused("what they did would be lost"),
+    ..STREAMED
+};
+
+pub(super) const DEFINITIONS: [&Definition; 9] = [
+    &WAL_LEVEL,
+    &SLOTS,
+    &SENDERS,
+    &REPLICATION,
+    &SLOT_WAL,
+    &TRUNCATE,
+    &FENCE_SETTINGS,
+    &LONG_TRANSACTIONS,
+    &PREPARED,
+];
+
+impl Servers<'_> {
+    /// Every rule of this file that is asked now.
+    pub(super) async fn replication(&self) -> Vec<RuleResult> {
+        let mut results = Vec::new();
+        for definition in DEFINITIONS.into_iter().filter(|definition| self.asks(definition)) {
+            results.push(match definition.code {
+                "wal_level" => self.wal_level().await,
+                "replication_slots" => self.slots().await,
+                "wal_senders" => self.senders().await,
+                "replication_right" => self.replication_right().await,
+                "slot_wal_size" => self.slot_wal().await,
+                "truncate" => self.truncate(),
+                "fence_settings" => self.fence_settings().await,
+                "long_transactions" => self.long_transactions().await,
+                _ => self.prepared().await,
+            });
+        }
+        results
+    }
+
+    async fn wal_level(&self) -> RuleResult {
+        let rule = self.rule(&WAL_LEVEL).mended_by(self.on_source("ALTER SYSTEM SET wal_level = logical"));
+        match self.source.query_one("SELECT current_setting('wal_level')", &[]).await {
+            Ok(row) => {
+                let level: String = row.get(0);
+                rule.expect(level == "logical", Outcome::Failed, format!("wal_level = {level}"))
+            }
+            Err(error) => rule.unknown(&error),
+        }
+    }
+
+    async fn slots(&self) -> RuleResult {
+        let used = "SELECT count(*) FROM pg_replication_slots WHERE slot_name !~ '^pgcutover_'";
+        self.enough(&SLOTS, "max_replication_slots", used).await
+    }
+
+    async fn senders(&self) -> RuleResult {
+        let used = "SELECT count(*) FROM pg_stat_activity WHERE backend_type = 'walsender' \
+                    AND application_name !~ '^pgcutover/'";
+        self.enough(&SENDERS, "max_wal_senders", used).await
+    }
+
+    async fn enough(&self, definition: &'static Definition, parameter: &str, used: &str) -> RuleResult {
+        let rule = self.rule(definition);
+        let needed = i64::try_from(self.preflight.databases.len()).unwrap_or(i64::MAX);
+        let query = format!("SELECT current_setting('{parameter}')::int8, ({used})");
+        match self.source.query_one(&query, &[]).await {
+            Ok(row) => {
+                let (most, used): (i64, i64) = (row.get(0), row.get(1));
+                let raise = format!("ALTER SYSTEM SET {parameter} = {}", used.saturating_add(needed).max(10));
+                let evidence = format!("{} free, {needed} needed", most - used);
+                rule.mended_by(self.on_source(raise)).expect(most - used >= needed, Outcome::Failed, evidence)
+            }
+            Err(error) => rule.unknown(&error),
+        }
+    }
+
+    async fn replication_right(&self) -> RuleResult {
+        let grant = format!("ALTER ROLE {} REPLICATION", self.login(Side::Source));
+        let rule = self.rule(&REPLICATION).mended_by(self.on_source(grant));
+        let query = "SELECT rolreplication OR rolsuper OR EXISTS (SELECT FROM pg_roles r WHERE r.rolname = 'rds_replication' \
+                     AND pg_has_role(r.oid, 'MEMBER')) FROM pg_roles WHERE rolname = current_user";
+        match self.source.query_one(query, &[]).await {
+            Ok(row) if row.get(0) => rule.succeeded(),
+            Ok(_) => rule.failed(vec!["the login role has neither REPLICATION nor SUPERUSER".to_owned()]),
+            Err(error) => rule.unknown(&error),
+        }
+    }
+
+    async fn slot_wal(&self) -> RuleResult {
+        let mut lift = self.on_source("ALTER SYSTEM SET max_slot_wal_keep_size = -1");
+        lift.extend(self.on_source("SELECT pg_catalog.pg_reload_conf()"));
+        let rule = self.rule(&SLOT_WAL).mended_by(lift);
+        if self.source.version_num() < 130_000 {
+            return rule.succeeded();
+        }
+        match self.source.query_one("SELECT current_setting('max_slot_wal_keep_size')", &[]).await {
+            Ok(row) => {
+                let size: String = row.get(0);
+                rule.expect(size == "-1", Outcome::Warning, format!("max_slot_wal_keep_size = {size}"))
+            }
+            Err(error) => rule.unknown(&error),
+        }
+    }
+
+    fn truncate(&self) -> RuleResult {
+        let version = self.source.version_num();
+        let evidence = format!("server_version_num {version}");
+        self.rule(&TRUNCATE).expect(version >= 110_000, Outcome::Warning, evidence)
+    }
+
+    async fn fence_settings(&self) -> RuleResult {
+        let query = "SELECT format('role %I%s', r.rolname, ' in database ' || quote_ident(d.datname)), \
+                     format('ALTER ROLE %I%s RESET default_transaction_read_only', r.rolname, \
+                     ' IN DATABASE ' || quote_ident(d.datname)) FROM pg_db_role_setting s \
+                     JOIN pg_roles r ON r.oid = s.setrole LEFT JOIN pg_database d ON d.oid = s.setdatabase \
+                     WHERE EXISTS (SELECT FROM unnest(s.setconfig) u WHERE lower(u) IN ('default_transaction_read_only=off', \
+                     'default_transaction_read_only=false', 'default_transaction_read_only=no', 'default_transaction_read_only=0')) \
+                     ORDER BY 1";
+        let outcome = match self.preflight.config.control.fence {
+            FencePolicy::Hard => Outcome::Warning,
+            FencePolicy::Soft => Outcome::Failed,
+        };
+        self.found(self.rule(&FENCE_SETTINGS), outcome, query, &[]).await
+    }
+
+    async fn long_transactions(&self) -> RuleResult {
+        let query = "SELECT format('pid %s, %s, database %s, for %s', pid, coalesce(nullif(application_name, ''), 'no name'), \
+                     datname, date_trunc('second', now() - xact_start)), format('SELECT pg_catalog.pg_terminate_backend(%s)', pid) \
+                     FROM pg_stat_activity WHERE xact_start < now() - $1::float8 * interval '1 second' AND backend_type = 'client backend' \
+                     AND application_name !~ '^pgcutover/' ORDER BY xact_start";
+        let seconds = self.preflight.config.migration.long_transaction.as_secs_f64();
+        self.found(self.rule(&LONG_TRANSACTIONS), Outcome::Warning, query, &[&seconds]).await
+    }
+
+    async fn prepared(&self) -> RuleResult {
+        let rule = self.rule(&PREPARED);
+        let query = "SELECT format('%s in database %s, since %s', gid, database, date_trunc('second', prepared)), database::text, \
+                     format('ROLLBACK PREPARED %L', gid) FROM pg_prepared_xacts ORDER BY prepared";
+        match self.source.query(query, &[]).await {
+            Ok(rows) => {
+                let statement =
+                    |row: &tokio_postgres::Row| Statement { server: Side::Source, database: row.get(1), sql: row.get(2) };
+                let found = rows.iter().map(|row| row.get(0)).collect();
+                rule.mended_by(rows.iter().map(statement).collect()).unless_any(Outcome::Warning, found)
+            }
+            Err(error) => rule.unknown(&error),
+        }
+    }
+
+    /// A query for evidence and the statement against it.
+    async fn found(
+        &self,
+        rule: Rule,
+        outcome: Outcome,
+        query: &str,
+        parameters: &[&(dyn ToSql + Sync)],
+    ) -> RuleResult {
+        match self.source.query(query, parameters).await {
+            Ok(rows) => {
+                let statements = rows.iter().map(|row| self.statement(Side::Source, row.get::<_, String>(1)));
+                let found = rows.iter().map(|row| row.get(0)).collect();
+                rule.mended_by(statements.collect()).unless_any(outcome, found)
+            }
+            Err(error) => rule.unknown(&error),
+        }
+    }
+}

@@ -1,0 +1,167 @@
+//! Rules about what the login roles may do.
+
+use std::collections::HashSet;
+
+use super::definition::{Apply, Definition, Hosted, Subject, When};
+use super::{Outcome, RuleResult, Servers, column};
+use crate::catalog::journal::Side;
+use crate::ident::quote_ident;
+use crate::postgres::Control;
+
+/// What all rules here are.
+const RIGHT: Definition = Definition {
+    code: "",
+    subject: Subject::Instance,
+    when: When::Before,
+    worst: Outcome::Failed,
+    why: "",
+    evidence: "",
+    fix: "",
+    on: Side::Source,
+    hosted: Hosted::Same,
+    apply: Apply::Refused("a role cannot give itself rights: another one has to"),
+};
+
+const CREATE_ROLES: Definition = Definition {
+    code: "create_roles",
+    why: "roles and their grants are carried over before definitions that name them",
+    evidence: "roles that the target does not have",
+    fix: "ALTER ROLE … CREATEROLE for the target's login role, or make these roles on the target by hand",
+    on: Side::Target,
+    ..RIGHT
+};
+
+/// Tried, because nothing else tells: superusers may, and from PostgreSQL 15 on who was granted it.
+const REPLICA_ROLE: Definition = Definition {
+    code: "session_replication_role",
+    why: "triggers, rules and foreign keys of the target must not act a second time on what is copied and applied",
+    evidence: "what the server answered",
+    fix: "make the target's login role a superuser, or from PostgreSQL 15 on: GRANT SET ON PARAMETER \
+          session_replication_role TO it",
+    on: Side::Target,
+    hosted: Hosted::Words {
+        amazon: "GRANT rds_superuser TO the target's login role",
+        azure: "GRANT azure_pg_admin TO the target's login role, or log in as the server's administrator",
+        google: "GRANT cloudsqlsuperuser (AlloyDB: alloydbsuperuser) TO the target's login role",
+    },
+    ..RIGHT
+};
+
+const VERIFIERS: Definition = Definition {
+    code: "password_verifiers",
+    worst: Outcome::Warning,
+    why: "clients are logged in to the target with what they proved to the proxy, which needs the same verifier there",
+    evidence: "whether pg_authid can be read",
+    fix: "GRANT SELECT ON pg_catalog.pg_authid TO the source's login role in the control database, log in as a superuser, or \
+          set the same passwords on the target by hand",
+    hosted: Hosted::Words {
+        amazon: "set the same passwords on the target by hand, or list them in [auth] users: the service shows no verifiers",
+        azure: "set the same passwords on the target by hand, or list them in [auth] users: the service shows no verifiers",
+        google: "set the same passwords on the target by hand, or list them in [auth] users: the service shows no verifiers",
+    },
+    ..RIGHT
+};
+
+const SIGNAL: Definition = Definition {
+    worst: Outcome::Warning,
+    why: "at the cutover, or at a rollback, sessions that bypass the proxy are ended",
+    evidence: "what the login role is not",
+    fix: "GRANT pg_signal_backend, pg_monitor TO the login role",
+    ..RIGHT
+};
+
+const SOURCE_SIGNAL: Definition = Definition { code: "source_signal", ..SIGNAL };
+const TARGET_SIGNAL: Definition = Definition { code: "target_signal", on: Side::Target, ..SIGNAL };
+
+pub(super) const DEFINITIONS: [&Definition; 5] =
+    [&CREATE_ROLES, &REPLICA_ROLE, &VERIFIERS, &SOURCE_SIGNAL, &TARGET_SIGNAL];
+
+impl Servers<'_> {
+    /// Every rule of this file that is asked now.
+    pub(super) async fn rights(&self) -> Vec<RuleResult> {
+        let mut results = Vec::new();
+        for definition in DEFINITIONS.into_iter().filter(|definition| self.asks(definition)) {
+            results.push(match definition.code {
+                "create_roles" => self.create_roles().await,
+                "session_replication_role" => self.replica_role().await,
+                "password_verifiers" => self.verifiers().await,
+                "source_signal" => self.signal(definition, self.source).await,
+                _ => self.signal(definition, self.target).await,
+            });
+        }
+        results
+    }
+
+    /// The login role of one server, quoted.
+    pub(super) fn login(&self, side: Side) -> String {
+        let connector = match side {
+            Side::Source => self.preflight.source,
+            Side::Target => self.preflight.target,
+        };
+        quote_ident(&connector.server().user)
+    }
+
+    async fn create_roles(&self) -> RuleResult {
+        let grant = format!("ALTER ROLE {} CREATEROLE", self.login(Side::Target));
+        let rule = self.rule(&CREATE_ROLES).mended_by(self.on_target(grant));
+        let names = "SELECT rolname::text FROM pg_roles WHERE rolname !~ '^pg_'";
+        let right = "SELECT rolcreaterole OR rolsuper FROM pg_roles WHERE rolname = current_user";
+        let read = async {
+            let there: HashSet<String> = column(self.target, names, &[]).await?.into_iter().collect();
+            let here = column(self.source, names, &[]).await?;
+            let missing = here.into_iter().filter(|name| !there.contains(name)).collect();
+            let may: bool = self.target.query_one(right, &[]).await?.get(0);
+            Ok::<(Vec<String>, bool), tokio_postgres::Error>((missing, may))
+        };
+        match read.await {
+            Ok((missing, false)) => rule.unless_any(Outcome::Failed, missing),
+            Ok((_, true)) => rule.succeeded(),
+            Err(error) => rule.unknown(&error),
+        }
+    }
+
+    async fn replica_role(&self) -> RuleResult {
+        let login = self.login(Side::Target);
+        let grant = if self.target.version_num() >= 150_000 {
+            format!("GRANT SET ON PARAMETER session_replication_role TO {login}")
+        } else {
+            format!("ALTER ROLE {login} SUPERUSER")
+        };
+        let rule = self.rule(&REPLICA_ROLE).mended_by(self.on_target(grant));
+        let set = "BEGIN READ ONLY; SET LOCAL session_replication_role = replica; ROLLBACK";
+        match self.target.batch_execute(set).await {
+            Ok(()) => rule.succeeded(),
+            Err(error) => {
+                let evidence =
+                    error.as_db_error().map_or_else(|| error.to_string(), |refusal| refusal.message().to_owned());
+                // The rules that follow use the same session.
+                let _ended = self.target.batch_execute("ROLLBACK").await;
+                rule.failed(vec![evidence])
+            }
+        }
+    }
+
+    async fn verifiers(&self) -> RuleResult {
+        let grant = format!("GRANT SELECT ON pg_catalog.pg_authid TO {}", self.login(Side::Source));
+        let rule = self.rule(&VERIFIERS).mended_by(self.on_source(grant));
+        match self.source.query_one("SELECT has_table_privilege('pg_authid', 'SELECT')", &[]).await {
+            Ok(row) => {
+                let readable: bool = row.get(0);
+                rule.expect(readable, Outcome::Warning, format!("pg_authid readable: {readable}"))
+            }
+            Err(error) => rule.unknown(&error),
+        }
+    }
+
+    async fn signal(&self, definition: &'static Definition, control: &Control) -> RuleResult {
+        let grant = format!("GRANT pg_signal_backend, pg_monitor TO {}", self.login(definition.on));
+        let rule = self.rule(definition).mended_by(vec![self.statement(definition.on, grant)]);
+        let query = "SELECT rolsuper OR (pg_has_role('pg_signal_backend', 'USAGE') AND pg_has_role('pg_monitor', 'USAGE')) \
+                     FROM pg_roles WHERE rolname = current_user";
+        match control.query_one(query, &[]).await {
+            Ok(row) if row.get(0) => rule.succeeded(),
+            Ok(_) => rule.answer(Outcome::Warning, vec!["neither a superuser nor a member of both".to_owned()]),
+            Err(error) => rule.unknown(&error),
+        }
+    }
+}

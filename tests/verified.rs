@@ -1,0 +1,114 @@
+//! Verification, repair and the mending of rules through the daemon, as an operator orders them: before a cutover, after it
+//! along the stream back, and after a rollback.
+
+mod support;
+
+use pgcutover::demo::shop::SHOP;
+use serde_json::Value;
+use support::world::{COMPLETED, NAME, READY, World};
+use support::{connect, wait_for};
+
+async fn text(cluster: &pgcutover::demo::cluster::Cluster, sql: &str) -> Option<String> {
+    let client = connect(cluster, SHOP).await;
+    client.query_one(sql, &[]).await.unwrap_or_else(|error| panic!("{sql}: {error:?}")).get(0)
+}
+
+fn verify(world: &World) -> Value {
+    world.daemon.json(&["migration", "verify", NAME])
+}
+
+fn assert_equal(report: &Value, when: &str) {
+    assert_eq!(report["differences"], 0, "{when}: {report:#}");
+    assert!(report["rows_compared"].as_u64() > Some(100), "{when}: {report:#}");
+}
+
+/// One after the other, and with the application writing all the while.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn every_direction_of_the_stream_is_verified_and_repaired() {
+    let world = World::begin(0.01).await;
+    let application = world.application(4);
+    world.migrate().await;
+    world.wait_for_writes(&application, 50).await;
+    assert_equal(&verify(&world), "before the cutover");
+
+    // Damage on the target: found, and repaired.
+    let there = connect(&world.target, SHOP).await;
+    let victim = "SELECT min(id)::text FROM shop.customer";
+    let id = text(&world.target, victim).await.expect("a customer");
+    let harm = format!("SET session_replication_role = replica; UPDATE shop.customer SET name = name || '!' WHERE id = {id}");
+    there.batch_execute(&harm).await.expect("damaged");
+    let output = world.daemon.command(&["migration", "verify", NAME, "--output", "json"]);
+    assert_eq!(output.status.code(), Some(1), "differences are no success");
+    let repaired = world.daemon.json(&["migration", "verify", NAME, "--repair"]);
+    assert_equal(&repaired, "after the repair");
+    assert_eq!(repaired["repaired"], 1, "{repaired:#}");
+    let control = connect(&world.target, "postgres").await;
+    let journal = control.query_one("SELECT table_name, what::text FROM pgcutover.repair", &[]).await.expect("journalled");
+    assert_eq!((journal.get(0), journal.get(1)), ("customer", format!("{{\"keys\": [[\"{id}\"]]}}").as_str()));
+
+    // There: the server that was left follows, and is shut.
+    let report = world.daemon.json(&["migration", "cutover", NAME]);
+    assert_eq!(report["outcome"], "switched", "{report}");
+    world.wait_until(COMPLETED).await;
+    world.wait_for_writes(&application, 50).await;
+    assert_equal(&verify(&world), "after the cutover");
+    world.must_be_shut(&world.source).await;
+
+    // And back.
+    let report = world.daemon.json(&["migration", "rollback", NAME]);
+    assert_eq!(report["outcome"], "switched", "{report}");
+    world.wait_until(READY).await;
+    world.wait_for_writes(&application, 50).await;
+    assert_equal(&verify(&world), "after the rollback");
+    world.must_be_shut(&world.target).await;
+    support::shop::nobody_noticed(&application.finish().await);
+}
+
+/// Rules about replication are asked again, refuse a cutover, and are mended on request.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_rule_that_fails_later_is_told_refuses_the_cutover_and_is_mended() {
+    let world = World::begin_with(0.01, |options| options.section("migration", "validation_interval = \"200ms\"")).await;
+    let here = connect(&world.source, SHOP).await;
+    let make = "CREATE FUNCTION later() RETURNS trigger LANGUAGE plpgsql AS 'BEGIN RETURN NEW; END';
+        CREATE TRIGGER always BEFORE INSERT ON shop.customer FOR EACH ROW EXECUTE PROCEDURE later()";
+    here.batch_execute(make).await.expect("made");
+    world.migrate().await;
+    let rule = |code: &str| {
+        let rules = world.daemon.command(&["migration", "validation", NAME, "--output", "json"]);
+        let rules: Value = serde_json::from_slice(&rules.stdout).expect("JSON");
+        rules.as_array().and_then(|rules| rules.iter().find(|rule| rule["code"] == code)).cloned().expect("the rule")
+    };
+    assert_eq!(rule("always_triggers")["outcome"], "Succeeded");
+    here.batch_execute("ALTER TABLE shop.customer ENABLE ALWAYS TRIGGER always").await.expect("altered");
+    wait_for("the rule to fail", || async { rule("always_triggers")["outcome"] == "Failed" }).await;
+    let refused = world.daemon.command(&["migration", "cutover", NAME]);
+    let said = String::from_utf8_lossy(&refused.stderr).into_owned() + &String::from_utf8_lossy(&refused.stdout);
+    assert!(!refused.status.success() && said.contains("always_triggers"), "{said}");
+
+    // Shown, and nothing done.
+    let shown = world.daemon.command(&["migration", "validation", NAME, "--fix", "always_triggers", "--output", "json"]);
+    let shown: Value = serde_json::from_slice(&shown.stdout).expect("JSON");
+    assert_eq!((&shown["applied"], shown["statements"].as_array().map(Vec::len)), (&Value::Bool(false), Some(1)), "{shown:#}");
+    assert_eq!(text(&world.source, "SELECT tgenabled::text FROM pg_trigger WHERE tgname = 'always'").await.as_deref(), Some("A"));
+    // Run, and among the events.
+    let run = world.daemon.json(&["migration", "validation", NAME, "--fix", "always_triggers", "--yes"]);
+    assert_eq!((&run["applied"], &run["found"][0]["outcome"]), (&Value::Bool(true), &Value::from("Succeeded")), "{run:#}");
+    assert_eq!(text(&world.source, "SELECT tgenabled::text FROM pg_trigger WHERE tgname = 'always'").await.as_deref(), Some("O"));
+    assert_eq!(rule("always_triggers")["outcome"], "Succeeded", "at once on record");
+    let console = connect_console(&world).await;
+    let events = console.simple_query("SHOW EVENTS").await.expect("events");
+    assert!(format!("{events:?}").contains("ENABLE TRIGGER always"), "{events:?}");
+
+    // What could cost something is shown and refused.
+    here.batch_execute("CREATE UNLOGGED TABLE passing (id int PRIMARY KEY)").await.expect("made");
+    let refused = world.daemon.command(&["migration", "validation", NAME, "--fix", "unlogged_tables", "--yes"]);
+    let said = String::from_utf8_lossy(&refused.stderr).into_owned();
+    assert!(!refused.status.success() && said.contains("rewrites the table"), "{said}");
+    assert_eq!(text(&world.source, "SELECT relpersistence::text FROM pg_class WHERE relname = 'passing'").await.as_deref(), Some("u"));
+    let unknown = world.daemon.command(&["migration", "validation", NAME, "--fix", "no_such_rule"]);
+    assert!(String::from_utf8_lossy(&unknown.stderr).contains("no_such_rule"));
+}
+
+async fn connect_console(world: &World) -> tokio_postgres::Client {
+    support::connect_with(&world.daemon.client("pgcutover")).await
+}
