@@ -243,9 +243,11 @@ fn rule_text(rule: &Definition) -> String {
     writeln!(text, "- Outcome at worst: {worst}. Asked {when}.").unwrap();
     writeln!(text, "- Evidence: {}.", rule.evidence).unwrap();
     writeln!(text, "- Fix: {}.", rule.fix).unwrap();
-    for (name, kind) in
-        [("Amazon RDS, Aurora", ServerKind::AwsRds), ("Azure", ServerKind::Azure), ("Cloud SQL, AlloyDB", ServerKind::GcpCloudSql)]
-    {
+    for (name, kind) in [
+        ("Amazon RDS, Aurora", ServerKind::AwsRds),
+        ("Azure", ServerKind::Azure),
+        ("Cloud SQL, AlloyDB", ServerKind::GcpCloudSql),
+    ] {
         let fix = rule.fix_on(kind);
         if fix != rule.fix {
             writeln!(text, "- {name}: {fix}.").unwrap();

@@ -35,7 +35,8 @@ async fn every_direction_of_the_stream_is_verified_and_repaired() {
     let there = connect(&world.target, SHOP).await;
     let victim = "SELECT min(id)::text FROM shop.customer";
     let id = text(&world.target, victim).await.expect("a customer");
-    let harm = format!("SET session_replication_role = replica; UPDATE shop.customer SET name = name || '!' WHERE id = {id}");
+    let harm =
+        format!("SET session_replication_role = replica; UPDATE shop.customer SET name = name || '!' WHERE id = {id}");
     there.batch_execute(&harm).await.expect("damaged");
     let output = world.daemon.command(&["migration", "verify", NAME, "--output", "json"]);
     assert_eq!(output.status.code(), Some(1), "differences are no success");
@@ -43,7 +44,8 @@ async fn every_direction_of_the_stream_is_verified_and_repaired() {
     assert_equal(&repaired, "after the repair");
     assert_eq!(repaired["repaired"], 1, "{repaired:#}");
     let control = connect(&world.target, "postgres").await;
-    let journal = control.query_one("SELECT table_name, what::text FROM pgcutover.repair", &[]).await.expect("journalled");
+    let journal =
+        control.query_one("SELECT table_name, what::text FROM pgcutover.repair", &[]).await.expect("journalled");
     assert_eq!((journal.get(0), journal.get(1)), ("customer", format!("{{\"keys\": [[\"{id}\"]]}}").as_str()));
 
     // There: the server that was left follows, and is shut.
@@ -67,7 +69,8 @@ async fn every_direction_of_the_stream_is_verified_and_repaired() {
 /// Rules about replication are asked again, refuse a cutover, and are mended on request.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_rule_that_fails_later_is_told_refuses_the_cutover_and_is_mended() {
-    let world = World::begin_with(0.01, |options| options.section("migration", "validation_interval = \"200ms\"")).await;
+    let world =
+        World::begin_with(0.01, |options| options.section("migration", "validation_interval = \"200ms\"")).await;
     let here = connect(&world.source, SHOP).await;
     let make = "CREATE FUNCTION later() RETURNS trigger LANGUAGE plpgsql AS 'BEGIN RETURN NEW; END';
         CREATE TRIGGER always BEFORE INSERT ON shop.customer FOR EACH ROW EXECUTE PROCEDURE later()";
@@ -86,14 +89,29 @@ async fn a_rule_that_fails_later_is_told_refuses_the_cutover_and_is_mended() {
     assert!(!refused.status.success() && said.contains("always_triggers"), "{said}");
 
     // Shown, and nothing done.
-    let shown = world.daemon.command(&["migration", "validation", NAME, "--fix", "always_triggers", "--output", "json"]);
+    let shown =
+        world.daemon.command(&["migration", "validation", NAME, "--fix", "always_triggers", "--output", "json"]);
     let shown: Value = serde_json::from_slice(&shown.stdout).expect("JSON");
-    assert_eq!((&shown["applied"], shown["statements"].as_array().map(Vec::len)), (&Value::Bool(false), Some(1)), "{shown:#}");
-    assert_eq!(text(&world.source, "SELECT tgenabled::text FROM pg_trigger WHERE tgname = 'always'").await.as_deref(), Some("A"));
+    assert_eq!(
+        (&shown["applied"], shown["statements"].as_array().map(Vec::len)),
+        (&Value::Bool(false), Some(1)),
+        "{shown:#}"
+    );
+    assert_eq!(
+        text(&world.source, "SELECT tgenabled::text FROM pg_trigger WHERE tgname = 'always'").await.as_deref(),
+        Some("A")
+    );
     // Run, and among the events.
     let run = world.daemon.json(&["migration", "validation", NAME, "--fix", "always_triggers", "--yes"]);
-    assert_eq!((&run["applied"], &run["found"][0]["outcome"]), (&Value::Bool(true), &Value::from("Succeeded")), "{run:#}");
-    assert_eq!(text(&world.source, "SELECT tgenabled::text FROM pg_trigger WHERE tgname = 'always'").await.as_deref(), Some("O"));
+    assert_eq!(
+        (&run["applied"], &run["found"][0]["outcome"]),
+        (&Value::Bool(true), &Value::from("Succeeded")),
+        "{run:#}"
+    );
+    assert_eq!(
+        text(&world.source, "SELECT tgenabled::text FROM pg_trigger WHERE tgname = 'always'").await.as_deref(),
+        Some("O")
+    );
     assert_eq!(rule("always_triggers")["outcome"], "Succeeded", "at once on record");
     let console = connect_console(&world).await;
     let events = console.simple_query("SHOW EVENTS").await.expect("events");
@@ -104,7 +122,10 @@ async fn a_rule_that_fails_later_is_told_refuses_the_cutover_and_is_mended() {
     let refused = world.daemon.command(&["migration", "validation", NAME, "--fix", "unlogged_tables", "--yes"]);
     let said = String::from_utf8_lossy(&refused.stderr).into_owned();
     assert!(!refused.status.success() && said.contains("rewrites the table"), "{said}");
-    assert_eq!(text(&world.source, "SELECT relpersistence::text FROM pg_class WHERE relname = 'passing'").await.as_deref(), Some("u"));
+    assert_eq!(
+        text(&world.source, "SELECT relpersistence::text FROM pg_class WHERE relname = 'passing'").await.as_deref(),
+        Some("u")
+    );
     let unknown = world.daemon.command(&["migration", "validation", NAME, "--fix", "no_such_rule"]);
     assert!(String::from_utf8_lossy(&unknown.stderr).contains("no_such_rule"));
 }

@@ -155,7 +155,11 @@ impl Bench {
         let results = results.expect("in time").expect("verified");
         assert_eq!(told.tables.load(Ordering::Relaxed), results.len() as u64);
         let repaired = results.iter().any(|result| result.repaired > 0);
-        assert_eq!(told.journalled.load(Ordering::Relaxed) > 0, repaired, "journalled what is repaired, and nothing else");
+        assert_eq!(
+            told.journalled.load(Ordering::Relaxed) > 0,
+            repaired,
+            "journalled what is repaired, and nothing else"
+        );
         results.into_iter().map(|result| (result.name.clone(), result)).collect()
     }
 }
@@ -289,7 +293,12 @@ const PLANTED: &[(&str, &str, DifferenceKind, &[&str])] = &[
     ),
     ("TRUNCATE emptied", "emptied", DifferenceKind::Missing, &[]),
     ("INSERT INTO nothing DEFAULT VALUES", "nothing", DifferenceKind::Extra, &[]),
-    ("DELETE FROM heap WHERE ctid = (SELECT ctid FROM heap WHERE a = 77 LIMIT 1)", "heap", DifferenceKind::Missing, &[]),
+    (
+        "DELETE FROM heap WHERE ctid = (SELECT ctid FROM heap WHERE a = 77 LIMIT 1)",
+        "heap",
+        DifferenceKind::Missing,
+        &[],
+    ),
     ("INSERT INTO heap VALUES (77, 'same')", "heap", DifferenceKind::Extra, &[]),
 ];
 

@@ -81,7 +81,8 @@ impl Migrations for EngineDesk {
 
     async fn verify(&self, name: &MigrationName, request: VerifyRequest) -> Result<VerifyReport, AdminError> {
         let engine = self.engine().await;
-        let report = if request.repair { engine.repair(name.as_str()).await } else { engine.verify(name.as_str()).await };
+        let report =
+            if request.repair { engine.repair(name.as_str()).await } else { engine.verify(name.as_str()).await };
         report.map_err(|error| refused(&error))
     }
 

@@ -35,7 +35,9 @@ pub(super) async fn run(command: MigrationCommand, client: &Client, output: &Out
             let mended = report.found.iter().all(|rule| rule.outcome == Outcome::Succeeded);
             Ok(if mended { Verdict::Good } else { Verdict::Bad })
         }
-        MigrationCommand::Validation { name, fix: None, .. } => validation(&client.get(&path(&name, "/validation")).await?, output),
+        MigrationCommand::Validation { name, fix: None, .. } => {
+            validation(&client.get(&path(&name, "/validation")).await?, output)
+        }
         MigrationCommand::History { name } => {
             output.rows(&client.get(&path(&name, "/history")).await?)?;
             Ok(Verdict::Good)

@@ -19,8 +19,8 @@ use pgcutover::config::{Changes, Config, Secret, Server};
 use pgcutover::migration::preflight::{Level, Outcome, RuleResult};
 use pgcutover::migration::verify::{DifferenceKind, RowDifference, TableResult};
 use pgcutover::migration::view::{
-    CancelReport, DatabaseView, FixReport, FullLoadView, IncrementalView, MigrationName, MigrationSpec, MigrationView, TableView,
-    VerifyReport,
+    CancelReport, DatabaseView, FixReport, FullLoadView, IncrementalView, MigrationName, MigrationSpec, MigrationView,
+    TableView, VerifyReport,
 };
 use pgcutover::postgres::Stream;
 use pgcutover::shutdown::Tasks;
@@ -130,7 +130,13 @@ impl Migrations for Fake {
     async fn fix(&self, name: &MigrationName, request: FixRequest) -> Result<FixReport, AdminError> {
         self.note(format!("fix {name} {} {}", request.rule, request.apply));
         self.show(name).await?;
-        Ok(FixReport { rule: request.rule, applied: request.apply, refused: None, statements: Vec::new(), found: Vec::new() })
+        Ok(FixReport {
+            rule: request.rule,
+            applied: request.apply,
+            refused: None,
+            statements: Vec::new(),
+            found: Vec::new(),
+        })
     }
 
     async fn verify(&self, name: &MigrationName, request: VerifyRequest) -> Result<VerifyReport, AdminError> {

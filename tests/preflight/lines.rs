@@ -30,12 +30,7 @@ pub struct Line {
     pub majors: (u16, u16),
 }
 
-const fn line(
-    code: &'static str,
-    breaks: &'static [&'static str],
-    names: &'static str,
-    mend: Mend,
-) -> Line {
+const fn line(code: &'static str, breaks: &'static [&'static str], names: &'static str, mend: Mend) -> Line {
     Line { code, at: At::Source, breaks, names, mend, majors: (10, u16::MAX) }
 }
 
@@ -44,12 +39,20 @@ pub const LINES: &[Line] = &[
     // First, because others wait for it.
     line(
         "prepared_transactions",
-        &["CREATE TABLE booked (id int PRIMARY KEY)", "BEGIN; INSERT INTO booked VALUES (2); PREPARE TRANSACTION 'forgotten'"],
+        &[
+            "CREATE TABLE booked (id int PRIMARY KEY)",
+            "BEGIN; INSERT INTO booked VALUES (2); PREPARE TRANSACTION 'forgotten'",
+        ],
         "forgotten in database",
         Mend::Printed,
     ),
     line("large_objects", &["SELECT lo_from_bytea(4711, 'x')"], "1 large objects, ", Mend::Printed),
-    line("unlogged_tables", &["CREATE UNLOGGED TABLE \"Un\" (id int PRIMARY KEY)"], "\"public\".\"Un\", ", Mend::Printed),
+    line(
+        "unlogged_tables",
+        &["CREATE UNLOGGED TABLE \"Un\" (id int PRIMARY KEY)"],
+        "\"public\".\"Un\", ",
+        Mend::Printed,
+    ),
     line(
         "temporary_tables",
         &["CREATE TEMPORARY TABLE passing (id int)"],
@@ -242,7 +245,10 @@ pub const LINES: &[Line] = &[
         "space",
         Mend::By(
             At::Target,
-            &["COPY (SELECT 1) TO PROGRAM 'cat >/dev/null; mkdir -p {home}/space'", "CREATE TABLESPACE space LOCATION '{home}/space'"],
+            &[
+                "COPY (SELECT 1) TO PROGRAM 'cat >/dev/null; mkdir -p {home}/space'",
+                "CREATE TABLESPACE space LOCATION '{home}/space'",
+            ],
         ),
     ),
 ];

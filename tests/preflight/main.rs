@@ -210,9 +210,11 @@ async fn settings_that_are_wrong_are_named_and_set() {
     let major = source.major;
     let settings = |at: At| SETTINGS.iter().filter(move |line| line.1 == at && line.4 <= major);
     let set = |at| {
-        move |options| settings(at).fold(options, |options: pgcutover::demo::cluster::ClusterOptions, line| {
-            options.setting(line.2, line.3)
-        })
+        move |options| {
+            settings(at).fold(options, |options: pgcutover::demo::cluster::ClusterOptions, line| {
+                options.setting(line.2, line.3)
+            })
+        }
     };
     let mut rig = Rig::of(support::two_clusters_of(
         (&source, &target),
@@ -249,14 +251,18 @@ async fn settings_that_are_wrong_are_named_and_set() {
 #[tokio::test(flavor = "multi_thread")]
 async fn an_extension_that_a_service_does_not_allow_is_named() {
     let (source, target) = newest_pair();
-    let allow = |options: pgcutover::demo::cluster::ClusterOptions| options.setting("azure.extensions", "PG_TRGM,other");
+    let allow =
+        |options: pgcutover::demo::cluster::ClusterOptions| options.setting("azure.extensions", "PG_TRGM,other");
     let rig = Rig::of(support::two_clusters_of((&source, &target), |options| options, allow));
     rig.make_source("CREATE TABLE t (id int PRIMARY KEY)").await;
     silent(&validate(&rig, &rig.source, &rig.whole, false).await, "extensions");
     // Not every installation has one to create: this one is said to be there.
     let client = support::connect(&rig.target_cluster, "postgres").await;
     let other = client
-        .query_opt("SELECT name::text FROM pg_available_extensions WHERE name NOT IN ('plpgsql', 'pg_trgm') LIMIT 1", &[])
+        .query_opt(
+            "SELECT name::text FROM pg_available_extensions WHERE name NOT IN ('plpgsql', 'pg_trgm') LIMIT 1",
+            &[],
+        )
         .await
         .unwrap();
     let Some(other) = other.map(|row| row.get::<_, String>(0)) else { return };
@@ -270,7 +276,8 @@ async fn what_depends_on_the_order_is_named() {
     rig.make_source("CREATE TABLE t (id int PRIMARY KEY)").await;
     let there = support::connect(&rig.target_cluster, "postgres").await;
     let name = DATABASE.replace('"', "\"\"");
-    let make = format!("CREATE DATABASE \"{name}\" TEMPLATE template0 ENCODING 'SQL_ASCII' LC_COLLATE 'C' LC_CTYPE 'C'");
+    let make =
+        format!("CREATE DATABASE \"{name}\" TEMPLATE template0 ENCODING 'SQL_ASCII' LC_COLLATE 'C' LC_CTYPE 'C'");
     there.batch_execute(&make).await.unwrap();
     let left_over = support::connect(&rig.target_cluster, DATABASE).await;
     left_over.batch_execute("CREATE TABLE left_over (id int)").await.unwrap();
@@ -331,7 +338,8 @@ async fn what_depends_on_the_order_is_named() {
     let busy = support::connect(&rig.source_cluster, DATABASE).await;
     busy.batch_execute("BEGIN; SELECT 1").await.unwrap();
     let long_transaction = Duration::ZERO;
-    let strict = Config { migration: Migration { long_transaction, ..rig.whole.migration.clone() }, ..rig.whole.clone() };
+    let strict =
+        Config { migration: Migration { long_transaction, ..rig.whole.migration.clone() }, ..rig.whole.clone() };
     let results = validate(&rig, &rig.source, &strict, false).await;
     found(&results, "long_transactions", "pid ");
     obey(&rig, &results["long_transactions"].statements).await;
@@ -343,8 +351,10 @@ async fn what_depends_on_the_order_is_named() {
 async fn a_log_that_grows_beyond_what_a_slot_may_keep_is_foretold() {
     let (source, target) = newest_pair();
     let rig = Rig::of(support::two_clusters_of((&source, &target), |options| options, |options| options));
-    rig.make_source("CREATE TABLE t (id int, note text); INSERT INTO t SELECT g, repeat('x', 100) FROM generate_series(1, 20000) g")
-        .await;
+    rig.make_source(
+        "CREATE TABLE t (id int, note text); INSERT INTO t SELECT g, repeat('x', 100) FROM generate_series(1, 20000) g",
+    )
+    .await;
     let results = validate(&rig, &rig.source, &rig.whole, false).await;
     silent(&results, "forecast");
     let evidence = results["forecast"].evidence.join("\n");
@@ -353,12 +363,11 @@ async fn a_log_that_grows_beyond_what_a_slot_may_keep_is_foretold() {
     }
     // It grows while somebody writes; what a slot may keep is set to nothing.
     let writer = support::connect(&rig.source_cluster, DATABASE).await;
-    let busy = tokio::spawn(async move { while writer.batch_execute("INSERT INTO t VALUES (1, 'more')").await.is_ok() {} });
+    let busy =
+        tokio::spawn(async move { while writer.batch_execute("INSERT INTO t VALUES (1, 'more')").await.is_ok() {} });
     let max_retained_wal_bytes = Some(1);
-    let narrow = Config {
-        migration: Migration { max_retained_wal_bytes, ..rig.whole.migration.clone() },
-        ..rig.whole.clone()
-    };
+    let narrow =
+        Config { migration: Migration { max_retained_wal_bytes, ..rig.whole.migration.clone() }, ..rig.whole.clone() };
     found(&validate(&rig, &rig.source, &narrow, false).await, "forecast", "a slot may keep 1B");
     // What the fix says: more room.
     silent(&validate(&rig, &rig.source, &rig.whole, false).await, "forecast");
@@ -388,11 +397,8 @@ async fn a_server_that_cannot_be_reached_or_follows_another_is_named() {
     }
     for cluster in [&mut rig.source_cluster, &mut rig.target_cluster] {
         cluster.stop(Stop::Fast).unwrap();
-        let (path, text) = if cluster.major() >= 12 {
-            ("standby.signal", "")
-        } else {
-            ("recovery.conf", "standby_mode = on\n")
-        };
+        let (path, text) =
+            if cluster.major() >= 12 { ("standby.signal", "") } else { ("recovery.conf", "standby_mode = on\n") };
         std::fs::write(cluster.data_dir().join(path), text).unwrap();
         cluster.start_again().unwrap();
     }

@@ -77,8 +77,8 @@ use crate::switch::Epoch;
 use crate::telemetry::metrics::Metrics;
 
 pub use error::EngineError;
-pub use validation::Applied;
 pub use lease::{CutoverLease, DatabaseHandle, StreamBroken};
+pub use validation::Applied;
 
 /// How often a lock that another engine has is asked for.
 const LOOK_AGAIN: Duration = Duration::from_secs(2);

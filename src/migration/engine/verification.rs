@@ -74,7 +74,9 @@ impl Engine {
             (State::Completed, Mode::Online) if streams => {
                 Work { damaged, ..Work::new(scope, Direction::Reverse, true) }
             }
-            (State::Completed, Mode::Offline) if damaged == Damaged::Listed => Work::new(scope, Direction::Forward, false),
+            (State::Completed, Mode::Offline) if damaged == Damaged::Listed => {
+                Work::new(scope, Direction::Forward, false)
+            }
             (State::Completed, Mode::Offline) => {
                 let message = format!(
                     "migration {name:?} is complete and follows nothing any more: its target may have rows of its own, which a repair would remove"

@@ -93,7 +93,9 @@ impl Definition {
                  says so"
             ),
             ServerKind::GcpCloudSql | ServerKind::GcpAlloyDb => {
-                format!("set the database flag {name} (gcloud … --database-flags), which restarts the instance if it has to")
+                format!(
+                    "set the database flag {name} (gcloud … --database-flags), which restarts the instance if it has to"
+                )
             }
             ServerKind::Postgres | ServerKind::Other => self.fix.to_owned(),
         };

@@ -82,10 +82,9 @@ impl Database<'_> {
         let config = &self.servers.preflight.config.migration;
         let unsigned = |bytes: i64| u64::try_from(bytes).unwrap_or(0);
         let position = async || -> Result<Option<crate::lsn::Lsn>, tokio_postgres::Error> {
-            let row = self.session.query_one(
-                "SELECT CASE WHEN pg_is_in_recovery() THEN NULL ELSE pg_current_wal_insert_lsn() END",
-                &[],
-            );
+            let row = self
+                .session
+                .query_one("SELECT CASE WHEN pg_is_in_recovery() THEN NULL ELSE pg_current_wal_insert_lsn() END", &[]);
             Ok(row.await?.get(0))
         };
         let (before, began) = (position().await?, Instant::now());
@@ -133,7 +132,8 @@ impl Database<'_> {
         let wanted = (rows * (SAMPLE_BYTES as f64 / heap as f64)).ceil().max(1000.0) as i64;
         self.session.batch_execute("SET lock_timeout = 1000").await?;
         let began = Instant::now();
-        let stream = self.session.copy_out(&format!("COPY (SELECT * FROM ONLY {table} LIMIT {wanted}) TO STDOUT")).await?;
+        let stream =
+            self.session.copy_out(&format!("COPY (SELECT * FROM ONLY {table} LIMIT {wanted}) TO STDOUT")).await?;
         let mut stream = std::pin::pin!(stream);
         let mut bytes = 0_u64;
         while let Some(part) = stream.next().await {

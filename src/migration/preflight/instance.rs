@@ -99,8 +99,7 @@ const CONNECTIONS: Definition = Definition {
 };
 
 const SOURCE_CONNECTIONS: Definition = Definition { code: "source_connections", ..CONNECTIONS };
-const TARGET_CONNECTIONS: Definition =
-    Definition { code: "target_connections", on: Side::Target, ..CONNECTIONS };
+const TARGET_CONNECTIONS: Definition = Definition { code: "target_connections", on: Side::Target, ..CONNECTIONS };
 
 const PRELOAD_LIBRARIES: Definition = Definition {
     code: "shared_preload_libraries",
@@ -387,7 +386,10 @@ impl Servers<'_> {
     async fn server_parameters(&self) -> RuleResult {
         let rule = self.rule(&SERVER_PARAMETERS);
         let read = async {
-            Ok::<_, String>((self.parameters(self.preflight.source).await?, self.parameters(self.preflight.target).await?))
+            Ok::<_, String>((
+                self.parameters(self.preflight.source).await?,
+                self.parameters(self.preflight.target).await?,
+            ))
         };
         let (source, target) = match read.await {
             Ok(both) => both,

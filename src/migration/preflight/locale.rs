@@ -89,7 +89,10 @@ impl Database<'_> {
 
     async fn is_there(&self, target: &Control) -> bool {
         // What cannot be asked is answered by the rules that follow.
-        target.query_opt("SELECT FROM pg_database WHERE datname::text = $1", &[&self.name]).await.is_ok_and(|row| row.is_some())
+        target
+            .query_opt("SELECT FROM pg_database WHERE datname::text = $1", &[&self.name])
+            .await
+            .is_ok_and(|row| row.is_some())
     }
 
     /// What `pg_database` says of this database, in words.
@@ -142,7 +145,8 @@ impl Database<'_> {
         let read = async {
             let there = target.query(THERE, &[]).await?;
             let version = |provider: &str, locale: &str| {
-                let row = there.iter().find(|row| row.get::<_, &str>(0) == provider && row.get::<_, &str>(1) == locale)?;
+                let row =
+                    there.iter().find(|row| row.get::<_, &str>(0) == provider && row.get::<_, &str>(1) == locale)?;
                 Some(row.get::<_, Option<String>>(2))
             };
             let mut used: Vec<(String, String, String, Option<String>)> = Vec::new();

@@ -120,17 +120,8 @@ const PREPARED: Definition = Definition {
     ..STREAMED
 };
 
-pub(super) const DEFINITIONS: [&Definition; 9] = [
-    &WAL_LEVEL,
-    &SLOTS,
-    &SENDERS,
-    &REPLICATION,
-    &SLOT_WAL,
-    &TRUNCATE,
-    &FENCE_SETTINGS,
-    &LONG_TRANSACTIONS,
-    &PREPARED,
-];
+pub(super) const DEFINITIONS: [&Definition; 9] =
+    [&WAL_LEVEL, &SLOTS, &SENDERS, &REPLICATION, &SLOT_WAL, &TRUNCATE, &FENCE_SETTINGS, &LONG_TRANSACTIONS, &PREPARED];
 
 impl Servers<'_> {
     /// Every rule of this file that is asked now.
@@ -253,8 +244,11 @@ impl Servers<'_> {
                      format('ROLLBACK PREPARED %L', gid) FROM pg_prepared_xacts ORDER BY prepared";
         match self.source.query(query, &[]).await {
             Ok(rows) => {
-                let statement =
-                    |row: &tokio_postgres::Row| Statement { server: Side::Source, database: row.get(1), sql: row.get(2) };
+                let statement = |row: &tokio_postgres::Row| Statement {
+                    server: Side::Source,
+                    database: row.get(1),
+                    sql: row.get(2),
+                };
                 let found = rows.iter().map(|row| row.get(0)).collect();
                 rule.mended_by(rows.iter().map(statement).collect()).unless_any(Outcome::Warning, found)
             }
@@ -263,13 +257,7 @@ impl Servers<'_> {
     }
 
     /// A query for evidence and the statement against it.
-    async fn found(
-        &self,
-        rule: Rule,
-        outcome: Outcome,
-        query: &str,
-        parameters: &[&(dyn ToSql + Sync)],
-    ) -> RuleResult {
+    async fn found(&self, rule: Rule, outcome: Outcome, query: &str, parameters: &[&(dyn ToSql + Sync)]) -> RuleResult {
         match self.source.query(query, parameters).await {
             Ok(rows) => {
                 let statements = rows.iter().map(|row| self.statement(Side::Source, row.get::<_, String>(1)));

@@ -38,7 +38,8 @@ impl Database<'_> {
             Err(error) => return vec![tables.unknown(&error), objects.unknown(&error)],
         };
         // Both together have to fit; the operator sees both sizes.
-        let fits = preflight.mode == Mode::Offline || weight.must_fit(preflight.config.cutover.max_unstreamed_bytes).is_ok();
+        let fits =
+            preflight.mode == Mode::Offline || weight.must_fit(preflight.config.cutover.max_unstreamed_bytes).is_ok();
         let outcome = if fits { Outcome::Warning } else { Outcome::Failed };
         let kilobytes = |bytes: u64| format!("{} kB", bytes.div_ceil(1024));
         let found = weight.tables.iter().map(|(table, bytes)| format!("{table}, {}", kilobytes(*bytes))).collect();

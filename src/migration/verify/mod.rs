@@ -432,10 +432,7 @@ impl Round<'_> {
             return Ok(worker);
         }
         let sides = &self.context.sides;
-        let (source, target) = tokio::try_join!(
-            sides.enter_source("verify"),
-            sides.enter_target("verify"),
-        )?;
+        let (source, target) = tokio::try_join!(sides.enter_source("verify"), sides.enter_target("verify"),)?;
         prepare(&source, &target).await?;
         Ok(Worker { source, target })
     }

@@ -86,7 +86,10 @@ async fn by_key(
 
 async fn by_count(context: &VerifyContext, plan: &Plan, hashes: &[i64], still: &Still) -> Result<u64, VerifyError> {
     begin(plan, still).await?;
-    let (here, there) = (count(plan, Side::Source, hashes, &still.source).await?, count(plan, Side::Target, hashes, &still.target).await?);
+    let (here, there) = (
+        count(plan, Side::Source, hashes, &still.source).await?,
+        count(plan, Side::Target, hashes, &still.target).await?,
+    );
     let of = |list: &[(i64, i64)], hash| list.iter().find(|(other, _)| *other == hash).map_or(0, |(_, rows)| *rows);
     let (mut surplus, mut lacking) = (Vec::new(), Vec::new());
     for hash in hashes {
@@ -100,7 +103,8 @@ async fn by_count(context: &VerifyContext, plan: &Plan, hashes: &[i64], still: &
     let (too_many, too_few) = (rows(&surplus), rows(&lacking));
     context.observer.repairing(&plan.table, &json!({ "removed": too_many, "written": too_few })).await?;
     if !surplus.is_empty() {
-        let list: Vec<String> = surplus.iter().map(|(hash, rows)| format!("({hash}::bigint, {rows}::bigint)")).collect();
+        let list: Vec<String> =
+            surplus.iter().map(|(hash, rows)| format!("({hash}::bigint, {rows}::bigint)")).collect();
         let sql = format!(
             "WITH surplus (h, n) AS (VALUES {}), numbered AS (
                 SELECT r.place, r.h, row_number() OVER (PARTITION BY r.h) AS number
@@ -187,11 +191,8 @@ fn shown(plan: &Plan) -> String {
 /// The keys as a list named `k`, and the condition under which a row of `t` has one of them. Types that are built in are
 /// looked up by their index.
 fn chosen(plan: &Plan, side: Side, keys: &[Vec<Option<String>>]) -> String {
-    let columns: Vec<&Column> = plan
-        .key
-        .iter()
-        .filter_map(|name| plan.columns(side).iter().find(|column| column.name == *name))
-        .collect();
+    let columns: Vec<&Column> =
+        plan.key.iter().filter_map(|name| plan.columns(side).iter().find(|column| column.name == *name)).collect();
     let built_in = |column: &Column| !column.base.is_empty() && !column.base.contains('.');
     let literal = |(column, part): (&&Column, &Option<String>)| {
         let part = part.as_deref().map_or_else(|| "NULL".to_owned(), quote_literal);
