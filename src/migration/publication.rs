@@ -14,8 +14,9 @@ use std::time::Duration;
 
 use crate::ident::{QualifiedName, quote_ident, quote_literal};
 use crate::postgres::Control;
+use crate::sqlstate;
 
-/// Tries to lock the tables of the publication, each bounded by `lock_timeout`.
+/// Tries to lock tables of the publication.
 const ATTEMPTS: u32 = 30;
 
 /// One turn of waiting for writers when a publication is dropped; PostgreSQL's `deadlock_timeout` is one second.
@@ -75,44 +76,52 @@ pub fn drop_publication_sql(name: &str) -> String {
     format!("DROP PUBLICATION IF EXISTS {}", quote_ident(name))
 }
 
-/// Removes the publication while nobody writes to its tables; nothing when it is not there. A statement that has just
-/// looked up which publications its table is in, and then finds one of them gone, fails with an internal error
-/// (`GetRelationPublicationActions` in PostgreSQL's relcache.c), and that statement would be the application's. The lock
-/// is waited for in turns that are shorter than `deadlock_timeout`, so that no transaction of the application is ended
-/// as a deadlock's victim.
+/// Removes the publication, each of its tables at a moment when nobody writes to it; nothing when it is not there. A
+/// statement that has just looked up which publications its table is in, and then finds one of them gone, fails with an
+/// internal error (`GetRelationPublicationActions` in PostgreSQL's relcache.c), and that statement would be the
+/// application's. One lock at a time, waited for in turns that are shorter than `deadlock_timeout`: so no transaction of
+/// the application ever waits for us while we wait for it.
 pub async fn drop_publication(source: &Control, name: &str) -> Result<(), PublicationError> {
     let doing = "DROP PUBLICATION";
     let tables = source
         .query("SELECT schemaname, tablename FROM pg_catalog.pg_publication_tables WHERE pubname = $1", &[&name])
         .await
         .map_err(failed(doing))?;
-    let drop = drop_publication_sql(name);
-    if tables.is_empty() {
-        return source.batch_execute(&drop).await.map_err(failed(doing));
+    let mut turns = ATTEMPTS;
+    for table in &tables {
+        take_out(source, name, &QualifiedName::new(table.get::<_, &str>(0), table.get::<_, &str>(1)), &mut turns)
+            .await?;
     }
-    let tables: Vec<String> = tables
-        .iter()
-        .map(|row| format!("ONLY {}", QualifiedName::new(row.get::<_, &str>(0), row.get::<_, &str>(1))))
-        .collect();
+    // Where somebody writes for longer than we wait, what is left of the danger is a moment.
+    source.batch_execute(&drop_publication_sql(name)).await.map_err(failed(doing))
+}
+
+/// Takes a table out of the publication. Leaves it in when `turns`, the waits that are left, are used up.
+async fn take_out(
+    source: &Control,
+    name: &str,
+    table: &QualifiedName,
+    turns: &mut u32,
+) -> Result<(), PublicationError> {
+    let doing = "ALTER PUBLICATION … DROP TABLE";
     let guarded = format!(
-        "BEGIN; SET LOCAL lock_timeout = {}; LOCK TABLE {} IN SHARE MODE; {drop}; COMMIT",
+        "BEGIN; SET LOCAL lock_timeout = {}; LOCK TABLE ONLY {table} IN SHARE MODE; \
+         ALTER PUBLICATION {} DROP TABLE ONLY {table}; COMMIT",
         DROP_LOCK_TIMEOUT.as_millis(),
-        tables.join(", ")
+        quote_ident(name)
     );
-    for _ in 0..ATTEMPTS {
-        match source.batch_execute(&guarded).await {
-            Ok(()) => return Ok(()),
-            Err(error) => {
-                source.batch_execute("ROLLBACK").await.map_err(failed(doing))?;
-                if error.code().is_none_or(|code| code.code() != "55P03") {
-                    return Err(failed(doing)(error));
-                }
-            }
+    while *turns > 0 {
+        let Err(error) = source.batch_execute(&guarded).await else { return Ok(()) };
+        source.batch_execute("ROLLBACK").await.map_err(failed(doing))?;
+        match error.code().map(tokio_postgres::error::SqlState::code) {
+            Some(sqlstate::LOCK_NOT_AVAILABLE) => *turns -= 1,
+            // The table or the publication is gone, or the one is not in the other any more.
+            Some("42P01" | "42704") => return Ok(()),
+            _ => return Err(failed(doing)(error)),
         }
         tokio::time::sleep(DROP_LOCK_TIMEOUT).await;
     }
-    // Somebody writes for longer than we wait; what is left of the danger is a moment.
-    source.batch_execute(&drop).await.map_err(failed(doing))
+    Ok(())
 }
 
 /// The statement that removes the slot and succeeds when it is not there; fails while a walsender uses it.

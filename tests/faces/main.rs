@@ -17,7 +17,7 @@ mod webdriver;
 use pgcutover::demo::compare;
 use pgcutover::demo::shop::SHOP;
 
-use support::world::{COMPLETED, NAME, READY, World};
+use support::world::{COMPLETED, READY, World};
 use support::{connect, shop, wait_for};
 
 /// What an operator does, by one face. Each returns once the face itself says that it is done.

@@ -151,3 +151,36 @@ async fn a_source_that_goes_down_under_pg_dump_is_waited_for() {
     world.assert_equal("shop").await;
     running.stop().await;
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_publication_goes_without_standing_in_the_way_of_transactions() {
+    let world = World::same_major();
+    world.furnish("shop").await;
+    let running = world.engine("");
+    create(&running, spec("gone", &["shop"])).await;
+    reach(&running, "gone", "WaitingForCutoverTrigger").await;
+    let source = connect(&world.source, "shop").await;
+    let published = "SELECT format('%I.%I', schemaname, tablename) FROM pg_publication_tables WHERE tablename <> 'ddl'";
+    let mut tables: Vec<String> =
+        source.query(published, &[]).await.expect("listed").iter().map(|row| row.get(0)).collect();
+    let last = tables.pop().expect("tables");
+    source.batch_execute(&format!("BEGIN; LOCK TABLE {last} IN ROW EXCLUSIVE MODE")).await.expect("locked");
+    let watcher = connect(&world.source, "shop").await;
+    let cancel = async { running.engine.cancel("gone").await.expect("cancelled") };
+    let application = async {
+        wait_for("somebody to wait for the application", || async {
+            let waiting = format!("SELECT FROM pg_locks WHERE NOT granted AND relation = '{last}'::regclass");
+            watcher.query_opt(&waiting, &[]).await.expect("readable").is_some()
+        })
+        .await;
+        // Nothing that the application wants now is held by who waits for it.
+        for table in &tables {
+            let lock = format!("SET LOCAL lock_timeout = '50ms'; LOCK TABLE {table} IN ROW EXCLUSIVE MODE");
+            source.batch_execute(&lock).await.unwrap_or_else(|error| panic!("{table}: {error:?}"));
+        }
+        source.batch_execute("COMMIT").await.expect("committed");
+    };
+    tokio::join!(cancel, application);
+    world.assert_clean("shop").await;
+    running.stop().await;
+}
