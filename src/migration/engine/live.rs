@@ -406,6 +406,10 @@ impl DatabaseLive {
             return None;
         }
         let applied = self.stream.applied.borrow().seen;
+        // A stream that has not begun, or not begun anew after a turn, says nothing about how far the other server is.
+        if applied == Lsn::ZERO {
+            return None;
+        }
         self.lock().lag.lag(Instant::now(), applied)
     }
 
