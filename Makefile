@@ -2,7 +2,7 @@
 
 CARGO ?= cargo
 
-.PHONY: demo test random servers check help
+.PHONY: demo test random servers screenshots check help
 
 help: ## list the commands
 	@sed -n 's/^\([a-z]*\):.*## /  make \1	/p' Makefile
@@ -18,6 +18,12 @@ random: servers ## move random databases while everything is killed at random; S
 
 servers: ## make sure that PostgreSQL server programs are there
 	@bash tests/support/servers.sh
+
+screenshots: servers ## take the pictures of docs/images anew, in a browser that runs the whole story
+	$(CARGO) test --test faces by_clicks_alone
+	cp target/tmp/screenshots/story/06-ready.png docs/images/ready.png
+	cp target/tmp/screenshots/story/13-switched-1.png docs/images/switched.png
+	cp target/tmp/screenshots/story/16-list-dark.png docs/images/list-dark.png
 
 check: ## formatting, lints, documentation
 	$(CARGO) fmt --all --check

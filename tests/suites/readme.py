@@ -169,7 +169,7 @@ def main():
         if options.dump:
             reader = gzip.open if options.dump.endswith(".gz") else open
             with reader(options.dump, "rt", encoding="utf-8") as dump:
-                loaded = subprocess.run(client.split() + [port_of_a], stdin=dump, capture_output=True, text=True, env={**os.environ, "PATH": path})
+                loaded = subprocess.run(client.split() + [port_of_a], input=dump.read(), capture_output=True, text=True, env={**os.environ, "PATH": path})
             if loaded.returncode:
                 sys.exit(f"readme: {options.dump} cannot be loaded: {loaded.stderr}")
         shell.run(f"{client} {port_of_a} -c 'CREATE TABLE public.note (id int PRIMARY KEY)'")

@@ -30,7 +30,7 @@ use crate::migration::sequences::SequencePair;
 use crate::migration::snapshot::HandOver;
 use crate::migration::stream::{self, StreamContext, describe};
 use crate::migration::view::Mode;
-use crate::migration::{materialized, publication, unstreamed};
+use crate::migration::{made, materialized, publication, unstreamed};
 use crate::postgres::Control;
 use crate::postgres::walsender::ReplicationConnection;
 use crate::switch::Epoch;
@@ -281,8 +281,24 @@ impl DatabaseWork {
         let guard = self.guard(Guard::Locking);
         let restored = schema::restore_pre_data(&self.restore_target(&guard), archive).await?;
         all_restored(restored.failures)?;
+        self.restore_identities(&journal).await?;
         self.context.failpoints.hit("engine.after_schema").await?;
         self.completed(row, Step::Restored).await
+    }
+
+    /// The definitions were dumped while tables of the source had the replica identity that we had set: the target's are
+    /// given the one that was there before.
+    async fn restore_identities(&self, journal: &Journal) -> Result<(), WorkError> {
+        let control = self.context.target.control(&self.live.name, "restore").await?;
+        for made in journal.list().await? {
+            let is_ours = made.kind == made::REPLICA_IDENTITY && made.side == Side::Source;
+            let (true, Some(undo)) = (is_ours && made.database.as_ref() == Some(&self.live.name), made.undo) else {
+                continue;
+            };
+            let doing = "giving the target's tables their own replica identity";
+            control.batch_execute(&undo).await.map_err(|source| WorkError::Query { doing, source })?;
+        }
+        Ok(())
     }
 
     fn restore_target<'a>(&'a self, guard: &'a str) -> RestoreTarget<'a> {

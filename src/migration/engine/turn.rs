@@ -205,7 +205,8 @@ pub(super) async fn tombstones(context: &Context) -> Vec<Left> {
             let reason = "tells who still uses this server where its databases have gone".to_owned();
             left.push(Left { object: made("fence_row", format!("pgcutover.fence {}", fence.case.epoch)), reason });
             for database in &fence.case.databases {
-                let reason = "the databases of the server that was left stay shut and read-only; see the                               documentation for how to open them"
+                let reason = "the databases of the server that was left stay shut and read-only; \
+                              ALTER DATABASE … ALLOW_CONNECTIONS true lets superusers in"
                     .to_owned();
                 left.push(Left { object: made("fence", database.clone()), reason });
             }
