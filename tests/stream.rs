@@ -3,22 +3,10 @@
 
 mod support;
 
-use std::collections::HashMap;
-use std::sync::Arc;
-use std::time::Duration;
-
-use pgcutover::catalog::migrations::Generation;
-use pgcutover::catalog::{Place, bootstrap};
-use pgcutover::config::Server;
-use pgcutover::demo::cluster::{Cluster, ClusterOptions};
-use pgcutover::failpoint::Failpoints;
 use pgcutover::lsn::Lsn;
-use pgcutover::migration::stream::{self, StreamContext, StreamError, StreamStatus};
-use pgcutover::postgres::walsender::ReplicationConnection;
-use pgcutover::postgres::{Connector, InstanceId};
-use pgcutover::telemetry::metrics::Metrics;
+use pgcutover::migration::stream::{StreamError, StreamStatus};
+use support::streamed::Streamed as Bench;
 use support::{connect, installations, wait_for};
-use tokio::task::JoinHandle;
 
 /// One table of every kind that needs care, the same on both servers.
 const TABLES: &str = r#"
@@ -96,67 +84,14 @@ const ALL: [&str; 14] = [
     "child",
 ];
 
-struct Bench {
-    source: Cluster,
-    target: Cluster,
-    context: StreamContext,
-}
-
 impl Bench {
     async fn start(majors: (u16, u16)) -> Self {
         let found = installations();
-        let options = |major, name: &str| {
-            ClusterOptions::new(found.major(major).unwrap_or_else(|| panic!("PostgreSQL {major} is not there")), name)
-        };
-        let (source, target) =
-            Cluster::start_two(options(majors.0, "source"), options(majors.1, "target")).expect("started");
-        for cluster in [&source, &target] {
-            connect(cluster, "postgres").await.batch_execute("CREATE DATABASE shop").await.expect("made");
-            connect(cluster, "shop").await.batch_execute(TABLES).await.expect("tables");
-        }
+        let major = |major| found.major(major).unwrap_or_else(|| panic!("PostgreSQL {major} is not there"));
+        let bench = Self::between((major(majors.0), major(majors.1)), TABLES, &ALL).await;
         let triggers = "CREATE TRIGGER t BEFORE INSERT ON plain FOR EACH ROW EXECUTE FUNCTION fail()";
-        connect(&target, "shop").await.batch_execute(triggers).await.expect("trigger");
-        let instance = InstanceId::random();
-        let connector = |cluster: &Cluster, label| {
-            let server = Server::new(cluster.host(), cluster.port(), "postgres");
-            Connector::new(&server, label, &instance).expect("connector")
-        };
-        let (from, to) = (connector(&source, "source"), connector(&target, "target"));
-        bootstrap(&from.control("shop", "test").await.expect("source"), Place::SourceDatabase).await.expect("made");
-        bootstrap(&to.control("shop", "test").await.expect("target"), Place::TargetDatabase).await.expect("made");
-        let tables = ALL.join(", ");
-        connect(&source, "shop")
-            .await
-            .batch_execute(&format!("CREATE PUBLICATION p FOR TABLE {tables}, pgcutover.marker"))
-            .await
-            .expect("publication");
-        let mut replication = ReplicationConnection::connect(&from, "shop").await.expect("walsender");
-        let slot = replication.create_logical_slot("s", Duration::from_secs(30)).await.expect("slot");
-        replication.terminate().await.expect("ended");
-        let context = StreamContext {
-            source: from,
-            target: to,
-            database: "shop".to_owned(),
-            migration: "m".to_owned(),
-            generation: Generation(1),
-            slot: "s".to_owned(),
-            slot_start: slot.consistent_point,
-            publication: "p".to_owned(),
-            hand_overs: HashMap::new(),
-            boundary: None,
-            reserve: Arc::default(),
-            door: None,
-            queue_bytes: 1 << 20,
-            metrics: Arc::new(Metrics::new().expect("metrics")),
-            failpoints: Failpoints::none(),
-        };
-        Self { source, target, context }
-    }
-
-    fn run(&self) -> (StreamStatus, JoinHandle<StreamError>) {
-        let (status, context) = (StreamStatus::default(), self.context.clone());
-        let shared = status.clone();
-        (status, tokio::spawn(async move { stream::run(&context, &shared).await }))
+        connect(&bench.target, "shop").await.batch_execute(triggers).await.expect("trigger");
+        bench
     }
 
     /// Waits until everything the source has done so far is applied.

@@ -7,23 +7,17 @@ mod support;
 use std::collections::HashMap;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::time::Duration;
 
 use async_trait::async_trait;
-use pgcutover::catalog::migrations::{CatalogError, Generation};
-use pgcutover::catalog::{Place, bootstrap};
-use pgcutover::config::Server;
-use pgcutover::demo::cluster::{Cluster, ClusterOptions, Installation};
-use pgcutover::failpoint::Failpoints;
+use pgcutover::catalog::migrations::CatalogError;
+use pgcutover::demo::cluster::Installation;
 use pgcutover::ident::QualifiedName;
-use pgcutover::migration::stream::{self, StreamContext, StreamError, StreamStatus};
+use pgcutover::migration::stream::StreamStatus;
 use pgcutover::migration::verify::align::Sides;
 use pgcutover::migration::verify::{self, Damaged, DifferenceKind, Observer, TableResult, VerifyContext};
-use pgcutover::postgres::walsender::ReplicationConnection;
-use pgcutover::postgres::{Connector, InstanceId};
-use pgcutover::telemetry::metrics::Metrics;
 use rand::rngs::StdRng;
 use rand::{Rng as _, SeedableRng as _};
+use support::streamed::Streamed as Bench;
 use support::{connect, installations};
 use tokio::task::JoinHandle;
 
@@ -58,12 +52,6 @@ INSERT INTO wide (id, f8, f4) VALUES (100, 'NaN', '-Infinity'), (101, '-0', 0), 
 INSERT INTO nothing DEFAULT VALUES;
 "#;
 
-struct Bench {
-    source: Cluster,
-    target: Cluster,
-    context: StreamContext,
-}
-
 #[derive(Default)]
 struct Told {
     rows: AtomicU64,
@@ -88,52 +76,7 @@ impl Observer for Told {
 
 impl Bench {
     async fn start(source: &Installation, target: &Installation) -> Self {
-        let (source, target) =
-            Cluster::start_two(ClusterOptions::new(source, "source"), ClusterOptions::new(target, "target"))
-                .expect("started");
-        for cluster in [&source, &target] {
-            connect(cluster, "postgres").await.batch_execute("CREATE DATABASE shop").await.expect("made");
-            let client = connect(cluster, "shop").await;
-            client.batch_execute(TABLES).await.expect("tables");
-            client.batch_execute(ROWS).await.expect("rows");
-        }
-        let instance = InstanceId::random();
-        let connector = |cluster: &Cluster, label| {
-            Connector::new(&Server::new(cluster.host(), cluster.port(), "postgres"), label, &instance)
-                .expect("connector")
-        };
-        let (from, to) = (connector(&source, "source"), connector(&target, "target"));
-        bootstrap(&from.control("shop", "test").await.expect("source"), Place::SourceDatabase).await.expect("made");
-        bootstrap(&to.control("shop", "test").await.expect("target"), Place::TargetDatabase).await.expect("made");
-        let publish = format!("CREATE PUBLICATION p FOR TABLE {}, pgcutover.marker", NAMES.join(", "));
-        connect(&source, "shop").await.batch_execute(&publish).await.expect("publication");
-        let mut replication = ReplicationConnection::connect(&from, "shop").await.expect("walsender");
-        let slot = replication.create_logical_slot("s", Duration::from_secs(30)).await.expect("slot");
-        replication.terminate().await.expect("ended");
-        let context = StreamContext {
-            source: from,
-            target: to,
-            database: "shop".to_owned(),
-            migration: "m".to_owned(),
-            generation: Generation(1),
-            slot: "s".to_owned(),
-            slot_start: slot.consistent_point,
-            publication: "p".to_owned(),
-            hand_overs: HashMap::new(),
-            boundary: None,
-            reserve: Arc::default(),
-            door: None,
-            queue_bytes: 1 << 20,
-            metrics: Arc::new(Metrics::new().expect("metrics")),
-            failpoints: Failpoints::none(),
-        };
-        Self { source, target, context }
-    }
-
-    fn stream(&self) -> (StreamStatus, JoinHandle<StreamError>) {
-        let (status, context) = (StreamStatus::default(), self.context.clone());
-        let shared = status.clone();
-        (status, tokio::spawn(async move { stream::run(&context, &shared).await }))
+        Self::between((source, target), &format!("{TABLES}{ROWS}"), &NAMES).await
     }
 
     async fn verify(&self, status: &StreamStatus) -> HashMap<String, TableResult> {
@@ -236,7 +179,7 @@ impl Load {
 /// `runs` verifications under load; each sees a seed of its own and must find no difference.
 async fn moving(source: &Installation, target: &Installation, runs: u64) {
     let bench = Bench::start(source, target).await;
-    let (status, running) = bench.stream();
+    let (status, running) = bench.run();
     let first = from_environment("PGCUTOVER_VERIFY_SEED");
     let runs = if first.is_some() { 1 } else { runs };
     for run in 0..runs {
@@ -304,7 +247,7 @@ const PLANTED: &[(&str, &str, DifferenceKind, &[&str])] = &[
 
 async fn planted(source: &Installation, target: &Installation) {
     let bench = Bench::start(source, target).await;
-    let (status, running) = bench.stream();
+    let (status, running) = bench.run();
     let client = connect(&bench.target, "shop").await;
     let whole = bench.verify(&status).await;
     assert!(whole.values().all(|result| result.differences == 0 && result.problem.is_none()), "{whole:#?}");
@@ -363,7 +306,7 @@ async fn whatever_was_planted_is_found_across_majors() {
 /// Every kind of damage at once, repaired while the application writes; nothing differs afterwards.
 async fn repaired(source: &Installation, target: &Installation) {
     let bench = Bench::start(source, target).await;
-    let (status, running) = bench.stream();
+    let (status, running) = bench.run();
     let seed = from_environment("PGCUTOVER_VERIFY_SEED").unwrap_or_else(rand::random);
     let load = Load::start(&bench, seed).await;
     let client = connect(&bench.target, "shop").await;

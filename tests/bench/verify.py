@@ -44,24 +44,19 @@ class Verify(apply.Apply):
         cores = self.cores.get(name.split("-")[0])
         return super().start(name, (["taskset", "-c", ",".join(map(str, cores))] if cores else []) + command, port)
 
-    def configure(self, load):
-        with open(self.configuration, "a") as out:
-            out.write(f"[migration]\nverify_load = {load}\nbindir = \"{self.bindir}\"\n")
-
     def run_daemon(self):
-        if not hasattr(self, "configured"):
-            self.plain = open(self.configuration).read()
-            self.configured = True
         daemon = super().run_daemon()
         if self.cores:
-            os.sched_setaffinity(daemon.pid, self.cores["target"])
+            for thread in os.listdir(f"/proc/{daemon.pid}/task"):
+                os.sched_setaffinity(int(thread), self.cores["target"])
         return daemon
 
     def prepare_pgcutover(self):
         started = time.monotonic()
-        self.max_load = 100
         super().prepare_pgcutover()
         self.migrated = time.monotonic() - started
+        with open(self.configuration) as text:
+            self.plain = text.read()
 
     def again(self, load):
         """The daemon once more, with this load."""
@@ -128,7 +123,7 @@ class Verify(apply.Apply):
 
     def run(self):
         self.prepare()
-        size = int(self.sql(self.source, f"SELECT sum(pg_table_size(oid)) FROM pg_class WHERE relname LIKE 'pgbench_%' AND relkind = 'r'", DATABASE))
+        size = int(self.sql(self.source, "SELECT sum(pg_table_size(oid)) FROM pg_class WHERE relname LIKE 'pgbench_%' AND relkind = 'r'", DATABASE))
         copied = self.copied()
         print(f"{size / 2**30:.2f} GB; copied in {copied:.1f} s, migrated in {self.migrated:.1f} s (indexes and start included)", flush=True)
         for load in dict.fromkeys([100, self.args.load]):

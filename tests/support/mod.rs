@@ -10,6 +10,7 @@ pub mod proxy;
 pub mod shop;
 pub mod stage;
 pub mod stopped;
+pub mod streamed;
 pub mod world;
 
 use std::future::Future;

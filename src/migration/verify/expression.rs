@@ -6,10 +6,11 @@
 //!
 //! | | majors 11 and later | where one server is 10, or the two disagree |
 //! | --- | --- | --- |
-//! | hash | `hashtextextended`, each column seeded by the last | the first 64 bits of `md5` of the row's text in UTF-8 |
-//! | NULL | a word of 128 random bits, chosen for the run | as a row's text has it |
+//! | hash | `hashtextextended`, each column seeded by the last; whole numbers go into the seed as they are | the first 64 bits of `md5` of the row's text in UTF-8 |
+//! | NULL | a word of 128 random bits, chosen for the run; in the seed a number of 64 | as a row's text has it |
 //!
-//! `hashint8extended` and what is built on it (time stamps) are no use: they fold 64 bits into 32 first.
+//! `hashint8extended` and what is built on it (time stamps) are no use: they fold 64 bits into 32 first. A seed is mixed in with
+//! all its 64 bits (`hash_bytes_uint32_extended`), so a number that is made one loses none; that saves writing it as text.
 //!
 //! PostgreSQL 12 began to show floating point numbers by their shortest form that reads back the same. Between servers
 //! before and after that, such columns are compared in binary form, and numbers inside composite types with 15 digits.
@@ -39,6 +40,8 @@ pub enum Method {
     Extended {
         /// Not to be met in any data.
         null_word: String,
+        /// The same among whole numbers; none that fits into 32 bits.
+        null_number: i64,
     },
     /// `md5`
     Md5,
@@ -65,19 +68,26 @@ pub struct Hasher {
 impl Hasher {
     /// An expression of type `bigint` over these columns, in this order.
     pub fn hash<'a>(&self, columns: impl IntoIterator<Item = &'a Column>) -> String {
-        let texts: Vec<String> = columns.into_iter().map(|column| self.text(column)).collect();
+        let columns: Vec<&Column> = columns.into_iter().collect();
         match &self.method {
             Method::Md5 => {
-                let row = texts.join(", ");
+                let row: Vec<String> = columns.iter().map(|column| self.text(column)).collect();
+                let row = row.join(", ");
                 format!("('x' || substr(md5(convert_to(ROW({row})::text, 'UTF8')), 1, 16))::bit(64)::bigint")
             }
-            Method::Extended { null_word } => {
-                let chain = |(index, texts): (usize, &[String])| {
-                    texts.iter().fold(format!("{}::bigint", index + 1), |seed, text| {
+            Method::Extended { null_word, null_number } => {
+                let step = |seed: String, column: &&Column| match whole_number(column) {
+                    Some(number) => {
+                        format!("hashint4extended(0, coalesce({number}, '{null_number}'::bigint) # {seed})")
+                    }
+                    None => {
+                        let text = self.text(column);
                         format!("hashtextextended(coalesce({text}, '{null_word}') COLLATE \"C\", {seed})")
-                    })
+                    }
                 };
-                let chains: Vec<String> = texts.chunks(CHAIN).enumerate().map(chain).collect();
+                let chain =
+                    |(index, columns): (usize, &[&Column])| columns.iter().fold(format!("{}::bigint", index + 1), step);
+                let chains: Vec<String> = columns.chunks(CHAIN).enumerate().map(chain).collect();
                 match chains.as_slice() {
                     [] => "0::bigint".to_owned(),
                     [one] => one.clone(),
@@ -110,6 +120,16 @@ impl Hasher {
     /// The column as an operator reads it, NULL included.
     pub fn shown(column: &Column) -> String {
         format!("textin({}({}))", column.output, quote_ident(&column.name))
+    }
+}
+
+/// A column that holds whole numbers, as `bigint`. What its text says is the number and nothing else.
+fn whole_number(column: &Column) -> Option<String> {
+    let name = quote_ident(&column.name);
+    match column.base.as_str() {
+        "int2" | "int4" | "int8" | "oid" => Some(format!("{name}::bigint")),
+        "bool" => Some(format!("{name}::int::bigint")),
+        _ => None,
     }
 }
 
@@ -154,15 +174,19 @@ mod tests {
 
     #[test]
     fn columns_seed_each_other_and_null_is_a_word() {
-        let hasher = Hasher { method: Method::Extended { null_word: "W".to_owned() }, floats: Floats::Alike };
+        let method = Method::Extended { null_word: "W".to_owned(), null_number: -1 };
+        let hasher = Hasher { method, floats: Floats::Alike };
         assert_eq!(
-            hasher.hash(&[column("a", "int4"), column("b\"c", "text")]),
-            "hashtextextended(coalesce(\"b\"\"c\"::text, 'W') COLLATE \"C\", \
-             hashtextextended(coalesce(textin(\"pg_catalog\".\"int4out\"(\"a\")), 'W') COLLATE \"C\", 1::bigint))"
+            hasher.hash(&[column("a", "int4"), column("b\"c", "text"), column("d", "numeric")]),
+            "hashtextextended(coalesce(textin(\"pg_catalog\".\"numericout\"(\"d\")), 'W') COLLATE \"C\", \
+             hashtextextended(coalesce(\"b\"\"c\"::text, 'W') COLLATE \"C\", \
+             hashint4extended(0, coalesce(\"a\"::bigint, '-1'::bigint) # 1::bigint)))"
         );
         assert_eq!(hasher.hash(&[]), "0::bigint");
         let many: Vec<Column> = (0..65).map(|number| column(&format!("c{number}"), "text")).collect();
         assert!(hasher.hash(&many).starts_with("hashtextextended(ROW(hashtextextended("));
+        let plain = Column { base: String::new(), ..column("a", "int4") };
+        assert!(hasher.hash(&[plain]).starts_with("hashtextextended("), "where the types differ, the text counts");
     }
 
     #[test]

@@ -3,9 +3,10 @@
 //! ```text
 //! round      two snapshots that see the same transactions (align), for as many tables as are read in a while
 //! parts      each table is read once on each server, in block order and in parts, several at a time and with rests; the
-//!            rows' hashes (expression) are summed up in buckets. A sum, unlike an exclusive or, also tells two rows
-//!            from four, so tables without a key are compared as multisets by the same means
-//! descend    only where a bucket differs, and under the same snapshots: its rows side by side, by the hash of their key
+//!            rows' hashes (expression) are summed up. A sum, unlike an exclusive or, also tells two rows from four, so
+//!            tables without a key are compared as multisets by the same means
+//! descend    only where the sums differ, and under the same snapshots: once more in buckets, and then the rows of those
+//!            buckets that differ side by side, by the hash of their key
 //! ```
 //!
 //! Neither server sorts, no collation is asked, nothing is written, and locks are held for one part at a time, so that
@@ -477,8 +478,8 @@ impl Round<'_> {
         let past = self.pasts.get(&plan.table).copied().unwrap_or_default();
         result.repaired = past.repaired;
         let mut damage = Damage::default();
-        let buckets = sums.differing();
-        if !buckets.is_empty() {
+        if !sums.differing().is_empty() {
+            let buckets = plan.buckets(readers).await?;
             let found = descend::rows(plan, readers, &buckets).await?;
             (result.differences, result.listed, damage) = (found.differences, found.listed, found.damage);
         }
@@ -526,6 +527,16 @@ fn versions(source: &Control, target: &Control) -> Floats {
     if shortest(source) == shortest(target) { Floats::Alike } else { Floats::Apart }
 }
 
+/// Stands for NULL among whole numbers. No number of 32 bits is ever mistaken for it.
+fn null_number() -> i64 {
+    loop {
+        let number: i64 = rand::random();
+        if i32::try_from(number).is_err() && u32::try_from(number).is_err() {
+            return number;
+        }
+    }
+}
+
 /// How these two servers hash: asked, because a hash function may depend on the machine.
 async fn hasher(pair: &Pair) -> Result<Hasher, VerifyError> {
     let floats = versions(&pair.source, &pair.target);
@@ -533,15 +544,17 @@ async fn hasher(pair: &Pair) -> Result<Hasher, VerifyError> {
     let mut answers = Vec::new();
     for server in [&pair.source, &pair.target] {
         if !old {
-            let sql =
-                "SELECT hashtextextended('pgcutover asks' COLLATE \"C\", 4711), current_setting('server_encoding')";
+            let sql = "SELECT hashtextextended('pgcutover asks' COLLATE \"C\", hashint4extended(0, 4711)), current_setting('server_encoding')";
             let row = server.query_one(sql, &[]).await.map_err(VerifyError::query("asking for a hash"))?;
             answers.push((row.get::<_, i64>(0), row.get::<_, String>(1)));
         }
     }
     let same = answers.len() == 2 && answers[0] == answers[1];
-    let method =
-        if same { Method::Extended { null_word: format!("{:032x}", rand::random::<u128>()) } } else { Method::Md5 };
+    let method = if same {
+        Method::Extended { null_word: format!("{:032x}", rand::random::<u128>()), null_number: null_number() }
+    } else {
+        Method::Md5
+    };
     Ok(Hasher { method, floats })
 }
 

@@ -188,13 +188,33 @@ impl Plan {
     /// Reads one part on both servers at the same time.
     pub(super) async fn read(&self, readers: Readers<'_>, number: u32) -> Result<Part, VerifyError> {
         readers.join().await?;
-        let (from, to) = tokio::try_join!(
-            self.sums(readers.source, &self.source, number),
-            self.sums(readers.target, &self.target, number),
-        )?;
+        let sums = self.both(readers, number, Grain::Part).await?;
         readers.leave().await?;
-        let rows = from.values().map(|(rows, _)| rows.unsigned_abs()).sum();
-        Ok(Part { sums: Sums { source: from, target: to }, rows, bytes: self.bytes() / u64::from(self.parts()) })
+        let rows = sums.rows();
+        Ok(Part { sums, rows, bytes: self.bytes() / u64::from(self.parts()) })
+    }
+
+    /// The buckets that differ. Reads the table once more, under the same snapshots, so the work is done only where it is
+    /// known to find something.
+    pub(super) async fn buckets(&self, readers: Readers<'_>) -> Result<Vec<i64>, VerifyError> {
+        if self.mask == 0 {
+            return Ok(vec![0]);
+        }
+        let mut sums = Sums::default();
+        readers.join().await?;
+        for number in 0..self.parts() {
+            sums.add(self.both(readers, number, Grain::Buckets).await?);
+        }
+        readers.leave().await?;
+        Ok(sums.differing())
+    }
+
+    async fn both(&self, readers: Readers<'_>, number: u32, grain: Grain) -> Result<Sums, VerifyError> {
+        let (source, target) = tokio::try_join!(
+            self.sums(readers.source, &self.source, number, grain),
+            self.sums(readers.target, &self.target, number, grain),
+        )?;
+        Ok(Sums { source, target })
     }
 
     async fn sums(
@@ -202,10 +222,14 @@ impl Plan {
         server: &Control,
         place: &Place,
         number: u32,
+        grain: Grain,
     ) -> Result<BTreeMap<i64, (i64, i128)>, VerifyError> {
+        let (bucket, group) = match grain {
+            Grain::Part => ("0::bigint".to_owned(), "HAVING count(*) > 0"),
+            Grain::Buckets => (format!("h & {}", self.mask), "GROUP BY 1"),
+        };
         let sql = format!(
-            "SELECT h & {}, count(*), sum(h)::text FROM (SELECT {} AS h FROM ONLY {} {} OFFSET 0) AS r GROUP BY 1",
-            self.mask,
+            "SELECT {bucket}, count(*), sum(h)::text FROM (SELECT {} AS h FROM ONLY {} {} OFFSET 0) AS r {group}",
             self.hasher.hash(&place.columns),
             self.table,
             condition(&[&self.filter, &place.range(number, self.parts())]),
@@ -262,6 +286,15 @@ impl Plan {
         }
         Ok(false)
     }
+}
+
+/// What is summed up on its own.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Grain {
+    /// All that is read: cheap, and enough where nothing differs.
+    Part,
+    /// Each bucket.
+    Buckets,
 }
 
 /// Which of the two.
