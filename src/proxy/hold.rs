@@ -5,6 +5,7 @@
 //! dropped without a trace.
 
 use std::future::Future as _;
+use std::pin::Pin;
 use std::task::Context;
 use std::time::{Duration, Instant};
 
@@ -35,17 +36,7 @@ impl Session {
 
     /// A held client that says Terminate, or behind whose messages the end of its stream stands, is let go.
     pub(super) fn look_for_terminate(&self) -> Result<(), Step> {
-        let mut frames = self.up.buffer.filled();
-        while let Ok(Some(header)) = Header::parse(frames) {
-            if header.tag == frontend::TERMINATE {
-                return Err(Step::End(End::ClientLeft));
-            }
-            match frames.get(HEADER_BYTES + header.body_bytes as usize..) {
-                Some(rest) => frames = rest,
-                None => break,
-            }
-        }
-        Ok(())
+        if says_terminate(self.up.buffer.filled()) { Err(Step::End(End::ClientLeft)) } else { Ok(()) }
     }
 
     /// A held session's client has cancelled: an error, what it asked for is thrown away, and it is ready again.
@@ -91,27 +82,52 @@ impl Session {
         Passage::Pointless
     }
 
-    /// With a full buffer nothing is read, so the end of the stream is looked for in another way.
     pub(super) fn watch_held_client(&mut self, cx: &mut Context<'_>) -> Result<(), Step> {
-        if !matches!(self.place, Place::Held { .. }) || !self.up.buffer.is_full() {
-            self.look_again = None;
-            return Ok(());
-        }
-        loop {
-            let timer = self.look_again.get_or_insert_with(|| Box::pin(tokio::time::sleep(LOOK_EVERY)));
-            if timer.as_mut().poll(cx).is_pending() {
-                return Ok(());
-            }
-            self.look_again = None;
-            if is_closed(&self.client) {
-                return Err(Step::End(End::ClientLeft));
-            }
+        let is_deaf = matches!(self.place, Place::Held { .. }) && self.up.buffer.is_full();
+        match has_gone(&mut self.look_again, is_deaf, &self.client, cx) {
+            true => Err(Step::End(End::ClientLeft)),
+            false => Ok(()),
         }
     }
 }
 
+/// Whether there is a Terminate among whole frames.
+pub(super) fn says_terminate(mut frames: &[u8]) -> bool {
+    while let Ok(Some(header)) = Header::parse(frames) {
+        if header.tag == frontend::TERMINATE {
+            return true;
+        }
+        match frames.get(HEADER_BYTES + header.body_bytes as usize..) {
+            Some(rest) => frames = rest,
+            None => break,
+        }
+    }
+    false
+}
+
+/// With a full buffer nothing is read, so while a waiting client is `is_deaf` the end of its stream is looked for now and then.
+pub(super) fn has_gone(timer: &mut LookAgain, is_deaf: bool, client: &Stream, cx: &mut Context<'_>) -> bool {
+    if !is_deaf {
+        *timer = None;
+        return false;
+    }
+    loop {
+        let next = timer.get_or_insert_with(|| Box::pin(tokio::time::sleep(LOOK_EVERY)));
+        if next.as_mut().poll(cx).is_pending() {
+            return false;
+        }
+        *timer = None;
+        if is_closed(client) {
+            return true;
+        }
+    }
+}
+
+/// When a waiting client with a full buffer is looked at again.
+pub(super) type LookAgain = Option<Pin<Box<tokio::time::Sleep>>>;
+
 /// Whether the other side has closed, as far as the kernel has told already.
-pub(super) fn is_closed(stream: &Stream) -> bool {
+fn is_closed(stream: &Stream) -> bool {
     let ready = match stream {
         Stream::Tcp(socket) => socket.ready(Interest::READABLE).now_or_never(),
         Stream::Unix(socket) => socket.ready(Interest::READABLE).now_or_never(),

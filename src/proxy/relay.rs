@@ -17,29 +17,18 @@
 //! buffer and the session is *held*. Inside, everything passes, but under a fence nothing passes a Sync or Query whose
 //! ReadyForQuery has not come: if that says `I` the session leaves and is held, so an endless pipeline ends there too.
 
-use std::io;
-use std::pin::Pin;
 use std::task::{Context, Poll};
 use std::time::Instant;
 
-use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
-
 use super::client_error::ClientError;
+use super::flow::{self, Progress};
 use super::handoff::Tracked;
 use super::session::{End, Place, Session, Step};
 use super::sessions::{Entry, SessionState};
-use crate::postgres::Stream;
 use crate::wire::frame::{self, FrameError, HEADER_BYTES, Header, backend as server, frontend};
 use crate::wire::ledger::Ledger;
 use crate::wire::message;
 use crate::wire::scanner::Sink;
-
-/// What was done in one direction.
-#[derive(Clone, Copy, PartialEq, Eq)]
-enum Progress {
-    Some,
-    None,
-}
 
 /// Whether the next frame may go to the server.
 pub(super) enum Passage {
@@ -154,19 +143,17 @@ impl Session {
         if self.up.is_drained || self.up.ended || self.up.buffer.is_full() {
             return Ok(Progress::None);
         }
-        let mut into = ReadBuf::new(self.up.buffer.room());
-        match Pin::new(&mut self.client).poll_read(cx, &mut into) {
+        match flow::read(&mut self.client, &mut self.up.buffer, cx) {
             Poll::Pending => {
                 self.up.is_drained = true;
                 Ok(Progress::None)
             }
             Poll::Ready(Err(_)) => Err(Step::End(End::ClientLeft)),
-            Poll::Ready(Ok(())) => {
-                let count = into.filled().len();
-                if count == 0 {
-                    self.up.ended = true;
-                    return Ok(Progress::Some);
-                }
+            Poll::Ready(Ok(0)) => {
+                self.up.ended = true;
+                Ok(Progress::Some)
+            }
+            Poll::Ready(Ok(count)) => {
                 self.up.buffer.fill(count);
                 if matches!(self.place, Place::Held { .. }) {
                     self.look_for_terminate()?;
@@ -177,24 +164,16 @@ impl Session {
     }
 
     fn write_backend(&mut self, cx: &mut Context<'_>) -> Result<Progress, Step> {
-        let mut progress = Progress::None;
-        let Some(backend) = &mut self.backend else { return Ok(progress) };
-        let stream = &mut backend.connection.stream;
-        while self.up.cleared > 0 {
-            let cleared = &self.up.buffer.filled()[..self.up.cleared];
-            match Pin::new(&mut *stream).poll_write(cx, cleared) {
-                Poll::Pending => break,
-                Poll::Ready(Ok(0)) | Poll::Ready(Err(_)) => return self.after_write_error(cx),
-                Poll::Ready(Ok(count)) => {
-                    self.local.meters.sent_up(count);
-                    self.up.buffer.consume(count);
-                    self.up.cleared -= count;
-                    progress = Progress::Some;
-                }
+        let Some(backend) = &mut self.backend else { return Ok(Progress::None) };
+        let up = &mut self.up;
+        match flow::write(&mut backend.connection.stream, &mut up.buffer, &mut up.cleared, cx) {
+            Err(_) => self.after_write_error(cx),
+            Ok(0) => Ok(Progress::None),
+            Ok(count) => {
+                self.local.meters.sent_up(count);
+                Ok(Progress::Some)
             }
         }
-        flush_tls(stream, cx).map_err(|_| Step::End(End::ServerLost))?;
-        Ok(progress)
     }
 
     /// The server may have said why before it closed.
@@ -401,20 +380,15 @@ impl Session {
         if self.down.is_drained || self.down.buffer.is_full() {
             return Ok(Progress::None);
         }
-        let mut into = ReadBuf::new(self.down.buffer.room());
-        match Pin::new(&mut backend.connection.stream).poll_read(cx, &mut into) {
+        let count = match flow::read(&mut backend.connection.stream, &mut self.down.buffer, cx) {
             Poll::Pending => {
                 self.down.is_drained = true;
                 return Ok(Progress::None);
             }
-            Poll::Ready(Err(_)) => return Err(End::ServerLost),
-            Poll::Ready(Ok(())) => {}
-        }
-        let count = into.filled().len();
-        if count == 0 {
-            return Err(End::ServerLost);
-        }
-        if into.filled()[0] == server::ERROR_RESPONSE && self.is_farewell() {
+            Poll::Ready(Ok(0) | Err(_)) => return Err(End::ServerLost),
+            Poll::Ready(Ok(count)) => count,
+        };
+        if self.down.buffer.room()[0] == server::ERROR_RESPONSE && self.is_farewell() {
             // The old server ends a session that goes on elsewhere: its client need not know.
             return Err(End::ServerLost);
         }
@@ -448,20 +422,15 @@ impl Session {
     }
 
     fn write_client(&mut self, cx: &mut Context<'_>) -> Result<Progress, End> {
-        let mut progress = Progress::None;
-        while !self.down.buffer.is_empty() {
-            match Pin::new(&mut self.client).poll_write(cx, self.down.buffer.filled()) {
-                Poll::Pending => break,
-                Poll::Ready(Ok(0)) | Poll::Ready(Err(_)) => return Err(End::ClientLeft),
-                Poll::Ready(Ok(count)) => {
-                    self.local.meters.sent_down(count);
-                    self.down.buffer.consume(count);
-                    progress = Progress::Some;
-                }
+        let mut most = self.down.buffer.len();
+        match flow::write(&mut self.client, &mut self.down.buffer, &mut most, cx) {
+            Err(_) => Err(End::ClientLeft),
+            Ok(0) => Ok(Progress::None),
+            Ok(count) => {
+                self.local.meters.sent_down(count);
+                Ok(Progress::Some)
             }
         }
-        flush_tls(&mut self.client, cx).map_err(|_| End::ClientLeft)?;
-        Ok(progress)
     }
 
     /// Bytes that the login or a handoff has read from the backend and not used.
@@ -480,17 +449,6 @@ impl Session {
 #[inline]
 fn is_tracked(tag: u8) -> bool {
     matches!(tag, frontend::QUERY | frontend::PARSE | frontend::CLOSE | frontend::SYNC | frontend::FUNCTION_CALL)
-}
-
-/// Only TLS holds written bytes back.
-#[inline]
-fn flush_tls(stream: &mut Stream, cx: &mut Context<'_>) -> io::Result<()> {
-    if let Stream::Tls(tls) = stream
-        && let Poll::Ready(flushed) = Pin::new(tls).poll_flush(cx)
-    {
-        return flushed;
-    }
-    Ok(())
 }
 
 /// Told of every frame that the server sends.

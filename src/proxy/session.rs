@@ -137,7 +137,7 @@ pub(super) struct Session {
     /// What the sweep of time-outs last saw.
     pub(super) seen: Option<Seen>,
     /// When a held client with a full buffer is looked at again.
-    pub(super) look_again: Option<std::pin::Pin<Box<tokio::time::Sleep>>>,
+    pub(super) look_again: super::hold::LookAgain,
     _key: CancelKey,
     _watch: Watch,
     pub(super) slot: ClientSlot,

@@ -24,16 +24,16 @@ const OFF_STEP: Duration = Duration::from_secs(1);
 const SHORTEST_STEP: Duration = Duration::from_millis(10);
 const LONGEST_STEP: Duration = Duration::from_secs(1);
 /// A statement that was cancelled because of `query_timeout` has so long to end; then the session ends.
-pub(super) const CANCEL_GRACE: Duration = Duration::from_secs(30);
+const CANCEL_GRACE: Duration = Duration::from_secs(30);
 
 /// What a session was seen doing inside a transaction.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Seen {
     /// Tells one statement, or the idle time after one, from the next.
-    pub(super) turn: u32,
-    pub(super) running: bool,
-    pub(super) since: Instant,
-    pub(super) cancelled: bool,
+    turn: u32,
+    running: bool,
+    since: Instant,
+    cancelled: bool,
 }
 
 /// Looks after the sessions of one worker until it is dropped.
@@ -83,6 +83,76 @@ fn is_due(entry: &Entry, limits: &Limits, shortest: &Timeouts, step: Duration, n
     }
 }
 
+/// What a session inside a transaction is doing.
+pub(super) struct Inside {
+    pub(super) entered: Instant,
+    /// Which statement it was then.
+    pub(super) entered_turn: u32,
+    pub(super) turn: u32,
+    /// A statement runs; otherwise the transaction is idle.
+    pub(super) is_running: bool,
+    /// The client has not read everything yet: it is slow, not idle.
+    pub(super) has_unread: bool,
+}
+
+/// What is to be done.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Due {
+    Nothing,
+    /// The statement is to be cancelled.
+    Cancel,
+}
+
+impl Inside {
+    /// Looks whether a time-out has passed. `seen` is what was seen at the last look.
+    pub(super) fn look(&self, seen: &mut Option<Seen>, timeouts: &Timeouts, now: Instant) -> Result<Due, End> {
+        if has_passed(timeouts.transaction, now - self.entered) {
+            return Err(End::Told(ClientError::TransactionTimeout));
+        }
+        let (turn, running) = (self.turn, self.is_running);
+        let current = match *seen {
+            Some(seen) if seen.turn == turn && seen.running == running => seen,
+            // The first statement has begun when the transaction did; of any other the begin was not seen.
+            Some(_) | None => {
+                let since = if running && turn == self.entered_turn { self.entered } else { now };
+                Seen { turn, running, since, cancelled: false }
+            }
+        };
+        *seen = Some(current);
+        let time = now - current.since;
+        if !running {
+            let over = has_passed(timeouts.idle_transaction, time) && !self.has_unread;
+            return if over { Err(End::Told(ClientError::IdleTransactionTimeout)) } else { Ok(Due::Nothing) };
+        }
+        if !has_passed(timeouts.query, time) {
+            return Ok(Due::Nothing);
+        }
+        if !current.cancelled {
+            *seen = Some(Seen { cancelled: true, ..current });
+            return Ok(Due::Cancel);
+        }
+        if time >= timeouts.query + CANCEL_GRACE {
+            return Err(End::Told(ClientError::QueryTimeout));
+        }
+        Ok(Due::Nothing)
+    }
+}
+
+/// The same for a session outside. A client that has not read everything yet is slow, not idle.
+pub(super) fn look_outside(entry: &Entry, has_unread: bool, timeouts: &Timeouts, now: Instant) -> Result<(), End> {
+    let (idle, connected) = entry.ages(now);
+    if has_unread {
+        return Ok(());
+    }
+    if has_passed(timeouts.idle, idle) {
+        return Err(End::Told(ClientError::IdleTimeout));
+    }
+    if has_passed(timeouts.lifetime, connected) {
+        return Err(End::Told(ClientError::LifetimeReached));
+    }
+    Ok(())
+}
+
 impl Session {
     /// Looks whether a time-out has passed, and does what belongs to it.
     pub(super) fn look(&mut self) -> Result<(), End> {
@@ -91,66 +161,30 @@ impl Session {
         }
         let now = Instant::now();
         let timeouts = self.worker.shared.limits.load().timeouts_of(&self.login.user, &self.login.database);
+        let has_unread = !self.down.buffer.is_empty();
         match self.place {
-            Place::Outside => self.look_outside(&timeouts, now),
+            Place::Outside => look_outside(&self.entry, has_unread, &timeouts, now),
             Place::Held { since } => {
-                let database = &self.local.database;
-                if has_passed(timeouts.query_wait, now - since) && !database.is_fenced_by_cutover() {
-                    self.waited_too_long = true;
-                    self.cancelled = true;
+                if has_passed(timeouts.query_wait, now - since) && !self.local.database.is_fenced_by_cutover() {
+                    (self.waited_too_long, self.cancelled) = (true, true);
                 }
                 Ok(())
             }
-            Place::Inside { since } if has_passed(timeouts.transaction, now - since) => {
-                Err(End::Told(ClientError::TransactionTimeout))
+            Place::Inside { since } => {
+                let inside = Inside {
+                    entered: since,
+                    entered_turn: self.entered_turn,
+                    turn: self.ledger.readies(),
+                    is_running: self.ledger.awaits_ready() || self.ledger.server_waits(),
+                    has_unread,
+                };
+                if inside.look(&mut self.seen, &timeouts, now)? == Due::Cancel {
+                    tracing::info!(session = self.entry.id(), "query_timeout: the statement is cancelled");
+                    self.cancel_on_server(None);
+                }
+                Ok(())
             }
-            Place::Inside { since } => self.look_inside(&timeouts, since, now),
         }
-    }
-
-    fn look_outside(&self, timeouts: &Timeouts, now: Instant) -> Result<(), End> {
-        let (idle, connected) = self.entry.ages(now);
-        // A client that has not read everything yet is slow, not idle.
-        if !self.down.buffer.is_empty() {
-            return Ok(());
-        }
-        if has_passed(timeouts.idle, idle) {
-            return Err(End::Told(ClientError::IdleTimeout));
-        }
-        if has_passed(timeouts.lifetime, connected) {
-            return Err(End::Told(ClientError::LifetimeReached));
-        }
-        Ok(())
-    }
-
-    fn look_inside(&mut self, timeouts: &Timeouts, entered: Instant, now: Instant) -> Result<(), End> {
-        let (turn, running) = (self.ledger.readies(), self.ledger.awaits_ready() || self.ledger.server_waits());
-        let seen = match self.seen {
-            Some(seen) if seen.turn == turn && seen.running == running => seen,
-            // The first statement has begun when the transaction did; of any other the begin was not seen.
-            Some(_) | None => {
-                let since = if running && turn == self.entered_turn { entered } else { now };
-                Seen { turn, running, since, cancelled: false }
-            }
-        };
-        self.seen = Some(seen);
-        let time = now - seen.since;
-        if !running {
-            let unread = !self.down.buffer.is_empty();
-            let over = has_passed(timeouts.idle_transaction, time) && !unread;
-            return if over { Err(End::Told(ClientError::IdleTransactionTimeout)) } else { Ok(()) };
-        }
-        if !has_passed(timeouts.query, time) {
-            return Ok(());
-        }
-        if !seen.cancelled {
-            tracing::info!(session = self.entry.id(), "query_timeout: the statement is cancelled");
-            self.seen = Some(Seen { cancelled: true, ..seen });
-            self.cancel_on_server(None);
-        } else if time >= timeouts.query + CANCEL_GRACE {
-            return Err(End::Told(ClientError::QueryTimeout));
-        }
-        Ok(())
     }
 }
 

@@ -198,10 +198,13 @@ async fn play(seed: u64) {
     let address = scripted::serve().await;
     let server = || Server::new("127.0.0.1", address.port(), "postgres");
     let (size, kept) = (random.random_range(1..5), random.random_range(1..5));
+    // Without one sockets are polled.
+    let is_ring = random.random_bool(0.7);
     let rig = Rig::start(server(), server(), |config| {
         config.pool.mode = PoolMode::Transaction;
         config.pool.default_pool_size = size;
         config.pool.max_prepared_statements = kept;
+        config.listen.io_uring = is_ring;
     });
     let mut clients = Vec::new();
     for number in 0..CLIENTS {

@@ -7,14 +7,13 @@ use futures_util::{SinkExt as _, StreamExt as _};
 use pgcutover::proxy::SessionState;
 use pgcutover::switch::ServerRole;
 
-use crate::rig::{Rig, server, text};
+use crate::rig::{Rig, Sockets, server, text};
 use crate::support::{connect, one_cluster, wait_for};
 use crate::wire_client::{WireClient, bind, execute, extended, frame, parse, query, rows, sync, tags};
 
-#[tokio::test(flavor = "multi_thread")]
-async fn queries_go_through_in_every_protocol() {
+async fn queries_go_through_in_every_protocol(sockets: Sockets) {
     let cluster = one_cluster("basics");
-    let rig = Rig::over(&cluster);
+    let rig = Rig::on(&cluster, sockets);
     let client = rig.connect("postgres").await;
     assert_eq!(text(&client, "SELECT 1").await, "1");
     let row = client.query_one("SELECT $1::int + 1", &[&41]).await.expect("extended");
@@ -38,10 +37,9 @@ async fn queries_go_through_in_every_protocol() {
     rig.stop().await;
 }
 
-#[tokio::test(flavor = "multi_thread")]
-async fn pipelines_suspended_portals_and_errors_keep_their_order() {
+async fn pipelines_suspended_portals_and_errors_keep_their_order(sockets: Sockets) {
     let cluster = one_cluster("pipelines");
-    let rig = Rig::over(&cluster);
+    let rig = Rig::on(&cluster, sockets);
     let mut client = rig.wire("postgres").await;
     let batch = [
         extended("SELECT 1"),
@@ -104,10 +102,9 @@ async fn function_calls_and_empty_queries_are_answered() {
     rig.stop().await;
 }
 
-#[tokio::test(flavor = "multi_thread")]
-async fn copy_goes_both_ways_and_fails_in_every_way() {
+async fn copy_goes_both_ways_and_fails_in_every_way(sockets: Sockets) {
     let cluster = one_cluster("copies");
-    let rig = Rig::over(&cluster);
+    let rig = Rig::on(&cluster, sockets);
     let client = rig.connect("postgres").await;
     client.batch_execute("CREATE TABLE t(a int, b text)").await.expect("created");
     // tokio-postgres copies through the extended protocol and sends a Sync that the server swallows.
@@ -156,10 +153,9 @@ async fn copy_goes_both_ways_and_fails_in_every_way() {
     rig.stop().await;
 }
 
-#[tokio::test(flavor = "multi_thread")]
-async fn notifications_reach_an_idle_session() {
+async fn notifications_reach_an_idle_session(sockets: Sockets) {
     let cluster = one_cluster("notify");
-    let rig = Rig::over(&cluster);
+    let rig = Rig::on(&cluster, sockets);
     let mut client = rig.wire("postgres").await;
     client.send(&query("LISTEN news")).await;
     assert_eq!(client.tags_until_ready().await, "CZI");
@@ -174,10 +170,9 @@ async fn notifications_reach_an_idle_session() {
     rig.stop().await;
 }
 
-#[tokio::test(flavor = "multi_thread")]
-async fn a_slow_reader_holds_the_server_back_and_gets_everything() {
+async fn a_slow_reader_holds_the_server_back_and_gets_everything(sockets: Sockets) {
     let cluster = one_cluster("slow");
-    let rig = Rig::over(&cluster);
+    let rig = Rig::on(&cluster, sockets);
     let mut client = rig.wire("postgres").await;
     client.send(&query("SELECT repeat('x', 1000) FROM generate_series(1, 100000)")).await;
     let direct = connect(&cluster, "postgres").await;
@@ -236,10 +231,9 @@ async fn the_handshake_answers_as_postgresql_does() {
     rig.stop().await;
 }
 
-#[tokio::test(flavor = "multi_thread")]
-async fn a_backend_that_is_ended_says_so_to_its_client() {
+async fn a_backend_that_is_ended_says_so_to_its_client(sockets: Sockets) {
     let cluster = one_cluster("ended");
-    let rig = Rig::over(&cluster);
+    let rig = Rig::on(&cluster, sockets);
     let direct = connect(&cluster, "postgres").await;
     for sql in ["", "BEGIN"] {
         let mut client = rig.wire("postgres").await;
@@ -310,4 +304,30 @@ async fn the_process_id_that_a_client_is_told_is_that_of_its_backend() {
     let notification = client.next().await.expect("a notification");
     assert_eq!((notification.tag, &notification.body[..4]), ('A', &other.key.expect("logged in").0.to_be_bytes()[..]));
     rig.stop().await;
+}
+
+/// What must hold whether sockets are served by a ring or polled, as where the kernel has none.
+macro_rules! on_both {
+    ($($name:ident),* $(,)?) => {$(
+        mod $name {
+            #[tokio::test(flavor = "multi_thread")]
+            async fn on_a_ring() {
+                super::$name(super::Sockets::Ring).await;
+            }
+
+            #[tokio::test(flavor = "multi_thread")]
+            async fn polled() {
+                super::$name(super::Sockets::Polled).await;
+            }
+        }
+    )*};
+}
+
+on_both! {
+    queries_go_through_in_every_protocol,
+    pipelines_suspended_portals_and_errors_keep_their_order,
+    copy_goes_both_ways_and_fails_in_every_way,
+    notifications_reach_an_idle_session,
+    a_slow_reader_holds_the_server_back_and_gets_everything,
+    a_backend_that_is_ended_says_so_to_its_client,
 }

@@ -35,6 +35,13 @@ impl ConsoleHandler for Console {
     }
 }
 
+/// `[listen] io_uring`.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub enum Sockets {
+    Ring,
+    Polled,
+}
+
 pub struct Rig {
     proxy: Option<Proxy>,
     pub sessions: Arc<Sessions>,
@@ -57,6 +64,12 @@ impl Rig {
     /// One server in both roles.
     pub fn over(cluster: &Cluster) -> Self {
         Self::start(server(cluster), server(cluster), |_| {})
+    }
+
+    /// The same, with its sockets served like this.
+    pub fn on(cluster: &Cluster, sockets: Sockets) -> Self {
+        let is_ring = sockets == Sockets::Ring;
+        Self::start(server(cluster), server(cluster), |config| config.listen.io_uring = is_ring)
     }
 
     /// Clients are believed, unless `change` says otherwise.

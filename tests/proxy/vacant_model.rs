@@ -61,9 +61,12 @@ async fn play(seed: u64) -> (usize, usize) {
     let address = scripted::serve().await;
     let server = || Server::new("127.0.0.1", address.port(), "postgres");
     let most = random.random_range(1..4);
+    // Without one sockets are polled.
+    let is_ring = random.random_bool(0.7);
     let rig = Rig::start(server(), server(), |config| {
         config.pool.server_linger = Duration::from_secs(600);
         config.pool.default_pool_size = most;
+        config.listen.io_uring = is_ring;
     });
     let (mut clients, mut logins, mut backends) = (Vec::new(), 0, HashSet::new());
     for _ in 0..STEPS {

@@ -3,22 +3,18 @@
 //! It keeps what it has read in its one buffer and reads on until that is full, so that three things are noticed: a
 //! Terminate, a client that is gone, and a cancel. Nothing of what waits has been sent to a server.
 
-use std::future::Future as _;
 use std::task::Context;
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use super::passing::Passage;
 use super::{Place, PooledSession, Step};
 use crate::proxy::client_error::ClientError;
-use crate::proxy::hold::is_closed;
+use crate::proxy::hold::{has_gone, says_terminate};
 use crate::proxy::session::End;
 use crate::proxy::sessions::SessionState;
 use crate::wire::frame::{HEADER_BYTES, Header, frontend};
 use crate::wire::ledger::TransactionStatus;
 use crate::wire::message;
-
-/// How often a waiting client is looked at whose buffer is full, so that reading does not tell that it is gone.
-const LOOK_EVERY: Duration = Duration::from_secs(1);
 
 impl PooledSession {
     /// A fence holds the session.
@@ -38,17 +34,7 @@ impl PooledSession {
 
     /// A waiting client that says Terminate is let go.
     pub(super) fn look_for_terminate(&self) -> Result<(), Step> {
-        let mut frames = self.up.buffer.filled();
-        while let Ok(Some(header)) = Header::parse(frames) {
-            if header.tag == frontend::TERMINATE {
-                return Err(Step::End(End::ClientLeft));
-            }
-            match frames.get(HEADER_BYTES + header.body_bytes as usize..) {
-                Some(rest) => frames = rest,
-                None => break,
-            }
-        }
-        Ok(())
+        if says_terminate(self.up.buffer.filled()) { Err(Step::End(End::ClientLeft)) } else { Ok(()) }
     }
 
     /// A waiting session's client has cancelled: an error, what it asked for is thrown away, and it is ready again.
@@ -89,21 +75,11 @@ impl PooledSession {
         Passage::Done
     }
 
-    /// With a full buffer nothing is read, so the end of the stream is looked for in another way.
     pub(super) fn watch_waiting_client(&mut self, cx: &mut Context<'_>) -> Result<(), Step> {
-        if !self.is_waiting() || !self.up.buffer.is_full() {
-            self.look_again = None;
-            return Ok(());
-        }
-        loop {
-            let timer = self.look_again.get_or_insert_with(|| Box::pin(tokio::time::sleep(LOOK_EVERY)));
-            if timer.as_mut().poll(cx).is_pending() {
-                return Ok(());
-            }
-            self.look_again = None;
-            if is_closed(&self.client) {
-                return Err(Step::End(End::ClientLeft));
-            }
+        let is_deaf = self.is_waiting() && self.up.buffer.is_full();
+        match has_gone(&mut self.look_again, is_deaf, &self.client, cx) {
+            true => Err(Step::End(End::ClientLeft)),
+            false => Ok(()),
         }
     }
 }

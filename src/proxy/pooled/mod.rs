@@ -207,7 +207,7 @@ pub(super) struct PooledSession {
     entered_turn: u32,
     /// What the sweep of time-outs last saw.
     seen: Option<Seen>,
-    look_again: Option<std::pin::Pin<Box<tokio::time::Sleep>>>,
+    look_again: crate::proxy::hold::LookAgain,
     key: CancelKey,
     watch: Watch,
     slot: ClientSlot,

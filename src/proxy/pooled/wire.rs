@@ -1,21 +1,10 @@
 //! The loop: reads, lets pass, writes, in both directions, as far as the sockets allow.
 
-use std::io;
-use std::pin::Pin;
 use std::task::{Context, Poll};
 
-use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
-
 use super::{Place, PooledSession, Step};
-use crate::postgres::Stream;
+use crate::proxy::flow::{self, Progress};
 use crate::proxy::session::End;
-
-/// What was done in one direction.
-#[derive(Clone, Copy, PartialEq, Eq)]
-pub(super) enum Progress {
-    Some,
-    None,
-}
 
 impl PooledSession {
     /// Serves as much as the sockets allow. Ready when something else is to be done.
@@ -77,16 +66,14 @@ impl PooledSession {
         if self.up.ended || self.up.buffer.is_full() {
             return Ok(Progress::None);
         }
-        let mut into = ReadBuf::new(self.up.buffer.room());
-        match Pin::new(&mut self.client).poll_read(cx, &mut into) {
+        match flow::read(&mut self.client, &mut self.up.buffer, cx) {
             Poll::Pending => Ok(Progress::None),
             Poll::Ready(Err(_)) => Err(Step::End(End::ClientLeft)),
-            Poll::Ready(Ok(())) => {
-                let count = into.filled().len();
-                if count == 0 {
-                    self.up.ended = true;
-                    return Ok(Progress::Some);
-                }
+            Poll::Ready(Ok(0)) => {
+                self.up.ended = true;
+                Ok(Progress::Some)
+            }
+            Poll::Ready(Ok(count)) => {
                 self.up.buffer.fill(count);
                 if matches!(self.place, Place::Held { .. } | Place::Waiting { .. }) {
                     self.look_for_terminate()?;
@@ -97,22 +84,16 @@ impl PooledSession {
     }
 
     fn write_server(&mut self, cx: &mut Context<'_>) -> Result<Progress, Step> {
-        let mut progress = Progress::None;
-        let Some(link) = &mut self.link else { return Ok(progress) };
-        let stream = &mut link.backend.connection.stream;
-        while !self.up.out.is_empty() {
-            match Pin::new(&mut *stream).poll_write(cx, self.up.out.filled()) {
-                Poll::Pending => break,
-                Poll::Ready(Ok(0)) | Poll::Ready(Err(_)) => return self.after_write_error(cx),
-                Poll::Ready(Ok(count)) => {
-                    self.local.meters.sent_up(count);
-                    self.up.out.consume(count);
-                    progress = Progress::Some;
-                }
+        let Some(link) = &mut self.link else { return Ok(Progress::None) };
+        let mut most = self.up.out.len();
+        match flow::write(&mut link.backend.connection.stream, &mut self.up.out, &mut most, cx) {
+            Err(_) => self.after_write_error(cx),
+            Ok(0) => Ok(Progress::None),
+            Ok(count) => {
+                self.local.meters.sent_up(count);
+                Ok(Progress::Some)
             }
         }
-        flush_tls(stream, cx).map_err(|_| Step::End(End::ServerLost))?;
-        Ok(progress)
     }
 
     /// The server may have said why before it closed.
@@ -151,48 +132,25 @@ impl PooledSession {
         if self.down.buffer.is_full() {
             return Ok(Progress::None);
         }
-        let mut into = ReadBuf::new(self.down.buffer.room());
-        match Pin::new(&mut link.backend.connection.stream).poll_read(cx, &mut into) {
-            Poll::Pending => return Ok(Progress::None),
-            Poll::Ready(Err(_)) => return Err(Step::End(End::ServerLost)),
-            Poll::Ready(Ok(())) => {}
+        match flow::read(&mut link.backend.connection.stream, &mut self.down.buffer, cx) {
+            Poll::Pending => Ok(Progress::None),
+            Poll::Ready(Ok(0) | Err(_)) => Err(Step::End(End::ServerLost)),
+            Poll::Ready(Ok(count)) => {
+                self.down.buffer.fill(count);
+                self.look_at_answers()?;
+                Ok(Progress::Some)
+            }
         }
-        let count = into.filled().len();
-        if count == 0 {
-            return Err(Step::End(End::ServerLost));
-        }
-        self.down.buffer.fill(count);
-        self.look_at_answers()?;
-        Ok(Progress::Some)
     }
 
     fn write_client(&mut self, cx: &mut Context<'_>) -> Result<Progress, Step> {
-        let mut progress = Progress::None;
-        while self.down.looked_at > 0 {
-            let shown = &self.down.buffer.filled()[..self.down.looked_at];
-            match Pin::new(&mut self.client).poll_write(cx, shown) {
-                Poll::Pending => break,
-                Poll::Ready(Ok(0)) | Poll::Ready(Err(_)) => return Err(Step::End(End::ClientLeft)),
-                Poll::Ready(Ok(count)) => {
-                    self.local.meters.sent_down(count);
-                    self.down.buffer.consume(count);
-                    self.down.looked_at -= count;
-                    progress = Progress::Some;
-                }
+        match flow::write(&mut self.client, &mut self.down.buffer, &mut self.down.looked_at, cx) {
+            Err(_) => Err(Step::End(End::ClientLeft)),
+            Ok(0) => Ok(Progress::None),
+            Ok(count) => {
+                self.local.meters.sent_down(count);
+                Ok(Progress::Some)
             }
         }
-        flush_tls(&mut self.client, cx).map_err(|_| Step::End(End::ClientLeft))?;
-        Ok(progress)
     }
-}
-
-/// Only TLS holds written bytes back.
-#[inline]
-fn flush_tls(stream: &mut Stream, cx: &mut Context<'_>) -> io::Result<()> {
-    if let Stream::Tls(tls) = stream
-        && let Poll::Ready(flushed) = Pin::new(tls).poll_flush(cx)
-    {
-        return flushed;
-    }
-    Ok(())
 }
