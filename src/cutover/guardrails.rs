@@ -8,16 +8,17 @@ use crate::config::{FencePolicy, Stragglers};
 use crate::postgres::Control;
 use crate::switch::Route;
 
-/// Tables, columns and sequences of a database, one line each; the two servers must agree.
+/// Tables, columns and sequences of a database, one line each; the two servers must agree. What has to be quoted differs
+/// between majors (`json` is a keyword since PostgreSQL 16), so names are compared without quotes.
 const FINGERPRINT: &str = "
-    SELECT format('column %I.%I.%I %s%s', n.nspname, c.relname, a.attname,
-                  pg_catalog.format_type(a.atttypid, a.atttypmod), CASE WHEN a.attnotnull THEN ' not null' ELSE '' END)
+    SELECT format('column %s.%s.%s %s%s', n.nspname, c.relname, a.attname,
+                  replace(pg_catalog.format_type(a.atttypid, a.atttypmod), '\"', ''), CASE WHEN a.attnotnull THEN ' not null' ELSE '' END)
     FROM pg_catalog.pg_class c
     JOIN pg_catalog.pg_namespace n ON n.oid = c.relnamespace
     JOIN pg_catalog.pg_attribute a ON a.attrelid = c.oid AND a.attnum > 0 AND NOT a.attisdropped
-    WHERE format('%I.%I', n.nspname, c.relname) = ANY($1)
+    WHERE format('\"%s\".\"%s\"', replace(n.nspname, '\"', '\"\"'), replace(c.relname, '\"', '\"\"')) = ANY($1)
     UNION ALL
-    SELECT format('sequence %I.%I', n.nspname, c.relname)
+    SELECT format('sequence %s.%s', n.nspname, c.relname)
     FROM pg_catalog.pg_class c JOIN pg_catalog.pg_namespace n ON n.oid = c.relnamespace
     WHERE c.relkind = 'S' AND c.relpersistence <> 't' AND n.nspname <> 'pgcutover'
     ORDER BY 1";
@@ -169,7 +170,8 @@ impl Work {
 pub(super) async fn published_tables(control: &Control, publication: &str) -> Result<Vec<String>, CutoverError> {
     let rows = control
         .query(
-            "SELECT DISTINCT format('%I.%I', schemaname, tablename) FROM pg_catalog.pg_publication_tables
+            "SELECT DISTINCT format('\"%s\".\"%s\"', replace(schemaname, '\"', '\"\"'), replace(tablename, '\"', '\"\"'))
+             FROM pg_catalog.pg_publication_tables
              WHERE pubname = $1 AND schemaname <> 'pgcutover' ORDER BY 1",
             &[&publication],
         )

@@ -58,7 +58,7 @@ SELECT 'function ' || pg_catalog.format('%I.%I', n.nspname, p.proname)
 /// What the target lacks.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Drift {
-    /// `table "public"."new"`, `column …`; at most a few.
+    /// `table public.new`, `column …`; at most a few.
     pub named: Vec<String>,
     /// How many there are.
     pub total: usize,
@@ -99,8 +99,9 @@ SELECT pg_catalog.format('%I.%I', t.s, t.n)
  WHERE NOT EXISTS (SELECT FROM pg_catalog.pg_publication_tables p
                     WHERE p.pubname = $3 AND p.schemaname = t.s AND p.tablename = t.n)";
 
+/// Without quotes: what is a keyword, and so needs them, differs between majors (`json` since PostgreSQL 16).
 async fn definitions(client: &impl GenericClient) -> Result<BTreeSet<String>, tokio_postgres::Error> {
-    Ok(client.query(DEFINITIONS, &[]).await?.iter().map(|row| row.get(0)).collect())
+    Ok(client.query(DEFINITIONS, &[]).await?.iter().map(|row| row.get::<_, &str>(0).replace('"', "")).collect())
 }
 
 fn missing(wanted: &BTreeSet<String>, found: &BTreeSet<String>) -> Option<Drift> {

@@ -16,6 +16,7 @@ the newest.
 """
 
 import argparse
+import contextlib
 import difflib
 import glob
 import json
@@ -38,6 +39,9 @@ UPDATE public.busy SET v = v || '+' WHERE id % 97 = 0; DELETE FROM public.busy W
 TABLES = """SELECT format('%I.%I', n.nspname, c.relname) FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace
     WHERE c.relkind IN ('r', 'm') AND c.relpersistence <> 't' AND c.relispopulated AND n.nspname NOT IN ('information_schema', 'pgcutover')
       AND n.nspname !~ '^pg_' ORDER BY 1"""
+COLUMNS = """SELECT format('%I.%I', n.nspname, c.relname) || E'\t' || string_agg('t.' || quote_ident(a.attname), ', ' ORDER BY a.attname::text COLLATE "C")
+    FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace JOIN pg_attribute a ON a.attrelid = c.oid
+    WHERE a.attnum > 0 AND NOT a.attisdropped AND c.relkind IN ('r', 'm') AND n.nspname !~ '^pg_' GROUP BY n.nspname, c.relname"""
 SEQUENCES = TABLES.replace("IN ('r', 'm')", "= 'S'").replace("AND c.relispopulated ", "")
 
 
@@ -72,9 +76,9 @@ class Server:
         options = f"-p {self.port} -k {self.data} -c listen_addresses=127.0.0.1 -c fsync=off -c wal_level=logical"
         suite.run(suite.as_user + [f"{bindir}/pg_ctl", "-D", self.data, "-w", "-s", "-l", f"{self.data}/log", "-o", options, "start"])
 
-    def sql(self, text, database=DATABASE, check=True):
+    def sql(self, text, database=None, check=True):
         return self.suite.run([f"{self.suite.tools}/psql", "-XAtq", "-v", "ON_ERROR_STOP=1", "-h", "127.0.0.1", "-p", self.port, "-U",
-                               "postgres", database], stdin=text, check=check)
+                               "postgres", database or DATABASE], stdin=text, check=check)
 
     def stop(self):
         self.suite.run(self.suite.as_user + [f"{self.bindir}/pg_ctl", "-D", self.data, "-m", "immediate", "-s", "stop"], check=False)
@@ -102,29 +106,62 @@ class Suite:
             raise RuntimeError(f"{' '.join(map(str, command))[:300]}:\n{(done.stderr or '')[-1500:]}")
         return (done.stdout or "").strip()
 
-    def dump(self, server, database=DATABASE):
+    def dump(self, server, database=None):
         return self.run([f"{self.tools}/pg_dump", "-s", "--no-publications", "--no-subscriptions", "-N", "pgcutover", "-h", "127.0.0.1",
-                         "-p", server.port, "-U", "postgres", database])
+                         "-p", server.port, "-U", "postgres", database or DATABASE])
 
-    def definitions(self, server, database=DATABASE):
+    def definitions(self, server, database=None):
         text = self.dump(server, database)
         return [line for line in text.splitlines() if line and not line.startswith(("--", "\\restrict", "\\unrestrict"))]
 
     def rows(self, server):
         """A digest of each table and the place of each sequence."""
         found = {}
+        # Columns by name: pg_dump puts those that a child has from its parents in the parents' order.
+        columns = dict(line.split("\t") for line in server.sql(COLUMNS).splitlines())
         for table in server.sql(TABLES).splitlines():
             found[table] = server.sql(f"SET extra_float_digits = 0; SELECT count(*), md5(string_agg(t::text, E'\\n' ORDER BY t::text COLLATE \"C\"))"
-                                      f" FROM ONLY {table} t")
+                                      f" FROM (SELECT ROW({columns.get(table, '')}) AS t FROM ONLY {table} t) t")
         for sequence in server.sql(SEQUENCES).splitlines():
             found[sequence] = server.sql(f"SELECT last_value, is_called FROM {sequence}")
+        found["large objects"] = server.sql("SELECT count(*), md5(string_agg(m.oid || md5(lo_get(m.oid)), ',' ORDER BY m.oid))"
+                                            " FROM pg_largeobject_metadata m")
         return found
+
+    @contextlib.contextmanager
+    def daemon(self, directory, source, target):
+        """pgcutover in front of the two, as long as the block runs: the command line as a function."""
+        config = f"{directory}/pgcutover.toml"
+        with open(config, "w") as out:
+            out.write(f'[listen]\naddress = "127.0.0.1:{free_port()}"\n[admin]\naddress = "127.0.0.1:{free_port()}"\nusers = ["postgres"]\n'
+                      f'[auth]\nmethod = "trust"\n[migration]\nbindir = "{self.tools}"\n'
+                      + "".join(f'[{name}]\nhost = "127.0.0.1"\nport = {server.port}\nuser = "postgres"\nsslmode = "disable"\n'
+                                for name, server in (("source", source), ("target", target))))
+        binary = os.path.abspath(self.args.binary)
+        with open(f"{directory}/log", "w") as log:
+            process = subprocess.Popen([binary, "run", "-c", config], stdout=log, stderr=log, cwd=directory, env=self.environment)
+
+        def pgcutover(*words, check=True):
+            done = subprocess.run([binary, *words, "-c", config, "--output", "json"], capture_output=True, text=True, env=self.environment)
+            if check and done.returncode != 0:
+                raise RuntimeError(f"{' '.join(words)}: {done.stdout[-1500:]}{done.stderr[-1500:]}")
+            return done
+
+        try:
+            for _ in range(600):
+                if pgcutover("migration", "list", check=False).returncode == 0:
+                    break
+                time.sleep(0.1)
+            yield pgcutover
+        finally:
+            process.send_signal(signal.SIGINT)
+            process.wait(60)
 
     def move(self, major):
         directory = f"{self.directory}/{major}"
         os.mkdir(directory)
         os.chmod(directory, 0o755)
-        servers, daemon = [], None
+        servers, daemon = [], contextlib.ExitStack()
         try:
             source = Server(directory, "source", self.found[major], major, self)
             servers.append(source)
@@ -134,26 +171,7 @@ class Suite:
             with open(f"{ROOT}/tests/support/objects.sql") as objects:
                 source.sql(objects.read())
             source.sql(BUSY)
-            config = f"{directory}/pgcutover.toml"
-            with open(config, "w") as out:
-                out.write(f'[listen]\naddress = "127.0.0.1:{free_port()}"\n[admin]\naddress = "127.0.0.1:{free_port()}"\nusers = ["postgres"]\n'
-                          f'[auth]\nmethod = "trust"\n[migration]\nbindir = "{self.tools}"\n'
-                          + "".join(f'[{name}]\nhost = "127.0.0.1"\nport = {server.port}\nuser = "postgres"\nsslmode = "disable"\n'
-                                    for name, server in (("source", source), ("target", target))))
-            binary = os.path.abspath(self.args.binary)
-            with open(f"{directory}/log", "w") as log:
-                daemon = subprocess.Popen([binary, "run", "-c", config], stdout=log, stderr=log, cwd=directory, env=self.environment)
-
-            def pgcutover(*words, check=True):
-                done = subprocess.run([binary, *words, "-c", config, "--output", "json"], capture_output=True, text=True, env=self.environment)
-                if check and done.returncode != 0:
-                    raise RuntimeError(f"{' '.join(words)}: {done.stdout[-1500:]}{done.stderr[-1500:]}")
-                return done
-
-            for _ in range(600):
-                if pgcutover("migration", "list", check=False).returncode == 0:
-                    break
-                time.sleep(0.1)
+            pgcutover = daemon.enter_context(self.daemon(directory, source, target))
             before = self.dump(source)
             pgcutover("migration", "create", "move", "--database", DATABASE)
             waiting = {"InProgress"}
@@ -168,22 +186,25 @@ class Suite:
             source.sql(WRITE)
             pgcutover("migration", "cutover", "move")
             source.sql(f"ALTER DATABASE {DATABASE} ALLOW_CONNECTIONS true", "postgres")
-            target.sql("CREATE DATABASE reference TEMPLATE template0", "postgres")
-            # A note of some minor versions to themselves, which other servers refuse.
-            before = re.sub(r"^ALTER (?:FOREIGN )?TABLE .* SET \(pg_attver=\d+\);\n", "", before, flags=re.M)
-            target.sql(re.sub(r"pg_attver=\d+, |, pg_attver=\d+", "", before), "reference")
-            problems = [line for line in self.compare(self.definitions(target, "reference"), self.definitions(target))
-                        if not (line.startswith("+ALTER TABLE ONLY ") and line.endswith(" REPLICA IDENTITY FULL;"))]
             there, here = self.rows(source), self.rows(target)
-            problems += [f"{name}: {there.get(name)} on the source, {here.get(name)} on the target"
-                         for name in sorted(there.keys() | here.keys()) if there.get(name) != here.get(name)]
+            problems = self.differences(target, before, there, here)
             return len(here), problems
         finally:
-            if daemon:
-                daemon.send_signal(signal.SIGINT)
-                daemon.wait(60)
+            daemon.close()
             for server in servers:
                 server.stop()
+
+    def differences(self, target, before, there, here):
+        """What differs: `before` is the source's dump, `there` and `here` are the rows of both."""
+        target.sql("DROP DATABASE IF EXISTS reference", "postgres")
+        target.sql("CREATE DATABASE reference TEMPLATE template0", "postgres")
+        # A note of some minor versions to themselves, which other servers refuse.
+        before = re.sub(r"^ALTER (?:FOREIGN )?TABLE .* SET \(pg_attver=\d+\);\n", "", before, flags=re.M)
+        target.sql(re.sub(r"pg_attver=\d+, |, pg_attver=\d+", "", before), "reference")
+        problems = [line for line in self.compare(self.definitions(target, "reference"), self.definitions(target))
+                    if not (line.startswith("+ALTER TABLE ONLY ") and line.endswith(" REPLICA IDENTITY FULL;"))]
+        return problems + [f"{name}: {there.get(name)} on the source, {here.get(name)} on the target"
+                           for name in sorted(there.keys() | here.keys()) if there.get(name) != here.get(name)]
 
     def compare(self, before, after):
         return [line for line in difflib.unified_diff(before, after, "source", "target", lineterm="", n=0)
@@ -205,7 +226,7 @@ def main():
         for major in wanted:
             try:
                 compared, problems = suite.move(major)
-                verdict = f"equal ({compared} tables and sequences)" if not problems else "DIFFERENT"
+                verdict = f"equal ({compared} tables, sequences, large objects)" if not problems else "DIFFERENT"
             except RuntimeError as error:
                 verdict, problems = "FAILED", [str(error)]
             print(f"{major} to {suite.newest}: {verdict}", flush=True)

@@ -10,6 +10,8 @@
 # (installed, PG_HEADERS, or Debian's package is fetched and unpacked), gcc, python3. Nothing is installed.
 #   MAJOR=16        another major version, where its source and headers are at hand
 #   TESTS="a b"     these tests only, in this order (test_setup first) instead of the parallel schedule
+#   INTO_PORT=5432  only run the suite once, in the server at this port, and leave the database `regression` there; LIBRARIES=DIR
+#                   is where the C functions are put that it uses (the server's account must be able to read it)
 
 set -uo pipefail
 shopt -s extglob
@@ -118,9 +120,9 @@ find_headers
 find_client
 build
 # The server reads the tests' data, and its account may not walk to where this repository is.
-inputs=$work/inputs libraries=$work/libraries
+inputs=$work/inputs libraries=${LIBRARIES:-$work/libraries}
 cp -r "$source_tree/src/test/regress" "$inputs"
-mkdir "$libraries" && cp "$built/regress.so" "$built/pg_regress" "$libraries/"
+mkdir -p "$libraries" && cp "$built/regress.so" "$built/pg_regress" "$libraries/"
 # Libraries of other modules that the tests load.
 for module in autoinc refint; do
     found=$("$bindir/pg_config" --pkglibdir 2>/dev/null)/$module.so
@@ -140,6 +142,13 @@ ALTER DATABASE regression SET bytea_output TO 'hex';
 ALTER DATABASE regression SET timezone_abbreviations TO 'Default';
 SQL
 }
+
+if [ -n "${INTO_PORT:-}" ]; then
+    new_database "$INTO_PORT"
+    run direct "$INTO_PORT"
+    [ -s "$results/direct/verdicts" ] || die "no test has run: see $results/direct/log"
+    exit 0
+fi
 
 start_server direct
 new_database "$port"

@@ -13,6 +13,7 @@ mod objects;
 mod replication;
 mod rights;
 mod unstreamed;
+mod unknown;
 
 use tokio_postgres::types::ToSql;
 

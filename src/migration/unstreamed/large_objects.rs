@@ -35,7 +35,7 @@ SELECT m.oid, pg_catalog.pg_get_userbyid(m.lomowner)::text,
        pg_catalog.obj_description(m.oid, 'pg_largeobject'), s.size,
        (SELECT pg_catalog.md5(string_agg(pg_catalog.md5(pg_catalog.lo_get(m.oid, o, 1048576)), '' ORDER BY o))
           FROM pg_catalog.generate_series(0, s.size, 1048576) o)
-  FROM (SELECT * FROM pg_catalog.pg_largeobject_metadata WHERE oid > $1 AND oid <= $2) m
+  FROM (SELECT oid, lomowner, lomacl FROM pg_catalog.pg_largeobject_metadata WHERE oid > $1 AND oid <= $2) m
  CROSS JOIN LATERAL (SELECT pg_catalog.lo_open(m.oid, 262144) AS fd) f
  CROSS JOIN LATERAL (SELECT pg_catalog.lo_lseek64(f.fd, 0, 2) AS size) s";
 

@@ -1,0 +1,102 @@
+//! Rules about what a database uses and the target does not know: because of its version, or because of what it was built
+//! with or finds on its host.
+
+use super::{Level, Outcome, Rule, RuleResult, column};
+use crate::postgres::Control;
+
+/// Definitions with user collations of ICU.
+const ICU: &str = "\
+SELECT format('collation %I.%I is of ICU', n.nspname, l.collname) FROM pg_collation l JOIN pg_namespace n ON n.oid = l.collnamespace
+ WHERE l.collprovider = 'i' AND l.oid >= 16384 ORDER BY 1";
+
+/// Collations of the system that columns use, each with a column.
+const USED: &str = "\
+SELECT l.collname::text, min(format('%I.%I.%I', n.nspname, c.relname, a.attname)) FROM pg_attribute a
+  JOIN pg_class c ON c.oid = a.attrelid JOIN pg_namespace n ON n.oid = c.relnamespace
+  JOIN pg_collation l ON l.oid = a.attcollation
+ WHERE l.oid < 16384 AND l.collname <> 'default' AND a.attnum > 0 AND NOT a.attisdropped
+   AND n.nspname NOT IN ('information_schema', 'pgcutover') AND n.nspname !~ '^pg_' GROUP BY 1 ORDER BY 1";
+
+const LZ4: &str = "\
+SELECT format('%I.%I.%I is compressed by lz4', n.nspname, c.relname, a.attname) FROM pg_attribute a
+  JOIN pg_class c ON c.oid = a.attrelid JOIN pg_namespace n ON n.oid = c.relnamespace
+ WHERE a.attcompression = 'l' AND NOT a.attisdropped AND c.relkind IN ('r', 'p', 'm')
+   AND n.nspname NOT IN ('information_schema', 'pgcutover') AND n.nspname !~ '^pg_' ORDER BY 1";
+
+/// A catalogue does not tell which functions of the system a view calls: its text does.
+const XML: &str = "\
+SELECT format('%I.%I uses xml', n.nspname, c.relname) FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace
+ WHERE c.relkind IN ('r', 'p', 'v', 'm', 'f') AND n.nspname NOT IN ('information_schema', 'pgcutover') AND n.nspname !~ '^pg_'
+   AND (EXISTS (SELECT FROM pg_attribute a WHERE a.attrelid = c.oid AND a.atttypid IN ('xml'::regtype, 'xml[]'::regtype)
+                   AND NOT a.attisdropped)
+        OR c.relkind IN ('v', 'm')
+           AND pg_get_viewdef(c.oid) ~* '\\mxml(table|element|forest|concat|agg|parse|serialize|exists|root|pi|comment)? *\\(')
+ ORDER BY 1";
+
+/// Columns that are computed in a child and not in its parent, or the other way round.
+const GENERATED: &str = "\
+SELECT format('%I.%I.%I', n.nspname, c.relname, a.attname) FROM pg_inherits i
+  JOIN pg_class c ON c.oid = i.inhrelid JOIN pg_namespace n ON n.oid = c.relnamespace
+  JOIN pg_attribute a ON a.attrelid = c.oid AND NOT a.attisdropped
+  JOIN pg_attribute p ON p.attrelid = i.inhparent AND p.attname = a.attname AND NOT p.attisdropped
+ WHERE a.attgenerated <> p.attgenerated AND c.relkind IN ('r', 'p') ORDER BY 1";
+
+/// Both rules. `target` is a session in the control database.
+pub(super) async fn check(name: &str, session: &Control, target: &Control) -> Vec<RuleResult> {
+    let rule = |code| Rule::new(code, Level::Database(name.to_owned()));
+    let features = rule("build_features")
+        .why("these definitions need something that the target was not built with, or a locale that its host does not have")
+        .fix(
+            "use programs on the target that were built with it, install the locale there (and run \
+             pg_import_system_collations), or do without: ALTER TABLE … ALTER COLUMN … SET COMPRESSION pglz, DROP COLLATION",
+        );
+    let generated = rule("generated_children")
+        .why("PostgreSQL 16 and newer refuse a column that is generated in a child table and not in its parent")
+        .fix("ALTER TABLE … NO INHERIT, or drop the child's column or its expression");
+    vec![
+        match missing_features(session, target).await {
+            Ok(found) => features.unless_any(Outcome::Failed, found),
+            Err(error) => features.unknown(&error),
+        },
+        match generated_children(session, target).await {
+            Ok(found) => generated.unless_any(Outcome::Failed, found),
+            Err(error) => generated.unknown(&error),
+        },
+    ]
+}
+
+async fn missing_features(session: &Control, target: &Control) -> Result<Vec<String>, tokio_postgres::Error> {
+    let mut missing = Vec::new();
+    let collations = column(target, "SELECT DISTINCT collname::text FROM pg_collation", &[]).await?;
+    // initdb makes it where the programs were built with ICU; `unicode` is there in any case.
+    if !collations.iter().any(|name| name == "und-x-icu") {
+        missing.extend(column(session, ICU, &[]).await?);
+    }
+    for row in session.query(USED, &[]).await? {
+        let (collation, example): (String, String) = (row.get(0), row.get(1));
+        if !collations.contains(&collation) {
+            missing.push(format!("{example} has the collation {collation}"));
+        }
+    }
+    let compressions = "SELECT enumvals::text[] FROM pg_settings WHERE name = 'default_toast_compression'";
+    let compressions: Vec<String> =
+        target.query_opt(compressions, &[]).await?.map(|row| row.get(0)).unwrap_or_default();
+    if session.version_num() >= 140_000 && !compressions.iter().any(|name| name == "lz4") {
+        missing.extend(column(session, LZ4, &[]).await?);
+    }
+    match target.batch_execute("SELECT pg_catalog.xmlcomment('')").await {
+        // feature_not_supported
+        Err(error) if error.code().is_some_and(|code| code.code() == "0A000") => {
+            missing.extend(column(session, XML, &[]).await?);
+        }
+        tried => tried?,
+    }
+    Ok(missing)
+}
+
+async fn generated_children(session: &Control, target: &Control) -> Result<Vec<String>, tokio_postgres::Error> {
+    if session.version_num() < 120_000 || target.version_num() < 160_000 {
+        return Ok(Vec::new());
+    }
+    column(session, GENERATED, &[]).await
+}
