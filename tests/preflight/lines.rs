@@ -318,4 +318,6 @@ pub const OTHERS: &[&str] = &[
     "forecast",
     "target_empty",
     "encoding",
+    "build_features",
+    "generated_children",
 ];

@@ -107,6 +107,34 @@ async fn a_sound_source_passes() {
     assert_eq!(results["truncate"].outcome == Outcome::Warning, rig.source_cluster.major() < 11);
 }
 
+/// Of the second rule a target that is as old as the source makes nothing.
+#[tokio::test(flavor = "multi_thread")]
+async fn what_the_target_does_not_know_is_named() {
+    let rig = Rig::start();
+    let with_children = (12..16).contains(&rig.source_cluster.major());
+    rig.make_source(
+        "CREATE COLLATION of_icu FROM \"POSIX\"; UPDATE pg_collation SET collprovider = 'i' WHERE collname = 'of_icu'",
+    )
+    .await;
+    if with_children {
+        rig.on_source(
+            "CREATE TABLE plain (a int PRIMARY KEY, b int);
+             CREATE TABLE child (a int PRIMARY KEY, b int GENERATED ALWAYS AS (a) STORED) INHERITS (plain)",
+        )
+        .await;
+    }
+    let target = support::connect(&rig.target_cluster, "postgres").await;
+    target.batch_execute("DELETE FROM pg_collation WHERE collname = 'und-x-icu'").await.unwrap();
+    let results = validate(&rig, &rig.source, &rig.whole, false).await;
+    let features = &results["build_features"];
+    assert_eq!(features.outcome, Outcome::Failed, "{features:?}");
+    assert!(features.evidence.contains(&"collation public.of_icu is of ICU".to_owned()), "{features:?}");
+    let children = &results["generated_children"];
+    let refused = with_children && rig.target_cluster.major() >= 16;
+    assert_eq!(children.outcome, if refused { Outcome::Failed } else { Outcome::Succeeded }, "{children:?}");
+    assert_eq!(children.evidence, if refused { vec!["public.child.b"] } else { Vec::new() });
+}
+
 async fn run(client: &Client, cluster: &Cluster, statements: &[&str]) {
     for sql in statements {
         let sql = sql.replace("{home}", &cluster.socket_dir().display().to_string());

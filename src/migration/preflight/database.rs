@@ -2,14 +2,9 @@
 
 use std::collections::HashMap;
 
-<<<<<<< HEAD
 use super::definition::{Apply, Definition, Hosted, Subject, When};
 use super::{Level, Outcome, Rule, RuleResult, Servers, Statement, column, findings, objects};
 use crate::catalog::journal::Side;
-=======
-use super::{Level, Mode, Outcome, Preflight, Rule, RuleResult, column, unknown};
-use crate::config::units::format_size;
->>>>>>> d5d7752 (Move PostgreSQL's regression database, and mend what it shows)
 use crate::ident::quote_ident;
 use crate::migration::identity::{self, Remedy};
 use crate::postgres::Control;
@@ -148,6 +143,7 @@ pub(super) async fn check(servers: &Servers<'_>, name: &str) -> Vec<RuleResult> 
         results.push(database.collations().await);
         results.push(database.extensions().await);
         results.push(database.tablespaces().await);
+        results.extend(database.unknown().await);
         results.extend(database.unstreamed().await);
         results.push(database.forecast().await);
     }
@@ -159,12 +155,6 @@ pub(super) async fn check(servers: &Servers<'_>, name: &str) -> Vec<RuleResult> 
     if servers.asks(&IDENTITY) {
         results.push(database.identities().await);
     }
-<<<<<<< HEAD
-=======
-    results.push(extensions(name, &session, target).await);
-    results.push(tablespaces(name, &session, target).await);
-    results.extend(unknown::check(name, &session, target).await);
->>>>>>> d5d7752 (Move PostgreSQL's regression database, and mend what it shows)
     results
 }
 

@@ -12,8 +12,8 @@ mod locale;
 mod objects;
 mod replication;
 mod rights;
-mod unstreamed;
 mod unknown;
+mod unstreamed;
 
 use tokio_postgres::types::ToSql;
 
@@ -128,6 +128,7 @@ pub fn rules() -> impl Iterator<Item = &'static Definition> {
         .chain(database::DEFINITIONS)
         .chain(locale::DEFINITIONS)
         .chain(unstreamed::DEFINITIONS)
+        .chain(unknown::DEFINITIONS)
         .chain(forecast::DEFINITIONS)
         .chain(findings)
 }

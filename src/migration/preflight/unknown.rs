@@ -1,21 +1,15 @@
 //! Rules about what a database uses and the target does not know: because of its version, or because of what it was built
-//! with or finds on its host.
+//! with. Locales have rules of their own.
 
-use super::{Level, Outcome, Rule, RuleResult, column};
+use super::database::{Database, Finding};
+use super::definition::Definition;
+use super::{Outcome, RuleResult, column};
 use crate::postgres::Control;
 
 /// Definitions with user collations of ICU.
 const ICU: &str = "\
 SELECT format('collation %I.%I is of ICU', n.nspname, l.collname) FROM pg_collation l JOIN pg_namespace n ON n.oid = l.collnamespace
  WHERE l.collprovider = 'i' AND l.oid >= 16384 ORDER BY 1";
-
-/// Collations of the system that columns use, each with a column.
-const USED: &str = "\
-SELECT l.collname::text, min(format('%I.%I.%I', n.nspname, c.relname, a.attname)) FROM pg_attribute a
-  JOIN pg_class c ON c.oid = a.attrelid JOIN pg_namespace n ON n.oid = c.relnamespace
-  JOIN pg_collation l ON l.oid = a.attcollation
- WHERE l.oid < 16384 AND l.collname <> 'default' AND a.attnum > 0 AND NOT a.attisdropped
-   AND n.nspname NOT IN ('information_schema', 'pgcutover') AND n.nspname !~ '^pg_' GROUP BY 1 ORDER BY 1";
 
 const LZ4: &str = "\
 SELECT format('%I.%I.%I is compressed by lz4', n.nspname, c.relname, a.attname) FROM pg_attribute a
@@ -41,42 +35,48 @@ SELECT format('%I.%I.%I', n.nspname, c.relname, a.attname) FROM pg_inherits i
   JOIN pg_attribute p ON p.attrelid = i.inhparent AND p.attname = a.attname AND NOT p.attisdropped
  WHERE a.attgenerated <> p.attgenerated AND c.relkind IN ('r', 'p') ORDER BY 1";
 
-/// Both rules. `target` is a session in the control database.
-pub(super) async fn check(name: &str, session: &Control, target: &Control) -> Vec<RuleResult> {
-    let rule = |code| Rule::new(code, Level::Database(name.to_owned()));
-    let features = rule("build_features")
-        .why("these definitions need something that the target was not built with, or a locale that its host does not have")
-        .fix(
-            "use programs on the target that were built with it, install the locale there (and run \
-             pg_import_system_collations), or do without: ALTER TABLE … ALTER COLUMN … SET COMPRESSION pglz, DROP COLLATION",
-        );
-    let generated = rule("generated_children")
-        .why("PostgreSQL 16 and newer refuse a column that is generated in a child table and not in its parent")
-        .fix("ALTER TABLE … NO INHERIT, or drop the child's column or its expression");
-    vec![
-        match missing_features(session, target).await {
-            Ok(found) => features.unless_any(Outcome::Failed, found),
-            Err(error) => features.unknown(&error),
-        },
-        match generated_children(session, target).await {
-            Ok(found) => generated.unless_any(Outcome::Failed, found),
-            Err(error) => generated.unknown(&error),
-        },
-    ]
+const BUILD_FEATURES: Definition = Definition {
+    code: "build_features",
+    why: "these definitions need something that the target was not built with",
+    evidence: "collations of ICU, columns that are compressed by lz4, and relations that use xml, where the target has none of it",
+    fix: "use programs on the target that were built with it, or do without: ALTER TABLE … ALTER COLUMN … SET COMPRESSION \
+          pglz, DROP COLLATION",
+    ..Finding::DEFINITION
+};
+
+const GENERATED_CHILDREN: Definition = Definition {
+    code: "generated_children",
+    why: "PostgreSQL 16 and newer refuse a column that is generated in a child table and not in its parent",
+    evidence: "the columns, where the target is so new",
+    fix: "ALTER TABLE … NO INHERIT, or drop the child's column or its expression",
+    ..Finding::DEFINITION
+};
+
+pub(super) const DEFINITIONS: [&Definition; 2] = [&BUILD_FEATURES, &GENERATED_CHILDREN];
+
+impl Database<'_> {
+    /// Both rules.
+    pub(super) async fn unknown(&self) -> Vec<RuleResult> {
+        let (features, generated) = (self.rule(&BUILD_FEATURES), self.rule(&GENERATED_CHILDREN));
+        let target = self.servers.target;
+        vec![
+            match missing_features(&self.session, target).await {
+                Ok(found) => features.unless_any(Outcome::Failed, found),
+                Err(error) => features.unknown(&error),
+            },
+            match generated_children(&self.session, target).await {
+                Ok(found) => generated.unless_any(Outcome::Failed, found),
+                Err(error) => generated.unknown(&error),
+            },
+        ]
+    }
 }
 
 async fn missing_features(session: &Control, target: &Control) -> Result<Vec<String>, tokio_postgres::Error> {
     let mut missing = Vec::new();
-    let collations = column(target, "SELECT DISTINCT collname::text FROM pg_collation", &[]).await?;
     // initdb makes it where the programs were built with ICU; `unicode` is there in any case.
-    if !collations.iter().any(|name| name == "und-x-icu") {
+    if target.query_opt("SELECT FROM pg_collation WHERE collname = 'und-x-icu'", &[]).await?.is_none() {
         missing.extend(column(session, ICU, &[]).await?);
-    }
-    for row in session.query(USED, &[]).await? {
-        let (collation, example): (String, String) = (row.get(0), row.get(1));
-        if !collations.contains(&collation) {
-            missing.push(format!("{example} has the collation {collation}"));
-        }
     }
     let compressions = "SELECT enumvals::text[] FROM pg_settings WHERE name = 'default_toast_compression'";
     let compressions: Vec<String> =
