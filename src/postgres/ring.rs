@@ -68,6 +68,8 @@ struct Slot {
     writing: Writing,
     reader: Option<Waker>,
     writer: Option<Waker>,
+    /// Chunks that came full since the last that did not.
+    full_run: usize,
     /// Much was read last time: it is read into its place by the task, not through a chunk.
     is_bulk: bool,
     /// Its [`Socket`] is gone.
@@ -101,8 +103,10 @@ enum Writing {
     Failed(Errno),
 }
 
-/// Chunks of a socket that may lie unread before the kernel is asked to stop.
+/// Chunks of a socket that may lie unread before the kernel is asked to stop receiving.
 const UNREAD_MAX: usize = 4;
+/// So many chunks that are full, one after the other, are much of something: it is asked to stop, too.
+const FULL_RUN: usize = 4;
 /// Buffers to send from that are kept.
 const SPARE: usize = 256;
 
@@ -148,6 +152,7 @@ impl Ring {
             writing: Writing::Free,
             reader: None,
             writer: None,
+            full_run: 0,
             is_bulk: false,
             is_dropped: false,
         };
@@ -227,7 +232,9 @@ impl State {
         match (kind, result) {
             (Kind::Receive, result) => {
                 let has_come = chunk.is_some();
+                slot.full_run = if chunk.as_ref().is_some_and(Chunk::came_full) { slot.full_run + 1 } else { 0 };
                 slot.arrived.extend(chunk);
+                let is_much = slot.arrived.len() > UNREAD_MAX || slot.full_run >= FULL_RUN;
                 if is_last {
                     // Where chunks are wanting it reads by itself this time.
                     slot.is_bulk |= result == Err(Errno::NOBUFS);
@@ -237,7 +244,7 @@ impl State {
                         Ok(_) | Err(Errno::INTR | Errno::AGAIN | Errno::NOBUFS | Errno::CANCELED) => Reading::Ready,
                         Err(errno) => Reading::Failed(errno),
                     };
-                } else if slot.arrived.len() > UNREAD_MAX && slot.reading == Reading::Receiving && !slot.is_dropped {
+                } else if is_much && slot.reading == Reading::Receiving && !slot.is_dropped {
                     // The reader goes on by itself, as fast as it likes.
                     slot.reading = Reading::Stopping;
                     // If it cannot be asked, it goes on until there are no chunks left.

@@ -94,6 +94,11 @@ impl Chunk {
     pub(super) fn len(&self) -> usize {
         usize::from(self.end - self.start)
     }
+
+    /// Whether it was filled to its end, so that more is likely to follow.
+    pub(super) fn came_full(&self) -> bool {
+        usize::from(self.end) == CHUNK_BYTES
+    }
 }
 
 /// One entry of the list in which chunks are offered (`struct io_uring_buf`).

@@ -132,6 +132,27 @@ fn more_sockets_than_chunks_may_have_something_to_read() {
 }
 
 #[test]
+fn what_comes_without_end_is_read_without_the_rings_help() {
+    with_ring(|ring| async move {
+        let (mut stream, mut theirs) = pair(&ring);
+        let reading = || ring.state().sockets[0].as_ref().map(|slot| slot.reading);
+        let mut piece = [0; kernel::CHUNK_BYTES];
+        for full in 1..=super::FULL_RUN {
+            theirs.write_all(&piece).expect("written");
+            stream.read_exact(&mut piece).await.expect("read");
+            assert_eq!(reading() == Some(super::Reading::Receiving), full < super::FULL_RUN, "{full}");
+        }
+        // And small things by the ring again.
+        for _ in 0..2 {
+            theirs.write_all(b"small").expect("written");
+            stream.read_exact(&mut piece[..5]).await.expect("read");
+        }
+        assert!(stream.read(&mut piece).now_or_never().is_none());
+        assert!(reading() == Some(super::Reading::Receiving));
+    });
+}
+
+#[test]
 fn a_peer_that_is_gone_is_told_to_reader_and_writer() {
     with_ring(|ring| async move {
         let (mut stream, theirs) = pair(&ring);
