@@ -451,6 +451,8 @@ pub struct Migration {
     pub verify_workers: usize,
     /// Share of its time in which each of them reads, in percent; it rests for the remainder.
     pub verify_load_percent: u8,
+    /// The same while other sessions of the source are at work.
+    pub verify_busy_percent: u8,
     /// Bound on the wait for every transaction that was open when the slot was made.
     pub slot_timeout: Duration,
     /// How often rules about replication are asked again while a migration streams.

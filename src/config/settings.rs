@@ -148,6 +148,7 @@ impl Config {
         add("migration", "bindir", path(migration.bindir.as_ref()), Restart);
         add("migration", "verify_workers", migration.verify_workers.to_string(), Restart);
         add("migration", "verify_load", migration.verify_load_percent.to_string(), Restart);
+        add("migration", "verify_load_busy", migration.verify_busy_percent.to_string(), Restart);
         add("migration", "slot_timeout", format_duration(migration.slot_timeout), Restart);
         add("migration", "validation_interval", format_duration(migration.validation_interval), Restart);
         add("migration", "long_transaction", format_duration(migration.long_transaction), Restart);

@@ -1,10 +1,11 @@
 #!/usr/bin/env python3
 """What a verification costs: how long it takes beside the copy, and what it takes from pgbench on the source; interleaved.
 
-    tests/bench/verify.py [--rounds 5] [--seconds 10] [--scale 135] [--clients 2] [--rate TPS] [--load PERCENT] [--binary FILE]
+    tests/bench/verify.py [--rounds 5] [--seconds 10] [--scale 135] [--clients 2] [--rate TPS] [--load PERCENT] [--busy PERCENT] [--apart]
+                          [--binary FILE]
 
 pgbench's tables of the given scale (135: 2 GB) are migrated: the time from the first row to the last is the copy's. Then the
-database is verified once at full speed and once at the given load, with nobody writing: both are set against the copy.
+database is verified with nobody at work on it, as pgcutover does by default: that is set against the copy.
 
 Then come rounds of pgbench's own transaction on the source, each once alone and once while a verification runs; the order
 changes from round to round. Without --rate pgbench does what it can. Printed are medians of transactions a second and of their
@@ -61,7 +62,7 @@ class Verify(apply.Apply):
     def again(self, load):
         """The daemon once more, with this load."""
         with open(self.configuration, "w") as out:
-            out.write(self.plain + f"[migration]\nverify_load = {load}\n")
+            out.write(self.plain + f"[migration]\nverify_load = {load}\nverify_load_busy = {self.args.busy}\n")
         self.daemon = self.run_daemon()
         deadline = time.monotonic() + 60
         while self.pgcutover("show", "bench").get("substate") != "WaitingForCutoverTrigger":
@@ -126,7 +127,7 @@ class Verify(apply.Apply):
         size = int(self.sql(self.source, "SELECT sum(pg_table_size(oid)) FROM pg_class WHERE relname LIKE 'pgbench_%' AND relkind = 'r'", DATABASE))
         copied = self.copied()
         print(f"{size / 2**30:.2f} GB; copied in {copied:.1f} s, migrated in {self.migrated:.1f} s (indexes and start included)", flush=True)
-        for load in dict.fromkeys([100, self.args.load]):
+        for load in [self.args.load]:
             self.again(load)
             seconds = self.verify()
             print(f"verified at load {load} % in {seconds:.1f} s: {seconds / copied:.2f} of the copy", flush=True)
@@ -139,10 +140,12 @@ class Verify(apply.Apply):
                 rounds[name].append(measure())
                 figures = rounds[name][-1]
                 print(f"  {name:<8}{figures['tps']:9.0f} tps {figures['ms']:8.3f} ms", flush=True)
+        if self.args.rounds == 0:
+            return
         medians = {name: {key: statistics.median(run[key] for run in runs) for key in ("tps", "ms")} for name, runs in rounds.items()}
         for key, better in (("tps", "of the transactions"), ("ms", "of the latency")):
             alone, beside = medians["alone"][key], medians["beside"][key]
-            print(f"pgbench alone {alone:.3f} {key}, beside a verification at load {self.args.load} % {beside:.3f} {key}: "
+            print(f"pgbench alone {alone:.3f} {key}, beside a verification {beside:.3f} {key}: "
                   f"{beside / alone:.3f} {better}", flush=True)
         self.stop_daemon()
 
@@ -154,7 +157,8 @@ def main():
     parser.add_argument("--scale", type=int, default=135, help="of pgbench's tables")
     parser.add_argument("--clients", type=int, default=2)
     parser.add_argument("--rate", type=int, help="transactions a second that pgbench asks for")
-    parser.add_argument("--load", type=int, default=50, help="verify_load, in percent")
+    parser.add_argument("--load", type=int, default=100, help="verify_load, in percent")
+    parser.add_argument("--busy", type=int, default=3, help="verify_load_busy, in percent")
     parser.add_argument("--apart", action="store_true", help="give each side half of the cores")
     parser.add_argument("--binary", default="target/release/pgcutover")
     parser.add_argument("--bindir", help="where PostgreSQL's programs are")

@@ -204,6 +204,7 @@ impl Engine {
                 damaged: order.damaged,
                 workers: config.verify_workers,
                 load_percent: config.verify_load_percent,
+                busy_percent: config.verify_busy_percent,
                 observer: Arc::new(keeper),
             };
             let failed = |source| EngineError::Verify { database: database.name.clone(), source: Box::new(source) };

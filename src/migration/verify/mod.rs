@@ -60,6 +60,15 @@ const RETRIES: u32 = 8;
 /// Times that a table is repaired before what still differs is reported.
 const REPAIRS: u32 = 20;
 
+/// A source that had other work to do is spared for so long.
+const BUSY: Duration = Duration::from_secs(5);
+
+/// Whether a client that is none of ours has a statement or a transaction open. Sessions of which nothing is shown count.
+const OTHERS: &str = "
+SELECT EXISTS (SELECT FROM pg_stat_activity
+                WHERE coalesce(backend_type, 'client backend') = 'client backend' AND coalesce(state, 'active') <> 'idle'
+                  AND coalesce(application_name, '') !~ '^pgcutover/' AND pid <> pg_backend_pid())";
+
 /// Rows that are listed for each table; the rest is counted.
 pub const LISTED: usize = 100;
 
@@ -72,6 +81,8 @@ pub struct VerifyContext {
     pub workers: usize,
     /// Share of its time in which each worker reads; it rests for the remainder.
     pub load_percent: u8,
+    /// The same while other sessions of the source are at work.
+    pub busy_percent: u8,
     /// Told of everything that is done.
     pub observer: Arc<dyn Observer>,
     /// What becomes of rows that differ.
@@ -370,6 +381,7 @@ async fn round(
         done,
         progress: plans.iter().map(|plan| Mutex::new((Sums::default(), plan.parts()))).collect(),
         plans,
+        busy: Mutex::default(),
         idle: Mutex::default(),
     };
     let parts =
@@ -392,6 +404,8 @@ struct Round<'a> {
     /// For each plan, what was summed up, and how many parts are missing.
     progress: Vec<Mutex<(Sums, u32)>>,
     done: &'a Mutex<Vec<Ended>>,
+    /// When the source was last seen at other work.
+    busy: Mutex<Option<tokio::time::Instant>>,
     /// Sessions that no worker has at the moment.
     idle: Mutex<Vec<Worker>>,
 }
@@ -465,9 +479,25 @@ impl Round<'_> {
         if let Some(sums) = complete {
             self.complete(plan, sums, readers).await?;
         }
-        let busy = u32::from(self.context.load_percent.clamp(1, 100));
-        tokio::time::sleep(began.elapsed() * (100 - busy) / busy).await;
+        let share = if self.is_busy(readers).await { self.context.busy_percent } else { self.context.load_percent };
+        tokio::time::sleep(rest(began.elapsed(), share)).await;
         Ok(())
+    }
+
+    /// Whether the source had other work to do just now. Asked after each part, and remembered for a while, because one
+    /// look may fall between two statements.
+    async fn is_busy(&self, readers: Readers<'_>) -> bool {
+        // Within a transaction the answer would stay the same; what is locked is to be read soon in any case.
+        if !self.locked {
+            let others = readers.source.query_one(OTHERS, &[]).await;
+            // What cannot be told is spared.
+            if others.map_or(true, |row| row.get(0)) {
+                let now = tokio::time::Instant::now();
+                *self.busy.lock().unwrap_or_else(PoisonError::into_inner) = Some(now);
+            }
+        }
+        let seen = *self.busy.lock().unwrap_or_else(PoisonError::into_inner);
+        seen.is_some_and(|seen| seen.elapsed() < BUSY)
     }
 
     /// All of a table was read.
@@ -499,6 +529,12 @@ impl Round<'_> {
         note(self.done, Ended::Compared(result));
         Ok(())
     }
+}
+
+/// How long a worker rests that has read for `took`, to read for `share` percent of its time.
+fn rest(took: Duration, share: u8) -> Duration {
+    let share = u32::from(share.clamp(1, 100));
+    took * (100 - share) / share
 }
 
 async fn prepare(source: &Control, target: &Control) -> Result<(), VerifyError> {
@@ -561,4 +597,18 @@ async fn hasher(pair: &Pair) -> Result<Hasher, VerifyError> {
 /// The error that a stream of rows ended with.
 fn streamed<T>(doing: &'static str) -> impl Fn(Result<T, tokio_postgres::Error>) -> Result<T, VerifyError> {
     move |row| row.map_err(VerifyError::query(doing))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_worker_rests_for_the_remainder_of_its_time() {
+        let took = Duration::from_millis(200);
+        assert_eq!(rest(took, 100), Duration::ZERO);
+        assert_eq!(rest(took, 50), took);
+        assert_eq!(rest(took, 4), took * 24);
+        assert_eq!(rest(took, 0), took * 99, "never for ever");
+    }
 }
