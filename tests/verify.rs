@@ -92,7 +92,8 @@ impl Bench {
             door: None,
         };
         let told = Arc::new(Told::default());
-        let context = VerifyContext { sides, workers: 2, load_percent: 100, busy_percent: 100, observer: told.clone(), damaged };
+        let context =
+            VerifyContext { sides, workers: 2, load_percent: 100, busy_percent: 100, observer: told.clone(), damaged };
         let tables = NAMES.iter().map(|name| QualifiedName::new("public", *name)).collect();
         let results = tokio::time::timeout(5 * support::PATIENCE, verify::tables(&context, tables)).await;
         let results = results.expect("in time").expect("verified");
