@@ -19,6 +19,8 @@ enum Action {
     Hang,
     /// Make the step fail.
     Error,
+    /// Leave the step out and go on as if it had been done: what tests of a checker must find. Only where the code asks.
+    Skip,
 }
 
 /// A step was made to fail by a failpoint.
@@ -34,7 +36,7 @@ pub struct Failpoints {
 
 /// The text of `PGCUTOVER_FAILPOINTS` could not be read.
 #[derive(Debug, thiserror::Error)]
-#[error("PGCUTOVER_FAILPOINTS: {0:?} is not NAME=abort|hang|error|sleep:MILLISECONDSms")]
+#[error("PGCUTOVER_FAILPOINTS: {0:?} is not NAME=abort|hang|error|skip|sleep:MILLISECONDSms")]
 pub struct ParseFailpointsError(String);
 
 impl Failpoints {
@@ -53,6 +55,7 @@ impl Failpoints {
                 None if action == "abort" => Action::Abort,
                 None if action == "hang" => Action::Hang,
                 None if action == "error" => Action::Error,
+                None if action == "skip" => Action::Skip,
                 Some(("sleep", time)) => {
                     let millis = time.strip_suffix("ms").and_then(|digits| digits.parse().ok()).ok_or_else(bad)?;
                     Action::Sleep(Duration::from_millis(millis))
@@ -81,7 +84,17 @@ impl Failpoints {
             }
             Action::Hang => std::future::pending().await,
             Action::Error => Err(Failed(name)),
+            Action::Skip => Ok(()),
         }
+    }
+
+    /// Whether the step `name` is to be left out.
+    pub fn skips(&self, name: &'static str) -> bool {
+        let skips = self.active.as_ref().and_then(|active| active.get(name)) == Some(&Action::Skip);
+        if skips {
+            tracing::warn!(failpoint = name, "a step is left out");
+        }
+        skips
     }
 }
 
@@ -91,7 +104,9 @@ mod tests {
 
     #[tokio::test]
     async fn only_named_points_act() {
-        let points = Failpoints::parse("a=error; b=sleep:1ms").expect("valid");
+        let points = Failpoints::parse("a=error; b=sleep:1ms; d=skip").expect("valid");
+        assert!(points.skips("d") && !points.skips("a") && !points.skips("c"));
+        assert!(points.hit("d").await.is_ok());
         assert!(points.hit("a").await.is_err());
         assert!(points.hit("b").await.is_ok());
         assert!(points.hit("c").await.is_ok());

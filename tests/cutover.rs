@@ -77,7 +77,7 @@ async fn an_abort_restores_every_setting_exactly() {
         "drain.after_sessions",
         "drain.after_marker",
         "drain.after_applied",
-        "decide.before_sequences",
+        "decide.before_boundary",
         "decide.before_decision",
     ] {
         let life = stage.life(&format!("{failpoint}=error")).resolved().await;

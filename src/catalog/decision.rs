@@ -6,6 +6,7 @@
 //! cutover read the same outcome.
 
 use tokio_postgres::GenericClient;
+use tokio_postgres::types::Type;
 
 use super::RecordError;
 use super::claims::ServerIdentity;
@@ -86,21 +87,25 @@ pub async fn propose(
     identity: &ServerIdentity,
 ) -> Result<Outcome, RecordError> {
     let epoch = super::epoch_to_sql(case.epoch);
-    control
-        .execute(
+    // One round trip. The answer ends with ReadyForQuery, which the server sends when the row is committed.
+    let written = control
+        .query_typed(
             "INSERT INTO pgcutover.decision (epoch, outcome, migration, databases, system_identifier, timeline)
-             VALUES ($1, $2, $3, $4, $5, $6) ON CONFLICT (epoch) DO NOTHING",
+             VALUES ($1, $2, $3, $4, $5, $6) ON CONFLICT (epoch) DO NOTHING RETURNING outcome",
             &[
-                &epoch,
-                &wanted.as_str(),
-                &case.migration,
-                &case.databases,
-                &identity.system_identifier,
-                &identity.timeline,
+                (&epoch, Type::INT8),
+                (&wanted.as_str(), Type::TEXT),
+                (&case.migration, Type::TEXT),
+                (&case.databases, Type::TEXT_ARRAY),
+                (&identity.system_identifier, Type::TEXT),
+                (&identity.timeline, Type::INT4),
             ],
         )
         .await
         .map_err(|source| RecordError::query("write a decision down", source))?;
+    if let Some(row) = written.first() {
+        return Outcome::parse(row.get(0));
+    }
     let read = read(control, case.epoch).await?;
     read.ok_or_else(|| RecordError::Unreadable { what: format!("no decision {epoch} right after it was written") })
 }
@@ -114,12 +119,14 @@ pub async fn read(control: &impl GenericClient, epoch: Epoch) -> Result<Option<O
     row.map(|row| Outcome::parse(row.get(0))).transpose()
 }
 
-/// Marks the place of the switch in the history of one target database. Written once for each epoch.
+/// Marks the place of the switch in the history of one target database. Written once for each epoch. It is durable with
+/// the decision at the latest, which follows it in the same server's WAL: a session whose `synchronous_commit` is off need
+/// not wait for it.
 pub async fn write_boundary(client: &impl GenericClient, epoch: Epoch) -> Result<(), RecordError> {
     client
-        .execute(
+        .query_typed(
             "INSERT INTO pgcutover.boundary (epoch) VALUES ($1) ON CONFLICT (epoch) DO UPDATE SET made_at = now()",
-            &[&super::epoch_to_sql(epoch)],
+            &[(&super::epoch_to_sql(epoch), Type::INT8)],
         )
         .await
         .map_err(|source| RecordError::query("write the boundary row", source))?;

@@ -18,6 +18,7 @@
 //! ```
 
 use tokio_postgres::GenericClient;
+use tokio_postgres::types::Type;
 
 use super::RecordError;
 use super::claims::ServerIdentity;
@@ -143,9 +144,9 @@ pub enum Ended {
 /// Whether the fence of `epoch` stands without an outcome; if so, nobody can note one before the transaction ends.
 pub async fn hold_open(transaction: &impl GenericClient, epoch: Epoch) -> Result<bool, RecordError> {
     let row = transaction
-        .query_opt(
+        .query_typed_opt(
             "SELECT FROM pgcutover.fence WHERE epoch = $1 AND outcome IS NULL FOR UPDATE",
-            &[&super::epoch_to_sql(epoch)],
+            &[(&super::epoch_to_sql(epoch), Type::INT8)],
         )
         .await
         .map_err(|source| RecordError::query("hold a fence row", source))?;
@@ -160,7 +161,10 @@ pub async fn is_open(client: &impl GenericClient, epoch: Epoch) -> Result<bool, 
 /// Notes that the databases of `epoch` are being shut for everybody. Part of the transaction that does it.
 pub async fn note_hard(transaction: &impl GenericClient, epoch: Epoch) -> Result<(), RecordError> {
     transaction
-        .execute("UPDATE pgcutover.fence SET hard = true WHERE epoch = $1", &[&super::epoch_to_sql(epoch)])
+        .query_typed(
+            "UPDATE pgcutover.fence SET hard = true WHERE epoch = $1",
+            &[(&super::epoch_to_sql(epoch), Type::INT8)],
+        )
         .await
         .map_err(|source| RecordError::query("note that the databases are shut", source))?;
     Ok(())

@@ -13,7 +13,7 @@ use tokio::sync::{oneshot, watch};
 use tokio_util::sync::CancellationToken;
 
 use super::CutoverError;
-use super::hard_fence::{self, Known, Looking, Obstacle};
+use super::hard_fence::{self, Known, Looking, Obstacle, Shutting};
 use super::home;
 use super::leadership::claim_coordination;
 use super::parts::{Engine, Lease};
@@ -378,6 +378,7 @@ impl Coordinator {
         }
         let work = Work {
             options,
+            shutting: Shutting::of(&from.control).await?,
             case: Case { epoch, migration: migration.to_owned(), databases },
             control_database,
             from,
@@ -447,6 +448,7 @@ fn not_begun(error: &CutoverError) -> CutoverReport {
         reason: error.to_string(),
         pause_ms: 0,
         phases_ms: super::report::PhasesMs::default(),
+        pause_steps: Vec::new(),
         sessions_moved: 0,
         sessions_ended: 0,
         epoch: 0,

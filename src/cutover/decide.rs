@@ -1,20 +1,18 @@
-//! The decision: exact sequence values, the boundary, and the one row that makes the other server active.
+//! The decision: the boundary, and the one row that makes the other server active.
 
 use futures_util::future::try_join_all;
 
 use super::CutoverError;
 use super::settle::{self, Answer};
-use super::work::{LineSessions, Work};
+use super::work::{Line, LineSessions, Work};
 use crate::catalog::decision::{self, Outcome};
-use crate::switch::Epoch;
 
 impl Work {
-    /// Writes sequences and boundary of every database, one transaction each. The other server is not active yet, so a
-    /// retry sets everything again and nobody has seen it.
-    pub(super) async fn write_target(&mut self) -> Result<(), CutoverError> {
+    /// Writes the boundary of every database, behind everything that was applied.
+    pub(super) async fn write_boundaries(&self) -> Result<(), CutoverError> {
         let epoch = self.case.epoch;
-        let sessions = self.lines.iter_mut().filter_map(|line| line.sessions.as_mut());
-        try_join_all(sessions.map(|sessions| write_one(sessions, epoch))).await?;
+        let sessions = self.lines.iter().filter_map(|line| line.sessions.as_ref());
+        try_join_all(sessions.map(|sessions| decision::write_boundary(&*sessions.onward, epoch))).await?;
         Ok(())
     }
 
@@ -40,11 +38,12 @@ impl Work {
     }
 }
 
-async fn write_one(sessions: &mut LineSessions, epoch: Epoch) -> Result<(), CutoverError> {
-    let failed = |source| CutoverError::query("write sequences and boundary", source);
-    let LineSessions { marker, onward, sequences, .. } = sessions;
-    onward.batch_execute("BEGIN").await.map_err(failed)?;
-    sequences.bring_over(marker, onward).await?;
-    decision::write_boundary(&**onward, epoch).await?;
-    onward.batch_execute("COMMIT").await.map_err(failed)
+/// Brings over where the sequences of every database stand. The other server is not active yet, so a retry sets everything
+/// again and nobody has seen it.
+pub(super) async fn bring_sequences(lines: &mut [Line]) -> Result<(), CutoverError> {
+    let sessions = lines.iter_mut().filter_map(|line| line.sessions.as_mut());
+    let brought = sessions
+        .map(|LineSessions { marker, onward, sequences, .. }| async { sequences.bring_over(marker, onward).await });
+    try_join_all(brought).await?;
+    Ok(())
 }

@@ -9,13 +9,15 @@ use std::time::{Duration, Instant};
 
 use futures_util::future::try_join_all;
 use tokio::time::timeout_at;
+use tokio_postgres::types::Type;
 
 use super::CutoverError;
-use super::guardrails::published_tables;
+use super::decide::bring_sequences;
 use super::hard_fence::{self, Looking, Obstacle};
 use super::work::{Line, LineSessions, Unmoved, Work};
 use crate::config::{FencePolicy, Stragglers};
 use crate::migration::unstreamed::{self, Carried};
+use crate::proxy::MoveReport;
 use crate::sqlstate;
 
 /// Between two looks at the server.
@@ -25,8 +27,14 @@ impl Work {
     /// Waits until nobody is inside and nobody works on the server; after `drain_timeout` the policy decides.
     pub(super) async fn drain_sessions(&mut self) -> Result<(), CutoverError> {
         let deadline = Instant::now() + self.options.drain_timeout;
-        if timeout_at(deadline.into(), self.wait_quiet()).await.is_ok_and(|quiet| quiet.is_ok()) {
-            return Ok(());
+        let closed = self.timings.closed();
+        if timeout_at(deadline.into(), self.wait_empty()).await.is_ok() {
+            self.timings.step("running transactions end", closed);
+            let since = Instant::now();
+            if timeout_at(deadline.into(), self.wait_quiet()).await.is_ok_and(|quiet| quiet.is_ok()) {
+                self.timings.step("nothing is left on the server", since);
+                return Ok(());
+            }
         }
         let blockers = self.blockers().await?;
         match self.options.stragglers {
@@ -44,13 +52,20 @@ impl Work {
         }
     }
 
-    async fn wait_quiet(&self) -> Result<(), CutoverError> {
+    /// Waits until everybody has left the gates.
+    async fn wait_empty(&self) {
         for line in &self.lines {
             line.gate.wait_empty().await;
         }
+    }
+
+    /// The same, and until nothing is left on the server that the gates know nothing of.
+    async fn wait_quiet(&self) -> Result<(), CutoverError> {
+        self.wait_empty().await;
         loop {
-            let (busy, prepared) = (self.busy().await?, self.prepared_transactions().await?);
-            if busy.is_empty() && prepared.is_empty() {
+            let looking = if self.options.dry_run { Looking::LeftOverOfSessions } else { Looking::LeftOver };
+            let (left, prepared) = tokio::try_join!(self.backends(looking), self.prepared_transactions())?;
+            if left.is_empty() && prepared.is_empty() {
                 return Ok(());
             }
             tokio::time::sleep(LOOK_AGAIN).await;
@@ -60,6 +75,10 @@ impl Work {
     /// Backends that are at work, or have written and not committed.
     async fn busy(&self) -> Result<Vec<Obstacle>, CutoverError> {
         let looking = if self.options.dry_run { Looking::WorkOfSessions } else { Looking::Work };
+        self.backends(looking).await
+    }
+
+    async fn backends(&self, looking: Looking) -> Result<Vec<Obstacle>, CutoverError> {
         hard_fence::backends(&self.from.control, &self.case.databases, &self.known(), looking).await
     }
 
@@ -67,10 +86,10 @@ impl Work {
         let rows = self
             .from
             .control
-            .query(
+            .query_typed(
                 "SELECT database, gid, extract(epoch FROM clock_timestamp() - prepared)::float8
                  FROM pg_catalog.pg_prepared_xacts WHERE database = ANY($1)",
-                &[&self.case.databases],
+                &[(&self.case.databases, Type::TEXT_ARRAY)],
             )
             .await
             .map_err(|source| CutoverError::query("look for prepared transactions", source))?;
@@ -137,9 +156,7 @@ impl Work {
     }
 
     async fn lock_tables_of(&self, line: &Line) -> Result<Option<String>, CutoverError> {
-        let Some(LineSessions { locks, .. }) = &line.sessions else { return Ok(None) };
-        let mut tables = published_tables(locks, &self.lease.replication(&line.name).publication).await?;
-        tables.extend(unstreamed::weigh(locks).await?.tables.iter().map(|(table, _)| table.to_string()));
+        let Some(LineSessions { locks, tables, .. }) = &line.sessions else { return Ok(None) };
         if tables.is_empty() {
             return Ok(None);
         }
@@ -171,10 +188,13 @@ impl Work {
             // synchronous_commit is pinned on for our sessions, so the answer means durable.
             let updated = sessions
                 .marker
-                .execute("UPDATE pgcutover.marker SET nonce = $1 WHERE id = 1", &[&nonce])
+                .query_typed(
+                    "UPDATE pgcutover.marker SET nonce = $1 WHERE id = 1 RETURNING id",
+                    &[(&nonce, Type::TEXT)],
+                )
                 .await
                 .map_err(|source| CutoverError::query("write the marker", source))?;
-            match updated {
+            match updated.len() {
                 1 => Ok(()),
                 _ => Err(CutoverError::Unexpected("the marker row is missing".to_owned())),
             }
@@ -183,11 +203,34 @@ impl Work {
         Ok(())
     }
 
-    /// Waits until every database has durably applied its marker.
-    pub(super) async fn wait_markers(&self, nonce: &str) -> Result<(), CutoverError> {
-        let waits = self.lines.iter().map(|line| self.lease.wait_marker(&line.name, nonce));
-        try_join_all(waits).await.map_err(CutoverError::Engine)?;
-        Ok(())
+    /// Waits until every database has durably applied its marker. Meanwhile sequences are brought over and held sessions
+    /// bring their other backend up to date: nobody writes any more, and neither needs the other. Sessions that cannot are
+    /// ended or stop the cutover.
+    pub(super) async fn arrive(&mut self, nonce: &str, deadline: Instant) -> Result<(), CutoverError> {
+        // Half of what is left of the pause, so that a session which does not answer is named, not max_pause.
+        let since = Instant::now();
+        let in_time = since + deadline.saturating_duration_since(since) / 2;
+        let (sessions, lease, failpoints) = (self.sessions.clone(), self.lease.clone(), self.failpoints.clone());
+        let databases = self.case.databases.clone();
+        let settled = async { Ok((sessions.settle_moves(&databases, in_time).await, since.elapsed())) };
+        let applied = async {
+            // Tests show with it that their checker finds what a drain that does not wait would lose.
+            if !failpoints.skips("drain.wait_applied") {
+                let waits = databases.iter().map(|database| lease.wait_marker(database, nonce));
+                try_join_all(waits).await.map_err(CutoverError::Engine)?;
+            }
+            Ok(since.elapsed())
+        };
+        let lines = &mut self.lines;
+        let sequences = async {
+            bring_sequences(lines).await?;
+            Ok::<_, CutoverError>(since.elapsed())
+        };
+        let ((reports, settled), applied, sequences) = tokio::try_join!(settled, applied, sequences)?;
+        self.timings.took("sessions are up to date", settled);
+        self.timings.took("everything has arrived", applied);
+        self.timings.took("sequences are brought over", sequences);
+        self.judge_moves(&reports)
     }
 
     /// Unlogged tables and large objects, now that nobody writes.
@@ -207,12 +250,9 @@ impl Work {
         Ok(())
     }
 
-    /// Held sessions bring their other backend up to date. Those that cannot are ended or stop the cutover.
-    pub(super) async fn settle_sessions(&mut self, deadline: Instant) -> Result<(), CutoverError> {
-        // Half of what is left of the pause, so that a session which does not answer is named, not max_pause.
-        let in_time = Instant::now() + deadline.saturating_duration_since(Instant::now()) / 2;
-        let reports = self.sessions.settle_moves(&self.case.databases, in_time).await;
-        let Unmoved { busy, mut stuck } = self.take_moves(&reports);
+    /// What becomes of sessions that cannot be moved.
+    fn judge_moves(&mut self, reports: &[MoveReport]) -> Result<(), CutoverError> {
+        let Unmoved { busy, mut stuck } = self.take_moves(reports);
         stuck.extend(busy);
         let sessions: Vec<u64> = stuck.iter().map(|session| session.id).collect();
         self.check_moves(stuck)?;

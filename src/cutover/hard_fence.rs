@@ -16,6 +16,8 @@
 
 use std::time::Duration;
 
+use tokio_postgres::types::Type;
+
 use super::CutoverError;
 use crate::catalog::decision::Case;
 use crate::catalog::fence;
@@ -62,6 +64,35 @@ impl std::fmt::Display for Obstacle {
     }
 }
 
+/// How a database is shut.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Shutting {
+    /// Nobody comes in: `ALLOW_CONNECTIONS false`, which takes a superuser.
+    Everybody,
+    /// Nobody but superusers: `CONNECTION LIMIT 0`.
+    AllButSuperusers,
+}
+
+impl Shutting {
+    /// What the role of this session may do.
+    pub(super) async fn of(control: &Control) -> Result<Self, CutoverError> {
+        let row = control
+            .query_one("SELECT rolsuper FROM pg_catalog.pg_roles WHERE rolname = current_user", &[])
+            .await
+            .map_err(|source| CutoverError::query("look whether we are a superuser", source))?;
+        Ok(if row.get(0) { Self::Everybody } else { Self::AllButSuperusers })
+    }
+
+    /// The statement that shuts `database`.
+    pub(super) fn statement(self, database: &str) -> String {
+        let how = match self {
+            Self::Everybody => "ALLOW_CONNECTIONS false",
+            Self::AllButSuperusers => "CONNECTION LIMIT 0",
+        };
+        format!("ALTER DATABASE {} {how};", quote_ident(database))
+    }
+}
+
 /// Which backends are asked for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Looking {
@@ -71,26 +102,28 @@ pub(super) enum Looking {
     Work,
     /// The same among `known.pids` only: a dry run leaves strangers alone.
     WorkOfSessions,
+    /// What empty gates do not prove: strangers at work, and whoever has written something. Our sessions' backends may be
+    /// at work, because their state is being read.
+    LeftOver,
+    /// The same among `known.pids` only.
+    LeftOverOfSessions,
 }
 
 /// Shuts the databases of a cutover whose fence stands; they are open again when the fence is lifted
 /// (`soft_fence::lift`). A coordinator that was stopped for a while may find that another one has aborted in its place
 /// and lifted the fence: what it shut now, nobody would open again. The lock on the row keeps the two apart.
-pub(super) async fn shut(control: &mut Control, case: &Case) -> Result<(), CutoverError> {
+pub(super) async fn shut(control: &mut Control, case: &Case, shutting: Shutting) -> Result<(), CutoverError> {
     let failed = |source| CutoverError::query("shut the databases", source);
-    let superuser: bool = control
-        .query_one("SELECT rolsuper FROM pg_catalog.pg_roles WHERE rolname = current_user", &[])
-        .await
-        .map_err(failed)?
-        .get(0);
-    let how = if superuser { "ALLOW_CONNECTIONS false" } else { "CONNECTION LIMIT 0" };
+    let script: String = case.databases.iter().map(|database| shutting.statement(database)).collect();
     let transaction = control.transaction().await.map_err(failed)?;
-    if !fence::hold_open(&transaction, case.epoch).await? {
+    // Sent together, carried out in this order. What is not committed has not happened.
+    let (held, (), ()) = tokio::try_join!(
+        async { fence::hold_open(&transaction, case.epoch).await.map_err(CutoverError::from) },
+        async { fence::note_hard(&transaction, case.epoch).await.map_err(CutoverError::from) },
+        async { transaction.batch_execute(&script).await.map_err(failed) },
+    )?;
+    if !held {
         return Err(OVERTAKEN);
-    }
-    fence::note_hard(&transaction, case.epoch).await?;
-    for database in &case.databases {
-        transaction.batch_execute(&format!("ALTER DATABASE {} {how}", quote_ident(database))).await.map_err(failed)?;
     }
     transaction.commit().await.map_err(failed)
 }
@@ -100,8 +133,12 @@ pub(super) async fn shut(control: &mut Control, case: &Case) -> Result<(), Cutov
 pub(super) async fn expel(control: &Control, case: &Case, known: impl Fn() -> Known) -> Result<u64, CutoverError> {
     let mut ended = std::collections::HashSet::new();
     loop {
-        let starting = starting(control, &case.databases, &known()).await?;
-        let strangers = backends(control, &case.databases, &known(), Looking::Strangers).await?;
+        // Sent together, answered in this order.
+        let (known_to_start, known_to_be_there) = (known(), known());
+        let (starting, strangers) = tokio::try_join!(
+            starting(control, &case.databases, &known_to_start),
+            backends(control, &case.databases, &known_to_be_there, Looking::Strangers)
+        )?;
         if starting == 0 && strangers.is_empty() {
             return Ok(ended.len() as u64);
         }
@@ -131,11 +168,11 @@ pub(super) async fn terminate(control: &Control, pid: i32) -> Result<(), Cutover
 /// How many backends hold the lock that starting up takes on their database.
 async fn starting(control: &Control, databases: &[String], known: &Known) -> Result<i64, CutoverError> {
     let row = control
-        .query_one(
+        .query_typed_one(
             "SELECT count(*) FROM pg_catalog.pg_locks l JOIN pg_catalog.pg_database d ON d.oid = l.objid
              WHERE l.locktype = 'object' AND l.classid = 'pg_catalog.pg_database'::regclass
                AND d.datname = ANY($1) AND l.pid <> ALL($2) AND l.pid <> pg_catalog.pg_backend_pid()",
-            &[&databases, &known.pids],
+            &[(&databases, Type::TEXT_ARRAY), (&known.pids, Type::INT4_ARRAY)],
         )
         .await
         .map_err(|source| CutoverError::query("look for starting backends", source))?;
@@ -154,9 +191,11 @@ pub(super) async fn backends(
         Looking::Strangers => "pid <> ALL($2)",
         Looking::Work => "(state IS DISTINCT FROM 'idle' OR backend_xid IS NOT NULL) AND $2::int[] IS NOT NULL",
         Looking::WorkOfSessions => "pid = ANY($2) AND (state IS DISTINCT FROM 'idle' OR backend_xid IS NOT NULL)",
+        Looking::LeftOver => "(pid <> ALL($2) AND state IS DISTINCT FROM 'idle' OR backend_xid IS NOT NULL)",
+        Looking::LeftOverOfSessions => "pid = ANY($2) AND backend_xid IS NOT NULL",
     };
     let rows = control
-        .query(
+        .query_typed(
             &format!(
                 "SELECT pid, datname, coalesce(application_name, ''), coalesce(state, 'state not visible'),
                         coalesce(extract(epoch FROM clock_timestamp() - coalesce(xact_start, query_start, backend_start)),
@@ -170,7 +209,12 @@ pub(super) async fn backends(
                                    WHERE s.active_pid = a.pid AND s.slot_name = ANY($4))
                  ORDER BY 5 DESC"
             ),
-            &[&databases, &known.pids, &known.own_prefix, &known.slots],
+            &[
+                (&databases, Type::TEXT_ARRAY),
+                (&known.pids, Type::INT4_ARRAY),
+                (&known.own_prefix, Type::TEXT),
+                (&known.slots, Type::TEXT_ARRAY),
+            ],
         )
         .await
         .map_err(|source| CutoverError::query("look at the backends", source))?;

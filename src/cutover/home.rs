@@ -13,6 +13,7 @@
 use std::collections::HashMap;
 
 use super::CutoverError;
+use super::hard_fence::Shutting;
 use super::soft_fence;
 use crate::catalog::fence::{self, Fence, Standing};
 use crate::ident::quote_ident;
@@ -67,20 +68,14 @@ async fn only_what_differs(
 pub(super) async fn shut_again(connector: &Connector, database: &str, standing: &Standing) -> Result<(), CutoverError> {
     let mut control = connector.control(database, "shut-again").await?;
     let failed = |source| CutoverError::query("shut the databases again", source);
-    let superuser: bool = control
-        .query_one("SELECT rolsuper FROM pg_catalog.pg_roles WHERE rolname = current_user", &[])
-        .await
-        .map_err(failed)?
-        .get(0);
+    let shutting = Shutting::of(&control).await?;
     let transaction = control.transaction().await.map_err(failed)?;
     if !fence::note_ajar(&transaction, standing.fence.case.epoch, false).await? {
         return Ok(());
     }
     if standing.hard {
         for saved in &standing.fence.saved {
-            let how = if superuser { "ALLOW_CONNECTIONS false" } else { "CONNECTION LIMIT 0" };
-            let statement = format!("ALTER DATABASE {} {how}", quote_ident(&saved.name));
-            transaction.batch_execute(&statement).await.map_err(failed)?;
+            transaction.batch_execute(&shutting.statement(&saved.name)).await.map_err(failed)?;
         }
     }
     transaction.commit().await.map_err(failed)?;

@@ -32,6 +32,15 @@ pub struct PhasesMs {
     pub switch: u64,
 }
 
+/// One part of the pause. Some run beside each other, so the sum may be more than the pause.
+#[derive(Clone, Copy, Debug, PartialEq, serde::Serialize)]
+pub struct PauseStep {
+    /// What was done or waited for.
+    pub step: &'static str,
+    /// How long, in milliseconds.
+    pub ms: f64,
+}
+
 /// The answer.
 #[derive(Clone, Debug, PartialEq, serde::Serialize)]
 pub struct CutoverReport {
@@ -43,6 +52,8 @@ pub struct CutoverReport {
     pub pause_ms: u64,
     /// Time by phase.
     pub phases_ms: PhasesMs,
+    /// What the pause was spent on, in the order of the protocol.
+    pub pause_steps: Vec<PauseStep>,
     /// Sessions that were moved, or would have been.
     pub sessions_moved: u64,
     /// Sessions that were ended, strangers included.
@@ -83,12 +94,13 @@ pub(super) struct Timings {
     paused: Option<Instant>,
     pause: Option<Duration>,
     phases: PhasesMs,
+    steps: Vec<PauseStep>,
 }
 
 impl Timings {
     pub(super) fn start() -> Self {
         let now = Instant::now();
-        Self { began: now, phase_began: now, paused: None, pause: None, phases: PhasesMs::default() }
+        Self { began: now, phase_began: now, paused: None, pause: None, phases: PhasesMs::default(), steps: Vec::new() }
     }
 
     /// The time since the last call belongs to `phase`.
@@ -111,9 +123,28 @@ impl Timings {
         self.paused = Some(Instant::now());
     }
 
+    /// When the gates were closed; now, as long as they are open.
+    pub(super) fn closed(&self) -> Instant {
+        self.paused.unwrap_or_else(Instant::now)
+    }
+
     /// The gates have been opened.
     pub(super) fn gates_opened(&mut self) {
         self.pause = self.pause.or_else(|| self.paused.map(|since| since.elapsed()));
+    }
+
+    /// A part of the pause that began at `since` has ended.
+    pub(super) fn step(&mut self, step: &'static str, since: Instant) {
+        self.took(step, since.elapsed());
+    }
+
+    /// A part of the pause took so long.
+    pub(super) fn took(&mut self, step: &'static str, time: Duration) {
+        self.steps.push(PauseStep { step, ms: (time.as_secs_f64() * 1e5).round() / 100.0 });
+    }
+
+    pub(super) fn steps(&self) -> Vec<PauseStep> {
+        self.steps.clone()
     }
 
     pub(super) fn elapsed_ms(&self) -> u64 {

@@ -14,6 +14,7 @@
 use std::time::{Duration, Instant};
 
 use super::CutoverError;
+use super::guardrails::published_tables;
 use super::hard_fence;
 use super::home;
 use super::phase::Event;
@@ -39,7 +40,7 @@ pub const ALL_FAILPOINTS: &[&str] = &[
     "drain.after_sessions",
     "drain.after_marker",
     "drain.after_applied",
-    "decide.before_sequences",
+    "decide.before_boundary",
     "decide.before_decision",
     "decide.after_decision",
     "switch.before_open",
@@ -177,7 +178,7 @@ impl Drained {
         self.0.undo(CutoverOutcome::DryRun, None).await
     }
 
-    /// Writes sequences and boundaries, then sends the decision.
+    /// Writes the boundaries, then sends the decision.
     pub(super) async fn decide(self) -> Verdict {
         let Self(work, pause) = self;
         let mut work = match write_target(work, pause).await {
@@ -192,15 +193,19 @@ impl Drained {
         if let Err(error) = work.advance(Event::Sent) {
             return Verdict::Stopped(Stopped(work, error));
         }
+        let since = Instant::now();
         let answer = Box::pin(work.send_decision()).await;
+        work.timings.step("the decision is durable", since);
         take_answer(work, answer)
     }
 }
 
 async fn write_target(mut work: Box<Work>, pause: Pause) -> Result<Box<Work>, Stopped> {
     attempt!(work, Some(pause), async {
-        work.failpoint("decide.before_sequences").await?;
-        work.write_target().await?;
+        work.failpoint("decide.before_boundary").await?;
+        let since = Instant::now();
+        work.write_boundaries().await?;
+        work.timings.step("boundary is written", since);
         work.failpoint("decide.before_decision").await?;
         Ok(())
     });
@@ -361,19 +366,25 @@ impl Work {
             let onward = self.to.connector.control(&line.name, "cutover").await?;
             bootstrap(&onward, Place::TargetDatabase).await?;
             let marker = self.from.connector.control(&line.name, "cutover-marker").await?;
-            let failed = |source| CutoverError::query("read the names of custom settings", source);
+            let failed = |source| CutoverError::query("prepare the sessions of the pause", source);
             self.sessions.learn_names(&line.name, order, &marker).await.map_err(failed)?;
             // What is set here need not be set in the pause, and the statements are planned.
             let sequences = SequencePair::prepare(&marker, &onward).await?;
-            let unstreamed = if unstreamed::weigh(&marker).await?.is_nothing() {
+            let weight = unstreamed::weigh(&marker).await?;
+            let mut tables = published_tables(&marker, &self.lease.replication(&line.name).publication).await?;
+            tables.extend(weight.tables.iter().map(|(table, _)| table.to_string()));
+            let unstreamed = if weight.is_nothing() {
                 None
             } else {
                 let from = self.from.connector.control(&line.name, "cutover-unstreamed").await?;
                 Some((from, self.to.connector.control(&line.name, "cutover-unstreamed").await?))
             };
+            // The boundary is durable with the decision, which follows it.
+            onward.batch_execute("SET synchronous_commit = off").await.map_err(failed)?;
             line.sessions = Some(LineSessions {
                 sequences,
                 unstreamed,
+                tables,
                 locks: self.from.connector.control(&line.name, "cutover-locks").await?,
                 marker,
                 onward,
@@ -412,11 +423,19 @@ impl Work {
             line.gate.set_prepare_window(None);
         }
         self.publish();
+        // Those that are at a safe point begin at once; the others when their transaction has ended.
+        self.sessions.begin_settling(&self.case.databases);
         self.failpoint("pause.after_gate").await?;
+        let since = Instant::now();
         self.wait_for_logins().await;
+        self.timings.step("logins end", since);
         if self.options.fence == FencePolicy::Hard && !self.options.dry_run {
-            hard_fence::shut(&mut self.from.control, &self.case).await?;
+            let since = Instant::now();
+            hard_fence::shut(&mut self.from.control, &self.case, self.shutting).await?;
+            self.timings.step("the server is shut", since);
+            let since = Instant::now();
             self.sessions_ended += hard_fence::expel(&self.from.control, &self.case, || self.known()).await?;
+            self.timings.step("strangers have left", since);
         }
         self.failpoint("pause.after_hard_fence").await?;
         Ok(())
@@ -436,18 +455,19 @@ impl Work {
         self.drain_sessions().await?;
         self.failpoint("drain.after_sessions").await?;
         if !self.options.dry_run {
+            let since = Instant::now();
             self.lock_tables().await?;
+            self.timings.step("tables are locked", since);
         }
         let nonce = format!("{}-{:016x}", self.case.epoch, rand::random::<u64>());
+        let since = Instant::now();
         self.write_markers(&nonce).await?;
+        self.timings.step("marker is written", since);
         self.failpoint("drain.after_marker").await?;
-        // Sessions settle while the marker travels: neither needs the other.
-        self.settle_sessions(deadline).await?;
-        // Tests show with it that their checker finds what a drain that does not wait would lose.
-        if self.failpoint("drain.lie").await.is_ok() {
-            self.wait_markers(&nonce).await?;
-        }
+        self.arrive(&nonce, deadline).await?;
+        let since = Instant::now();
         self.carry_unstreamed().await?;
+        self.timings.step("what no stream carries is brought over", since);
         self.failpoint("drain.after_applied").await?;
         Ok(())
     }

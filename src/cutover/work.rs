@@ -7,7 +7,7 @@ use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
 
 use super::CutoverError;
-use super::hard_fence::Known;
+use super::hard_fence::{Known, Shutting};
 use super::parts::Lease;
 use super::phase::{Event, Phase};
 use super::report::{CutoverOutcome, CutoverProgress, CutoverReport, Timings};
@@ -70,6 +70,8 @@ pub(super) struct LineSessions {
     pub(super) sequences: SequencePair,
     /// From here to there, where there is something that no stream carries.
     pub(super) unstreamed: Option<(Control, Control)>,
+    /// Quoted names of the tables that are brought over, by the stream or otherwise.
+    pub(super) tables: Vec<String>,
 }
 
 /// Who may tell a cutover to give up.
@@ -91,6 +93,8 @@ pub(super) struct Work {
     pub(super) from: Side,
     /// The server that it leads to. Its control session holds the lock that says this coordinator lives.
     pub(super) to: Side,
+    /// How the server that is left can be shut.
+    pub(super) shutting: Shutting,
     /// The fence that still stands on the server that a rollback leads back to.
     pub(super) home: Option<Standing>,
     pub(super) lines: Vec<Line>,
@@ -188,6 +192,7 @@ impl Work {
             reason: error.map(ToString::to_string).unwrap_or_default(),
             pause_ms: self.timings.pause_ms(),
             phases_ms: self.timings.phases(),
+            pause_steps: self.timings.steps(),
             sessions_moved: self.sessions_moved,
             sessions_ended: self.sessions_ended,
             epoch: self.case.epoch.0,

@@ -582,6 +582,18 @@ impl Sessions {
         self.ask(databases, deadline, |order, reply| Order::Prepare { order, reply }).await
     }
 
+    /// The gates have just been closed: sessions at a safe point bring over at once what changed since
+    /// [`Sessions::prepare_moves`], the others as soon as they are. [`Sessions::settle_moves`] waits for all of them.
+    pub fn begin_settling(&self, databases: &[String]) {
+        let ordered = lock(&self.ordered).clone();
+        for entry in self.of(databases).into_iter().filter(is_movable) {
+            let Some(order) = ordered.get(&entry.database()).copied() else { continue };
+            // Nobody hears this answer; the one that counts is asked for later.
+            let (reply, _) = oneshot::channel();
+            entry.order(Order::Settle { order, reply });
+        }
+    }
+
     /// In the pause: brings over what changed since [`Sessions::prepare_moves`], or everything where nothing was
     /// prepared, as with sessions that logged in meanwhile.
     pub async fn settle_moves(&self, databases: &[String], deadline: Instant) -> Vec<MoveReport> {
@@ -600,13 +612,8 @@ impl Sessions {
         deadline: Instant,
         order: impl Fn(MoveOrder, oneshot::Sender<MoveOutcome>) -> Order,
     ) -> Vec<MoveReport> {
-        // A session in login has no state yet and connects to whichever server is active when it is let in; orphans
-        // and replication connections are not moved.
-        let movable = |entry: &Arc<Entry>| {
-            !matches!(entry.state(), SessionState::Login | SessionState::Orphan | SessionState::Replication)
-        };
         let ordered = lock(&self.ordered).clone();
-        let asked = self.of(databases).into_iter().filter(movable).filter_map(|entry| {
+        let asked = self.of(databases).into_iter().filter(is_movable).filter_map(|entry| {
             let wanted = *ordered.get(&entry.database())?;
             let (reply, answer) = oneshot::channel();
             entry.order(order(wanted, reply));
@@ -621,6 +628,12 @@ impl Sessions {
         });
         join_all(asked).await.into_iter().flatten().collect()
     }
+}
+
+/// A session in login has no state yet and connects to whichever server is active when it is let in; orphans and
+/// replication connections are not moved.
+fn is_movable(entry: &Arc<Entry>) -> bool {
+    !matches!(entry.state(), SessionState::Login | SessionState::Orphan | SessionState::Replication)
 }
 
 #[cfg(test)]

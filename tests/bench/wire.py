@@ -77,10 +77,28 @@ def connect(port, user, password, database):
 
 def query(sock, text):
     """Runs one statement and waits until it is answered."""
+    rows(sock, text)
+
+
+def rows(sock, text):
+    """Runs one statement and returns its rows: tuples of text, None for NULL."""
     _send(sock, b"Q", text.encode() + b"\0")
+    found = []
     while True:
         tag, body = _message(sock)
         if tag == b"E":
             raise Refused(body.decode(errors="replace"))
+        if tag == b"D":
+            found.append(_values(body))
         if tag == b"Z":
-            return
+            return found
+
+
+def _values(body):
+    values, at = [], 2
+    for _ in range(struct.unpack("!H", body[:2])[0]):
+        length = struct.unpack("!i", body[at:at + 4])[0]
+        at += 4
+        values.append(None if length < 0 else body[at:at + length].decode())
+        at += max(length, 0)
+    return tuple(values)

@@ -133,8 +133,8 @@ impl Model {
                 }
                 "drain.after_applied"
             }
-            "drain.after_applied" => "decide.before_sequences",
-            "decide.before_sequences" => {
+            "drain.after_applied" => "decide.before_boundary",
+            "decide.before_boundary" => {
                 if self.flaw == Flaw::PublishesBeforeDeciding {
                     next.processes[me].fenced = false;
                     next.processes[me].route = Some(ServerRole::Target);

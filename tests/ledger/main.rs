@@ -11,7 +11,7 @@
 //! LEDGER_SEED=42 cargo test --test ledger seeded -- --nocapture     that one
 //! ```
 //!
-//! A checker that cannot fail shows nothing: with a drain that lies (failpoint `drain.lie`) it must find what is lost.
+//! A checker that cannot fail shows nothing: with a drain that does not wait (failpoint `drain.wait_applied=skip`) it must find what is lost.
 
 #[path = "../support/mod.rs"]
 mod support;
@@ -63,7 +63,7 @@ async fn seeded_schedules_of_faults_lose_double_and_reorder_nothing() {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn the_checker_finds_what_a_lying_drain_loses() {
     // The apply lags behind, so that there is something to lose.
-    let mut stage = schedule::Stage::set("drain.lie=error;apply.before_commit=sleep:300ms").await;
+    let mut stage = schedule::Stage::set("drain.wait_applied=skip;apply.before_commit=sleep:300ms").await;
     let clients = Clients::start(&stage.world.daemon, 1);
     clients.go_on_writing().await;
     stage.must_switch("cutover").await;
