@@ -18,6 +18,9 @@ pub struct CutoverView {
     pub pause_ms: u64,
     /// Each phase.
     pub phases_ms: PhasesView,
+    /// What the pause was spent on, in the order of the protocol; some steps run beside each other.
+    #[serde(default)]
+    pub pause_steps: Vec<PauseStepView>,
     /// Sessions that went on without being reconnected.
     pub sessions_moved: u64,
     /// Sessions that were ended.
@@ -30,6 +33,15 @@ pub struct CutoverView {
     pub blockers: Vec<String>,
     /// What the operator should know all the same.
     pub notes: Vec<String>,
+}
+
+/// One part of the pause.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize, schemars::JsonSchema)]
+pub struct PauseStepView {
+    /// What was done or waited for.
+    pub step: String,
+    /// How long, in milliseconds.
+    pub ms: f64,
 }
 
 /// Length of each phase in milliseconds; 0: it was not reached.

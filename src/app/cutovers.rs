@@ -9,7 +9,7 @@ use async_trait::async_trait;
 use crate::admin::command::CutoverRequest;
 use crate::admin::error::{AdminError, ErrorKind};
 use crate::admin::parts::{Clients, Cutovers, Migrations};
-use crate::admin::view::{BlockerView, CutoverView, MemberView, PhasesView};
+use crate::admin::view::{BlockerView, CutoverView, MemberView, PauseStepView, PhasesView};
 use crate::catalog::streams::Direction;
 use crate::config::Config;
 use crate::cutover::CutoverError;
@@ -159,6 +159,11 @@ fn view(report: &CutoverReport) -> CutoverView {
         reason: report.reason.clone(),
         pause_ms: report.pause_ms,
         phases_ms: phases(report),
+        pause_steps: report
+            .pause_steps
+            .iter()
+            .map(|one| PauseStepView { step: one.step.to_owned(), ms: one.ms })
+            .collect(),
         sessions_moved: report.sessions_moved,
         sessions_ended: report.sessions_ended,
         epoch: Some(report.epoch).filter(|epoch| *epoch > 0),

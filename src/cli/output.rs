@@ -247,6 +247,9 @@ impl Output {
             let phases: Vec<String> =
                 report.phases_ms.pairs().iter().map(|(phase, length)| format!("{phase} {length} ms")).collect();
             output.line(&format!("transactions waited {} ms ({})", report.pause_ms, phases.join(", ")));
+            for step in &report.pause_steps {
+                output.line(&format!("  {}: {} ms", step.step, step.ms));
+            }
             output.line(&format!("sessions moved {}, ended {}", report.sessions_moved, report.sessions_ended));
             report.blockers.iter().for_each(|blocker| output.line(&format!("blocker: {blocker}")));
             report.notes.iter().for_each(|note| output.line(&format!("note: {note}")));

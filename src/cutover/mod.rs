@@ -11,8 +11,8 @@
 //! prepare   –                              –                                nothing has happened
 //!           fence 1 + read-only default    –                                aborted 1, settings restored
 //! pause     connections refused            –                                the same
-//! drain     marker                         –                                the same
-//! decide                                   sequences, boundary              the same: the target is not active
+//! drain     marker                         sequences                        the same: the target is not active
+//! decide                                   boundary                         the same
 //!                                          decided 1                        switched
 //! switch    fence 1 decided                                                 switched
 //! ```
