@@ -373,9 +373,9 @@ impl Passage {
     fn note(&mut self, item: &Received) {
         self.passed.fetch_add(1, Ordering::Relaxed);
         let Received::Data { messages, .. } = item else { return };
+        let now = Instant::now();
         for data in messages {
             let Some(xid) = self.cursor.step(data) else { continue };
-            let now = Instant::now();
             let old = |(passed, _): &(Instant, u32)| now.duration_since(*passed) > RECENT_AGE;
             while self.recent.len() >= RECENT || self.recent.front().is_some_and(old) {
                 self.recent.pop_front();

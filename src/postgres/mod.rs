@@ -33,6 +33,6 @@ pub use copy::{CopyError, CopyIn, CopyOut, Direction, Moved};
 pub use dial::watch_link;
 pub use error::{ErrorReport, RawError};
 pub use frame::Frame;
-pub use pipeline::{EncodeError, Outcome, Pipeline, PipelineError};
+pub use pipeline::{EncodeError, Outcome, Pipeline, PipelineError, Sent};
 pub use raw::{Credential, Login, ParkedConnection, RawConnection, TextRows};
 pub use stream::{Parked, Stream};

@@ -262,21 +262,43 @@ fn text_parameter(
     })
 }
 
+/// A pipeline whose answers are awaited.
+#[derive(Debug)]
+pub struct Sent {
+    answers: Answers,
+    /// What sending met with.
+    failure: Option<RawError>,
+}
+
 impl RawConnection {
     /// Runs all steps with one Sync, and clears the pipeline. After a [`PipelineError::Step`] or
     /// [`PipelineError::RolledBack`] the connection can be used again; an open transaction has then failed. Not to be
     /// dropped before it is done: the connection then refuses further work.
     pub async fn run(&mut self, pipeline: &mut Pipeline) -> Result<Outcome, PipelineError> {
-        frontend::sync(&mut pipeline.encoded);
-        let mut answers = Answers::new(&pipeline.steps);
-        let exchanged = self.exchange(&pipeline.encoded, &mut answers).await;
-        let verdict = answers.verdict(exchanged);
-        pipeline.clear();
-        verdict
+        let mut sent = self.send_pipeline(pipeline).await;
+        self.answered(&mut sent).await
     }
 
-    /// Writes, and takes answers until ReadyForQuery.
-    async fn exchange(&mut self, mut unsent: &[u8], answers: &mut Answers<'_>) -> Result<(), RawError> {
+    /// The first half of [`Self::run`]: the server has all steps, and works on them.
+    pub async fn send_pipeline(&mut self, pipeline: &mut Pipeline) -> Sent {
+        frontend::sync(&mut pipeline.encoded);
+        let mut answers = Answers::new(std::mem::take(&mut pipeline.steps));
+        let failure = self.send_steps(&pipeline.encoded, &mut answers).await.err();
+        pipeline.clear();
+        Sent { answers, failure }
+    }
+
+    /// The other half. Nothing is lost by dropping the future before it is done, as long as it is called again.
+    pub async fn answered(&mut self, sent: &mut Sent) -> Result<Outcome, PipelineError> {
+        let received = match sent.failure.take() {
+            Some(failure) => Err(failure),
+            None => self.take_answers(&mut sent.answers).await,
+        };
+        std::mem::take(&mut sent.answers).verdict(received)
+    }
+
+    /// Writes, and takes the answers that come meanwhile.
+    async fn send_steps(&mut self, mut unsent: &[u8], answers: &mut Answers) -> Result<(), RawError> {
         self.expect_ready()?;
         while !unsent.is_empty() {
             let sent = self.write_or_read(unsent).await;
@@ -286,7 +308,11 @@ impl RawConnection {
             }
             unsent = &unsent[sent?..];
         }
-        self.flush().await?;
+        self.flush().await
+    }
+
+    /// Takes answers until ReadyForQuery.
+    async fn take_answers(&mut self, answers: &mut Answers) -> Result<(), RawError> {
         while !answers.ready {
             let frame = self.next_frame().await?;
             self.take_answer(answers, frame)?;
@@ -294,7 +320,7 @@ impl RawConnection {
         Ok(())
     }
 
-    fn take_answer(&mut self, answers: &mut Answers<'_>, frame: Frame) -> Result<(), RawError> {
+    fn take_answer(&mut self, answers: &mut Answers, frame: Frame) -> Result<(), RawError> {
         match frame.tag {
             b'N' | b'S' => Ok(()),
             b'A' => {
@@ -313,8 +339,9 @@ impl RawConnection {
 struct Unexpected;
 
 /// Goes through the answers step by step. Pure.
-struct Answers<'s> {
-    steps: &'s [Step],
+#[derive(Debug, Default)]
+struct Answers {
+    steps: Vec<Step>,
     /// The step whose answer is awaited.
     step: usize,
     outcome: Outcome,
@@ -323,9 +350,9 @@ struct Answers<'s> {
     ready: bool,
 }
 
-impl<'s> Answers<'s> {
-    fn new(steps: &'s [Step]) -> Self {
-        Self { steps, step: 0, outcome: Outcome::default(), failure: None, ready: false }
+impl Answers {
+    fn new(steps: Vec<Step>) -> Self {
+        Self { steps, ..Self::default() }
     }
 
     fn take(&mut self, frame: &Frame) -> Result<(), Unexpected> {
@@ -392,7 +419,7 @@ mod tests {
     }
 
     fn answers(steps: &[Step], frames: &[(u8, &'static [u8])]) -> Result<Outcome, PipelineError> {
-        let mut answers = Answers::new(steps);
+        let mut answers = Answers::new(steps.to_vec());
         for (tag, body) in frames {
             let taken = answers.take(&frame(*tag, body));
             assert!(taken.is_ok(), "{:?} must be expected at step {}", char::from(*tag), answers.step);
@@ -446,7 +473,7 @@ mod tests {
 
     #[test]
     fn what_answers_nothing_is_refused() {
-        let mut answers = Answers::new(&[Step::Parse]);
+        let mut answers = Answers::new(vec![Step::Parse]);
         assert!(answers.take(&frame(b'Z', b"I")).is_err(), "ReadyForQuery before the last answer");
         assert!(answers.take(&frame(b'C', b"SELECT 1\0")).is_err());
         assert_eq!(parameter_types(&[0, 2, 0, 0, 0, 23]), None);

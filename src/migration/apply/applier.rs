@@ -1,6 +1,6 @@
 //! The apply loop of one database: takes what the stream brings, in order, and makes it durable on the target.
 //!
-//! While the target works on one piece, the next is gathered: whole transactions of the source become one transaction of
+//! While the target works on one piece, the next is encoded, and the one after that gathered: whole transactions of the source become one transaction of
 //! the target, up to a size; a transaction that is larger than that flows through in pieces as it is read. The progress
 //! row changes in the same transaction. Positions that hold nothing of ours (keepalives, empty transactions) are written to the progress row
 //! too, but not more often than [`IDLE_INTERVAL`].
@@ -13,8 +13,8 @@ use bytes::Bytes;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc, watch};
 use tokio::time::Instant;
 
-use super::executor::{ExecuteError, Executor};
-use super::gather::{Counts, Gatherer, Part, Piece};
+use super::executor::{Encoding, ExecuteError, Executor, Ready};
+use super::gather::{Counts, End, Gatherer, Part, Piece};
 use super::plan::{PlanError, Planned, Planner};
 use super::shape::{ColumnKind, SHAPE_SQL, TableShape, TargetColumn};
 use crate::catalog::progress::Progress;
@@ -32,6 +32,9 @@ const PIECE_INTERVAL: Duration = Duration::from_millis(5);
 
 /// Items taken from the queue before the other half gets its turn.
 const TURN: usize = 64;
+
+/// Pieces that are with the worker: the target works on one, the other is ready for it.
+const TURNS: u32 = 2;
 
 /// Shortest time between two writes of a progress that covers no rows.
 const IDLE_INTERVAL: Duration = Duration::from_secs(1);
@@ -243,8 +246,7 @@ impl Applier {
 
 impl Intake {
     async fn run(mut self, mut queue: mpsc::Receiver<Received>, orders: mpsc::Sender<Order>) -> ApplyError {
-        // One piece is worked on while the next one is filled, and no more.
-        let turns = Arc::new(Semaphore::new(1));
+        let turns = Arc::new(Semaphore::new(TURNS as usize));
         loop {
             if let Err(error) = self.step(&mut queue, &orders, &turns).await {
                 return error;
@@ -269,7 +271,9 @@ impl Intake {
         let due = self.due();
         let ready = async {
             tokio::time::sleep_until(due.unwrap_or_else(Instant::now)).await;
-            turns.clone().acquire_owned().await.expect("never closed")
+            // What is not full grows until the worker has nothing else to do.
+            let mut all = turns.clone().acquire_many_owned(TURNS).await.expect("never closed");
+            all.split(1).expect("there are more")
         };
         // Receiving from a queue, waiting for a moment and for a turn all lose nothing when dropped.
         tokio::select! {
@@ -359,7 +363,7 @@ impl Intake {
 
     /// Makes it known that everything so far was nothing of ours, or is done with.
     fn saw(&self, turns: &Semaphore) {
-        let nothing_left = self.gatherer.is_empty() && !self.gatherer.has_marker() && turns.available_permits() == 1;
+        let nothing_left = self.gatherer.is_empty() && !self.gatherer.has_marker() && turns.available_permits() == TURNS as usize;
         if nothing_left && !self.planner.in_transaction() {
             self.applied.send_if_modified(|applied| {
                 let ahead = self.end_lsn > applied.seen;
@@ -387,27 +391,75 @@ impl Intake {
     }
 }
 
+/// An order that has been encoded.
+struct Prepared {
+    ready: Ready,
+    end: Option<End>,
+    counted: Vec<(Arc<QualifiedName>, Counts)>,
+    turn: OwnedSemaphorePermit,
+}
+
+impl Order {
+    fn prepare(self, encoding: &mut Encoding) -> Result<Prepared, ApplyError> {
+        let Self { piece, turn } = self;
+        let counted = piece.parts.iter().map(|Part { table, counts, .. }| (table.name.clone(), *counts)).collect();
+        let end = piece.end.clone();
+        Ok(Prepared { ready: encoding.ready(piece)?, end, counted, turn })
+    }
+}
+
 impl Worker {
     async fn run(mut self, mut orders: mpsc::Receiver<Order>) -> ApplyError {
-        while let Some(Order { piece, turn }) = orders.recv().await {
-            if let Err(error) = self.work(piece).await {
+        let mut next = None;
+        loop {
+            let prepared = match next.take() {
+                Some(prepared) => Ok(prepared),
+                None => match orders.recv().await {
+                    Some(order) => order.prepare(&mut self.executor.encoding),
+                    // The other half has ended, and its error is the one to report.
+                    None => std::future::pending().await,
+                },
+            };
+            let worked = match prepared {
+                Ok(prepared) => self.work(prepared, &mut orders, &mut next).await,
+                Err(error) => Err(error),
+            };
+            if let Err(error) = worked {
                 return error;
             }
-            drop(turn);
         }
-        // The other half has ended, and its error is the one to report.
-        std::future::pending().await
     }
 
-    /// Executes a piece and, where it ends, makes it durable and known.
-    async fn work(&mut self, piece: Piece) -> Result<(), ApplyError> {
-        let counted = piece.parts.iter().map(|Part { table, counts, .. }| (table.name.clone(), *counts));
+    /// Executes a piece and, where it ends, makes it durable and known; meanwhile the next one is encoded.
+    async fn work(
+        &mut self,
+        prepared: Prepared,
+        orders: &mut mpsc::Receiver<Order>,
+        next: &mut Option<Prepared>,
+    ) -> Result<(), ApplyError> {
+        let Prepared { ready, end, counted, turn } = prepared;
         self.done.parts.extend(counted);
-        let end = piece.end.clone();
-        self.executor.execute(piece).await?;
-        let Some(end) = end else { return Ok(()) };
+        let Executor { session, encoding } = &mut self.executor;
+        let mut working = session.send(ready).await;
+        let outcome = loop {
+            // Answers that have been taken are kept outside; receiving from a queue loses nothing when dropped.
+            tokio::select! {
+                outcome = session.answered(&mut working) => break outcome,
+                Some(order) = orders.recv(), if next.is_none() => *next = Some(order.prepare(encoding)?),
+            }
+        };
+        let later = next.as_mut().map(|next| &mut next.ready);
+        self.executor.settle(working, outcome, later).await?;
+        if let Some(end) = end {
+            self.commit(end).await?;
+        }
+        drop(turn);
+        Ok(())
+    }
+
+    async fn commit(&mut self, end: End) -> Result<(), ApplyError> {
         self.failpoints.hit("apply.before_commit").await?;
-        self.executor.commit().await?;
+        self.executor.session.commit().await?;
         self.failpoints.hit("apply.after_commit").await?;
         let done = Done { transactions: end.transactions, ..std::mem::take(&mut self.done) };
         self.tally.add(&done);

@@ -1,7 +1,7 @@
 //! From changes to the steps of a pipeline, and what each step must have done. No sockets.
 //!
-//! Statements are prepared once for each table and shape, and kept. Values go as texts; a set of rows goes as arrays of
-//! texts, which cost the target less than a statement for each row, and new rows go by COPY.
+//! Statements are prepared once for each table and shape, and kept. Values go as texts; a set of rows goes as arrays (of
+//! integers where the columns are such), which cost the target less than a statement for each row, and new rows go by COPY.
 
 use std::collections::HashMap;
 use std::sync::Arc;
@@ -13,6 +13,7 @@ use super::gather::{Part, Run};
 use super::plan::Operation;
 use super::plan_net::Sets;
 use super::plan_table::{Key, RowChange, RowShape, Table, text};
+use super::shape::{Element, integer};
 use super::statement;
 use crate::ident::QualifiedName;
 use crate::pgoutput::{OldTuple, Tuple, TupleValue};
@@ -27,9 +28,6 @@ const LARGE_ROW_BYTES: usize = 1 << 20;
 /// Statements kept; when there are more, all are given up. Shapes are few, except where large values make every
 /// combination of unchanged columns its own.
 const MAX_STATEMENTS: usize = 2000;
-
-/// `pg_type.oid` of text.
-const TEXT_OID: u32 = 25;
 
 /// What a step of the chunk belongs to.
 #[derive(Clone, Debug)]
@@ -143,15 +141,16 @@ impl Encoder {
     }
 
     fn deletes(&mut self, table: &Table, keys: &[Key], chunk: &mut Chunk) -> Result<(), EncodeError> {
-        if keys.len() < SET_ROWS {
+        let elements = elements(&table.parameters(table.key_columns().unwrap_or_default()));
+        let fits = |key: &Key| elements.iter().zip(key.values()).all(|(element, value)| element.holds(value));
+        if keys.len() < SET_ROWS || !keys.iter().all(fits) {
             let as_row = |key| RowChange::Delete(OldTuple::Key(table.key_tuple(key)));
             return keys.iter().try_for_each(|key| self.row(table, &as_row(key), chunk));
         }
         let purpose = purpose(table, Operation::Delete, keys.len());
         let statement = self.prepared(table, Kind::Deletes, &purpose, chunk)?;
-        let count = table.key_columns().map_or(0, <[u16]>::len);
-        chunk.pipeline.execute_binary(&statement, count, |column, out| {
-            text_array(out, keys.len(), keys.iter().map(|key| key.values().get(column)));
+        chunk.pipeline.execute_binary(&statement, elements.len(), |column, out| {
+            array(out, elements[column], keys.len(), keys.iter().map(|key| key.values().get(column)));
         })?;
         chunk.did(purpose);
         Ok(())
@@ -186,17 +185,24 @@ impl Encoder {
         rows: Vec<(Key, Tuple)>,
         chunk: &mut Chunk,
     ) -> Result<(), EncodeError> {
-        if rows.len() < SET_ROWS {
+        let keys = table.key_columns().map_or(0, <[u16]>::len);
+        let mut elements = elements(&table.parameters(table.key_columns().unwrap_or_default()));
+        elements.extend(self::elements(&table.parameters(&set)));
+        let fits = |(key, new): &(Key, Tuple)| {
+            let values = key.values().iter().map(Some).chain(set.iter().map(|&column| value(new, column)));
+            elements.iter().zip(values).all(|(element, value)| value.is_none_or(|text| element.holds(text)))
+        };
+        if rows.len() < SET_ROWS || !rows.iter().all(fits) {
             let mut as_row = |new| self.row(table, &RowChange::Update { old: None, new }, chunk);
             return rows.into_iter().try_for_each(|(_, new)| as_row(new));
         }
         let purpose = purpose(table, Operation::Update, rows.len());
-        let keys = table.key_columns().map_or(0, <[u16]>::len);
         let statement = self.prepared(table, Kind::Updates(set.clone()), &purpose, chunk)?;
-        chunk.pipeline.execute_binary(&statement, keys + set.len(), |column, out| {
-            match column.checked_sub(keys).and_then(|column| set.get(column)) {
-                None => text_array(out, rows.len(), rows.iter().map(|(key, _)| key.values().get(column))),
-                Some(&column) => text_array(out, rows.len(), rows.iter().map(|(_, new)| value(new, column))),
+        chunk.pipeline.execute_binary(&statement, elements.len(), |index, out| {
+            let element = elements[index];
+            match index.checked_sub(keys).and_then(|index| set.get(index)) {
+                None => array(out, element, rows.len(), rows.iter().map(|(key, _)| key.values().get(index))),
+                Some(&column) => array(out, element, rows.len(), rows.iter().map(|(_, new)| value(new, column))),
             }
         })?;
         chunk.did(purpose);
@@ -262,22 +268,31 @@ fn value(tuple: &Tuple, column: u16) -> Option<&Bytes> {
     tuple.values.get(usize::from(column)).and_then(text)
 }
 
-/// `text[]` as `array_recv` takes it: dimensions, flags, type, length, lower bound, then each value with its length.
-fn text_array<'v>(out: &mut BytesMut, count: usize, values: impl Iterator<Item = Option<&'v Bytes>>) {
+fn elements(columns: &[statement::Parameter<'_>]) -> Vec<Element> {
+    columns.iter().map(|(_, column)| column.element()).collect()
+}
+
+/// An array as `array_recv` takes it: dimensions, flags, type, length, lower bound, then each value with its length. All
+/// values are such as the element holds.
+fn array<'v>(out: &mut BytesMut, element: Element, count: usize, values: impl Iterator<Item = Option<&'v Bytes>>) {
     let length = |bytes: usize| i32::try_from(bytes).unwrap_or(i32::MAX);
     out.put_i32(1);
     // Says that there may be nulls; the server looks for itself.
     out.put_i32(1);
-    out.put_u32(TEXT_OID);
+    out.put_u32(element.oid());
     out.put_i32(length(count));
     out.put_i32(1);
     for value in values {
-        match value {
-            Some(bytes) => {
+        match (value, element) {
+            (Some(bytes), Element::Text) => {
                 out.put_i32(length(bytes.len()));
                 out.extend_from_slice(bytes);
             }
-            None => out.put_i32(-1),
+            (Some(bytes), Element::Integer(width)) => {
+                out.put_i32(i32::from(width));
+                out.put_int(integer(bytes).unwrap_or_default(), usize::from(width));
+            }
+            (None, _) => out.put_i32(-1),
         }
     }
 }
@@ -329,9 +344,14 @@ mod tests {
     fn an_array_is_laid_out_as_the_server_reads_it() {
         let (one, none) = (Bytes::from_static(b"x"), None);
         let mut out = BytesMut::new();
-        text_array(&mut out, 2, [Some(&one), none].into_iter());
+        array(&mut out, Element::Text, 2, [Some(&one), none].into_iter());
         let expected =
             [&[0, 0, 0, 1, 0, 0, 0, 1, 0, 0, 0, 25, 0, 0, 0, 2, 0, 0, 0, 1][..], &[0, 0, 0, 1, b'x'], &[255; 4]];
         assert_eq!(out, expected.concat());
+        let (minus_two, mut out) = (Bytes::from_static(b"-2"), BytesMut::new());
+        array(&mut out, Element::Integer(4), 2, [Some(&minus_two), None].into_iter());
+        let values = [&[0, 0, 0, 4, 255, 255, 255, 254][..], &[255; 4]].concat();
+        assert_eq!(out[8..12], [0, 0, 0, 23]);
+        assert_eq!(out[20..], values);
     }
 }

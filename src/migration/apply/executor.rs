@@ -5,6 +5,8 @@
 //! COMMIT Sync                                             sent only now: a fenced or mistaken transaction is never committed
 //! ```
 //!
+//! While the target works on a piece, the next one is encoded ([`Encoding`]); it is sent after the COMMIT.
+//!
 //! A piece is executed as sets, which may be refused where its changes one by one are not: two rows that swapped the values
 //! of a unique column. Then it is undone (a later piece of a long transaction has a savepoint for this) and executed again
 //! in the source's own order. What fails then is an error, and names the one change.
@@ -19,15 +21,15 @@ use std::sync::Arc;
 use bytes::Bytes;
 
 use super::encode::{Chunk, Encoder, Purpose};
-use super::gather::{End, Piece};
-use super::plan::Operation;
+use super::gather::{End, Part, Parts, Piece};
+use super::plan::{Change, Operation};
 use super::plan_table::{RowChange, Table};
 use crate::catalog::migrations::Generation;
 use crate::catalog::progress::{LANE, UPDATE_SQL};
 use crate::ident::QualifiedName;
 use crate::migration::stream::transient_sqlstate;
 use crate::pgoutput::{self, Message};
-use crate::postgres::{EncodeError, Pipeline, PipelineError, RawConnection};
+use crate::postgres::{EncodeError, Outcome, Pipeline, PipelineError, RawConnection, Sent};
 
 /// Changes that are executed one by one are sent when they come to this many bytes …
 const CHUNK_BYTES: usize = 256 * 1024;
@@ -95,14 +97,66 @@ pub enum ExecuteError {
 /// See the module.
 #[derive(Debug)]
 pub struct Executor {
+    pub(super) session: Session,
+    pub(super) encoding: Encoding,
+}
+
+/// The connection to the target.
+#[derive(Debug)]
+pub(super) struct Session {
     connection: RawConnection,
+    /// For what is not encoded beforehand; its memory is kept.
+    chunk: Chunk,
+}
+
+/// Makes messages of pieces, in the order in which they will be executed.
+#[derive(Debug)]
+pub(super) struct Encoding {
+    encoder: Encoder,
     migration: String,
     generation: Generation,
-    encoder: Encoder,
+    /// When what was encoded last has been executed, and committed where it ended.
+    standing: Standing,
+    /// Memory for the next piece.
+    spare: Pipeline,
+}
+
+/// How the target's transaction stands.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Standing {
+    /// There is none.
+    Closed,
+    Open,
+    /// Open, with a savepoint.
+    Savepoint,
+}
+
+/// A piece that is ready to be sent.
+#[derive(Debug)]
+pub(super) struct Ready {
+    piece: Piece,
     chunk: Chunk,
-    open: bool,
-    /// The open transaction has a savepoint.
-    savepoint: bool,
+    undo: Undo,
+    /// What it was encoded for.
+    before: Standing,
+}
+
+/// What goes back to before a piece.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Undo {
+    /// Nothing: its changes are executed one by one already.
+    Never,
+    Transaction,
+    Savepoint,
+}
+
+/// A piece that the target works on.
+#[derive(Debug)]
+pub(super) struct Working {
+    sent: Sent,
+    piece: Piece,
+    undo: Undo,
+    chunk: Chunk,
 }
 
 impl Executor {
@@ -114,9 +168,7 @@ impl Executor {
     ) -> Result<Self, ExecuteError> {
         let set = connection.simple_query(SESSION).await;
         set.map_err(|error| failed("setting up the session", error.into()))?;
-        let (encoder, chunk) = (Encoder::default(), Chunk::default());
-        let migration = migration.to_owned();
-        let mut executor = Self { connection, migration, generation, encoder, chunk, open: false, savepoint: false };
+        let mut session = Session { connection, chunk: Chunk::default() };
         for (name, sql) in [
             ("begin", "BEGIN"),
             ("rollback", "ROLLBACK"),
@@ -125,90 +177,139 @@ impl Executor {
             ("undo", "ROLLBACK TO SAVEPOINT piece"),
             ("progress", UPDATE_SQL),
         ] {
-            executor.chunk.pipeline.parse(name, sql, &[])?;
-            executor.chunk.purposes.push(Purpose::Control("preparing statements"));
+            session.chunk.pipeline.parse(name, sql, &[])?;
+            session.chunk.purposes.push(Purpose::Control("preparing statements"));
         }
-        executor.flush().await?;
-        Ok(executor)
+        session.flush().await?;
+        let encoding = Encoding {
+            encoder: Encoder::default(),
+            migration: migration.to_owned(),
+            generation,
+            standing: Standing::Closed,
+            spare: Pipeline::new(),
+        };
+        Ok(Self { session, encoding })
     }
 
-    /// Executes a piece, and writes its end, if it has one, into the progress row. Everything has been answered and every
-    /// row count was right when this returns; what is left is [`Executor::commit`].
-    pub(super) async fn execute(&mut self, mut piece: Piece) -> Result<(), ExecuteError> {
-        let was_open = self.open;
-        self.begin()?;
-        if piece.messages.len() <= SMALL_PIECE {
-            self.one_by_one(&piece.messages).await?;
-            return self.end_of(&piece).await;
+    /// After [`Session::answered`]: executes the piece in another way where it was refused, and then encodes `next` again,
+    /// because none of its statements may be there. Everything has been answered and every row count was right when this
+    /// returns; what is left is [`Session::commit`].
+    pub(super) async fn settle(
+        &mut self,
+        working: Working,
+        outcome: Result<(), ExecuteError>,
+        next: Option<&mut Ready>,
+    ) -> Result<(), ExecuteError> {
+        let Working { piece, undo, chunk, .. } = working;
+        self.encoding.spare = chunk.pipeline;
+        let Err(error) = outcome else { return Ok(()) };
+        let again = match undo {
+            Undo::Never => None,
+            Undo::Transaction => Some("rollback"),
+            Undo::Savepoint => Some("undo"),
+        };
+        let Some(again) = again.filter(|_| other_way_may_help(&error)) else { return Err(error) };
+        tracing::debug!(error = %error, "a set of changes was refused, and is applied change by change");
+        let (encoding, chunk) = (&mut self.encoding, &mut self.session.chunk);
+        chunk.control(again, "undoing a piece")?;
+        if undo == Undo::Transaction {
+            chunk.control("begin", "BEGIN")?;
         }
-        if was_open {
-            if self.savepoint {
-                self.chunk.control("release", "RELEASE SAVEPOINT")?;
+        // What was to be prepared in the piece may not have been.
+        encoding.encoder.forget(chunk)?;
+        for (table, message) in &piece.messages {
+            let chunk = &mut self.session.chunk;
+            self.encoding.encoder.row(table, &row_change(message)?, chunk)?;
+            if chunk.pipeline.encoded_bytes() >= CHUNK_BYTES || chunk.pipeline.steps() >= CHUNK_STEPS {
+                self.session.flush().await?;
             }
-            self.chunk.control("savepoint", "SAVEPOINT")?;
-            self.savepoint = true;
         }
-        for part in std::mem::take(&mut piece.parts) {
-            self.encoder.part(part, &mut self.chunk)?;
-        }
-        if was_open {
-            if let Err(error) = self.flush().await {
-                self.undo("undo", error)?;
-                self.one_by_one(&piece.messages).await?;
-            }
-            return self.end_of(&piece).await;
-        }
-        if let Err(error) = self.end_of(&piece).await {
-            self.undo("rollback", error)?;
-            self.chunk.control("begin", "BEGIN")?;
-            self.one_by_one(&piece.messages).await?;
-            return self.end_of(&piece).await;
+        self.encoding.end_of(&piece, &mut self.session.chunk)?;
+        self.session.flush().await?;
+        if let Some(next) = next {
+            self.encoding.again(next)?;
         }
         Ok(())
     }
+}
 
-    /// Goes back to before the piece, if that can help.
-    fn undo(&mut self, how: &str, error: ExecuteError) -> Result<(), ExecuteError> {
-        match &error {
-            ExecuteError::Refused { sqlstate, .. } if !transient_sqlstate(sqlstate) => {}
-            ExecuteError::WrongCount { .. } => {}
-            ExecuteError::Refused { .. }
-            | ExecuteError::Fenced
-            | ExecuteError::Decode(_)
-            | ExecuteError::Connection { .. }
-            | ExecuteError::Unsendable(_) => return Err(error),
+/// Whether it can help to execute the changes of a piece one by one.
+fn other_way_may_help(error: &ExecuteError) -> bool {
+    match error {
+        ExecuteError::Refused { sqlstate, .. } => !transient_sqlstate(sqlstate),
+        ExecuteError::WrongCount { .. } => true,
+        ExecuteError::Fenced
+        | ExecuteError::Decode(_)
+        | ExecuteError::Connection { .. }
+        | ExecuteError::Unsendable(_) => false,
+    }
+}
+
+impl Encoding {
+    /// Encodes a piece and its end, if it has one: the progress row. What was encoded before will have been executed, and
+    /// committed where it ended, before this is sent.
+    pub(super) fn ready(&mut self, mut piece: Piece) -> Result<Ready, ExecuteError> {
+        let mut chunk = Chunk { pipeline: std::mem::take(&mut self.spare), ..Chunk::default() };
+        let before = self.standing;
+        if before == Standing::Closed {
+            chunk.control("begin", "BEGIN")?;
+            self.standing = Standing::Open;
         }
-        tracing::debug!(error = %error, "a set of changes was refused, and is applied change by change");
-        self.chunk.control(how, "undoing a piece")?;
-        // What was to be prepared in the piece may not have been.
-        Ok(self.encoder.forget(&mut self.chunk)?)
+        let undo = if piece.messages.len() <= SMALL_PIECE {
+            for (table, message) in &piece.messages {
+                self.encoder.row(table, &row_change(message)?, &mut chunk)?;
+            }
+            Undo::Never
+        } else {
+            let undo = self.begin_sets(before, &mut chunk)?;
+            for part in std::mem::take(&mut piece.parts) {
+                self.encoder.part(part, &mut chunk)?;
+            }
+            undo
+        };
+        self.end_of(&piece, &mut chunk)?;
+        if piece.end.is_some() {
+            self.standing = Standing::Closed;
+        }
+        Ok(Ready { piece, chunk, undo, before })
     }
 
-    async fn one_by_one(&mut self, messages: &[(Arc<Table>, Bytes)]) -> Result<(), ExecuteError> {
-        for (table, message) in messages {
-            self.encoder.row(table, &row_change(message)?, &mut self.chunk)?;
-            if self.chunk.pipeline.encoded_bytes() >= CHUNK_BYTES || self.chunk.pipeline.steps() >= CHUNK_STEPS {
-                self.flush().await?;
-            }
+    /// Sees to it that what follows can be undone.
+    fn begin_sets(&mut self, before: Standing, chunk: &mut Chunk) -> Result<Undo, ExecuteError> {
+        match before {
+            Standing::Closed => return Ok(Undo::Transaction),
+            Standing::Open => {}
+            Standing::Savepoint => chunk.control("release", "RELEASE SAVEPOINT")?,
         }
+        chunk.control("savepoint", "SAVEPOINT")?;
+        self.standing = Standing::Savepoint;
+        Ok(Undo::Savepoint)
+    }
+
+    /// Encodes once more what was encoded last.
+    fn again(&mut self, last: &mut Ready) -> Result<(), ExecuteError> {
+        let mut piece = std::mem::take(&mut last.piece);
+        piece.parts = parts_of(&piece.messages)?;
+        self.standing = last.before;
+        *last = self.ready(piece)?;
         Ok(())
     }
 
     /// What comes behind the changes of a piece.
-    async fn end_of(&mut self, piece: &Piece) -> Result<(), ExecuteError> {
+    fn end_of(&mut self, piece: &Piece, chunk: &mut Chunk) -> Result<(), ExecuteError> {
         if let Some(truncation) = &piece.truncate
             && let Some(first) = truncation.tables.first()
         {
-            self.chunk.sql(&truncation.sql, Purpose::Truncate { table: first.name.clone() })?;
+            chunk.sql(&truncation.sql, Purpose::Truncate { table: first.name.clone() })?;
         }
-        self.encoder.retire(&piece.retired, &mut self.chunk)?;
+        self.encoder.retire(&piece.retired, chunk)?;
         if let Some(end) = &piece.end {
-            self.record_progress(end)?;
+            self.record_progress(end, chunk)?;
         }
-        self.flush().await
+        Ok(())
     }
 
-    fn record_progress(&mut self, end: &End) -> Result<(), ExecuteError> {
+    fn record_progress(&self, end: &End, chunk: &mut Chunk) -> Result<(), ExecuteError> {
         let parameters = [
             Some(end.commit_lsn.to_string()),
             Some(end.end_lsn.to_string()),
@@ -217,9 +318,38 @@ impl Executor {
             Some(LANE.to_string()),
             Some(self.generation.0.to_string()),
         ];
-        self.chunk.pipeline.execute("progress", parameters.iter().map(|text| text.as_deref().map(str::as_bytes)))?;
-        self.chunk.did(Purpose::Progress);
+        chunk.pipeline.execute("progress", parameters.iter().map(|text| text.as_deref().map(str::as_bytes)))?;
+        chunk.did(Purpose::Progress);
         Ok(())
+    }
+}
+
+/// The changes of these messages, as [`super::gather`] gathered them before.
+fn parts_of(messages: &[(Arc<Table>, Bytes)]) -> Result<Vec<Part>, ExecuteError> {
+    let mut parts = Parts::default();
+    for (table, message) in messages {
+        parts.add(Change { table: table.clone(), row: row_change(message)? });
+    }
+    Ok(parts.take())
+}
+
+impl Session {
+    /// Sends a piece: the target works on it when this returns.
+    pub(super) async fn send(&mut self, ready: Ready) -> Working {
+        let Ready { piece, mut chunk, undo, .. } = ready;
+        let large = chunk.pipeline.encoded_bytes() > KEPT_BYTES;
+        let sent = self.connection.send_pipeline(&mut chunk.pipeline).await;
+        if large {
+            // One large value must not keep its memory for ever.
+            chunk.pipeline = Pipeline::new();
+        }
+        Working { sent, piece, undo, chunk }
+    }
+
+    /// Waits for the answers to a piece and checks every row count. Dropping the future loses nothing.
+    pub(super) async fn answered(&mut self, working: &mut Working) -> Result<(), ExecuteError> {
+        let outcome = self.connection.answered(&mut working.sent).await;
+        judge(&mut working.chunk, outcome)
     }
 
     /// Sends what has been encoded, waits for its answers and checks every row count.
@@ -230,13 +360,9 @@ impl Executor {
         let large = self.chunk.pipeline.encoded_bytes() > KEPT_BYTES;
         let outcome = self.connection.run(&mut self.chunk.pipeline).await;
         if large {
-            // One large value must not keep its memory for ever.
             self.chunk.pipeline = Pipeline::new();
         }
-        let purposes = std::mem::take(&mut self.chunk.purposes);
-        let executed = std::mem::take(&mut self.chunk.executed);
-        let outcome = outcome.map_err(|error| refused(&purposes, error))?;
-        executed.into_iter().zip(outcome.affected).try_for_each(|(purpose, rows)| check(purpose, rows))
+        judge(&mut self.chunk, outcome)
     }
 
     /// Commits. When it returns, the transaction is on the target's disk (`synchronous_commit` is pinned).
@@ -245,18 +371,16 @@ impl Executor {
         // COMMIT goes through the unnamed statement: two steps.
         self.chunk.purposes.push(Purpose::Control("COMMIT"));
         self.chunk.did(Purpose::Control("COMMIT"));
-        self.flush().await?;
-        (self.open, self.savepoint) = (false, false);
-        Ok(())
+        self.flush().await
     }
+}
 
-    fn begin(&mut self) -> Result<(), ExecuteError> {
-        if !self.open {
-            self.chunk.control("begin", "BEGIN")?;
-            self.open = true;
-        }
-        Ok(())
-    }
+/// What the answers to a chunk come to.
+fn judge(chunk: &mut Chunk, outcome: Result<Outcome, PipelineError>) -> Result<(), ExecuteError> {
+    let purposes = std::mem::take(&mut chunk.purposes);
+    let executed = std::mem::take(&mut chunk.executed);
+    let outcome = outcome.map_err(|error| refused(&purposes, error))?;
+    executed.into_iter().zip(outcome.affected).try_for_each(|(purpose, rows)| check(purpose, rows))
 }
 
 /// The change in a message that was planned once already.

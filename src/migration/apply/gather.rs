@@ -17,9 +17,9 @@ use crate::lsn::Lsn;
 use crate::pgoutput::Tuple;
 
 /// A piece is full with this many changes …
-const FULL_CHANGES: usize = 10_000;
-/// … or with messages that occupy so much of the queue's memory: 4 MiB, and less where the queue has less than 32.
-const FULL_BYTES: usize = 4 << 20;
+const FULL_CHANGES: usize = 20_000;
+/// … or with messages that occupy so much of the queue's memory: 8 MiB, and less where the queue has less than 64.
+const FULL_BYTES: usize = 8 << 20;
 const FULL_PART: usize = 8;
 
 /// As much as is executed at a time.
@@ -68,6 +68,13 @@ pub(super) enum Run {
     Row(RowChange),
 }
 
+/// Changes by table, in the order of their first change.
+#[derive(Debug, Default)]
+pub(super) struct Parts {
+    parts: Vec<Part>,
+    by_table: HashMap<u64, usize>,
+}
+
 /// What the progress row will say.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub(super) struct End {
@@ -81,7 +88,7 @@ pub(super) struct End {
 #[derive(Debug)]
 pub(super) struct Gatherer {
     piece: Piece,
-    by_table: HashMap<u64, usize>,
+    parts: Parts,
     /// Permits of the queue's memory with which a piece is full.
     full_permits: usize,
     transactions: u64,
@@ -117,7 +124,7 @@ impl Gatherer {
     /// there is: nothing more could be read, and it would wait for more for ever.
     pub(super) fn new(queue_bytes: usize, permit_bytes: usize) -> Self {
         let full_permits = (FULL_BYTES.min(queue_bytes / FULL_PART) / permit_bytes).max(1);
-        Self { piece: Piece::default(), by_table: HashMap::new(), full_permits, transactions: 0, marker: None }
+        Self { piece: Piece::default(), parts: Parts::default(), full_permits, transactions: 0, marker: None }
     }
 
     /// Whether there is nothing to execute.
@@ -151,17 +158,14 @@ impl Gatherer {
 
     /// Adds a change, with the message that it was read from.
     pub(super) fn change(&mut self, change: Change, message: Bytes) {
-        let Change { table, row } = change;
-        self.piece.messages.push((table.clone(), message));
-        let part = self.part(&table);
-        part.counts.count(row.operation());
-        part.add(row);
+        self.piece.messages.push((change.table.clone(), message));
+        self.parts.add(change);
     }
 
     /// Ends the piece with tables that are emptied: what follows must not be moved before it, nor the other way round.
     pub(super) fn truncate(&mut self, truncation: Truncation) {
         for table in &truncation.tables {
-            self.part(table).counts.count(Operation::Truncate);
+            self.parts.part(table).counts.count(Operation::Truncate);
         }
         self.piece.truncate = Some(truncation);
     }
@@ -177,18 +181,9 @@ impl Gatherer {
         self.piece.retired.extend(tables);
     }
 
-    fn part(&mut self, table: &Arc<Table>) -> &mut Part {
-        let index = *self.by_table.entry(table.id).or_insert(self.piece.parts.len());
-        if index == self.piece.parts.len() {
-            self.piece.parts.push(Part { table: table.clone(), runs: Vec::new(), counts: Counts::default() });
-        }
-        &mut self.piece.parts[index]
-    }
-
     /// The piece as it is, in the middle of a transaction of the source.
     pub(super) fn take(&mut self) -> Piece {
-        self.by_table.clear();
-        std::mem::take(&mut self.piece)
+        Piece { parts: self.parts.take(), ..std::mem::take(&mut self.piece) }
     }
 
     /// The piece, ended: everything up to these positions is in it or was in one before.
@@ -197,6 +192,29 @@ impl Gatherer {
         let transactions = std::mem::take(&mut self.transactions);
         piece.end = Some(End { commit_lsn, end_lsn, marker: self.marker.take(), transactions });
         piece
+    }
+}
+
+impl Parts {
+    /// Adds a change.
+    pub(super) fn add(&mut self, change: Change) {
+        let part = self.part(&change.table);
+        part.counts.count(change.row.operation());
+        part.add(change.row);
+    }
+
+    /// What was added.
+    pub(super) fn take(&mut self) -> Vec<Part> {
+        self.by_table.clear();
+        std::mem::take(&mut self.parts)
+    }
+
+    fn part(&mut self, table: &Arc<Table>) -> &mut Part {
+        let index = *self.by_table.entry(table.id).or_insert(self.parts.len());
+        if index == self.parts.len() {
+            self.parts.push(Part { table: table.clone(), runs: Vec::new(), counts: Counts::default() });
+        }
+        &mut self.parts[index]
     }
 }
 

@@ -13,7 +13,10 @@
 //! U 3→4 (its key changes)               → delete 3, insert 4, when every value of the new row is known
 //! ```
 
-use std::collections::HashMap;
+use std::hash::BuildHasher as _;
+
+use hashbrown::hash_table::Entry;
+use hashbrown::{DefaultHashBuilder, HashTable};
 
 use super::plan_table::{Key, RowChange, Table};
 use crate::pgoutput::{OldTuple, Tuple, TupleValue};
@@ -22,7 +25,9 @@ use crate::pgoutput::{OldTuple, Tuple, TupleValue};
 #[derive(Debug, Default)]
 pub struct Net {
     rows: Vec<Row>,
-    by_key: HashMap<Key, usize>,
+    /// Where each key is among the rows, which hold it.
+    by_key: HashTable<usize>,
+    hasher: DefaultHashBuilder,
 }
 
 /// One key.
@@ -99,20 +104,29 @@ impl Net {
         }
     }
 
-    fn entry(&mut self, key: Key) -> &mut Row {
-        let index = *self.by_key.entry(key.clone()).or_insert(self.rows.len());
-        if index == self.rows.len() {
-            self.rows.push(Row { key, delete: false, now: Now::Nothing });
+    /// The row of a key, and whether it was known before.
+    fn entry(&mut self, key: Key) -> (&mut Row, bool) {
+        let Self { rows, by_key, hasher } = self;
+        let hash = hasher.hash_one(&key);
+        let same = |&index: &usize| rows.get(index).is_some_and(|row| row.key == key);
+        let rehash = |&index: &usize| rows.get(index).map_or(0, |row| hasher.hash_one(&row.key));
+        let (index, known) = match by_key.entry(hash, same, rehash) {
+            Entry::Occupied(entry) => (*entry.get(), true),
+            Entry::Vacant(entry) => (*entry.insert(rows.len()).get(), false),
+        };
+        if !known {
+            rows.push(Row { key, delete: false, now: Now::Nothing });
         }
-        &mut self.rows[index]
+        (&mut rows[index], known)
     }
 
     fn known(&self, key: &Key) -> Option<&Row> {
-        self.by_key.get(key).and_then(|&index| self.rows.get(index))
+        let found = self.by_key.find(self.hasher.hash_one(key), |&index| self.rows[index].key == *key);
+        found.and_then(|&index| self.rows.get(index))
     }
 
     fn insert(&mut self, key: Key, new: Tuple) -> Result<(), Tuple> {
-        let row = self.entry(key);
+        let (row, _) = self.entry(key);
         match row.now {
             Now::Nothing => {
                 row.now = Now::Insert(new);
@@ -123,8 +137,7 @@ impl Net {
     }
 
     fn update(&mut self, key: Key, new: Tuple) -> Result<(), Tuple> {
-        let known = self.known(&key).is_some();
-        let row = self.entry(key);
+        let (row, known) = self.entry(key);
         match &mut row.now {
             Now::Insert(before) | Now::Update(before) => {
                 overlay(before, new);
@@ -140,8 +153,7 @@ impl Net {
     }
 
     fn delete(&mut self, key: Key) -> Result<(), ()> {
-        let known = self.known(&key).is_some();
-        let row = self.entry(key);
+        let (row, known) = self.entry(key);
         match row.now {
             Now::Nothing if known => return Err(()),
             Now::Insert(_) => {}

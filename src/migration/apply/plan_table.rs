@@ -1,7 +1,6 @@
 //! A table of the source with where its changes go on the target: which columns are written, and what identifies a row.
 //! Pure: no sockets, no clock.
 
-use std::hash::{Hash, Hasher};
 use std::sync::Arc;
 
 use bytes::Bytes;
@@ -53,6 +52,7 @@ pub struct Table {
     shape: TableShape,
     hand_over: Option<HandOver>,
     identity: Identity,
+    folds: bool,
 }
 
 /// What identifies a row in the stream.
@@ -69,29 +69,23 @@ enum Identity {
 
 /// The values of a row's identity. Two are equal iff their texts are: equal texts are one value, and a value whose text
 /// changed is sent as another key, even where an operator takes them for equal (`1.0` and `1.00`).
-#[derive(Clone, Debug)]
-pub struct Key(Vec<Bytes>);
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+pub struct Key(Values);
 
-impl PartialEq for Key {
-    fn eq(&self, other: &Self) -> bool {
-        self.0 == other.0
-    }
-}
-
-impl Eq for Key {}
-
-impl Hash for Key {
-    fn hash<H: Hasher>(&self, state: &mut H) {
-        for value in &self.0 {
-            value.hash(state);
-        }
-    }
+/// Most keys have one column.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+enum Values {
+    One(Bytes),
+    Several(Vec<Bytes>),
 }
 
 impl Key {
     /// In the order of [`Table::key_columns`].
     pub fn values(&self) -> &[Bytes] {
-        &self.0
+        match &self.0 {
+            Values::One(value) => std::slice::from_ref(value),
+            Values::Several(values) => values,
+        }
     }
 }
 
@@ -169,7 +163,9 @@ impl Table {
         };
         shape.columns.shrink_to_fit();
         let hand_over = hand_over(&name);
-        Ok(Self { id, name: Arc::new(name), columns, shape, hand_over, identity })
+        let mut table = Self { id, name: Arc::new(name), columns, shape, hand_over, identity, folds: false };
+        table.folds = table.may_fold();
+        Ok(table)
     }
 
     /// Whether the copy holds what this transaction did.
@@ -234,6 +230,10 @@ impl Table {
     /// Whether the changes of a batch may be reduced to their net effect, in sets: rows have keys, and no column needs
     /// more than an assignment.
     pub fn folds(&self) -> bool {
+        self.folds
+    }
+
+    fn may_fold(&self) -> bool {
         let Some(keys) = self.key_columns() else { return false };
         (0_u16..).zip(&self.columns).all(|(index, (_, column))| {
             let unknown = keys.contains(&index) && column.equality.is_none();
@@ -247,7 +247,10 @@ impl Table {
             TupleValue::Text(bytes) => Some(bytes.clone()),
             TupleValue::Null | TupleValue::UnchangedToast | TupleValue::Binary(_) => None,
         };
-        self.key_columns()?.iter().map(value).collect::<Option<Vec<_>>>().map(Key)
+        match self.key_columns()? {
+            [column] => value(column).map(|value| Key(Values::One(value))),
+            columns => columns.iter().map(value).collect::<Option<Vec<_>>>().map(|values| Key(Values::Several(values))),
+        }
     }
 
     /// A tuple that holds this key and nothing else.

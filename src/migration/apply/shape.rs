@@ -68,6 +68,53 @@ SELECT a.attname::text,
   FROM pg_catalog.pg_attribute a
  WHERE a.attrelid = pg_catalog.to_regclass($1) AND a.attnum > 0 AND NOT a.attisdropped";
 
+/// How values of a column travel in sets.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Element {
+    /// As texts, which the type's input function reads on the target.
+    Text,
+    /// As integers of so many bytes: what most keys are, and much cheaper for the target than a text.
+    Integer(u8),
+}
+
+impl Element {
+    /// The type of an array of them.
+    pub(super) fn array_sql(self) -> &'static str {
+        match self {
+            Self::Integer(2) => "pg_catalog.int2[]",
+            Self::Integer(4) => "pg_catalog.int4[]",
+            Self::Integer(_) => "pg_catalog.int8[]",
+            Self::Text => "pg_catalog.text[]",
+        }
+    }
+
+    /// `pg_type.oid`.
+    pub(super) fn oid(self) -> u32 {
+        match self {
+            Self::Integer(2) => 21,
+            Self::Integer(4) => 23,
+            Self::Integer(_) => 20,
+            Self::Text => 25,
+        }
+    }
+
+    /// Whether a text can travel like this: its value is an integer that fits.
+    pub(super) fn holds(self, text: &[u8]) -> bool {
+        match self {
+            Self::Text => true,
+            Self::Integer(bytes) => integer(text).is_some_and(|value| {
+                let beyond = 64 - 8 * u32::from(bytes);
+                value << beyond >> beyond == value
+            }),
+        }
+    }
+}
+
+/// The value of a text, if it is a whole number as PostgreSQL writes one.
+pub(super) fn integer(text: &[u8]) -> Option<i64> {
+    std::str::from_utf8(text).ok()?.parse().ok()
+}
+
 impl ColumnKind {
     /// From `attgenerated/attidentity` as [`SHAPE_SQL`] gives them.
     pub fn from_catalogue(text: &str) -> Self {
@@ -91,6 +138,16 @@ impl TableShape {
 }
 
 impl TargetColumn {
+    /// How its values travel in sets. Only types that are built in have these names: others are qualified or quoted.
+    pub(super) fn element(&self) -> Element {
+        match self.type_sql.as_str() {
+            "smallint" => Element::Integer(2),
+            "integer" => Element::Integer(4),
+            "bigint" => Element::Integer(8),
+            _ => Element::Text,
+        }
+    }
+
     /// `column = $n` by the index's own operator, or by text where there is no index.
     pub(super) fn equals(&self, name: &str, parameter: usize) -> String {
         match &self.equality {
@@ -105,5 +162,28 @@ impl TargetColumn {
     /// and equality is not identity (1.0 and 1.00).
     pub(super) fn same_text(&self, name: &str, parameter: usize) -> String {
         format!("{}::text IS NOT DISTINCT FROM (${parameter}::{})::text", quote_ident(name), self.type_sql)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_number_travels_as_one_only_where_it_fits() {
+        for (bytes, text, holds) in [
+            (2, "32767", true),
+            (2, "-32768", true),
+            (2, "32768", false),
+            (4, "-2147483648", true),
+            (4, "2147483648", false),
+            (8, "9223372036854775807", true),
+            (8, "9223372036854775808", false),
+            (8, "1.0", false),
+            (8, "", false),
+        ] {
+            assert_eq!(Element::Integer(bytes).holds(text.as_bytes()), holds, "{text} in {bytes} bytes");
+        }
+        assert!(Element::Text.holds(b"1.0"));
     }
 }

@@ -63,8 +63,8 @@ pub(super) fn touch(table: &QualifiedName, matched: &Match<'_>) -> String {
     format!("SELECT FROM ONLY {table} WHERE {}", condition(table, matched, 1))
 }
 
-/// Sets of rows by their keys: parameters are arrays of texts, keys first, then the columns to `set`, all of one length.
-/// A text becomes a value by the type's own input function.
+/// Sets of rows by their keys: parameters are arrays, keys first, then the columns to `set`, all of one length. A text
+/// becomes a value by the type's own input function.
 pub(super) fn update_set(table: &QualifiedName, keys: &[Parameter<'_>], set: &[Parameter<'_>]) -> String {
     let assignments = set
         .iter()
@@ -84,15 +84,13 @@ pub(super) fn touch_set(table: &QualifiedName, keys: &[Parameter<'_>]) -> String
     format!("SELECT FROM ONLY {table} AS t, {} WHERE {}", unnest(keys, &[]), found(keys))
 }
 
+/// Functions in a select list give their rows one by one; in FROM the server would store them all first.
 fn unnest(keys: &[Parameter<'_>], set: &[Parameter<'_>]) -> String {
-    let arrays = (1..=keys.len() + set.len()).map(|number| format!("${number}::pg_catalog.text[]"));
-    let keys = (0..keys.len()).map(|index| format!("k{index}"));
-    let names = keys.chain((0..set.len()).map(|index| format!("v{index}")));
-    format!(
-        "ROWS FROM (pg_catalog.unnest({})) AS u ({})",
-        arrays.collect::<Vec<_>>().join("), pg_catalog.unnest("),
-        names.collect::<Vec<_>>().join(", ")
-    )
+    let names = (0..keys.len()).map(|index| format!("k{index}")).chain((0..set.len()).map(|index| format!("v{index}")));
+    let columns = (1..).zip(keys.iter().chain(set)).zip(names).map(|((number, (_, column)), name)| {
+        format!("pg_catalog.unnest(${number}::{}) AS {name}", column.element().array_sql())
+    });
+    format!("(SELECT {}) AS u", columns.collect::<Vec<_>>().join(", "))
 }
 
 fn found(keys: &[Parameter<'_>]) -> String {
