@@ -27,6 +27,7 @@ CREATE TABLE parts_north PARTITION OF parts FOR VALUES IN ('north');
 CREATE TABLE parts_south PARTITION OF parts FOR VALUES IN ('south');
 CREATE TABLE empty ();
 CREATE TABLE swapped (id int PRIMARY KEY, u int UNIQUE);
+CREATE TABLE numbers (s smallint, b bigint, i int, v numeric, PRIMARY KEY (s, b));
 CREATE TABLE parent (id int PRIMARY KEY);
 CREATE TABLE child (id int PRIMARY KEY, parent int REFERENCES parent);
 CREATE FUNCTION fail() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN RAISE EXCEPTION 'trigger fired'; END $$;
@@ -60,6 +61,8 @@ DELETE FROM by_index WHERE b = 4;
 INSERT INTO parts VALUES (1, 'north', 'a'), (2, 'south', 'b');
 UPDATE parts SET region = 'south' WHERE id = 1;
 INSERT INTO empty DEFAULT VALUES;
+INSERT INTO numbers VALUES (32767, 9223372036854775807, 2147483647, 1.10), (-32768, -9223372036854775808, -2147483648, 'NaN'),
+    (0, 0, NULL, NULL), (1, 1, 1, 1), (2, 2, 2, 2), (3, 3, 3, 3), (4, 4, 4, 4), (5, 5, 5, 5);
 INSERT INTO parent VALUES (1), (2);
 INSERT INTO child VALUES (1, 1), (2, 2);
 TRUNCATE parent CASCADE;
@@ -67,7 +70,7 @@ INSERT INTO parent VALUES (3);
 INSERT INTO child VALUES (3, 3);
 "#;
 
-const ALL: [&str; 14] = [
+const ALL: [&str; 15] = [
     "plain",
     "\"Odd \"\"Name\"",
     "toasted",
@@ -80,6 +83,7 @@ const ALL: [&str; 14] = [
     "parts_south",
     "empty",
     "swapped",
+    "numbers",
     "parent",
     "child",
 ];
@@ -125,6 +129,13 @@ async fn every_change(majors: (u16, u16)) {
     bench.drain(&status, "first").await;
     bench.assert_equal().await;
     assert_eq!(status.counters.of(&pgcutover::ident::QualifiedName::new("public", "plain")).inserts, 100);
+
+    // Numbers travel as such, at the edges of their types too, and null where they are null.
+    let sql = "UPDATE numbers SET i = coalesce(i, -7), v = v * 2; UPDATE numbers SET i = NULL WHERE s = 1;
+               DELETE FROM numbers WHERE s BETWEEN 2 AND 4";
+    connect(&bench.source, "shop").await.batch_execute(sql).await.expect("changed");
+    bench.drain(&status, "numbers").await;
+    bench.assert_equal().await;
 
     // A new shape of a table that is streaming already.
     for cluster in [&bench.target, &bench.source] {
@@ -235,6 +246,37 @@ async fn what_cannot_be_applied_at_once_is_applied_in_order() {
     );
     source.batch_execute(&long).await.expect("in the middle");
     bench.drain(&status, "long").await;
+    bench.assert_equal().await;
+    running.abort();
+}
+
+/// A backlog of whole transactions fills many pieces: while one is refused and executed again, the one behind it is encoded
+/// already, with statements that are then gone.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_backlog_with_swaps_and_truncations_arrives_whole() {
+    let bench = Bench::start((any_major(), any_major())).await;
+    let source = connect(&bench.source, "shop").await;
+    let fill = "INSERT INTO swapped SELECT g, g FROM generate_series(1, 200) g;
+                INSERT INTO plain SELECT g, 'x' FROM generate_series(1, 200) g;
+                INSERT INTO toasted SELECT g, repeat('t', 3000), g FROM generate_series(1, 200) g";
+    source.batch_execute(fill).await.expect("filled");
+    for round in 1..=60 {
+        let step = match round % 6 {
+            0 => "UPDATE swapped SET u = -u; UPDATE swapped SET u = 201 + u",
+            1 => "UPDATE plain SET note = coalesce(note, '') || 'y'; UPDATE plain SET id = id + 1000 WHERE id % 7 = 0",
+            2 => "UPDATE toasted SET small = small + 1; UPDATE toasted SET big = big || 'u' WHERE id % 10 = 0",
+            3 => "DELETE FROM plain WHERE id % 11 = 0; INSERT INTO parent SELECT coalesce(max(id), 0) + 1 FROM parent",
+            4 => "INSERT INTO keyless SELECT g, 'k', NULL, NULL FROM generate_series(1, 50) g; DELETE FROM keyless WHERE a > 40",
+            _ => "TRUNCATE numbers; INSERT INTO numbers SELECT g, g, NULL, g FROM generate_series(1, 300) g",
+        };
+        source.batch_execute(step).await.expect("changed");
+        let single = "UPDATE swapped SET u = 5000 WHERE id = $1";
+        source.execute(single, &[&round]).await.expect("moved away");
+        let back = "UPDATE swapped SET u = 5000 + id WHERE id = $1";
+        source.execute(back, &[&round]).await.expect("moved back");
+    }
+    let (status, running) = bench.run();
+    bench.drain(&status, "end").await;
     bench.assert_equal().await;
     running.abort();
 }

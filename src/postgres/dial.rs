@@ -36,7 +36,7 @@ pub(super) enum Unread {
 
 /// Receive buffer of a connection whose unread bytes are to stay with the sender. It is set before connecting: shrunk
 /// later, the window could close for ever, because it would be told in units larger than the buffer.
-const SMALL_BUFFER_BYTES: u32 = 4096;
+const SMALL_BUFFER_BYTES: u32 = 16 * 1024;
 
 /// Why there is no stream: at which step, why, and what mends it.
 #[derive(Debug)]

@@ -4,12 +4,14 @@
     tests/bench/apply.py [--rounds 3] [--changes 100000] [--cases CASE,CASE…] [--peers PEER,PEER…] [--binary FILE]
 
 Cases: tpcb (pgbench's transaction), insert (single rows, each its own transaction), insert1000 (transactions of 1,000 rows),
-update (single rows), update1000, mixed (inserts, updates and deletes, of a few rows each).
+update (single rows), update1000, mixed (inserts, updates and deletes, of a few rows each), live (a backlog of pgbench's
+transactions, while pgbench writes more of them with 16 clients at full speed for --seconds: what is applied meanwhile, as a
+multiple of what is written).
 Peers: decode (pg_recvlogical, which throws away what it gets: the limit of one slot), native (a subscription), pgcutover.
 
 Each peer has its own target server. A backlog is written once for a round while nobody reads; each peer's slot then has the
-same WAL before it. A peer is timed from the moment its walsender runs to the moment the target shows the last
-transaction (decode: pg_recvlogical has reached the end); CPU is that of every process that takes part: source server,
+same WAL before it. A peer is timed from the moment its walsender was started, by the server's clock, to the moment the target
+shows the last transaction (decode: pg_recvlogical has reached the end); CPU is that of every process that takes part: source server,
 target server, and the peer's own. One round trip more than decode is in the others' times, and nothing else.
 
 Printed are medians over the rounds, and ratios to native. Needs PostgreSQL's programs. Everything runs on loopback in a
@@ -186,28 +188,40 @@ class Apply(proxy.Bench):
             script = ["-f", path]
         clients = 8
         each = max(1, transactions // clients)
-        subprocess.run([f"{self.bindir}/pgbench", "-h", "127.0.0.1", "-p", str(self.source), "-U", "postgres", "-n", "-c",
-                        str(clients), "-t", str(each), "-M", "simple" if large else "prepared", *script, DATABASE], check=True,
-                       stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=self.environment)
+        self.pgbench("-c", str(clients), "-t", str(each), "-M", "simple" if large else "prepared", *script)
+        # A backend that ends counts twice or not at all for a moment.
+        time.sleep(0.5)
         nonce = os.urandom(8).hex()
         self.sql(self.source, f"UPDATE last SET nonce = '{nonce}'", DATABASE)
         self.sql(self.source, "CHECKPOINT")
         return each * clients * (ROWS_PER_LARGE if large else 1), nonce
 
+    def pgbench(self, *options):
+        subprocess.run([f"{self.bindir}/pgbench", "-h", "127.0.0.1", "-p", str(self.source), "-U", "postgres", "-n", *options, DATABASE],
+                       check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=self.environment)
+
     def until_active(self, session, slot_sql):
-        while answer(session, f"SELECT count(*) FROM pg_replication_slots WHERE active AND {slot_sql}") != "1":
+        """Returns for how many seconds the slot's walsender has been there."""
+        age = ("SELECT extract(epoch FROM clock_timestamp() - a.backend_start) FROM pg_replication_slots s JOIN pg_stat_activity a "
+               f"ON a.pid = s.active_pid WHERE s.active AND {slot_sql}")
+        while (seconds := answer(session, age)) is None:
             time.sleep(0.001)
+        return float(seconds)
 
     def until_applied(self, session, nonce):
         while answer(session, "SELECT nonce FROM last") != nonce:
             time.sleep(0.005)
 
+    def waiting(self, session, end):
+        """The end of a run: the nonce that comes last, or a function that returns at the end."""
+        return end if callable(end) else lambda: self.until_applied(session, end)
+
     # Each returns seconds and CPU seconds of one backlog
 
     def measured(self, trees, begin, wait, own=lambda: 0.0):
-        begin()
         before = [self.trees[name].cpu_seconds() for name in trees]
-        start = time.monotonic()
+        age = begin()
+        start = time.monotonic() - age
         wait()
         seconds = time.monotonic() - start
         used = [self.trees[name].cpu_seconds() - earlier for name, earlier in zip(trees, before)]
@@ -223,7 +237,7 @@ class Apply(proxy.Bench):
 
         def begin():
             self.receiver = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-            self.until_active(session, "slot_name = 'decode'")
+            return self.until_active(session, "slot_name = 'decode'")
 
         def wait():
             _, status, used = os.wait4(self.receiver.pid, 0)
@@ -234,14 +248,14 @@ class Apply(proxy.Bench):
         session.close()
         return figures
 
-    def run_native(self, nonce):
+    def run_native(self, end):
         source, target = self.session(self.source), self.session(self.native)
 
         def begin():
             answer(target, "ALTER SUBSCRIPTION native ENABLE")
-            self.until_active(source, "slot_name = 'native'")
+            return self.until_active(source, "slot_name = 'native'")
 
-        figures = self.measured(["source", "target-native"], begin, lambda: self.until_applied(target, nonce))
+        figures = self.measured(["source", "target-native"], begin, self.waiting(target, end))
         answer(target, "ALTER SUBSCRIPTION native DISABLE")
         while answer(source, "SELECT count(*) FROM pg_replication_slots WHERE active AND slot_name = 'native'") != "0":
             time.sleep(0.01)
@@ -249,27 +263,61 @@ class Apply(proxy.Bench):
         target.close()
         return figures
 
-    def run_pgcutover(self, nonce):
+    def run_pgcutover(self, end):
         source, target = self.session(self.source), self.session(self.ours)
-        used = []
 
         def begin():
             self.daemon = self.run_daemon()
-            self.until_active(source, "slot_name LIKE 'pgcutover%'")
-            used.append(proxy.Process(self.daemon.pid).cpu_seconds())
+            return self.until_active(source, "slot_name LIKE 'pgcutover%'")
 
         def own():
-            return proxy.Process(self.daemon.pid).cpu_seconds() - used[0]
+            return proxy.Process(self.daemon.pid).cpu_seconds()
 
-        figures = self.measured(["source", "target-pgcutover"], begin, lambda: self.until_applied(target, nonce), own)
+        figures = self.measured(["source", "target-pgcutover"], begin, self.waiting(target, end), own)
         self.stop_daemon()
         source.close()
         target.close()
         return figures
 
+    # Changes that come while a backlog is applied
+
+    def run_live(self):
+        """What each peer applies, by what is written at the same time; ends with everything applied."""
+        peers = {"native": "native", "pgcutover": "ours"}
+        rows = {peer: [] for peer in self.args.peers if peer in peers}
+        count = "SELECT count(*) FROM pgbench_history"
+        for number in range(self.args.rounds):
+            order = list(rows)
+            for peer in order[number % len(order):] + order[:number % len(order)]:
+                self.write_backlog("tpcb")
+                port, written, applied = getattr(self, peers[peer]), [], []
+
+                def wait():
+                    for _ in range(2):
+                        written.append(int(self.sql(self.source, count, DATABASE)))
+                        applied.append(int(self.sql(port, count, DATABASE)))
+                        if len(written) == 1:
+                            self.pgbench("-c", "16", "-T", str(self.args.seconds), "-b", "tpcb-like", "-M", "prepared")
+                    nonce = os.urandom(8).hex()
+                    self.sql(self.source, f"UPDATE last SET nonce = '{nonce}'", DATABASE)
+                    session = self.session(port)
+                    self.until_applied(session, nonce)
+                    session.close()
+
+                getattr(self, f"run_{peer}")(wait)
+                rows[peer].append([(was[1] - was[0]) / self.args.seconds for was in (written, applied)] + [written[1] - applied[1]])
+        for peer, runs in rows.items():
+            written, applied, behind = (statistics.median(column) for column in zip(*runs))
+            print(f"{'live':<12}{peer:<11}{written:.0f} tx per second written, {applied:.0f} applied ({applied / written:.2f}x); "
+                  f"{behind:.0f} behind at the end", flush=True)
+        print(flush=True)
+
     def run(self):
         self.prepare()
         for case in self.args.cases:
+            if case == "live":
+                self.run_live()
+                continue
             rows = {peer: [] for peer in self.args.peers}
             for number in range(self.args.rounds):
                 changes, nonce = self.write_backlog(case)
@@ -326,6 +374,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--changes", type=int, default=100_000, help="transactions (of cases …1000: rows) in a backlog")
+    parser.add_argument("--seconds", type=int, default=10, help="of pgbench in the case live")
     parser.add_argument("--scale", type=int, default=10, help="of pgbench's tables")
     parser.add_argument("--cases", default=CASES, type=lambda text: text.split(","))
     parser.add_argument("--peers", default=PEERS, type=lambda text: text.split(","))
@@ -334,7 +383,7 @@ def main():
     parser.add_argument("--keep", action="store_true", help="keep the temporary directory with the logs")
     args = parser.parse_args()
     for case in args.cases:
-        if case not in ("tpcb", *SCRIPTS):
+        if case not in ("tpcb", "live", *SCRIPTS):
             parser.error(f"no such case: {case}")
     for peer in args.peers:
         if peer not in PEERS.split(","):

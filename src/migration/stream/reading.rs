@@ -7,7 +7,7 @@
 
 use std::sync::Arc;
 
-use bytes::Bytes;
+use bytes::{Bytes, BytesMut};
 use tokio::sync::{Semaphore, mpsc, oneshot, watch};
 use tokio::task::JoinHandle;
 
@@ -130,23 +130,21 @@ async fn into_queue(
         };
         let (item, position) = match message {
             ReplicationMessage::XLogData { mut end, data, .. } => {
-                let mut cost = cost_of(&data);
-                let mut messages = vec![data];
+                let mut together = Together::of(data);
                 // What has come with it goes with it.
-                while cost < TOGETHER_BYTES && next.is_none() {
+                while together.cost < TOGETHER_BYTES && next.is_none() {
                     match stream.at_hand().await? {
-                        Some(ReplicationMessage::XLogData { end: later, data, .. }) => {
+                        Some(ReplicationMessage::XLogData { end: later, data, .. }) if data.len() < TOGETHER_BYTES => {
                             end = end.max(later);
-                            cost += cost_of(&data);
-                            messages.push(data);
+                            together.add(&data);
                         }
-                        Some(keepalive) => next = Some(keepalive),
+                        Some(other) => next = Some(other),
                         None => break,
                     }
                 }
-                let cost = u32::try_from(cost.div_ceil(PERMIT_BYTES).min(permits)).unwrap_or(u32::MAX);
+                let cost = u32::try_from(together.cost.div_ceil(PERMIT_BYTES).min(permits)).unwrap_or(u32::MAX);
                 let memory = memory.clone().acquire_many_owned(cost).await.expect("never closed");
-                (Received::Data { messages, memory }, end)
+                (Received::Data { messages: together.into_messages(), memory }, end)
             }
             ReplicationMessage::Keepalive { end, .. } => (Received::UpTo(end), end),
         };
@@ -157,6 +155,60 @@ async fn into_queue(
     }
 }
 
+/// Messages that go through the queue together. They are copied into memory of their own: what they were read into is
+/// shared with the reading thread, and two threads that count the same references all the time slow each other down; it
+/// would also be kept as a whole by the last of them.
+#[derive(Debug)]
+struct Together {
+    /// The first one, where it is too long to be copied: nothing comes with it.
+    long: Option<Bytes>,
+    copied: BytesMut,
+    lengths: Vec<usize>,
+    cost: usize,
+}
+
+impl Together {
+    fn of(first: Bytes) -> Self {
+        let mut together = Self { long: None, copied: BytesMut::new(), lengths: Vec::new(), cost: 0 };
+        if first.len() < TOGETHER_BYTES {
+            together.add(&first);
+        } else {
+            together.cost = cost_of(&first);
+            together.long = Some(first);
+        }
+        together
+    }
+
+    fn add(&mut self, data: &Bytes) {
+        self.copied.extend_from_slice(data);
+        self.lengths.push(data.len());
+        self.cost += cost_of(data);
+    }
+
+    fn into_messages(self) -> Vec<Bytes> {
+        let mut copied = self.copied.freeze();
+        self.long.into_iter().chain(self.lengths.into_iter().map(|length| copied.split_to(length))).collect()
+    }
+}
+
 fn cost_of(data: &Bytes) -> usize {
     data.len() + MESSAGE_OVERHEAD_BYTES
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn messages_come_out_as_they_went_in() {
+        let mut together = Together::of(Bytes::from_static(b"first"));
+        together.add(&Bytes::new());
+        together.add(&Bytes::from_static(b"third"));
+        assert_eq!(together.cost, 10 + 3 * MESSAGE_OVERHEAD_BYTES);
+        assert_eq!(together.into_messages(), [&b"first"[..], b"", b"third"]);
+        let long = Bytes::from(vec![7; TOGETHER_BYTES]);
+        let alone = Together::of(long.clone());
+        assert!(alone.cost >= TOGETHER_BYTES, "nothing is added to it");
+        assert_eq!(alone.into_messages(), [long]);
+    }
 }

@@ -33,6 +33,9 @@ const BUSY: (usize, Duration) = (4096, Duration::from_millis(10));
 /// How long the reading thread sleeps then.
 const NAP: Duration = Duration::from_millis(1);
 
+/// How much after the last nap makes the next one long, and how long: until the walsender has filled what it may.
+const LONG_NAP: (usize, Duration) = (6 * 1024, Duration::from_millis(4));
+
 /// Microseconds from 1970-01-01 to 2000-01-01, PostgreSQL's epoch.
 const POSTGRES_EPOCH_US: u128 = 946_684_800_000_000;
 
@@ -224,7 +227,7 @@ impl ReplicationStream {
         let (since, bytes) = self.window;
         let passed = since.elapsed();
         if bytes >= BUSY.0 && passed < BUSY.1 {
-            std::thread::sleep(NAP);
+            std::thread::sleep(if bytes >= LONG_NAP.0 { LONG_NAP.1 } else { NAP });
         } else if passed < BUSY.1 {
             return;
         }
@@ -243,7 +246,8 @@ impl ReplicationStream {
             if self.read_at_once().await? {
                 continue;
             }
-            if self.own_thread {
+            // The rest of a long message is on its way.
+            if self.own_thread && self.read_buf.len() < MIN_ROOM_BYTES {
                 self.nap();
             }
             self.make_room();
