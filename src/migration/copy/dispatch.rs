@@ -46,6 +46,9 @@ pub(super) async fn run(
     let mut left: u64 = queue.iter().map(|table| table.bytes).sum();
     let mut permit: Option<Permit> = None;
     loop {
+        if queue.is_empty() && running.is_empty() {
+            return Ok(report);
+        }
         if queue.is_empty() && !board.wants_help() {
             // A place that is no longer needed is given up: other databases wait in the same queue.
             permit = None;
@@ -67,12 +70,9 @@ pub(super) async fn run(
                     copy_one(&mut running, context, &board, table, sharing, granted, archive);
                 }
             }
-            // Cancel-safe. Nothing is running only where nothing is left to do.
-            ended = running.join_next() => match ended {
-                Some(ended) => report.add(finished(ended)?),
-                None if queue.is_empty() => return Ok(report),
-                None => {}
-            },
+            // Cancel-safe. While nothing runs, because other databases have every place, it would be done at once and for
+            // ever, and they would never get their turn.
+            Some(ended) = running.join_next(), if !running.is_empty() => report.add(finished(ended)?),
             // A notification that came before is kept.
             () = board.opened.notified() => {}
         }
