@@ -266,7 +266,9 @@ async fn a_backlog_with_swaps_and_truncations_arrives_whole() {
             1 => "UPDATE plain SET note = coalesce(note, '') || 'y'; UPDATE plain SET id = id + 1000 WHERE id % 7 = 0",
             2 => "UPDATE toasted SET small = small + 1; UPDATE toasted SET big = big || 'u' WHERE id % 10 = 0",
             3 => "DELETE FROM plain WHERE id % 11 = 0; INSERT INTO parent SELECT coalesce(max(id), 0) + 1 FROM parent",
-            4 => "INSERT INTO keyless SELECT g, 'k', NULL, NULL FROM generate_series(1, 50) g; DELETE FROM keyless WHERE a > 40",
+            4 => {
+                "INSERT INTO keyless SELECT g, 'k', NULL, NULL FROM generate_series(1, 50) g; DELETE FROM keyless WHERE a > 40"
+            }
             _ => "TRUNCATE numbers; INSERT INTO numbers SELECT g, g, NULL, g FROM generate_series(1, 300) g",
         };
         source.batch_execute(step).await.expect("changed");

@@ -363,7 +363,8 @@ impl Intake {
 
     /// Makes it known that everything so far was nothing of ours, or is done with.
     fn saw(&self, turns: &Semaphore) {
-        let nothing_left = self.gatherer.is_empty() && !self.gatherer.has_marker() && turns.available_permits() == TURNS as usize;
+        let nothing_left =
+            self.gatherer.is_empty() && !self.gatherer.has_marker() && turns.available_permits() == TURNS as usize;
         if nothing_left && !self.planner.in_transaction() {
             self.applied.send_if_modified(|applied| {
                 let ahead = self.end_lsn > applied.seen;
