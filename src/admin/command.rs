@@ -288,6 +288,14 @@ pub struct FixRequest {
     pub apply: bool,
 }
 
+/// A setting's value.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, schemars::JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct SetRequest {
+    /// In the notation of the file.
+    pub value: String,
+}
+
 /// Durations as operators write them: `"5s"`.
 mod duration_text {
     use std::time::Duration;

@@ -4,6 +4,7 @@
 //! `application/problem+json` (RFC 9457). [`operations`] is the one table of the API: the router and the OpenAPI
 //! document are both made from it, so that neither can know a call that the other does not.
 
+mod caller;
 mod dashboard;
 mod events;
 #[cfg(any(test, fuzzing))]

@@ -1,20 +1,20 @@
 //! Every call of the API: its method, its address, what it takes, what it answers, and the handler that does it.
 
-use std::net::SocketAddr;
 use std::sync::Arc;
 
 use axum::body::Bytes;
-use axum::extract::{ConnectInfo, Path, Query, State};
-use axum::http::{HeaderMap, HeaderValue, StatusCode, header};
+use axum::extract::{Path, Query, State};
+use axum::http::{HeaderValue, StatusCode, header};
 use axum::response::{IntoResponse, Response};
 use axum::routing::{MethodRouter, delete, get, post, put};
 use schemars::{JsonSchema, Schema, SchemaGenerator};
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 
+use super::caller::Caller;
 use super::problem::Problem;
 use super::{Answer, Shared, Site, events, guard, idempotency, openapi};
-use crate::admin::command::{Command, CutoverRequest, Filter, FixRequest, ShutdownWhen, VerifyRequest};
+use crate::admin::command::{Command, CutoverRequest, Filter, FixRequest, SetRequest, ShutdownWhen, VerifyRequest};
 use crate::admin::error::{AdminError, ErrorKind};
 use crate::admin::reply::{self, Reply};
 use crate::admin::service::migration_name;
@@ -502,24 +502,6 @@ fn post_named(make: fn(crate::migration::view::MigrationName) -> Command) -> Met
     })
 }
 
-/// Who asks: where from, and with which headers.
-struct Caller {
-    peer: SocketAddr,
-    headers: HeaderMap,
-}
-
-impl<S: Send + Sync> axum::extract::FromRequestParts<S> for Caller {
-    type Rejection = Problem;
-
-    async fn from_request_parts(parts: &mut axum::http::request::Parts, _state: &S) -> Result<Self, Self::Rejection> {
-        let peer = parts.extensions.get::<ConnectInfo<SocketAddr>>().map(|ConnectInfo(peer)| *peer);
-        let peer = peer.ok_or_else(|| {
-            Problem::new(StatusCode::INTERNAL_SERVER_ERROR, "failed", "the caller's address is not known")
-        })?;
-        Ok(Self { peer, headers: parts.headers.clone() })
-    }
-}
-
 #[derive(Deserialize)]
 #[serde(deny_unknown_fields)]
 struct ListQuery {
@@ -602,14 +584,6 @@ async fn kill_client(caller: Caller, state: Shared, Path(id): Path<String>) -> A
 
 async fn kill_database(caller: Caller, state: Shared, Path(name): Path<String>) -> Answer {
     change(state, caller, Command::KillDatabase(name)).await
-}
-
-/// A setting's value.
-#[derive(Deserialize, JsonSchema)]
-#[serde(deny_unknown_fields)]
-struct SetRequest {
-    /// In the notation of the configuration file.
-    value: String,
 }
 
 async fn set(caller: Caller, state: Shared, Path(key): Path<String>, body: Bytes) -> Answer {
