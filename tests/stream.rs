@@ -219,9 +219,13 @@ async fn a_transaction_larger_than_the_queue_flows_through() {
     let bench = Bench::start((any_major(), any_major())).await;
     let (status, running) = bench.run();
     let sql = "INSERT INTO toasted SELECT g, repeat('z', 20000), g FROM generate_series(1, 2000) g;
-               UPDATE toasted SET small = small + 1;";
-    connect(&bench.source, "shop").await.batch_execute(sql).await.expect("40 MB in one transaction");
+               UPDATE toasted SET small = small + 1;
+               INSERT INTO toasted VALUES (0, repeat('larger than the queue', 200000), 0), (-1, 'behind it', 0);";
+    connect(&bench.source, "shop").await.batch_execute(sql).await.expect("44 MB in one transaction");
     bench.drain(&status, "large").await;
+    let sql = "INSERT INTO plain VALUES (1, 'before it'); UPDATE toasted SET big = repeat(big, 2) WHERE id = 0";
+    connect(&bench.source, "shop").await.batch_execute(sql).await.expect("8 MB in one value");
+    bench.drain(&status, "larger").await;
     bench.assert_equal().await;
     running.abort();
 }

@@ -142,7 +142,10 @@ async fn into_queue(
                         None => break,
                     }
                 }
-                let cost = u32::try_from(together.cost.div_ceil(PERMIT_BYTES).min(permits)).unwrap_or(u32::MAX);
+                // A message as large as the queue must not wait for all of it: what came before it in its transaction keeps
+                // some until that ends.
+                let cost = together.cost.div_ceil(PERMIT_BYTES).min((permits / 2).max(1));
+                let cost = u32::try_from(cost).unwrap_or(u32::MAX);
                 let memory = memory.clone().acquire_many_owned(cost).await.expect("never closed");
                 (Received::Data { messages: together.into_messages(), memory }, end)
             }
