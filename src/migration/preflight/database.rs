@@ -30,6 +30,8 @@ pub(super) enum Unless {
     Never,
     /// The target's login role may do everything.
     TargetSuperuser,
+    /// The database has no relation of this name.
+    Without(&'static str),
 }
 
 impl Finding {
@@ -180,6 +182,12 @@ impl Database<'_> {
         let matters = match finding.unless {
             Unless::Never => true,
             Unless::TargetSuperuser => !self.target_superuser,
+            Unless::Without(relation) => {
+                match self.session.query_one("SELECT to_regclass($1::text) IS NOT NULL", &[&relation]).await {
+                    Ok(row) => row.get(0),
+                    Err(error) => return rule.unknown(&error),
+                }
+            }
         };
         if !matters || !(first..=last).contains(&self.session.version_num()) {
             return rule.succeeded();

@@ -4,7 +4,7 @@
 //! Every query yields a text for each finding and the statement that mends just that one, or null.
 
 use super::Outcome;
-use super::database::Finding;
+use super::database::{Finding, Unless};
 use super::definition::{Apply, Definition, Hosted, When};
 
 pub(super) const FINDINGS: &[Finding] = &[
@@ -244,9 +244,8 @@ pub(super) const FINDINGS: &[Finding] = &[
             apply: Apply::Refused("they would not run until the cutover"),
             ..Finding::DEFINITION
         },
-        query: "SELECT 'job ' || job, format('SELECT cron.unschedule(%s)', job) FROM (SELECT CASE WHEN to_regclass('cron.job') IS NOT NULL \
-                THEN xpath('//jobid/text()', query_to_xml('SELECT jobid FROM cron.job WHERE active ORDER BY 1', false, false, ''))::text[] \
-                END AS jobs) AS found CROSS JOIN LATERAL unnest(jobs) AS job",
+        unless: Unless::Without("cron.job"),
+        query: "SELECT 'job ' || jobid, format('SELECT cron.unschedule(%s)', jobid) FROM cron.job WHERE active ORDER BY jobid",
         ..Finding::OF_EVERY_VERSION
     },
     Finding {
