@@ -105,8 +105,9 @@ async fn nothing_of_the_client_before_is_there() {
         assert!(answer.ends_with("ZI") && !answer.contains('E'), "{sql}: {answer}");
     }
     assert_ne!(first_row(&mut first, STATE).await, fresh);
-    // Told to the one who listened, or to nobody.
+    // Told to the one who listened, or to nobody. (A connection on which something arrives while it is left is closed.)
     direct.batch_execute("NOTIFY news, 'late'").await.expect("told");
+    assert_eq!(first.next().await.expect("a notification").tag, 'A');
     leave(&rig, first).await;
     direct.batch_execute("NOTIFY news, 'too late'").await.expect("told");
     let mut second = with(&rig, &name).await;
