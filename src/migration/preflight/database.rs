@@ -43,18 +43,7 @@ impl Finding {
         Self { definition: DATABASE, versions: (0, u32::MAX), unless: Unless::Never, query: "" };
 }
 
-const DATABASE: Definition = Definition {
-    code: "",
-    subject: Subject::Database,
-    when: When::Before,
-    worst: Outcome::Failed,
-    why: "",
-    evidence: "",
-    fix: "",
-    on: Side::Source,
-    hosted: Hosted::Same,
-    apply: Apply::ByHand,
-};
+const DATABASE: Definition = Definition { subject: Subject::Database, ..Definition::USUAL };
 
 const EXISTS: Definition = Definition {
     code: "database_exists",

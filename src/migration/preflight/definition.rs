@@ -82,6 +82,22 @@ pub struct Definition {
 }
 
 impl Definition {
+    /// What most rules are: about the source as a whole, asked before a migration begins, mended by hand.
+    pub(super) const USUAL: Self = Self {
+        code: "",
+        subject: Subject::Instance,
+        when: When::Before,
+        worst: Outcome::Failed,
+        why: "",
+        evidence: "",
+        fix: "",
+        on: Side::Source,
+        hosted: Hosted::Same,
+        apply: Apply::ByHand,
+    };
+}
+
+impl Definition {
     /// The fix in the words of this kind of server.
     pub fn fix_on(&self, kind: ServerKind) -> String {
         let parameter = |name: &str| match kind {

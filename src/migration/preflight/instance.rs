@@ -2,7 +2,7 @@
 
 use std::collections::HashMap;
 
-use super::definition::{Apply, Definition, Hosted, Subject, When};
+use super::definition::{Apply, Definition, Hosted};
 use super::{Outcome, RuleResult, Servers, Statement, column};
 use crate::catalog::journal::Side;
 use crate::ident::{quote_ident, quote_literal};
@@ -13,18 +13,7 @@ use crate::postgres::{Connector, Control};
 const OWN_CONNECTIONS: i64 = 10;
 
 /// What most rules here are.
-const SERVER: Definition = Definition {
-    code: "",
-    subject: Subject::Instance,
-    when: When::Before,
-    worst: Outcome::Failed,
-    why: "",
-    evidence: "",
-    fix: "",
-    on: Side::Source,
-    hosted: Hosted::Same,
-    apply: Apply::ByHand,
-};
+const SERVER: Definition = Definition::USUAL;
 
 const CONNECT: Definition = Definition {
     why: "both servers must let pgcutover in, in the control database too",

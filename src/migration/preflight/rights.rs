@@ -2,25 +2,15 @@
 
 use std::collections::HashSet;
 
-use super::definition::{Apply, Definition, Hosted, Subject, When};
+use super::definition::{Apply, Definition, Hosted};
 use super::{Outcome, RuleResult, Servers, column};
 use crate::catalog::journal::Side;
 use crate::ident::quote_ident;
 use crate::postgres::Control;
 
 /// What all rules here are.
-const RIGHT: Definition = Definition {
-    code: "",
-    subject: Subject::Instance,
-    when: When::Before,
-    worst: Outcome::Failed,
-    why: "",
-    evidence: "",
-    fix: "",
-    on: Side::Source,
-    hosted: Hosted::Same,
-    apply: Apply::Refused("a role cannot give itself rights: another one has to"),
-};
+const RIGHT: Definition =
+    Definition { apply: Apply::Refused("a role cannot give itself rights: another one has to"), ..Definition::USUAL };
 
 const CREATE_ROLES: Definition = Definition {
     code: "create_roles",
