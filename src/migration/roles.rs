@@ -293,6 +293,12 @@ impl Done {
     }
 }
 
+/// It stays as it is on the target, and the operator is told.
+fn not_allowed(doing: &str) -> Done {
+    let warning = format!("it could not be {doing}: the target's login role has not the right, so it stays as it is there");
+    Done { changed: false, warning: Some(warning) }
+}
+
 /// Writes to the target what differs.
 struct Writer<'a> {
     control: &'a Control,
@@ -325,8 +331,8 @@ impl Writer<'_> {
         self.settings(role, found.as_ref()).await?.note(&mut report);
         if role.comment.is_some() && role.comment != found.and_then(|found| found.comment) {
             let comment = role.comment.as_deref().map_or_else(|| "NULL".to_owned(), quote_literal);
-            self.run(role, "commented on", &format!("COMMENT ON ROLE {} IS {comment}", quote_ident(&role.name)))
-                .await?;
+            let statement = format!("COMMENT ON ROLE {} IS {comment}", quote_ident(&role.name));
+            self.where_allowed(role, "commented on", &statement).await?.note(&mut report);
         }
         Ok(report)
     }
@@ -357,7 +363,10 @@ impl Writer<'_> {
         };
         let modest = role.attributes.modest(Some(&found.attributes));
         let fallback = (modest != role.attributes).then(|| statement(&modest));
-        self.with_fallback(role, "altered", &statement(&role.attributes), fallback).await
+        match self.with_fallback(role, "altered", &statement(&role.attributes), fallback).await {
+            Err(error) if error.is_right() => Ok(not_allowed("altered")),
+            done => done,
+        }
     }
 
     /// Runs `full`, or `fallback` where rights do not reach, with a warning.
@@ -407,8 +416,7 @@ impl Writer<'_> {
             quote_ident(&role.name),
             quote_literal(verifier.expose())
         ));
-        self.run(role, "given its password", &statement).await?;
-        Ok(Done { changed: true, warning: None })
+        self.where_allowed(role, "given its password", &statement).await
     }
 
     async fn settings(&self, role: &Role, found: Option<&Role>) -> Result<Done, RolesError> {
@@ -424,8 +432,8 @@ impl Writer<'_> {
                 self.record(made::ROLE_SETTING, &object, "was set to another value, or not at all").await?;
             }
             let statement = format!("ALTER ROLE {} {}", quote_ident(&role.name), setting.clause());
-            self.run(role, "given its settings", &statement).await?;
-            done.changed = true;
+            let set = self.where_allowed(role, "given its settings", &statement).await?;
+            done = Done { changed: done.changed || set.changed, warning: set.warning.or(done.warning) };
         }
         Ok(done)
     }
@@ -463,11 +471,15 @@ impl Writer<'_> {
         match done {
             Ok(()) => Ok(Done { changed: true, warning: None }),
             Err(source) => {
+                let circle = source.code().is_some_and(|code| code.code() == "0LP01");
                 let error = RolesError::Write { role: role.clone(), doing: "given its memberships", source };
-                if !error.is_right() {
-                    return Err(error);
-                }
-                let warning = format!("membership in {} could not be granted: no right to", wanted.role);
+                let why = match (circle, error.is_right()) {
+                    // Whoever makes a role is its member from PostgreSQL 16 on: on each server ours is of the other's.
+                    (true, _) => "the other is a member of it already",
+                    (false, true) => "no right to",
+                    (false, false) => return Err(error),
+                };
+                let warning = format!("membership in {} could not be granted: {why}", wanted.role);
                 Ok(Done { changed: false, warning: Some(warning) })
             }
         }
@@ -510,6 +522,15 @@ impl Writer<'_> {
             note: note.to_owned(),
         };
         self.journal.record(&made).await
+    }
+
+    /// Runs a statement about a role, or says that our rights do not reach: a managed service keeps its own roles to itself,
+    /// and what they are does not matter to what is moved.
+    async fn where_allowed(&self, role: &Role, doing: &'static str, sql: &str) -> Result<Done, RolesError> {
+        match self.run(role, doing, sql).await {
+            Err(error) if error.is_right() => Ok(not_allowed(doing)),
+            done => done.map(|()| Done { changed: true, warning: None }),
+        }
     }
 
     async fn run(&self, role: &Role, doing: &'static str, sql: &str) -> Result<(), RolesError> {

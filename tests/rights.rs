@@ -1,0 +1,204 @@
+//! Migrations by roles that are no superusers: with the grants that the administrators of managed services have, on plain
+//! PostgreSQL. There and back under load, with nothing lost; and what is missing is named before anything is begun.
+//!
+//! What a service gives in a way of its own is given here in PostgreSQL's: `rds_replication` by REPLICATION, the right to set
+//! `session_replication_role` by GRANT SET ON PARAMETER. A role cannot imitate what a service takes from everybody.
+
+mod support;
+
+use pgcutover::demo::cluster::{Cluster, ClusterAuth, ClusterOptions};
+use pgcutover::demo::compare;
+use pgcutover::demo::shop::{self as demo_shop, SHOP, Size};
+use support::daemon::{Daemon, DaemonOptions};
+use support::world::{COMPLETED, NAME, READY, World};
+use support::{connect, connect_with, installations, shop, try_connect, wait_for};
+
+/// How a service's administrator looks from inside.
+#[derive(Clone, Copy)]
+struct Profile {
+    /// The role that everything is granted to.
+    group: &'static str,
+    /// Run by the one superuser there is, which belongs to the service; `{login}` is the administrator.
+    sql: &'static str,
+    /// The administrator.
+    login: &'static str,
+}
+
+const RDS: Profile = Profile {
+    group: "rds_superuser",
+    sql: "CREATE ROLE rdsadmin SUPERUSER LOGIN;
+          CREATE ROLE rds_superuser; CREATE ROLE rds_replication; CREATE ROLE rds_password;
+          GRANT pg_monitor, pg_signal_backend, rds_replication, rds_password TO rds_superuser WITH ADMIN OPTION;
+          CREATE ROLE {login} LOGIN CREATEDB CREATEROLE REPLICATION IN ROLE rds_superuser;
+          ALTER DATABASE postgres OWNER TO {login}",
+    login: "master",
+};
+
+const AZURE: Profile = Profile {
+    group: "azure_pg_admin",
+    sql: "CREATE ROLE azuresu SUPERUSER LOGIN;
+          CREATE ROLE azure_pg_admin;
+          GRANT pg_monitor, pg_signal_backend TO azure_pg_admin WITH ADMIN OPTION;
+          CREATE ROLE {login} LOGIN CREATEDB CREATEROLE REPLICATION IN ROLE azure_pg_admin;
+          ALTER DATABASE postgres OWNER TO azure_pg_admin",
+    login: "azureuser",
+};
+
+const CLOUD_SQL: Profile = Profile {
+    group: "cloudsqlsuperuser",
+    sql: "CREATE ROLE cloudsqladmin SUPERUSER LOGIN;
+          CREATE ROLE cloudsqlsuperuser CREATEDB CREATEROLE;
+          GRANT pg_monitor, pg_signal_backend TO cloudsqlsuperuser WITH ADMIN OPTION;
+          CREATE ROLE {login} LOGIN CREATEDB CREATEROLE REPLICATION IN ROLE cloudsqlsuperuser;
+          ALTER DATABASE postgres OWNER TO cloudsqlsuperuser",
+    login: "gcadmin",
+};
+
+/// Of every administrator, where one is asked for.
+const PASSWORD: &str = "of the administrator";
+
+/// What every service lets its administrator do.
+const REPLICA_ROLE: &str = "GRANT SET ON PARAMETER session_replication_role TO {group}";
+
+impl Profile {
+    async fn make(&self, cluster: &Cluster) {
+        let sql = format!("{}; {REPLICA_ROLE}; ALTER ROLE {{login}} PASSWORD '{PASSWORD}'", self.sql).replace("{login}", self.login).replace("{group}", self.group);
+        connect(cluster, "postgres").await.batch_execute(&sql).await.expect("a superuser may");
+    }
+}
+
+/// A source of PostgreSQL 15 where it is there, since GRANT SET ON PARAMETER came with it, and the newest target.
+fn clusters(auth: &ClusterAuth) -> Option<(Cluster, Cluster)> {
+    let found = installations();
+    let (_, newest) = found.pair().expect("checked by installations()");
+    let source = found.major(15).or(found.newest_with_client_tools()).filter(|source| source.major >= 15);
+    let Some(source) = source else {
+        eprintln!("skipped: no PostgreSQL 15 or newer to grant a parameter on");
+        return None;
+    };
+    let options = |installation, name| ClusterOptions::new(installation, name).auth(auth.clone());
+    let started = Cluster::start_two(options(source, "source"), options(newest, "target"));
+    Some(started.unwrap_or_else(|error| panic!("{error}")))
+}
+
+/// Parameters of the application's role, straight on a server.
+fn application_login(cluster: &Cluster) -> tokio_postgres::Config {
+    let mut config = cluster.config(SHOP);
+    config.user(SHOP).password(shop::PASSWORD);
+    config
+}
+
+/// The shop, owned by the application's role, as its administrator would have made it.
+async fn furnish(source: &Cluster, profile: &Profile) -> Size {
+    let mut login = source.config("postgres");
+    let admin = connect_with(login.user(profile.login)).await;
+    let make = format!("CREATE ROLE {SHOP} LOGIN PASSWORD 'a shop''s password'");
+    admin.batch_execute(&make).await.expect("CREATEROLE");
+    admin.batch_execute(&format!("GRANT {SHOP} TO {}", profile.login)).await.expect("CREATEROLE");
+    admin.batch_execute(&format!("CREATE DATABASE {SHOP} OWNER {SHOP}")).await.expect("CREATEDB");
+    let size = Size::at_scale(0.01);
+    let client = connect_with(&application_login(source)).await;
+    demo_shop::build(&client, source.major(), size).await.expect("the owner may");
+    size
+}
+
+/// The shop on a server of one service, ready to be moved to another's.
+async fn begin(from: Profile, to: Profile, auth: ClusterAuth, further: DaemonOptions) -> Option<World> {
+    let (source, target) = clusters(&auth)?;
+    from.make(&source).await;
+    to.make(&target).await;
+    let size = furnish(&source, &from).await;
+    let options = further
+        .section("cutover", "max_pause = \"60s\"\ndrain_timeout = \"30s\"\nmax_lag_at_start = \"1GB\"")
+        .section("source", &format!("user = {:?}", from.login))
+        .section("target", &format!("user = {:?}", to.login));
+    let daemon = Daemon::start(&source, &target, options);
+    Some(World { source, target, daemon, size })
+}
+
+/// There and back and there again under load, and both servers hold the same.
+async fn there_and_back(from: Profile, to: Profile) {
+    let Some(world) = begin(from, to, ClusterAuth::Trust, DaemonOptions::default()).await else { return };
+    let application = world.application(8);
+    world.migrate().await;
+    let report = world.daemon.json(&["migration", "cutover", NAME, "--dry-run"]);
+    assert_eq!(report["outcome"], "dry-run", "{report}");
+
+    // Past the proxy, on the server that is left: ended, and not let in again.
+    let bypass = connect_with(&application_login(&world.source)).await;
+    for (order, then, left) in [
+        ("cutover", COMPLETED, &world.source),
+        ("rollback", READY, &world.target),
+        ("cutover", COMPLETED, &world.source),
+    ] {
+        world.wait_for_writes(&application, 100).await;
+        let report = world.daemon.json(&["migration", order, NAME]);
+        assert_eq!(report["outcome"], "switched", "{order}: {report}");
+        world.wait_until(then).await;
+        let login = application_login(left);
+        wait_for("the application's role to be shut out", || async { try_connect(&login).await.is_err() }).await;
+        assert!(bypass.is_closed(), "who went past the proxy is still there");
+    }
+    world.wait_for_writes(&application, 100).await;
+    let outcomes = application.finish().await;
+    shop::nobody_noticed(&outcomes);
+    // Sequences are brought over by a cutover, backwards too.
+    let report = world.daemon.json(&["migration", "rollback", NAME]);
+    assert_eq!(report["outcome"], "switched", "{report}");
+    shop::open_fenced(&world.target).await;
+    shop::nothing_lost(&outcomes, &world.target, &world.source).await;
+    let (source, target) = (connect(&world.source, SHOP).await, connect(&world.target, SHOP).await);
+    assert_eq!(compare::differences(&source, &target).await.expect("both can be read"), Vec::<String>::new());
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn with_the_rights_that_rds_gives() {
+    there_and_back(RDS, RDS).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn with_the_rights_that_azure_gives() {
+    there_and_back(AZURE, AZURE).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn with_the_rights_that_cloud_sql_gives() {
+    there_and_back(CLOUD_SQL, CLOUD_SQL).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn from_one_service_to_another() {
+    there_and_back(RDS, AZURE).await;
+}
+
+/// No service shows verifiers: the proxy knows passwords from its file, and the target has none until they are set there.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn where_no_verifier_can_be_read_passwords_are_set_by_hand() {
+    let users = tempfile::NamedTempFile::new().expect("a temporary file");
+    std::fs::write(users.path(), format!("\"{SHOP}\" \"{}\"\n", shop::PASSWORD)).expect("writable");
+    let auth = ClusterAuth::Scram { password: PASSWORD.to_owned() };
+    let file = format!("users_file = {:?}", users.path());
+    let options = DaemonOptions::default().section("auth", &file);
+    let Some(world) = begin(RDS, RDS, auth, options).await else { return };
+    let application = world.application(4);
+    world.migrate().await;
+    let view = world.view();
+    let rules = view["validation"].as_array().expect("rules");
+    let warned = rules.iter().find(|rule| rule["code"] == "password_verifiers").expect("a rule");
+    assert_eq!(warned["outcome"], "Warning", "{warned}");
+
+    let refused = world.daemon.command(&["migration", "cutover", NAME, "--output", "json"]);
+    let report: serde_json::Value = serde_json::from_slice(&refused.stdout).expect("a report");
+    assert!(!refused.status.success() && report["outcome"] == "aborted", "{report}");
+    assert!(report["reason"].as_str().is_some_and(|reason| reason.contains(SHOP)), "{report}");
+
+    let mut login = world.target.config("postgres");
+    let admin = connect_with(login.user(RDS.login)).await;
+    admin.batch_execute(&format!("ALTER ROLE {SHOP} PASSWORD 'a shop''s password'")).await.expect("its own role");
+    let report = world.daemon.json(&["migration", "cutover", NAME]);
+    assert_eq!(report["outcome"], "switched", "{report}");
+    world.wait_for_writes(&application, 100).await;
+    let outcomes = application.finish().await;
+    shop::nobody_noticed(&outcomes);
+    shop::nothing_lost(&outcomes, &world.source, &world.target).await;
+}
