@@ -62,7 +62,9 @@ const REPLICA_ROLE: &str = "GRANT SET ON PARAMETER session_replication_role TO {
 
 impl Profile {
     async fn make(&self, cluster: &Cluster) {
-        let sql = format!("{}; {REPLICA_ROLE}; ALTER ROLE {{login}} PASSWORD '{PASSWORD}'", self.sql).replace("{login}", self.login).replace("{group}", self.group);
+        let sql = format!("{}; {REPLICA_ROLE}; ALTER ROLE {{login}} PASSWORD '{PASSWORD}'", self.sql)
+            .replace("{login}", self.login)
+            .replace("{group}", self.group);
         connect(cluster, "postgres").await.batch_execute(&sql).await.expect("a superuser may");
     }
 }

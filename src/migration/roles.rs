@@ -295,7 +295,8 @@ impl Done {
 
 /// It stays as it is on the target, and the operator is told.
 fn not_allowed(doing: &str) -> Done {
-    let warning = format!("it could not be {doing}: the target's login role has not the right, so it stays as it is there");
+    let warning =
+        format!("it could not be {doing}: the target's login role has not the right, so it stays as it is there");
     Done { changed: false, warning: Some(warning) }
 }
 
