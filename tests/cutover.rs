@@ -409,3 +409,24 @@ async fn leave_behind_at(stage: &Stage, failpoints: &str) {
     ended.abort();
     runtime.shutdown_background();
 }
+
+/// A begin whose answer was lost, or another process, has left a migration that its engine takes for being cut over.
+#[tokio::test]
+async fn an_engine_that_takes_a_cutover_for_open_is_told_what_became_of_it() {
+    let stage = Stage::set().await;
+    let life = stage.life("").resolved().await;
+    let target = connect(&stage.target, "postgres").await;
+    target
+        .batch_execute(
+            "INSERT INTO pgcutover.migration (name, definition, state, generation)
+                  VALUES ('move', '{}', 'CompletingMigration', 1);
+             INSERT INTO pgcutover.migration_database (migration, database, step, slot, publication)
+                  VALUES ('move', 'shop', 'Streaming', 's', 'p')",
+        )
+        .await
+        .expect("written");
+    life.engine.changes.send_modify(|changes| *changes += 1);
+    wait_for("the engine to be told", || async { !life.engine.settled.lock().expect("not poisoned").is_empty() }).await;
+    assert_eq!(*life.engine.settled.lock().expect("not poisoned"), [Outcome::Aborted]);
+    life.tasks.join(Duration::from_secs(5)).await;
+}

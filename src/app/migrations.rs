@@ -4,6 +4,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use async_trait::async_trait;
+use tokio::sync::watch;
 
 use crate::admin::command::{FixRequest, VerifyRequest};
 use crate::admin::error::{AdminError, ErrorKind};
@@ -139,6 +140,10 @@ impl parts::Engine for EngineDesk {
 
     async fn cutover_settled(&self, migration: &str, outcome: Outcome) -> Result<(), String> {
         self.engine.settle_cutover(migration, outcome).await.map_err(|error| refused(&error).message)
+    }
+
+    fn changes(&self) -> watch::Receiver<u64> {
+        self.engine.changes()
     }
 }
 

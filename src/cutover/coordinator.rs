@@ -119,6 +119,8 @@ impl Coordinator {
     /// something could not be settled it is tried again in the background until it is.
     pub async fn resolve_at_startup(&self) {
         self.resolver.clone().resolve_until_settled(&self.deps.tasks).await;
+        let tasks = self.deps.tasks.clone();
+        self.deps.tasks.spawn(self.resolver.clone().keep_engine_informed(tasks));
     }
 
     /// What the command does when it names no bounds of its own.

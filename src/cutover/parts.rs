@@ -3,6 +3,7 @@
 use std::sync::Arc;
 
 use async_trait::async_trait;
+use tokio::sync::watch;
 
 use crate::catalog::decision::Outcome;
 use crate::catalog::streams::Direction;
@@ -51,4 +52,7 @@ pub trait Engine: Send + Sync {
 
     /// Tells what became of a cutover that another process, or an earlier life of this one, has begun.
     async fn cutover_settled(&self, migration: &str, outcome: Outcome) -> Result<(), String>;
+
+    /// Counts up whenever a migration changed its state or was read from the catalogue.
+    fn changes(&self) -> watch::Receiver<u64>;
 }

@@ -3,7 +3,8 @@
 //! Both servers are asked, the conclusion is [`crate::catalog::resolve`]'s. A cutover without an outcome is settled by
 //! proposing to abort it, unless its coordinator lives; a fence that was aborted is lifted, one that was decided is told
 //! so. Only then are routes published. What cannot be read now is tried again in the background: a restart never
-//! reverts a decided cutover and never stays paused.
+//! reverts a decided cutover and never stays paused. The engine is told the outcome of a cutover that it takes for open
+//! whenever its migrations change: the answer to its own note may have been lost, or another process have begun it.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -46,6 +47,15 @@ pub(super) struct Resolver {
     turn: Mutex<()>,
     /// Which server could not be read the last time, and why: it is said when that changes.
     unreadable: std::sync::Mutex<[Option<String>; 2]>,
+}
+
+/// Of which cutovers the engine was told.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Told {
+    /// Of all that it takes for open and whose outcome stands.
+    Everything,
+    /// Of those without a coordinator that lives, here or in another process.
+    AllButTheLiving,
 }
 
 /// A server that can be read.
@@ -96,6 +106,33 @@ impl Resolver {
                 }
             }
         });
+    }
+
+    /// Until the process stops: tells the engine what became of cutovers that it takes for open and nobody works on.
+    pub(super) async fn keep_engine_informed(self: Arc<Self>, tasks: Tasks) {
+        let mut changes = self.engine.changes();
+        // A watch that is kept, a sleep and a token: nothing is lost by dropping a wait for them.
+        loop {
+            tokio::select! {
+                () = tasks.stopping() => return,
+                changed = changes.changed() => if changed.is_err() { return },
+            }
+            while !self.inform_engine().await {
+                tokio::select! {
+                    () = tasks.stopping() => return,
+                    () = tokio::time::sleep(TRY_AGAIN) => {}
+                }
+            }
+        }
+    }
+
+    /// Returns whether nothing remains to be told.
+    async fn inform_engine(&self) -> bool {
+        let _turn = self.turn().await;
+        let (source, target) = tokio::join!(self.read(ServerRole::Source), self.read(ServerRole::Target));
+        let told = Box::pin(self.tell_engine(source.as_ref(), target.as_ref())).await;
+        let told = told.inspect_err(|error| tracing::debug!(%error, "the engine does not know yet how its cutover ended"));
+        target.is_some() && told.is_ok_and(|of| of == Told::Everything)
     }
 
     /// Reads, settles, publishes. Returns whether nothing remains to be done.
@@ -281,11 +318,13 @@ impl Resolver {
     }
 
     /// The engine may have been stopped between a verdict and its own note of it, or before there was a fence.
-    async fn tell_engine(&self, source: Option<&Readable>, target: Option<&Readable>) -> Result<(), CutoverError> {
-        let Some(control) = target.map(|server| &server.control) else { return Ok(()) };
+    async fn tell_engine(&self, source: Option<&Readable>, target: Option<&Readable>) -> Result<Told, CutoverError> {
+        let Some(control) = target.map(|server| &server.control) else { return Ok(Told::Everything) };
+        let mut told = Told::Everything;
         for migrations::Completing { name: migration, leads_to, databases } in migrations::completing(control).await? {
             // Who holds the lock is about to fence, or deciding, and tells its engine itself.
             if !claim_coordination(control, &migration).await? {
+                told = Told::AllButTheLiving;
                 continue;
             }
             // Read under the lock: a coordinator may have come to its end since the last look.
@@ -297,7 +336,7 @@ impl Resolver {
             }
             release_coordination(control, &migration).await?;
         }
-        Ok(())
+        Ok(told)
     }
 }
 

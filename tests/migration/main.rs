@@ -403,3 +403,25 @@ async fn one_engine_owns_a_target_and_another_takes_over() {
     world.assert_equal("shop").await;
     second.stop().await;
 }
+
+/// The engine goes away with its target while a cutover is open: what became of that cutover cannot be recorded then, and
+/// must be before the next one begins.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_verdict_that_nobody_could_take_note_of_is_told_before_the_next_cutover() {
+    let world = World::same_major();
+    world.furnish("shop").await;
+    let running = world.engine("");
+    create(&running, spec("untold", &["shop"])).await;
+    reach(&running, "untold", "WaitingForCutoverTrigger").await;
+    let lease = running.engine.begin_cutover("untold").await.expect("ready");
+    let target = connect(&world.target, "postgres").await;
+    let gone = "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE application_name LIKE 'pgcutover/%'";
+    target.batch_execute(gone).await.expect("terminated");
+    wait_for("the engine to notice", || async {
+        matches!(running.engine.create(spec("other", &["other"])).await, Err(EngineError::Unavailable(_)))
+    })
+    .await;
+    lease.finish(Outcome::Aborted).await.expect_err("nobody takes note");
+    wait_for("the next cutover", || async { running.engine.begin_cutover("untold").await.is_ok() }).await;
+    running.stop().await;
+}

@@ -19,6 +19,7 @@ use pgcutover::proxy::{ConsoleHandler, Proxy, ProxyDeps, Sessions};
 use pgcutover::shutdown::Tasks;
 use pgcutover::switch::{Epoch, Route, ServerRole, Switchboard};
 use pgcutover::telemetry::metrics::Metrics;
+use tokio::sync::watch;
 
 use super::link::Link;
 use super::{connect, two_clusters, wait_for};
@@ -32,6 +33,7 @@ pub struct Instantly {
     databases: Vec<String>,
     pub finished: Arc<Mutex<Vec<Outcome>>>,
     pub settled: Arc<Mutex<Vec<Outcome>>>,
+    pub changes: Arc<watch::Sender<u64>>,
 }
 
 #[async_trait]
@@ -42,6 +44,9 @@ impl Engine for Instantly {
     async fn cutover_settled(&self, _: &str, outcome: Outcome) -> Result<(), String> {
         self.settled.lock().expect("not poisoned").push(outcome);
         Ok(())
+    }
+    fn changes(&self) -> watch::Receiver<u64> {
+        self.changes.subscribe()
     }
 }
 

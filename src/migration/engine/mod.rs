@@ -112,8 +112,11 @@ pub struct Engine {
     migrations: RwLock<BTreeMap<String, Entry>>,
     /// Counts up with every change of a state.
     changes: watch::Sender<u64>,
-    /// Verdicts of cutovers that were told before the migrations were known.
+    /// Verdicts of cutovers that were told while nobody could take note: before the migrations were known, or between two
+    /// engines.
     verdicts: Mutex<HashMap<String, Outcome>>,
+    /// Held while a cutover begins: an earlier verdict must not be told to it.
+    begins: tokio::sync::Mutex<()>,
     /// Why it is not the owner, as logged last.
     last_reason: Mutex<String>,
     /// One budget of connections for every database of every migration.
@@ -157,6 +160,7 @@ impl Engine {
             migrations: RwLock::default(),
             changes: watch::Sender::new(0),
             verdicts: Mutex::default(),
+            begins: tokio::sync::Mutex::default(),
             last_reason: Mutex::default(),
         });
         let owning = engine.clone();
@@ -264,9 +268,13 @@ impl Engine {
         Ok(CutoverLease::new(self.clone(), self.entry(name)?.live))
     }
 
-    /// What became of an earlier cutover says nothing about the one that begins.
+    /// One at a time: a verdict that could not be told when it fell belongs to the cutover before, and is told first.
     async fn begin(&self, name: &str, direction: Direction) -> Result<(), EngineError> {
-        self.verdicts.lock().unwrap_or_else(PoisonError::into_inner).remove(name);
+        let _only = self.begins.lock().await;
+        let untold = self.verdicts.lock().unwrap_or_else(PoisonError::into_inner).get(name).copied();
+        if let Some(outcome) = untold {
+            self.settle_cutover(name, outcome).await?;
+        }
         self.order(name, |reply| Command::Begin(direction, reply)).await
     }
 
