@@ -131,7 +131,8 @@ impl Resolver {
         let _turn = self.turn().await;
         let (source, target) = tokio::join!(self.read(ServerRole::Source), self.read(ServerRole::Target));
         let told = Box::pin(self.tell_engine(source.as_ref(), target.as_ref())).await;
-        let told = told.inspect_err(|error| tracing::debug!(%error, "the engine does not know yet how its cutover ended"));
+        let told =
+            told.inspect_err(|error| tracing::debug!(%error, "the engine does not know yet how its cutover ended"));
         target.is_some() && told.is_ok_and(|of| of == Told::Everything)
     }
 
