@@ -1,7 +1,10 @@
 //! Verification on real PostgreSQL: nothing is reported while the application writes, everything that was planted is.
 //!
-//! `PGCUTOVER_VERIFY_RUNS=100 cargo test --test verify moving` is the long form; `PGCUTOVER_VERIFY_SEED` repeats one run.
+//! `PGCUTOVER_VERIFY_RUNS=100 cargo test --test verify moving` is the long form, and `… random_place` that of what is
+//! planted; `PGCUTOVER_VERIFY_SEED` repeats one run.
 
+mod planted;
+#[path = "../support/mod.rs"]
 mod support;
 
 use std::collections::HashMap;
