@@ -2,8 +2,8 @@
 //!
 //! There is no timer for a session and no clock is read for a message. Where a time-out is on, the sweep looks at the
 //! states that sessions keep anyway and asks those to look at themselves that may be over; a session alone knows
-//! whether its statement runs or its transaction is idle. With every time-out off the sweep wakes once a second and
-//! looks at nothing.
+//! whether its statement runs or its transaction is idle. Between two sweeps it wakes once a second, to see whether the
+//! time-outs are others now; with every time-out off that is all it does.
 //!
 //! A step is a tenth of the shortest time-out. None fires early: what the sweep did not see begin counts from the
 //! first look. Each fires at most two steps late.
@@ -18,11 +18,11 @@ use super::worker::Worker;
 use crate::config::Limits;
 use crate::config::limits::Timeouts;
 
-/// How often it is looked whether a time-out was switched on.
-const OFF_STEP: Duration = Duration::from_secs(1);
-/// Bounds of a step.
+/// How often it is looked whether the time-outs have been changed.
+const LOOK_AGAIN: Duration = Duration::from_secs(1);
+/// Bounds of a step. The longer one keeps thousands of idle sessions from costing anything.
 const SHORTEST_STEP: Duration = Duration::from_millis(10);
-const LONGEST_STEP: Duration = Duration::from_secs(1);
+const LONGEST_STEP: Duration = Duration::from_secs(10);
 /// A statement that was cancelled because of `query_timeout` has so long to end; then the session ends.
 const CANCEL_GRACE: Duration = Duration::from_secs(30);
 
@@ -38,14 +38,21 @@ pub(super) struct Seen {
 
 /// Looks after the sessions of one worker until it is dropped.
 pub(super) async fn sweep(worker: Rc<Worker>) {
+    let mut last = tokio::time::Instant::now();
     loop {
         let limits = worker.shared.limits.load_full();
         let shortest = limits.shortest_timeouts();
+        let in_a_second = tokio::time::Instant::now() + LOOK_AGAIN;
         let Some(step) = step(&shortest) else {
-            tokio::time::sleep(OFF_STEP).await;
+            tokio::time::sleep_until(in_a_second).await;
             continue;
         };
-        tokio::time::sleep(step).await;
+        if last + step > in_a_second {
+            tokio::time::sleep_until(in_a_second).await;
+            continue;
+        }
+        tokio::time::sleep_until(last + step).await;
+        last = tokio::time::Instant::now();
         let now = Instant::now();
         worker.each_entry(|entry| {
             if is_due(entry, &limits, &shortest, step, now) {
@@ -201,6 +208,7 @@ mod tests {
         assert_eq!(of(0, 0), None);
         assert_eq!(of(5_000, 0), Some(Duration::from_millis(500)));
         assert_eq!(of(60_000, 20), Some(SHORTEST_STEP));
-        assert_eq!(of(60_000, 0), Some(LONGEST_STEP));
+        assert_eq!(of(60_000, 0), Some(Duration::from_secs(6)));
+        assert_eq!(of(600_000, 0), Some(LONGEST_STEP));
     }
 }

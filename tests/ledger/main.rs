@@ -9,6 +9,7 @@
 //! cargo test --test ledger                                          a few schedules
 //! LEDGER_SEEDS=1000 cargo test --test ledger seeded -- --nocapture  so many
 //! LEDGER_SEED=42 cargo test --test ledger seeded -- --nocapture     that one
+//! LEDGER_STAGES=4                                                   so many at a time, each on servers of its own
 //! ```
 //!
 //! A checker that cannot fail shows nothing: with a drain that does not wait (failpoint `drain.wait_applied=skip`) it must find what is lost.
@@ -18,6 +19,8 @@ mod support;
 
 mod clients;
 mod schedule;
+
+use std::sync::{Arc, Mutex};
 
 use clients::{Clients, Violations};
 use schedule::Schedule;
@@ -29,34 +32,52 @@ const SHARE: u64 = 3;
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn seeded_schedules_of_faults_lose_double_and_reorder_nothing() {
     let read = |name: &str| std::env::var(name).ok().and_then(|text| text.parse::<u64>().ok());
-    let seeds: Vec<u64> = match (read("LEDGER_SEED"), read("LEDGER_SEEDS")) {
-        (Some(seed), _) => vec![seed],
-        (None, count) => {
+    let (first, count) = match read("LEDGER_SEED") {
+        Some(seed) => (seed, 1),
+        None => {
             let first = read("LEDGER_FIRST").unwrap_or_else(|| u64::from(rand::random::<u32>()));
-            (0..count.unwrap_or(SHARE)).map(|index| first + index).collect()
+            (first, read("LEDGER_SEEDS").unwrap_or(SHARE))
         }
     };
-    let mut stage = schedule::Stage::set("").await;
-    for seed in &seeds {
-        println!("LEDGER_SEED={seed}");
-        let clients = Clients::start(&stage.world.daemon, *seed);
-        let schedule = Schedule::of(*seed);
-        for step in &schedule.steps {
-            println!("  {step:?}");
-            stage.play(step).await;
+    // Most of a schedule is waiting, so several stages can share a machine.
+    let left = Arc::new(Mutex::new(first..first + count));
+    let stages = (0..read("LEDGER_STAGES").unwrap_or(1).min(count)).map(|_| {
+        let left = left.clone();
+        tokio::spawn(async move {
+            let mut stage = schedule::Stage::set("").await;
+            loop {
+                let next = left.lock().expect("not poisoned").next();
+                let Some(seed) = next else { break };
+                play(&mut stage, seed).await;
+            }
+        })
+    });
+    for stage in stages.collect::<Vec<_>>() {
+        if let Err(failed) = stage.await {
+            std::panic::resume_unwind(failed.into_panic());
         }
-        // Everything is well again, and there is one more switch with nobody in the way.
-        stage.settle().await;
-        clients.go_on_writing().await;
-        let memories = clients.finish().await;
-        let order = if stage.world.state() == READY { "cutover" } else { "rollback" };
-        stage.must_switch(order).await;
-        let violations = stage.check(&memories).await;
-        assert_eq!(violations, Violations::default(), "LEDGER_SEED={seed} {schedule:?}");
-        let errors: u64 = memories.iter().map(|memory| memory.errors).sum();
-        assert!(errors == 0 || schedule.may_be_felt(), "LEDGER_SEED={seed}: {errors} errors from {schedule:?}");
     }
-    println!("{} schedules, no violation", seeds.len());
+    println!("{count} schedules, no violation");
+}
+
+/// One schedule from its beginning to what it left.
+async fn play(stage: &mut schedule::Stage, seed: u64) {
+    let schedule = Schedule::of(seed);
+    println!("LEDGER_SEED={seed} {:?}", schedule.steps);
+    let clients = Clients::start(&stage.world.daemon, seed);
+    for step in &schedule.steps {
+        stage.play(step).await;
+    }
+    // Everything is well again, and there is one more switch with nobody in the way.
+    stage.settle().await;
+    clients.go_on_writing().await;
+    let memories = clients.finish().await;
+    let order = if stage.world.state() == READY { "cutover" } else { "rollback" };
+    stage.must_switch(order).await;
+    let violations = stage.check(&memories).await;
+    assert_eq!(violations, Violations::default(), "LEDGER_SEED={seed} {schedule:?}");
+    let errors: u64 = memories.iter().map(|memory| memory.errors).sum();
+    assert!(errors == 0 || schedule.may_be_felt(), "LEDGER_SEED={seed}: {errors} errors from {schedule:?}");
 }
 
 /// The same checker on a drain that does not wait for what was written: it must not stay silent.
