@@ -449,6 +449,8 @@ pub struct Migration {
     pub bindir: Option<PathBuf>,
     /// Tables, or parts of large ones, that a verification reads at the same time.
     pub verify_workers: usize,
+    /// What each of them reads between two rests, in bytes.
+    pub verify_part_bytes: u64,
     /// Share of its time in which each of them reads, in percent; it rests for the remainder.
     pub verify_load_percent: u8,
     /// The same while other sessions of the source are at work.

@@ -3,6 +3,8 @@
 
 mod support;
 
+use std::io::{Read as _, Write as _};
+
 use pgcutover::demo::shop::SHOP;
 use serde_json::Value;
 use support::world::{COMPLETED, NAME, READY, World};
@@ -64,6 +66,60 @@ async fn every_direction_of_the_stream_is_verified_and_repaired() {
     assert_equal(&verify(&world), "after the rollback");
     world.must_be_shut(&world.target).await;
     support::shop::nobody_noticed(&application.finish().await);
+}
+
+/// The daemon is killed in the middle of a large table; what was compared of it is not compared again.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn killed_in_the_middle_of_a_table_it_goes_on_behind_what_was_compared() {
+    const ROWS: i64 = 20_000;
+    // It rests for most of the time, so that it can be killed before its end.
+    let slow = "verify_workers = 1\nverify_part_size = \"128kB\"\nverify_load = 4\nverify_load_busy = 4";
+    let mut world = World::begin_with(0.01, |options| options.section("migration", slow)).await;
+    let make = format!(
+        "CREATE TABLE large (id bigint PRIMARY KEY, body text NOT NULL);
+         INSERT INTO large SELECT g, repeat('b', 100) FROM generate_series(1, {ROWS}) g"
+    );
+    connect(&world.source, SHOP).await.batch_execute(&make).await.expect("made");
+    world.migrate().await;
+    // One at either end.
+    let there = connect(&world.target, SHOP).await;
+    let harm = format!("UPDATE large SET body = body || ' ' WHERE id = 1; DELETE FROM large WHERE id = {ROWS}");
+    there.batch_execute(&harm).await.expect("damaged");
+    let control = connect(&world.target, "postgres").await;
+    let compared = || async {
+        let sql = "SELECT count(*) FROM pgcutover.verification_chunk WHERE table_name = 'large'";
+        control.query_one(sql, &[]).await.expect("counted").get::<_, i64>(0)
+    };
+    let mut verifying = world.daemon.begin(&["migration", "verify", NAME]);
+    wait_for("some ranges to be compared", || async { compared().await >= 3 }).await;
+    world.daemon.kill();
+    verifying.wait().expect("it ended");
+    let before = compared().await;
+    let sql = "SELECT jsonb_array_length(plan -> 'bounds')::int8 + 1 FROM pgcutover.verification_begun WHERE table_name = 'large'";
+    let ranges: i64 = control.query_one(sql, &[]).await.expect("begun").get(0);
+    assert!(before < ranges, "{before} of {ranges}");
+    let rows: i64 = control
+        .query_one("SELECT sum((result ->> 'rows')::int8)::int8 FROM pgcutover.verification_chunk", &[])
+        .await
+        .expect("rows")
+        .get(0);
+
+    world.daemon.restart();
+    world.wait_until(READY).await;
+    let output = world.daemon.command(&["migration", "verify", NAME, "--output", "json"]);
+    let report: Value = serde_json::from_slice(&output.stdout).expect("a report");
+    let large = report["tables"].as_array().and_then(|tables| tables.iter().find(|table| table["name"] == "large"));
+    let large = large.unwrap_or_else(|| panic!("not listed: {report:#}"));
+    assert_eq!((&large["rows"], &large["differences"]), (&Value::from(ROWS), &Value::from(2)), "{large:#}");
+    assert_eq!(large["listed"][0], serde_json::json!({"kind": "differs", "key": ["1"]}), "from before: {large:#}");
+    assert_eq!(large["listed"][1], serde_json::json!({"kind": "missing", "key": [ROWS.to_string()]}), "{large:#}");
+    // Of this process; the shop's own tables are counted too, those that were done before are not.
+    let metrics = metrics(&world);
+    let total = report["rows_compared"].as_u64().expect("a number");
+    let read = metrics.lines().find_map(|line| line.strip_prefix("pgcutover_verify_rows_total "));
+    let read: u64 = read.and_then(|text| text.trim().parse().ok()).unwrap_or_else(|| panic!("{metrics}"));
+    assert!(read + rows.unsigned_abs() <= total, "{read} rows were read behind {rows}, of {total}");
+    assert_eq!(compared().await, 0, "kept until the table is done");
 }
 
 /// Rules about replication are asked again, refuse a cutover, and are mended on request.
@@ -132,4 +188,12 @@ async fn a_rule_that_fails_later_is_told_refuses_the_cutover_and_is_mended() {
 
 async fn connect_console(world: &World) -> tokio_postgres::Client {
     support::connect_with(&world.daemon.client("pgcutover")).await
+}
+
+fn metrics(world: &World) -> String {
+    let mut stream = std::net::TcpStream::connect(("127.0.0.1", world.daemon.admin_port)).expect("it listens");
+    stream.write_all(b"GET /metrics HTTP/1.0\r\nHost: 127.0.0.1\r\n\r\n").expect("asked");
+    let mut text = String::new();
+    stream.read_to_string(&mut text).expect("answered");
+    text
 }

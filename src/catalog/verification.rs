@@ -1,5 +1,6 @@
-//! What verifications found, table by table: a restart goes on behind the last table that was compared, and a cutover
-//! that requires a verification can look it up. Holds no values but the keys of rows that differ.
+//! What verifications found, table by table, and of large tables range by range: a restart goes on behind what was
+//! compared, and a cutover that requires a verification can look it up. Holds no values but keys: those of rows that
+//! differ, and the bounds of ranges until their table is done.
 
 use super::migrations::{CatalogError, MigrationCatalog};
 use crate::ident::QualifiedName;
@@ -29,7 +30,41 @@ CREATE TABLE IF NOT EXISTS pgcutover.verification_run (
     complete     boolean NOT NULL,
     began_at     timestamptz NOT NULL DEFAULT now()
 );
+ALTER TABLE pgcutover.verification_run ADD COLUMN IF NOT EXISTS stream text NOT NULL DEFAULT '';
+CREATE TABLE IF NOT EXISTS pgcutover.verification_begun (
+    migration    text NOT NULL,
+    database     text NOT NULL,
+    schema_name  text NOT NULL,
+    table_name   text NOT NULL,
+    plan         jsonb NOT NULL,
+    began_at     timestamptz NOT NULL DEFAULT now(),
+    PRIMARY KEY (migration, database, schema_name, table_name)
+);
+CREATE TABLE IF NOT EXISTS pgcutover.verification_chunk (
+    migration    text NOT NULL,
+    database     text NOT NULL,
+    schema_name  text NOT NULL,
+    table_name   text NOT NULL,
+    number       bigint NOT NULL,
+    result       jsonb NOT NULL,
+    verified_at  timestamptz NOT NULL DEFAULT now(),
+    PRIMARY KEY (migration, database, schema_name, table_name, number),
+    FOREIGN KEY (migration, database, schema_name, table_name) REFERENCES pgcutover.verification_begun ON DELETE CASCADE
+);
 ";
+
+/// A large table that is being compared range by range, as it is stored.
+#[derive(Clone, Debug, PartialEq)]
+pub struct BegunRow {
+    /// The database.
+    pub database: String,
+    /// The table.
+    pub table: QualifiedName,
+    /// Its ranges.
+    pub plan: serde_json::Value,
+    /// Numbers and results of those that were compared.
+    pub chunks: Vec<(u32, serde_json::Value)>,
+}
 
 /// The result for one table, as it is stored.
 #[derive(Clone, Debug, PartialEq)]
@@ -43,19 +78,22 @@ pub struct VerifiedRow {
 }
 
 impl MigrationCatalog {
-    /// Begins a run. One that was interrupted goes on: its results stay. Earlier ones are forgotten otherwise.
-    pub async fn begin_verification(&self, migration: &str) -> Result<(), CatalogError> {
+    /// Begins a run along a stream. One along the same stream that was interrupted goes on: its results stay. Earlier ones
+    /// are forgotten otherwise.
+    pub async fn begin_verification(&self, migration: &str, stream: &str) -> Result<(), CatalogError> {
         let client = self.client().await?;
         let written = client
             .execute(
                 "WITH open AS (
-                     SELECT FROM pgcutover.verification_run WHERE migration = $1 AND NOT complete),
+                     SELECT FROM pgcutover.verification_run WHERE migration = $1 AND NOT complete AND stream = $3),
                  forgotten AS (
-                     DELETE FROM pgcutover.verification WHERE migration = $1 AND NOT EXISTS (SELECT FROM open))
-                 INSERT INTO pgcutover.verification_run (migration, complete)
-                 SELECT $1, false FROM pgcutover.engine WHERE generation = $2
-                 ON CONFLICT (migration) DO UPDATE SET complete = false",
-                &[&migration, &self.generation().0],
+                     DELETE FROM pgcutover.verification WHERE migration = $1 AND NOT EXISTS (SELECT FROM open)),
+                 void AS (
+                     DELETE FROM pgcutover.verification_begun WHERE migration = $1 AND NOT EXISTS (SELECT FROM open))
+                 INSERT INTO pgcutover.verification_run (migration, complete, stream)
+                 SELECT $1, false, $3 FROM pgcutover.engine WHERE generation = $2
+                 ON CONFLICT (migration) DO UPDATE SET complete = false, stream = excluded.stream, began_at = now()",
+                &[&migration, &self.generation().0, &stream],
             )
             .await
             .map_err(|source| CatalogError::query("begin a verification", source))?;
@@ -76,6 +114,96 @@ impl MigrationCatalog {
         self.must_be_one(written)
     }
 
+    /// Keeps into which ranges a table is divided. What was kept of it earlier is forgotten.
+    pub async fn begin_table(
+        &self,
+        migration: &str,
+        database: &str,
+        table: &QualifiedName,
+        plan: &serde_json::Value,
+    ) -> Result<(), CatalogError> {
+        let client = self.client().await?;
+        let failed = |source| CatalogError::query("keep the ranges of a table", source);
+        client
+            .execute(
+                "DELETE FROM pgcutover.verification_begun
+                  WHERE (migration, database, schema_name, table_name) = ($1, $2, $3, $4)",
+                &[&migration, &database, &table.schema, &table.name],
+            )
+            .await
+            .map_err(failed)?;
+        let written = client
+            .execute(
+                "INSERT INTO pgcutover.verification_begun (migration, database, schema_name, table_name, plan)
+                 SELECT $1, $2, $3, $4, $5 FROM pgcutover.engine WHERE generation = $6",
+                &[&migration, &database, &table.schema, &table.name, plan, &self.generation().0],
+            )
+            .await
+            .map_err(failed)?;
+        self.must_be_one(written)
+    }
+
+    /// Keeps what was found in one range.
+    pub async fn set_chunk(
+        &self,
+        migration: &str,
+        database: &str,
+        table: &QualifiedName,
+        number: u32,
+        result: &serde_json::Value,
+    ) -> Result<(), CatalogError> {
+        let client = self.client().await?;
+        let written = client
+            .execute(
+                "INSERT INTO pgcutover.verification_chunk (migration, database, schema_name, table_name, number, result)
+                 SELECT $1, $2, $3, $4, $5, $6 FROM pgcutover.engine WHERE generation = $7
+                 ON CONFLICT (migration, database, schema_name, table_name, number)
+                 DO UPDATE SET result = excluded.result, verified_at = now()",
+                &[
+                    &migration,
+                    &database,
+                    &table.schema,
+                    &table.name,
+                    &i64::from(number),
+                    result,
+                    &self.generation().0,
+                ],
+            )
+            .await
+            .map_err(|source| CatalogError::query("keep the verification of a range", source))?;
+        self.must_be_one(written)
+    }
+
+    /// The tables that an interrupted run has come to.
+    pub async fn begun(&self, migration: &str) -> Result<Vec<BegunRow>, CatalogError> {
+        let client = self.client().await?;
+        let failed = |source| CatalogError::query("read the verification's ranges", source);
+        let rows = client
+            .query(
+                "SELECT database, schema_name, table_name, plan FROM pgcutover.verification_begun WHERE migration = $1",
+                &[&migration],
+            )
+            .await
+            .map_err(failed)?;
+        let mut begun = Vec::new();
+        for row in &rows {
+            let table = QualifiedName::new(row.get::<_, String>(1), row.get::<_, String>(2));
+            let database: String = row.get(0);
+            let chunks = client
+                .query(
+                    "SELECT number, result FROM pgcutover.verification_chunk
+                      WHERE (migration, database, schema_name, table_name) = ($1, $2, $3, $4)",
+                    &[&migration, &database, &table.schema, &table.name],
+                )
+                .await
+                .map_err(failed)?;
+            let chunk = |row: &tokio_postgres::Row| Some((u32::try_from(row.get::<_, i64>(0)).ok()?, row.get(1)));
+            let chunks = chunks.iter().filter_map(chunk).collect();
+            begun.push(BegunRow { database, table, plan: row.get(3), chunks });
+        }
+        Ok(begun)
+    }
+
     /// Keeps what was found in one table.
     pub async fn set_verified(
         &self,
@@ -87,7 +215,10 @@ impl MigrationCatalog {
         let client = self.client().await?;
         let written = client
             .execute(
-                "INSERT INTO pgcutover.verification (migration, database, schema_name, table_name, result)
+                "WITH done AS (
+                     DELETE FROM pgcutover.verification_begun
+                      WHERE (migration, database, schema_name, table_name) = ($1, $2, $3, $4))
+                 INSERT INTO pgcutover.verification (migration, database, schema_name, table_name, result)
                  SELECT $1, $2, $3, $4, $5 FROM pgcutover.engine WHERE generation = $6
                  ON CONFLICT (migration, database, schema_name, table_name)
                  DO UPDATE SET result = excluded.result, verified_at = now()",

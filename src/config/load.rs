@@ -241,6 +241,7 @@ fn migration(mut section: Section<'_>) -> Migration {
         apply_queue_bytes: usize::try_from(queue).unwrap_or(usize::MAX),
         bindir: section.path("bindir"),
         verify_workers: section.number("verify_workers", 2, 1..=64),
+        verify_part_bytes: section.size("verify_part_size", 32 * MB, 64 << 10..=u64::MAX),
         verify_load_percent: u8::try_from(section.number("verify_load", 100, 1..=100)).unwrap_or(100),
         verify_busy_percent: u8::try_from(section.number("verify_load_busy", 3, 1..=100)).unwrap_or(3),
         slot_timeout: section.duration("slot_timeout", Duration::from_secs(600)),

@@ -147,6 +147,7 @@ impl Config {
         add("migration", "apply_queue", format_size(migration.apply_queue_bytes as u64), Restart);
         add("migration", "bindir", path(migration.bindir.as_ref()), Restart);
         add("migration", "verify_workers", migration.verify_workers.to_string(), Restart);
+        add("migration", "verify_part_size", format_size(migration.verify_part_bytes), Restart);
         add("migration", "verify_load", migration.verify_load_percent.to_string(), Restart);
         add("migration", "verify_load_busy", migration.verify_busy_percent.to_string(), Restart);
         add("migration", "slot_timeout", format_duration(migration.slot_timeout), Restart);

@@ -4,6 +4,7 @@
 //! planted; `PGCUTOVER_VERIFY_SEED` repeats one run.
 
 mod planted;
+mod resumed;
 #[path = "../support/mod.rs"]
 mod support;
 
@@ -17,6 +18,7 @@ use pgcutover::demo::cluster::Installation;
 use pgcutover::ident::QualifiedName;
 use pgcutover::migration::stream::StreamStatus;
 use pgcutover::migration::verify::align::Sides;
+use pgcutover::migration::verify::chunks::{Begun, ChunkResult};
 use pgcutover::migration::verify::{self, Damaged, DifferenceKind, Observer, TableResult, VerifyContext};
 use rand::rngs::StdRng;
 use rand::{Rng as _, SeedableRng as _};
@@ -60,12 +62,20 @@ struct Told {
     rows: AtomicU64,
     tables: AtomicU64,
     journalled: AtomicU64,
+    chunks: AtomicU64,
 }
 
 #[async_trait]
 impl Observer for Told {
     fn moved(&self, rows: u64, _bytes: u64) {
         self.rows.fetch_add(rows, Ordering::Relaxed);
+    }
+    async fn begun(&self, _table: &QualifiedName, _begun: &Begun) -> Result<(), CatalogError> {
+        Ok(())
+    }
+    async fn chunk(&self, _table: &QualifiedName, _number: u32, _result: &ChunkResult) -> Result<(), CatalogError> {
+        self.chunks.fetch_add(1, Ordering::Relaxed);
+        Ok(())
     }
     async fn finished(&self, _result: &TableResult) -> Result<(), CatalogError> {
         self.tables.fetch_add(1, Ordering::Relaxed);
@@ -95,10 +105,18 @@ impl Bench {
             door: None,
         };
         let told = Arc::new(Told::default());
-        let context =
-            VerifyContext { sides, workers: 2, load_percent: 100, busy_percent: 100, observer: told.clone(), damaged };
+        let context = VerifyContext {
+            sides,
+            workers: 2,
+            part_bytes: 32 << 20,
+            load_percent: 100,
+            busy_percent: 100,
+            observer: told.clone(),
+            damaged,
+        };
         let tables = NAMES.iter().map(|name| QualifiedName::new("public", *name)).collect();
-        let results = tokio::time::timeout(5 * support::PATIENCE, verify::tables(&context, tables)).await;
+        let results =
+            tokio::time::timeout(5 * support::PATIENCE, verify::tables(&context, tables, HashMap::new())).await;
         let results = results.expect("in time").expect("verified");
         assert_eq!(told.tables.load(Ordering::Relaxed), results.len() as u64);
         let repaired = results.iter().any(|result| result.repaired > 0);

@@ -1,6 +1,7 @@
 //! Verifies a migration: every table of every database against the source, with both live. What is found is durable table
-//! by table, so that an interrupted verification goes on where it was.
+//! by table, and range by range of large ones, so that an interrupted verification goes on where it was.
 
+use std::collections::HashMap;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
@@ -11,9 +12,11 @@ use super::{Engine, EngineError};
 use crate::catalog::door::Door;
 use crate::catalog::migrations::{CatalogError, MigrationCatalog};
 use crate::catalog::streams::Direction;
+use crate::catalog::verification::BegunRow;
 use crate::ident::QualifiedName;
 use crate::migration::state::State;
 use crate::migration::verify::align::Sides;
+use crate::migration::verify::chunks::{Begun, ChunkResult};
 use crate::migration::verify::{self, Damaged, Observer, TableResult, VerifyContext, definitions};
 use crate::migration::view::{Mode, VerificationView, VerifiedDatabase, VerifyReport};
 use crate::switch::Epoch;
@@ -39,9 +42,32 @@ struct Work {
     damaged: Damaged,
 }
 
+/// What is to be read of one database.
+struct DatabaseWork {
+    database: Arc<DatabaseLive>,
+    wanted: Vec<QualifiedName>,
+    /// Those of them that an interrupted run has come to.
+    begun: HashMap<QualifiedName, Begun>,
+}
+
 impl Work {
     fn new(scope: Scope, direction: Direction, streams: bool) -> Self {
         Self { scope, direction, streams, damaged: Damaged::Listed }
+    }
+
+    /// Tells the stream that is compared along from those before and after it.
+    fn stream(&self, live: &Live) -> String {
+        let epochs = live.databases.iter().map(|database| database.current().epoch.to_string());
+        format!("{} {}", self.direction.as_str(), epochs.collect::<Vec<_>>().join(" "))
+    }
+
+    /// What an interrupted run has left of large tables. Ranges that differ are read again when they are to be repaired.
+    fn resumed(&self, row: BegunRow) -> Option<(QualifiedName, Begun)> {
+        let mut begun: Begun = serde_json::from_value(row.plan).ok()?;
+        let chunk = |(number, result)| Some((number, serde_json::from_value::<ChunkResult>(result).ok()?));
+        let keeps = |(_, result): &(u32, ChunkResult)| self.damaged == Damaged::Listed || result.differences == 0;
+        begun.done = row.chunks.into_iter().filter_map(chunk).filter(keeps).collect();
+        Some((row.table, begun))
     }
 }
 
@@ -110,13 +136,16 @@ impl Engine {
         let scope = order.scope;
         let began = tokio::time::Instant::now();
         if scope == Scope::Every {
-            catalog.begin_verification(live.name()).await?;
+            catalog.begin_verification(live.name(), &order.stream(live)).await?;
         }
         let known = catalog.verified(live.name()).await?;
+        let mut left = if scope == Scope::Every { catalog.begun(live.name()).await? } else { Vec::new() };
         let mut work = Vec::new();
-        let (mut report, mut bytes_total) = (VerifyReport::default(), 0);
+        let (mut report, mut bytes_total, mut bytes_before, mut rows_before) = (VerifyReport::default(), 0, 0, 0);
         for database in &live.databases {
             let mut wanted = Vec::new();
+            let here = left.extract_if(.., |row| row.database == database.name);
+            let begun: HashMap<QualifiedName, Begun> = here.filter_map(|row| order.resumed(row)).collect();
             for (table, bytes) in database.table_sizes() {
                 let row = known.iter().find(|row| row.database == database.name && row.table == table);
                 let result = row.and_then(|row| serde_json::from_value::<TableResult>(row.result.clone()).ok());
@@ -134,15 +163,21 @@ impl Engine {
                     Some(result) => report.add_table(&database.name, result),
                     None => {
                         bytes_total += bytes;
+                        if let Some(begun) = begun.get(&table) {
+                            let done = begun.sum();
+                            bytes_before += bytes / (begun.bounds.len() as u64 + 1) * begun.done.len() as u64;
+                            rows_before += done.rows;
+                        }
                         wanted.push(table);
                     }
                 }
             }
-            work.push((database.clone(), wanted));
+            work.push(DatabaseWork { database: database.clone(), wanted, begun });
         }
         let progress = Arc::new(Progress {
-            bytes: AtomicU64::new(0),
-            rows: AtomicU64::new(0),
+            bytes: AtomicU64::new(bytes_before),
+            bytes_before,
+            rows: AtomicU64::new(rows_before),
             tables: AtomicU64::new(report.tables_compared),
             differences: AtomicU64::new(report.differences),
             bytes_total,
@@ -172,7 +207,7 @@ impl Engine {
         &self,
         live: &Arc<Live>,
         catalog: &MigrationCatalog,
-        work: Vec<(Arc<DatabaseLive>, Vec<QualifiedName>)>,
+        work: Vec<DatabaseWork>,
         order: Work,
         progress: &Arc<Progress>,
         report: &mut VerifyReport,
@@ -180,13 +215,18 @@ impl Engine {
         let (source, target) = self.connectors();
         let (source, target) = order.direction.ends(&source, &target);
         let config = &self.deps.config.migration;
-        for (database, wanted) in work {
+        for DatabaseWork { database, wanted, begun } in work {
             let keeper = Keeper {
                 progress: progress.clone(),
                 catalog: catalog.clone(),
                 migration: live.name().to_owned(),
                 // Counted before the snapshot: a change that comes in between is compared, and asked for once more.
-                changes: wanted.iter().map(|table| (table.clone(), database.changes(table))).collect(),
+                // Of what was compared earlier nobody counts.
+                changes: wanted
+                    .iter()
+                    .filter(|table| begun.get(table).is_none_or(|begun| begun.done.is_empty()))
+                    .map(|table| (table.clone(), database.changes(table)))
+                    .collect(),
                 database: database.clone(),
             };
             let context = VerifyContext {
@@ -203,12 +243,13 @@ impl Engine {
                 },
                 damaged: order.damaged,
                 workers: config.verify_workers,
+                part_bytes: config.verify_part_bytes,
                 load_percent: config.verify_load_percent,
                 busy_percent: config.verify_busy_percent,
                 observer: Arc::new(keeper),
             };
             let failed = |source| EngineError::Verify { database: database.name.clone(), source: Box::new(source) };
-            for result in verify::tables(&context, wanted).await.map_err(failed)? {
+            for result in verify::tables(&context, wanted, begun).await.map_err(failed)? {
                 report.add_table(&database.name, result);
             }
             let found = definitions::compare(&context.sides).await.map_err(failed)?;
@@ -221,6 +262,8 @@ impl Engine {
 /// How far a verification is.
 struct Progress {
     bytes: AtomicU64,
+    /// Read by a run that was interrupted.
+    bytes_before: u64,
     rows: AtomicU64,
     tables: AtomicU64,
     differences: AtomicU64,
@@ -236,7 +279,10 @@ impl Progress {
         let done = self.bytes.load(Ordering::Relaxed);
         let elapsed = self.began.elapsed().as_secs_f64();
         #[expect(clippy::cast_precision_loss, reason = "an estimate")]
-        let eta = (done > 0).then(|| elapsed * self.bytes_total.saturating_sub(done) as f64 / done as f64);
+        let eta = done
+            .checked_sub(self.bytes_before)
+            .filter(|read| *read > 0)
+            .map(|read| elapsed * self.bytes_total.saturating_sub(done) as f64 / read as f64);
         self.live.set_verification(Some(VerificationView {
             tables_compared: self.tables.load(Ordering::Relaxed),
             tables_total: self.tables_total,
@@ -255,8 +301,8 @@ struct Keeper {
     catalog: MigrationCatalog,
     migration: String,
     database: Arc<DatabaseLive>,
-    /// Row changes that each table had seen when it was about to be read.
-    changes: std::collections::HashMap<QualifiedName, u64>,
+    /// Row changes that each table had seen when it was about to be read. Those that an earlier process has begun are not in it.
+    changes: HashMap<QualifiedName, u64>,
 }
 
 #[async_trait]
@@ -270,6 +316,16 @@ impl Observer for Keeper {
 
     async fn repairing(&self, table: &QualifiedName, what: &serde_json::Value) -> Result<(), CatalogError> {
         self.catalog.repairing(&self.migration, &self.database.name, table, what).await
+    }
+
+    async fn begun(&self, table: &QualifiedName, begun: &Begun) -> Result<(), CatalogError> {
+        let plan = serde_json::to_value(begun).unwrap_or_default();
+        self.catalog.begin_table(&self.migration, &self.database.name, table, &plan).await
+    }
+
+    async fn chunk(&self, table: &QualifiedName, number: u32, result: &ChunkResult) -> Result<(), CatalogError> {
+        let result = serde_json::to_value(result).unwrap_or_default();
+        self.catalog.set_chunk(&self.migration, &self.database.name, table, number, &result).await
     }
 
     async fn finished(&self, result: &TableResult) -> Result<(), CatalogError> {

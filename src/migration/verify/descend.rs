@@ -9,8 +9,9 @@ use futures_util::StreamExt as _;
 use tokio_postgres::{Row, RowStream};
 
 use super::repair::{DAMAGE, Damage};
+use super::round::Readers;
 use super::table::{Plan, Side};
-use super::{DifferenceKind, LISTED, Readers, RowDifference, VerifyError, streamed};
+use super::{DifferenceKind, LISTED, RowDifference, VerifyError, streamed};
 use crate::postgres::Control;
 
 /// What was found.
@@ -30,11 +31,16 @@ struct Group {
     rows: Vec<(i64, Vec<Option<String>>)>,
 }
 
-/// Compares the rows of `buckets`.
-pub(super) async fn rows(plan: &Plan, readers: Readers<'_>, buckets: &[i64]) -> Result<Found, VerifyError> {
-    readers.join().await?;
-    let mut from = Groups::open(readers.source, &plan.rows_sql(Side::Source, buckets)).await?;
-    let mut to = Groups::open(readers.target, &plan.rows_sql(Side::Target, buckets)).await?;
+/// Compares the rows of `buckets`, of the part `number` where each is compared on its own.
+pub(super) async fn rows(
+    plan: &Plan,
+    readers: Readers<'_>,
+    number: u32,
+    buckets: &[i64],
+) -> Result<Found, VerifyError> {
+    plan.join(readers).await?;
+    let mut from = Groups::open(readers.source, &plan.rows_sql(Side::Source, number, buckets)).await?;
+    let mut to = Groups::open(readers.target, &plan.rows_sql(Side::Target, number, buckets)).await?;
     let mut found = Found::default();
     let keyed = !plan.key.is_empty();
     let (mut left, mut right) = (from.next().await?, to.next().await?);

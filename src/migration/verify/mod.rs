@@ -2,9 +2,11 @@
 //!
 //! ```text
 //! round      two snapshots that see the same transactions (align), for as many tables as are read in a while
-//! parts      each table is read once on each server, in block order and in parts, several at a time and with rests; the
-//!            rows' hashes (expression) are summed up. A sum, unlike an exclusive or, also tells two rows from four, so
-//!            tables without a key are compared as multisets by the same means
+//! parts      each table is read once on each server, in parts, several at a time and with rests; the rows' hashes
+//!            (expression) are summed up. A sum, unlike an exclusive or, also tells two rows from four, so tables without
+//!            a key are compared as multisets by the same means
+//! chunks     the parts of large tables are ranges of the key, where that costs nothing: each is compared on its own, and
+//!            stays compared when the run is interrupted. Other tables are read in ranges of blocks and compared as a whole
 //! descend    only where the sums differ, and under the same snapshots: once more in buckets, and then the rows of those
 //!            buckets that differ side by side, by the hash of their key
 //! ```
@@ -18,10 +20,12 @@
 //! Source and target are roles, not servers: after a cutover the same runs the other way round, along the reverse stream.
 
 pub mod align;
+pub mod chunks;
 pub mod definitions;
 mod descend;
 mod expression;
 mod repair;
+mod round;
 mod table;
 
 use std::collections::{HashMap, VecDeque};
@@ -29,24 +33,19 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use async_trait::async_trait;
-use futures_util::stream::{self, TryStreamExt as _};
 use serde::{Deserialize, Serialize};
 
-use self::align::{Pair, Sides, align};
+use self::align::{Pair, Sides};
+use self::chunks::{Begun, ChunkResult};
 use self::expression::{Floats, Hasher, Method};
 use self::repair::Damage;
-use self::table::{Part, Plan, Sums};
+use self::round::{Ended, round};
+use self::table::Plan;
 use crate::catalog::door::DoorError;
 use crate::catalog::migrations::CatalogError;
 use crate::ident::QualifiedName;
 use crate::migration::stream::{transient_query, transient_sqlstate};
 use crate::postgres::{ConnectError, Control};
-
-/// A round ends with the table that makes it this large, in bytes: no snapshot holds back vacuum for ever.
-const ROUND_BYTES: u64 = 16 << 30;
-
-/// One part, in bytes: what is read between two rests.
-const PART_BYTES: u64 = 32 << 20;
 
 /// Times that a table is read again because it was rewritten meanwhile.
 const REWRITES: u32 = 10;
@@ -56,18 +55,6 @@ const RESTLESS: u32 = 2;
 
 /// Times that a round is begun again after a lost connection.
 const RETRIES: u32 = 8;
-
-/// Times that a table is repaired before what still differs is reported.
-const REPAIRS: u32 = 20;
-
-/// A source that had other work to do is spared for so long.
-const BUSY: Duration = Duration::from_secs(5);
-
-/// Whether a client that is none of ours has a statement or a transaction open. Sessions of which nothing is shown count.
-const OTHERS: &str = "
-SELECT EXISTS (SELECT FROM pg_stat_activity
-                WHERE coalesce(backend_type, 'client backend') = 'client backend' AND coalesce(state, 'active') <> 'idle'
-                  AND coalesce(application_name, '') !~ '^pgcutover/' AND pid <> pg_backend_pid())";
 
 /// Rows that are listed for each table; the rest is counted.
 pub const LISTED: usize = 100;
@@ -79,6 +66,9 @@ pub struct VerifyContext {
     pub sides: Sides,
     /// Tables, or parts of large ones, that are read at the same time.
     pub workers: usize,
+    /// Size of a part on the source: what is read between two rests, and of large tables what is not read again after an
+    /// interruption.
+    pub part_bytes: u64,
     /// Share of its time in which each worker reads; it rests for the remainder.
     pub load_percent: u8,
     /// The same while other sessions of the source are at work.
@@ -103,6 +93,10 @@ pub enum Damaged {
 pub trait Observer: Send + Sync {
     /// This many rows and bytes of the source were read.
     fn moved(&self, rows: u64, bytes: u64);
+    /// A large table is about to be compared range by range; durable when it returns. What was begun earlier is void.
+    async fn begun(&self, table: &QualifiedName, begun: &Begun) -> Result<(), CatalogError>;
+    /// One of its ranges is done; durable when it returns.
+    async fn chunk(&self, table: &QualifiedName, number: u32, result: &ChunkResult) -> Result<(), CatalogError>;
     /// A table is done; durable when it returns.
     async fn finished(&self, result: &TableResult) -> Result<(), CatalogError>;
     /// Rows of a table are about to be written or removed on the target: keys and counts; durable when it returns.
@@ -238,10 +232,16 @@ impl VerifyError {
 }
 
 /// Compares these tables, and returns what it found in the order in which it was done. Dropping it stops it; what the
-/// observer was told of stays done.
-pub async fn tables(context: &VerifyContext, wanted: Vec<QualifiedName>) -> Result<Vec<TableResult>, VerifyError> {
+/// observer was told of stays done. `begun` are large tables that an interrupted run has come to.
+pub async fn tables(
+    context: &VerifyContext,
+    wanted: Vec<QualifiedName>,
+    begun: HashMap<QualifiedName, Begun>,
+) -> Result<Vec<TableResult>, VerifyError> {
     let mut left: VecDeque<QualifiedName> = wanted.into();
-    let mut pasts: HashMap<QualifiedName, Past> = HashMap::new();
+    let past = |begun: Begun| Past { begun: Some(begun), ..Past::default() };
+    let mut pasts: HashMap<QualifiedName, Past> =
+        begun.into_iter().map(|(table, begun)| (table, past(begun))).collect();
     let mut results = Vec::new();
     let mut retries = 0;
     while !left.is_empty() {
@@ -255,6 +255,16 @@ pub async fn tables(context: &VerifyContext, wanted: Vec<QualifiedName>) -> Resu
                     let table = result.table();
                     results.push(result);
                     table
+                }
+                Ended::Begun(table, begun) => {
+                    pasts.entry(table).or_default().begun = Some(begun);
+                    continue;
+                }
+                Ended::Chunk(table, number, result) => {
+                    if let Some(begun) = &mut pasts.entry(table).or_default().begun {
+                        begun.done.insert(number, result);
+                    }
+                    continue;
                 }
                 Ended::Damaged(plan, damage) => {
                     let past = pasts.entry(plan.table.clone()).or_default();
@@ -322,219 +332,15 @@ fn unreadable(table: &QualifiedName, problem: &str) -> TableResult {
     }
 }
 
-/// How a table left a round.
-enum Ended {
-    Compared(TableResult),
-    Rewritten(QualifiedName),
-    /// It is to be repaired.
-    Damaged(Arc<Plan>, Damage),
-}
-
 /// What has befallen a table in earlier rounds.
-#[derive(Clone, Copy, Debug, Default)]
+#[derive(Clone, Debug, Default)]
 struct Past {
     rewrites: u32,
     repairs: u32,
     /// Rows.
     repaired: u64,
-}
-
-/// Compares the first of `left`, or `locked` if there are any, under one pair of snapshots. What is in `done` is done, also when it fails.
-async fn round(
-    context: &VerifyContext,
-    left: &VecDeque<QualifiedName>,
-    locked: &[QualifiedName],
-    pasts: &HashMap<QualifiedName, Past>,
-    done: &Mutex<Vec<Ended>>,
-) -> Result<(), VerifyError> {
-    let pair = align(&context.sides, locked).await?;
-    let hasher = hasher(&pair).await?;
-    let mut plans = Vec::new();
-    let mut bytes = 0;
-    // What is locked is read alone, to be done with it soon.
-    for table in left.iter().filter(|table| locked.is_empty() || locked.contains(table)) {
-        match Plan::make(&pair, table, &hasher).await? {
-            Ok(plan) => {
-                bytes += plan.bytes();
-                plans.push(Arc::new(plan));
-            }
-            Err(problem) => {
-                let result = unreadable(table, &problem);
-                context.observer.finished(&result).await?;
-                note(done, Ended::Compared(result));
-            }
-        }
-        if bytes >= ROUND_BYTES {
-            break;
-        }
-    }
-    if !locked.is_empty() {
-        // A session of its own would queue for its lock behind a TRUNCATE that waits for the holder's.
-        prepare(&pair.source, &pair.target).await?;
-    }
-    let workers = if locked.is_empty() { context.workers.max(1) } else { 1 };
-    let round = Round {
-        context,
-        locked: !locked.is_empty(),
-        pair: &pair,
-        pasts,
-        done,
-        progress: plans.iter().map(|plan| Mutex::new((Sums::default(), plan.parts()))).collect(),
-        plans,
-        busy: Mutex::default(),
-        idle: Mutex::default(),
-    };
-    let parts =
-        round.plans.iter().enumerate().flat_map(|(index, plan)| (0..plan.parts()).map(move |part| (index, part)));
-    stream::iter(parts.map(Ok)).try_for_each_concurrent(workers, |(index, part)| round.part(index, part)).await
-}
-
-fn note(done: &Mutex<Vec<Ended>>, ended: Ended) {
-    done.lock().unwrap_or_else(PoisonError::into_inner).push(ended);
-}
-
-/// What the workers of a round share.
-struct Round<'a> {
-    context: &'a VerifyContext,
-    /// The holders themselves read.
-    locked: bool,
-    pair: &'a Pair,
-    plans: Vec<Arc<Plan>>,
-    pasts: &'a HashMap<QualifiedName, Past>,
-    /// For each plan, what was summed up, and how many parts are missing.
-    progress: Vec<Mutex<(Sums, u32)>>,
-    done: &'a Mutex<Vec<Ended>>,
-    /// When the source was last seen at other work.
-    busy: Mutex<Option<tokio::time::Instant>>,
-    /// Sessions that no worker has at the moment.
-    idle: Mutex<Vec<Worker>>,
-}
-
-/// Who reads one part.
-#[derive(Clone, Copy)]
-struct Readers<'a> {
-    source: &'a Control,
-    target: &'a Control,
-    /// The snapshots to join for it; none: they are the holders.
-    snapshots: Option<(&'a str, &'a str)>,
-}
-
-impl Readers<'_> {
-    async fn join(&self) -> Result<(), VerifyError> {
-        let Some((source, target)) = self.snapshots else { return Ok(()) };
-        tokio::try_join!(table::join(self.source, source), table::join(self.target, target)).map(|_| ())
-    }
-
-    /// Locks on tables are held no longer.
-    async fn leave(&self) -> Result<(), VerifyError> {
-        if self.snapshots.is_none() {
-            return Ok(());
-        }
-        tokio::try_join!(table::leave(self.source), table::leave(self.target)).map(|_| ())
-    }
-}
-
-/// A session on each server.
-struct Worker {
-    source: Control,
-    target: Control,
-}
-
-impl Round<'_> {
-    async fn worker(&self) -> Result<Worker, VerifyError> {
-        let idle = self.idle.lock().unwrap_or_else(PoisonError::into_inner).pop();
-        if let Some(worker) = idle {
-            return Ok(worker);
-        }
-        let sides = &self.context.sides;
-        let (source, target) = tokio::try_join!(sides.enter_source("verify"), sides.enter_target("verify"),)?;
-        prepare(&source, &target).await?;
-        Ok(Worker { source, target })
-    }
-
-    async fn part(&self, index: usize, number: u32) -> Result<(), VerifyError> {
-        if self.locked {
-            let (source, target) = (&self.pair.source, &self.pair.target);
-            return self.part_by(index, number, Readers { source, target, snapshots: None }).await;
-        }
-        let worker = self.worker().await?;
-        let (source, target) = (&worker.source, &worker.target);
-        let snapshots = Some((self.pair.source_snapshot.as_str(), self.pair.target_snapshot.as_str()));
-        self.part_by(index, number, Readers { source, target, snapshots }).await?;
-        self.idle.lock().unwrap_or_else(PoisonError::into_inner).push(worker);
-        Ok(())
-    }
-
-    async fn part_by(&self, index: usize, number: u32, readers: Readers<'_>) -> Result<(), VerifyError> {
-        let (Some(plan), Some(progress)) = (self.plans.get(index), self.progress.get(index)) else { return Ok(()) };
-        let began = tokio::time::Instant::now();
-        let Part { sums, rows, bytes } = plan.read(readers, number).await?;
-        self.context.observer.moved(rows, bytes);
-        let complete = {
-            let mut progress = progress.lock().unwrap_or_else(PoisonError::into_inner);
-            progress.0.add(sums);
-            progress.1 -= 1;
-            (progress.1 == 0).then(|| std::mem::take(&mut progress.0))
-        };
-        if let Some(sums) = complete {
-            self.complete(plan, sums, readers).await?;
-        }
-        let share = if self.is_busy(readers).await { self.context.busy_percent } else { self.context.load_percent };
-        tokio::time::sleep(rest(began.elapsed(), share)).await;
-        Ok(())
-    }
-
-    /// Whether the source had other work to do just now. Asked after each part, and remembered for a while, because one
-    /// look may fall between two statements.
-    async fn is_busy(&self, readers: Readers<'_>) -> bool {
-        // Within a transaction the answer would stay the same; what is locked is to be read soon in any case.
-        if !self.locked {
-            let others = readers.source.query_one(OTHERS, &[]).await;
-            // What cannot be told is spared.
-            if others.map_or(true, |row| row.get(0)) {
-                let now = tokio::time::Instant::now();
-                *self.busy.lock().unwrap_or_else(PoisonError::into_inner) = Some(now);
-            }
-        }
-        let seen = *self.busy.lock().unwrap_or_else(PoisonError::into_inner);
-        seen.is_some_and(|seen| seen.elapsed() < BUSY)
-    }
-
-    /// All of a table was read.
-    async fn complete(&self, plan: &Arc<Plan>, sums: Sums, readers: Readers<'_>) -> Result<(), VerifyError> {
-        let rows = sums.rows();
-        let mut result = TableResult { rows, ..unreadable(&plan.table, "") };
-        result.problem = None;
-        let past = self.pasts.get(&plan.table).copied().unwrap_or_default();
-        result.repaired = past.repaired;
-        let mut damage = Damage::default();
-        if !sums.differing().is_empty() {
-            let buckets = plan.buckets(readers).await?;
-            let found = descend::rows(plan, readers, &buckets).await?;
-            (result.differences, result.listed, damage) = (found.differences, found.listed, found.damage);
-        }
-        if !self.locked && plan.rewritten(readers.source, readers.target).await? {
-            tracing::info!(table = %plan.table, "rewritten while it was read; it is read again");
-            note(self.done, Ended::Rewritten(plan.table.clone()));
-            return Ok(());
-        }
-        if result.differences > 0 && self.context.damaged == Damaged::Repaired && past.repairs < REPAIRS {
-            note(self.done, Ended::Damaged(plan.clone(), damage));
-            return Ok(());
-        }
-        self.context.observer.finished(&result).await?;
-        if result.differences > 0 {
-            tracing::warn!(table = %plan.table, differences = result.differences, "source and target differ");
-        }
-        note(self.done, Ended::Compared(result));
-        Ok(())
-    }
-}
-
-/// How long a worker rests that has read for `took`, to read for `share` percent of its time.
-fn rest(took: Duration, share: u8) -> Duration {
-    let share = u32::from(share.clamp(1, 100));
-    took * (100 - share) / share
+    /// Its ranges, and those that are compared.
+    begun: Option<Begun>,
 }
 
 async fn prepare(source: &Control, target: &Control) -> Result<(), VerifyError> {
@@ -597,18 +403,4 @@ async fn hasher(pair: &Pair) -> Result<Hasher, VerifyError> {
 /// The error that a stream of rows ended with.
 fn streamed<T>(doing: &'static str) -> impl Fn(Result<T, tokio_postgres::Error>) -> Result<T, VerifyError> {
     move |row| row.map_err(VerifyError::query(doing))
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn a_worker_rests_for_the_remainder_of_its_time() {
-        let took = Duration::from_millis(200);
-        assert_eq!(rest(took, 100), Duration::ZERO);
-        assert_eq!(rest(took, 50), took);
-        assert_eq!(rest(took, 4), took * 24);
-        assert_eq!(rest(took, 0), took * 99, "never for ever");
-    }
 }

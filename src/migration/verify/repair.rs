@@ -49,6 +49,18 @@ pub(super) struct Damage {
     pub(super) hashes: Vec<i64>,
 }
 
+impl Damage {
+    pub(super) fn is_empty(&self) -> bool {
+        self.keys.is_empty() && self.hashes.is_empty()
+    }
+
+    /// As much more as one round of repairs takes on.
+    pub(super) fn add(&mut self, more: Self) {
+        self.keys.extend(more.keys.into_iter().take(DAMAGE.saturating_sub(self.keys.len())));
+        self.hashes.extend(more.hashes.into_iter().take(DAMAGE.saturating_sub(self.hashes.len())));
+    }
+}
+
 /// Mends one table, and returns how many rows were removed or written to do so.
 pub(super) async fn table(context: &VerifyContext, plan: &Plan, damage: &Damage) -> Result<u64, VerifyError> {
     let mut repaired = 0;

@@ -3,9 +3,11 @@
 use std::collections::BTreeMap;
 
 use super::align::Pair;
+use super::chunks::{Begun, Pages, divide, sorted};
 use super::expression::{Column, Hasher, reconcile};
-use super::{PART_BYTES, Readers, VerifyError};
-use crate::ident::{QualifiedName, quote_literal};
+use super::round::Readers;
+use super::{VerifyContext, VerifyError};
+use crate::ident::{QualifiedName, quote_ident, quote_literal};
 use crate::postgres::Control;
 
 /// Rows that one bucket is to hold.
@@ -36,7 +38,7 @@ SELECT b.name, b.shown,
 
 /// The key that rows are told apart by: the primary key, or else the replica identity's index.
 const KEY: &str = "
-SELECT a.attname::text
+SELECT a.attname::text, i.indisprimary
   FROM pg_index i CROSS JOIN LATERAL unnest(i.indkey::int2[]) WITH ORDINALITY AS k (attnum, position)
   JOIN pg_attribute a ON a.attrelid = i.indrelid AND a.attnum = k.attnum
  WHERE i.indexrelid = (SELECT x.indexrelid FROM pg_index x
@@ -71,6 +73,16 @@ pub(super) struct Plan {
     pub(super) hasher: Hasher,
     /// One less than the number of buckets, which is a power of two.
     mask: i64,
+    cut: Cut,
+}
+
+/// What one part is.
+#[derive(Debug)]
+enum Cut {
+    /// A range of blocks; so many on each server, which are the same rows only all together.
+    Blocks(u32),
+    /// A range of the key's first columns: the same rows on both servers.
+    Key(Vec<Column>, Begun),
 }
 
 /// What one part came to.
@@ -115,11 +127,15 @@ impl Sums {
 }
 
 impl Plan {
-    /// Looks at the table on both servers; the inner error says why it cannot be compared.
+    /// Looks at the table on both servers; the inner error says why it cannot be compared. `begun` is what was compared of
+    /// it already. A sample of a large table is read by `samplers`.
     pub(super) async fn make(
         pair: &Pair,
+        samplers: Readers<'_>,
+        context: &VerifyContext,
         table: &QualifiedName,
         hasher: &Hasher,
+        begun: Option<&Begun>,
     ) -> Result<Result<Self, String>, VerifyError> {
         let (source, target) = (place(&pair.source, table).await?, place(&pair.target, table).await?);
         let (Some(mut source), Some(mut target)) = (source, target) else {
@@ -134,7 +150,7 @@ impl Plan {
             return Ok(Err(format!("columns that only one of the servers has: {}", alone.join(", "))));
         }
         (source.columns, target.columns) = reconcile(&source.columns, &target.columns);
-        let rows = pair.source.query(KEY, &[&source.oid]).await.map_err(VerifyError::query("reading a key"))?;
+        let (key, is_primary) = key(&pair.source, source.oid).await?;
         let filter = pair
             .source
             .query_opt(
@@ -145,17 +161,50 @@ impl Plan {
             )
             .await
             .map_err(VerifyError::query("reading what belongs to an extension"))?;
-        let rows_likely = source.rows.max(target.rows).max(source.blocks * source.block_size / LIKELY_ROW_BYTES);
-        let buckets = (rows_likely / BUCKET_ROWS).clamp(1, BUCKETS).next_power_of_two();
+        let filter: String = filter.map(|row| row.get(0)).unwrap_or_default();
+        let bytes = source.bytes().max(target.bytes());
+        let parts = u32::try_from(bytes.div_ceil(context.part_bytes.max(1)).clamp(1, 1 << 20)).unwrap_or(1);
+        let mut cut = Cut::Blocks(if source.tid_ranges && target.tid_ranges { parts } else { 1 });
+        if is_primary && filter.is_empty() && self::key(&pair.target, target.oid).await? == (key.clone(), true) {
+            let columns = sorted(&key, &source.columns, &target.columns);
+            let layout = layout(&columns, &source.columns, &target.columns);
+            let begun = match begun.filter(|begun| begun.layout == layout) {
+                Some(begun) => Some(begun.clone()),
+                None => {
+                    let here = Pages { server: samplers.source, blocks: source.blocks };
+                    let there = Pages { server: samplers.target, blocks: target.blocks };
+                    let bounds = divide(here, there, table, &columns, parts).await?;
+                    bounds.map(|bounds| Begun { layout, bounds, ..Begun::default() })
+                }
+            };
+            if let Some(begun) = begun {
+                cut = Cut::Key(columns, begun);
+            }
+        }
+        let rows_likely = source.rows.max(target.rows).max(source.bytes() / LIKELY_ROW_BYTES);
+        let apart = match &cut {
+            Cut::Blocks(_) => 1,
+            Cut::Key(_, begun) => u64::from(begun.chunks()),
+        };
+        let buckets = (rows_likely / apart / BUCKET_ROWS).clamp(1, BUCKETS).next_power_of_two();
         Ok(Ok(Self {
             table: table.clone(),
             source,
             target,
-            key: rows.iter().map(|row| row.get(0)).collect(),
-            filter: filter.map(|row| row.get(0)).unwrap_or_default(),
+            key,
+            filter,
             hasher: hasher.clone(),
             mask: i64::try_from(buckets - 1).unwrap_or(0),
+            cut,
         }))
+    }
+
+    /// Where its parts are compared each on its own: which there are, and which were compared already.
+    pub(super) fn begun(&self) -> Option<&Begun> {
+        match &self.cut {
+            Cut::Blocks(_) => None,
+            Cut::Key(_, begun) => Some(begun),
+        }
     }
 
     /// Its columns on one server, in the same order on both.
@@ -173,40 +222,77 @@ impl Plan {
 
     /// Size on the source.
     pub(super) fn bytes(&self) -> u64 {
-        self.source.blocks * self.source.block_size
+        self.source.bytes()
     }
 
     /// How many parts there are, at least one.
     pub(super) fn parts(&self) -> u32 {
-        if !(self.source.tid_ranges && self.target.tid_ranges) {
-            return 1;
+        match &self.cut {
+            Cut::Blocks(parts) => *parts,
+            Cut::Key(_, begun) => begun.chunks(),
         }
-        let bytes = self.bytes().max(self.target.blocks * self.target.block_size);
-        u32::try_from(bytes.div_ceil(PART_BYTES).clamp(1, 1 << 20)).unwrap_or(1)
+    }
+
+    /// The parts that are to be read.
+    pub(super) fn left(&self) -> Vec<u32> {
+        match &self.cut {
+            Cut::Blocks(parts) => (0..*parts).collect(),
+            Cut::Key(_, begun) => begun.left(),
+        }
+    }
+
+    /// Size of one of them.
+    pub(super) fn part_bytes(&self) -> u64 {
+        self.bytes() / u64::from(self.parts())
     }
 
     /// Reads one part on both servers at the same time.
     pub(super) async fn read(&self, readers: Readers<'_>, number: u32) -> Result<Part, VerifyError> {
-        readers.join().await?;
+        self.join(readers).await?;
         let sums = self.both(readers, number, Grain::Part).await?;
         readers.leave().await?;
         let rows = sums.rows();
-        Ok(Part { sums, rows, bytes: self.bytes() / u64::from(self.parts()) })
+        Ok(Part { sums, rows, bytes: self.part_bytes() })
     }
 
-    /// The buckets that differ. Reads the table once more, under the same snapshots, so the work is done only where it is
-    /// known to find something.
-    pub(super) async fn buckets(&self, readers: Readers<'_>) -> Result<Vec<i64>, VerifyError> {
+    /// The buckets that differ, of one range of the key or of all blocks. Reads the rows once more, under the same
+    /// snapshots, so the work is done only where it is known to find something.
+    pub(super) async fn buckets(&self, readers: Readers<'_>, number: u32) -> Result<Vec<i64>, VerifyError> {
         if self.mask == 0 {
             return Ok(vec![0]);
         }
+        let parts = match &self.cut {
+            Cut::Blocks(parts) => 0..*parts,
+            Cut::Key(..) => number..number + 1,
+        };
         let mut sums = Sums::default();
-        readers.join().await?;
-        for number in 0..self.parts() {
+        self.join(readers).await?;
+        for number in parts {
             sums.add(self.both(readers, number, Grain::Buckets).await?);
         }
         readers.leave().await?;
         Ok(sums.differing())
+    }
+
+    /// Begins to read under the snapshots.
+    pub(super) async fn join(&self, readers: Readers<'_>) -> Result<(), VerifyError> {
+        readers.join().await?;
+        if let Cut::Key(..) = self.cut {
+            // What a table without statistics looks like to the planner must not have all of it read for each range.
+            for server in [readers.source, readers.target] {
+                let set = server.batch_execute("SET LOCAL enable_seqscan = off").await;
+                set.map_err(VerifyError::query("preparing to read a range"))?;
+            }
+        }
+        Ok(())
+    }
+
+    /// The condition for one part on one server; empty: all rows.
+    fn range(&self, place: &Place, number: u32) -> String {
+        match &self.cut {
+            Cut::Blocks(parts) => place.range(number, *parts),
+            Cut::Key(columns, begun) => begun.range(columns, number),
+        }
     }
 
     async fn both(&self, readers: Readers<'_>, number: u32, grain: Grain) -> Result<Sums, VerifyError> {
@@ -232,7 +318,7 @@ impl Plan {
             "SELECT {bucket}, count(*), sum(h)::text FROM (SELECT {} AS h FROM ONLY {} {} OFFSET 0) AS r {group}",
             self.hasher.hash(&place.columns),
             self.table,
-            condition(&[&self.filter, &place.range(number, self.parts())]),
+            condition(&[&self.filter, &self.range(place, number)]),
         );
         let rows = server.query(&sql, &[]).await.map_err(VerifyError::query("reading a table"))?;
         rows.iter()
@@ -244,9 +330,9 @@ impl Plan {
             .collect()
     }
 
-    /// The rows of some buckets on one server: hash of the key, hash of the row, the key or the place as text; in the
-    /// order of the hashes.
-    pub(super) fn rows_sql(&self, side: Side, buckets: &[i64]) -> String {
+    /// The rows of some buckets on one server, of one range of the key or of all blocks: hash of the key, hash of the row,
+    /// the key or the place as text; in the order of the hashes.
+    pub(super) fn rows_sql(&self, side: Side, number: u32, buckets: &[i64]) -> String {
         let place = match side {
             Side::Source => &self.source,
             Side::Target => &self.target,
@@ -263,11 +349,15 @@ impl Plan {
         let key_column = key_hash.map_or_else(String::new, |hash| format!(", {hash} AS k"));
         let key = if key_column.is_empty() { "h" } else { "k" };
         let list: Vec<String> = buckets.iter().map(i64::to_string).collect();
+        let range = match &self.cut {
+            Cut::Blocks(_) => String::new(),
+            Cut::Key(columns, begun) => begun.range(columns, number),
+        };
         format!(
             "SELECT {key}, h, shown FROM (SELECT {row_hash} AS h{key_column}, {shown} AS shown FROM ONLY {} {} OFFSET 0) AS r
              WHERE h & {} IN ({}) ORDER BY 1, 2",
             self.table,
-            condition(&[&self.filter, ""]),
+            condition(&[&self.filter, &range]),
             self.mask,
             list.join(", "),
         )
@@ -305,6 +395,10 @@ pub(super) enum Side {
 }
 
 impl Place {
+    fn bytes(&self) -> u64 {
+        self.blocks * self.block_size
+    }
+
     /// The condition for one of `parts` parts; the last one is open, so that nothing is beyond it.
     fn range(&self, number: u32, parts: u32) -> String {
         if parts == 1 {
@@ -323,6 +417,23 @@ fn condition([filter, range]: &[&str; 2]) -> String {
         ("", range) => format!("WHERE {range}"),
         (filter, range) => format!("{filter} AND {range}"),
     }
+}
+
+/// Columns of the table's key in their order, and whether it is the primary one.
+async fn key(holder: &Control, table: u32) -> Result<(Vec<String>, bool), VerifyError> {
+    let rows = holder.query(KEY, &[&table]).await.map_err(VerifyError::query("reading a key"))?;
+    let is_primary = rows.first().is_some_and(|row| row.get(1));
+    Ok((rows.iter().map(|row| row.get(0)).collect(), is_primary))
+}
+
+/// What ranges of a key belong to.
+fn layout(key: &[Column], source: &[Column], target: &[Column]) -> String {
+    let list = |columns: &[Column]| {
+        let texts: Vec<String> =
+            columns.iter().map(|column| format!("{} {}", quote_ident(&column.name), column.type_name)).collect();
+        texts.join(", ")
+    };
+    format!("({}) ({}) ({})", list(key), list(source), list(target))
 }
 
 async fn place(holder: &Control, table: &QualifiedName) -> Result<Option<Place>, VerifyError> {
