@@ -60,7 +60,7 @@ impl Place {
         const MIGRATIONS: Part = part("migrations", 2, migrations::TARGET_CONTROL_DDL);
         const VERIFICATION: Part = part("verification", 2, verification::TARGET_CONTROL_DDL);
         const MARKER: Part = part("marker", 1, progress::SOURCE_DATABASE_DDL);
-        const PROGRESS: Part = part("progress", 1, progress::TARGET_DATABASE_DDL);
+        const PROGRESS: Part = part("progress", 2, progress::TARGET_DATABASE_DDL);
         // A rollback leads the other way, so both control databases hold fences and decisions.
         match self {
             Self::SourceControl => &[FENCE, DECISION],

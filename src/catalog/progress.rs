@@ -10,6 +10,7 @@
 
 use tokio_postgres::GenericClient;
 
+use super::claims::ServerIdentity;
 use super::migrations::{CatalogError, Generation};
 use crate::lsn::Lsn;
 
@@ -29,6 +30,8 @@ CREATE TABLE IF NOT EXISTS pgcutover.progress (
     changed_at  timestamptz NOT NULL DEFAULT now(),
     PRIMARY KEY (migration, lane)
 );
+ALTER TABLE pgcutover.progress ADD COLUMN IF NOT EXISTS followed_system text,
+                               ADD COLUMN IF NOT EXISTS followed_timeline integer;
 ";
 
 /// Tables of a migrated database on the source: the row whose update tells the drain of a cutover that everything before
@@ -86,6 +89,37 @@ pub async fn read(client: &impl GenericClient, migration: &str) -> Result<Option
         .await
         .map_err(|source| CatalogError::query("read the apply progress", source))?;
     Ok(row.map(|row| Progress { commit_lsn: row.get(0), end_lsn: row.get(1), marker: row.get(2) }))
+}
+
+/// The server whose changes are applied, as it was last seen; none before it was looked at.
+pub async fn followed(client: &impl GenericClient, migration: &str) -> Result<Option<ServerIdentity>, CatalogError> {
+    let row = client
+        .query_opt(
+            "SELECT followed_system, followed_timeline FROM pgcutover.progress
+             WHERE migration = $1 AND lane = $2 AND followed_system IS NOT NULL",
+            &[&migration, &LANE],
+        )
+        .await
+        .map_err(|source| CatalogError::query("read which server is followed", source))?;
+    Ok(row.map(|row| ServerIdentity { system_identifier: row.get(0), timeline: row.get(1) }))
+}
+
+/// Keeps which server is followed. The lane must have been claimed.
+pub async fn follow(
+    client: &impl GenericClient,
+    migration: &str,
+    generation: Generation,
+    server: &ServerIdentity,
+) -> Result<(), CatalogError> {
+    let kept = client
+        .execute(
+            "UPDATE pgcutover.progress SET followed_system = $1, followed_timeline = $2
+             WHERE migration = $3 AND lane = $4 AND generation = $5",
+            &[&server.system_identifier, &server.timeline, &migration, &LANE, &generation.0],
+        )
+        .await
+        .map_err(|source| CatalogError::query("keep which server is followed", source))?;
+    if kept == 1 { Ok(()) } else { Err(CatalogError::Fenced(generation.0)) }
 }
 
 /// Text of the statement that an apply transaction ends with: parameters commit_lsn, end_lsn, marker (null: keep),

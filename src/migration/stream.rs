@@ -17,6 +17,7 @@
 //! The queue between reading and applying is bounded in bytes. While it is full nothing is read, and the walsender
 //! client goes on sending feedback by itself.
 
+pub mod history;
 mod reading;
 
 use std::collections::HashMap;
@@ -24,6 +25,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use tokio::sync::{mpsc, watch};
 
+use self::history::HistoryError;
 use self::reading::Reading;
 use super::apply::applier::{Applied, Applier, ApplyError, Counters, Tally};
 use super::apply::executor::{ExecuteError, Executor};
@@ -33,7 +35,7 @@ use super::gate::Gate;
 use super::snapshot::HandOver;
 use crate::catalog::door::{Door, DoorError};
 use crate::catalog::migrations::{CatalogError, Generation};
-use crate::catalog::progress;
+use crate::catalog::{Place, RecordError, bootstrap, progress};
 use crate::failpoint::{self, Failpoints};
 use crate::ident::QualifiedName;
 use crate::lsn::Lsn;
@@ -186,6 +188,12 @@ pub enum StreamError {
         /// Progress on the target.
         applied: Lsn,
     },
+    /// The server that is followed is not what it was.
+    #[error(transparent)]
+    History(#[from] HistoryError),
+    /// The tables of the progress could not be made.
+    #[error(transparent)]
+    Record(#[from] RecordError),
     /// The walsender failed.
     #[error(transparent)]
     Walsender(#[from] WalsenderError),
@@ -205,11 +213,14 @@ impl StreamError {
     pub fn is_transient(&self) -> bool {
         match self {
             Self::Connect(error) => error.sqlstate().is_none_or(transient_sqlstate),
+            Self::History(error) => error.is_transient(),
+            Self::Record(RecordError::Query { source, .. }) => transient_query(source),
             // A fence that is being raised or lifted at this moment.
             Self::Door(_) => true,
             Self::Catalog(CatalogError::Connect { source, .. }) => source.sqlstate().is_none_or(transient_sqlstate),
             Self::Catalog(CatalogError::Query { source, .. }) | Self::Slot(source) => transient_query(source),
             Self::Catalog(CatalogError::Fenced(_) | CatalogError::Unreadable { .. } | CatalogError::Exists(_))
+            | Self::Record(_)
             | Self::SlotMissing { .. }
             | Self::SlotLost { .. }
             | Self::SlotAhead { .. }
@@ -245,7 +256,9 @@ impl StreamError {
     pub fn code(&self) -> &'static str {
         match self {
             Self::Connect(_) | Self::Door(_) => "connection",
-            Self::Catalog(_) => "catalog",
+            Self::Catalog(_) | Self::Record(_) | Self::History(HistoryError::Record(_)) => "catalog",
+            Self::History(HistoryError::InRecovery { .. }) => "replication",
+            Self::History(_) => "source_history",
             Self::SlotMissing { .. } | Self::Walsender(WalsenderError::SlotMissing { .. }) => "slot_missing",
             Self::SlotLost { .. } | Self::Walsender(WalsenderError::SlotLost { .. }) => "slot_lost",
             Self::Slot(_) | Self::Walsender(_) => "replication",
@@ -272,16 +285,19 @@ impl StreamError {
             | Self::SlotMissing { .. }
             | Self::SlotLost { .. }
             | Self::SlotAhead { .. }
+            | Self::History(_)
+            | Self::Record(_)
             | Self::Walsender(_)
             | Self::Failpoint(_) => None,
         }
     }
 }
 
-/// Connection failures, shortages and lost races: PostgreSQL documentation, appendix A.
+/// Connection failures, shortages, lost races, and a server that takes no writes for now (25006: it is a standby): PostgreSQL
+/// documentation, appendix A.
 pub(super) fn transient_sqlstate(sqlstate: &str) -> bool {
     matches!(sqlstate.get(..2), Some("08" | "53" | "57" | "58"))
-        || matches!(sqlstate, "40001" | "40P01" | "55006" | "55P03" | "25P02" | "25P03")
+        || matches!(sqlstate, "25006" | "40001" | "40P01" | "55006" | "55P03" | "25P02" | "25P03")
 }
 
 pub(super) fn transient_raw(error: &RawError) -> bool {
@@ -365,9 +381,15 @@ async fn attempt(context: &StreamContext, status: &StreamStatus) -> Result<Never
         (None, None) => connect.await?,
     };
     let target = Arc::new(target);
+    // Of an earlier version, perhaps.
+    bootstrap(&target, Place::TargetDatabase).await?;
     let progress = progress::claim(&**target, &context.migration, context.generation, context.slot_start).await?;
     let source = context.source.control(&context.database, "stream-control").await?;
     check_slot(&source, &context.slot, progress.end_lsn).await?;
+    let copied = context.hand_overs.values().map(|hand_over| hand_over.position).max().unwrap_or(Lsn::ZERO);
+    let reached = progress.end_lsn.max(copied);
+    let (migration, generation) = (&context.migration, context.generation);
+    history::check(&context.source, &source, &target, migration, generation, reached).await?;
     drop(source);
 
     let executor = Executor::new(connection, &context.migration, context.generation).await.map_err(ApplyError::from)?;
@@ -465,7 +487,7 @@ mod tests {
 
     #[test]
     fn only_what_can_mend_itself_is_tried_again() {
-        for transient in ["08006", "53300", "57P01", "57P03", "40P01", "55006"] {
+        for transient in ["08006", "25006", "53300", "57P01", "57P03", "40P01", "55006"] {
             assert!(transient_sqlstate(transient), "{transient}");
         }
         for lasting in ["23505", "42P01", "22P02", "42501", "28P01"] {

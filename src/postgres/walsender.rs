@@ -217,6 +217,13 @@ impl ReplicationConnection {
         Ok(identity.ok_or_else(|| self.connection.violation("answer to IDENTIFY_SYSTEM".to_owned()))?)
     }
 
+    /// The history file of `timeline`: a line for each timeline before it, with its number and where it ended.
+    pub async fn timeline_history(&mut self, timeline: u32) -> Result<String, WalsenderError> {
+        let rows = self.connection.simple_query(&format!("TIMELINE_HISTORY {timeline}")).await?;
+        let content = rows.first().and_then(|row| row.get(1)?.clone());
+        Ok(content.ok_or_else(|| self.connection.violation("answer to TIMELINE_HISTORY".to_owned()))?)
+    }
+
     /// Makes a permanent pgoutput slot. The server waits until every transaction that is open has ended; after `limit`
     /// the attempt is cancelled on the server, which removes what it had made. (A connection merely dropped would leave
     /// the server waiting, and in the end a slot that nobody reads and that holds back WAL for ever.)

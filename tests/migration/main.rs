@@ -1,6 +1,8 @@
 //! Whole migrations on real servers: under write load, killed and restarted, cancelled, offline, and the scenarios that
 //! break a naive engine.
 
+mod faults;
+mod history;
 mod source;
 #[path = "../support/mod.rs"]
 mod support;

@@ -1,22 +1,11 @@
 //! What a migration asks of the source, and what it does when that is too much.
 
-use std::sync::Arc;
 use std::time::Duration;
 
-use pgcutover::config::Config;
 use pgcutover::demo::cluster::Stop;
 
 use crate::support::{connect, wait_for};
 use crate::world::{World, create, reach, spec};
-
-impl World {
-    fn with(mut self, change: impl FnOnce(&mut Config)) -> Self {
-        let mut config = (*self.config).clone();
-        change(&mut config);
-        self.config = Arc::new(config);
-        self
-    }
-}
 
 const SLOTS: &str = "SELECT count(*) FROM pg_replication_slots";
 

@@ -94,6 +94,14 @@ impl World {
         Self::start(major, major)
     }
 
+    /// The same with the configuration changed.
+    pub fn with(mut self, change: impl FnOnce(&mut Config)) -> Self {
+        let mut config = (*self.config).clone();
+        change(&mut config);
+        self.config = Arc::new(config);
+        self
+    }
+
     pub fn engine(&self, failpoints: &str) -> Running {
         let instance = InstanceId::random();
         let connector = |server, label| Connector::new(server, label, &instance).expect("connector");

@@ -4,12 +4,12 @@
 //! then the connection that carried it is cut, before or after the server has received it.
 
 use std::net::SocketAddr;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicI64, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
 
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 use tokio::net::{TcpListener, TcpStream};
-use tokio::sync::watch;
+use tokio::sync::{Notify, watch};
 
 /// When a connection is cut.
 #[derive(Clone, Debug)]
@@ -27,6 +27,9 @@ pub struct Link {
     pub address: SocketAddr,
     cut: Arc<Mutex<Option<Cut>>>,
     cuts: Arc<AtomicU64>,
+    /// Cut the next connection that has carried so much in answers, or in requests.
+    answers_left: Arc<AtomicI64>,
+    requests_left: Arc<AtomicI64>,
     /// Counts up with every order to cut what is there.
     cut_all: watch::Sender<u64>,
     stalled: watch::Sender<bool>,
@@ -41,6 +44,8 @@ impl Link {
             address,
             cut: Arc::default(),
             cuts: Arc::default(),
+            answers_left: Arc::new(AtomicI64::new(i64::MAX)),
+            requests_left: Arc::new(AtomicI64::new(i64::MAX)),
             cut_all: watch::Sender::new(0),
             stalled: watch::Sender::new(false),
         };
@@ -61,6 +66,33 @@ impl Link {
     /// Cuts the next connection that carries the text, once.
     pub fn cut_once(&self, cut: Cut) {
         *self.cut.lock().expect("not poisoned") = Some(cut);
+    }
+
+    /// Cuts, once, the connection on which the server's answers come to so many bytes from now on, all connections together:
+    /// what was beyond never arrives.
+    pub fn cut_after_answers(&self, bytes: u64) {
+        self.answers_left.store(bytes.cast_signed(), Ordering::SeqCst);
+    }
+
+    /// The same of what clients send.
+    pub fn cut_after_requests(&self, bytes: u64) {
+        self.requests_left.store(bytes.cast_signed(), Ordering::SeqCst);
+    }
+
+    /// How much of `read` bytes may pass; less than all: the connection is cut behind it, and the bound is gone.
+    fn passing(&self, left: &AtomicI64, read: usize) -> usize {
+        let length = i64::try_from(read).expect("a buffer");
+        let before = left.fetch_sub(length, Ordering::SeqCst);
+        if before >= length {
+            return read;
+        }
+        if before < 0 {
+            // Another connection has reached the bound at this moment.
+            return read;
+        }
+        left.store(i64::MAX, Ordering::SeqCst);
+        self.cuts.fetch_add(1, Ordering::SeqCst);
+        usize::try_from(before).expect("not negative")
     }
 
     /// Cuts every connection that is there now.
@@ -93,13 +125,25 @@ impl Link {
         let mut passing = self.stalled.subscribe();
         let mut cut_all = self.cut_all.subscribe();
         cut_all.mark_unchanged();
+        let link = self.clone();
+        let broken = Arc::new(Notify::new());
+        let break_off = broken.clone();
         let answers = tokio::spawn(async move {
             let mut buffer = vec![0; 64 * 1024];
             while let Ok(read) = from_server.read(&mut buffer).await
                 && read > 0
                 && passing.wait_for(|stalled| !stalled).await.is_ok()
-                && to_client.write_all(&buffer[..read]).await.is_ok()
-            {}
+            {
+                let passes = link.passing(&link.answers_left, read);
+                let written = to_client.write_all(&buffer[..passes]).await;
+                if passes < read {
+                    broken.notify_one();
+                    return;
+                }
+                if written.is_err() {
+                    return;
+                }
+            }
         });
         let mut passing = self.stalled.subscribe();
         let mut buffer = vec![0; 64 * 1024];
@@ -108,8 +152,14 @@ impl Link {
             let read = tokio::select! {
                 read = from_client.read(&mut buffer) => read.unwrap_or(0),
                 _ = cut_all.changed() => 0,
+                () = break_off.notified() => 0,
             };
             if read == 0 || passing.wait_for(|stalled| !stalled).await.is_err() {
+                break;
+            }
+            let passes = self.passing(&self.requests_left, read);
+            if passes < read {
+                let _ = to_server.write_all(&buffer[..passes]).await;
                 break;
             }
             match self.triggered(&buffer[..read]) {

@@ -28,7 +28,7 @@ use crate::migration::identity::{self, Remedy};
 use crate::migration::schema::{self, Archive, Existing, PgDump, RestoreFailure, RestoreTarget};
 use crate::migration::sequences::SequencePair;
 use crate::migration::snapshot::HandOver;
-use crate::migration::stream::{self, StreamContext, describe};
+use crate::migration::stream::{self, StreamContext, describe, history};
 use crate::migration::view::Mode;
 use crate::migration::{made, materialized, publication, unstreamed};
 use crate::postgres::Control;
@@ -323,11 +323,14 @@ impl DatabaseWork {
         // After a restart the row is still another engine's.
         let control = self.context.target.control(&row.database, "copy-claim").await?;
         let start = row.slot_start.unwrap_or_default();
-        progress::claim(&*control, self.migration(), self.context.catalog.generation(), start).await?;
-        drop(control);
-        let rows = self.context.catalog.tables(self.migration(), &row.database).await?;
+        let (migration, generation) = (self.migration(), self.context.catalog.generation());
+        progress::claim(&*control, migration, generation, start).await?;
+        let rows = self.context.catalog.tables(migration, &row.database).await?;
         self.live.load_tables(&rows);
         let source = self.context.source_control(&row.database, "copy-list").await?;
+        let reached = rows.iter().filter_map(|row| row.hand_over).max().unwrap_or(start).max(start);
+        history::check(&self.context.source, &source, &control, migration, generation, reached).await?;
+        drop(control);
         let listed = copy::list_tables(&source).await?;
         drop(source);
         let tables = left_to_copy(&rows, listed)?;

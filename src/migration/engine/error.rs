@@ -285,7 +285,7 @@ impl WorkError {
 
 fn stream_hint(error: &StreamError) -> &'static str {
     match error.code() {
-        "slot_missing" | "slot_lost" | "slot_ahead" => {
+        "slot_missing" | "slot_lost" | "slot_ahead" | "source_history" => {
             "the target cannot catch up any more: cancel the migration and create it again with --overwrite-target"
         }
         "schema_differs" => "make the same change of definition on the target, then retry",
