@@ -34,7 +34,11 @@ impl World {
             self.source.stop(Stop::Immediate).expect("stopped");
         }
         let data = self.source.data_dir();
-        run(Command::new("sh").arg("-c").arg(r#"find "$0" -mindepth 1 -delete && cp -a "$1"/. "$0""#).arg(&data).arg(&kept.data));
+        run(Command::new("sh")
+            .arg("-c")
+            .arg(r#"find "$0" -mindepth 1 -delete && cp -a "$1"/. "$0""#)
+            .arg(&data)
+            .arg(&kept.data));
         if standby {
             // Of the same owner as the rest.
             let signal = |from: &Path| run(Command::new("cp").arg("-a").arg(from).arg(data.join("standby.signal")));
