@@ -2,7 +2,12 @@
 
 CARGO ?= cargo
 
-.PHONY: demo test random servers screenshots check help
+# Where Cargo keeps the sources of other packages. Paths of the machine that builds must not show in what is built.
+cargo_home := $(or $(CARGO_HOME),$(HOME)/.cargo)
+target_dir := $(or $(CARGO_TARGET_DIR),target)
+remapped = $(1)=$(CURDIR)=/pgcutover $(1)=$(cargo_home)=/cargo
+
+.PHONY: demo test release random servers screenshots check help
 
 help: ## list the commands
 	@sed -n 's/^\([a-z]*\):.*## /  make \1	/p' Makefile
@@ -12,6 +17,11 @@ demo: servers ## move a live database between two throw-away servers; ends with 
 
 test: servers ## every test, documentation examples included
 	$(CARGO) test --no-fail-fast
+
+release: ## the program to install; the same bytes from the same commit and compiler, wherever it is built
+	RUSTFLAGS="$(call remapped,--remap-path-prefix)" CFLAGS="$(call remapped,-ffile-prefix-map)" \
+		$(CARGO) build --release --locked --bin pgcutover
+	@ls -s --block-size=1 $(target_dir)/release/pgcutover && sha256sum $(target_dir)/release/pgcutover
 
 random: servers ## move random databases while everything is killed at random; SEEDS=200 for a night
 	RANDOM_SEEDS=$(or $(SEEDS),10) $(CARGO) test --test randomised -- --nocapture
