@@ -502,6 +502,8 @@ pub struct Cutover {
     pub max_lag_at_start_bytes: u64,
     /// Unlogged tables and large objects may be so large in all, in bytes: they are carried inside the pause.
     pub max_unstreamed_bytes: u64,
+    /// How long the server that a cutover leads to may be warmed before the pause; zero: not at all.
+    pub warm_target: Duration,
     /// Transactions that outlast the drain.
     pub stragglers: Stragglers,
     /// A cutover begins only when every table was found equal since it was last written to.

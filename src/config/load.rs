@@ -260,6 +260,7 @@ fn cutover(mut section: Section<'_>) -> Cutover {
         drain_timeout: section.duration("drain_timeout", Duration::from_secs(3)),
         max_lag_at_start_bytes: section.size("max_lag_at_start", 16 * MB, 0..=u64::MAX),
         max_unstreamed_bytes: section.size("max_unstreamed", 64 * MB, 0..=u64::MAX),
+        warm_target: section.duration("warm_target", Duration::from_secs(10)),
         require_verified: section.flag("require_verified", false),
         stragglers: section.choice(
             "stragglers",

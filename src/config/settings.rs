@@ -164,6 +164,7 @@ impl Config {
         add("cutover", "drain_timeout", format_duration(cutover.drain_timeout), Reload);
         add("cutover", "max_lag_at_start", format_size(cutover.max_lag_at_start_bytes), Reload);
         add("cutover", "max_unstreamed", format_size(cutover.max_unstreamed_bytes), Restart);
+        add("cutover", "warm_target", format_duration(cutover.warm_target), Restart);
         add("cutover", "require_verified", cutover.require_verified.to_string(), Restart);
         add("cutover", "stragglers", cutover.stragglers.as_str().to_owned(), Reload);
         add("admin", "address", address(self.admin.address), Restart);

@@ -67,6 +67,7 @@ fn the_smallest_file_works_and_has_the_documented_defaults() {
     assert_eq!(config.cutover.drain_timeout, Duration::from_secs(3));
     assert_eq!(config.cutover.max_lag_at_start_bytes, 16 << 20);
     assert_eq!(config.cutover.max_unstreamed_bytes, 64 << 20);
+    assert_eq!(config.cutover.warm_target, Duration::from_secs(10));
     assert_eq!(config.cutover.stragglers, Stragglers::Abort);
     assert_eq!(config.limits.max_message_bytes, 1 << 30);
     assert_eq!(config.limits.client_login_timeout, Duration::from_secs(15));

@@ -1,6 +1,8 @@
 //! What a cutover asks for before its pause: definitions compared, and everything brought over once more that no stream
 //! carries and may have changed since the copy.
 
+use std::time::Instant;
+
 use super::error::EngineError;
 use super::live::Live;
 use super::{Engine, has_come_back};
@@ -8,7 +10,8 @@ use crate::catalog::journal::Journal;
 use crate::catalog::streams::Direction;
 use crate::migration::made::Mirrored;
 use crate::migration::roles::{self, RoleReport};
-use crate::migration::{drift, materialized, schema, unstreamed};
+use crate::migration::stream::describe;
+use crate::migration::{drift, materialized, schema, unstreamed, warm};
 use crate::postgres::Connector;
 
 /// The one setting of a database that is ours: the fence's.
@@ -41,7 +44,39 @@ impl Engine {
             self.bring_over_unstreamed(from, to, &database.name).await?;
             notes.extend(self.refresh_once_more(from, to, &database.name).await?);
         }
+        notes.extend(self.warm(live, from, to).await);
         Ok(notes)
+    }
+
+    /// What the server that is left reads most, into the memory of the other. Returns what could not be done.
+    async fn warm(&self, live: &Live, from: &Connector, to: &Connector) -> Vec<String> {
+        let limit = self.deps.config.cutover.warm_target;
+        if limit.is_zero() {
+            return Vec::new();
+        }
+        let deadline = Instant::now() + limit;
+        let mut notes = Vec::new();
+        for database in &live.databases {
+            let name = &database.name;
+            let warming = async {
+                let to = to.control(name, "warm").await?;
+                let from = from.control(name, "warm").await?;
+                // Every database has an equal part.
+                let budget = warm::shared_buffers(&to).await? / live.databases.len() as u64;
+                Ok::<_, Box<dyn std::error::Error + Send + Sync>>(warm::warm(&from, &to, budget, deadline).await?)
+            };
+            match Box::pin(warming).await {
+                Ok(warmed) => {
+                    tracing::info!(migration = live.name(), database = name, ?warmed, "warmed");
+                    if warmed.cut_short {
+                        let mb = warmed.bytes >> 20;
+                        notes.push(format!("{name:?} is warm in part, {mb} MB of it: warm_target was over"));
+                    }
+                }
+                Err(error) => notes.push(format!("{name:?} could not be warmed: {}", describe(&*error))),
+            }
+        }
+        notes
     }
 
     /// Unlogged tables and large objects, if they are small enough to be carried again inside the pause.
