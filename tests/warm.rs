@@ -58,13 +58,15 @@ async fn what_is_read_most_is_in_memory_afterwards() {
         Connector::new(&server, label, &InstanceId::random()).expect("no TLS to prepare")
     };
     let (from, to) = (connector(&source, "source"), connector(&target, "target"));
-    let (from, to) = (from.control("postgres", "warm").await.expect("in"), to.control("postgres", "warm").await.expect("in"));
+    let (from, to) =
+        (from.control("postgres", "warm").await.expect("in"), to.control("postgres", "warm").await.expect("in"));
     bootstrap(&to, Place::TargetDatabase).await.expect("our schema");
     let before = objects(&target).await;
 
     let soon = Instant::now() + Duration::from_secs(60);
     // Room for the table, its key and its long values, not for the other table.
-    let sized = r#"SELECT pg_total_relation_size('public."Hot ""tåble"') - pg_relation_size('public."Hot ""tåble"', 'fsm')"#;
+    let sized =
+        r#"SELECT pg_total_relation_size('public."Hot ""tåble"') - pg_relation_size('public."Hot ""tåble"', 'fsm')"#;
     let budget: i64 = to.query_one(sized, &[]).await.expect("sized").get(0);
     let warmed = warm::warm(&from, &to, budget.unsigned_abs(), soon).await.expect("warmed");
     assert!(!warmed.cut_short && warmed.analysed == 2, "{warmed:?}");

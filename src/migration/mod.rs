@@ -31,5 +31,5 @@ pub mod stream;
 pub mod unstreamed;
 pub mod verify;
 pub mod view;
-pub mod warm;
 mod wal_limit;
+pub mod warm;

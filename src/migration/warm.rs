@@ -154,10 +154,8 @@ async fn read(
             // Rows that are new are at the end.
             Some(schema) => {
                 let size = i64::try_from(size).unwrap_or(i64::MAX);
-                let sql = format!(
-                    "SELECT {}.pg_prewarm($1::oid::regclass, 'buffer', 'main', $2, $3)",
-                    quote_ident(schema)
-                );
+                let sql =
+                    format!("SELECT {}.pg_prewarm($1::oid::regclass, 'buffer', 'main', $2, $3)", quote_ident(schema));
                 let mut first = size - blocks;
                 while first < size {
                     let last = (first + CHUNK_BLOCKS).min(size) - 1;
@@ -186,7 +184,9 @@ async fn measure(to: &Control, hot: &Hot) -> Result<Option<(u32, u64, u64)>, tok
     let oid = match hot.part {
         Part::Itself => "c.oid",
         Part::Toast => "c.reltoastrelid",
-        Part::ToastIndex => "(SELECT i.indexrelid FROM pg_catalog.pg_index i WHERE i.indrelid = c.reltoastrelid LIMIT 1)",
+        Part::ToastIndex => {
+            "(SELECT i.indexrelid FROM pg_catalog.pg_index i WHERE i.indrelid = c.reltoastrelid LIMIT 1)"
+        }
     };
     let query = format!(
         "SELECT r.oid, pg_catalog.pg_relation_size(r.oid), pg_catalog.current_setting('block_size')::bigint
