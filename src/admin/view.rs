@@ -18,9 +18,21 @@ pub struct CutoverView {
     pub pause_ms: u64,
     /// Each phase.
     pub phases_ms: PhasesView,
+    /// What prepare was spent on, in the order of the protocol.
+    #[serde(default)]
+    pub prepare_steps: Vec<TimedStepView>,
     /// What the pause was spent on, in the order of the protocol; some steps run beside each other.
     #[serde(default)]
-    pub pause_steps: Vec<PauseStepView>,
+    pub pause_steps: Vec<TimedStepView>,
+    /// Sessions that waited for the pause to end.
+    #[serde(default)]
+    pub sessions_held: u64,
+    /// The longest that any of them waited for that, in milliseconds.
+    #[serde(default)]
+    pub longest_hold_ms: f64,
+    /// What a real cutover would have done, after a dry run.
+    #[serde(default)]
+    pub would: Vec<IntentionView>,
     /// Sessions that went on without being reconnected.
     pub sessions_moved: u64,
     /// Sessions that were ended.
@@ -35,9 +47,21 @@ pub struct CutoverView {
     pub notes: Vec<String>,
 }
 
-/// One part of the pause.
+/// One thing that a cutover would do.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, schemars::JsonSchema)]
+pub struct IntentionView {
+    /// `move-sessions`, `end-session`, `set-sequences`, `carry-unstreamed`, `change-setting`, `shut-database`,
+    /// `lock-tables`, `make-way-back` or `lose-way-back`.
+    pub action: String,
+    /// Where; null: on the whole server.
+    pub database: Option<String>,
+    /// To what.
+    pub detail: String,
+}
+
+/// One part of prepare or of the pause.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize, schemars::JsonSchema)]
-pub struct PauseStepView {
+pub struct TimedStepView {
     /// What was done or waited for.
     pub step: String,
     /// How long, in milliseconds.

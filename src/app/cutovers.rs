@@ -9,13 +9,14 @@ use async_trait::async_trait;
 use crate::admin::command::CutoverRequest;
 use crate::admin::error::{AdminError, ErrorKind};
 use crate::admin::parts::{Clients, Cutovers, Migrations};
-use crate::admin::view::{BlockerView, CutoverView, MemberView, PauseStepView, PhasesView};
+use crate::admin::view::{BlockerView, CutoverView, IntentionView, MemberView, PhasesView, TimedStepView};
 use crate::catalog::streams::Direction;
 use crate::config::Config;
 use crate::cutover::CutoverError;
 use crate::cutover::coordinator::{Coordinator, CutoverOptions, CutoverState};
+use crate::cutover::forecast::Intention;
 use crate::cutover::hard_fence::Obstacle;
-use crate::cutover::report::CutoverReport;
+use crate::cutover::report::{CutoverReport, TimedStep};
 use crate::migration::view::{MigrationName, MigrationView};
 use crate::postgres::InstanceId;
 use crate::proxy::takeover::{Predecessor, Rendezvous};
@@ -153,17 +154,29 @@ fn phases(report: &CutoverReport) -> PhasesView {
     }
 }
 
+fn steps(steps: &[TimedStep]) -> Vec<TimedStepView> {
+    steps.iter().map(|one| TimedStepView { step: one.step.to_owned(), ms: one.ms }).collect()
+}
+
+fn intention(one: &Intention) -> IntentionView {
+    IntentionView {
+        action: word(one.action).unwrap_or_default(),
+        database: one.database.clone(),
+        detail: one.detail.clone(),
+    }
+}
+
 fn view(report: &CutoverReport) -> CutoverView {
     CutoverView {
         outcome: word(report.outcome).unwrap_or_default(),
         reason: report.reason.clone(),
         pause_ms: report.pause_ms,
         phases_ms: phases(report),
-        pause_steps: report
-            .pause_steps
-            .iter()
-            .map(|one| PauseStepView { step: one.step.to_owned(), ms: one.ms })
-            .collect(),
+        prepare_steps: steps(&report.prepare_steps),
+        pause_steps: steps(&report.pause_steps),
+        sessions_held: report.sessions_held,
+        longest_hold_ms: report.longest_hold_ms,
+        would: report.would.iter().map(intention).collect(),
         sessions_moved: report.sessions_moved,
         sessions_ended: report.sessions_ended,
         epoch: Some(report.epoch).filter(|epoch| *epoch > 0),

@@ -180,6 +180,11 @@ impl parts::Lease for Lease {
         lease.prepare_return(epoch).await.map_err(|error| refused(&error).message)
     }
 
+    async fn foresee_return(&self) -> Result<Option<String>, String> {
+        let Some(lease) = self.with(CutoverLease::clone) else { return Ok(None) };
+        lease.foresee_return().await.map_err(|error| refused(&error).message)
+    }
+
     fn replication(&self, database: &str) -> Replication {
         let names = self.handle(database).map(|handle| (handle.slot(), handle.publication()));
         let (slot, publication) = names.unwrap_or_default();

@@ -7,7 +7,7 @@ use serde_json::{Value, json};
 
 use super::client::ClientError;
 use super::{CliError, Format};
-use crate::admin::view::{CutoverView, MigrationEntry, StatusView};
+use crate::admin::view::{CutoverView, IntentionView, MigrationEntry, StatusView};
 use crate::config::units::format_size;
 use crate::migration::view::{CancelReport, DatabaseView, FixReport, MigrationView, TableView, VerifyReport};
 
@@ -247,8 +247,16 @@ impl Output {
             let phases: Vec<String> =
                 report.phases_ms.pairs().iter().map(|(phase, length)| format!("{phase} {length} ms")).collect();
             output.line(&format!("transactions waited {} ms ({})", report.pause_ms, phases.join(", ")));
-            for step in &report.pause_steps {
+            for step in report.prepare_steps.iter().chain(&report.pause_steps) {
                 output.line(&format!("  {}: {} ms", step.step, step.ms));
+            }
+            if report.sessions_held > 0 {
+                let (held, longest) = (report.sessions_held, report.longest_hold_ms);
+                output.line(&format!("{held} sessions waited, the longest {longest} ms"));
+            }
+            for IntentionView { action, database, detail } in &report.would {
+                let database = database.as_ref().map(|name| format!(" {name}")).unwrap_or_default();
+                output.line(&format!("would {}{database}: {detail}", action.replace('-', " ")));
             }
             output.line(&format!("sessions moved {}, ended {}", report.sessions_moved, report.sessions_ended));
             report.blockers.iter().for_each(|blocker| output.line(&format!("blocker: {blocker}")));

@@ -37,6 +37,7 @@
 pub mod coordinator;
 mod decide;
 mod drain;
+pub mod forecast;
 mod guardrails;
 pub mod hard_fence;
 mod home;

@@ -25,6 +25,9 @@ pub trait Lease: Send + Sync {
     /// to. Returns notes for the operator: where a server cannot send one, the cutover cannot be taken back.
     async fn prepare_return(&self, epoch: Epoch) -> Result<Vec<String>, String>;
 
+    /// Why there would be no stream back after a cutover now, for the operator; none: there would be one. Changes nothing.
+    async fn foresee_return(&self) -> Result<Option<String>, String>;
+
     /// Slot and publication of one database on the server that is left.
     fn replication(&self, database: &str) -> Replication;
 

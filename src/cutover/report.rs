@@ -2,6 +2,7 @@
 
 use std::time::{Duration, Instant};
 
+use super::forecast::Intention;
 use super::hard_fence::Obstacle;
 use super::phase::Phase;
 
@@ -32,9 +33,9 @@ pub struct PhasesMs {
     pub switch: u64,
 }
 
-/// One part of the pause. Some run beside each other, so the sum may be more than the pause.
+/// One part of prepare or of the pause. Some run beside each other, so the sum may be more than the whole.
 #[derive(Clone, Copy, Debug, PartialEq, serde::Serialize)]
-pub struct PauseStep {
+pub struct TimedStep {
     /// What was done or waited for.
     pub step: &'static str,
     /// How long, in milliseconds.
@@ -52,8 +53,16 @@ pub struct CutoverReport {
     pub pause_ms: u64,
     /// Time by phase.
     pub phases_ms: PhasesMs,
+    /// What prepare was spent on, in the order of the protocol.
+    pub prepare_steps: Vec<TimedStep>,
     /// What the pause was spent on, in the order of the protocol.
-    pub pause_steps: Vec<PauseStep>,
+    pub pause_steps: Vec<TimedStep>,
+    /// Sessions that waited for the gates to open.
+    pub sessions_held: u64,
+    /// The longest that any of them waited for that, in milliseconds.
+    pub longest_hold_ms: f64,
+    /// What a real cutover would have done, after a dry run.
+    pub would: Vec<Intention>,
     /// Sessions that were moved, or would have been.
     pub sessions_moved: u64,
     /// Sessions that were ended, strangers included.
@@ -94,13 +103,25 @@ pub(super) struct Timings {
     paused: Option<Instant>,
     pause: Option<Duration>,
     phases: PhasesMs,
-    steps: Vec<PauseStep>,
+    prepare_steps: Vec<TimedStep>,
+    pause_steps: Vec<TimedStep>,
+    /// How many sessions waited for the gates to open, and how long the first of them.
+    held: (u64, Duration),
 }
 
 impl Timings {
     pub(super) fn start() -> Self {
         let now = Instant::now();
-        Self { began: now, phase_began: now, paused: None, pause: None, phases: PhasesMs::default(), steps: Vec::new() }
+        Self {
+            began: now,
+            phase_began: now,
+            paused: None,
+            pause: None,
+            phases: PhasesMs::default(),
+            prepare_steps: Vec::new(),
+            pause_steps: Vec::new(),
+            held: (0, Duration::ZERO),
+        }
     }
 
     /// The time since the last call belongs to `phase`.
@@ -133,18 +154,36 @@ impl Timings {
         self.pause = self.pause.or_else(|| self.paused.map(|since| since.elapsed()));
     }
 
-    /// A part of the pause that began at `since` has ended.
+    /// So many sessions wait for the gates, the first for so long; they are about to be opened.
+    pub(super) fn held(&mut self, sessions: u64, longest: Duration) {
+        self.held = (sessions, longest);
+    }
+
+    pub(super) fn sessions_held(&self) -> u64 {
+        self.held.0
+    }
+
+    pub(super) fn longest_hold_ms(&self) -> f64 {
+        rounded_ms(self.held.1)
+    }
+
+    /// A part of prepare, or of the pause once the gates are closed, that began at `since` has ended.
     pub(super) fn step(&mut self, step: &'static str, since: Instant) {
         self.took(step, since.elapsed());
     }
 
-    /// A part of the pause took so long.
+    /// Such a part took so long.
     pub(super) fn took(&mut self, step: &'static str, time: Duration) {
-        self.steps.push(PauseStep { step, ms: (time.as_secs_f64() * 1e5).round() / 100.0 });
+        let steps = if self.paused.is_none() { &mut self.prepare_steps } else { &mut self.pause_steps };
+        steps.push(TimedStep { step, ms: rounded_ms(time) });
     }
 
-    pub(super) fn steps(&self) -> Vec<PauseStep> {
-        self.steps.clone()
+    pub(super) fn prepare_steps(&self) -> Vec<TimedStep> {
+        self.prepare_steps.clone()
+    }
+
+    pub(super) fn pause_steps(&self) -> Vec<TimedStep> {
+        self.pause_steps.clone()
     }
 
     pub(super) fn elapsed_ms(&self) -> u64 {
@@ -162,6 +201,11 @@ impl Timings {
     pub(super) fn phases(&self) -> PhasesMs {
         self.phases
     }
+}
+
+/// Milliseconds to two places.
+fn rounded_ms(time: Duration) -> f64 {
+    (time.as_secs_f64() * 1e5).round() / 100.0
 }
 
 fn millis(duration: Duration) -> u64 {

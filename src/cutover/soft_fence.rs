@@ -123,6 +123,16 @@ async fn server_default(control: &impl GenericClient) -> Result<String, CutoverE
     Ok(row.and_then(|row| row.get(0)).unwrap_or_else(|| "off".to_owned()))
 }
 
+/// The statement that fences a database.
+pub(super) fn of_database(database: &str) -> String {
+    format!("ALTER DATABASE {} SET {READ_ONLY} = on", quote_ident(database))
+}
+
+/// The statement that makes the fence of a database hold for a role which has a setting of its own.
+pub(super) fn of_role(role: &str, database: &str) -> String {
+    format!("ALTER ROLE {} IN DATABASE {} SET {READ_ONLY} = on", quote_ident(role), quote_ident(database))
+}
+
 /// Fences and writes the row, in one transaction. Returns the roles that we may not override; the hard fence covers them.
 pub(super) async fn raise(control: &mut Control, fence: &Fence) -> Result<Vec<String>, CutoverError> {
     let failed = |source| CutoverError::query("fence the databases", source);
@@ -130,12 +140,9 @@ pub(super) async fn raise(control: &mut Control, fence: &Fence) -> Result<Vec<St
     fence::insert(&transaction, fence).await?;
     let mut spared = Vec::new();
     for saved in &fence.saved {
-        let database = quote_ident(&saved.name);
-        transaction.batch_execute(&format!("ALTER DATABASE {database} SET {READ_ONLY} = on")).await.map_err(failed)?;
+        transaction.batch_execute(&of_database(&saved.name)).await.map_err(failed)?;
         for role in &saved.roles {
-            let statement =
-                format!("ALTER ROLE {} IN DATABASE {database} SET {READ_ONLY} = on", quote_ident(&role.name));
-            if !permitted(&mut transaction, &statement).await? {
+            if !permitted(&mut transaction, &of_role(&role.name, &saved.name)).await? {
                 spared.push(role.name.clone());
             }
         }

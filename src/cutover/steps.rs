@@ -58,6 +58,9 @@ pub const ROLLBACK_FAILPOINTS: &[&str] = &["prepare.after_ajar", "switch.after_r
 /// Between two questions while the decision is in doubt.
 const ASK_AGAIN: Duration = Duration::from_millis(250);
 
+/// After the gates have opened.
+const BREATH: Duration = Duration::from_millis(250);
+
 /// Between two looks at sessions that are logging in.
 const LOOK_AGAIN: Duration = Duration::from_millis(2);
 
@@ -276,22 +279,21 @@ impl Decided {
         let Self(mut work) = self;
         work.pass("decide.after_decision").await;
         work.pass("switch.before_open").await;
-        for line in &work.lines {
-            line.gate.open(work.to.role, work.case.epoch);
-        }
-        work.timings.gates_opened();
+        let (to, epoch) = (work.to.role, work.case.epoch);
+        work.open_gates(to, |_| epoch);
         work.pass("switch.after_open").await;
         work.give_back().await;
         if let Err(error) = work.advance(Event::Finished) {
             tracing::error!(%error, "cutover");
         }
-        // Our locks on the tables of the old server are of no use to anybody now.
-        work.lines.iter_mut().for_each(|line| line.sessions = None);
         if let Err(error) = settle::note_decided(&work.from.control, work.case.epoch).await {
             tracing::warn!(%error, "the {} could not be told that it was left; the next start tells it", work.from.role);
             work.notes.push(format!("the {} could not be told that it was left: {error}", work.from.role));
         }
         work.pass("switch.after_note").await;
+        work.let_sessions_go_on().await;
+        // Our locks on the tables of the old server are of no use to anybody now.
+        work.lines.iter_mut().for_each(|line| line.sessions = None);
         if let Err(reason) = work.lease.finish(Outcome::Decided).await {
             tracing::error!(reason, "the engine could not finish the migration; the next start tries again");
             work.notes.push(format!("the engine could not finish the migration: {reason}"));
@@ -303,28 +305,41 @@ impl Decided {
 
 impl Work {
     async fn prepare(&mut self) -> Result<(), CutoverError> {
+        let since = Instant::now();
         self.check_guardrails().await?;
         self.enter_home().await?;
+        self.timings.step("guardrails", since);
+        let since = Instant::now();
         let notes = self.lease.synchronise().await.map_err(CutoverError::Synchronise)?;
         self.notes.extend(notes);
+        self.timings.step("roles, settings and what no stream carries", since);
         if !self.options.dry_run {
             // Before the fence: making a slot waits for every transaction that is open on the other server.
+            let since = Instant::now();
             let notes = self.lease.prepare_return(self.case.epoch).await.map_err(CutoverError::Engine)?;
             self.notes.extend(notes);
+            self.timings.step("the way back", since);
             self.failpoint("prepare.after_return").await?;
         }
+        let since = Instant::now();
         self.open_sessions().await?;
         self.check_fingerprints().await?;
+        self.timings.step("our own sessions and a last comparison", since);
         let deadline = Instant::now() + self.to.connector.server().connect_timeout + self.options.drain_timeout;
         self.undo.moves = true;
+        let since = Instant::now();
         let reports = self.sessions.prepare_moves(&self.case.databases, self.move_order(), deadline).await;
+        self.timings.step("sessions are prepared", since);
         let unmoved = self.take_moves(&reports);
         self.check_moves(unmoved.stuck)?;
         if self.options.dry_run {
+            self.would = self.foresee().await?;
             return Ok(());
         }
         self.failpoint("prepare.before_fence").await?;
+        let since = Instant::now();
         self.raise_soft_fence().await?;
+        self.timings.step("the soft fence", since);
         self.failpoint("prepare.after_fence").await?;
         Ok(())
     }
@@ -358,6 +373,11 @@ impl Work {
             }
         }
         self.pass("switch.after_return").await;
+    }
+
+    /// What is not urgent any more leaves the processors to the sessions that have just gone on.
+    pub(super) async fn let_sessions_go_on(&self) {
+        tokio::time::sleep(BREATH).await;
     }
 
     async fn open_sessions(&mut self) -> Result<(), CutoverError> {

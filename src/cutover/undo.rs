@@ -62,10 +62,8 @@ impl Work {
             self.sessions.discard_moves(&self.case.databases);
         }
         if std::mem::take(&mut self.undo.gates) {
-            for line in &self.lines {
-                line.gate.open(self.from.role, line.earlier);
-            }
-            self.timings.gates_opened();
+            self.open_gates(self.from.role, |line| line.earlier);
+            self.let_sessions_go_on().await;
         }
         // The engine removes what it has prepared there; so it is shut after that.
         if let Err(reason) = self.lease.finish(Outcome::Aborted).await {

@@ -7,6 +7,7 @@ use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
 
 use super::CutoverError;
+use super::forecast::Intention;
 use super::hard_fence::{Known, Shutting};
 use super::parts::Lease;
 use super::phase::{Event, Phase};
@@ -20,7 +21,7 @@ use crate::config::{FencePolicy, Stragglers};
 use crate::failpoint::{Failed, Failpoints};
 use crate::migration::sequences::SequencePair;
 use crate::postgres::{Connector, Control};
-use crate::proxy::{MoveOrder, MoveOutcome, MoveReport, SessionView, Sessions};
+use crate::proxy::{MoveOrder, MoveOutcome, MoveReport, SessionState, SessionView, Sessions};
 use crate::shutdown::Tasks;
 use crate::switch::{Database, Epoch, ServerRole};
 
@@ -107,6 +108,8 @@ pub(super) struct Work {
     pub(super) progress: watch::Sender<Option<CutoverProgress>>,
     pub(super) timings: Timings,
     pub(super) notes: Vec<String>,
+    /// What a dry run leaves undone.
+    pub(super) would: Vec<Intention>,
     pub(super) sessions_moved: u64,
     pub(super) sessions_ended: u64,
 }
@@ -159,6 +162,20 @@ impl Work {
         }
     }
 
+    /// Opens the gates to `server`, having noted for how long they have kept sessions waiting.
+    pub(super) fn open_gates(&mut self, server: ServerRole, epoch_of: impl Fn(&Line) -> Epoch) {
+        let waiting = |session: &SessionView| {
+            session.state == SessionState::Held && self.case.databases.contains(&session.database)
+        };
+        let waits: Vec<Duration> =
+            self.sessions.list().iter().filter(|session| waiting(session)).map(|session| session.for_time).collect();
+        for line in &self.lines {
+            line.gate.open(server, epoch_of(line));
+        }
+        self.timings.gates_opened();
+        self.timings.held(waits.len() as u64, waits.into_iter().max().unwrap_or_default());
+    }
+
     /// Where sessions are to be moved.
     pub(super) fn move_order(&self) -> MoveOrder {
         MoveOrder { to: self.to.role, epoch: self.case.epoch }
@@ -192,7 +209,11 @@ impl Work {
             reason: error.map(ToString::to_string).unwrap_or_default(),
             pause_ms: self.timings.pause_ms(),
             phases_ms: self.timings.phases(),
-            pause_steps: self.timings.steps(),
+            prepare_steps: self.timings.prepare_steps(),
+            pause_steps: self.timings.pause_steps(),
+            sessions_held: self.timings.sessions_held(),
+            longest_hold_ms: self.timings.longest_hold_ms(),
+            would: if outcome == CutoverOutcome::DryRun { self.would.clone() } else { Vec::new() },
             sessions_moved: self.sessions_moved,
             sessions_ended: self.sessions_ended,
             epoch: self.case.epoch.0,

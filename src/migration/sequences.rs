@@ -112,6 +112,11 @@ impl SequencePair {
         Ok(pair)
     }
 
+    /// The sequences that were found when this was prepared.
+    pub fn names(&self) -> &[QualifiedName] {
+        &self.from.names
+    }
+
     /// Sets the sequences of `to` that stand elsewhere than those of `from`. Returns how many that were.
     pub async fn bring_over(&mut self, from: &Client, to: &Client) -> Result<usize, SequenceError> {
         let (wanted, found) = tokio::try_join!(self.from.read(from), self.to.read(to)).map_err(read_failed)?;

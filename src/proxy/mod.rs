@@ -51,6 +51,7 @@ mod sessions;
 pub mod takeover;
 mod timeouts;
 mod tls;
+mod turns;
 mod vacant;
 mod worker;
 

@@ -36,6 +36,15 @@ use crate::wire::message;
 /// How long an old backend may take to hand over its last notifications and to close.
 const OLD_BACKEND: Duration = Duration::from_secs(1);
 
+/// Before the first of the backends that are left is closed.
+const BEFORE_CLOSING: Duration = Duration::from_millis(300);
+
+/// Between two of them.
+const BETWEEN_CLOSINGS: Duration = Duration::from_millis(10);
+
+/// So many have a moment of their own; with more sessions than this, several share one.
+const CLOSING_PLACES: u64 = 256;
+
 /// A backend on the other server, and the names that are needed to read the session's state.
 struct Opened {
     backend: Backend,
@@ -99,6 +108,7 @@ async fn open(
         reader.sessions.catalogue_names.of(from, reader.connector(from), &name, order.epoch).await
     });
     let names = read.await.unwrap_or_else(|failure| Err(failure.to_string()))?;
+    let _turn = shared.sessions.turns.next().await.ok_or("the cutover was given up")?;
     let backend = backend::open(&shared, &login, &database, order.to).await.map_err(|error| describe(&error))?;
     Ok(Box::new(Opened { backend, names }))
 }
@@ -163,14 +173,15 @@ impl Session {
         drop(moving.replies);
         match moving.stage {
             Stage::Opening(opening) => {
+                let id = self.entry.id();
                 tokio::task::spawn_local(async move {
                     if let Ok(Ok(opened)) = opening.await {
-                        close(opened.backend).await;
+                        close_later(opened.backend, id).await;
                     }
                 });
             }
             Stage::Open(opened) | Stage::Filled { opened, .. } => {
-                tokio::task::spawn_local(close(opened.backend));
+                tokio::task::spawn_local(close_later(opened.backend, self.entry.id()));
             }
             Stage::Failed => {}
         }
@@ -425,9 +436,9 @@ impl Session {
             let heard =
                 from_new.iter().filter(|frame| sender(frame).is_none_or(|pid| pid == own_pid || ours.contains(&pid)));
             heard.for_each(|frame| append(&mut self.down.buffer, frame));
-            old.map(|old| tokio::task::spawn_local(close(old)));
+            old.map(|old| tokio::task::spawn_local(close_later(old, self.entry.id())));
         } else {
-            old.map(|old| tokio::task::spawn_local(close(old)));
+            old.map(|old| tokio::task::spawn_local(close_later(old, self.entry.id())));
         }
         let mut changes = Vec::new();
         for (name, value) in changed_parameters(&told, &new.connection.parameters) {
@@ -486,6 +497,15 @@ fn append(buffer: &mut super::buffers::Buffer, frame: &Frame) {
     bytes.extend_from_slice(&(frame.body.len() as u32 + 4).to_be_bytes());
     bytes.extend_from_slice(&frame.body);
     buffer.append(&bytes);
+}
+
+/// Closes a backend of session `id` that is of no use any more, when the sessions that have just gone on have had a moment,
+/// and not together with all others: the end of a process costs its server, too. A link that is cut meanwhile, with this
+/// process or otherwise, ends it as well.
+async fn close_later(backend: Backend, id: u64) {
+    let place = u32::try_from(id % CLOSING_PLACES).unwrap_or_default();
+    tokio::time::sleep(BEFORE_CLOSING + BETWEEN_CLOSINGS * place).await;
+    close(backend).await;
 }
 
 async fn close(backend: Backend) {

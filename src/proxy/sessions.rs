@@ -16,6 +16,7 @@ use tokio::sync::{oneshot, watch};
 use super::catalogue_names::CatalogueNames;
 use super::client_error::ClientError;
 use super::handoff::Blocker;
+use super::turns::Turns;
 use crate::config::Limits;
 use crate::config::limits::Timeouts;
 use crate::switch::{Epoch, ServerRole};
@@ -410,6 +411,8 @@ pub struct Sessions {
     left_behind: AtomicU64,
     /// The last move that was ordered for each database.
     ordered: Mutex<HashMap<String, MoveOrder>>,
+    /// In which sessions open a backend for their move.
+    pub(super) turns: Turns,
     pub(super) catalogue_names: CatalogueNames,
     /// Backends of pools by database, whether a session has them now or none.
     pooled: Mutex<HashMap<i32, PooledBackend>>,
@@ -579,12 +582,14 @@ impl Sessions {
         for database in databases {
             lock(&self.ordered).insert(database.clone(), order);
         }
+        self.turns.begin(self.of(databases).len());
         self.ask(databases, deadline, |order, reply| Order::Prepare { order, reply }).await
     }
 
     /// The gates have just been closed: sessions at a safe point bring over at once what changed since
     /// [`Sessions::prepare_moves`], the others as soon as they are. [`Sessions::settle_moves`] waits for all of them.
     pub fn begin_settling(&self, databases: &[String]) {
+        self.turns.hurry();
         let ordered = lock(&self.ordered).clone();
         for entry in self.of(databases).into_iter().filter(is_movable) {
             let Some(order) = ordered.get(&entry.database()).copied() else { continue };
@@ -603,6 +608,7 @@ impl Sessions {
     /// An abort: prepared backends are closed.
     pub fn discard_moves(&self, databases: &[String]) {
         lock(&self.ordered).retain(|database, _| !databases.contains(database));
+        self.turns.give_up();
         self.of(databases).iter().for_each(|entry| entry.order(Order::Discard));
     }
 

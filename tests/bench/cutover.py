@@ -16,12 +16,16 @@ the order to two seconds after its end. The scripted way has no fence, no decisi
 from the first write; it is measured as it is. What pgbench was told is counted on the server that serves at the end: a
 round that has lost a transaction ends the benchmark.
 
+Where the kernel schedules by session (autogroup) each backend is a group of its own, and one that has just come to another
+processor may wait there for a second while the others run: the benchmark then runs in one control group, if it may make it.
+
 Printed are medians over the rounds, and the ratio of the stalls. `spread` is from the smallest to the largest. Needs
 PostgreSQL's programs and pgbouncer. Everything runs on loopback in a temporary directory and is stopped at the end. Start
 it on a machine that does nothing else.
 """
 
 import argparse
+import contextlib
 import glob
 import json
 import os
@@ -213,6 +217,8 @@ class Pgcutover(Peer):
             sys.exit(f"{report}")
         self.active = 1 - self.active
         steps = {one["step"]: one["ms"] for one in report["pause_steps"]}
+        if self.bench.args.verbose:
+            print("  " + shown({one["step"]: one["ms"] for one in report["prepare_steps"]}), flush=True)
         return {"pause": report["pause_ms"], "prepare": report["phases_ms"]["prepare"], **steps}
 
 
@@ -295,15 +301,16 @@ class Cutovers(proxy.Bench):
             session.close()
         if pgbench.returncode != 0 or "error" in errors or "abort" in errors:
             sys.exit(f"a client of {peer.name} met an error: {errors}")
-        stalls, base, done = self.latencies(prefix, start, end)
+        stalls, base, begun, done = self.latencies(prefix, start, end)
         found = peer.rows() - before
         if done != found:
             sys.exit(f"{peer.name}: {done} transactions were acknowledged and {found} are there")
-        return {"stall": stalls, "usual": base, **figures}
+        return {"stall": stalls, "stall began": begun, "move": 1000 * (end - AFTER - start), "usual": base, **figures}
 
     def latencies(self, prefix, start, end):
-        """Longest wait of any client in the window, longest before it, and how many transactions there were."""
-        stall, usual, done = 0.0, 0.0, 0
+        """Longest wait of any client in the window, longest before it, how long after the order the first of them began,
+        and how many transactions there were."""
+        stall, usual, begun, done = 0.0, 0.0, 0.0, 0
         for path in glob.glob(prefix + ".*"):
             with open(path) as lines:
                 for line in lines:
@@ -311,12 +318,13 @@ class Cutovers(proxy.Bench):
                     took, ended = int(microseconds) / 1000 - self.args.think, int(seconds) + int(part) / 1e6
                     done += 1
                     if start <= ended <= end:
-                        stall = max(stall, took)
+                        if took > stall:
+                            stall, begun = took, 1000 * (ended - start) - took
                     # Connecting is no part of the load.
                     elif start - BEFORE / 2 <= ended < start:
                         usual = max(usual, took)
             os.unlink(path)
-        return stall, usual, done
+        return stall, usual, begun, done
 
     def idle_sessions(self, peer):
         sessions = []
@@ -334,6 +342,40 @@ class Cutovers(proxy.Bench):
         if len(figures) == 2:
             medians = {name: statistics.median(run["stall"] for run in runs) for name, runs in figures.items()}
             print(f"{case:<12}ratio of the stalls {medians['pgcutover'] / medians['scripted']:.2f}\n", flush=True)
+
+
+class OneGroup:
+    """Makes what is started from now on one group for the scheduler, where each backend would be one by itself."""
+
+    ROOT, WEIGHT = "/sys/fs/cgroup/cpu", 16384
+
+    def __init__(self):
+        self.path = None
+        with contextlib.suppress(OSError), open("/proc/sys/kernel/sched_autogroup_enabled") as enabled:
+            if enabled.read().strip() != "1":
+                return
+            try:
+                self.path = f"{self.ROOT}/pgcutover-bench-{os.getpid()}"
+                os.mkdir(self.path)
+                self.write(f"{self.path}/cpu.shares", self.WEIGHT)
+                self.write(f"{self.path}/cgroup.procs", os.getpid())
+            except OSError as error:
+                print(f"backends are scheduled as groups of their own, which makes stalls of hundreds of ms: {error}", flush=True)
+                self.path = None
+
+    def leave(self):
+        if self.path:
+            self.write(f"{self.ROOT}/cgroup.procs", os.getpid())
+            # What was killed may need a moment.
+            for _ in range(20):
+                with contextlib.suppress(OSError):
+                    return os.rmdir(self.path)
+                time.sleep(0.1)
+
+    @staticmethod
+    def write(path, value):
+        with open(path, "w") as out:
+            out.write(str(value))
 
 
 def long_transactions(port, stop):
@@ -374,6 +416,7 @@ def main():
     for peer in args.peers:
         if peer not in PEERS.split(","):
             parser.error(f"no such peer: {peer}")
+    group = OneGroup()
     bench = Cutovers(args)
     # What was started must be stopped, however this ends.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
@@ -381,6 +424,7 @@ def main():
         bench.run()
     finally:
         bench.stop()
+        group.leave()
 
 
 if __name__ == "__main__":

@@ -64,6 +64,9 @@ impl Lease for Instantly {
     async fn prepare_return(&self, _: Epoch) -> Result<Vec<String>, String> {
         Ok(Vec::new())
     }
+    async fn foresee_return(&self) -> Result<Option<String>, String> {
+        Ok(None)
+    }
     fn replication(&self, _: &str) -> Replication {
         Replication { slot: "slot".to_owned(), publication: "publication".to_owned() }
     }

@@ -71,6 +71,11 @@ impl CutoverLease {
         self.engine.prepare_return(self.live.name(), epoch).await
     }
 
+    /// Why [`Self::prepare_return`] would make no stream back now; none: it would. Changes nothing.
+    pub async fn foresee_return(&self) -> Result<Option<String>, EngineError> {
+        self.engine.foresee_return(&self.live).await
+    }
+
     /// Gives the migration back with the verdict.
     pub async fn finish(&self, outcome: Outcome) -> Result<(), EngineError> {
         self.engine.settle_cutover(self.live.name(), outcome).await

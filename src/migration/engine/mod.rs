@@ -290,6 +290,13 @@ impl Engine {
         Ok(why_not.into_iter().collect())
     }
 
+    /// See [`CutoverLease::foresee_return`].
+    async fn foresee_return(&self, live: &Live) -> Result<Option<String>, EngineError> {
+        let (_, to) = live.state().direction().ends(&self.deps.source, &self.deps.target);
+        let foreseen = turn::cannot_send(to, &self.deps.config.control.database, live.databases.len()).await;
+        foreseen.map_err(|error| EngineError::Return(describe(&error)))
+    }
+
     /// Tells what became of a cutover, also of one that an earlier life of this process has begun. A migration that is
     /// not being cut over is left as it is.
     pub async fn settle_cutover(&self, name: &str, outcome: Outcome) -> Result<(), EngineError> {

@@ -37,7 +37,11 @@ pub(super) async fn prepare(context: &Context, epoch: Epoch) -> Result<Option<St
 }
 
 /// Why `server` cannot send so many streams, in words for the operator.
-async fn cannot_send(server: &Connector, control_database: &str, streams: usize) -> Result<Option<String>, WorkError> {
+pub(super) async fn cannot_send(
+    server: &Connector,
+    control_database: &str,
+    streams: usize,
+) -> Result<Option<String>, WorkError> {
     let control = server.control(control_database, "return").await?;
     let row = control
         .query_one(
