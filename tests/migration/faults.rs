@@ -5,6 +5,7 @@ use std::process::Command;
 use std::time::Duration;
 
 use pgcutover::demo::cluster::Cluster;
+use pgcutover::migration::view::MigrationOption;
 
 use crate::support::link::Link;
 use crate::support::{connect, connect_with, wait_for};
@@ -65,6 +66,34 @@ async fn links_that_break_in_the_middle_of_a_row() {
     drain(&running, "cut").await;
     world.assert_equal("shop").await;
     running.stop().await;
+}
+
+/// What a server that is lost has not said is no reason to give up.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_validation_that_is_interrupted_begins_again() {
+    let world = World::same_major();
+    let (source, target) = (Link::to(world.source.address()).await, Link::to(world.target.address()).await);
+    let world = world.with(|config| {
+        config.source.port = source.address.port();
+        config.target.port = target.address.port();
+    });
+    for (name, database, link) in [("asks-source", "shop", &source), ("asks-target", "other", &target)] {
+        world.furnish(database).await;
+        let running = world.engine("");
+        let mut wanted = spec(name, &[database]);
+        wanted.option = MigrationOption::Validate;
+        create(&running, wanted).await;
+        wait_for("the validation", || async {
+            running.engine.show(name).is_ok_and(|view| view.substate == "ValidationInProgress")
+        })
+        .await;
+        let cuts = link.cuts();
+        link.cut_after_answers(500);
+        wait_for("the cut", || async { link.cuts() > cuts }).await;
+        let done = reach(&running, name, "Completed").await;
+        assert_eq!(done.state, "Succeeded");
+        running.stop().await;
+    }
 }
 
 /// The walsender hears nothing and gives up; the engine hears nothing either, and finds out by the end of the silence.

@@ -251,6 +251,10 @@ async fn validation_alone_touches_nothing() {
     let there: i64 =
         target.query_one("SELECT count(*) FROM pg_database WHERE datname = 'shop'", &[]).await.expect("count").get(0);
     assert_eq!(there, 0);
+
+    // What it has looked at can be moved now.
+    create(&running, spec("move", &["shop"])).await;
+    reach(&running, "move", "WaitingForCutoverTrigger").await;
     running.stop().await;
 }
 

@@ -367,7 +367,10 @@ impl Engine {
             let live = entry.live;
             let over = match live.state() {
                 State::Cancelled | State::Closed => true,
-                State::Completed => !live.databases.iter().any(|database| database.current().flows()),
+                // A validation alone has begun nothing.
+                State::Completed => {
+                    !live.databases.iter().any(|database| database.step() > Step::Waiting && database.current().flows())
+                }
                 _ => false,
             };
             if over {

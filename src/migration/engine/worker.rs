@@ -17,11 +17,14 @@ use crate::catalog::journal::Journal;
 use crate::catalog::streams::Direction;
 use crate::catalog::{Place, bootstrap};
 use crate::migration::backoff::Backoff;
-use crate::migration::preflight::{Outcome, RuleResult};
+use crate::migration::preflight::{Asking, Outcome, RuleResult};
 use crate::migration::state::{Event, State};
 use crate::migration::stream::{Trouble, describe};
 use crate::migration::view::{MigrationOption, Mode, Problem};
 use crate::migration::{roles, schema};
+
+/// How often a validation that is interrupted is begun again: about a minute.
+const MAX_INTERRUPTIONS: u32 = 8;
 
 /// How the work ended.
 #[derive(Debug)]
@@ -176,7 +179,7 @@ impl Worker {
         if spec.option == MigrationOption::Migrate || self.live_steps().any(|step| step > Step::Waiting) {
             return Ok(None);
         }
-        let results = validation::ask(&self.context.servers(), &self.context.live, Asked::Everything).await;
+        let results = self.answers().await;
         let json = serde_json::to_value(&results).unwrap_or_default();
         self.patiently("validation", || async {
             Ok(self.context.catalog.set_validation(self.context.live.name(), &json).await?)
@@ -190,6 +193,32 @@ impl Worker {
             MigrationOption::Validate => Some((Event::ValidatedOnly, None)),
             MigrationOption::Migrate | MigrationOption::ValidateAndMigrate => None,
         })
+    }
+
+    /// What the rules say. A server that is lost meanwhile says nothing about any of them: they are asked again, though not
+    /// for ever, because a question that brings a server down will always do so.
+    async fn answers(&self) -> Vec<RuleResult> {
+        let mut backoff = Backoff::of_work();
+        loop {
+            let results = validation::ask(&self.context.servers(), &self.context.live, Asked::Everything).await;
+            let Some(lost) = results.iter().find(|rule| rule.asking == Asking::Interrupted) else { return results };
+            let last_error = lost.evidence.first().cloned().unwrap_or_default();
+            let (retries, wait) = backoff.failed();
+            if retries > MAX_INTERRUPTIONS {
+                return results;
+            }
+            tracing::warn!(
+                migration = self.context.live.name(),
+                rule = lost.code,
+                retries,
+                error = last_error,
+                "the validation was interrupted and begins again"
+            );
+            for database in &self.context.live.databases {
+                database.stream.trouble.send_replace(Some(Trouble { retries, last_error: last_error.clone() }));
+            }
+            tokio::time::sleep(wait).await;
+        }
     }
 
     /// Asks the rules about replication again and again, as long as there is work.

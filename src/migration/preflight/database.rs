@@ -121,7 +121,7 @@ pub(super) async fn check(servers: &Servers<'_>, name: &str) -> Vec<RuleResult> 
     let exists = Rule::new(&EXISTS, Level::Database(name.to_owned()), servers.preflight.kind(Side::Source));
     let session = match servers.preflight.source.control(name, "validation").await {
         Ok(session) => session,
-        Err(error) => return vec![exists.failed(vec![error.to_string()])],
+        Err(error) => return vec![exists.not_connected(&error)],
     };
     let superuser = "SELECT rolsuper FROM pg_roles WHERE rolname = current_user";
     // Where it cannot be asked, every rule that needs the answer finds what it looks for.
@@ -202,7 +202,7 @@ impl Database<'_> {
              UNION ALL SELECT 'large object ' || oid FROM pg_largeobject_metadata ORDER BY 1"
         );
         match self.servers.preflight.target.control(self.name, "validation").await {
-            Err(error) => rule.failed(vec![error.to_string()]),
+            Err(error) => rule.not_connected(&error),
             Ok(session) => match column(&session, &query, &[]).await {
                 Ok(found) => rule.unless_any(Outcome::Failed, found),
                 Err(error) => rule.unknown(&error),

@@ -1,5 +1,6 @@
 //! Rules about the two servers: which they are, and what they are set up with.
 
+use std::error::Error;
 use std::collections::HashMap;
 
 use super::definition::{Apply, Definition, Hosted};
@@ -258,7 +259,7 @@ impl Servers<'_> {
                 statements.extend(self.on_target("SELECT pg_catalog.pg_reload_conf()"));
             }
             Ok(_) => {}
-            Err(error) => return rule.failed(vec![format!("could not be evaluated: {error}")]),
+            Err(error) => return rule.unknown(&*error),
         }
         rule.mended_by(statements).unless_any(Outcome::Warning, found)
     }
@@ -356,11 +357,11 @@ impl Servers<'_> {
     }
 
     /// What a session finds that does not set anything itself, unlike ours.
-    async fn parameters(&self, server: &Connector) -> Result<HashMap<String, Parameter>, String> {
+    async fn parameters(&self, server: &Connector) -> Result<HashMap<String, Parameter>, Box<dyn Error + Send + Sync>> {
         let mut login = server.own_login(&self.preflight.config.control.database, "validation");
         login.parameters.retain(|(name, _)| name != "options");
-        let mut connection = Box::pin(server.raw(&login)).await.map_err(|error| error.to_string())?;
-        let rows = connection.simple_query(COMPARED).await.map_err(|error| error.to_string())?;
+        let mut connection = Box::pin(server.raw(&login)).await?;
+        let rows = connection.simple_query(COMPARED).await?;
         // The answer is here; how the session ends does not matter.
         let _ended = connection.terminate().await;
         let parameter = |row: Vec<Option<String>>| {
@@ -375,14 +376,14 @@ impl Servers<'_> {
     async fn server_parameters(&self) -> RuleResult {
         let rule = self.rule(&SERVER_PARAMETERS);
         let read = async {
-            Ok::<_, String>((
+            Ok::<_, Box<dyn Error + Send + Sync>>((
                 self.parameters(self.preflight.source).await?,
                 self.parameters(self.preflight.target).await?,
             ))
         };
         let (source, target) = match read.await {
             Ok(both) => both,
-            Err(error) => return rule.failed(vec![format!("could not be evaluated: {error}")]),
+            Err(error) => return rule.unknown(&*error),
         };
         let mut differ: Vec<(&String, &Parameter, &Parameter)> = source
             .iter()

@@ -21,7 +21,8 @@ pub use self::definition::{Apply, Definition, Subject, When};
 use crate::catalog::journal::Side;
 use crate::config::{Config, ServerKind};
 pub use crate::migration::view::Mode;
-use crate::postgres::{Connector, Control};
+use crate::migration::stream::{transient_query, transient_raw, transient_sqlstate};
+use crate::postgres::{ConnectError, Connector, Control};
 
 /// What a rule is about.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, serde::Serialize, serde::Deserialize, schemars::JsonSchema)]
@@ -66,6 +67,19 @@ pub struct RuleResult {
     /// What mends just what was found, ready to be run in this order; empty: nothing to be done, or not by SQL.
     #[serde(default)]
     pub statements: Vec<Statement>,
+    /// Whether it was answered. Not kept: what is on record is what could be found out.
+    #[serde(skip)]
+    pub asking: Asking,
+}
+
+/// How asking went.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Asking {
+    /// The rule was evaluated, or never will be as things are.
+    #[default]
+    Done,
+    /// A server could not be reached, or was lost: asking again may help.
+    Interrupted,
 }
 
 /// One statement of a fix.
@@ -229,7 +243,7 @@ async fn connect(
             Some(control)
         }
         Err(error) => {
-            results.push(rule.failed(vec![error.to_string()]));
+            results.push(rule.not_connected(&error));
             None
         }
     }
@@ -277,6 +291,7 @@ impl Rule {
             why: self.definition.why.to_owned(),
             fix,
             statements,
+            asking: Asking::Done,
         }
     }
 
@@ -303,16 +318,31 @@ impl Rule {
         self.answer(if fine { Outcome::Succeeded } else { otherwise }, vec![evidence])
     }
 
+    /// No session could be opened.
+    fn not_connected(self, error: &ConnectError) -> RuleResult {
+        RuleResult { asking: asking(error), ..self.failed(vec![error.to_string()]) }
+    }
+
     /// It could not be evaluated.
-    fn unknown(self, error: &dyn std::error::Error) -> RuleResult {
+    fn unknown(self, error: &(dyn std::error::Error + 'static)) -> RuleResult {
         let mut text = error.to_string();
         let mut inner = error.source();
         while let Some(next) = inner {
             text = format!("{text}: {next}");
             inner = next.source();
         }
-        self.failed(vec![format!("could not be evaluated: {text}")])
+        RuleResult { asking: asking(error), ..self.failed(vec![format!("could not be evaluated: {text}")]) }
     }
+}
+
+/// Whether it was a server that was lost, or busy.
+fn asking(error: &(dyn std::error::Error + 'static)) -> Asking {
+    let interrupted = |cause: &(dyn std::error::Error + 'static)| {
+        let refused = cause.downcast_ref().map(|error: &ConnectError| error.sqlstate().is_none_or(transient_sqlstate));
+        refused.or_else(|| cause.downcast_ref().map(transient_query)).or_else(|| cause.downcast_ref().map(transient_raw))
+    };
+    let mut causes = std::iter::successors(Some(error), |error| error.source());
+    if causes.find_map(interrupted).unwrap_or(false) { Asking::Interrupted } else { Asking::Done }
 }
 
 /// The first column of a query, as evidence.
