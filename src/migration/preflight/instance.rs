@@ -1,7 +1,7 @@
 //! Rules about the two servers: which they are, and what they are set up with.
 
-use std::error::Error;
 use std::collections::HashMap;
+use std::error::Error;
 
 use super::definition::{Apply, Definition, Hosted};
 use super::{Outcome, RuleResult, Servers, Statement, column};

@@ -20,8 +20,8 @@ use tokio_postgres::types::ToSql;
 pub use self::definition::{Apply, Definition, Subject, When};
 use crate::catalog::journal::Side;
 use crate::config::{Config, ServerKind};
-pub use crate::migration::view::Mode;
 use crate::migration::stream::{transient_query, transient_raw, transient_sqlstate};
+pub use crate::migration::view::Mode;
 use crate::postgres::{ConnectError, Connector, Control};
 
 /// What a rule is about.
@@ -339,7 +339,9 @@ impl Rule {
 fn asking(error: &(dyn std::error::Error + 'static)) -> Asking {
     let interrupted = |cause: &(dyn std::error::Error + 'static)| {
         let refused = cause.downcast_ref().map(|error: &ConnectError| error.sqlstate().is_none_or(transient_sqlstate));
-        refused.or_else(|| cause.downcast_ref().map(transient_query)).or_else(|| cause.downcast_ref().map(transient_raw))
+        refused
+            .or_else(|| cause.downcast_ref().map(transient_query))
+            .or_else(|| cause.downcast_ref().map(transient_raw))
     };
     let mut causes = std::iter::successors(Some(error), |error| error.source());
     if causes.find_map(interrupted).unwrap_or(false) { Asking::Interrupted } else { Asking::Done }
