@@ -40,7 +40,7 @@ const CHANGED: &[(&str, &str, &str, &str)] = &[
     ("ALTER TABLE orders DISABLE TRIGGER remember", "trigger", "public.orders.remember", "differs"),
     ("ALTER TYPE mood ADD VALUE 'glad'", "enum", "public.mood", "differs"),
     ("REVOKE SELECT ON orders FROM PUBLIC", "grant on relation", "public.orders", "differs"),
-    ("COMMENT ON COLUMN orders.total IS 'in dollar'", "comment", "public.orders total", "differs"),
+    ("COMMENT ON COLUMN orders.total IS 'in dollar'", "comment", "class public.orders.total", "differs"),
     (
         "CREATE OR REPLACE VIEW dear AS SELECT orders.id, upper(orders.note) AS note FROM orders WHERE orders.total > 101 AND orders.id IN (1, 2)",
         "view",

@@ -3,6 +3,7 @@
 //! `PGCUTOVER_VERIFY_RUNS=100 cargo test --test verify moving` is the long form, and `… random_place` that of what is
 //! planted; `PGCUTOVER_VERIFY_SEED` repeats one run.
 
+mod kinds;
 mod planted;
 mod resumed;
 #[path = "../support/mod.rs"]

@@ -3,10 +3,13 @@
 //! Every kind of object that a migration carries over is written out by its own server and compared as text: what is on
 //! one server only, and what is defined differently. Servers of different majors write the same definition differently
 //! (qualified columns of views, EXECUTE PROCEDURE), so between those white space, parentheses and qualifications are left
-//! out first; what remains are names, types, operators and constants, in their order.
+//! out first; what remains are names, types, operators and constants, in their order. What is a keyword, and so stands
+//! in quotes, differs too (`json` is one since version 16): an ordinary name is compared without them.
 //!
-//! Not compared: what a migration changes on purpose (replica identities), what it does not carry over (publications,
-//! subscriptions), and the members of extensions, which belong to the extension's version.
+//! Not compared: what a migration changes on purpose (replica identities); what it does not carry over (publications,
+//! subscriptions); what a cutover brings over once more by itself (roles with their settings, settings of the database,
+//! large objects, rows of unlogged tables and of materialized views); the members of extensions, which belong to the
+//! extension's version, and that version between majors, of which each brings its own.
 
 use std::collections::BTreeMap;
 
@@ -66,26 +69,31 @@ pub async fn compare(sides: &Sides) -> Result<Vec<DefinitionDifference>, VerifyE
     Ok(found.into_iter().chain(ahead).take(LISTED).collect())
 }
 
-type Definitions = BTreeMap<(String, String), String>;
+/// Objects of one name (overloads are told apart by their arguments) stand side by side.
+type Definitions = BTreeMap<(String, String), Vec<String>>;
+
+/// What each major brings in a version of its own.
+const VERSIONED: &str = "extension version";
 
 async fn read(server: &Control, alike: bool) -> Result<Definitions, VerifyError> {
     let rows = server.query(DEFINITIONS, &[]).await.map_err(VerifyError::query("reading definitions"))?;
     let mut definitions = Definitions::new();
     for row in &rows {
-        let text: Option<&str> = row.get(2);
-        let text = text.unwrap_or_default();
-        let text = if alike { text.to_owned() } else { bare(text) };
-        // Objects of one name (overloads are told apart by their arguments) are written one behind the other.
-        let entry: &mut String = definitions.entry((row.get(0), row.get(1))).or_default();
-        entry.push_str(&text);
-        entry.push('\n');
+        let (kind, name): (String, String) = (row.get(0), row.get(1));
+        let text = row.get::<_, Option<&str>>(2).unwrap_or_default();
+        if alike {
+            definitions.entry((kind, name)).or_default().push(text.to_owned());
+        } else if kind != VERSIONED {
+            definitions.entry((kind, unquoted(&name))).or_default().push(bare(text));
+        }
     }
+    definitions.values_mut().for_each(|texts| texts.sort_unstable());
     Ok(definitions)
 }
 
 async fn sequences(server: &Control) -> Result<BTreeMap<String, (i64, Option<i64>)>, VerifyError> {
     let rows = server.query(SEQUENCES, &[]).await.map_err(VerifyError::query("reading sequences"))?;
-    Ok(rows.iter().map(|row| (row.get(0), (row.get(1), row.get(2)))).collect())
+    Ok(rows.iter().map(|row| (unquoted(row.get(0)), (row.get(1), row.get(2)))).collect())
 }
 
 fn differences(source: &Definitions, target: &Definitions) -> Vec<DefinitionDifference> {
@@ -103,9 +111,34 @@ fn differences(source: &Definitions, target: &Definitions) -> Vec<DefinitionDiff
     here.chain(there).collect()
 }
 
+/// The text without the quotes around ordinary names, which are there where the name is a keyword. String constants stay
+/// as they are.
+fn unquoted(text: &str) -> String {
+    let mut unquoted = String::with_capacity(text.len());
+    let mut rest = text;
+    while let Some(start) = rest.find(['"', '\'']) {
+        let (before, quoted) = rest.split_at(start);
+        unquoted.push_str(before);
+        // A quote that is doubled begins another piece, which hangs on to this one.
+        let quote = &quoted[..1];
+        let end = quoted[1..].find(quote).map_or(quoted.len(), |end| end + 2);
+        let (piece, after) = quoted.split_at(end);
+        let name = piece.trim_matches('"');
+        let ordinary = quote == "\""
+            && !unquoted.ends_with('"')
+            && !after.starts_with('"')
+            && name.starts_with(|c: char| c.is_ascii_lowercase() || c == '_')
+            && name.chars().all(|c| c.is_ascii_lowercase() || c.is_ascii_digit() || c == '_' || c == '$');
+        unquoted.push_str(if ordinary { name } else { piece });
+        rest = after;
+    }
+    unquoted.push_str(rest);
+    unquoted
+}
+
 /// The text without what majors write differently; quoted strings stay as they are.
 fn bare(text: &str) -> String {
-    let text = text.replace("EXECUTE PROCEDURE", "EXECUTE FUNCTION");
+    let text = unquoted(&text.replace("EXECUTE PROCEDURE", "EXECUTE FUNCTION"));
     let mut bare = String::with_capacity(text.len());
     // Where the identifier began that may turn out to be a qualification.
     let mut word = 0;
@@ -153,12 +186,23 @@ mod tests {
         assert_ne!(bare("CHECK (a > 1)"), bare("CHECK (a > 2)"));
         assert_ne!(bare("DEFAULT 'a b'"), bare("DEFAULT 'ab'"));
         assert_ne!(bare("DEFAULT 1.5"), bare("DEFAULT 2.5"));
-        assert_eq!(bare("\"Odd \"\"x\".\"y\""), "\"y\"");
+        assert_eq!(bare("\"Odd \"\"x\".\"Y\""), "\"Y\"");
+        assert_eq!(bare("SELECT t.\"json\", 'a \"b\"'"), bare("SELECT t.json, 'a \"b\"'"));
+    }
+
+    #[test]
+    fn ordinary_names_lose_their_quotes_and_no_other_text_does() {
+        assert_eq!(unquoted("app.\"json\".\"merge_action\""), "app.json.merge_action");
+        for text in
+            ["\"Odd \"\"name\".x", "'it''s \"json\"'", "a\"", "\"two words\"", "\"1a\"", "\"a\"\"b\"", "''", "\"\""]
+        {
+            assert_eq!(unquoted(text), text);
+        }
     }
 
     #[test]
     fn each_kind_of_difference_is_named() {
-        let one = |name: &str, text: &str| (("table".to_owned(), name.to_owned()), text.to_owned());
+        let one = |name: &str, text: &str| (("table".to_owned(), name.to_owned()), vec![text.to_owned()]);
         let source = Definitions::from([one("a", "1"), one("b", "1"), one("c", "1")]);
         let target = Definitions::from([one("b", "2"), one("c", "1"), one("d", "1")]);
         let found: Vec<(String, String)> =

@@ -28,6 +28,7 @@ pub struct Column {
     /// `format_type`, to see whether the two servers agree.
     pub type_name: String,
     /// Name of the type under any domains, with `pg_catalog` left out: `int8`, `_float8`; of other types with schema.
+    /// Unquoted: what is a keyword, and would be quoted, differs between majors.
     pub base: String,
     /// The base type's output function, quoted and with its schema.
     pub output: String,

@@ -30,7 +30,7 @@ WITH RECURSIVE base AS (
     UNION ALL
     SELECT b.attnum, b.name, b.shown, t.typbasetype FROM base b JOIN pg_type t ON t.oid = b.oid WHERE t.typtype = 'd')
 SELECT b.name, b.shown,
-       CASE WHEN n.nspname = 'pg_catalog' THEN t.typname::text ELSE format('%I.%I', n.nspname, t.typname) END,
+       CASE WHEN n.nspname = 'pg_catalog' THEN t.typname::text ELSE n.nspname || '.' || t.typname END,
        format('%I.%I', m.nspname, p.proname)
   FROM base b JOIN pg_type t ON t.oid = b.oid AND t.typtype <> 'd' JOIN pg_namespace n ON n.oid = t.typnamespace
   JOIN pg_proc p ON p.oid = t.typoutput JOIN pg_namespace m ON m.oid = p.pronamespace
