@@ -215,10 +215,14 @@ impl Connector {
         let stream = self.open(encryption, unread).await?;
         let mut connection = RawConnection::before_login(stream, &self.inner.label);
         log_in(&mut connection, login, &self.inner.derived).await.map_err(|error| self.login_error(login, &error))?;
-        if self.is_own(login)
-            && let Some(statement) = settings::after_login(connection.version_num())
-        {
-            let pinned = connection.simple_query(&statement).await;
+        if self.is_own(login) {
+            let unconverted = connection.parameter("server_encoding").and_then(settings::unconverted);
+            let later = settings::after_login(connection.version_num());
+            let statements: Vec<&str> = later.as_deref().into_iter().chain(unconverted).collect();
+            if statements.is_empty() {
+                return Ok(connection);
+            }
+            let pinned = connection.simple_query(&statements.join("; ")).await;
             pinned.map_err(|error| self.login_error(login, &error.into()))?;
         }
         Ok(connection)

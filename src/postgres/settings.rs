@@ -46,6 +46,12 @@ pub(super) fn after_login(version_num: u32) -> Option<String> {
     (!statements.is_empty()).then(|| statements.join("; "))
 }
 
+/// A statement for sessions that carry rows. In a database in SQL_ASCII texts are any bytes: nothing can be converted, and a
+/// session in UTF8 would be refused what is none (`pg_server_to_any` in PostgreSQL's `mbutils.c`).
+pub(super) fn unconverted(server_encoding: &str) -> Option<&'static str> {
+    (server_encoding == "SQL_ASCII").then_some("SET client_encoding = SQL_ASCII")
+}
+
 /// `server_version_num` from the `server_version` that every server reports at login (`15.18 (Debian …)`, `18beta1`,
 /// `10.23`). From version 10 on the number is major × 10000 + minor.
 pub(super) fn version_num(server_version: &str) -> Option<u32> {
@@ -87,6 +93,12 @@ mod tests {
         assert_eq!(after_login(130_022), None);
         assert_eq!(after_login(140_000).as_deref(), Some("SET idle_session_timeout = 0"));
         assert_eq!(after_login(180_001).as_deref(), Some("SET idle_session_timeout = 0; SET transaction_timeout = 0"));
+    }
+
+    #[test]
+    fn bytes_of_no_encoding_are_left_alone() {
+        assert_eq!(unconverted("SQL_ASCII"), Some("SET client_encoding = SQL_ASCII"));
+        assert_eq!(unconverted("LATIN1"), None);
     }
 
     #[test]

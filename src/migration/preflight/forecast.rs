@@ -131,9 +131,11 @@ impl Database<'_> {
         #[expect(clippy::cast_precision_loss, clippy::cast_possible_truncation, reason = "an estimate")]
         let wanted = (rows * (SAMPLE_BYTES as f64 / heap as f64)).ceil().max(1000.0) as i64;
         self.session.batch_execute("SET lock_timeout = 1000").await?;
+        let encoding = self.session.query_one("SELECT quote_literal(current_setting('server_encoding'))", &[]).await?;
+        let encoding: &str = encoding.get(0);
+        let copy = format!("COPY (SELECT * FROM ONLY {table} LIMIT {wanted}) TO STDOUT WITH (ENCODING {encoding})");
         let began = Instant::now();
-        let stream =
-            self.session.copy_out(&format!("COPY (SELECT * FROM ONLY {table} LIMIT {wanted}) TO STDOUT")).await?;
+        let stream = self.session.copy_out(&copy).await?;
         let mut stream = std::pin::pin!(stream);
         let mut bytes = 0_u64;
         while let Some(part) = stream.next().await {
