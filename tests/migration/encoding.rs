@@ -32,7 +32,10 @@ async fn moves(encoding: &str, text: &str) {
     create(&running, spec("bytes", &["shop"])).await;
     reach(&running, "bytes", "WaitingForCutoverTrigger").await;
     for change in CHANGES {
-        source.batch_execute(&change.replace("{text}", text)).await.unwrap_or_else(|error| panic!("{change}: {error:?}"));
+        source
+            .batch_execute(&change.replace("{text}", text))
+            .await
+            .unwrap_or_else(|error| panic!("{change}: {error:?}"));
     }
     drain(&running, "bytes").await;
     let target = connect(&world.target, "shop").await;
