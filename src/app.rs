@@ -73,6 +73,7 @@ pub fn run(config: Config, path: Option<PathBuf>, begin: Begin) -> anyhow::Resul
     if failpoints.any() {
         tracing::warn!("failpoints are switched on: this process is under test");
     }
+    crate::proxy::descriptors::raise_limit();
     let activated = activation::listeners(config.admin.address)?;
     let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build().context("cannot start")?;
     let ended = runtime.block_on(async move {

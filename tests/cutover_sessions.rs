@@ -9,6 +9,7 @@ use std::time::{Duration, Instant};
 use pgcutover::config::Stragglers;
 use pgcutover::cutover::coordinator::CutoverOptions;
 use pgcutover::cutover::report::CutoverOutcome;
+use pgcutover::demo::cluster::Stop;
 use pgcutover::switch::ServerRole;
 use support::stage::{NAME, Stage};
 use support::{connect, connect_with, try_connect, wait_for};
@@ -328,4 +329,31 @@ async fn a_pipeliner_without_end_is_held_at_a_sync() {
         lane.await.expect("no panic").expect("no error");
     }
     assert_eq!(port(&client).await, i32::from(stage.target.port()));
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_target_without_room_for_the_sessions_is_refused_before_anything_is_done() {
+    let mut stage = Stage::set().await;
+    stage.target.configure(&[("max_connections", "20"), ("superuser_reserved_connections", "3")]).expect("writable");
+    stage.target.restart(Stop::Fast).expect("it starts again");
+    let life = stage.life_with_proxy("").resolved().await;
+    let mut clients = Vec::new();
+    for _ in 0..16 {
+        clients.push(connect_with(&life.client("many")).await);
+    }
+    let report = life.cut_over().await;
+    assert_eq!(report.outcome, CutoverOutcome::Aborted, "{report:?}");
+    assert!(report.reason.contains("free connections, and 16 sessions would move there"), "{}", report.reason);
+    assert_eq!(stage.rows().await.0, Vec::new(), "no fence was raised");
+    for client in &clients {
+        assert_eq!(port(client).await, i32::from(stage.source.port()));
+    }
+
+    clients.truncate(2);
+    wait_for("the others to have left", || async {
+        life.proxy.as_ref().is_some_and(|proxy| proxy.sessions().list().len() == 2)
+    })
+    .await;
+    let report = life.cut_over().await;
+    assert_eq!((report.outcome, report.sessions_moved), (CutoverOutcome::Switched, 2), "{report:?}");
 }

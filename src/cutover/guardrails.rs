@@ -6,6 +6,7 @@ use super::CutoverError;
 use super::work::{LineSessions, UnmovedSession, Work};
 use crate::config::{FencePolicy, Stragglers};
 use crate::postgres::Control;
+use crate::proxy::{SessionView, descriptors};
 use crate::switch::Route;
 
 /// Tables, columns and sequences of a database, one line each; the two servers must agree. What has to be quoted differs
@@ -25,6 +26,12 @@ const FINGERPRINT: &str = "
 
 /// Between two looks at a lag that is not known.
 const LOOK_AGAIN: Duration = Duration::from_millis(50);
+
+/// How long a lag that is too large is watched, to say what becomes of it; it is measured twice a second.
+const TREND: Duration = Duration::from_secs(3);
+
+/// Connections that a cutover opens for itself on the server that it leads to, for each database.
+const OWN_CONNECTIONS: i64 = 5;
 
 /// At most this many differences are named.
 const NAMED: usize = 10;
@@ -55,6 +62,7 @@ impl Work {
         }
         self.check_lag().await?;
         self.check_writable().await?;
+        self.check_capacity().await?;
         self.note_long_transactions().await
     }
 
@@ -66,9 +74,12 @@ impl Work {
             match self.lease.lag_bytes() {
                 Some(lag) if lag <= allowed => return Ok(()),
                 Some(lag) => {
-                    return Err(CutoverError::Guardrail(format!(
-                        "the target is {lag} bytes behind, max_lag_at_start is {allowed}: wait until it has caught up"
-                    )));
+                    tokio::time::sleep(TREND).await;
+                    let later = self.lease.lag_bytes().unwrap_or(lag);
+                    if later <= allowed {
+                        return Ok(());
+                    }
+                    return Err(CutoverError::Guardrail(forecast(lag, later, allowed)));
                 }
                 None if Instant::now() < deadline => tokio::time::sleep(LOOK_AGAIN).await,
                 None => {
@@ -121,6 +132,51 @@ impl Work {
         Ok(())
     }
 
+    /// Each session needs a connection there before its old one is closed.
+    async fn check_capacity(&mut self) -> Result<(), CutoverError> {
+        let moves = |session: &SessionView| {
+            session.server == Some(self.from.role) && !session.pooled && self.case.databases.contains(&session.database)
+        };
+        let sessions = self.sessions.list().iter().filter(|session| moves(session)).count();
+        let own = OWN_CONNECTIONS * i64::try_from(self.lines.len()).unwrap_or(i64::MAX);
+        let wanted = i64::try_from(sessions).unwrap_or(i64::MAX).saturating_add(own);
+        let row = self
+            .to
+            .control
+            .query_one(
+                "SELECT pg_catalog.current_setting('max_connections')::bigint
+                        - pg_catalog.current_setting('superuser_reserved_connections')::bigint
+                        - coalesce(pg_catalog.current_setting('reserved_connections', true), '0')::bigint
+                        - (SELECT coalesce(sum(numbackends), 0) FROM pg_catalog.pg_stat_database)::bigint",
+                &[],
+            )
+            .await
+            .map_err(|source| CutoverError::query("count the free connections", source))?;
+        let free: i64 = row.get(0);
+        let mut lacking = Vec::new();
+        if wanted > free {
+            lacking.push(format!(
+                "the {} has {} free connections, and {sessions} sessions would move there, besides {own} of the cutover's \
+                 own: raise max_connections there, or end sessions",
+                self.to.role,
+                free.max(0)
+            ));
+        }
+        if let Some(free) = descriptors::free().filter(|free| wanted.unsigned_abs() > *free) {
+            lacking.push(format!(
+                "pgcutover may open {free} more files, and needs {wanted} for the sessions that would move: raise LimitNOFILE \
+                 of its unit (ulimit -n) and start it again"
+            ));
+        }
+        match (self.options.stragglers, lacking.is_empty()) {
+            (Stragglers::Abort, false) => Err(CutoverError::Guardrail(lacking.join("; "))),
+            (Stragglers::Abort | Stragglers::Terminate, _) => {
+                self.notes.extend(lacking);
+                Ok(())
+            }
+        }
+    }
+
     /// Transactions that are older than the drain may take are told to the operator; they may end in time.
     async fn note_long_transactions(&mut self) -> Result<(), CutoverError> {
         let looking = super::hard_fence::Looking::Work;
@@ -166,6 +222,24 @@ impl Work {
     }
 }
 
+/// Why a cutover is refused that is `later` bytes behind, having been `lag` bytes behind [`TREND`] ago.
+fn forecast(lag: u64, later: u64, allowed: u64) -> String {
+    let behind = format!("the target is {later} bytes behind, max_lag_at_start is {allowed}");
+    let per_second = lag.abs_diff(later) as f64 / TREND.as_secs_f64();
+    if later >= lag {
+        return format!(
+            "{behind}, and it does not come closer ({per_second:.0} bytes a second further away): changes come faster than \
+             they are applied. Look for tables without a primary key, for locks and at the disks of the target, or choose a \
+             quieter hour"
+        );
+    }
+    let seconds = (later - allowed) as f64 / per_second;
+    format!(
+        "{behind}: it comes closer by {per_second:.0} bytes a second, so try again in about {:.0} seconds",
+        seconds.ceil()
+    )
+}
+
 /// Quoted names of the tables that the stream carries, ours left out.
 pub(super) async fn published_tables(control: &Control, publication: &str) -> Result<Vec<String>, CutoverError> {
     let rows = control
@@ -198,4 +272,19 @@ async fn check_fingerprint(database: &str, sessions: &LineSessions, tables: &[St
          server, or copy them again",
         differences.join("; ")
     )))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_lag_that_is_too_large_is_foretold() {
+        let closer = forecast(40_000_000, 31_000_000, 16_000_000);
+        assert!(closer.contains("closer by 3000000 bytes a second, so try again in about 5 seconds"), "{closer}");
+        for later in [40_000_000, 43_000_000] {
+            let never = forecast(40_000_000, later, 16_000_000);
+            assert!(never.contains("does not come closer"), "{never}");
+        }
+    }
 }

@@ -100,7 +100,7 @@ pub enum CutoverError {
         obstacles: Vec<Obstacle>,
     },
     /// Sessions that cannot be moved.
-    #[error("sessions cannot be moved: {}", .0.join("; "))]
+    #[error("sessions cannot be moved: {}", first(.0))]
     Sessions(Vec<String>),
     /// The engine could not take part, or lost the stream.
     #[error("replication: {0}")]
@@ -146,6 +146,17 @@ impl CutoverError {
             | Self::Failpoint(_)
             | Self::Unexpected(_) => &[],
         }
+    }
+}
+
+/// Sessions that are named, of many.
+const NAMED_SESSIONS: usize = 10;
+
+fn first(sessions: &[String]) -> String {
+    let named = sessions.iter().take(NAMED_SESSIONS).map(String::as_str).collect::<Vec<_>>().join("; ");
+    match sessions.len().saturating_sub(NAMED_SESSIONS) {
+        0 => named,
+        more => format!("{named}; and {more} more"),
     }
 }
 

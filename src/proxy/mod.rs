@@ -31,6 +31,7 @@ mod catalogue_names;
 mod certificate;
 mod client_error;
 mod departures;
+pub mod descriptors;
 mod flow;
 #[cfg(any(test, fuzzing))]
 pub mod fuzzing;

@@ -2,7 +2,7 @@
 //!
 //! ```text
 //! order      a task of its own opens a backend on the other server; the client's traffic goes on
-//! safe point state is captured from the session's backend and replayed there      → Ready
+//! safe point state is captured from the session's backend; the client's traffic goes on while it is replayed there → Ready
 //! pause      touched since? captured again, the difference replayed               → Ready
 //! gate opens the backends are exchanged, changed parameters reported, the old one is closed
 //! ```
@@ -57,11 +57,16 @@ enum Stage {
     Opening(JoinHandle<Result<Box<Opened>, String>>),
     /// It is open; no state is on it.
     Open(Box<Opened>),
+    /// It is given the session's state as of the first capture; the client's traffic goes on.
+    Filling(JoinHandle<Result<Filling, String>>),
     /// It has the session's state as of the last capture.
     Filled { opened: Box<Opened>, state: Box<State>, report: ReplayReport },
     /// It could not be opened or filled.
     Failed,
 }
+
+/// A backend, and what was replayed on it.
+type Filling = (Box<Opened>, Box<State>, ReplayReport);
 
 /// A backend, what was replayed on it, if anything, and why the session cannot be moved.
 type Filled = (Box<Opened>, Option<(Box<State>, ReplayReport)>, Vec<Blocker>);
@@ -114,6 +119,8 @@ async fn open(
 }
 
 fn describe(error: &ConnectError) -> String {
+    // Where it was tried to connect to is nothing for clients.
+    tracing::debug!(%error, "the backend of a move could not be opened");
     match error.sqlstate() {
         Some(code) => format!("the other server refuses the session's login ({code})"),
         None => "the other server cannot be reached".to_owned(),
@@ -157,8 +164,11 @@ impl Session {
     fn join_move(&mut self, reply: Option<oneshot::Sender<MoveOutcome>>, up_to_date: bool) {
         let Some(moving) = &mut self.moving else { return };
         moving.replies.extend(reply);
-        let filled = matches!(moving.stage, Stage::Filled { .. });
-        if filled && moving.blockers.is_empty() && !(up_to_date && self.touched) {
+        let (filled, filling) =
+            (matches!(moving.stage, Stage::Filled { .. }), matches!(moving.stage, Stage::Filling(_)));
+        if filling && !(up_to_date && self.touched) {
+            // Answered when that has ended.
+        } else if filled && moving.blockers.is_empty() && !(up_to_date && self.touched) {
             moving.answer(&MoveOutcome::Ready);
         } else {
             moving.wanted = true;
@@ -180,6 +190,14 @@ impl Session {
                     }
                 });
             }
+            Stage::Filling(filling) => {
+                let id = self.entry.id();
+                tokio::task::spawn_local(async move {
+                    if let Ok(Ok((opened, ..))) = filling.await {
+                        close_later(opened.backend, id).await;
+                    }
+                });
+            }
             Stage::Open(opened) | Stage::Filled { opened, .. } => {
                 tokio::task::spawn_local(close_later(opened.backend, self.entry.id()));
             }
@@ -187,21 +205,76 @@ impl Session {
         }
     }
 
-    /// Looks whether the other backend has been opened.
+    /// Looks whether the other backend has been opened, or filled.
     pub(super) fn poll_move(&mut self, cx: &mut Context<'_>) -> Option<Step> {
         let moving = self.moving.as_mut()?;
-        let Stage::Opening(opening) = &mut moving.stage else { return None };
-        let Poll::Ready(opened) = Pin::new(opening).poll(cx) else { return None };
-        let failure = match opened {
-            Ok(Ok(opened)) => {
-                moving.stage = Stage::Open(opened);
-                return None;
-            }
-            Ok(Err(failure)) => failure,
-            Err(_) => "the attempt was aborted".to_owned(),
+        let outcome = match &mut moving.stage {
+            Stage::Opening(opening) => match Pin::new(opening).poll(cx) {
+                Poll::Ready(opened) => ended(opened).map(|opened| moving.stage = Stage::Open(opened)),
+                Poll::Pending => Ok(()),
+            },
+            Stage::Filling(filling) => match Pin::new(filling).poll(cx) {
+                Poll::Ready(filled) => ended(filled).map(|filled| self.end_filling(filled)),
+                Poll::Pending => Ok(()),
+            },
+            Stage::Open(_) | Stage::Filled { .. } | Stage::Failed => Ok(()),
         };
-        self.fail_move(failure);
+        if let Err(failure) = outcome {
+            self.fail_move(failure);
+        }
         None
+    }
+
+    /// The first capture. The client goes on as soon as its own backend has answered.
+    async fn begin_filling(&mut self, mut opened: Box<Opened>) -> Result<(), End> {
+        let state = match self.capture(&opened.names).await {
+            Ok(state) => Box::new(state),
+            Err(Unmoved::OwnLost) => return Err(End::ServerLost),
+            Err(Unmoved::Because(failure)) => {
+                self.fail_move(failure);
+                return Ok(());
+            }
+        };
+        self.touched = false;
+        let blockers = state.blockers().to_vec();
+        if !blockers.is_empty() {
+            // Nothing is replayed that cannot be complete; the backend stays for another try.
+            self.tell_filled(Stage::Open(opened), blockers);
+            return Ok(());
+        }
+        let filling = tokio::task::spawn_local(async move {
+            let replayed = replay(&mut opened.backend.connection, &state).await;
+            replayed.map(|report| (opened, state, report)).map_err(|error| error.to_string())
+        });
+        if let Some(moving) = &mut self.moving {
+            moving.stage = Stage::Filling(filling);
+        }
+        Ok(())
+    }
+
+    fn end_filling(&mut self, (opened, state, report): Filling) {
+        let blockers = report.blockers();
+        let stage = Stage::Filled { opened, state, report };
+        match &mut self.moving {
+            // Wanted once more, because of what the client has done meanwhile; answered after that.
+            Some(moving) if moving.wanted && blockers.is_empty() => moving.stage = stage,
+            Some(_) | None => self.tell_filled(stage, blockers),
+        }
+    }
+
+    /// Notes how far the move is, and tells who waits.
+    fn tell_filled(&mut self, stage: Stage, blockers: Vec<Blocker>) {
+        let (seen, outcome) = if blockers.is_empty() {
+            (MoveState::Prepared, MoveOutcome::Ready)
+        } else {
+            (MoveState::Blocked, MoveOutcome::Blocked(blockers.clone()))
+        };
+        self.entry.set_moving(seen, blockers.clone());
+        if let Some(moving) = &mut self.moving {
+            moving.stage = stage;
+            moving.blockers = blockers;
+            moving.answer(&outcome);
+        }
     }
 
     fn fail_move(&mut self, failure: String) {
@@ -234,24 +307,18 @@ impl Session {
     pub(super) async fn advance_move(&mut self) -> Result<(), End> {
         let Some(moving) = &mut self.moving else { return Ok(()) };
         moving.wanted = false;
-        let stage = std::mem::replace(&mut moving.stage, Stage::Failed);
+        let stage = match std::mem::replace(&mut moving.stage, Stage::Failed) {
+            Stage::Open(opened) => return self.begin_filling(opened).await,
+            stage => stage,
+        };
         match self.fill(stage).await {
             Ok((opened, replayed, blockers)) => {
                 self.touched = false;
-                let (seen, outcome) = if blockers.is_empty() {
-                    (MoveState::Prepared, MoveOutcome::Ready)
-                } else {
-                    (MoveState::Blocked, MoveOutcome::Blocked(blockers.clone()))
+                let stage = match replayed {
+                    Some((state, report)) => Stage::Filled { opened, state, report },
+                    None => Stage::Open(opened),
                 };
-                self.entry.set_moving(seen, blockers.clone());
-                if let Some(moving) = &mut self.moving {
-                    moving.stage = match replayed {
-                        Some((state, report)) => Stage::Filled { opened, state, report },
-                        None => Stage::Open(opened),
-                    };
-                    moving.blockers = blockers;
-                    moving.answer(&outcome);
-                }
+                self.tell_filled(stage, blockers);
                 Ok(())
             }
             Err(Unmoved::OwnLost) => Err(End::ServerLost),
@@ -268,7 +335,7 @@ impl Session {
         let (mut opened, before) = match stage {
             Stage::Open(opened) => (opened, None),
             Stage::Filled { opened, state, report } => (opened, Some((state, report))),
-            Stage::Opening(_) | Stage::Failed => {
+            Stage::Opening(_) | Stage::Filling(_) | Stage::Failed => {
                 return Err(Unmoved::Because("no backend on the other server".to_owned()));
             }
         };
@@ -372,7 +439,7 @@ impl Session {
         }
         match self.moving.take()?.stage {
             Stage::Filled { opened, state, .. } => Some((opened, state.listens())),
-            Stage::Opening(_) | Stage::Open(_) | Stage::Failed => None,
+            Stage::Opening(_) | Stage::Filling(_) | Stage::Open(_) | Stage::Failed => None,
         }
     }
 
@@ -390,6 +457,10 @@ impl Session {
         let stage = match stage {
             Stage::Opening(opening) => match opening.await {
                 Ok(Ok(opened)) => Stage::Open(opened),
+                Ok(Err(_)) | Err(_) => Stage::Failed,
+            },
+            Stage::Filling(filling) => match filling.await {
+                Ok(Ok((opened, state, report))) => Stage::Filled { opened, state, report },
                 Ok(Err(_)) | Err(_) => Stage::Failed,
             },
             stage => stage,
@@ -464,6 +535,11 @@ impl Session {
         self.entry.set_backend(None);
         true
     }
+}
+
+/// What a task of a move has come to.
+fn ended<T>(joined: Result<Result<T, String>, tokio::task::JoinError>) -> Result<T, String> {
+    joined.unwrap_or_else(|_| Err("the attempt was aborted".to_owned()))
 }
 
 /// A round trip that brings in every notification that was sent before it.
