@@ -24,6 +24,8 @@ const PINNED: &[(&str, &str)] = &[
     ("standard_conforming_strings", "on"),
     ("search_path", "pg_catalog"),
     ("row_security", "off"),
+    // "Already exists, skipping" is no news for a log.
+    ("client_min_messages", "warning"),
 ];
 
 /// Time-outs that came later: the version that brought each, and its name.
