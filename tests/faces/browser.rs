@@ -91,7 +91,7 @@ impl Face for Clicks {
 
     async fn verify(&mut self) {
         self.browser.click("#verify");
-        self.browser.wait_for("main", "0 differences");
+        self.browser.wait_for("#differences", "0 differences");
     }
 
     async fn dry_run(&mut self) {

@@ -98,3 +98,61 @@ async fn by_keyboard_alone_and_with_a_validation_that_fails() {
     check(&browser, "01-validation-failed");
     assert_eq!(browser.complaints(), [""; 0]);
 }
+
+/// Everything is shown before it is done, and turned down once.
+#[tokio::test(flavor = "multi_thread")]
+async fn what_differs_is_repaired_and_a_rule_is_mended_by_clicks() {
+    let Some(browser) = Browser::found("mend") else { return };
+    let (source, target) = shop().await;
+    let here = support::connect(&source, "shop").await;
+    let make = "CREATE FUNCTION later() RETURNS trigger LANGUAGE plpgsql AS 'BEGIN RETURN NEW; END';
+        CREATE TRIGGER always BEFORE INSERT ON customer FOR EACH ROW EXECUTE PROCEDURE later()";
+    here.batch_execute(make).await.unwrap();
+    let options = DaemonOptions::default().section("migration", "validation_interval = \"200ms\"");
+    let daemon = Daemon::start(&source, &target, options);
+    daemon.must(&["migration", "create", "mend", "--database", "shop", "--wait"]);
+    let there = support::connect(&target, "shop").await;
+    let harm = "UPDATE customer SET name = 'other' WHERE id = 7; DELETE FROM orders WHERE id IN (8, 9)";
+    there.batch_execute(harm).await.unwrap();
+
+    browser.open(&format!("http://127.0.0.1:{}/#/m/mend/overview", daemon.admin_port));
+    browser.click("#verify");
+    browser.wait_for("#differences", "3 differences");
+    browser.run("document.querySelectorAll('#differences details').forEach((one) => { one.open = true; });");
+    for listed in ["public.customer, 1 row", "differs (7)", "public.orders, 2 rows", "missing (8)", "missing (9)"] {
+        browser.wait_for("#differences", listed);
+    }
+    check(&browser, "01-differences");
+    browser.click("#repair");
+    browser.wait_for("#to-repair", "shop: public.orders, 2");
+    check(&browser, "02-repair");
+    browser.click("#dialog-no");
+    let count = "SELECT count(*) FROM orders WHERE id IN (8, 9)";
+    assert_eq!(there.query_one(count, &[]).await.unwrap().get::<_, i64>(0), 0, "turned down");
+    browser.click("#repair");
+    browser.click("#dialog-yes");
+    browser.wait_for("main", "Repaired 3 rows");
+    browser.wait_for("#differences", "0 differences");
+    assert_eq!(there.query_one(count, &[]).await.unwrap().get::<_, i64>(0), 2);
+
+    here.batch_execute("ALTER TABLE customer ENABLE ALWAYS TRIGGER always").await.unwrap();
+    browser.click("#tab-validation");
+    let button = "[data-act=fix][data-rule=always_triggers]";
+    browser.wait_for(button, "Fix");
+    check(&browser, "03-rule");
+    let enabled = async || {
+        let sql = "SELECT tgenabled::text FROM pg_trigger WHERE tgname = 'always'";
+        here.query_one(sql, &[]).await.unwrap().get::<_, String>(0)
+    };
+    browser.click(button);
+    browser.wait_for("#dialog", "ENABLE TRIGGER");
+    check(&browser, "04-fix");
+    browser.click("#dialog-no");
+    assert_eq!(enabled().await, "A", "shown, and nothing done");
+    browser.click(button);
+    browser.wait_for("#dialog", "ENABLE TRIGGER");
+    browser.click("#dialog-yes");
+    browser.wait_for("main", "always_triggers: Succeeded");
+    assert_eq!(enabled().await, "O");
+    assert_eq!(browser.complaints(), [""; 0]);
+}

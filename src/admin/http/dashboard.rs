@@ -20,7 +20,7 @@ const CSS: &str = "text/css; charset=utf-8";
 const SCRIPT: &str = "text/javascript; charset=utf-8";
 
 /// Address, type and text of every file.
-const FILES: [(&str, &str, &str); 9] = [
+const FILES: [(&str, &str, &str); 10] = [
     ("/", HTML, include_str!("web/index.html")),
     ("/assets/style.css", CSS, include_str!("web/style.css")),
     ("/assets/app.js", SCRIPT, include_str!("web/app.js")),
@@ -30,6 +30,7 @@ const FILES: [(&str, &str, &str); 9] = [
     ("/assets/wizard.js", SCRIPT, include_str!("web/wizard.js")),
     ("/assets/detail.js", SCRIPT, include_str!("web/detail.js")),
     ("/assets/cutover.js", SCRIPT, include_str!("web/cutover.js")),
+    ("/assets/mend.js", SCRIPT, include_str!("web/mend.js")),
 ];
 
 /// Adds the files' addresses.

@@ -129,6 +129,5 @@ export function actions(order) {
       const sure = await ask({ title: `Complete ${state.route.name}?`, good: 'Complete', danger: true, body: h('p', {}, 'The way back is closed: what brings changes back to the source is removed.') });
       if (sure) order(state, draw, 'Completed.', () => post(path(state, '/complete')));
     },
-    verify: (_target, _event, state, draw) => order(state, draw, (answer) => `Verified: ${number(answer.tables_compared)} tables, ${number(answer.rows_compared)} rows, ${number(answer.differences)} differences.`, () => post(path(state, '/verify'))),
   };
 }

@@ -4,6 +4,7 @@ import { ask, get, of, post, remove } from './api.js';
 import { chart, rates } from './chart.js';
 import * as cutover from './cutover.js';
 import { bytes, h, number, pill, say, seconds, table, time } from './dom.js';
+import * as mend from './mend.js';
 
 export const TABS = [['overview', 'Overview'], ['tables', 'Tables'], ['validation', 'Validation'], ['sessions', 'Sessions'], ['events', 'Events']];
 
@@ -74,6 +75,7 @@ function overview(m, state) {
         h('div', { class: 'figures' },
           figure('Latency', over(m) && sum('latency_bytes') === null ? '–' : bytes(sum('latency_bytes'))), figure('Pending changes', over(m) && sum('pending_changes') === null ? '–' : number(sum('pending_changes'))))),
       cutover.panel(m, state)),
+    mend.panel(m, state),
     h('section', { class: 'card', 'aria-labelledby': 'dbs' }, h('h2', { id: 'dbs' }, 'Databases'), databases(m)),
     h('div', { class: 'grid' },
       drawn('Latency in seconds', worst('latency_seconds'), seconds),
@@ -157,7 +159,7 @@ function validation(_m, state) {
         h('div', {}, h('span', { class: `pill ${kind[rule.outcome]}` }, rule.outcome), ' ', h('b', {}, rule.code)),
         h('ul', {}, rule.evidence.map((item) => h('li', {}, item))),
         rule.evidence_total > rule.evidence.length ? h('p', { class: 'muted' }, `and ${number(rule.evidence_total - rule.evidence.length)} more`) : null,
-        h('p', { class: 'muted' }, rule.why), rule.fix ? h('pre', {}, rule.fix) : null)),
+        h('p', { class: 'muted' }, rule.why), rule.fix ? h('pre', {}, rule.fix) : null, mend.fixButton(rule))),
       passed.length ? h('details', {}, h('summary', {}, `${passed.length} rules succeeded`),
         h('ul', {}, passed.map((rule) => h('li', {}, `${rule.code}: ${rule.evidence.join('; ') || 'as it should be'}`)))) : null);
   });
@@ -260,4 +262,5 @@ export const actions = {
     if (sure) order(state, draw, `Session ${pid} was ended.`, () => remove(`/api/v1/sessions/${encodeURIComponent(pid)}`));
   },
   ...cutover.actions(order),
+  ...mend.actions(order),
 };
