@@ -1,7 +1,9 @@
-//! Roles, memberships, settings and password verifiers: shared objects that no dump of a database and no stream carries.
+//! Roles, memberships, settings, rights on parameters and password verifiers: shared objects that no dump of a database and no stream carries.
 //!
 //! The proxy logs a client in to either server with what the client itself proved, so a role's verifier must be the same
 //! on both. Verifiers never reach a log, an error or the journal.
+
+mod parameters;
 
 use std::collections::HashSet;
 
@@ -71,7 +73,7 @@ pub enum RolesError {
 }
 
 /// Brings the target's roles in line with the source's: every role whose name does not start with `pg_`, its attributes,
-/// verifier (where it can be read), memberships and settings. Settings of a role in a database come with
+/// verifier (where it can be read), memberships, settings and rights on parameters. Settings of a role in a database come with
 /// [`super::schema::create_database`]. Idempotent.
 pub async fn copy_roles(
     source: &Connector,
@@ -111,6 +113,7 @@ pub async fn copy_roles(
             done.note(report);
         }
     }
+    parameters::copy(&from, &to, journal, &mut reports).await?;
     Ok(reports)
 }
 

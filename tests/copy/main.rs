@@ -4,6 +4,7 @@
 mod dump;
 #[path = "../support/objects.rs"]
 mod objects;
+mod parameter_rights;
 #[path = "../support/rig.rs"]
 mod rig;
 mod source_crash;

@@ -1,0 +1,143 @@
+//! Rights on parameters (`GRANT SET ON PARAMETER … TO …`), which belong to the cluster and came with PostgreSQL 15.
+//!
+//! A role that may set a parameter on the source and not on the target gets an error from a statement that it has always
+//! used. Rights that are missing are given; none is taken away, because whoever runs the target may have reasons of their own.
+
+use std::collections::HashSet;
+
+use super::{RoleAction, RoleReport, RolesError};
+use crate::catalog::journal::{MadeObject, Side};
+use crate::ident::quote_ident;
+use crate::migration::made::{self, Journal};
+use crate::postgres::Control;
+
+/// The first version that has them.
+const SINCE: u32 = 150_000;
+
+/// What belongs to the cluster's owner by itself, and what roles have that every server makes, is left out. The name is of the
+/// server's making: words of letters, digits and underscores, with dots between them.
+const GRANTED: &str = "\
+SELECT p.parname, coalesce(r.rolname::text, ''), a.privilege_type, a.is_grantable
+  FROM pg_catalog.pg_parameter_acl p
+ CROSS JOIN LATERAL pg_catalog.aclexplode(p.paracl) a
+  LEFT JOIN pg_catalog.pg_roles r ON r.oid = a.grantee
+ WHERE (a.grantee = 0 OR r.oid IS NOT NULL AND r.oid <> 10 AND r.rolname !~ '^pg_')
+   AND p.parname ~ '^[a-z_][a-z0-9_]*(\\.[a-z_][a-z0-9_]*)*$'
+ ORDER BY 1, 2, 3";
+
+/// One right.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+struct Right {
+    parameter: String,
+    /// Empty: PUBLIC.
+    role: String,
+    /// `SET` or `ALTER SYSTEM`.
+    privilege: String,
+    grantable: bool,
+}
+
+impl Right {
+    fn grantee(&self) -> String {
+        if self.role.is_empty() { "PUBLIC".to_owned() } else { quote_ident(&self.role) }
+    }
+
+    fn grant(&self) -> String {
+        let Self { parameter, privilege, grantable, .. } = self;
+        let option = if *grantable { " WITH GRANT OPTION" } else { "" };
+        format!("GRANT {privilege} ON PARAMETER {parameter} TO {}{option}", self.grantee())
+    }
+
+    fn revoke(&self) -> String {
+        format!("REVOKE {} ON PARAMETER {} FROM {}", self.privilege, self.parameter, self.grantee())
+    }
+}
+
+/// Gives the target's roles what the source's have, and notes it in their reports.
+pub(super) async fn copy(
+    from: &Control,
+    to: &Control,
+    journal: &dyn Journal,
+    reports: &mut [RoleReport],
+) -> Result<(), RolesError> {
+    if from.version_num() < SINCE || to.version_num() < SINCE {
+        return Ok(());
+    }
+    let wanted = read(from, "source").await?;
+    let found: HashSet<Right> = read(to, "target").await?.into_iter().collect();
+    for right in missing(wanted, &found) {
+        let (grant, revoke) = (right.grant(), right.revoke());
+        let made = MadeObject {
+            side: Side::Target,
+            database: None,
+            kind: made::PARAMETER_RIGHT.to_owned(),
+            name: format!("{} on {} to {}", right.privilege, right.parameter, right.grantee()),
+            undo: None,
+            note: format!("stays with its role; {revoke} takes it back"),
+        };
+        journal.record(&made).await?;
+        let given = to.batch_execute(&grant).await;
+        let report = reports.iter_mut().find(|report| report.role == right.role);
+        match (given, report) {
+            (Ok(()), Some(report)) if report.action == RoleAction::Unchanged => report.action = RoleAction::Altered,
+            (Ok(()), _) => {}
+            // Answers of the server: no right to, no such parameter. The role can do without until it is set.
+            (Err(error), report) if error.as_db_error().is_some() => {
+                let why = error.as_db_error().map_or_else(String::new, |refusal| refusal.message().to_owned());
+                let warning = format!("{grant} was refused by the target: {why}");
+                match report {
+                    Some(report) => report.warnings.push(warning),
+                    None => tracing::warn!(warning, "a right that everybody has on the source"),
+                }
+            }
+            (Err(source), _) => {
+                return Err(RolesError::Write { role: right.role, doing: "given rights on parameters", source });
+            }
+        }
+    }
+    Ok(())
+}
+
+/// What `found` does not cover. Who may pass a right on has it.
+fn missing(wanted: Vec<Right>, found: &HashSet<Right>) -> Vec<Right> {
+    let covers = |right: &Right| {
+        found.contains(right) || !right.grantable && found.contains(&Right { grantable: true, ..right.clone() })
+    };
+    wanted.into_iter().filter(|right| !covers(right)).collect()
+}
+
+async fn read(control: &Control, server: &str) -> Result<Vec<Right>, RolesError> {
+    let rows = control.query(GRANTED, &[]).await;
+    let rows = rows.map_err(|source| RolesError::Read { server: server.to_owned(), source })?;
+    let right = |row: &tokio_postgres::Row| Right {
+        parameter: row.get(0),
+        role: row.get(1),
+        privilege: row.get(2),
+        grantable: row.get(3),
+    };
+    Ok(rows.iter().map(right).collect())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn right(role: &str, grantable: bool) -> Right {
+        Right { parameter: "work_mem".to_owned(), role: role.to_owned(), privilege: "SET".to_owned(), grantable }
+    }
+
+    #[test]
+    fn what_is_missing_is_given_and_nothing_twice() {
+        let found = HashSet::from([right("has", false), right("more", true)]);
+        let wanted = vec![right("has", false), right("more", false), right("has", true), right("new", false)];
+        assert_eq!(missing(wanted, &found), [right("has", true), right("new", false)]);
+    }
+
+    #[test]
+    fn statements_quote_roles_and_say_public() {
+        assert_eq!(
+            right("it's \"x\"", true).grant(),
+            "GRANT SET ON PARAMETER work_mem TO \"it's \"\"x\"\"\" WITH GRANT OPTION"
+        );
+        assert_eq!(right("", false).revoke(), "REVOKE SET ON PARAMETER work_mem FROM PUBLIC");
+    }
+}
