@@ -84,14 +84,17 @@ impl MigrationCatalog {
         let client = self.client().await?;
         let written = client
             .execute(
-                "WITH open AS (
+                "WITH engine AS (SELECT FROM pgcutover.engine WHERE generation = $2),
+                 open AS (
                      SELECT FROM pgcutover.verification_run WHERE migration = $1 AND NOT complete AND stream = $3),
                  forgotten AS (
-                     DELETE FROM pgcutover.verification WHERE migration = $1 AND NOT EXISTS (SELECT FROM open)),
+                     DELETE FROM pgcutover.verification
+                      WHERE migration = $1 AND NOT EXISTS (SELECT FROM open) AND EXISTS (SELECT FROM engine)),
                  void AS (
-                     DELETE FROM pgcutover.verification_begun WHERE migration = $1 AND NOT EXISTS (SELECT FROM open))
+                     DELETE FROM pgcutover.verification_begun
+                      WHERE migration = $1 AND NOT EXISTS (SELECT FROM open) AND EXISTS (SELECT FROM engine))
                  INSERT INTO pgcutover.verification_run (migration, complete, stream)
-                 SELECT $1, false, $3 FROM pgcutover.engine WHERE generation = $2
+                 SELECT $1, false, $3 FROM engine
                  ON CONFLICT (migration) DO UPDATE SET complete = false, stream = excluded.stream, began_at = now()",
                 &[&migration, &self.generation().0, &stream],
             )
@@ -123,23 +126,20 @@ impl MigrationCatalog {
         plan: &serde_json::Value,
     ) -> Result<(), CatalogError> {
         let client = self.client().await?;
-        let failed = |source| CatalogError::query("keep the ranges of a table", source);
-        client
-            .execute(
-                "DELETE FROM pgcutover.verification_begun
-                  WHERE (migration, database, schema_name, table_name) = ($1, $2, $3, $4)",
-                &[&migration, &database, &table.schema, &table.name],
-            )
-            .await
-            .map_err(failed)?;
         let written = client
             .execute(
-                "INSERT INTO pgcutover.verification_begun (migration, database, schema_name, table_name, plan)
-                 SELECT $1, $2, $3, $4, $5 FROM pgcutover.engine WHERE generation = $6",
+                "WITH engine AS (SELECT FROM pgcutover.engine WHERE generation = $6),
+                 void AS (
+                     DELETE FROM pgcutover.verification_chunk
+                      WHERE (migration, database, schema_name, table_name) = ($1, $2, $3, $4) AND EXISTS (SELECT FROM engine))
+                 INSERT INTO pgcutover.verification_begun (migration, database, schema_name, table_name, plan)
+                 SELECT $1, $2, $3, $4, $5 FROM engine
+                 ON CONFLICT (migration, database, schema_name, table_name)
+                 DO UPDATE SET plan = excluded.plan, began_at = now()",
                 &[&migration, &database, &table.schema, &table.name, plan, &self.generation().0],
             )
             .await
-            .map_err(failed)?;
+            .map_err(|source| CatalogError::query("keep the ranges of a table", source))?;
         self.must_be_one(written)
     }
 
@@ -215,11 +215,12 @@ impl MigrationCatalog {
         let client = self.client().await?;
         let written = client
             .execute(
-                "WITH done AS (
+                "WITH engine AS (SELECT FROM pgcutover.engine WHERE generation = $6),
+                 done AS (
                      DELETE FROM pgcutover.verification_begun
-                      WHERE (migration, database, schema_name, table_name) = ($1, $2, $3, $4))
+                      WHERE (migration, database, schema_name, table_name) = ($1, $2, $3, $4) AND EXISTS (SELECT FROM engine))
                  INSERT INTO pgcutover.verification (migration, database, schema_name, table_name, result)
-                 SELECT $1, $2, $3, $4, $5 FROM pgcutover.engine WHERE generation = $6
+                 SELECT $1, $2, $3, $4, $5 FROM engine
                  ON CONFLICT (migration, database, schema_name, table_name)
                  DO UPDATE SET result = excluded.result, verified_at = now()",
                 &[&migration, &database, &table.schema, &table.name, result, &self.generation().0],

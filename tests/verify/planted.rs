@@ -7,6 +7,7 @@
 use std::collections::HashMap;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Duration;
 
 use pgcutover::demo::cluster::Installation;
 use pgcutover::ident::QualifiedName;
@@ -313,6 +314,9 @@ fn of_a_default(name: &str, random: &mut StdRng) -> (String, String) {
     (format!("ALTER TABLE {name} ALTER {column} {what}"), format!("public.{name}.{column}"))
 }
 
+/// Between two transactions of a session of the application: a hundred runs are to be had beside other work.
+const PACE: Duration = Duration::from_millis(10);
+
 /// The application: changes rows of odd numbers, and nothing else.
 async fn write(client: Client, tables: Arc<Vec<Table>>, run: u64, mut random: StdRng, stop: Arc<AtomicBool>) -> u64 {
     let mut committed = 0;
@@ -337,6 +341,7 @@ async fn write(client: Client, tables: Arc<Vec<Table>>, run: u64, mut random: St
                 client.batch_execute("ROLLBACK").await.expect("rolled back");
             }
         }
+        tokio::time::sleep(PACE).await;
     }
     committed
 }
