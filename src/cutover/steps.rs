@@ -28,6 +28,7 @@ use crate::catalog::{Place, bootstrap};
 use crate::config::FencePolicy;
 use crate::migration::sequences::SequencePair;
 use crate::migration::unstreamed;
+use crate::postgres::Control;
 
 /// Every failpoint of a cutover, in the order in which one that goes well passes them, then those of an abort. Crash
 /// tests walk this list.
@@ -57,6 +58,12 @@ pub const ROLLBACK_FAILPOINTS: &[&str] = &["prepare.after_ajar", "switch.after_r
 
 /// Between two questions while the decision is in doubt.
 const ASK_AGAIN: Duration = Duration::from_millis(250);
+
+/// A session that is not in its turn for a move waits so long for each that there is.
+const PREPARES_WITHIN: Duration = Duration::from_millis(50);
+
+/// A lock that conflicts with no writer is not waited for any longer.
+const WARMING_LOCK_TIMEOUT: Duration = Duration::from_millis(100);
 
 /// After the gates have opened.
 const BREATH: Duration = Duration::from_millis(250);
@@ -325,7 +332,9 @@ impl Work {
         self.open_sessions().await?;
         self.check_fingerprints().await?;
         self.timings.step("our own sessions and a last comparison", since);
-        let deadline = Instant::now() + self.to.connector.server().connect_timeout + self.options.drain_timeout;
+        let sessions = u32::try_from(self.sessions.list().len()).unwrap_or(u32::MAX);
+        let patience = self.to.connector.server().connect_timeout + self.options.drain_timeout;
+        let deadline = Instant::now() + patience + PREPARES_WITHIN.saturating_mul(sessions);
         self.undo.moves = true;
         let since = Instant::now();
         let reports = self.sessions.prepare_moves(&self.case.databases, self.move_order(), deadline).await;
@@ -401,14 +410,11 @@ impl Work {
             };
             // The boundary is durable with the decision, which follows it.
             onward.batch_execute("SET synchronous_commit = off").await.map_err(failed)?;
-            line.sessions = Some(LineSessions {
-                sequences,
-                unstreamed,
-                tables,
-                locks: self.from.connector.control(&line.name, "cutover-locks").await?,
-                marker,
-                onward,
-            });
+            let locks = self.from.connector.control(&line.name, "cutover-locks").await?;
+            if !self.options.dry_run {
+                look_up(&locks, &tables).await.map_err(failed)?;
+            }
+            line.sessions = Some(LineSessions { sequences, unstreamed, tables, locks, marker, onward });
         }
         Ok(())
     }
@@ -491,4 +497,21 @@ impl Work {
         self.failpoint("drain.after_applied").await?;
         Ok(())
     }
+}
+
+/// Has the session look up now what it would look up in the pause to lock these tables; with a thousand of them that takes
+/// longer than the locks do. Nothing is kept, and where it does not succeed it is done then.
+async fn look_up(locks: &Control, tables: &[String]) -> Result<(), tokio_postgres::Error> {
+    if tables.is_empty() {
+        return Ok(());
+    }
+    let script = format!(
+        "BEGIN; SET LOCAL lock_timeout = {}; LOCK TABLE ONLY {} IN ACCESS SHARE MODE",
+        WARMING_LOCK_TIMEOUT.as_millis(),
+        tables.join(", ONLY ")
+    );
+    if let Err(error) = locks.batch_execute(&script).await {
+        tracing::debug!(%error, "the tables were not looked up beforehand");
+    }
+    locks.batch_execute("ROLLBACK").await
 }

@@ -11,8 +11,9 @@ use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 /// At least so many at a time.
 const FEWEST_AT_ONCE: usize = 2;
 
-/// One more at a time for each so many sessions: many are ready in not much more time than a few.
-const SESSIONS_PER_TURN: usize = 64;
+/// One more at a time for each so many sessions. Where the processors are busy more at a time are ready no sooner, and are
+/// felt; this is for servers that are far away.
+const SESSIONS_PER_TURN: usize = 256;
 
 /// Nobody has to wait.
 const UNLIMITED: usize = 1 << 16;
@@ -71,7 +72,7 @@ mod tests {
     #[test]
     fn few_go_at_a_time_until_the_pause_and_nobody_once_it_was_given_up() {
         let turns = Turns::default();
-        turns.begin(200);
+        turns.begin(800);
         let running: Vec<_> = (0..3).map(|_| turns.next().now_or_never().expect("a turn")).collect();
         let mut waiting = Box::pin(turns.next());
         assert!(waiting.as_mut().now_or_never().is_none());

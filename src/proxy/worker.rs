@@ -20,7 +20,7 @@ use super::buffers::Pool;
 use super::listener::Accepted;
 use super::meters::DatabaseMeters;
 use super::pool::LocalPool;
-use super::sessions::Entry;
+use super::sessions::{Entry, SessionState};
 use crate::postgres::Credential;
 use crate::postgres::ring::Ring;
 use crate::switch::Database;
@@ -225,24 +225,36 @@ async fn watch(local: Rc<LocalDatabase>, mut change: Change) {
         // First listen again, then wake: a change during the waking is not missed.
         change = listen(&local.database);
         shared.vacancies.keep_only(local.database.name(), local.database.epoch());
-        match local.resume_rate() {
-            Some(rate) if !local.database.is_fenced() => {
-                tokio::task::spawn_local(wake_gradually(local.clone(), rate));
-            }
-            Some(_) | None => local.sessions.borrow().values().for_each(|entry| entry.wake()),
+        if local.database.is_fenced() {
+            local.sessions.borrow().values().for_each(|entry| entry.wake());
+            continue;
         }
+        let mut entries: Vec<_> = local.sessions.borrow().values().cloned().collect();
+        entries.sort_by_key(|entry| (entry.state() != SessionState::Held, entry.id()));
+        let groups = match local.resume_rate() {
+            Some(rate) => (entries, rate),
+            None => {
+                let waits = |entry: &Arc<Entry>| matches!(entry.state(), SessionState::Held | SessionState::Login);
+                let (waiting, others): (Vec<_>, Vec<_>) = entries.into_iter().partition(waits);
+                waiting.iter().for_each(|entry| entry.wake());
+                (others, IDLE_AT_ONCE)
+            }
+        };
+        tokio::task::spawn_local(wake_gradually(groups));
     }
 }
 
 /// How long passes between two groups of sessions that are let in gradually.
 const LET_IN_EVERY: std::time::Duration = std::time::Duration::from_millis(10);
 
-/// Wakes held sessions, then the others, so many at a time. Waking admits nobody: each still asks the gate itself, so
-/// one that is woken late, or by its client before its turn, breaks nothing.
-async fn wake_gradually(local: Rc<LocalDatabase>, rate: usize) {
-    let mut entries: Vec<_> = local.sessions.borrow().values().cloned().collect();
-    entries.sort_by_key(|entry| (entry.state() != super::SessionState::Held, entry.id()));
-    for group in entries.chunks(rate) {
+/// Sessions that nobody waits for follow so many at a time: hundreds that exchange their backends at once would hold up those
+/// that were held.
+const IDLE_AT_ONCE: usize = 32;
+
+/// Wakes sessions, so many at a time. Waking admits nobody: each still asks the gate itself, so one that is woken late, or by
+/// its client before its turn, breaks nothing.
+async fn wake_gradually((entries, at_once): (Vec<Arc<Entry>>, usize)) {
+    for group in entries.chunks(at_once) {
         group.iter().for_each(|entry| entry.wake());
         tokio::time::sleep(LET_IN_EVERY).await;
     }
