@@ -19,6 +19,9 @@ use crate::postgres::derived_keys::DerivedKeys;
 use crate::postgres::scram::{self, MECHANISM, ScramClient, ScramError};
 use crate::postgres::{Credential, Frame, Login, RawConnection, RawError};
 
+/// How often a server may ask before it has to let us in.
+const ASKED_MAX: usize = 3;
+
 /// Why a login failed.
 #[derive(Debug, thiserror::Error)]
 pub(super) enum LoginError {
@@ -67,9 +70,9 @@ pub(super) async fn log_in(
     Ok(())
 }
 
-/// Answers what the server asks until AuthenticationOk.
+/// Answers what the server asks until AuthenticationOk. Servers ask once; one that goes on asking is no server.
 async fn authenticate(connection: &mut RawConnection, login: &Login, derived: &DerivedKeys) -> Result<(), LoginError> {
-    loop {
+    for _ in 0..=ASKED_MAX {
         let frame = expect_answer(connection).await?;
         let (code, rest) = authentication(connection, &frame)?;
         let cannot = |asked| LoginError::Credential { asked, has: login.credential.kind() };
@@ -113,6 +116,7 @@ async fn authenticate(connection: &mut RawConnection, login: &Login, derived: &D
             other => return Err(LoginError::Method(format!("authentication method {other}"))),
         }
     }
+    Err(connection.violation("asks for authentication again and again".to_owned()).into())
 }
 
 /// ParameterStatus, BackendKeyData and notices until the first ReadyForQuery.
