@@ -103,7 +103,7 @@ impl Bench {
         let source = connect(&self.source, "shop").await;
         source.execute("UPDATE pgcutover.marker SET nonce = $1", &[&nonce]).await.expect("marker");
         let mut applied = status.applied.subscribe();
-        let wanted = applied.wait_for(|applied| applied.marker.as_deref() == Some(nonce));
+        let wanted = applied.wait_for(|applied| applied.has_reached(nonce));
         let _applied = tokio::time::timeout(support::PATIENCE, wanted).await.expect("in time").expect("running");
     }
 
@@ -350,4 +350,23 @@ async fn a_row_that_is_missing_on_the_target_stops_the_stream_without_quoting_it
     let error = running.await.expect("no panic");
     assert_eq!((error.code(), error.table().as_deref()), ("target_differs", Some("\"public\".\"by_index\"")));
     assert!(!error.to_string().contains("secret"), "{error}");
+}
+
+/// Two who wait for the stream at the same time: what arrives together becomes durable together, and neither is missed.
+#[tokio::test(flavor = "multi_thread")]
+async fn markers_that_arrive_together_are_all_seen() {
+    let found = installations();
+    let newest = found.newest_with_client_tools().expect("checked by installations()");
+    let bench = Bench::between((newest, newest), TABLES, &ALL).await;
+    let source = connect(&bench.source, "shop").await;
+    for nonce in ["one", "other", "third"] {
+        source.execute("UPDATE pgcutover.marker SET nonce = $1", &[&nonce]).await.expect("marker");
+    }
+    let (status, running) = bench.run();
+    for nonce in ["third", "one", "other"] {
+        let mut applied = status.applied.subscribe();
+        let wanted = applied.wait_for(|applied| applied.has_reached(nonce));
+        let _applied = tokio::time::timeout(support::PATIENCE, wanted).await.expect("in time").expect("running");
+    }
+    running.abort();
 }

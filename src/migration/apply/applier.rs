@@ -5,7 +5,7 @@
 //! row changes in the same transaction. Positions that hold nothing of ours (keepalives, empty transactions) are written to the progress row
 //! too, but not more often than [`IDLE_INTERVAL`].
 
-use std::collections::HashMap;
+use std::collections::{HashMap, VecDeque};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
@@ -60,10 +60,31 @@ pub struct Applied {
     pub durable: Lsn,
     /// Applied and on disk, or known to hold nothing of ours; at or ahead of `durable`. A lag is measured against this.
     pub seen: Lsn,
-    /// Nonce of the last marker that is durable.
-    pub marker: Option<String>,
+    /// Nonces of the last markers that are durable, the newest last. Several, because markers that arrive together become
+    /// durable together, and who waits for one of them must not miss it.
+    pub markers: VecDeque<String>,
     /// Transactions of the source applied by this process.
     pub transactions: u64,
+}
+
+/// Markers that are remembered: more than can be waited for at one time.
+const MARKERS_KEPT: usize = 8;
+
+impl Applied {
+    /// Whether the marker is durable, and with it everything that was committed before it.
+    pub fn has_reached(&self, nonce: &str) -> bool {
+        self.markers.iter().any(|marker| marker == nonce)
+    }
+
+    fn mark(&mut self, markers: impl IntoIterator<Item = String>) {
+        for marker in markers {
+            if !self.has_reached(&marker) {
+                self.markers.push_back(marker);
+            }
+        }
+        let forgotten = self.markers.len().saturating_sub(MARKERS_KEPT);
+        self.markers.drain(..forgotten);
+    }
 }
 
 /// Row counters of each table, since the process began. Shared with the views.
@@ -210,7 +231,7 @@ impl Applier {
         applied.send_modify(|applied| {
             applied.durable = progress.end_lsn;
             applied.seen = applied.seen.max(progress.end_lsn);
-            applied.marker.clone_from(&progress.marker);
+            applied.mark(progress.marker.clone());
         });
         let applied = Arc::new(applied);
         let intake = Intake {
@@ -468,9 +489,7 @@ impl Worker {
             applied.durable = end.end_lsn;
             applied.seen = applied.seen.max(end.end_lsn);
             applied.transactions += end.transactions;
-            if end.marker.is_some() {
-                applied.marker = end.marker;
-            }
+            applied.mark(end.markers);
         });
         Ok(())
     }

@@ -313,7 +313,7 @@ impl Encoding {
         let parameters = [
             Some(end.commit_lsn.to_string()),
             Some(end.end_lsn.to_string()),
-            end.marker.clone(),
+            end.markers.last().cloned(),
             Some(self.migration.clone()),
             Some(LANE.to_string()),
             Some(self.generation.0.to_string()),

@@ -80,7 +80,8 @@ pub(super) struct Parts {
 pub(super) struct End {
     pub(super) commit_lsn: Lsn,
     pub(super) end_lsn: Lsn,
-    pub(super) marker: Option<String>,
+    /// The last is what the progress row will say.
+    pub(super) markers: Vec<String>,
     pub(super) transactions: u64,
 }
 
@@ -92,7 +93,7 @@ pub(super) struct Gatherer {
     /// Permits of the queue's memory with which a piece is full.
     full_permits: usize,
     transactions: u64,
-    marker: Option<String>,
+    markers: Vec<String>,
 }
 
 impl Piece {
@@ -124,7 +125,7 @@ impl Gatherer {
     /// there is: nothing more could be read, and it would wait for more for ever.
     pub(super) fn new(queue_bytes: usize, permit_bytes: usize) -> Self {
         let full_permits = (FULL_BYTES.min(queue_bytes / FULL_PART) / permit_bytes).max(1);
-        Self { piece: Piece::default(), parts: Parts::default(), full_permits, transactions: 0, marker: None }
+        Self { piece: Piece::default(), parts: Parts::default(), full_permits, transactions: 0, markers: Vec::new() }
     }
 
     /// Whether there is nothing to execute.
@@ -134,7 +135,7 @@ impl Gatherer {
 
     /// Whether there is anything to record: rows, or transactions of the source that came to nothing here.
     pub(super) fn has_marker(&self) -> bool {
-        self.marker.is_some()
+        !self.markers.is_empty()
     }
 
     /// Whether the piece should be executed before more is added.
@@ -173,7 +174,7 @@ impl Gatherer {
     /// A transaction of the source is complete.
     pub(super) fn committed(&mut self, committed: Committed) {
         self.transactions += 1;
-        self.marker = committed.marker.or(self.marker.take());
+        self.markers.extend(committed.marker);
     }
 
     /// Tables that later changes will not name.
@@ -190,7 +191,7 @@ impl Gatherer {
     pub(super) fn take_ended(&mut self, commit_lsn: Lsn, end_lsn: Lsn) -> Piece {
         let mut piece = self.take();
         let transactions = std::mem::take(&mut self.transactions);
-        piece.end = Some(End { commit_lsn, end_lsn, marker: self.marker.take(), transactions });
+        piece.end = Some(End { commit_lsn, end_lsn, markers: std::mem::take(&mut self.markers), transactions });
         piece
     }
 }

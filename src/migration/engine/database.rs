@@ -473,7 +473,7 @@ impl DatabaseWork {
             .await
             .map_err(|source| WorkError::Query { doing: "writing the marker row on the source", source })?;
         let mut applied = self.live.stream.applied.subscribe();
-        let reached = applied.wait_for(|applied| applied.marker.as_deref() == Some(nonce.as_str())).await;
+        let reached = applied.wait_for(|applied| applied.has_reached(&nonce)).await;
         reached.map(|_| ()).map_err(|_| WorkError::Stopping)
     }
 

@@ -129,7 +129,7 @@ impl DatabaseHandle {
         let failed = |reason: String| StreamBroken { database: self.live.name.clone(), reason };
         // Waiting for values loses nothing when dropped.
         tokio::select! {
-            reached = applied.wait_for(|applied| applied.marker.as_deref() == Some(nonce)) => {
+            reached = applied.wait_for(|applied| applied.has_reached(nonce)) => {
                 reached.map(|_| ()).map_err(|_| failed("it was taken down".to_owned()))
             }
             reason = broken.wait_for(Option::is_some) => {
