@@ -10,7 +10,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use subtle::ConstantTimeEq as _;
 
-use super::sessions::Entry;
+use super::entry::Entry;
 
 /// Bytes of a secret: protocol 3.0 has room for four.
 pub(super) const KEY_BYTES: usize = 4;

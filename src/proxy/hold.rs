@@ -13,9 +13,9 @@ use futures_util::FutureExt as _;
 use tokio::io::Interest;
 
 use super::client_error::ClientError;
+use super::entry::SessionState;
 use super::relay::Passage;
 use super::session::{End, Place, Session, Step};
-use super::sessions::SessionState;
 use crate::postgres::Stream;
 use crate::wire::frame::{HEADER_BYTES, Header, frontend};
 use crate::wire::ledger::TransactionStatus;

@@ -32,6 +32,7 @@ mod certificate;
 mod client_error;
 mod departures;
 pub mod descriptors;
+mod entry;
 mod flow;
 #[cfg(any(test, fuzzing))]
 pub mod fuzzing;
@@ -73,8 +74,9 @@ use crate::switch::{ServerRole, Switchboard};
 use crate::telemetry::metrics::Metrics;
 
 pub use access::AccessError;
+pub use entry::{MoveOrder, MoveOutcome, MoveState, SessionState, SessionView};
 use listener::Listener;
-pub use sessions::{MoveOrder, MoveOutcome, MoveReport, MoveState, PooledBackend, SessionState, SessionView, Sessions};
+pub use sessions::{MoveReport, PooledBackend, Sessions};
 use takeover::{Handle, Rendezvous};
 
 /// The database name that leads to the administration console.

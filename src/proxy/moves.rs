@@ -23,11 +23,11 @@ use tokio::task::JoinHandle;
 use super::Shared;
 use super::backend::{self, Backend};
 use super::client_error::ClientError;
+use super::entry::{MoveOrder, MoveOutcome, MoveState};
 use super::handoff::{
     Blocker, HandoffError, ReplayReport, SessionState as State, apply_delta, capture, changed_parameters, delta, replay,
 };
 use super::session::{End, Session, Step};
-use super::sessions::{MoveOrder, MoveOutcome, MoveState};
 use crate::postgres::{ConnectError, Frame, RawConnection, RawError};
 use crate::switch::{Epoch, Route, ServerRole};
 use crate::wire::frame::backend as server;

@@ -11,7 +11,7 @@ use tokio::io::AsyncReadExt as _;
 
 use super::Shared;
 use super::backend::Backend;
-use super::sessions::Entry;
+use super::entry::Entry;
 use crate::wire::frame::backend as tags;
 use crate::wire::ledger::Ledger;
 use crate::wire::message;

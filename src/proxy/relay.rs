@@ -21,10 +21,10 @@ use std::task::{Context, Poll};
 use std::time::Instant;
 
 use super::client_error::ClientError;
+use super::entry::{Entry, SessionState};
 use super::flow::{self, Progress};
 use super::handoff::Tracked;
 use super::session::{End, Place, Session, Step};
-use super::sessions::{Entry, SessionState};
 use crate::wire::frame::{self, FrameError, HEADER_BYTES, Header, backend as server, frontend};
 use crate::wire::ledger::Ledger;
 use crate::wire::message;

@@ -1,140 +1,20 @@
 //! The registry of sessions: what cutover and admin may know of them and order them to do.
 //!
-//! A session lives on one worker thread and owns its sockets; from outside it is an [`Entry`]. Orders are put into the
-//! entry's mailbox and the session's task is woken; answers come back through one-shot channels. Nobody outside a
-//! session's own task ever touches its sockets.
+//! From outside a session is an [`Entry`]; see there how orders reach it.
 
 use std::collections::{HashMap, HashSet};
-use std::sync::atomic::{AtomicBool, AtomicI32, AtomicU8, AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::task::Waker;
-use std::time::{Duration, Instant};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, Mutex};
+use std::time::Instant;
 
 use futures_util::future::join_all;
 use tokio::sync::{oneshot, watch};
 
 use super::catalogue_names::CatalogueNames;
 use super::client_error::ClientError;
-use super::handoff::Blocker;
+use super::entry::{Entry, MoveOrder, MoveOutcome, Order, SessionState, SessionView, lock};
 use super::turns::Turns;
-use crate::config::Limits;
-use crate::config::limits::Timeouts;
-use crate::switch::{Epoch, ServerRole};
-
-/// What a session is doing.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, serde::Serialize)]
-#[serde(rename_all = "kebab-case")]
-#[repr(u8)]
-pub enum SessionState {
-    /// Authenticating, or waiting for its first backend.
-    Login = 0,
-    /// At a safe point.
-    Idle = 1,
-    /// Inside a transaction or statement.
-    Active = 2,
-    /// A fence holds its next transaction.
-    Held = 3,
-    /// Its client is gone and its backend's end is not proven yet.
-    Orphan = 4,
-    /// A replication connection, which is exempt from admission.
-    Replication = 5,
-    /// Waits for a connection of its pool.
-    Waiting = 6,
-}
-
-impl SessionState {
-    fn from_u8(value: u8) -> Self {
-        match value {
-            0 => Self::Login,
-            1 => Self::Idle,
-            2 => Self::Active,
-            3 => Self::Held,
-            4 => Self::Orphan,
-            6 => Self::Waiting,
-            _ => Self::Replication,
-        }
-    }
-}
-
-/// Where a session stands with a move to the other server.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, serde::Serialize)]
-#[serde(rename_all = "kebab-case")]
-pub enum MoveState {
-    /// No move is in preparation.
-    #[default]
-    None,
-    /// Ordered and not ready.
-    Preparing,
-    /// Its state is on a backend of the other server.
-    Prepared,
-    /// It has moved to the server it runs on.
-    Moved,
-    /// Something it holds cannot be moved.
-    Blocked,
-    /// An attempt failed.
-    Failed,
-}
-
-/// A session as seen from outside.
-#[derive(Clone, Debug, serde::Serialize)]
-pub struct SessionView {
-    /// Its number in this process.
-    pub id: u64,
-    /// Role.
-    pub user: String,
-    /// Database.
-    pub database: String,
-    /// `address:port`, or `unix`.
-    pub client_address: String,
-    /// What the client calls itself.
-    pub application_name: String,
-    /// Process id that its client knows, for cancels.
-    pub client_pid: i32,
-    /// Where its backend is.
-    pub server: Option<ServerRole>,
-    /// Process id of its backend.
-    pub backend_pid: Option<i32>,
-    /// What it does.
-    pub state: SessionState,
-    /// How long it has been doing that.
-    pub for_time: Duration,
-    /// Since the connection was accepted.
-    pub connected_for: Duration,
-    /// Whether it is inside a transaction or statement.
-    pub in_transaction: bool,
-    /// Whether the client speaks TLS.
-    pub tls: bool,
-    /// A move in preparation.
-    pub moving: MoveState,
-    /// Why it cannot be moved.
-    pub blockers: Vec<Blocker>,
-    /// Whether it has a backend for each transaction, or for as long as it lives.
-    pub pooled: bool,
-    /// Why a pooled session keeps its backend all the same.
-    pub pinned: Option<String>,
-}
-
-/// Where sessions are to be moved.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct MoveOrder {
-    /// The other server.
-    pub to: ServerRole,
-    /// The cutover that wants it.
-    pub epoch: Epoch,
-}
-
-/// How far a session came.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub enum MoveOutcome {
-    /// Its state is on the other server.
-    Ready,
-    /// Not at a safe point in time; it goes on trying.
-    Busy,
-    /// It holds something that cannot be moved.
-    Blocked(Vec<Blocker>),
-    /// The attempt failed, in words that are safe to show.
-    Failed(String),
-}
+use crate::switch::ServerRole;
 
 /// A session's answer to an order.
 #[derive(Clone, Debug)]
@@ -158,247 +38,6 @@ pub struct PooledBackend {
     pub pid: i32,
     /// When it was opened.
     pub opened: Instant,
-}
-
-/// What a session is told from outside.
-#[derive(Debug)]
-pub(super) enum Order {
-    /// A client asked for a cancel; the sender is dropped once it has been dealt with.
-    Cancel { done: oneshot::Sender<()> },
-    /// End, telling the client this.
-    End(ClientError),
-    /// Be ready to move.
-    Prepare { order: MoveOrder, reply: oneshot::Sender<MoveOutcome> },
-    /// Bring over what changed since.
-    Settle { order: MoveOrder, reply: oneshot::Sender<MoveOutcome> },
-    /// Forget the move.
-    Discard,
-    /// Look whether a time-out has passed.
-    Look,
-}
-
-/// What does not change often, for views.
-#[derive(Debug, Default)]
-struct Facts {
-    user: String,
-    database: String,
-    application_name: String,
-    client_pid: i32,
-    server: Option<ServerRole>,
-    moving: MoveState,
-    blockers: Vec<Blocker>,
-    tls: bool,
-    pooled: bool,
-    pinned: Option<String>,
-}
-
-/// One session, seen from other threads.
-#[derive(Debug)]
-pub struct Entry {
-    id: u64,
-    client_address: String,
-    connected: Instant,
-    facts: Mutex<Facts>,
-    state: AtomicU8,
-    /// Milliseconds from `connected` to the last change of state.
-    since_ms: AtomicU64,
-    backend_pid: AtomicI32,
-    mailbox: Mutex<Vec<Order>>,
-    /// Looked at in every poll of the relay, so that an empty mailbox costs one load.
-    has_orders: AtomicBool,
-    waker: Mutex<Option<Waker>>,
-}
-
-fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
-    mutex.lock().unwrap_or_else(PoisonError::into_inner)
-}
-
-impl Entry {
-    fn new(id: u64, client_address: String) -> Self {
-        Self {
-            id,
-            client_address,
-            connected: Instant::now(),
-            facts: Mutex::default(),
-            state: AtomicU8::new(SessionState::Login as u8),
-            since_ms: AtomicU64::new(0),
-            backend_pid: AtomicI32::new(0),
-            mailbox: Mutex::default(),
-            has_orders: AtomicBool::new(false),
-            waker: Mutex::default(),
-        }
-    }
-
-    #[cfg(test)]
-    pub(super) fn for_tests(id: u64) -> Arc<Self> {
-        Arc::new(Self::new(id, "test".to_owned()))
-    }
-
-    pub(super) fn id(&self) -> u64 {
-        self.id
-    }
-
-    /// `address:port`, or `unix`.
-    pub(super) fn client_address(&self) -> &str {
-        &self.client_address
-    }
-
-    /// What it does.
-    pub(super) fn state(&self) -> SessionState {
-        SessionState::from_u8(self.state.load(Ordering::Acquire))
-    }
-
-    /// Set by the session's own task.
-    pub(super) fn set_state(&self, state: SessionState) {
-        self.set_state_at(state, Instant::now());
-    }
-
-    /// The same for who knows the time already. Nobody else writes, so plain stores do.
-    #[inline]
-    pub(super) fn set_state_at(&self, state: SessionState, now: Instant) {
-        self.state.store(state as u8, Ordering::Release);
-        self.since_ms.store((now - self.connected).as_millis() as u64, Ordering::Relaxed);
-    }
-
-    pub(super) fn set_identity(&self, user: &str, database: &str, application_name: &str, client_pid: i32, tls: bool) {
-        let mut facts = lock(&self.facts);
-        user.clone_into(&mut facts.user);
-        database.clone_into(&mut facts.database);
-        application_name.clone_into(&mut facts.application_name);
-        facts.client_pid = client_pid;
-        facts.tls = tls;
-    }
-
-    pub(super) fn set_client_pid(&self, client_pid: i32) {
-        lock(&self.facts).client_pid = client_pid;
-    }
-
-    pub(super) fn set_application_name(&self, application_name: &str) {
-        application_name.clone_into(&mut lock(&self.facts).application_name);
-    }
-
-    pub(super) fn set_backend(&self, backend: Option<(ServerRole, i32)>) {
-        lock(&self.facts).server = backend.map(|(role, _)| role);
-        self.backend_pid.store(backend.map_or(0, |(_, pid)| pid), Ordering::Release);
-    }
-
-    /// A backend for each transaction: it has none now.
-    pub(super) fn set_pooled(&self) {
-        lock(&self.facts).pooled = true;
-    }
-
-    /// It keeps the backend that it has.
-    pub(super) fn set_pinned(&self, why: String) {
-        lock(&self.facts).pinned = Some(why);
-    }
-
-    /// The backend of a pooled session: without a lock, for the hot path. None: 0.
-    #[inline]
-    pub(super) fn set_backend_pid(&self, pid: i32) {
-        self.backend_pid.store(pid, Ordering::Release);
-    }
-
-    pub(super) fn set_server(&self, server: ServerRole) {
-        lock(&self.facts).server = Some(server);
-    }
-
-    pub(super) fn set_moving(&self, moving: MoveState, blockers: Vec<Blocker>) {
-        let mut facts = lock(&self.facts);
-        facts.moving = moving;
-        facts.blockers = blockers;
-    }
-
-    fn backend_pid(&self) -> Option<i32> {
-        Some(self.backend_pid.load(Ordering::Acquire)).filter(|&pid| pid != 0)
-    }
-
-    /// What is known of it now.
-    pub(super) fn view(&self) -> SessionView {
-        let facts = lock(&self.facts);
-        let state = self.state();
-        let connected_for = self.connected.elapsed();
-        let since = Duration::from_millis(self.since_ms.load(Ordering::Relaxed));
-        SessionView {
-            id: self.id,
-            user: facts.user.clone(),
-            database: facts.database.clone(),
-            client_address: self.client_address.clone(),
-            application_name: facts.application_name.clone(),
-            client_pid: facts.client_pid,
-            server: facts.server,
-            backend_pid: self.backend_pid(),
-            state,
-            for_time: connected_for.saturating_sub(since),
-            connected_for,
-            in_transaction: matches!(state, SessionState::Active | SessionState::Orphan),
-            tls: facts.tls,
-            moving: facts.moving,
-            blockers: facts.blockers.clone(),
-            pooled: facts.pooled,
-            pinned: facts.pinned.clone(),
-        }
-    }
-
-    /// How long it has been in its state, and connected.
-    pub(super) fn ages(&self, now: Instant) -> (Duration, Duration) {
-        let connected = now.saturating_duration_since(self.connected);
-        (connected.saturating_sub(Duration::from_millis(self.since_ms.load(Ordering::Relaxed))), connected)
-    }
-
-    /// Its time-outs.
-    pub(super) fn timeouts(&self, limits: &Limits) -> Timeouts {
-        let facts = lock(&self.facts);
-        limits.timeouts_of(&facts.user, &facts.database)
-    }
-
-    fn database(&self) -> String {
-        lock(&self.facts).database.clone()
-    }
-
-    fn is_of(&self, databases: &[String]) -> bool {
-        databases.contains(&lock(&self.facts).database)
-    }
-
-    /// Puts an order into the mailbox and wakes the session.
-    pub(super) fn order(&self, order: Order) {
-        lock(&self.mailbox).push(order);
-        self.has_orders.store(true, Ordering::Release);
-        self.wake();
-    }
-
-    /// Wakes the session's task, which then looks around.
-    pub(super) fn wake(&self) {
-        if let Some(waker) = &*lock(&self.waker) {
-            waker.wake_by_ref();
-        }
-    }
-
-    /// The session's task, which stays the same from here on.
-    pub(super) fn set_waker(&self, waker: &Waker) {
-        *lock(&self.waker) = Some(waker.clone());
-    }
-
-    /// Resolves when there are orders. For the one task of this session.
-    pub(super) async fn ordered(&self) {
-        std::future::poll_fn(|cx| {
-            self.set_waker(cx.waker());
-            if self.has_orders() { std::task::Poll::Ready(()) } else { std::task::Poll::Pending }
-        })
-        .await;
-    }
-
-    /// Whether the mailbox must be emptied.
-    #[inline]
-    pub(super) fn has_orders(&self) -> bool {
-        self.has_orders.load(Ordering::Acquire)
-    }
-
-    /// Empties the mailbox.
-    pub(super) fn take_orders(&self) -> Vec<Order> {
-        let mut mailbox = lock(&self.mailbox);
-        self.has_orders.store(false, Ordering::Release);
-        std::mem::take(&mut *mailbox)
-    }
 }
 
 /// All sessions of this process.
@@ -439,7 +78,7 @@ impl std::ops::Deref for Registration {
 
 impl Drop for Registration {
     fn drop(&mut self) {
-        lock(&self.sessions.entries).remove(&self.entry.id);
+        lock(&self.sessions.entries).remove(&self.entry.id());
         // Whoever waits for an answer learns that there will be none.
         self.entry.take_orders();
     }
@@ -459,7 +98,7 @@ impl Sessions {
 
     fn entries(&self) -> Vec<Arc<Entry>> {
         let mut entries: Vec<_> = lock(&self.entries).values().cloned().collect();
-        entries.sort_by_key(|entry| entry.id);
+        entries.sort_by_key(|entry| entry.id());
         entries
     }
 
@@ -543,7 +182,7 @@ impl Sessions {
     pub fn end(&self, session_ids: &[u64], sqlstate: &str, message: &str) -> usize {
         let error = ClientError::Ordered { code: sqlstate.to_owned(), message: message.to_owned() };
         let entries = self.entries();
-        let chosen: Vec<_> = entries.iter().filter(|entry| session_ids.contains(&entry.id)).collect();
+        let chosen: Vec<_> = entries.iter().filter(|entry| session_ids.contains(&entry.id())).collect();
         chosen.iter().for_each(|entry| entry.order(Order::End(error.clone())));
         chosen.len()
     }
@@ -644,7 +283,10 @@ fn is_movable(entry: &Arc<Entry>) -> bool {
 
 #[cfg(test)]
 mod tests {
+    use std::time::Duration;
+
     use super::*;
+    use crate::switch::Epoch;
 
     #[tokio::test]
     async fn a_session_that_does_not_answer_is_busy_and_one_that_ends_is_not_reported() {

@@ -12,8 +12,8 @@ use std::rc::Rc;
 use std::time::{Duration, Instant};
 
 use super::client_error::ClientError;
+use super::entry::{Entry, Order, SessionState};
 use super::session::{End, Place, Session};
-use super::sessions::{Entry, Order, SessionState};
 use super::worker::Worker;
 use crate::config::Limits;
 use crate::config::limits::Timeouts;

@@ -22,8 +22,9 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use super::backend::{Backend, Heard};
+use super::entry::SessionState;
 use super::session::{End, Session};
-use super::sessions::{PooledBackend, SessionState, Sessions};
+use super::sessions::{PooledBackend, Sessions};
 use crate::config::{Config, Pool};
 use crate::postgres::ring::Ring;
 use crate::postgres::{Login, ParkedConnection};

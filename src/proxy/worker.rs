@@ -17,10 +17,10 @@ use tokio::task::JoinHandle;
 
 use super::Shared;
 use super::buffers::Pool;
+use super::entry::{Entry, SessionState};
 use super::listener::Accepted;
 use super::meters::DatabaseMeters;
 use super::pool::LocalPool;
-use super::sessions::{Entry, SessionState};
 use crate::postgres::Credential;
 use crate::postgres::ring::Ring;
 use crate::switch::Database;

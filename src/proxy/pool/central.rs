@@ -12,8 +12,8 @@ use super::statements::{Statement, Statements};
 use crate::config::{Config, Pool, PoolSizes};
 use crate::postgres::{Credential, Login};
 use crate::proxy::client_error::ClientError;
+use crate::proxy::entry::Entry;
 use crate::proxy::handoff::{SessionState, Traces};
-use crate::proxy::sessions::Entry;
 
 /// After a login that the server refused, so long none is tried while others live.
 const LOGIN_RETRY: Duration = Duration::from_secs(1);

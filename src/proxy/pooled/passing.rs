@@ -5,10 +5,10 @@ use std::time::Instant;
 
 use super::{Mending, Place, PooledSession, StashState, Step};
 use crate::proxy::client_error::ClientError;
+use crate::proxy::entry::SessionState;
 use crate::proxy::handoff::{Traces, changed_parameters};
 use crate::proxy::pool::Link;
 use crate::proxy::session::End;
-use crate::proxy::sessions::SessionState;
 use crate::switch::Epoch;
 use crate::wire::frame::{self, FrameError, HEADER_BYTES, Header, frontend};
 use crate::wire::ledger::TransactionStatus;

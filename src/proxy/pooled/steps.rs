@@ -10,10 +10,10 @@ use tokio::sync::oneshot;
 use super::{Mending, Place, PooledSession, StashState};
 use crate::postgres::{RawConnection, RawError};
 use crate::proxy::client_error::ClientError;
+use crate::proxy::entry::{MoveOutcome, Order};
 use crate::proxy::handoff::{HandoffError, SessionState as State, Tie, Traces, apply_delta, capture, delta};
 use crate::proxy::pool::Link;
 use crate::proxy::session::{End, Session, TakenOver};
-use crate::proxy::sessions::{MoveOutcome, Order};
 use crate::sqlstate;
 use crate::wire::message;
 
