@@ -16,7 +16,7 @@ use pgcutover::admin::view::{
 };
 use pgcutover::catalog::streams::Direction;
 use pgcutover::config::{Changes, Config, Secret, Server};
-use pgcutover::migration::preflight::{Level, Outcome, RuleResult};
+use pgcutover::migration::preflight::{Asking, Level, Outcome, RuleResult};
 use pgcutover::migration::verify::{DifferenceKind, RowDifference, TableResult};
 use pgcutover::migration::view::{
     CancelReport, DatabaseView, FixReport, FullLoadView, IncrementalView, MigrationName, MigrationSpec, MigrationView,
@@ -114,6 +114,7 @@ impl Migrations for Fake {
             why: "w".to_owned(),
             fix: "f".to_owned(),
             statements: Vec::new(),
+            asking: Asking::Done,
         }])
     }
 
