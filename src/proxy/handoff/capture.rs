@@ -39,16 +39,7 @@ const SETTINGS: &str = "WITH s AS (SELECT name, source FROM pg_catalog.pg_settin
         WHERE pg_catalog.lower(s.name COLLATE pg_catalog.\"C\") OPERATOR(pg_catalog.=) \
         pg_catalog.lower(c.name COLLATE pg_catalog.\"C\"))) n(name, value)";
 
-/// The same where there are no names to ask for, which planned and run takes a third of the time: it is read in the pause,
-/// of every session that has run anything since it was read first. Not from pg_settings, whose rules cost as much again.
-const DECLARED_SETTINGS: &str = "SELECT pg_catalog.encode(pg_catalog.convert_to(s.name, $1::pg_catalog.name), 'hex'), \
-        pg_catalog.encode(pg_catalog.convert_to(pg_catalog.current_setting(s.name), $1::pg_catalog.name), 'hex') \
-    FROM pg_catalog.pg_show_all_settings() s \
-    WHERE s.source OPERATOR(pg_catalog.=) 'session' AND s.name OPERATOR(pg_catalog.<>) ALL \
-        ('{role,session_authorization,is_superuser,in_hot_standby,seed,\
-        transaction_isolation,transaction_read_only,transaction_deferrable}'::pg_catalog.text[])";
-
-/// What [`custom_names`] returns when there are none.
+/// An array without elements.
 const NO_NAMES: &[u8] = b"{}";
 
 /// After the settings, because it hides the session's own until the transaction ends.
@@ -120,10 +111,7 @@ pub async fn capture(
         unnamed_parameter_types(&unnamed).iter().map(u32::to_string).collect::<Vec<_>>().iter().map(String::as_bytes),
     );
 
-    let settings: Query<'_> = match &names[..] {
-        NO_NAMES => (DECLARED_SETTINGS, vec![transport.as_bytes()]),
-        names => (SETTINGS, vec![transport.as_bytes(), names]),
-    };
+    let settings: Query<'_> = (SETTINGS, vec![transport.as_bytes(), &names]);
     let prepare_to_read = (PREPARE_TO_READ, vec![transport.as_bytes()]);
     let [identity, statements, channels, locks] = [IDENTITY, STATEMENTS, CHANNELS, LOCKS].map(|sql| (sql, Vec::new()));
     let queries = [settings, prepare_to_read.clone(), identity, statements, channels, locks];
