@@ -203,10 +203,7 @@ fn restore(source: &Cluster, target: &Cluster, tools: &Installation) {
     assert!(dump.status.success(), "{}", String::from_utf8_lossy(&dump.stderr));
     // What minor releases such as 15.20 note of columns is no other release's.
     let dump = String::from_utf8(dump.stdout).expect("text");
-    let dump: String = dump
-        .lines()
-        .filter(|line| !line.contains(" SET (pg_attver="))
-        .fold(String::new(), |dump, line| dump + line + "\n");
+    let dump: String = dump.lines().map(|line| understood(line) + "\n").collect();
     let mut restored = Command::new(tools.bindir.join("psql"))
         .args(options(target))
         .args(["-X", "-q", "-v", "ON_ERROR_STOP=1", "-o", "/dev/null", DATABASE])
@@ -215,6 +212,17 @@ fn restore(source: &Cluster, target: &Cluster, tools: &Installation) {
         .expect("psql");
     restored.stdin.take().expect("piped").write_all(dump.as_bytes()).expect("written");
     assert!(restored.wait().expect("psql").success(), "restored");
+}
+
+/// A line of a dump without the options `pg_attver` of columns.
+fn understood(line: &str) -> String {
+    let Some((before, options)) = line.split_once(" SET (").filter(|(_, options)| options.contains("pg_attver="))
+    else {
+        return line.to_owned();
+    };
+    let options = options.trim_end_matches(");").split(", ").filter(|option| !option.starts_with("pg_attver="));
+    let options: Vec<&str> = options.collect();
+    if options.is_empty() { String::new() } else { format!("{before} SET ({});", options.join(", ")) }
 }
 
 async fn every_kind(source: &Installation, target: &Installation) {

@@ -138,7 +138,8 @@ async fn goes_on(source: &Installation, target: &Installation) {
     let ordered = QualifiedName::new("public", "ordered");
     let tables = || vec![ordered.clone(), QualifiedName::new("public", "scattered")];
     let first = Record::until(Some(10));
-    let verifying = context(&bench, &status.gate, first.clone(), Damaged::Listed);
+    // One worker, so that the first range is done before the end comes.
+    let verifying = VerifyContext { workers: 1, ..context(&bench, &status.gate, first.clone(), Damaged::Listed) };
     tokio::select! {
         ended = verify::tables(&verifying, tables(), HashMap::new()) => panic!("it ended: {ended:?}"),
         () = first.reached.notified() => {}
