@@ -18,7 +18,7 @@ demo: servers ## move a live database between two throw-away servers; ends with 
 test: servers ## every test, documentation examples included
 	$(CARGO) test --no-fail-fast
 
-release: ## the program to install; the same bytes from the same commit and compiler, wherever it is built
+release: ## the program to install, without paths of the machine that builds it; prints its size and digest
 	RUSTFLAGS="$(call remapped,--remap-path-prefix)" CFLAGS="$(call remapped,-ffile-prefix-map)" \
 		$(CARGO) build --release --locked --bin pgcutover
 	@ls -s --block-size=1 $(target_dir)/release/pgcutover && sha256sum $(target_dir)/release/pgcutover
