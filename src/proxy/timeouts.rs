@@ -43,14 +43,10 @@ pub(super) async fn sweep(worker: Rc<Worker>) {
         let limits = worker.shared.limits.load_full();
         let shortest = limits.shortest_timeouts();
         let in_a_second = tokio::time::Instant::now() + LOOK_AGAIN;
-        let Some(step) = step(&shortest) else {
+        let Some(step) = step(&shortest).filter(|step| last + *step <= in_a_second) else {
             tokio::time::sleep_until(in_a_second).await;
             continue;
         };
-        if last + step > in_a_second {
-            tokio::time::sleep_until(in_a_second).await;
-            continue;
-        }
         tokio::time::sleep_until(last + step).await;
         last = tokio::time::Instant::now();
         let now = Instant::now();

@@ -3,24 +3,13 @@
 
 use tokio_postgres::types::ToSql;
 
-use super::definition::{Apply, Definition, Hosted, Subject, When};
+use super::definition::{Apply, Definition, Hosted, When};
 use super::{Outcome, Rule, RuleResult, Servers, Statement};
 use crate::catalog::journal::Side;
 use crate::config::FencePolicy;
 
 /// What most rules here are.
-const STREAMED: Definition = Definition {
-    code: "",
-    subject: Subject::Instance,
-    when: When::Repeatedly,
-    worst: Outcome::Failed,
-    why: "",
-    evidence: "",
-    fix: "",
-    on: Side::Source,
-    hosted: Hosted::Same,
-    apply: Apply::ByHand,
-};
+const STREAMED: Definition = Definition { when: When::Repeatedly, ..Definition::USUAL };
 
 const WAL_LEVEL: Definition = Definition {
     code: "wal_level",
