@@ -370,3 +370,23 @@ async fn markers_that_arrive_together_are_all_seen() {
     }
     running.abort();
 }
+
+/// A truncation ends what is sent at a time, in the middle of its transaction: what is said to be there must be committed.
+#[tokio::test(flavor = "multi_thread")]
+async fn what_is_said_to_be_applied_can_be_seen() {
+    let bench = Bench::start((any_major(), any_major())).await;
+    let (status, running) = bench.run();
+    bench.drain(&status, "begun").await;
+    let (source, target) = (connect(&bench.source, "shop").await, connect(&bench.target, "shop").await);
+    for round in 1..=20_i64 {
+        let sql = format!("INSERT INTO parent VALUES ({round}); TRUNCATE numbers");
+        source.batch_execute(&sql).await.expect("changed");
+        let end: Lsn = source.query_one("SELECT pg_current_wal_lsn()", &[]).await.expect("LSN").get(0);
+        let mut applied = status.applied.subscribe();
+        let wanted = applied.wait_for(|applied| applied.seen >= end);
+        let _applied = tokio::time::timeout(support::PATIENCE, wanted).await.expect("in time").expect("running");
+        let rows: i64 = target.query_one("SELECT count(*) FROM parent", &[]).await.expect("count").get(0);
+        assert_eq!(rows, round);
+    }
+    running.abort();
+}

@@ -272,9 +272,17 @@ pub async fn write(client: &tokio_postgres::Client, writer: i32, n: i64) {
     }
 }
 
-/// With the load stopped, waits until everything is on the target, as a cutover does.
+/// With the load stopped, waits until everything is on the target, as a cutover does. An engine that has just lost its
+/// lock with a server, or is about to notice, is asked again.
 pub async fn drain(running: &Running, name: &str) {
-    try_drain(running, name).await.unwrap_or_else(|error| panic!("{error}"));
+    wait_for("everything to be on the target", || async {
+        let drained = try_drain(running, name).await;
+        if let Err(error) = &drained {
+            eprintln!("not drained: {error}");
+        }
+        drained.is_ok()
+    })
+    .await;
 }
 
 pub async fn try_drain(running: &Running, name: &str) -> Result<(), Box<dyn std::error::Error>> {

@@ -19,7 +19,7 @@ use std::time::{Duration, Instant};
 use pgcutover::demo::cluster::{Cluster, ClusterOptions, Installation, Installations};
 
 /// For conditions that depend on servers and processes of a busy machine.
-pub const PATIENCE: Duration = Duration::from_secs(60);
+pub const PATIENCE: Duration = Duration::from_secs(120);
 
 /// What is installed; `make servers` sees to it that there is something.
 pub fn installations() -> Installations {

@@ -192,6 +192,8 @@ struct Intake {
     handed_lsn: Lsn,
     /// When the last piece was handed over.
     handed_at: Instant,
+    /// What was handed over last was the beginning of a transaction: the target's is open, and nobody sees what it did.
+    open: bool,
 }
 
 /// A piece, and the worker's time.
@@ -243,6 +245,7 @@ impl Applier {
             end_lsn: progress.end_lsn,
             handed_lsn: progress.end_lsn,
             handed_at: Instant::now(),
+            open: false,
         };
         Self { intake, worker: Worker { executor, applied, tally, failpoints, done: Done::default() } }
     }
@@ -307,7 +310,7 @@ impl Intake {
     fn due(&self) -> Option<Instant> {
         if self.planner.in_transaction() {
             None
-        } else if self.gatherer.has_marker() {
+        } else if self.open || self.gatherer.has_marker() {
             Some(Instant::now())
         } else if !self.gatherer.is_empty() {
             Some(self.handed_at + PIECE_INTERVAL)
@@ -317,7 +320,8 @@ impl Intake {
     }
 
     async fn hand_over(&mut self, turn: OwnedSemaphorePermit, orders: &mpsc::Sender<Order>) -> Result<(), ApplyError> {
-        let piece = if self.planner.in_transaction() {
+        self.open = self.planner.in_transaction();
+        let piece = if self.open {
             self.gatherer.take()
         } else {
             self.handed_lsn = self.end_lsn;
@@ -384,8 +388,10 @@ impl Intake {
 
     /// Makes it known that everything so far was nothing of ours, or is done with.
     fn saw(&self, turns: &Semaphore) {
-        let nothing_left =
-            self.gatherer.is_empty() && !self.gatherer.has_marker() && turns.available_permits() == TURNS as usize;
+        let nothing_left = self.gatherer.is_empty()
+            && !self.gatherer.has_marker()
+            && !self.open
+            && turns.available_permits() == TURNS as usize;
         if nothing_left && !self.planner.in_transaction() {
             self.applied.send_if_modified(|applied| {
                 let ahead = self.end_lsn > applied.seen;
