@@ -42,7 +42,12 @@ impl Session {
     /// A held session's client has cancelled: an error, what it asked for is thrown away, and it is ready again.
     pub(super) fn answer_cancel(&mut self) {
         if !matches!(self.place, Place::Held { .. }) {
-            (self.cancelled, self.waited_too_long) = (false, false);
+            self.cancelled = false;
+            let waited_too_long = std::mem::take(&mut self.waited_too_long);
+            if self.is_inside() && !waited_too_long {
+                // It has been let in since it was cancelled, and what it asks for may be running.
+                self.cancel_on_server(None);
+            }
             return;
         }
         if !self.down.scanner.is_at_boundary() {

@@ -200,6 +200,8 @@ async fn play(seed: u64) {
     let (size, kept) = (random.random_range(1..5), random.random_range(1..5));
     // Without one sockets are polled.
     let is_ring = random.random_bool(0.7);
+    // Many, where connections are to be met on their way from one worker to somebody who has just given up waiting.
+    let cancels = if random.random_bool(0.3) { 0.3 } else { 0.02 };
     let rig = Rig::start(server(), server(), |config| {
         config.pool.mode = PoolMode::Transaction;
         config.pool.default_pool_size = size;
@@ -227,7 +229,7 @@ async fn play(seed: u64) {
             // It vanishes, in the middle of whatever it does; another one comes in its place.
             clients[number] = Client::connect(&rig, number).await;
         }
-        if random.random_bool(0.02) {
+        if random.random_bool(cancels) {
             cancelled(&mut clients[number], &rig).await;
         }
     }
@@ -276,4 +278,22 @@ async fn nobody_sees_anothers_bytes_or_settings() {
 #[tokio::test(flavor = "multi_thread")]
 async fn nobody_sees_anothers_bytes_or_settings_in_one_known_schedule() {
     play(20_261_121).await;
+}
+
+/// What a server says unasked may come along behind the end of a transaction.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_notice_behind_the_end_of_a_transaction_does_not_keep_its_connection() {
+    let address = scripted::serve().await;
+    let server = || Server::new("127.0.0.1", address.port(), "postgres");
+    let rig = Rig::start(server(), server(), |config| {
+        config.pool.mode = PoolMode::Transaction;
+        config.pool.default_pool_size = 1;
+    });
+    let (mut first, mut second) = (rig.wire("postgres").await, rig.wire("postgres").await);
+    first.send(&query("LATE")).await;
+    assert_eq!(first.tags_until_ready().await, "CZI");
+    second.send(&query("ECHO x")).await;
+    assert_eq!(second.tags_until_ready().await, "DCZI");
+    assert_eq!(first.next().await.map(|message| message.tag), Some('N'));
+    rig.stop().await;
 }

@@ -115,6 +115,10 @@ impl Backend {
                     }
                 }
                 self.ready(&mut answer);
+                if text == "LATE" {
+                    // Unasked, and in one piece with what was asked for.
+                    answer.extend(frame(b'N', b"SNOTICE\0VNOTICE\0C00000\0Mscripted\0\0"));
+                }
             }
             b'S' => {
                 self.skipping = false;

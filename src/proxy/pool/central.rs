@@ -1,5 +1,6 @@
 //! What all workers share of one pool: who waits, how many connections there are, and who logs in.
 
+use std::io;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering, fence};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
@@ -9,6 +10,7 @@ use super::link::{Link, ParkedLink};
 use super::profile::{Profile, Profiles, Startup};
 use super::registry::{Pools, Seat};
 use super::statements::{Statement, Statements};
+use super::wait::Wait;
 use crate::config::{Config, Pool, PoolSizes};
 use crate::postgres::{Credential, Login};
 use crate::proxy::client_error::ClientError;
@@ -51,17 +53,7 @@ struct State {
 pub(in crate::proxy) struct Waiter {
     worker: usize,
     entry: Arc<Entry>,
-    waits: Mutex<Waits>,
-}
-
-/// How far a wait is.
-#[derive(Default)]
-enum Waits {
-    #[default]
-    Not,
-    Since(Instant),
-    Given(Handed),
-    Refused(ClientError),
+    wait: Wait<Result<Handed, ClientError>>,
 }
 
 /// A connection that changes hands.
@@ -76,36 +68,40 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 
 impl Waiter {
     pub(in crate::proxy) fn new(worker: usize, entry: Arc<Entry>) -> Arc<Self> {
-        Arc::new(Self { worker, entry, waits: Mutex::default() })
-    }
-
-    fn since(&self) -> Option<Instant> {
-        match *lock(&self.waits) {
-            Waits::Since(since) => Some(since),
-            Waits::Not | Waits::Given(_) | Waits::Refused(_) => None,
-        }
-    }
-
-    fn end(&self, outcome: Waits) {
-        *lock(&self.waits) = outcome;
-        self.entry.wake();
+        Arc::new(Self { worker, entry, wait: Wait::default() })
     }
 
     /// What the wait has come to, if it has ended.
     pub(in crate::proxy) fn take(&self) -> Option<Result<Box<Link>, ClientError>> {
-        let mut waits = lock(&self.waits);
-        match std::mem::take(&mut *waits) {
-            Waits::Given(Handed::Here(link)) => Some(Ok(link)),
-            Waits::Given(Handed::Parked(parked)) => Some(match parked.resume() {
-                Ok(link) => Ok(Box::new(link)),
-                // Out of file descriptors or the like: the client is told what a failed connection is told.
-                Err(_) => Err(ClientError::ServerUnreachable),
-            }),
-            Waits::Refused(error) => Some(Err(error)),
-            still => {
-                *waits = still;
-                None
-            }
+        // Out of file descriptors or the like: the client is told what a failed connection is told.
+        let here = |handed: Handed| handed.resume().map_err(|_| ClientError::ServerUnreachable);
+        self.wait.take().map(|outcome| outcome.and_then(here))
+    }
+
+    /// Ends the wait of somebody who was called; what it is given is returned if it has left meanwhile.
+    fn give(&self, handed: Handed) -> Option<Handed> {
+        let unwanted = self.wait.end(Ok(handed)).and_then(Result::ok);
+        if unwanted.is_none() {
+            self.entry.wake();
+        }
+        unwanted
+    }
+
+    /// The same without a connection.
+    fn refuse(&self, error: ClientError) {
+        // Who has left meanwhile does not have to be told.
+        if self.wait.end(Err(error)).is_none() {
+            self.entry.wake();
+        }
+    }
+}
+
+impl Handed {
+    /// On the runtime of the calling thread.
+    fn resume(self) -> io::Result<Box<Link>> {
+        match self {
+            Self::Here(link) => Ok(link),
+            Self::Parked(parked) => parked.resume().map(Box::new),
         }
     }
 }
@@ -189,12 +185,16 @@ impl Central {
 
     /// Joins the line and calls every worker that has an idle connection.
     pub(super) fn join(&self, waiter: &Arc<Waiter>) {
-        {
+        let forgotten = {
             let mut state = lock(&self.state);
-            *lock(&waiter.waits) = Waits::Since(Instant::now());
+            let forgotten = waiter.wait.begin(Instant::now());
             state.line.join(waiter.worker, waiter.clone());
             self.waiting.store(state.line.len(), Ordering::Relaxed);
-        }
+            forgotten
+        };
+        // A connection gives its seat up when it is dropped, which takes the lock.
+        debug_assert!(forgotten.is_none(), "whoever waited has taken what it came to");
+        drop(forgotten);
         fence(Ordering::SeqCst);
         for (worker, idle) in self.idle.iter().enumerate() {
             if idle.load(Ordering::Relaxed) > 0 {
@@ -210,30 +210,44 @@ impl Central {
             state.line.leave(|other| Arc::ptr_eq(other, waiter));
             self.waiting.store(state.line.len(), Ordering::Release);
         }
-        let handed = waiter.take();
-        *lock(&waiter.waits) = Waits::Not;
-        handed.and_then(Result::ok)
+        waiter.wait.leave()?.ok()?.resume().ok()
+    }
+
+    /// Whose turn it is on `worker`. It has left the line and waits to be given something.
+    fn call_next(&self, worker: usize) -> Option<Arc<Waiter>> {
+        let mut state = lock(&self.state);
+        let next = state.line.next_for(worker);
+        self.waiting.store(state.line.len(), Ordering::Release);
+        next.inspect(|waiter| waiter.wait.call())
+    }
+
+    /// Those for whom `leaves` holds have left the line and wait to be told why.
+    fn call_all(&self, state: &mut State, leaves: impl Fn(&Waiter) -> bool) -> Vec<Arc<Waiter>> {
+        let called = state.line.leave(|waiter| leaves(waiter));
+        self.waiting.store(state.line.len(), Ordering::Release);
+        called.iter().for_each(|waiter| waiter.wait.call());
+        called
     }
 
     /// Gives a connection of `worker` to whoever's turn it is; returned when nobody waits.
-    pub(super) fn hand_over(&self, link: Box<Link>, worker: usize) -> Option<Box<Link>> {
-        let waiter = {
-            let mut state = lock(&self.state);
-            let waiter = state.line.next_for(worker);
-            self.waiting.store(state.line.len(), Ordering::Release);
-            waiter
-        };
-        let Some(waiter) = waiter else { return Some(link) };
-        if waiter.worker == worker {
-            waiter.end(Waits::Given(Handed::Here(link)));
-            return None;
+    pub(super) fn hand_over(&self, mut link: Box<Link>, worker: usize) -> Option<Box<Link>> {
+        while let Some(waiter) = self.call_next(worker) {
+            let handed = if waiter.worker == worker {
+                Handed::Here(link)
+            } else {
+                match link.park() {
+                    Ok(parked) => Handed::Parked(Box::new(parked)),
+                    Err(_) => {
+                        // Its seat is free again with it; the waiter is told what a failed connection is told.
+                        waiter.refuse(ClientError::ServerUnreachable);
+                        return None;
+                    }
+                }
+            };
+            // Who has left meanwhile needs none: it is the next one's.
+            link = waiter.give(handed)?.resume().ok()?;
         }
-        match link.park() {
-            Ok(parked) => waiter.end(Waits::Given(Handed::Parked(Box::new(parked)))),
-            // Its seat is free again with it; the waiter is told what a failed connection is told.
-            Err(_) => waiter.end(Waits::Refused(ClientError::ServerUnreachable)),
-        }
-        None
+        Some(link)
     }
 
     /// A seat for one more connection, if one is wanted and allowed.
@@ -245,7 +259,7 @@ impl Central {
             return None;
         };
         let patience = self.settings().reserve_pool_timeout;
-        let late = first.since().is_some_and(|since| since.elapsed() >= patience);
+        let late = first.wait.since().is_some_and(|since| since.elapsed() >= patience);
         let limit = self.sizes.pool_size + if late { self.sizes.reserve_pool_size } else { 0 };
         self.take_seat(&mut state, limit)
     }
@@ -290,12 +304,10 @@ impl Central {
             state.not_before = failure.map(|_| Instant::now() + LOGIN_RETRY);
             // The failed one still has its seat.
             let others = state.connections.saturating_sub(1);
-            let refused = if failure.is_some() && others == 0 { state.line.leave(|_| true) } else { Vec::new() };
-            self.waiting.store(state.line.len(), Ordering::Release);
-            refused
+            if failure.is_some() && others == 0 { self.call_all(&mut state, |_| true) } else { Vec::new() }
         };
         for waiter in refused {
-            waiter.end(Waits::Refused(failure.cloned().unwrap_or(ClientError::ServerUnreachable)));
+            waiter.refuse(failure.cloned().unwrap_or(ClientError::ServerUnreachable));
         }
     }
 
@@ -322,11 +334,9 @@ impl Central {
         }
         let late = {
             let mut state = lock(&self.state);
-            let late = state.line.leave(|waiter| waiter.since().is_some_and(|since| since.elapsed() >= bound));
-            self.waiting.store(state.line.len(), Ordering::Release);
-            late
+            self.call_all(&mut state, |waiter| waiter.wait.since().is_some_and(|since| since.elapsed() >= bound))
         };
-        late.iter().for_each(|waiter| waiter.end(Waits::Refused(ClientError::QueryWaitTimeout)));
+        late.iter().for_each(|waiter| waiter.refuse(ClientError::QueryWaitTimeout));
     }
 
     /// How many workers share the pool.

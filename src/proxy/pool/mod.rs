@@ -17,7 +17,8 @@
 //!   any worker idle? ask it                   anybody waiting? hand over
 //! ```
 //!
-//! One of the two sees the other, so no connection lies idle while somebody waits.
+//! One of the two sees the other, so no connection lies idle while somebody waits. Who leaves the line while it is being
+//! served hands back what it is given: [`wait`].
 //!
 //! What must never happen here: a connection that is given to a client while anything is under way on it, or whose
 //! settings are not known.
@@ -29,6 +30,7 @@ mod local;
 mod profile;
 mod registry;
 mod statements;
+mod wait;
 
 pub(super) use central::Waiter;
 pub(super) use link::Link;

@@ -29,7 +29,7 @@ impl PooledSession {
                 if self.down.body_left > 0 {
                     return Ok(());
                 }
-                // A frame that has just ended may have been the last one of a transaction.
+                self.leave_if_quiet()?;
                 continue;
             }
             let rest = &self.down.buffer.filled()[self.down.looked_at..];
@@ -75,8 +75,16 @@ impl PooledSession {
         }
     }
 
+    /// Whether the transaction is over, where it may be: at a ReadyForQuery, and after what a server says unasked, which
+    /// may have come along behind one.
     fn end_of_frame(&mut self, header: Header) -> Result<(), Step> {
-        if header.tag == backend::READY_FOR_QUERY { self.leave_if_quiet() } else { Ok(()) }
+        match header.tag {
+            backend::READY_FOR_QUERY
+            | backend::PARAMETER_STATUS
+            | backend::NOTICE_RESPONSE
+            | backend::NOTIFICATION_RESPONSE => self.leave_if_quiet(),
+            _ => Ok(()),
+        }
     }
 
     fn answered(&mut self, header: Header, is_whole: bool) -> Shown {

@@ -42,6 +42,10 @@ impl PooledSession {
         self.cancelled = false;
         let waited_too_long = std::mem::take(&mut self.waited_too_long);
         if !self.is_waiting() {
+            // Its wait has ended since it was cancelled, and what it asks for may be running.
+            if !waited_too_long {
+                self.cancel_on_server(None);
+            }
             return;
         }
         self.stop_waiting();
