@@ -533,6 +533,27 @@ async fn the_catalogue_names_settings_that_no_statement_shows() {
     assert_eq!(other.text("SELECT current_setting('app.f')").await.as_deref(), Some("seven"));
 }
 
+/// Without names to ask for the settings are read by a shorter query. It must find the same.
+#[tokio::test]
+async fn settings_are_found_whether_or_not_there_are_names_to_ask_for() {
+    let setup = ["CREATE ROLE login LOGIN", "ALTER ROLE login SET work_mem = '5MB'", "ALTER DATABASE app SET geqo = off"];
+    let (old, new) = oldest_to_newest(&setup).await;
+    for cluster in [&old, &new] {
+        let options = [("application_name", "begun"), ("options", "-c lock_timeout=7s")];
+        let mut session = Session::open(cluster, "login", &options).await;
+        let bare = session.capture().await;
+        let told = ["SET application_name = 'told'", "SET TIME ZONE 'Asia/Tokyo'", "SET client_encoding = LATIN1"];
+        for sql in told.iter().chain(&["SET work_mem = '6MB'", "SELECT set_config('search_path', 'pg_temp', false)"]) {
+            session.query(sql).await;
+            let without = session.capture().await;
+            let names = ["no.such".to_owned()];
+            let with = capture(&mut session.backend, &session.tracked, &names, &mut BytesMut::new()).await;
+            assert!(without == with.expect("captured"), "after {sql}");
+            assert!(without != bare, "after {sql}");
+        }
+    }
+}
+
 #[tokio::test]
 async fn a_large_state_moves_in_one_go() {
     let (source, target) = oldest_to_newest(&[]).await;
