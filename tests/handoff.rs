@@ -536,7 +536,8 @@ async fn the_catalogue_names_settings_that_no_statement_shows() {
 /// Without names to ask for the settings are read by a shorter query. It must find the same.
 #[tokio::test]
 async fn settings_are_found_whether_or_not_there_are_names_to_ask_for() {
-    let setup = ["CREATE ROLE login LOGIN", "ALTER ROLE login SET work_mem = '5MB'", "ALTER DATABASE app SET geqo = off"];
+    let setup =
+        ["CREATE ROLE login LOGIN", "ALTER ROLE login SET work_mem = '5MB'", "ALTER DATABASE app SET geqo = off"];
     let (old, new) = oldest_to_newest(&setup).await;
     for cluster in [&old, &new] {
         let options = [("application_name", "begun"), ("options", "-c lock_timeout=7s")];

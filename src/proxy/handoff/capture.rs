@@ -218,11 +218,7 @@ fn transport_of(connection: &RawConnection) -> Transport {
 
 /// Candidates for custom settings. Names that the server could not read in the client's encoding, or not hold in its own,
 /// would fail the whole capture; they are left out.
-fn custom_names<'a>(
-    connection: &RawConnection,
-    tracked: &'a Tracked,
-    catalogue_names: &'a [String],
-) -> Vec<&'a str> {
+fn custom_names<'a>(connection: &RawConnection, tracked: &'a Tracked, catalogue_names: &'a [String]) -> Vec<&'a str> {
     let all_utf8 = ["client_encoding", "server_encoding"].iter().all(|name| connection.parameter(name) == Some("UTF8"));
     let names = tracked.names().chain(catalogue_names.iter().map(String::as_str));
     names.filter(|name| all_utf8 || name.is_ascii()).collect()
