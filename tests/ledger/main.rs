@@ -92,5 +92,6 @@ async fn the_checker_finds_what_a_lying_drain_loses() {
     stage.world.wait_until(COMPLETED).await;
     let memories = clients.finish().await;
     let found = stage.check(&memories).await;
-    assert!(found.lost > 0, "{found:?}");
+    // What is late may arrive behind the switch: then nothing is missing in the end, but clients have seen it missing.
+    assert!(found.lost + found.not_read + found.went_back + found.sums > 0, "{found:?}");
 }
