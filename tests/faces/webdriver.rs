@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 use serde_json::{Value, json};
 
 /// For a page that waits for servers of a busy machine.
-const PATIENCE: Duration = Duration::from_secs(60);
+const PATIENCE: Duration = Duration::from_secs(120);
 
 /// The key under which WebDriver passes an element's name (section 11 of the standard).
 const ELEMENT: &str = "element-6066-11e4-a52e-4f735466cecf";

@@ -66,7 +66,7 @@ async fn an_endless_pipeline_is_held_too_and_loses_nothing() {
     tokio::time::sleep(A_WHILE).await;
     for _ in 0..20 {
         database.fence();
-        tokio::time::timeout(Duration::from_secs(10), database.wait_empty()).await.expect("the pipeline is held");
+        tokio::time::timeout(crate::support::PATIENCE, database.wait_empty()).await.expect("the pipeline is held");
         database.reopen();
         tokio::time::sleep(Duration::from_millis(20)).await;
     }

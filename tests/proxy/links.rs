@@ -104,7 +104,7 @@ async fn a_cut_link_is_in_doubt_and_the_gate_waits_for_the_backends_end() {
     assert!(emptied.is_err(), "the backend is still there");
     assert_eq!(text(&direct, "SELECT count(*) FROM t").await, "1", "it went on and committed, once");
     wire.order(session, Order::Drop);
-    tokio::time::timeout(Duration::from_secs(20), database.wait_empty()).await.expect("its end is proven");
+    tokio::time::timeout(crate::support::PATIENCE, database.wait_empty()).await.expect("its end is proven");
     rig.until_no_session().await;
     rig.stop().await;
 }
@@ -139,7 +139,7 @@ async fn a_panic_leaves_the_gate_to_the_servers_word() {
     rig.sessions.end(&[view.id], "57P01", "never said");
     assert_eq!(client.next().await.expect("an error").code(), "XX000");
     database.fence();
-    tokio::time::timeout(Duration::from_secs(20), database.wait_empty()).await.expect("its end is proven");
+    tokio::time::timeout(crate::support::PATIENCE, database.wait_empty()).await.expect("its end is proven");
     let alive = text(&direct, &format!("SELECT count(*) FROM pg_stat_activity WHERE pid = {pid}")).await;
     assert_eq!(alive, "0");
     database.reopen();

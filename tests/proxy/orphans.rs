@@ -28,7 +28,7 @@ async fn an_autocommit_statement_goes_on_and_is_waited_for() {
         assert_eq!(database.inside(), 1);
         assert_eq!(rig.sessions.orphans("postgres").len(), 1);
         assert_eq!(rig.sessions.stragglers("postgres").len(), 1);
-        tokio::time::timeout(Duration::from_secs(20), database.wait_empty()).await.expect("it ends");
+        tokio::time::timeout(crate::support::PATIENCE, database.wait_empty()).await.expect("it ends");
         let committed = text(&direct, "SELECT count(*) FROM t").await;
         assert_eq!(committed, if terminate { "2" } else { "1" }, "it was committed before the gate was left");
         database.reopen();
@@ -63,7 +63,7 @@ async fn a_transaction_a_copy_and_a_cut_frame_are_ended() {
         assert_eq!(database.inside(), 1, "{case}");
         drop(client);
         database.fence();
-        tokio::time::timeout(Duration::from_secs(20), database.wait_empty()).await.expect(case);
+        tokio::time::timeout(crate::support::PATIENCE, database.wait_empty()).await.expect(case);
         let alive = text(&direct, &format!("SELECT count(*) FROM pg_stat_activity WHERE pid = {pid}")).await;
         assert_eq!(alive, "0", "{case}: the gate was left before its backend had ended");
         database.reopen();
@@ -85,7 +85,7 @@ async fn an_ordered_end_is_told_and_proven() {
     database.fence();
     assert_eq!(rig.sessions.end(&[id], "57P01", "the database is moving"), 1);
     assert_eq!(client.next().await.expect("an error").code(), "57P01");
-    tokio::time::timeout(Duration::from_secs(20), database.wait_empty()).await.expect("it ends");
+    tokio::time::timeout(crate::support::PATIENCE, database.wait_empty()).await.expect("it ends");
     rig.until_no_session().await;
     rig.stop().await;
 }

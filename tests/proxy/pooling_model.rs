@@ -157,7 +157,7 @@ impl Client {
         let batches = expected.iter().filter(|message| message.tag == 'Z').count();
         let mut seen = Vec::new();
         for _ in 0..batches {
-            let patience = std::time::Duration::from_secs(20);
+            let patience = std::time::Duration::from_secs(60);
             match tokio::time::timeout(patience, self.wire.until_ready()).await {
                 Ok(batch) => seen.extend(batch),
                 Err(_) => panic!(

@@ -72,7 +72,7 @@ async fn clients_without_a_connection_go_on_at_the_other_server() {
     assert_eq!(rows(&busy.until_ready().await), ["source"], "who is in a transaction ends it where it began");
     busy.send(&query("COMMIT")).await;
     busy.until_ready().await;
-    tokio::time::timeout(Duration::from_secs(10), database.wait_empty()).await.expect("nobody is inside");
+    tokio::time::timeout(crate::support::PATIENCE, database.wait_empty()).await.expect("nobody is inside");
     rig.sessions.settle_moves(&databases(), soon()).await;
     database.open(ServerRole::Target, Epoch(1));
     // Settings, statements and what is reported are those of the client, on the other server.

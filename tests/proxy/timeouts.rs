@@ -79,7 +79,7 @@ async fn an_idle_transaction_is_rolled_back_and_only_then_left() {
         assert_eq!(code(&mut client).await, "25P03");
         assert_eq!(client.next().await, None);
         rig.database().fence();
-        tokio::time::timeout(Duration::from_secs(30), rig.database().wait_empty()).await.expect("it ends");
+        tokio::time::timeout(crate::support::PATIENCE, rig.database().wait_empty()).await.expect("it ends");
         let left = "SELECT count(*) FROM pg_stat_activity WHERE state LIKE 'idle in transaction%'";
         assert_eq!(text(&direct, left).await, "0", "the gate was left before the server had ended it");
         assert_eq!(text(&direct, "SELECT count(*) FROM t").await, "0");
