@@ -47,6 +47,12 @@ ALTER TABLE pgcutover.migration_database ADD COLUMN IF NOT EXISTS next_epoch big
 ALTER TABLE pgcutover.migration_database ADD COLUMN IF NOT EXISTS next_slot text;
 ALTER TABLE pgcutover.migration_database ADD COLUMN IF NOT EXISTS next_publication text;
 ALTER TABLE pgcutover.migration_database ADD COLUMN IF NOT EXISTS next_start pg_lsn;
+ALTER TABLE pgcutover.migration_database ADD COLUMN IF NOT EXISTS watch_epoch bigint;
+ALTER TABLE pgcutover.migration_database ADD COLUMN IF NOT EXISTS watch_slot text;
+ALTER TABLE pgcutover.migration_database ADD COLUMN IF NOT EXISTS watch_publication text;
+ALTER TABLE pgcutover.migration_database ADD COLUMN IF NOT EXISTS watch_position pg_lsn;
+ALTER TABLE pgcutover.migration_database ADD COLUMN IF NOT EXISTS watch_stream bigint;
+ALTER TABLE pgcutover.migration_database ADD COLUMN IF NOT EXISTS watch_ended text;
 CREATE TABLE IF NOT EXISTS pgcutover.migration_table (
     migration   text NOT NULL,
     database    text NOT NULL,
@@ -62,6 +68,20 @@ CREATE TABLE IF NOT EXISTS pgcutover.migration_table (
     error       jsonb,
     changed_at  timestamptz NOT NULL DEFAULT now(),
     PRIMARY KEY (migration, database, schema_name, table_name),
+    FOREIGN KEY (migration, database) REFERENCES pgcutover.migration_database ON DELETE CASCADE
+);
+CREATE TABLE IF NOT EXISTS pgcutover.fenced_write (
+    migration    text NOT NULL,
+    database     text NOT NULL,
+    server       text NOT NULL,
+    epoch        bigint NOT NULL,
+    schema_name  text NOT NULL,
+    table_name   text NOT NULL,
+    kind         text NOT NULL,
+    changes      bigint NOT NULL,
+    first_at     timestamptz NOT NULL,
+    last_at      timestamptz NOT NULL,
+    PRIMARY KEY (migration, database, server, epoch, schema_name, table_name, kind),
     FOREIGN KEY (migration, database) REFERENCES pgcutover.migration_database ON DELETE CASCADE
 );
 CREATE TABLE IF NOT EXISTS pgcutover.made (

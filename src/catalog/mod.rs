@@ -2,8 +2,8 @@
 //!
 //! * [`fence`], [`decision`]: append-only rows in the control database of each server; they alone say who is active.
 //!   [`claims`] reads them, [`resolve`] (pure) draws the conclusion.
-//! * [`migrations`], [`tables`], [`streams`], [`progress`], [`journal`], [`verification`]: rows of the engine, of
-//!   everything that it was asked, has done and has made.
+//! * [`migrations`], [`tables`], [`streams`], [`watches`], [`progress`], [`journal`], [`verification`]: rows of the
+//!   engine, of everything that it was asked, has done, has made and has found.
 //! * [`door`]: how our own sessions get into databases that a fence keeps shut.
 //!
 //! [`bootstrap`] makes the tables. Each part owns its DDL and a version number; nothing here is ever dropped by it.
@@ -19,6 +19,7 @@ pub mod resolve;
 pub mod streams;
 pub mod tables;
 pub mod verification;
+pub mod watches;
 
 use self::decision::Outcome;
 use crate::postgres::Control;
@@ -57,7 +58,7 @@ impl Place {
         const FENCE: Part = part("fence", 2, fence::DDL);
         const DECISION: Part = part("decision", 1, decision::DDL);
         const BOUNDARY: Part = part("boundary", 1, decision::BOUNDARY_DDL);
-        const MIGRATIONS: Part = part("migrations", 2, migrations::TARGET_CONTROL_DDL);
+        const MIGRATIONS: Part = part("migrations", 3, migrations::TARGET_CONTROL_DDL);
         const VERIFICATION: Part = part("verification", 2, verification::TARGET_CONTROL_DDL);
         const MARKER: Part = part("marker", 1, progress::SOURCE_DATABASE_DDL);
         const PROGRESS: Part = part("progress", 2, progress::TARGET_DATABASE_DDL);
@@ -65,9 +66,10 @@ impl Place {
         match self {
             Self::SourceControl => &[FENCE, DECISION],
             Self::TargetControl => &[FENCE, DECISION, MIGRATIONS, VERIFICATION],
-            Self::SourceDatabase => &[MARKER],
             Self::TargetDatabase => &[BOUNDARY, PROGRESS],
-            Self::BothWays => &[MARKER, BOUNDARY, PROGRESS],
+            // A publication names all of them from the beginning: what serves the way back is what tells, on a server that
+            // was left, our own writes from those of strangers.
+            Self::SourceDatabase | Self::BothWays => &[MARKER, BOUNDARY, PROGRESS],
         }
     }
 }

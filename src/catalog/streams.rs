@@ -1,18 +1,21 @@
 //! Which stream carries the changes of a database, and which one is prepared to carry them the other way.
 //!
 //! ```text
-//!                      current                    next
-//! migrating            forward, epoch 0           –
-//! cutover 1 prepares   forward, epoch 0           epoch 1: slot and publication on the target
-//! cutover 1 decided    reverse, epoch 1           –          the forward slot is dropped
-//! rollback 2 prepares  reverse, epoch 1           epoch 2: slot and publication on the source
-//! rollback 2 aborted   reverse, epoch 1           –          those of epoch 2 are dropped
-//! rollback 3 decided   forward, epoch 3           –          the reverse slot is dropped
+//!                      current                    next                                             watch
+//! migrating            forward, epoch 0           –                                                –
+//! cutover 1 prepares   forward, epoch 0           epoch 1: slot and publication on the target      –
+//! cutover 1 decided    reverse, epoch 1           –                                                the forward slot
+//! rollback 2 prepares  reverse, epoch 1           epoch 2: slot and publication on the source      the forward slot
+//! rollback 2 aborted   reverse, epoch 1           –          those of epoch 2 are dropped          the forward slot
+//! rollback 3 decided   forward, epoch 3           –          the forward slot is dropped           the reverse slot
 //! ```
+//!
+//! The slot of the stream that has ended is not dropped: it watches the server that was left ([`super::watches`]).
 //!
 //! The stream of epoch E begins behind the boundary row of E; everything before it came from the other side.
 
 use super::migrations::{CatalogError, MigrationCatalog};
+use super::watches::OldSlot;
 use crate::lsn::Lsn;
 use crate::switch::{Epoch, ServerRole};
 
@@ -138,8 +141,15 @@ impl MigrationCatalog {
     }
 
     /// The prepared stream becomes the current one, the other way round; where none is prepared, no stream is current.
+    /// What becomes of the slot of the one before is said by `old`.
     /// Does nothing when the current one flows `to_be` already.
-    pub async fn turn(&self, migration: &str, database: &str, to_be: Direction) -> Result<(), CatalogError> {
+    pub async fn turn(
+        &self,
+        migration: &str,
+        database: &str,
+        to_be: Direction,
+        old: OldSlot,
+    ) -> Result<(), CatalogError> {
         let client = self.client().await?;
         client
             .execute(
@@ -148,22 +158,26 @@ impl MigrationCatalog {
                      slot = CASE WHEN next_start IS NULL THEN '' ELSE next_slot END,
                      publication = CASE WHEN next_start IS NULL THEN '' ELSE next_publication END,
                      slot_start = next_start,
+                     watch_epoch = coalesce(next_epoch, 0), watch_stream = epoch,
+                     watch_slot = CASE WHEN $5 THEN nullif(slot, '') END, watch_publication = publication,
+                     watch_position = NULL, watch_ended = NULL,
                      next_epoch = NULL, next_slot = NULL, next_publication = NULL, next_start = NULL, changed_at = now()
                  FROM pgcutover.engine e
                  WHERE d.migration = $1 AND d.database = $2 AND d.direction <> $3 AND e.generation = $4",
-                &[&migration, &database, &to_be.as_str(), &self.generation().0],
+                &[&migration, &database, &to_be.as_str(), &self.generation().0, &(old == OldSlot::Watches)],
             )
             .await
             .map_err(|source| CatalogError::query("turn the stream round", source))?;
         Ok(())
     }
 
-    /// No stream is current any more.
+    /// No stream is current any more, and nothing is watched.
     pub async fn end_stream(&self, migration: &str, database: &str) -> Result<(), CatalogError> {
         let client = self.client().await?;
         let written = client
             .execute(
-                "UPDATE pgcutover.migration_database d SET slot = '', publication = '', changed_at = now()
+                "UPDATE pgcutover.migration_database d
+                 SET slot = '', publication = '', watch_slot = NULL, changed_at = now()
                  FROM pgcutover.engine e
                  WHERE d.migration = $1 AND d.database = $2 AND e.generation = $3",
                 &[&migration, &database, &self.generation().0],

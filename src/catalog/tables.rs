@@ -2,6 +2,7 @@
 
 use super::migrations::{CatalogError, MigrationCatalog};
 use super::streams::{Direction, NextStream};
+use super::watches::Watch;
 use crate::ident::QualifiedName;
 use crate::lsn::Lsn;
 use crate::switch::Epoch;
@@ -27,6 +28,8 @@ pub struct DatabaseRow {
     pub epoch: Epoch,
     /// The stream that a cutover has prepared, to flow the other way once it is decided.
     pub next: Option<NextStream>,
+    /// The slot that watches the server which the last cutover has left.
+    pub watch: Option<Watch>,
 }
 
 /// How far the copy of a table is.
@@ -105,7 +108,8 @@ impl MigrationCatalog {
         let rows = client
             .query(
                 "SELECT database, step, slot, publication, slot_start, barrier, direction, epoch,
-                        next_epoch, next_slot, next_publication, next_start
+                        next_epoch, next_slot, next_publication, next_start,
+                        watch_epoch, watch_slot, watch_publication, watch_position, watch_ended, watch_stream
                  FROM pgcutover.migration_database WHERE migration = $1 ORDER BY database",
                 &[&migration],
             )
@@ -119,6 +123,14 @@ impl MigrationCatalog {
                     publication: row.get(10),
                     slot_start: row.get(11),
                 };
+                let watch = |slot: String| Watch {
+                    epoch: Epoch(row.get::<_, Option<i64>>(12).unwrap_or_default().cast_unsigned()),
+                    slot,
+                    publication: row.get::<_, Option<String>>(14).unwrap_or_default(),
+                    stream: Epoch(row.get::<_, Option<i64>>(17).unwrap_or_default().cast_unsigned()),
+                    position: row.get(15),
+                    ended: row.get(16),
+                };
                 Ok(DatabaseRow {
                     database: row.get(0),
                     step: row.get(1),
@@ -129,6 +141,7 @@ impl MigrationCatalog {
                     direction: Direction::parse(row.get(6))?,
                     epoch: Epoch(row.get::<_, i64>(7).cast_unsigned()),
                     next: row.get::<_, Option<i64>>(8).map(next),
+                    watch: row.get::<_, Option<String>>(13).map(watch),
                 })
             })
             .collect()

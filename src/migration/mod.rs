@@ -14,6 +14,7 @@ pub mod copy;
 pub mod ddl;
 pub mod drift;
 pub mod engine;
+pub mod fenced_writes;
 pub mod gate;
 pub mod identity;
 pub mod lag;

@@ -39,7 +39,11 @@ fn failed(doing: &'static str) -> impl Fn(tokio_postgres::Error) -> PublicationE
     move |source| PublicationError::Query { doing, source }
 }
 
-/// Makes the publication of these tables and the marker table, anew if it is there. It takes a lock on each table that
+/// Our own tables in a publication: the marker and the boundary, which an applier recognises, and its progress, by which
+/// what it has written itself is told from what strangers have. None of them is ever applied.
+const OURS: [&str; 3] = ["marker", "boundary", "progress"];
+
+/// Makes the publication of these tables and our own, anew if it is there. It takes a lock on each table that
 /// lets reads and writes pass, but waits behind ALTER TABLE and the like.
 pub async fn create(
     source: &mut Control,
@@ -48,8 +52,8 @@ pub async fn create(
     lock_timeout: Duration,
 ) -> Result<(), PublicationError> {
     let publication = quote_ident(name);
-    let marker = QualifiedName::new("pgcutover", "marker");
-    let list: Vec<String> = tables.iter().chain([&marker]).map(|table| format!("ONLY {table}")).collect();
+    let ours = OURS.map(|name| QualifiedName::new("pgcutover", name));
+    let list: Vec<String> = tables.iter().chain(&ours).map(|table| format!("ONLY {table}")).collect();
     let script = format!(
         "SET LOCAL lock_timeout = {}; CREATE PUBLICATION {publication} FOR TABLE {}",
         lock_timeout.as_millis().max(1),

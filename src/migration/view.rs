@@ -5,6 +5,7 @@
 use serde::{Deserialize, Serialize};
 
 use crate::catalog::journal::MadeObject;
+use crate::catalog::watches::FencedWrite;
 use crate::migration::preflight::{RuleResult, Statement};
 use crate::migration::verify::TableResult;
 use crate::migration::verify::definitions::DefinitionDifference;
@@ -208,6 +209,67 @@ pub struct DatabaseView {
     /// The source keeps more than half of what it may.
     #[serde(default)]
     pub wal_warning: bool,
+    /// The watch over the server that the last cutover or rollback left; null: none was left.
+    #[serde(default)]
+    pub fence_watch: Option<FenceWatchView>,
+    /// What was written past the fence on a server that was left: it is on that server and not on the other one.
+    #[serde(default)]
+    pub fenced_writes: Vec<FencedWriteView>,
+}
+
+/// Whether writes on the server that was left are noticed.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, schemars::JsonSchema)]
+pub struct FenceWatchView {
+    /// `source` or `target`.
+    pub server: String,
+    /// Whether somebody looks at this moment. What is written meanwhile is found later, unless the watch has ended.
+    pub watched: bool,
+    /// Why not.
+    pub trouble: Option<String>,
+}
+
+/// What was written past the fence in one table, in one way.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, schemars::JsonSchema)]
+pub struct FencedWriteView {
+    /// `source` or `target`: where it was written.
+    pub server: String,
+    /// The cutover or rollback that had left that server.
+    pub epoch: u64,
+    /// Schema, unquoted.
+    pub schema: String,
+    /// Table, unquoted.
+    pub table: String,
+    /// `insert`, `update`, `delete` or `truncate`.
+    pub kind: String,
+    /// Rows; of a truncation, how often.
+    pub changes: u64,
+    /// Commit of the first one, in seconds since the Unix epoch, by that server's clock.
+    pub first_at: f64,
+    /// Commit of the last one.
+    pub last_at: f64,
+}
+
+impl FencedWriteView {
+    /// As it was found.
+    pub fn of(found: &FencedWrite) -> Self {
+        Self {
+            server: found.server.to_string(),
+            epoch: found.epoch.0,
+            schema: found.table.schema.clone(),
+            table: found.table.name.clone(),
+            kind: found.kind.clone(),
+            changes: found.changes,
+            first_at: found.first_at,
+            last_at: found.last_at,
+        }
+    }
+}
+
+impl std::fmt::Display for FencedWriteView {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let Self { server, schema, table, kind, changes, .. } = self;
+        write!(f, "{schema}.{table} on the {server}: {changes} \u{d7} {kind}")
+    }
 }
 
 /// One row of `migration tables`.

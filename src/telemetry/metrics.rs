@@ -217,6 +217,10 @@ pub struct Metrics {
     pub slot_safe_wal_bytes: IntGaugeVec,
     /// `slot_wal_limit_bytes{migration,database}`: `migration.max_retained_wal`; 0 where it is off.
     pub slot_wal_limit_bytes: IntGaugeVec,
+    /// `fence_watched{migration,database}`: 1 while writes on the server that was left are watched for; absent while none was.
+    pub fence_watched: IntGaugeVec,
+    /// `fenced_writes{migration,database}`: row changes found on servers that were left; absent while none was.
+    pub fenced_writes: IntGaugeVec,
     /// `cutover_phase_seconds{phase}`, see [`Phase`].
     pub cutover_phase_seconds: HistogramVec,
     /// `cutover_pause_seconds`: from the fence to the moment sessions go on.
@@ -374,6 +378,16 @@ impl Metrics {
                 "What a slot may keep before its migration is ended and it is dropped; 0 when unlimited.",
                 &slot,
             )?,
+            fence_watched: r.gauges(
+                "fence_watched",
+                "1 while writes on the server that was left are watched for, 0 while they are not.",
+                &slot,
+            )?,
+            fenced_writes: r.gauges(
+                "fenced_writes",
+                "Row changes that somebody wrote past the fence on a server that was left.",
+                &slot,
+            )?,
             cutover_phase_seconds: r.add(HistogramVec::new(phase_options, &["phase"])?)?,
             cutover_pause_seconds: r.histogram(
                 "cutover_pause_seconds",
@@ -442,7 +456,7 @@ mod tests {
         transaction_seconds route_epoch active_server held_sessions auth_failures_total \
         tls_certificate_not_after_seconds migration_state \
         copy_rows_total copy_bytes_total copy_tables index_builds replication_lag_bytes replication_latency_seconds \
-        apply_transactions_total apply_rows_total slot_retained_wal_bytes slot_safe_wal_bytes slot_wal_limit_bytes cutover_phase_seconds \
+        apply_transactions_total apply_rows_total slot_retained_wal_bytes slot_safe_wal_bytes slot_wal_limit_bytes fence_watched fenced_writes cutover_phase_seconds \
         cutover_pause_seconds cutovers_total cutover_blockers verify_rows_total verify_mismatches_total";
 
     #[test]

@@ -136,6 +136,8 @@ enum Destination {
         /// Position of the epoch in its tuples.
         epoch: usize,
     },
+    /// Another table of ours, which is no business of the other server.
+    Ours,
 }
 
 /// The transaction of the source that is being read.
@@ -160,11 +162,8 @@ pub struct Planner {
     retired: Vec<u64>,
 }
 
-/// Schema and name of the marker table.
-const MARKER: (&str, &str) = ("pgcutover", "marker");
-
-/// Schema and name of the boundary table.
-const BOUNDARY: (&str, &str) = ("pgcutover", "boundary");
+/// Our own schema: nothing in it is ever applied.
+const SCHEMA: &str = "pgcutover";
 
 impl Planner {
     /// A planner that skips what the copies contain already.
@@ -181,7 +180,7 @@ impl Planner {
 
     /// Whether the target's shape of `relation` is needed to map it.
     pub fn needs_shape(relation: &Relation) -> bool {
-        ![MARKER, BOUNDARY].contains(&(relation.schema.as_str(), relation.name.as_str()))
+        relation.schema != SCHEMA
     }
 
     /// Learns what a relation looks like, on the source and on the target. What it looked like before is given up.
@@ -196,12 +195,19 @@ impl Planner {
             let hand_overs = &self.hand_overs;
             let table = Table::map(id, relation, shape.unwrap_or_default(), |name| hand_overs.get(name).cloned())?;
             Destination::Table(Arc::new(table))
-        } else if relation.name == BOUNDARY.1 {
-            let epoch = relation.columns.iter().position(|column| column.name == "epoch");
-            Destination::Boundary { epoch: epoch.ok_or(PlanError::OutOfPlace("boundary table without an epoch"))? }
         } else {
-            let nonce = relation.columns.iter().position(|column| column.name == "nonce");
-            Destination::Marker { nonce: nonce.ok_or(PlanError::OutOfPlace("marker table without a nonce"))? }
+            let column = |wanted: &str| relation.columns.iter().position(|column| column.name == wanted);
+            match relation.name.as_str() {
+                "boundary" => {
+                    let epoch = column("epoch").ok_or(PlanError::OutOfPlace("boundary table without an epoch"))?;
+                    Destination::Boundary { epoch }
+                }
+                "marker" => {
+                    let nonce = column("nonce").ok_or(PlanError::OutOfPlace("marker table without a nonce"))?;
+                    Destination::Marker { nonce }
+                }
+                _ => Destination::Ours,
+            }
         };
         self.relations.insert(oid, destination);
         Ok(())
@@ -298,7 +304,7 @@ impl Planner {
         let open = self.open.as_mut().ok_or(PlanError::OutOfPlace("a change outside a transaction"))?;
         let destination = self.relations.get(&oid).ok_or(PlanError::OutOfPlace("a change of an unknown relation"))?;
         let table = match destination {
-            Destination::Marker { .. } | Destination::Boundary { .. } => return Ok(Planned::Nothing),
+            Destination::Marker { .. } | Destination::Boundary { .. } | Destination::Ours => return Ok(Planned::Nothing),
             Destination::Table(table) => table,
         };
         if self.boundary.is_some() || table.has_copied(&open.begin) {
@@ -317,7 +323,10 @@ impl Planner {
                 Destination::Table(table) if self.boundary.is_none() && !table.has_copied(&open.begin) => {
                     tables.push(table.clone());
                 }
-                Destination::Table(_) | Destination::Marker { .. } | Destination::Boundary { .. } => {}
+                Destination::Table(_)
+                | Destination::Marker { .. }
+                | Destination::Boundary { .. }
+                | Destination::Ours => {}
             }
         }
         if tables.is_empty() {

@@ -9,6 +9,7 @@ use tokio::task::JoinHandle;
 use super::cancel::{self, Shut};
 use super::context::Context;
 use super::error::{EngineError, WorkError};
+use super::fence_watch;
 use super::gauges::Gauges;
 use super::live::unix_now;
 use super::source_watch;
@@ -83,6 +84,14 @@ impl Actor {
         }
         let tasks = self.tasks.clone();
         let context = self.context.clone();
+        let (watching, stopped) = (self.context.clone(), self.tasks.clone());
+        self.tasks.spawn(async move {
+            // A watch goes on from where it was kept.
+            tokio::select! {
+                () = fence_watch::watch(watching) => {}
+                () = stopped.stopping() => {}
+            }
+        });
         let mut source = std::pin::pin!(source_watch::watch(context.clone()));
         loop {
             let retry = self.unfinished.is_some();
@@ -316,6 +325,9 @@ impl Actor {
     }
 
     async fn undo(&mut self) {
+        for database in &self.context.live.databases {
+            database.fenced.set_watch(None);
+        }
         let undone = match Box::pin(cancel::undo(&self.context, |_| true, Shut::Entered)).await {
             Ok(undone) => undone,
             Err(error) => {

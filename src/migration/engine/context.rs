@@ -45,14 +45,15 @@ impl Context {
     }
 
     /// Removes the pgcutover schema of a migrated database. In the control database only our part of it: fences,
-    /// decisions and other migrations stay. `part` is the entry of `pgcutover.part` to strike out, or empty.
-    pub(super) fn undo_schema(&self, database: &str, ours: &str, part: &str) -> String {
+    /// decisions and other migrations stay. `parts` are the entries of `pgcutover.part` to strike out.
+    pub(super) fn undo_schema(&self, database: &str, ours: &str, parts: &[&str]) -> String {
         if database != self.config.control.database {
             return "DROP SCHEMA IF EXISTS pgcutover CASCADE".to_owned();
         }
-        if part.is_empty() {
+        if parts.is_empty() {
             return ours.to_owned();
         }
-        format!("DO $$ BEGIN {ours}; DELETE FROM pgcutover.part WHERE name = '{part}'; END $$")
+        let parts = parts.join("', '");
+        format!("DO $$ BEGIN {ours}; DELETE FROM pgcutover.part WHERE name IN ('{parts}'); END $$")
     }
 }

@@ -166,7 +166,8 @@ impl DatabaseWork {
     async fn publish(&self, row: &mut DatabaseRow) -> Result<(), WorkError> {
         let journal = self.journal();
         let mut source = self.context.source_control(&row.database, "publish").await?;
-        let undo = self.context.undo_schema(&row.database, "DROP TABLE IF EXISTS pgcutover.marker", "marker");
+        let ours = "DROP TABLE IF EXISTS pgcutover.marker, pgcutover.boundary, pgcutover.progress";
+        let undo = self.context.undo_schema(&row.database, ours, &["marker", "boundary", "progress"]);
         journal.record(&self.made(Side::Source, "schema", "pgcutover", undo)).await?;
         bootstrap(&source, Place::SourceDatabase).await?;
 
@@ -271,7 +272,7 @@ impl DatabaseWork {
             if self.context.live.spec.overwrite_target && !is_control { Existing::Drop } else { Existing::Keep };
         schema::create_database(source, target, &row.database, existing, &journal).await?;
         let forget = format!("DELETE FROM pgcutover.progress WHERE migration = {}", quote_literal(self.migration()));
-        let undo = self.context.undo_schema(&row.database, &forget, "");
+        let undo = self.context.undo_schema(&row.database, &forget, &[]);
         journal.record(&self.made(Side::Target, "schema", "pgcutover", undo)).await?;
         let control = target.control(&row.database, "restore").await?;
         bootstrap(&control, Place::TargetDatabase).await?;

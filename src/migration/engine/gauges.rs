@@ -35,6 +35,13 @@ impl Gauges<'_> {
         self.slot(None, None);
     }
 
+    /// Whether the server that was left is watched, and how many changes were written past fences, as long as one stands.
+    pub(super) fn fence(&self, watched: Option<bool>, changes: u64) {
+        let database = [self.migration, self.database];
+        show(&self.metrics.fence_watched, &database, watched.map(i64::from));
+        show(&self.metrics.fenced_writes, &database, watched.map(|_| i64::try_from(changes).unwrap_or(i64::MAX)));
+    }
+
     /// What the slot makes its server keep, and what it may.
     pub(super) fn slot(&self, wal: Option<SlotWal>, limit: Option<u64>) {
         let slot = [self.migration, self.database];

@@ -10,6 +10,7 @@ use tokio::sync::watch;
 
 use crate::catalog::streams::Direction;
 use crate::catalog::tables::{DatabaseRow, TableRow, TableState};
+use crate::catalog::watches::{FencedWrite, Watch};
 use crate::ident::QualifiedName;
 use crate::lsn::Lsn;
 use crate::migration::apply::applier::Applied;
@@ -17,9 +18,10 @@ use crate::migration::lag::{Lag, LagMeter};
 use crate::migration::state::State;
 use crate::migration::stream::{Reserve, StreamStatus};
 use crate::migration::view::{
-    CancelReport, DatabaseView, FullLoadView, MigrationSpec, MigrationView, Problem, TableView, VerificationView,
+    CancelReport, DatabaseView, FenceWatchView, FencedWriteView, FullLoadView, MigrationSpec, MigrationView, Problem, TableView, VerificationView,
 };
 use crate::migration::wal_limit::SlotWal;
+use crate::postgres::walsender::ReplicationConnection;
 use crate::switch::Epoch;
 
 /// One migration.
@@ -52,9 +54,49 @@ pub(super) struct DatabaseLive {
     pub(super) stream: StreamStatus,
     /// Opened by a cutover before it shuts the database that the next stream applies to.
     pub(super) reserve: Arc<Reserve>,
+    /// The watch over the server that was left.
+    pub(super) fenced: FencedLive,
     /// Why its worker has ended; none while it runs.
     pub(super) broken: watch::Sender<Option<String>>,
     inner: Mutex<Inner>,
+}
+
+/// What is known of writes on fenced servers.
+#[derive(Debug, Default)]
+pub(super) struct FencedLive {
+    /// Opened by a cutover before it shuts the database that is watched afterwards.
+    reserve: Mutex<Option<ReplicationConnection>>,
+    /// What is watched now.
+    pub(super) watch: watch::Sender<Option<Watch>>,
+    /// What was found, ever.
+    pub(super) found: watch::Sender<Vec<FencedWrite>>,
+    /// Whether somebody looks; none: there is nothing to watch.
+    pub(super) looking: watch::Sender<Option<Looking>>,
+}
+
+impl FencedLive {
+    /// Keeps a session for the first attempt, or ends the one that is kept.
+    pub(super) fn keep(&self, session: Option<ReplicationConnection>) {
+        *self.reserve.lock().unwrap_or_else(PoisonError::into_inner) = session;
+    }
+
+    /// The session that was kept.
+    pub(super) fn take(&self) -> Option<ReplicationConnection> {
+        self.reserve.lock().unwrap_or_else(PoisonError::into_inner).take()
+    }
+
+    /// From now on this is watched. Nobody looks at the one before any more, even before its slot is dropped.
+    pub(super) fn set_watch(&self, watch: Option<Watch>) {
+        self.watch.send_if_modified(|watched| std::mem::replace(watched, watch.clone()) != watch);
+    }
+}
+
+/// Whether somebody looks at what is written on the server that was left.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) enum Looking {
+    Yes,
+    /// And why not.
+    No(String),
 }
 
 #[derive(Debug)]
@@ -268,6 +310,20 @@ impl Live {
         }
     }
 
+    /// What somebody has written on servers that were left; none: nothing.
+    pub(super) fn fenced_note(&self) -> Option<String> {
+        let found = self.databases.iter().flat_map(|live| {
+            live.fenced.found.borrow().iter().map(|one| format!("{}.{}", live.name, FencedWriteView::of(one))).collect::<Vec<_>>()
+        });
+        let found: Vec<String> = found.collect();
+        (!found.is_empty()).then(|| {
+            format!(
+                "written past the fence by somebody else, and on that server alone: {}; `migration verify` lists the rows",
+                found.join(", ")
+            )
+        })
+    }
+
     pub(super) fn tables(&self) -> Vec<TableView> {
         self.databases.iter().flat_map(|database| database.table_views()).collect()
     }
@@ -284,6 +340,7 @@ impl DatabaseLive {
             name,
             stream: StreamStatus::default(),
             reserve: Arc::default(),
+            fenced: FencedLive::default(),
             broken: watch::Sender::new(None),
             inner: Mutex::new(Inner { step, current, tables: BTreeMap::new(), lag: LagMeter::default(), slot: None }),
         }
@@ -440,6 +497,15 @@ impl DatabaseLive {
             retained_wal_limit_bytes: inner.slot.and_then(|slot| slot.limit),
             safe_wal_bytes: inner.slot.and_then(|slot| slot.wal.safe),
             wal_warning: inner.slot.is_some_and(|slot| slot.warning),
+            fence_watch: self.fenced.looking.borrow().as_ref().map(|looking| FenceWatchView {
+                server: inner.current.direction.to().to_string(),
+                watched: *looking == Looking::Yes,
+                trouble: match looking {
+                    Looking::Yes => None,
+                    Looking::No(why) => Some(why.clone()),
+                },
+            }),
+            fenced_writes: self.fenced.found.borrow().iter().map(FencedWriteView::of).collect(),
         }
     }
 

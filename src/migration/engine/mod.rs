@@ -27,6 +27,9 @@
 //! | `return.after_publication`, `return.after_slot` | publication, slot of the stream back were made |
 //! | `return.after_prepared` | the stream back is recorded as prepared |
 //! | `return.after_turn` | it became the current stream, before the other one is removed |
+//! | `watch.after_start` | the watch over a fenced server has begun to read |
+//! | `watch.before_keep` | (just before) what it has found is made durable |
+//! | `watch.after_keep` | that is durable, before the slot is told |
 //! | `engine.before_undo` | (just before) an object is removed |
 //! | `apply.before_commit`, `apply.after_commit` | around COMMIT of an apply transaction |
 //! | `stream.before_confirm` | (just before) the slot is told what is durable |
@@ -39,6 +42,7 @@ mod cancel;
 mod context;
 mod database;
 mod error;
+mod fence_watch;
 mod gauges;
 mod lag_watch;
 mod lease;
@@ -287,13 +291,13 @@ impl Engine {
     /// See [`CutoverLease::prepare_return`].
     async fn prepare_return(&self, name: &str, epoch: Epoch) -> Result<Vec<String>, EngineError> {
         let why_not = self.order(name, |reply| Command::PrepareReturn(epoch, reply)).await?;
-        Ok(why_not.into_iter().collect())
+        Ok(self.entry(name)?.live.fenced_note().into_iter().chain(why_not).collect())
     }
 
     /// See [`CutoverLease::foresee_return`].
     async fn foresee_return(&self, live: &Live) -> Result<Option<String>, EngineError> {
         let (_, to) = live.state().direction().ends(&self.deps.source, &self.deps.target);
-        let foreseen = turn::cannot_send(to, &self.deps.config.control.database, live.databases.len()).await;
+        let foreseen = turn::cannot_send(to, &self.deps.config.control.database, live.databases.len(), &turn::watching(live)).await;
         foreseen.map_err(|error| EngineError::Return(describe(&error)))
     }
 
@@ -539,6 +543,8 @@ impl Engine {
             let current = Current::of(&database);
             let live = DatabaseLive::new(database.database, current, step);
             live.load_tables(&catalog.tables(&row.name, &live.name).await?);
+            live.fenced.set_watch(database.watch);
+            live.fenced.found.send_replace(catalog.fenced_writes(&row.name, &live.name).await?);
             for verified in catalog.verified(&row.name).await?.into_iter().filter(|row| row.database == live.name) {
                 let found = serde_json::from_value::<TableResult>(verified.result).ok();
                 live.update_table(&verified.table, |table| table.verification = found.map(|found| found.summary()));

@@ -7,15 +7,17 @@
 use super::cancel::{self, Shut, Undone};
 use super::context::Context;
 use super::error::WorkError;
-use super::live::Current;
+use super::fence_watch;
+use super::live::{Current, Live};
 use crate::catalog::fence::{self, Standing};
 use crate::catalog::journal::{Journal, MadeObject, Side};
 use crate::catalog::streams::{Direction, NextStream};
 use crate::catalog::tables::DatabaseRow;
+use crate::catalog::watches::OldSlot;
 use crate::catalog::{Place, bootstrap};
 use crate::ident::QualifiedName;
 use crate::migration::identity::{self, Remedy};
-use crate::migration::view::Left;
+use crate::migration::view::{FencedWriteView, Left, MigrationOption, Mode};
 use crate::migration::{made, publication};
 use crate::postgres::walsender::ReplicationConnection;
 use crate::postgres::{Connector, Control};
@@ -27,8 +29,15 @@ pub(super) async fn prepare(context: &Context, epoch: Epoch) -> Result<Option<St
     let rows = context.catalog.databases(context.live.name()).await?;
     let Some(first) = rows.first() else { return Ok(None) };
     let (_, to) = first.direction.ends(&context.source, &context.target);
-    if let Some(why) = cannot_send(to, &context.config.control.database, rows.len()).await? {
+    let (spare, control_database) = (watching(&context.live), &context.config.control.database);
+    if let Some(why) = cannot_send(to, control_database, rows.len(), &spare).await? {
         return Ok(Some(why));
+    }
+    if !spare.is_empty() && cannot_send(to, control_database, rows.len(), &[]).await?.is_some() {
+        let why = "its replication slot was needed for the way back";
+        for live in &context.live.databases {
+            fence_watch::end(context, live, to, why).await?;
+        }
     }
     for row in &rows {
         Box::pin(prepare_one(context, row, epoch)).await?;
@@ -36,19 +45,25 @@ pub(super) async fn prepare(context: &Context, epoch: Epoch) -> Result<Option<St
     Ok(None)
 }
 
-/// Why `server` cannot send so many streams, in words for the operator.
+/// The slots that watch the server which is fenced now. A cutover leads back to it, and ends the watch.
+pub(super) fn watching(live: &Live) -> Vec<String> {
+    live.databases.iter().filter_map(|live| live.fenced.watch.borrow().as_ref().map(|watch| watch.slot.clone())).collect()
+}
+
+/// Why `server` cannot send so many streams, in words for the operator. The slots of `spare` count as free.
 pub(super) async fn cannot_send(
     server: &Connector,
     control_database: &str,
     streams: usize,
+    spare: &[String],
 ) -> Result<Option<String>, WorkError> {
     let control = server.control(control_database, "return").await?;
     let row = control
         .query_one(
             "SELECT pg_catalog.current_setting('wal_level'),
                     pg_catalog.current_setting('max_replication_slots')::bigint
-                      - (SELECT count(*) FROM pg_catalog.pg_replication_slots)",
-            &[],
+                      - (SELECT count(*) FROM pg_catalog.pg_replication_slots WHERE slot_name <> ALL ($1))",
+            &[&spare],
         )
         .await
         .map_err(|source| WorkError::Query { doing: "looking whether changes can be sent back", source })?;
@@ -111,8 +126,6 @@ async fn prepare_one(context: &Context, row: &DatabaseRow, epoch: Epoch) -> Resu
     journal.record(&made("publication", &next.publication, undo)).await?;
     journal.record(&made("slot", &next.slot, publication::drop_slot_sql(&next.slot))).await?;
     context.catalog.set_next(context.live.name(), &row.database, &next).await?;
-    let mut tables = tables;
-    tables.push(QualifiedName::new("pgcutover", "boundary"));
     publication::create(&mut control, &next.publication, &tables, lock_timeout).await?;
     context.failpoints.hit("return.after_publication").await?;
     // Waits for every transaction that is open there.
@@ -126,6 +139,9 @@ async fn prepare_one(context: &Context, row: &DatabaseRow, epoch: Epoch) -> Resu
     // What is applied to the server that is left, once it is shut, is applied through these.
     if let Some(live) = context.live.database(&row.database) {
         live.reserve.fill(server_left, &row.database).await?;
+        // Without it, the watch goes through the door.
+        let watcher = Box::pin(ReplicationConnection::connect(server_left, &row.database)).await;
+        live.fenced.keep(watcher.ok());
     }
     Ok(())
 }
@@ -143,6 +159,13 @@ async fn published(from: &Control, publication: &str) -> Result<Vec<QualifiedNam
     Ok(rows.iter().map(|row| QualifiedName::new(row.get::<_, String>(0), row.get::<_, String>(1))).collect())
 }
 
+/// A slot that was followed to a cutover's drain can watch what it left; that of a copy alone, or of none, cannot.
+fn old_slot(context: &Context, row: &DatabaseRow) -> OldSlot {
+    let spec = &context.live.spec;
+    let was_cut_over = spec.mode == Mode::Online && spec.option != MigrationOption::Validate && row.slot_start.is_some();
+    if was_cut_over { OldSlot::Watches } else { OldSlot::Goes }
+}
+
 /// Makes the streams flow `to_be`: the prepared one becomes the current one if it has to, what was prepared in vain is
 /// forgotten, and every slot and publication of ours that is not the current stream's is removed. Nobody may be applying
 /// when a stream is turned.
@@ -150,7 +173,7 @@ pub(super) async fn align(context: &Context, to_be: Direction) -> Result<Undone,
     let name = context.live.name();
     for row in context.catalog.databases(name).await? {
         if row.direction != to_be {
-            context.catalog.turn(name, &row.database, to_be).await?;
+            context.catalog.turn(name, &row.database, to_be, old_slot(context, &row)).await?;
             context.failpoints.hit("return.after_turn").await?;
         } else {
             if row.next.is_some() {
@@ -158,6 +181,7 @@ pub(super) async fn align(context: &Context, to_be: Direction) -> Result<Undone,
             }
             if let Some(live) = context.live.database(&row.database) {
                 live.reserve.empty();
+                live.fenced.keep(None);
             }
         }
     }
@@ -165,6 +189,7 @@ pub(super) async fn align(context: &Context, to_be: Direction) -> Result<Undone,
     for row in &rows {
         if let Some(live) = context.live.database(&row.database) {
             live.set_current(Current::of(row));
+            live.fenced.set_watch(row.watch.clone());
         }
     }
     let chosen = |object: &MadeObject| is_stream(object) && !is_current(object, &rows);
@@ -180,6 +205,7 @@ pub(super) async fn end(context: &Context) -> Result<Undone, WorkError> {
     for row in context.catalog.databases(name).await? {
         if let Some(live) = context.live.database(&row.database) {
             live.set_current(Current::of(&row));
+            live.fenced.set_watch(None);
         }
     }
     let chosen = |object: &MadeObject| is_stream(object) || SERVED.contains(&object.kind.as_str());
@@ -216,6 +242,20 @@ pub(super) async fn tombstones(context: &Context) -> Vec<Left> {
             }
         }
     }
+    for database in &context.live.databases {
+        for found in database.fenced.found.borrow().iter() {
+            let object = MadeObject {
+                side: side_of(found.server),
+                database: Some(database.name.clone()),
+                kind: "fenced_write".to_owned(),
+                name: FencedWriteView::of(found).to_string(),
+                undo: None,
+                note: String::new(),
+            };
+            let reason = "was written past the fence by somebody else and is on that server alone".to_owned();
+            left.push(Left { object, reason });
+        }
+    }
     left
 }
 
@@ -227,13 +267,16 @@ pub(super) fn is_stream(object: &MadeObject) -> bool {
 }
 
 fn is_current(object: &MadeObject, rows: &[DatabaseRow]) -> bool {
-    rows.iter().any(|row| {
-        object.database.as_deref() == Some(row.database.as_str())
-            && object.side == side_of(row.direction.from())
+    rows.iter().filter(|row| object.database.as_deref() == Some(row.database.as_str())).any(|row| {
+        let streams = object.side == side_of(row.direction.from())
             && (object.name == row.slot
                 || object.name == row.publication
                 // What keeps definitions from changing while the source is followed.
-                || object.kind == "event_trigger" && !row.slot.is_empty())
+                || object.kind == "event_trigger" && !row.slot.is_empty());
+        let watches = row.watch.as_ref().filter(|watch| watch.ended.is_none()).is_some_and(|watch| {
+            object.side == side_of(row.direction.to()) && (object.name == watch.slot || object.name == watch.publication)
+        });
+        streams || watches
     })
 }
 

@@ -153,11 +153,18 @@ async fn by_count(context: &VerifyContext, plan: &Plan, hashes: &[i64], still: &
     Ok(too_many + too_few)
 }
 
+/// Writes nothing that stays, but the transaction has touched the progress: so the watch over a fenced server knows it for
+/// ours ([`crate::migration::fenced_writes`]). A row of its own, so that it waits for nobody.
+const SIGNATURE: &str = "\
+    INSERT INTO pgcutover.progress (migration, lane, generation, commit_lsn, end_lsn) \
+    VALUES ('/repair', pg_catalog.pg_backend_pid(), 0, '0/0', '0/0'); \
+    DELETE FROM pgcutover.progress WHERE migration = '/repair' AND lane = pg_catalog.pg_backend_pid()";
+
 /// Nobody else writes to the table from here on, and nobody has since the snapshot.
 async fn begin(plan: &Plan, still: &Still) -> Result<(), VerifyError> {
     let sql = format!(
         "BEGIN; SET LOCAL session_replication_role = replica; SET LOCAL lock_timeout = {LOCK_TIMEOUT_MS}; \
-         LOCK TABLE ONLY {} IN SHARE ROW EXCLUSIVE MODE",
+         LOCK TABLE ONLY {} IN SHARE ROW EXCLUSIVE MODE; {SIGNATURE}",
         plan.table
     );
     execute(&still.target, &sql).await?;

@@ -1,0 +1,174 @@
+//! Writes on a server that a cutover has left, by somebody who gets past the fence: found, listed, reported and warned of,
+//! by rows and times and never by values; what the stream back writes there is not taken for one, whatever crashes.
+
+mod support;
+
+use pgcutover::demo::cluster::Cluster;
+use pgcutover::demo::compare;
+use pgcutover::demo::shop::SHOP;
+use serde_json::Value;
+use support::world::{COMPLETED, NAME, READY, World};
+use support::{connect, shop, wait_for};
+
+/// A superuser opens the shut database and writes there, four rows of one table in all, which leaves nothing.
+async fn write_past_the_fence(cluster: &Cluster) {
+    shop::open_fenced(cluster).await;
+    let client = connect(cluster, SHOP).await;
+    client.batch_execute("SET default_transaction_read_only = off").await.expect("anybody may");
+    client
+        .batch_execute(
+            "INSERT INTO shop.film (id, title, rate, length, languages)
+             SELECT 900000000 + n, 'never shown', 1, '1 hour', '{}' FROM generate_series(1, 2) n;
+             DELETE FROM shop.film WHERE id > 900000000;",
+        )
+        .await
+        .expect("a superuser may");
+    let admin = connect(cluster, "postgres").await;
+    admin.batch_execute(&format!("ALTER DATABASE {SHOP} ALLOW_CONNECTIONS false")).await.expect("a superuser may");
+}
+
+/// Server, cutover, table, kind and rows of everything that was found.
+fn found(view: &Value) -> Vec<(String, u64, String, String, u64)> {
+    let text = |one: &Value, key: &str| one[key].as_str().unwrap_or("?").to_owned();
+    let number = |one: &Value, key: &str| one[key].as_u64().expect("a number");
+    let writes = view["databases"][0]["fenced_writes"].as_array().cloned().unwrap_or_default();
+    let of = |one: &Value| {
+        let table = format!("{}.{}", text(one, "schema"), text(one, "table"));
+        (text(one, "server"), number(one, "epoch"), table, text(one, "kind"), number(one, "changes"))
+    };
+    writes.iter().map(of).collect()
+}
+
+fn film(server: &str, epoch: u64, kind: &str, changes: u64) -> (String, u64, String, String, u64) {
+    (server.to_owned(), epoch, "shop.film".to_owned(), kind.to_owned(), changes)
+}
+
+async fn wait_until_found(world: &World, expected: &[(String, u64, String, String, u64)]) {
+    wait_for(&format!("{expected:?} to be found"), || async {
+        let found = found(&world.view());
+        let total = |list: &[(String, u64, String, String, u64)]| list.iter().map(|one| one.4).sum::<u64>();
+        assert!(total(&found) <= total(expected), "{found:?}");
+        found == expected
+    })
+    .await;
+}
+
+async fn wait_until_watched(world: &World, server: &str) {
+    wait_for(&format!("the {server} to be watched"), || async {
+        let watch = world.view()["databases"][0]["fence_watch"].clone();
+        watch["server"] == server && watch["watched"] == true
+    })
+    .await;
+}
+
+async fn slots(cluster: &Cluster) -> i64 {
+    let admin = connect(cluster, "postgres").await;
+    admin.query_one("SELECT count(*) FROM pg_replication_slots", &[]).await.expect("readable").get(0)
+}
+
+/// There, back and there again under load, with a stranger on each server that was left, and a daemon that is killed.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn strangers_are_found_on_whichever_server_was_left_and_nobody_else_is() {
+    let mut world = World::begin(0.01).await;
+    let application = world.application(6);
+    world.migrate().await;
+    let report = world.daemon.json(&["migration", "cutover", NAME]);
+    assert_eq!(report["outcome"], "switched", "{report}");
+    world.wait_until(COMPLETED).await;
+    wait_until_watched(&world, "source").await;
+    world.wait_for_writes(&application, 100).await;
+    assert_eq!(found(&world.view()), [], "the stream back is no stranger");
+
+    write_past_the_fence(&world.source).await;
+    wait_until_found(&world, &[film("source", 1, "delete", 2), film("source", 1, "insert", 2)]).await;
+
+    // What is written while nobody looks is found afterwards, and what was found is not found again.
+    world.daemon.kill();
+    write_past_the_fence(&world.source).await;
+    world.daemon.start_again();
+    let on_source = [film("source", 1, "delete", 4), film("source", 1, "insert", 4)];
+    wait_until_found(&world, &on_source).await;
+    let view = world.view();
+    let write = &view["databases"][0]["fenced_writes"][0];
+    assert!(write["first_at"].as_f64() < write["last_at"].as_f64(), "{write}");
+    assert!(!view.to_string().contains("never shown") && !world.daemon.log().contains("never shown"));
+    assert!(world.daemon.log().contains("somebody writes on the fenced server"));
+
+    // A rollback warns, and the server that it leaves is watched instead.
+    world.wait_until(COMPLETED).await;
+    let report = world.daemon.json(&["migration", "rollback", NAME]);
+    assert_eq!(report["outcome"], "switched", "{report}");
+    assert!(report["notes"].to_string().contains("shop.film on the source"), "{report}");
+    world.wait_until(READY).await;
+    wait_until_watched(&world, "target").await;
+    world.wait_for_writes(&application, 100).await;
+    assert_eq!(found(&world.view()), on_source, "the application is no stranger on the server that it came back to");
+    write_past_the_fence(&world.target).await;
+    let mut everywhere = on_source.to_vec();
+    everywhere.extend([film("target", 2, "delete", 2), film("target", 2, "insert", 2)]);
+    wait_until_found(&world, &everywhere).await;
+
+    // There again; `complete` lists it and leaves no slot.
+    let report = world.daemon.json(&["migration", "cutover", NAME]);
+    assert_eq!(report["outcome"], "switched", "{report}");
+    world.wait_until(COMPLETED).await;
+    wait_until_watched(&world, "source").await;
+    world.wait_for_writes(&application, 100).await;
+    assert_eq!(found(&world.view()), everywhere);
+    assert_eq!((slots(&world.source).await, slots(&world.target).await), (1, 1), "a watch, and a stream back");
+    let outcomes = application.finish().await;
+    shop::nothing_lost(&outcomes, &world.source, &world.target).await;
+    let (source, target) = (connect(&world.source, SHOP).await, connect(&world.target, SHOP).await);
+    assert_eq!(compare::differences(&source, &target).await.expect("both can be read"), Vec::<String>::new());
+    drop((source, target));
+    let report = world.daemon.json(&["migration", "complete", NAME]);
+    let left = report["left"].as_array().expect("a list");
+    assert_eq!(left.iter().filter(|one| one["kind"] == "fenced_write").count(), 4, "{report}");
+    assert_eq!((slots(&world.source).await, slots(&world.target).await), (0, 0));
+}
+
+/// Killed where the watch keeps what it has found, and where it begins: everything is counted once.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn killed_while_it_counts_it_counts_once() {
+    let mut world = World::begin(0.01).await;
+    world.migrate().await;
+    let report = world.daemon.json(&["migration", "cutover", NAME]);
+    assert_eq!(report["outcome"], "switched", "{report}");
+    world.wait_until(COMPLETED).await;
+    wait_until_watched(&world, "source").await;
+    let mut rows = 0;
+    for name in ["watch.after_start", "watch.before_keep", "watch.after_keep"] {
+        world.daemon.kill();
+        write_past_the_fence(&world.source).await;
+        rows += 2;
+        world.daemon.set_failpoints(&format!("{name}=hang"));
+        world.daemon.start_again();
+        let seen = format!("failpoint=\"{name}\"");
+        wait_for(name, || async { world.daemon.log().contains(&seen) }).await;
+        world.daemon.kill();
+        world.daemon.set_failpoints("");
+        world.daemon.start_again();
+        wait_until_found(&world, &[film("source", 1, "delete", rows), film("source", 1, "insert", rows)]).await;
+    }
+}
+
+/// An aborted rollback leaves the watch where it was, also when the boundary had been written.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn an_aborted_rollback_is_no_end_of_the_watch() {
+    let mut world = World::begin(0.01).await;
+    world.migrate().await;
+    let report = world.daemon.json(&["migration", "cutover", NAME]);
+    assert_eq!(report["outcome"], "switched", "{report}");
+    world.wait_until(COMPLETED).await;
+    world.daemon.set_failpoints("decide.before_decision=error");
+    world.daemon.restart();
+    world.wait_until(COMPLETED).await;
+    wait_until_watched(&world, "source").await;
+    let aborted = world.daemon.command(&["migration", "rollback", NAME]);
+    assert!(!aborted.status.success(), "a failpoint says so");
+    world.wait_until(COMPLETED).await;
+    wait_until_watched(&world, "source").await;
+    write_past_the_fence(&world.source).await;
+    wait_until_found(&world, &[film("source", 1, "delete", 2), film("source", 1, "insert", 2)]).await;
+    assert_eq!((slots(&world.source).await, slots(&world.target).await), (1, 1));
+}
