@@ -108,15 +108,15 @@ async fn strangers_are_found_on_whichever_server_was_left_and_nobody_else_is() {
     everywhere.extend([film("target", 2, "delete", 2), film("target", 2, "insert", 2)]);
     wait_until_found(&world, &everywhere).await;
 
-    // There again; `complete` lists it and leaves no slot.
+    // There again, which brings the sequences over; `complete` lists what was found and leaves no slot.
+    world.wait_for_writes(&application, 100).await;
+    let outcomes = application.finish().await;
     let report = world.daemon.json(&["migration", "cutover", NAME]);
     assert_eq!(report["outcome"], "switched", "{report}");
     world.wait_until(COMPLETED).await;
     wait_until_watched(&world, "source").await;
-    world.wait_for_writes(&application, 100).await;
     assert_eq!(found(&world.view()), everywhere);
     assert_eq!((slots(&world.source).await, slots(&world.target).await), (1, 1), "a watch, and a stream back");
-    let outcomes = application.finish().await;
     shop::nothing_lost(&outcomes, &world.source, &world.target).await;
     let (source, target) = (connect(&world.source, SHOP).await, connect(&world.target, SHOP).await);
     assert_eq!(compare::differences(&source, &target).await.expect("both can be read"), Vec::<String>::new());

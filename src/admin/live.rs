@@ -11,7 +11,7 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 use tokio::sync::watch;
 
 use super::view::{CutoverView, EventView, LiveView, RouteView, SampleView};
-use crate::migration::view::MigrationView;
+use crate::migration::view::{DatabaseView, FencedWriteView, MigrationView};
 
 /// How often the observer looks.
 pub(super) const LOOK: Duration = Duration::from_millis(500);
@@ -48,6 +48,10 @@ struct Kept {
 enum Subject {
     Migration(String),
     Database(String, String),
+    /// Writes past a fence: migration, and what was written where.
+    FencedWrite(String, String),
+    /// The watch over the server that was left.
+    FenceWatch(String, String),
     Cutover(String),
     Route(String),
 }
@@ -100,6 +104,7 @@ impl Live {
             for database in &migration.databases {
                 let text = format!("database {}: {}", database.name, database.state);
                 kept.note_change(at, Subject::Database(name.clone(), database.name.clone()), text, false);
+                kept.note_fence(at, name, database);
             }
         }
         for (name, cutover) in cutovers {
@@ -152,6 +157,23 @@ impl Live {
 }
 
 impl Kept {
+    /// One event for each table and kind, however much is written: how much, the migration shows.
+    fn note_fence(&mut self, at: f64, migration: &str, database: &DatabaseView) {
+        let name = &database.name;
+        for FencedWriteView { server, epoch, schema, table, kind, .. } in &database.fenced_writes {
+            let text = format!(
+                "database {name}: somebody writes past the fence on the {server}: {kind} in {schema}.{table} (epoch {epoch})"
+            );
+            self.note_change(at, Subject::FencedWrite(migration.to_owned(), text.clone()), text, true);
+        }
+        let Some(watch) = &database.fence_watch else { return };
+        let text = match &watch.trouble {
+            None => format!("database {name}: writes on the fenced {} are watched for", watch.server),
+            Some(why) => format!("database {name}: writes on the fenced {} are not watched for: {why}", watch.server),
+        };
+        self.note_change(at, Subject::FenceWatch(migration.to_owned(), name.clone()), text, !watch.watched);
+    }
+
     fn note_change(&mut self, at: f64, subject: Subject, text: String, failed: bool) {
         if self.seen.get(&subject) == Some(&text) {
             return;
@@ -160,6 +182,7 @@ impl Kept {
             Subject::Migration(name) => (Some(name.clone()), "state"),
             Subject::Database(name, _) => (Some(name.clone()), "database"),
             Subject::Cutover(name) => (Some(name.clone()), "cutover"),
+            Subject::FencedWrite(name, _) | Subject::FenceWatch(name, _) => (Some(name.clone()), "fence"),
             Subject::Route(_) => (None, "route"),
         };
         self.note(at, migration, kind, text.clone(), failed);

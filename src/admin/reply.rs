@@ -8,7 +8,9 @@ use super::view::{BlockerView, CheckView, CutoverView, EventView, MemberView, Mi
 use super::{command::Command, pgbouncer, show, stats};
 use crate::config::Changes;
 use crate::migration::preflight::{Level, RuleResult, Statement};
-use crate::migration::view::{CancelReport, FixReport, MigrationView, TableView, VerifyReport};
+use crate::migration::view::{
+    CancelReport, DatabaseView, FencedWriteView, FixReport, MigrationView, TableView, VerifyReport,
+};
 
 /// An answer.
 #[derive(Clone, Debug, PartialEq)]
@@ -73,6 +75,8 @@ const MIGRATION: &[Column] = &[
     ("substatus", Text),
     ("error", Text),
     ("hint", Text),
+    ("fence_watch", Text),
+    ("fenced_writes", Text),
 ];
 const TABLES: &[Column] = &[
     ("database", Text),
@@ -307,6 +311,7 @@ fn database_rows(migration: &MigrationView) -> Vec<Vec<Cell>> {
         Cell::from(error.map(ToString::to_string)),
         Cell::from(error.and_then(|error| error.hint.clone())),
     ];
+    let fences = migration.databases.iter().map(fence_cells);
     let mut rows: Vec<Vec<Cell>> = migration
         .databases
         .iter()
@@ -323,10 +328,26 @@ fn database_rows(migration: &MigrationView) -> Vec<Vec<Cell>> {
         })
         .collect();
     if rows.is_empty() {
-        rows.push(vec![Cell::Null; MIGRATION.len() - tail.len()]);
+        rows.push(vec![Cell::Null; MIGRATION.len() - tail.len() - 2]);
     }
-    rows.iter_mut().for_each(|row| row.extend(tail.iter().cloned()));
+    for (row, fence) in rows.iter_mut().zip(fences.chain(std::iter::once([Cell::Null, Cell::Null]))) {
+        row.extend(tail.iter().cloned().chain(fence));
+    }
     rows
+}
+
+/// Whether the server that was left is watched, and what was written there past the fence; nothing is NULL.
+fn fence_cells(database: &DatabaseView) -> [Cell; 2] {
+    let watch = database.fence_watch.as_ref().map(|watch| match &watch.trouble {
+        None => watch.server.clone(),
+        Some(trouble) => format!("not watching {}: {trouble}", watch.server),
+    });
+    let of = |write: &FencedWriteView| {
+        let (first, last) = (show::timestamp(write.first_at), show::timestamp(write.last_at));
+        format!("{write}, {first} to {last}")
+    };
+    let written: Vec<String> = database.fenced_writes.iter().map(of).collect();
+    [watch.into(), (!written.is_empty()).then(|| written.join("; ")).into()]
 }
 
 /// Rounded up: not 0 while something is left.

@@ -11,13 +11,21 @@
 //! step locks the fence row, so that it never opens what a rollback or an abort has just changed. Does nothing where no
 //! fence stands, where it is soft, or where a rollback keeps the databases open.
 
+use std::sync::Arc;
+
 use super::RecordError;
 use crate::ident::quote_ident;
 use crate::postgres::{ConnectError, Connector, Control};
 
+/// Lets those who come through the doors of one database in one after the other: each shuts the door behind itself, and
+/// would shut out who comes a moment later.
+#[derive(Clone, Debug, Default)]
+pub struct Turns(Arc<tokio::sync::Mutex<()>>);
+
 /// The way into one database of one server.
 #[derive(Clone, Debug)]
 pub struct Door {
+    turns: Turns,
     connector: Connector,
     control_database: String,
     database: String,
@@ -41,9 +49,10 @@ enum Turn {
 }
 
 impl Door {
-    /// The way into `database` of the server of `connector`.
-    pub fn new(connector: &Connector, control_database: &str, database: &str) -> Self {
+    /// The way into `database` of the server of `connector`, for those who take `turns`.
+    pub fn new(connector: &Connector, control_database: &str, database: &str, turns: &Turns) -> Self {
         Self {
+            turns: turns.clone(),
             connector: connector.clone(),
             control_database: control_database.to_owned(),
             database: database.to_owned(),
@@ -52,6 +61,7 @@ impl Door {
 
     /// Runs `connect` while the door is open, and shuts it, however that ended.
     pub async fn through<T, E: From<DoorError>>(&self, connect: impl Future<Output = Result<T, E>>) -> Result<T, E> {
+        let _turn = self.turns.0.lock().await;
         let mut control = self.connector.control(&self.control_database, "door").await.map_err(DoorError::from)?;
         if !turn(&mut control, &self.database, Turn::Open).await.map_err(DoorError::from)? {
             return connect.await;

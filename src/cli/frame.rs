@@ -123,6 +123,10 @@ fn database_lines(database: &DatabaseView, tables: &[&TableView], latencies: &La
     if let (true, Some(kept)) = (database.wal_warning, database.retained_wal_bytes) {
         lines.push(format!("    warning: the source keeps {} of write-ahead log", approximate(kept)));
     }
+    if !database.fenced_writes.is_empty() {
+        let written: Vec<String> = database.fenced_writes.iter().map(ToString::to_string).collect();
+        lines.push(format!("    warning: written past the fence: {}", written.join(", ")));
+    }
     if let (true, Some(error)) = (database.retries > 0, &database.last_error) {
         lines.push(format!("    tried again {} times: {error}", database.retries));
     }

@@ -9,7 +9,9 @@ use super::client::ClientError;
 use super::{CliError, Format};
 use crate::admin::view::{CutoverView, IntentionView, MigrationEntry, StatusView};
 use crate::config::units::format_size;
-use crate::migration::view::{CancelReport, DatabaseView, FixReport, MigrationView, TableView, VerifyReport};
+use crate::migration::view::{
+    CancelReport, DatabaseView, FenceWatchView, FencedWriteView, FixReport, MigrationView, TableView, VerifyReport,
+};
 
 /// Prints.
 pub(super) struct Output {
@@ -207,6 +209,38 @@ impl Output {
             };
             self.line(&format!("warning: {}: the source keeps {kept} of write-ahead log; {most}", database.name));
         }
+        for database in &migration.databases {
+            self.fence_text(database);
+        }
+    }
+
+    /// What was written past a fence, and whether somebody looks.
+    fn fence_text(&self, database: &DatabaseView) {
+        if let Some(FenceWatchView { server, trouble: Some(trouble), .. }) = &database.fence_watch {
+            self.line(&format!(
+                "warning: {}: writes on the fenced {server} are not watched for: {trouble}",
+                database.name
+            ));
+        }
+        if database.fenced_writes.is_empty() {
+            return;
+        }
+        self.line(&format!(
+            "warning: {}: somebody has written past the fence; these rows are on that server alone",
+            database.name
+        ));
+        let row = |write: &FencedWriteView| {
+            vec![
+                write.server.clone(),
+                format!("{}.{}", write.schema, write.table),
+                write.kind.clone(),
+                write.changes.to_string(),
+                crate::admin::show::timestamp(write.first_at),
+                crate::admin::show::timestamp(write.last_at),
+            ]
+        };
+        let columns = ["Server", "Table", "Kind", "Changes", "First", "Last"];
+        self.table(&columns, database.fenced_writes.iter().map(row).collect());
     }
 
     pub(super) fn tables(&self, answer: &Value) -> Result<(), CliError> {

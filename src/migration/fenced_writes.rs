@@ -250,15 +250,11 @@ mod tests {
         assert_eq!(whose(&mut sieve, &[insert.clone(), row(b'U', PROGRESS, "0")]), Whose::Ours);
         assert_eq!(whose(&mut sieve, &[row(b'U', PROGRESS, "0"), insert.clone()]), Whose::Ours, "in any order");
         assert_eq!(whose(&mut sieve, &[]), Whose::Ours, "nothing that is published");
-        let written = [
-            insert.clone(),
-            insert,
-            row(b'D', ORDERS, "1"),
-            row(b'U', ITEMS, "1"),
-            truncate(&[ORDERS, ITEMS]),
-        ];
+        let written =
+            [insert.clone(), insert, row(b'D', ORDERS, "1"), row(b'U', ITEMS, "1"), truncate(&[ORDERS, ITEMS])];
         let Whose::Strangers(found) = whose(&mut sieve, &written) else { panic!("nobody of ours wrote this") };
-        let found: Vec<_> = found.iter().map(|((table, kind), rows)| (table.name.as_str(), kind.as_str(), *rows)).collect();
+        let found: Vec<_> =
+            found.iter().map(|((table, kind), rows)| (table.name.as_str(), kind.as_str(), *rows)).collect();
         let expected = [
             ("items", "update", 1),
             ("items", "truncate", 1),

@@ -212,7 +212,10 @@ impl StreamError {
     /// Whether trying again can help without anybody doing anything about it.
     pub fn is_transient(&self) -> bool {
         match self {
-            Self::Connect(error) => error.sqlstate().is_none_or(transient_sqlstate),
+            // 55000: another process comes through the same door, and has shut it behind itself.
+            Self::Connect(error) => {
+                error.sqlstate().is_none_or(|sqlstate| transient_sqlstate(sqlstate) || sqlstate == "55000")
+            }
             Self::History(error) => error.is_transient(),
             Self::Record(RecordError::Query { source, .. }) => transient_query(source),
             // A fence that is being raised or lifted at this moment.

@@ -72,6 +72,8 @@ impl Migrations for Fake {
             retained_wal_limit_bytes: None,
             safe_wal_bytes: None,
             wal_warning: false,
+            fence_watch: None,
+            fenced_writes: Vec::new(),
         };
         self.migrations.lock().unwrap().push(MigrationView { databases: vec![database], ..view });
         Ok(())

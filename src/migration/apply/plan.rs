@@ -304,7 +304,9 @@ impl Planner {
         let open = self.open.as_mut().ok_or(PlanError::OutOfPlace("a change outside a transaction"))?;
         let destination = self.relations.get(&oid).ok_or(PlanError::OutOfPlace("a change of an unknown relation"))?;
         let table = match destination {
-            Destination::Marker { .. } | Destination::Boundary { .. } | Destination::Ours => return Ok(Planned::Nothing),
+            Destination::Marker { .. } | Destination::Boundary { .. } | Destination::Ours => {
+                return Ok(Planned::Nothing);
+            }
             Destination::Table(table) => table,
         };
         if self.boundary.is_some() || table.has_copied(&open.begin) {

@@ -87,7 +87,7 @@ impl BackWork {
             hand_overs: HashMap::new(),
             boundary: Some(row.epoch),
             reserve: self.live.reserve.clone(),
-            door: Some(Door::new(&context.source, &context.config.control.database, &row.database)),
+            door: Some(Door::new(&context.source, &context.config.control.database, &row.database, &self.live.turns)),
             queue_bytes: context.config.migration.apply_queue_bytes,
             metrics: context.metrics.clone(),
             failpoints: context.failpoints.clone(),

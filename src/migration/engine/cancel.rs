@@ -139,7 +139,8 @@ impl Sessions<'_> {
                         Side::Target => &self.context.target,
                     };
                     let control = &self.context.config.control.database;
-                    Door::new(server, control, database).through(connect()).await?
+                    let turns = self.context.live.database(database).map(|live| live.turns.clone()).unwrap_or_default();
+                    Door::new(server, control, database, &turns).through(connect()).await?
                 }
                 other => other?,
             };

@@ -405,8 +405,9 @@ impl DatabaseWork {
             reserve: self.live.reserve.clone(),
             boundary: (row.epoch > Epoch(0)).then_some(row.epoch),
             // A rollback has left the target fenced.
-            door: (row.epoch > Epoch(0))
-                .then(|| Door::new(&self.context.target, &self.context.config.control.database, &row.database)),
+            door: (row.epoch > Epoch(0)).then(|| {
+                Door::new(&self.context.target, &self.context.config.control.database, &row.database, &self.live.turns)
+            }),
             queue_bytes: self.context.config.migration.apply_queue_bytes,
             metrics: self.context.metrics.clone(),
             failpoints: self.context.failpoints.clone(),

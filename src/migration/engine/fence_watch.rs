@@ -138,7 +138,11 @@ impl FenceWatch<'_> {
             never = self.patiently(&watch) => match never {},
             retained = self.guard(&watch) => retained,
         };
-        let why = format!("the {} kept {} MB of write-ahead log for it (migration.max_retained_wal)", self.label(), retained >> 20);
+        let why = format!(
+            "the {} kept {} MB of write-ahead log for it (migration.max_retained_wal)",
+            self.label(),
+            retained >> 20
+        );
         if let Err(error) = end(self.context, self.live, self.server(), &why).await {
             self.show(Some(Looking::No(describe(&error))));
             tokio::time::sleep(GUARD).await;
@@ -204,8 +208,9 @@ impl FenceWatch<'_> {
         let replication = match self.live.fenced.take() {
             Some(open) => open,
             None => {
-                let connect = async { Ok::<_, WatchError>(Box::pin(ReplicationConnection::connect(left, database)).await?) };
-                Door::new(left, control_database, database).through(connect).await?
+                let connect =
+                    async { Ok::<_, WatchError>(Box::pin(ReplicationConnection::connect(left, database)).await?) };
+                Door::new(left, control_database, database, &self.live.turns).through(connect).await?
             }
         };
         drop(control);
@@ -265,12 +270,14 @@ impl FenceWatch<'_> {
         let (catalog, migration) = (&self.context.catalog, self.context.live.name());
         let rows = catalog.databases(migration).await.map_err(WorkError::from)?;
         let row = rows.into_iter().find(|row| row.database == self.live.name);
-        let stored = row.and_then(|row| row.watch).filter(|stored| stored.slot == watch.slot).ok_or(WatchError::Moved)?;
+        let stored =
+            row.and_then(|row| row.watch).filter(|stored| stored.slot == watch.slot).ok_or(WatchError::Moved)?;
         if let Some(position) = stored.position {
             return Ok(position);
         }
         let control = in_use.control(&self.live.name, "fence-watch").await.map_err(WorkError::from)?;
-        let applied = progress::read(&*control, &progress_key(migration, watch.stream)).await.map_err(WorkError::from)?;
+        let applied =
+            progress::read(&*control, &progress_key(migration, watch.stream)).await.map_err(WorkError::from)?;
         applied.map(|applied| applied.end_lsn).ok_or(WatchError::NoBeginning)
     }
 
@@ -281,8 +288,10 @@ impl FenceWatch<'_> {
         }
         let (catalog, migration, database) = (&self.context.catalog, self.context.live.name(), &self.live.name);
         let server = self.direction().to();
-        let writes: Vec<FencedWrite> = std::mem::take(found).0.into_iter().map(|((table, kind), (changes, first, last))| {
-            FencedWrite {
+        let writes: Vec<FencedWrite> = std::mem::take(found)
+            .0
+            .into_iter()
+            .map(|((table, kind), (changes, first, last))| FencedWrite {
                 epoch: watch.epoch,
                 server,
                 table: (*table).clone(),
@@ -290,8 +299,8 @@ impl FenceWatch<'_> {
                 changes,
                 first_at: seconds(first),
                 last_at: seconds(last),
-            }
-        }).collect();
+            })
+            .collect();
         self.context.failpoints.hit("watch.before_keep").await.map_err(WorkError::from)?;
         let added = catalog.add_fenced_writes(migration, database, watch, &writes, looked).await;
         self.context.failpoints.hit("watch.after_keep").await.map_err(WorkError::from)?;
@@ -341,7 +350,12 @@ impl FenceWatch<'_> {
                     Verdict::Warning if !warned => {
                         warned = true;
                         let (migration, server, retained) = (self.context.live.name(), self.label(), wal.retained);
-                        tracing::warn!(migration, server, retained, "much write-ahead log is kept for the watch over the fence");
+                        tracing::warn!(
+                            migration,
+                            server,
+                            retained,
+                            "much write-ahead log is kept for the watch over the fence"
+                        );
                     }
                     Verdict::Warning | Verdict::Fine => {}
                 },

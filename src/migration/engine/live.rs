@@ -8,6 +8,7 @@ use std::time::{Instant, SystemTime, UNIX_EPOCH};
 
 use tokio::sync::watch;
 
+use crate::catalog::door::Turns;
 use crate::catalog::streams::Direction;
 use crate::catalog::tables::{DatabaseRow, TableRow, TableState};
 use crate::catalog::watches::{FencedWrite, Watch};
@@ -18,7 +19,8 @@ use crate::migration::lag::{Lag, LagMeter};
 use crate::migration::state::State;
 use crate::migration::stream::{Reserve, StreamStatus};
 use crate::migration::view::{
-    CancelReport, DatabaseView, FenceWatchView, FencedWriteView, FullLoadView, MigrationSpec, MigrationView, Problem, TableView, VerificationView,
+    CancelReport, DatabaseView, FenceWatchView, FencedWriteView, FullLoadView, MigrationSpec, MigrationView, Problem,
+    TableView, VerificationView,
 };
 use crate::migration::wal_limit::SlotWal;
 use crate::postgres::walsender::ReplicationConnection;
@@ -54,6 +56,8 @@ pub(super) struct DatabaseLive {
     pub(super) stream: StreamStatus,
     /// Opened by a cutover before it shuts the database that the next stream applies to.
     pub(super) reserve: Arc<Reserve>,
+    /// Of all who come through a fence's door into this database.
+    pub(super) turns: Turns,
     /// The watch over the server that was left.
     pub(super) fenced: FencedLive,
     /// Why its worker has ended; none while it runs.
@@ -313,7 +317,12 @@ impl Live {
     /// What somebody has written on servers that were left; none: nothing.
     pub(super) fn fenced_note(&self) -> Option<String> {
         let found = self.databases.iter().flat_map(|live| {
-            live.fenced.found.borrow().iter().map(|one| format!("{}.{}", live.name, FencedWriteView::of(one))).collect::<Vec<_>>()
+            live.fenced
+                .found
+                .borrow()
+                .iter()
+                .map(|one| format!("{}.{}", live.name, FencedWriteView::of(one)))
+                .collect::<Vec<_>>()
         });
         let found: Vec<String> = found.collect();
         (!found.is_empty()).then(|| {
@@ -340,6 +349,7 @@ impl DatabaseLive {
             name,
             stream: StreamStatus::default(),
             reserve: Arc::default(),
+            turns: Turns::default(),
             fenced: FencedLive::default(),
             broken: watch::Sender::new(None),
             inner: Mutex::new(Inner { step, current, tables: BTreeMap::new(), lag: LagMeter::default(), slot: None }),

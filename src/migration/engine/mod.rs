@@ -297,7 +297,9 @@ impl Engine {
     /// See [`CutoverLease::foresee_return`].
     async fn foresee_return(&self, live: &Live) -> Result<Option<String>, EngineError> {
         let (_, to) = live.state().direction().ends(&self.deps.source, &self.deps.target);
-        let foreseen = turn::cannot_send(to, &self.deps.config.control.database, live.databases.len(), &turn::watching(live)).await;
+        let foreseen =
+            turn::cannot_send(to, &self.deps.config.control.database, live.databases.len(), &turn::watching(live))
+                .await;
         foreseen.map_err(|error| EngineError::Return(describe(&error)))
     }
 

@@ -47,7 +47,10 @@ pub(super) async fn prepare(context: &Context, epoch: Epoch) -> Result<Option<St
 
 /// The slots that watch the server which is fenced now. A cutover leads back to it, and ends the watch.
 pub(super) fn watching(live: &Live) -> Vec<String> {
-    live.databases.iter().filter_map(|live| live.fenced.watch.borrow().as_ref().map(|watch| watch.slot.clone())).collect()
+    live.databases
+        .iter()
+        .filter_map(|live| live.fenced.watch.borrow().as_ref().map(|watch| watch.slot.clone()))
+        .collect()
 }
 
 /// Why `server` cannot send so many streams, in words for the operator. The slots of `spare` count as free.
@@ -162,7 +165,8 @@ async fn published(from: &Control, publication: &str) -> Result<Vec<QualifiedNam
 /// A slot that was followed to a cutover's drain can watch what it left; that of a copy alone, or of none, cannot.
 fn old_slot(context: &Context, row: &DatabaseRow) -> OldSlot {
     let spec = &context.live.spec;
-    let was_cut_over = spec.mode == Mode::Online && spec.option != MigrationOption::Validate && row.slot_start.is_some();
+    let was_cut_over =
+        spec.mode == Mode::Online && spec.option != MigrationOption::Validate && row.slot_start.is_some();
     if was_cut_over { OldSlot::Watches } else { OldSlot::Goes }
 }
 
@@ -274,7 +278,8 @@ fn is_current(object: &MadeObject, rows: &[DatabaseRow]) -> bool {
                 // What keeps definitions from changing while the source is followed.
                 || object.kind == "event_trigger" && !row.slot.is_empty());
         let watches = row.watch.as_ref().filter(|watch| watch.ended.is_none()).is_some_and(|watch| {
-            object.side == side_of(row.direction.to()) && (object.name == watch.slot || object.name == watch.publication)
+            object.side == side_of(row.direction.to())
+                && (object.name == watch.slot || object.name == watch.publication)
         });
         streams || watches
     })

@@ -237,7 +237,8 @@ impl Engine {
                     gate: order.streams.then(|| database.stream.gate.clone()),
                     // A server that was left is shut.
                     door: (database.current().epoch > Epoch(0)).then(|| {
-                        let door = Door::new(target, &self.deps.config.control.database, &database.name);
+                        let door =
+                            Door::new(target, &self.deps.config.control.database, &database.name, &database.turns);
                         Arc::new(tokio::sync::Mutex::new(door))
                     }),
                 },

@@ -77,6 +77,7 @@ function overview(m, state) {
       cutover.panel(m, state)),
     mend.panel(m, state),
     h('section', { class: 'card', 'aria-labelledby': 'dbs' }, h('h2', { id: 'dbs' }, 'Databases'), databases(m)),
+    fence(m),
     h('div', { class: 'grid' },
       drawn('Latency in seconds', worst('latency_seconds'), seconds),
       drawn('Latency in bytes', worst('latency_bytes'), bytes),
@@ -113,6 +114,23 @@ function databases(m) {
     { label: 'In time', class: 'num', cell: (d) => (over(m) && d.latency_seconds === null ? '–' : seconds(d.latency_seconds)) },
     { label: 'Pending changes', class: 'num', cell: (d) => (over(m) && d.pending_changes === null ? '–' : number(d.pending_changes)) },
   ], m.databases) : h('p', { class: 'muted' }, 'Not known yet.');
+}
+
+/** What was written past a fence, and whether somebody looks; nothing before a server was left. */
+function fence(m) {
+  const unwatched = m.databases.filter((d) => d.fence_watch?.trouble);
+  const written = m.databases.flatMap((d) => (d.fenced_writes ?? []).map((w) => ({ ...w, database: d.name })));
+  if (!unwatched.length && !written.length) return null;
+  return h('section', { class: 'card', 'aria-label': 'Writes past the fence' }, h('h2', {}, 'Writes past the fence'),
+    unwatched.map((d) => h('p', { class: 'error' }, `${d.name}: writes on the fenced ${d.fence_watch.server} are not watched for: ${d.fence_watch.trouble}`)),
+    written.length ? [
+      h('p', { class: 'error' }, 'Somebody got past the fence. These rows are on the server that was left, and not on the one in use.'),
+      table('Writes past the fence', [
+        { label: 'Server', cell: (w) => w.server }, { label: 'Database', cell: (w) => w.database },
+        { label: 'Table', cell: (w) => `${w.schema}.${w.table}` }, { label: 'Kind', cell: (w) => w.kind },
+        { label: 'Changes', class: 'num', cell: (w) => number(w.changes) },
+        { label: 'First', class: 'nowrap', cell: (w) => time(w.first_at) }, { label: 'Last', class: 'nowrap', cell: (w) => time(w.last_at) },
+      ], written)] : null);
 }
 
 function tables(m, state) {
