@@ -8,13 +8,16 @@ use std::collections::{BTreeMap, VecDeque};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
-use tokio::sync::watch;
+use tokio::sync::{Notify, watch};
 
 use super::view::{CutoverView, EventView, LiveView, RouteView, SampleView};
 use crate::migration::view::{DatabaseView, FencedWriteView, MigrationView};
 
 /// How often the observer looks.
-pub(super) const LOOK: Duration = Duration::from_millis(500);
+const LOOK: Duration = Duration::from_millis(500);
+
+/// How often it looks while nothing goes on and nobody follows.
+const LOOK_IDLE: Duration = Duration::from_secs(2);
 
 /// Every so many looks make a sample.
 const LOOKS_PER_SAMPLE: u64 = 4;
@@ -32,6 +35,8 @@ const EVENTS: usize = 1000;
 pub(super) struct Live {
     state: Mutex<Kept>,
     sent: watch::Sender<Option<Arc<LiveView>>>,
+    /// Somebody has begun to follow, or has ordered something.
+    called: Notify,
 }
 
 #[derive(Default)]
@@ -58,7 +63,7 @@ enum Subject {
 
 impl Live {
     pub(super) fn new() -> Self {
-        Self { state: Mutex::default(), sent: watch::Sender::new(None) }
+        Self { state: Mutex::default(), sent: watch::Sender::new(None), called: Notify::new() }
     }
 
     /// Whether anybody follows.
@@ -71,7 +76,17 @@ impl Live {
         let mut receiver = self.sent.subscribe();
         // What was sent to others is as good a beginning as what comes next.
         receiver.mark_changed();
+        self.called.notify_one();
         receiver
+    }
+
+    /// Until the next look. While nothing is active and nobody follows it may be late, unless there is an order.
+    pub(super) async fn pause(&self, is_active: bool) {
+        if is_active || self.is_followed() {
+            return tokio::time::sleep(LOOK).await;
+        }
+        // Called or not, it is time to look.
+        let _called = tokio::time::timeout(LOOK_IDLE, self.called.notified()).await;
     }
 
     pub(super) fn send(&self, view: LiveView) {
@@ -123,6 +138,7 @@ impl Live {
 
     /// An order that was carried out or refused.
     pub(super) fn note_order(&self, migration: Option<String>, text: String, failed: bool) {
+        self.called.notify_one();
         self.kept().note(now(), migration, "order", text, failed);
     }
 

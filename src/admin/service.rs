@@ -319,13 +319,14 @@ impl Inner {
         loop {
             tokio::select! {
                 // Both arms only wait or read, so dropping them is safe.
-                () = async { self.look().await; tokio::time::sleep(live::LOOK).await } => {}
+                () = async { let is_active = self.look().await; self.live.pause(is_active).await } => {}
                 () = deps.tasks.stopping() => return,
             }
         }
     }
 
-    async fn look(&self) {
+    /// Returns whether any migration is active, as far as that is known.
+    async fn look(&self) -> bool {
         let (deps, config) = (&self.deps, self.deps.config.load());
         let migrations = self.list(Filter::All).await.ok();
         let mut cutovers: BTreeMap<String, CutoverView> = BTreeMap::new();
@@ -336,13 +337,14 @@ impl Inner {
                 cutovers.insert(migration.name.clone(), cutover);
             }
         }
-        // Sessions are counted for those who look only: there may be very many.
-        let sessions = if self.live.is_followed() { deps.clients.list() } else { Vec::new() };
-        let routes = self.routes(&sessions);
+        let is_active = migrations.as_ref().is_none_or(|migrations| migrations.iter().any(is_active));
+        // Sessions are looked through for those who look only: there may be very many.
+        let sessions = self.live.is_followed().then(|| deps.clients.list());
+        let routes = self.routes(sessions.as_deref());
         let (copied_rows, copied_bytes) = (deps.metrics.copy_rows.get(), deps.metrics.copy_bytes.get());
         self.live.observe(migrations.as_deref().unwrap_or_default(), &cutovers, &routes, (copied_rows, copied_bytes));
-        if !self.live.is_followed() {
-            return;
+        if sessions.is_none() {
+            return is_active;
         }
         let source_server_type = config.source.kind.as_str();
         let entry = |migration| MigrationEntry {
@@ -362,12 +364,15 @@ impl Inner {
             copied_bytes,
             newest_event: self.live.newest_event(),
         });
+        is_active
     }
 
-    fn routes(&self, sessions: &[ClientView]) -> Vec<RouteView> {
+    /// Where each database runs; without `sessions` nobody is counted.
+    fn routes(&self, sessions: Option<&[ClientView]>) -> Vec<RouteView> {
         let databases = self.deps.switchboard.all();
         let routes = databases.iter().map(|database| {
-            let own = sessions.iter().filter(|session| session.database == database.name()).count();
+            let of_database = |session: &&ClientView| session.database == database.name();
+            let own = sessions.map_or(0, |sessions| sessions.iter().filter(of_database).count());
             let (server, reason) = match &*database.route() {
                 Route::To { server, .. } => (Some(*server), None),
                 Route::Unknown { reason } => (None, Some(reason.clone())),
@@ -379,7 +384,7 @@ impl Inner {
                 held: database.is_fenced(),
                 reason,
                 sessions: own,
-                inside: database.inside(),
+                inside: sessions.map_or(0, |_| database.inside()),
             }
         });
         routes.collect()
@@ -388,7 +393,7 @@ impl Inner {
     async fn status(&self, config: &Config) -> StatusView {
         let deps = &self.deps;
         let sessions = deps.clients.list();
-        let routes = self.routes(&sessions);
+        let routes = self.routes(Some(&sessions));
         let reason = self.not_ready();
         let brief = |m: MigrationView| MigrationBrief { name: m.name, state: m.state, substate: m.substate };
         StatusView {

@@ -182,6 +182,21 @@ impl ClientError {
         }
     }
 
+    /// What kind of failure it is that meets every client alike, whoever it is; `None`: it is this one's own.
+    pub(super) fn of_all(&self) -> Option<&'static str> {
+        match self {
+            Self::TooManyClients => Some("too many clients"),
+            Self::RouteUnknown { .. } => Some("nobody is known to be active"),
+            Self::ServerUnreachable => Some("server unreachable"),
+            // Class 53: it is full; class 57: it starts, stops or was told to end them.
+            Self::ServerRefused { code, .. } if code.starts_with("53") || code.starts_with("57") => {
+                Some("server refuses")
+            }
+            Self::LoginWaitTimeout | Self::QueryWaitTimeout => Some("waited too long"),
+            _ => None,
+        }
+    }
+
     /// Whether the session goes on.
     pub fn severity(&self) -> Severity {
         match self {

@@ -1,5 +1,7 @@
 //! From an accepted socket to a session with a backend, or to one of the other things a client may want.
 
+mod pooled;
+
 use std::rc::Rc;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
@@ -14,8 +16,7 @@ use super::entry::{Entry, Order, SessionState};
 use super::handshake::{ClientChannel, Entrance, HandshakeError, Peer, Request, negotiate, wants_replication};
 use super::limits::Place;
 use super::listener::Accepted;
-use super::pool::{Link as PoolLink, LocalPool, Profile, Reported, Waiter};
-use super::pooled::{self, Pooled, PooledSession};
+use super::pooled::{Pooled, PooledSession};
 use super::session::{Link, Session};
 use super::sessions::Registration;
 use super::vacant::Origin;
@@ -135,13 +136,7 @@ pub(super) async fn log_in(worker: &Rc<Worker>, accepted: Accepted) -> Option<Se
             None
         }
         Err(Refused::With(error)) => {
-            tracing::info!(
-                client = login.registration.view().client_address,
-                user = login.startup.user,
-                database = login.startup.database,
-                sqlstate = error.code(),
-                "client refused"
-            );
+            login.log_refusal(&error);
             login.channel.refuse(&error).await;
             None
         }
@@ -221,6 +216,28 @@ impl LoginInProgress<'_> {
 
     fn shared(&self) -> &Arc<Shared> {
         &self.worker.shared
+    }
+
+    /// Another failure that has nothing to do with who the client is: how many were not logged, if it is to be logged.
+    fn complain(&self, kind: &'static str) -> Option<u64> {
+        self.shared().complaints.tell(kind, Instant::now().into_std())
+    }
+
+    fn log_refusal(&self, error: &ClientError) {
+        let others = match error.of_all() {
+            Some(kind) => self.complain(kind),
+            None => Some(0),
+        };
+        if let Some(others) = others {
+            tracing::info!(
+                client = self.registration.view().client_address,
+                user = self.startup.user,
+                database = self.startup.database,
+                sqlstate = error.code(),
+                others,
+                "client refused"
+            );
+        }
     }
 
     async fn until_ready(&mut self) -> Result<Done, Refused> {
@@ -336,7 +353,9 @@ impl LoginInProgress<'_> {
                 Refused::With(ClientError::not_permitted(&user))
             }
             AuthError::Lookup(error) => {
-                tracing::error!(%error, "clients cannot be authenticated");
+                if let Some(others) = self.complain("authentication") {
+                    tracing::error!(%error, others, "clients cannot be authenticated");
+                }
                 self.count_failure(AuthFailure::Unavailable);
                 Refused::With(if error.is_unreachable() {
                     ClientError::ServerUnreachable
@@ -435,7 +454,9 @@ impl LoginInProgress<'_> {
             None => {
                 let opened = backend::open_noting(self.shared(), &login, &local.database, server).await;
                 let (backend, given) = opened.map_err(|error| {
-                    tracing::warn!(%error, "no backend for a client");
+                    if let Some(others) = self.complain("backend") {
+                        tracing::warn!(%error, others, "no backend for a client");
+                    }
                     Refused::With(backend::refusal(&error))
                 })?;
                 let origin = Origin::of(&backend, given, Instant::now().into_std()).filter(|_| !exempt);
@@ -457,110 +478,6 @@ impl LoginInProgress<'_> {
         member.leave();
         let member = (!exempt).then_some(member);
         Ok(Link { login, local, member, backend, epoch: admission.epoch, origin, key })
-    }
-}
-
-/// Transaction mode.
-impl LoginInProgress<'_> {
-    /// Learns what the client's settings come to, on a connection of its pool unless that is known already.
-    async fn join_pool(&mut self, credential: Credential) -> Result<Pooled, Refused> {
-        let (user, database) = (self.startup.user.clone(), self.startup.database.clone());
-        let limits = self.shared().limits.load_full();
-        let places = self.shared().places.of_session(&limits, &user, &database).map_err(Refused::With)?;
-        self.slot.places.extend(places);
-        let patience = limits.timeouts_of(&user, &database).query_wait;
-        let application_name = self.startup.parameter("application_name").unwrap_or_default().to_owned();
-        let key = self.shared().keys.issue(&self.registration);
-        let tls = matches!(self.channel.stream, Stream::Tls(_));
-        self.registration.set_identity(&user, &database, &application_name, key.pid, tls);
-        self.registration.set_pooled();
-        let settings = pooled::settings_of(&self.startup.parameters).map_err(Refused::With)?;
-        let parameters = std::mem::take(&mut self.startup.parameters);
-        let login = Login { user, database, credential, parameters };
-        self.meet(&login).await?;
-        let local = self.worker.database(&login.database);
-        let pool = self.worker.pool(&local, &login.database, &login.user, &login.credential);
-        let member = local.database.join();
-        let waiter = Waiter::new(pool.worker, (*self.registration).clone());
-        let (profile, told) = match pooled::known(&pool, &settings) {
-            Some(known) => known,
-            None => {
-                let learned = self.learn(&pool, (&local, &member), &waiter, settings, patience).await;
-                // Whatever came of it, nobody hands a connection to a waiter that has gone.
-                pool.stop_waiting(&waiter);
-                learned?
-            }
-        };
-        let out = &mut self.channel.out;
-        for (name, value) in told.iter() {
-            message::parameter_status(out, name, value);
-        }
-        message::backend_key_data(out, key.pid, &key.secret);
-        message::ready_for_query(out, TransactionStatus::Idle);
-        self.registration.set_state(SessionState::Idle);
-        Ok(Pooled { login, local, pool, member, waiter, profile, told, key })
-    }
-
-    async fn learn(
-        &mut self,
-        pool: &Rc<LocalPool>,
-        (local, member): (&LocalDatabase, &Member),
-        waiter: &Arc<Waiter>,
-        settings: Vec<(String, String)>,
-        patience: Duration,
-    ) -> Result<(Arc<Profile>, Reported), Refused> {
-        loop {
-            let admission = admit(&mut self.channel, local, member, &self.registration, patience).await?;
-            // Not inside while it waits in line.
-            member.leave();
-            pool.server_at(admission.epoch);
-            pool.wait(waiter);
-            let mut link = self.wait_for_link(pool, waiter).await?;
-            let Some(admission) = member.try_enter() else {
-                pool.give_back(link, Instant::now().into_std());
-                continue;
-            };
-            if pool.server_at(admission.epoch) != Some(link.server()) {
-                member.leave();
-                link.close();
-                continue;
-            }
-            let learned = pooled::learn(pool, &mut link, settings).await;
-            pool.give_back(link, Instant::now().into_std());
-            member.leave();
-            return learned.map_err(Refused::With);
-        }
-    }
-
-    /// Waits in line. A client that goes away meanwhile, or sends more than a client has reason to, ends it.
-    async fn wait_for_link(&mut self, pool: &Rc<LocalPool>, waiter: &Arc<Waiter>) -> Result<Box<PoolLink>, Refused> {
-        loop {
-            let entry = &self.registration;
-            let given = std::future::poll_fn(|cx| {
-                entry.set_waker(cx.waker());
-                match waiter.take() {
-                    Some(given) => std::task::Poll::Ready(Some(given)),
-                    None if entry.has_orders() => std::task::Poll::Ready(None),
-                    None => {
-                        pool.open_for_waiting();
-                        std::task::Poll::Pending
-                    }
-                }
-            });
-            tokio::select! {
-                // Dropped and made anew in the next round; what was given stays with the waiter until it is taken.
-                given = given => match given {
-                    Some(given) => return given.map_err(Refused::With),
-                    None => {
-                        if let Some(error) = ended_by(entry) {
-                            return Err(Refused::With(error));
-                        }
-                    }
-                },
-                // Cancel-safe: what was read is in the channel.
-                read = self.channel.read_some(), if self.channel.input.len() < EARLY_INPUT_MAX => read?,
-            }
-        }
     }
 }
 

@@ -30,6 +30,7 @@ mod cancel;
 mod catalogue_names;
 mod certificate;
 mod client_error;
+mod complaints;
 mod departures;
 pub mod descriptors;
 mod entry;
@@ -178,6 +179,8 @@ struct Shared {
     access: ArcSwap<access::Access>,
     /// `[limits]` in force; a reload replaces them.
     limits: ArcSwap<Limits>,
+    /// Told of every reload.
+    limits_changed: watch::Sender<()>,
     /// Client connections by role, database and address.
     places: Arc<limits::Places>,
     pools: Arc<pool::Pools>,
@@ -192,6 +195,8 @@ struct Shared {
     /// The main runtime, for what must not run on a worker.
     runtime: tokio::runtime::Handle,
     failpoints: Failpoints,
+    /// What is not logged for each client.
+    complaints: complaints::Complaints,
     /// Told to stop when the proxy accepts nobody any more.
     tasks: Tasks,
 }
@@ -254,6 +259,7 @@ impl Proxy {
         let vacancies = vacant::Vacancies::new(deps.config.clone(), deps.sessions.clone(), runtime.clone());
         let shared = Arc::new(Shared {
             limits: ArcSwap::from_pointee(deps.config.limits.clone()),
+            limits_changed: watch::Sender::new(()),
             places: Arc::default(),
             config: deps.config,
             switchboard: deps.switchboard,
@@ -273,6 +279,7 @@ impl Proxy {
             rendezvous: rendezvous.clone(),
             runtime,
             failpoints: deps.failpoints,
+            complaints: complaints::Complaints::default(),
             tasks: deps.tasks.clone(),
         });
         let (senders, workers) = start_workers(&shared)?;
@@ -342,7 +349,10 @@ impl Proxy {
     /// Takes what a reload can change over from the configuration that it is called with.
     pub fn follower(&self) -> impl Fn(&Config) + Send + Sync + 'static {
         let shared = self.shared.clone();
-        move |config| shared.limits.store(Arc::new(config.limits.clone()))
+        move |config| {
+            shared.limits.store(Arc::new(config.limits.clone()));
+            shared.limits_changed.send_replace(());
+        }
     }
 
     /// Reads certificates, rules and users again, as a configuration names them. What cannot be read changes nothing.

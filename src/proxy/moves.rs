@@ -492,9 +492,8 @@ impl Session {
     /// The old backend's last notifications, then the new one's, then what is reported differently there.
     async fn exchange(&mut self, mut new: Backend, listens: bool) -> Result<(), End> {
         let told: Vec<_> = self.backend.as_ref().map(|own| own.connection.parameters.clone()).unwrap_or_default();
-        let old = self.backend.take();
+        let mut old = self.backend.take();
         if listens {
-            let mut old = old;
             let (from_old, from_new) = tokio::join!(
                 last_words(old.as_mut().map(|old| &mut old.connection)),
                 last_words(Some(&mut new.connection))
@@ -507,10 +506,8 @@ impl Session {
             let heard =
                 from_new.iter().filter(|frame| sender(frame).is_none_or(|pid| pid == own_pid || ours.contains(&pid)));
             heard.for_each(|frame| append(&mut self.down.buffer, frame));
-            old.map(|old| tokio::task::spawn_local(close_later(old, self.entry.id())));
-        } else {
-            old.map(|old| tokio::task::spawn_local(close_later(old, self.entry.id())));
         }
+        old.map(|old| tokio::task::spawn_local(close_later(old, self.entry.id())));
         let mut changes = Vec::new();
         for (name, value) in changed_parameters(&told, &new.connection.parameters) {
             message::parameter_status(&mut changes, &name, &value);

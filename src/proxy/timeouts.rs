@@ -2,8 +2,8 @@
 //!
 //! There is no timer for a session and no clock is read for a message. Where a time-out is on, the sweep looks at the
 //! states that sessions keep anyway and asks those to look at themselves that may be over; a session alone knows
-//! whether its statement runs or its transaction is idle. Between two sweeps it wakes once a second, to see whether the
-//! time-outs are others now; with every time-out off that is all it does.
+//! whether its statement runs or its transaction is idle. Between two sweeps it sleeps, unless the time-outs are others
+//! now; with every time-out off it does nothing at all.
 //!
 //! A step is a tenth of the shortest time-out. None fires early: what the sweep did not see begin counts from the
 //! first look. Each fires at most two steps late.
@@ -18,8 +18,6 @@ use super::worker::Worker;
 use crate::config::Limits;
 use crate::config::limits::Timeouts;
 
-/// How often it is looked whether the time-outs have been changed.
-const LOOK_AGAIN: Duration = Duration::from_secs(1);
 /// Bounds of a step. The longer one keeps thousands of idle sessions from costing anything.
 const SHORTEST_STEP: Duration = Duration::from_millis(10);
 const LONGEST_STEP: Duration = Duration::from_secs(10);
@@ -38,16 +36,20 @@ pub(super) struct Seen {
 
 /// Looks after the sessions of one worker until it is dropped.
 pub(super) async fn sweep(worker: Rc<Worker>) {
+    let mut changed = worker.shared.limits_changed.subscribe();
     let mut last = tokio::time::Instant::now();
     loop {
+        // Marked as seen before they are read, so that no change falls between.
+        changed.mark_unchanged();
         let limits = worker.shared.limits.load_full();
         let shortest = limits.shortest_timeouts();
-        let in_a_second = tokio::time::Instant::now() + LOOK_AGAIN;
-        let Some(step) = step(&shortest).filter(|step| last + *step <= in_a_second) else {
-            tokio::time::sleep_until(in_a_second).await;
-            continue;
-        };
-        tokio::time::sleep_until(last + step).await;
+        let step = step(&shortest);
+        tokio::select! {
+            // None loses anything when it is dropped: they only wait. The sender lives as long as the worker.
+            _ = changed.changed() => continue,
+            () = tokio::time::sleep_until(last + step.unwrap_or_default()), if step.is_some() => {}
+        }
+        let step = step.unwrap_or_default();
         last = tokio::time::Instant::now();
         let now = Instant::now();
         worker.each_entry(|entry| {

@@ -72,9 +72,8 @@ impl Worker {
         let worker = Self::new(shared, number);
         let sessions = tokio_util::task::TaskTracker::new();
         let ring = worker.ring.clone().map(|ring| tokio::task::spawn_local(ring.drive()));
-        let meters = tokio::task::spawn_local(worker.clone().flush_meters());
         let timeouts = tokio::task::spawn_local(super::timeouts::sweep(worker.clone()));
-        let pools = tokio::task::spawn_local(worker.clone().look_after_pools());
+        let upkeep = tokio::task::spawn_local(worker.clone().keep_up());
         while let Some(socket) = accepted.recv().await {
             // Boxed here once: the task then holds a pointer, and the handshake's part is freed before the relay.
             sessions.spawn_local(Box::pin(super::session::serve(worker.clone(), socket)));
@@ -84,9 +83,8 @@ impl Worker {
         // The last sockets are closed in the ring's next turn.
         tokio::task::yield_now().await;
         ring.iter().for_each(JoinHandle::abort);
-        meters.abort();
         timeouts.abort();
-        pools.abort();
+        upkeep.abort();
         drop(alive);
         // A connection behind TLS that went to another worker is still registered with this one's runtime.
         worker.shared.workers_alive.closed().await;
@@ -136,8 +134,9 @@ impl Worker {
         pool.clone()
     }
 
-    /// Hands idle connections to who waits elsewhere, and once a second looks through all of them.
-    async fn look_after_pools(self: Rc<Self>) {
+    /// Hands idle connections to who waits elsewhere. Once a second looks through all of them, and hands over what was
+    /// counted: one timer for both, because a thread that has nothing else to do pays for each time it is woken.
+    async fn keep_up(self: Rc<Self>) {
         let mut every_second = tokio::time::interval(std::time::Duration::from_secs(1));
         every_second.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
         let mut retirements = self.shared.sessions.retirements();
@@ -152,8 +151,11 @@ impl Worker {
                     continue;
                 }
             };
-            if !called && self.number == 0 {
-                self.shared.vacancies.look_after();
+            if !called {
+                self.databases.borrow().values().for_each(|local| local.meters.flush());
+                if self.number == 0 {
+                    self.shared.vacancies.look_after();
+                }
             }
             let pools: Vec<_> = self.pools.borrow().values().cloned().collect();
             for pool in pools {
@@ -164,14 +166,6 @@ impl Worker {
                 self.pools.borrow_mut().retain(|_, pool| Rc::strong_count(pool) > 1 || !pool.is_empty());
                 self.shared.pools.forget_unused();
             }
-        }
-    }
-
-    async fn flush_meters(self: Rc<Self>) {
-        let mut every_second = tokio::time::interval(std::time::Duration::from_secs(1));
-        loop {
-            every_second.tick().await;
-            self.databases.borrow().values().for_each(|local| local.meters.flush());
         }
     }
 }

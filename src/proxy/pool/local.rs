@@ -208,7 +208,10 @@ impl LocalPool {
                     true
                 }
                 Err((unopened, seat)) => {
-                    tracing::warn!(database = this.central.database, error = ?unopened, "no connection for a pool");
+                    if let Some(others) = this.shared.complaints.tell("pool", Instant::now()) {
+                        let database = &this.central.database;
+                        tracing::warn!(database, error = ?unopened, others, "no connection for a pool");
+                    }
                     this.central.opened(unopened.words().as_ref());
                     drop(seat);
                     false
