@@ -12,7 +12,7 @@ use std::path::{Path, PathBuf};
 
 use pgcutover::admin::console;
 use pgcutover::cli;
-use pgcutover::config::{Config, Live, Server, ServerKind};
+use pgcutover::config::{self, Config, Environment, Live, Server, ServerKind};
 use pgcutover::migration::preflight::{self, Apply, Definition, Outcome, Subject, When};
 use pgcutover::migration::state::State;
 use pgcutover::telemetry::metrics::Metrics;
@@ -118,12 +118,32 @@ fn anchor(heading: &str) -> String {
     kept.map(|c| if c == ' ' { '-' } else { c }).collect()
 }
 
+/// Whether a link out of these pages is one by its form: nobody is asked whether it is there.
+fn is_web_address(link: &str) -> bool {
+    let rest = link.strip_prefix("https://").or_else(|| link.strip_prefix("http://"));
+    let Some((host, path)) = rest.map(|rest| rest.split_once('/').unwrap_or((rest, ""))) else { return false };
+    let named = host.split_once(':').map_or(host, |(name, _port)| name);
+    let labels = named.split('.').all(|label| {
+        !label.is_empty() && label.chars().all(|c| c.is_ascii_alphanumeric() || c == '-')
+    });
+    labels && named.contains('.') && !path.contains(|c: char| c.is_whitespace() || c.is_control())
+}
+
+#[test]
+fn a_link_that_is_none_is_seen() {
+    assert!(is_web_address("https://www.postgresql.org/docs/current/runtime-config-wal.html#GUC-WAL-LEVEL"));
+    for wrong in ["htps://example.org/", "https:///docs", "https://example", "https://a..b/", "https://a.b/c d"] {
+        assert!(!is_web_address(wrong), "{wrong}");
+    }
+}
+
 #[test]
 fn every_link_leads_somewhere() {
     let mut links = 0;
     for (path, text) in pages() {
         for link in text.split("](").skip(1).filter_map(|rest| rest.split(')').next()) {
-            if link.starts_with("http") {
+            if link.contains("://") {
+                assert!(is_web_address(link), "{} links to {link}", path.display());
                 continue;
             }
             let (file, heading) = link.split_once('#').unwrap_or((link, ""));
@@ -287,4 +307,71 @@ fn validation_rules_are_those_of_the_code() {
         }
     }
     held_at("docs/validation.md", &text);
+}
+
+/// The lines below the line `key: |` of a manifest, without their indentation.
+fn literal(manifest: &str, key: &str) -> String {
+    let mut lines = manifest.lines().skip_while(|line| line.trim() != format!("{key}: |"));
+    let head = lines.next().unwrap_or_else(|| panic!("no {key} in the manifest"));
+    let indent = head.len() - head.trim_start().len();
+    let below = lines.take_while(|line| line.trim().is_empty() || line.len() - line.trim_start().len() > indent);
+    below.map(|line| line.get(indent + 2..).unwrap_or_default().to_owned() + "\n").collect()
+}
+
+/// Values of `key` wherever it stands in a manifest, in block or flow style.
+fn values<'a>(manifest: &'a str, key: &str) -> Vec<&'a str> {
+    let key = format!("{key}: ");
+    let starts = manifest.match_indices(&key).filter(|(at, _)| {
+        let before = manifest[..*at].chars().next_back();
+        before.is_none_or(|c| !c.is_alphanumeric() && c != '-')
+    });
+    let rest = starts.map(|(at, _)| &manifest[at + key.len()..]);
+    rest.map(|rest| rest.split(['\n', ',', '}']).next().unwrap_or_default().trim()).collect()
+}
+
+#[test]
+fn kubernetes_manifests_start_the_program_that_there_is() {
+    let manifest = fs::read_to_string(root().join("config/kubernetes/pgcutover.yaml")).unwrap();
+    let monitor = fs::read_to_string(root().join("config/kubernetes/servicemonitor.yaml")).unwrap();
+    // What the Secret holds lies where it is mounted.
+    let secrets = tempfile::tempdir().unwrap();
+    let secret = manifest.split("\n---").find(|part| part.contains("kind: Secret")).unwrap();
+    for line in secret.lines().skip_while(|line| *line != "stringData:").skip(1) {
+        if let Some((name, value)) = line.strip_prefix("  ").and_then(|line| line.split_once(": "))
+            && !name.starts_with([' ', '#'])
+        {
+            let text = if value == "|" { literal(secret, name) } else { value.to_owned() };
+            fs::write(secrets.path().join(name), text).unwrap();
+        }
+    }
+    let mounted = values(&manifest, "mountPath").into_iter().find(|path| path.starts_with("/run/secrets")).unwrap();
+    let text = literal(&manifest, "pgcutover.toml");
+    assert!(text.contains(mounted), "{text}");
+    let file = secrets.path().join("pgcutover.toml");
+    fs::write(&file, text.replace(mounted, &secrets.path().display().to_string())).unwrap();
+
+    let token = fs::read_to_string(secrets.path().join("admin-token")).unwrap();
+    let environment: Environment = [("PGCUTOVER_ADMIN_TOKEN".to_owned(), token)].into();
+    assert!(manifest.contains("- name: PGCUTOVER_ADMIN_TOKEN"));
+    let config = config::load(Some(&file), &environment).unwrap_or_else(|error| panic!("{error}\n{text}"));
+    assert!(config.admin.token.is_some());
+    for server in [&config.source, &config.target] {
+        assert!(server.sslrootcert.as_ref().is_some_and(|path| path.exists()), "no authorities for {}", server.host);
+    }
+
+    let ports: Vec<u16> = values(&manifest, "containerPort").iter().map(|port| port.parse().unwrap()).collect();
+    let listening = [config.listen.address.unwrap(), config.admin.address.unwrap()];
+    assert_eq!(ports, listening.map(|address| address.port()));
+    assert!(listening.iter().all(|address| address.ip().is_unspecified()), "nothing outside the pod reaches {listening:?}");
+    let router = fs::read_to_string(root().join("src/admin/http/mod.rs")).unwrap();
+    let mut asked = values(&manifest, "path");
+    asked.extend(values(&monitor, "path"));
+    assert!(asked.len() > 3, "{asked:?}");
+    for path in asked {
+        assert!(router.contains(&format!(".route({path:?}")), "{path} is asked for and not served");
+    }
+    let arguments = manifest.lines().find(|line| line.trim().starts_with("args: ")).unwrap();
+    let words: Vec<&str> = std::iter::once("pgcutover").chain(arguments.split('"').skip(1).step_by(2)).collect();
+    assert_eq!(cli::understands(&words), Ok(()));
+    assert_eq!(words.last(), Some(&"/etc/pgcutover/pgcutover.toml"));
 }

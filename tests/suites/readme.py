@@ -3,8 +3,9 @@
 
     tests/suites/readme.py [--dump FILE.sql[.gz]] [--binary FILE]
 
-Its blocks of commands are run in their order by one shell, with other ports and another directory in place of those that are
-written there, so that nothing on this machine is in the way; building is left out. Beside pgbench an application of our own
+Its blocks of commands are run in their order, with other ports and another directory in place of those that are written
+there, so that nothing on this machine is in the way; building is left out. Each terminal that it speaks of is a shell of its
+own, which knows of nothing that another one has set. Beside pgbench an application of our own
 writes through the proxy on one connection from step 3 to the end: numbered rows, each of which must arrive once. With --dump,
 the contents of that file are moved as well. Exit status 1 where a command fails, a row is missing, or the servers differ.
 
@@ -43,11 +44,19 @@ def free_port():
         return str(probe.getsockname()[1])
 
 
+def fresh_environment():
+    """What a terminal starts with: a PATH on which there is no pgcutover, and nothing that configures one or a client."""
+    path = [folder for folder in os.environ["PATH"].split(":") if not os.path.exists(f"{folder}/pgcutover")]
+    kept = {name: value for name, value in os.environ.items() if name in ("HOME", "LANG", "LC_ALL", "TERM", "USER", "LOGNAME")}
+    return {**kept, "PATH": ":".join(path)}
+
+
 class Shell:
     """A bash whose directory and variables stay from one block to the next."""
 
-    def __init__(self, environment):
-        self.process = subprocess.Popen(["bash"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment)
+    def __init__(self, directory):
+        begun = ["bash", "--noprofile", "--norc"]
+        self.process = subprocess.Popen(begun, cwd=directory, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=fresh_environment())
 
     def run(self, text):
         """Runs the commands one after another and stops at the first that fails; returns what they print."""
@@ -144,7 +153,10 @@ def main():
 
     began = time.monotonic()
     place = tempfile.mkdtemp(prefix="pgcutover-readme-")
-    os.symlink(os.path.abspath(options.binary or binary([])), f"{place}/pgcutover")
+    # What the build leaves behind.
+    clone = f"{place}/clone"
+    os.makedirs(f"{clone}/target/release")
+    os.symlink(os.path.abspath(options.binary or binary([])), f"{clone}/target/release/pgcutover")
     elsewhere = {"/tmp/try": f"{place}/try", **{port: free_port() for port in ("5511", "5512", "6432", "8432")}}
 
     def here(text):
@@ -159,10 +171,12 @@ def main():
         assert found == language and what in text, f"the README's next block is not the one with {what}:\n{text}"
         return text
 
-    shell = Shell({**os.environ, "PATH": f"{place}:{os.environ['PATH']}"})
+    shell = Shell(clone)
     daemon = application = pgbench = None
     try:
-        block("cargo build")
+        build, prepare = block("cargo build").split("\n", 1)
+        assert build.startswith("cargo build"), f"the first line does not build: {build}"
+        shell.run(prepare)
         shell.run(block("initdb"))
         path, port_of_a = shell.variable("PATH"), elsewhere["5511"]
         client = f"psql -X -q -v ON_ERROR_STOP=1 -h 127.0.0.1 -U postgres bench -p"
@@ -176,14 +190,26 @@ def main():
         with open(f"{place}/try/pgcutover.toml", "w", encoding="utf-8") as config:
             config.write(block("[listen]", "toml"))
         check, run = block("pgcutover check").strip().splitlines()
-        shell.run(check)
+        print(shell.run(check))
         with open(f"{place}/daemon.log", "w", encoding="utf-8") as log:
-            # In another terminal, in the same directory.
-            daemon = subprocess.Popen(["bash", "-c", f"exec {run}"], cwd=f"{place}/try", stdout=log, stderr=log, env={**os.environ, "PATH": path})
+            # The first terminal is taken from now on.
+            there, path = shell.run("pwd").strip(), shell.variable("PATH")
+            daemon = subprocess.Popen(["bash", "-c", f"exec {run}"], cwd=there, stdout=log, stderr=log, env={**fresh_environment(), "PATH": path})
+        opening = block("terminal")
+
+        def terminal():
+            opened = Shell("/")
+            assert not opened.run("command -v pgcutover || true"), "a new terminal knows pgcutover already"
+            opened.run(opening)
+            return opened
+
+        shell = terminal()
         shell.run(f"until pg_isready -q -h 127.0.0.1 -p {elsewhere['6432']}; do sleep 0.1; done")
         application = Application(elsewhere["6432"], path)
         with open(f"{place}/pgbench.log", "w", encoding="utf-8") as log:
-            pgbench = subprocess.Popen(block("pgbench").split(), stdout=log, stderr=log, env={**os.environ, "PATH": path})
+            # The second terminal: pgbench stays in its foreground.
+            pgbench = subprocess.Popen(["bash", "-c", f"exec {block('pgbench')}"], stdout=log, stderr=log, env={**fresh_environment(), "PATH": shell.variable("PATH")})
+        shell = terminal()
         print(shell.run(block("migration create")))
         print(shell.run(block("migration cutover move --dry-run")))
         said = shell.run(block("SHOW port"))
