@@ -7,7 +7,7 @@ cargo_home := $(or $(CARGO_HOME),$(HOME)/.cargo)
 target_dir := $(or $(CARGO_TARGET_DIR),target)
 remapped = $(1)=$(CURDIR)=/pgcutover $(1)=$(cargo_home)=/cargo
 
-.PHONY: demo test release random servers screenshots check help
+.PHONY: demo test release package random servers screenshots check help
 
 help: ## list the commands
 	@sed -n 's/^\([a-z]*\):.*## /  make \1	/p' Makefile
@@ -22,6 +22,14 @@ release: ## the program to install, without paths of the machine that builds it;
 	RUSTFLAGS="$(call remapped,--remap-path-prefix)" CFLAGS="$(call remapped,-ffile-prefix-map)" \
 		$(CARGO) build --release --locked --bin pgcutover
 	@ls -s --block-size=1 $(target_dir)/release/pgcutover && sha256sum $(target_dir)/release/pgcutover
+
+package: release ## the Debian package, with manual page and completions; needs cargo-deb (cargo install cargo-deb)
+	mkdir -p target/package
+	$(target_dir)/release/pgcutover man >target/package/pgcutover.1
+	$(target_dir)/release/pgcutover completions bash >target/package/pgcutover.bash
+	$(target_dir)/release/pgcutover completions zsh >target/package/_pgcutover
+	$(target_dir)/release/pgcutover completions fish >target/package/pgcutover.fish
+	$(CARGO) deb --no-build --strip
 
 random: servers ## move random databases while everything is killed at random; SEEDS=200 for a night
 	RANDOM_SEEDS=$(or $(SEEDS),10) $(CARGO) test --test randomised -- --nocapture

@@ -69,7 +69,7 @@ fn faults(text: &str) -> Vec<String> {
         if language == "console" && !line.is_empty() {
             faults.extend(console::understands(&line).err().map(|error| format!("{line}: {error}")));
         } else if words.first() == Some(&"pgcutover") && words.len() > 1 {
-            let is_help = words.last() == Some(&"--help");
+            let is_help = matches!(words.last(), Some(&"--help" | &"--version"));
             let words = if is_help { &words[..words.len() - 1] } else { &words[..] };
             let group = ["pgcutover", "migration"];
             if is_help && (words.len() == 1 || words == group) {
@@ -123,9 +123,8 @@ fn is_web_address(link: &str) -> bool {
     let rest = link.strip_prefix("https://").or_else(|| link.strip_prefix("http://"));
     let Some((host, path)) = rest.map(|rest| rest.split_once('/').unwrap_or((rest, ""))) else { return false };
     let named = host.split_once(':').map_or(host, |(name, _port)| name);
-    let labels = named.split('.').all(|label| {
-        !label.is_empty() && label.chars().all(|c| c.is_ascii_alphanumeric() || c == '-')
-    });
+    let labels =
+        named.split('.').all(|label| !label.is_empty() && label.chars().all(|c| c.is_ascii_alphanumeric() || c == '-'));
     labels && named.contains('.') && !path.contains(|c: char| c.is_whitespace() || c.is_control())
 }
 
@@ -309,6 +308,50 @@ fn validation_rules_are_those_of_the_code() {
     held_at("docs/validation.md", &text);
 }
 
+/// What the engine's error codes are: words in quotes where a code is chosen, in these files.
+fn error_codes() -> BTreeSet<String> {
+    let code = |text: &str| {
+        let word = text.split('"').nth(1).unwrap_or_default();
+        let is_code = !word.is_empty() && word.chars().all(|c| c.is_ascii_lowercase() || c == '_');
+        is_code.then(|| word.to_owned())
+    };
+    let mut codes = BTreeSet::new();
+    let mut files = vec![root().join("src/migration/stream.rs")];
+    files.extend(fs::read_dir(root().join("src/migration/engine")).unwrap().map(|entry| entry.unwrap().path()));
+    for text in files.into_iter().filter(|path| path.is_file()).map(|path| fs::read_to_string(path).unwrap()) {
+        codes.extend(text.lines().filter(|line| line.contains("code: \"")).filter_map(code));
+        // The bodies of `fn code` and `fn problem`, where an arm says the code, or a code and its hint.
+        for start in ["pub fn code(&self)", "pub(super) fn problem(&self, database"] {
+            let body = text.split(start).nth(1).and_then(|rest| rest.split("\n    }\n").next()).unwrap_or_default();
+            let body = body.split("let object").next().unwrap_or_default();
+            for arm in body.split("=>").skip(1) {
+                codes.extend(code(arm.split(',').next().unwrap_or_default()));
+            }
+        }
+    }
+    codes
+}
+
+#[test]
+fn the_runbook_has_every_alert_and_every_error_code() {
+    let page = fs::read_to_string(root().join("docs/runbook.md")).unwrap();
+    let rules = fs::read_to_string(root().join("dashboards/alerts.yml")).unwrap();
+    let under = |heading: &str| {
+        let part = page.split(&format!("\n## {heading}\n")).nth(1).unwrap();
+        let part = part.split("\n## ").next().unwrap();
+        let named = part.lines().filter_map(|line| line.strip_prefix("### "));
+        named.map(|name| name.trim_matches('`').to_owned()).collect::<BTreeSet<_>>()
+    };
+    let alerts: BTreeSet<String> = values(&rules, "alert").into_iter().map(str::to_owned).collect();
+    assert!(alerts.len() > 10, "{alerts:?}");
+    assert_eq!(under("Alerts"), alerts, "headings on the left, rules on the right");
+    let codes = error_codes();
+    for known in ["connection", "slot_timeout", "slot_lost", "wal_limit", "validation", "target_differs"] {
+        assert!(codes.contains(known), "{known} is not found in the source: {codes:?}");
+    }
+    assert_eq!(under("Error codes"), codes, "headings on the left, codes on the right");
+}
+
 /// The lines below the line `key: |` of a manifest, without their indentation.
 fn literal(manifest: &str, key: &str) -> String {
     let mut lines = manifest.lines().skip_while(|line| line.trim() != format!("{key}: |"));
@@ -362,7 +405,10 @@ fn kubernetes_manifests_start_the_program_that_there_is() {
     let ports: Vec<u16> = values(&manifest, "containerPort").iter().map(|port| port.parse().unwrap()).collect();
     let listening = [config.listen.address.unwrap(), config.admin.address.unwrap()];
     assert_eq!(ports, listening.map(|address| address.port()));
-    assert!(listening.iter().all(|address| address.ip().is_unspecified()), "nothing outside the pod reaches {listening:?}");
+    assert!(
+        listening.iter().all(|address| address.ip().is_unspecified()),
+        "nothing outside the pod reaches {listening:?}"
+    );
     let router = fs::read_to_string(root().join("src/admin/http/mod.rs")).unwrap();
     let mut asked = values(&manifest, "path");
     asked.extend(values(&monitor, "path"));

@@ -1,4 +1,4 @@
-//! Migrations by roles that are no superusers: with the grants that the administrators of managed services have, on plain
+//! Migrations by roles that are no superusers: with the grants that the guides to managed services give, on plain
 //! PostgreSQL. There and back under load, with nothing lost; and what is missing is named before anything is begun.
 //!
 //! What a service gives in a way of its own is given here in PostgreSQL's: `rds_replication` by REPLICATION, the right to set
@@ -18,20 +18,26 @@ use support::{connect, connect_with, installations, shop, try_connect, wait_for}
 struct Profile {
     /// The role that everything is granted to.
     group: &'static str,
-    /// Run by the one superuser there is, which belongs to the service; `{login}` is the administrator.
+    /// Run by the one superuser there is, which belongs to the service.
     sql: &'static str,
-    /// The administrator.
-    login: &'static str,
+    /// The page whose first block of SQL makes the role that pgcutover logs in as.
+    guide: &'static str,
+    /// What the service's own roles give that role, and these cannot.
+    further: &'static str,
 }
+
+/// The role that every guide makes.
+const LOGIN: &str = "pgcutover";
 
 const RDS: Profile = Profile {
     group: "rds_superuser",
     sql: "CREATE ROLE rdsadmin SUPERUSER LOGIN;
           CREATE ROLE rds_superuser; CREATE ROLE rds_replication; CREATE ROLE rds_password;
           GRANT pg_monitor, pg_signal_backend, rds_replication, rds_password TO rds_superuser WITH ADMIN OPTION;
-          CREATE ROLE {login} LOGIN CREATEDB CREATEROLE REPLICATION IN ROLE rds_superuser;
-          ALTER DATABASE postgres OWNER TO {login}",
-    login: "master",
+          CREATE ROLE master LOGIN CREATEDB CREATEROLE IN ROLE rds_superuser;
+          ALTER DATABASE postgres OWNER TO master",
+    guide: include_str!("../docs/guides/rds.md"),
+    further: "ALTER ROLE pgcutover REPLICATION",
 };
 
 const AZURE: Profile = Profile {
@@ -39,9 +45,10 @@ const AZURE: Profile = Profile {
     sql: "CREATE ROLE azuresu SUPERUSER LOGIN;
           CREATE ROLE azure_pg_admin;
           GRANT pg_monitor, pg_signal_backend TO azure_pg_admin WITH ADMIN OPTION;
-          CREATE ROLE {login} LOGIN CREATEDB CREATEROLE REPLICATION IN ROLE azure_pg_admin;
-          ALTER DATABASE postgres OWNER TO azure_pg_admin",
-    login: "azureuser",
+          CREATE ROLE azureuser LOGIN CREATEDB CREATEROLE REPLICATION IN ROLE azure_pg_admin;
+          ALTER DATABASE postgres OWNER TO azureuser",
+    guide: include_str!("../docs/guides/azure.md"),
+    further: "",
 };
 
 const CLOUD_SQL: Profile = Profile {
@@ -49,22 +56,24 @@ const CLOUD_SQL: Profile = Profile {
     sql: "CREATE ROLE cloudsqladmin SUPERUSER LOGIN;
           CREATE ROLE cloudsqlsuperuser CREATEDB CREATEROLE;
           GRANT pg_monitor, pg_signal_backend TO cloudsqlsuperuser WITH ADMIN OPTION;
-          CREATE ROLE {login} LOGIN CREATEDB CREATEROLE REPLICATION IN ROLE cloudsqlsuperuser;
-          ALTER DATABASE postgres OWNER TO cloudsqlsuperuser",
-    login: "gcadmin",
+          CREATE ROLE gcadmin LOGIN CREATEDB CREATEROLE REPLICATION IN ROLE cloudsqlsuperuser;
+          ALTER DATABASE postgres OWNER TO gcadmin",
+    guide: include_str!("../docs/guides/cloud-sql.md"),
+    further: "",
 };
 
-/// Of every administrator, where one is asked for.
-const PASSWORD: &str = "of the administrator";
+/// The one in the guides.
+const PASSWORD: &str = "change-me";
 
 /// What every service lets its administrator do.
 const REPLICA_ROLE: &str = "GRANT SET ON PARAMETER session_replication_role TO {group}";
 
 impl Profile {
     async fn make(&self, cluster: &Cluster) {
-        let sql = format!("{}; {REPLICA_ROLE}; ALTER ROLE {{login}} PASSWORD '{PASSWORD}'", self.sql)
-            .replace("{login}", self.login)
-            .replace("{group}", self.group);
+        let statements = self.guide.split("```sql\n").nth(1).and_then(|rest| rest.split("```").next());
+        let statements = statements.expect("the guide makes a role");
+        assert!(statements.contains(&format!("CREATE ROLE {LOGIN} LOGIN PASSWORD '{PASSWORD}'")), "{statements}");
+        let sql = format!("{}; {REPLICA_ROLE}; {statements}{}", self.sql, self.further).replace("{group}", self.group);
         connect(cluster, "postgres").await.batch_execute(&sql).await.expect("a superuser may");
     }
 }
@@ -90,13 +99,13 @@ fn application_login(cluster: &Cluster) -> tokio_postgres::Config {
     config
 }
 
-/// The shop, owned by the application's role, as its administrator would have made it.
-async fn furnish(source: &Cluster, profile: &Profile) -> Size {
+/// The shop, owned by the application's role, which the login role is a member of, as the guides have it.
+async fn furnish(source: &Cluster) -> Size {
     let mut login = source.config("postgres");
-    let admin = connect_with(login.user(profile.login)).await;
+    let admin = connect_with(login.user(LOGIN)).await;
     let make = format!("CREATE ROLE {SHOP} LOGIN PASSWORD 'a shop''s password'");
     admin.batch_execute(&make).await.expect("CREATEROLE");
-    admin.batch_execute(&format!("GRANT {SHOP} TO {}", profile.login)).await.expect("CREATEROLE");
+    admin.batch_execute(&format!("GRANT {SHOP} TO {LOGIN}")).await.expect("CREATEROLE");
     admin.batch_execute(&format!("CREATE DATABASE {SHOP} OWNER {SHOP}")).await.expect("CREATEDB");
     let size = Size::at_scale(0.01);
     let client = connect_with(&application_login(source)).await;
@@ -109,11 +118,11 @@ async fn begin(from: Profile, to: Profile, auth: ClusterAuth, further: DaemonOpt
     let (source, target) = clusters(&auth)?;
     from.make(&source).await;
     to.make(&target).await;
-    let size = furnish(&source, &from).await;
+    let size = furnish(&source).await;
     let options = further
         .section("cutover", "max_pause = \"60s\"\ndrain_timeout = \"30s\"\nmax_lag_at_start = \"1GB\"")
-        .section("source", &format!("user = {:?}", from.login))
-        .section("target", &format!("user = {:?}", to.login));
+        .section("source", &format!("user = \"{LOGIN}\""))
+        .section("target", &format!("user = \"{LOGIN}\""));
     let daemon = Daemon::start(&source, &target, options);
     Some(World { source, target, daemon, size })
 }
@@ -195,7 +204,7 @@ async fn where_no_verifier_can_be_read_passwords_are_set_by_hand() {
     assert!(report["reason"].as_str().is_some_and(|reason| reason.contains(SHOP)), "{report}");
 
     let mut login = world.target.config("postgres");
-    let admin = connect_with(login.user(RDS.login)).await;
+    let admin = connect_with(login.user(LOGIN)).await;
     admin.batch_execute(&format!("ALTER ROLE {SHOP} PASSWORD 'a shop''s password'")).await.expect("its own role");
     let report = world.daemon.json(&["migration", "cutover", NAME]);
     assert_eq!(report["outcome"], "switched", "{report}");
