@@ -35,10 +35,11 @@ async fn every_direction_of_the_stream_is_verified_and_repaired() {
 
     // Damage on the target: found, and repaired.
     let there = connect(&world.target, SHOP).await;
-    let victim = "SELECT min(id)::text FROM shop.customer";
-    let id = text(&world.target, victim).await.expect("a customer");
+    // Of a table that the application only reads: what it writes to mends itself.
+    let victim = "SELECT min(id)::text FROM shop.film";
+    let id = text(&world.target, victim).await.expect("a film");
     let harm =
-        format!("SET session_replication_role = replica; UPDATE shop.customer SET name = name || '!' WHERE id = {id}");
+        format!("SET session_replication_role = replica; UPDATE shop.film SET title = title || '!' WHERE id = {id}");
     there.batch_execute(&harm).await.expect("damaged");
     let output = world.daemon.command(&["migration", "verify", NAME, "--output", "json"]);
     assert_eq!(output.status.code(), Some(1), "differences are no success");
@@ -48,7 +49,7 @@ async fn every_direction_of_the_stream_is_verified_and_repaired() {
     let control = connect(&world.target, "postgres").await;
     let journal =
         control.query_one("SELECT table_name, what::text FROM pgcutover.repair", &[]).await.expect("journalled");
-    assert_eq!((journal.get(0), journal.get(1)), ("customer", format!("{{\"keys\": [[\"{id}\"]]}}").as_str()));
+    assert_eq!((journal.get(0), journal.get(1)), ("film", format!("{{\"keys\": [[\"{id}\"]]}}").as_str()));
 
     // There: the server that was left follows, and is shut.
     let report = world.daemon.json(&["migration", "cutover", NAME]);
@@ -98,11 +99,10 @@ async fn killed_in_the_middle_of_a_table_it_goes_on_behind_what_was_compared() {
     let sql = "SELECT jsonb_array_length(plan -> 'bounds')::int8 + 1 FROM pgcutover.verification_begun WHERE table_name = 'large'";
     let ranges: i64 = control.query_one(sql, &[]).await.expect("begun").get(0);
     assert!(before < ranges, "{before} of {ranges}");
-    let rows: i64 = control
-        .query_one("SELECT sum((result ->> 'rows')::int8)::int8 FROM pgcutover.verification_chunk", &[])
-        .await
-        .expect("rows")
-        .get(0);
+    // What differed is looked at again.
+    let equal = "SELECT coalesce(sum((result ->> 'rows')::int8), 0)::int8 FROM pgcutover.verification_chunk
+                  WHERE result ->> 'differences' = '0'";
+    let rows: i64 = control.query_one(equal, &[]).await.expect("rows").get(0);
 
     world.daemon.restart();
     world.wait_until(READY).await;
@@ -111,7 +111,7 @@ async fn killed_in_the_middle_of_a_table_it_goes_on_behind_what_was_compared() {
     let large = report["tables"].as_array().and_then(|tables| tables.iter().find(|table| table["name"] == "large"));
     let large = large.unwrap_or_else(|| panic!("not listed: {report:#}"));
     assert_eq!((&large["rows"], &large["differences"]), (&Value::from(ROWS), &Value::from(2)), "{large:#}");
-    assert_eq!(large["listed"][0], serde_json::json!({"kind": "differs", "key": ["1"]}), "from before: {large:#}");
+    assert_eq!(large["listed"][0], serde_json::json!({"kind": "differs", "key": ["1"]}), "{large:#}");
     assert_eq!(large["listed"][1], serde_json::json!({"kind": "missing", "key": [ROWS.to_string()]}), "{large:#}");
     // Of this process; the shop's own tables are counted too, those that were done before are not.
     let metrics = metrics(&world);

@@ -79,14 +79,15 @@ pub struct VerifiedRow {
 
 impl MigrationCatalog {
     /// Begins a run along a stream. One along the same stream that was interrupted goes on: its results stay. Earlier ones
-    /// are forgotten otherwise.
+    /// are forgotten otherwise, and so are those of a run that was begun more than a day ago: they tell of then.
     pub async fn begin_verification(&self, migration: &str, stream: &str) -> Result<(), CatalogError> {
         let client = self.client().await?;
         let written = client
             .execute(
                 "WITH engine AS (SELECT FROM pgcutover.engine WHERE generation = $2),
                  open AS (
-                     SELECT FROM pgcutover.verification_run WHERE migration = $1 AND NOT complete AND stream = $3),
+                     SELECT FROM pgcutover.verification_run
+                      WHERE migration = $1 AND NOT complete AND stream = $3 AND began_at > now() - interval '1 day'),
                  forgotten AS (
                      DELETE FROM pgcutover.verification
                       WHERE migration = $1 AND NOT EXISTS (SELECT FROM open) AND EXISTS (SELECT FROM engine)),
@@ -95,7 +96,8 @@ impl MigrationCatalog {
                       WHERE migration = $1 AND NOT EXISTS (SELECT FROM open) AND EXISTS (SELECT FROM engine))
                  INSERT INTO pgcutover.verification_run (migration, complete, stream)
                  SELECT $1, false, $3 FROM engine
-                 ON CONFLICT (migration) DO UPDATE SET complete = false, stream = excluded.stream, began_at = now()",
+                 ON CONFLICT (migration) DO UPDATE SET complete = false, stream = excluded.stream,
+                     began_at = CASE WHEN EXISTS (SELECT FROM open) THEN verification_run.began_at ELSE now() END",
                 &[&migration, &self.generation().0, &stream],
             )
             .await

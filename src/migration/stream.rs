@@ -40,7 +40,7 @@ use crate::failpoint::{self, Failpoints};
 use crate::ident::QualifiedName;
 use crate::lsn::Lsn;
 use crate::postgres::walsender::{Feedback, WalsenderError};
-use crate::postgres::{ConnectError, Connector, Control, PipelineError, RawConnection, RawError};
+use crate::postgres::{ConnectError, Connector, Control, PipelineError, RawConnection, RawError, without_values};
 use crate::switch::Epoch;
 use crate::telemetry::metrics::Metrics;
 
@@ -353,17 +353,22 @@ pub async fn run(context: &StreamContext, status: &StreamStatus) -> StreamError 
     }
 }
 
-/// An error with its causes, in one line.
+/// An error with its causes, in one line. Values of rows are not in it, as far as a server's answer tells that they are.
 pub(super) fn describe(error: &(dyn std::error::Error + 'static)) -> String {
-    let mut text = error.to_string();
-    let mut cause = error.source();
+    let shown = |error: &(dyn std::error::Error + 'static)| match error.downcast_ref() {
+        Some(answer) => without_values(answer),
+        None => error.to_string(),
+    };
+    let mut text = shown(error);
+    let mut cause = error.source().filter(|_| !error.is::<tokio_postgres::Error>());
     while let Some(inner) = cause {
-        let inner_text = inner.to_string();
+        let inner_text = shown(inner);
         if !text.contains(&inner_text) {
             text.push_str(": ");
             text.push_str(&inner_text);
         }
-        cause = inner.source();
+        // What is behind an answer of the server is the answer itself.
+        cause = inner.source().filter(|_| !inner.is::<tokio_postgres::Error>());
     }
     text
 }

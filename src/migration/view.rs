@@ -348,6 +348,9 @@ pub struct VerificationView {
     pub eta_seconds: Option<f64>,
 }
 
+/// Definitions of one database that are listed when they differ; all of them count.
+const DEFINITIONS_LISTED: usize = 200;
+
 /// What a verification came to.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, schemars::JsonSchema)]
 pub struct VerifyReport {
@@ -413,8 +416,9 @@ impl VerifyReport {
     }
 
     /// Adds what was found among the definitions of a database.
-    pub fn add_definitions(&mut self, found: VerifiedDatabase) {
+    pub fn add_definitions(&mut self, mut found: VerifiedDatabase) {
         self.differences += found.definitions.len() as u64;
+        found.definitions.truncate(DEFINITIONS_LISTED);
         if !found.definitions.is_empty() {
             self.definitions.push(found);
         }

@@ -23,10 +23,29 @@ impl ErrorReport {
     /// The primary message, unless it is of a kind that quotes values: data exceptions (class 22, `invalid input syntax
     /// for type integer: "…"`) and what functions raise themselves (class P0).
     fn without_data(&self, code: &str) -> &str {
-        match code.get(..2) {
-            Some("22" | "P0") => "the message may quote data and is in the server's log",
-            _ => &self.message,
-        }
+        if quotes_data(code) { IN_THE_LOG } else { &self.message }
+    }
+}
+
+/// Instead of a message that may quote data.
+const IN_THE_LOG: &str = "the message may quote data and is in the server's log";
+
+/// Whether messages of this SQLSTATE quote values.
+fn quotes_data(code: &str) -> bool {
+    matches!(code.get(..2), Some("22" | "P0"))
+}
+
+/// An error as it may be logged and shown: neither the message nor DETAIL of a kind that quotes values. Integrity
+/// violations (class 23) name the constraint in the message, and quote the row in DETAIL.
+pub fn without_values(error: &tokio_postgres::Error) -> String {
+    let Some(report) = error.as_db_error() else { return error.to_string() };
+    let (severity, code) = (report.severity(), report.code().code());
+    if quotes_data(code) {
+        format!("{severity} {code}: {IN_THE_LOG}")
+    } else if code.starts_with("23") {
+        format!("{severity} {code}: {}", report.message())
+    } else {
+        error.to_string()
     }
 }
 

@@ -31,7 +31,7 @@ pub mod walsender;
 pub use connect::{ConnectError, Connector, Control, InstanceId};
 pub use copy::{CopyError, CopyIn, CopyOut, Direction, Moved};
 pub use dial::watch_link;
-pub use error::{ErrorReport, RawError};
+pub use error::{ErrorReport, RawError, without_values};
 pub use frame::Frame;
 pub use pipeline::{EncodeError, Outcome, Pipeline, PipelineError, Sent};
 pub use raw::{Credential, Login, ParkedConnection, RawConnection, TextRows};

@@ -31,7 +31,7 @@ use crate::postgres::{Login, ParkedConnection};
 use crate::switch::{Epoch, ServerRole};
 
 /// How long a connection may take to be wiped, and to close.
-const PATIENCE: Duration = Duration::from_secs(1);
+const PATIENCE: Duration = Duration::from_secs(3);
 
 /// What a connection was like right after its login.
 #[derive(Debug)]

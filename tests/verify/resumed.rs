@@ -199,3 +199,37 @@ async fn an_interrupted_run_goes_on_within_a_table_across_majors() {
     let (old, new) = found.pair().expect("checked by installations()");
     goes_on(old, new).await;
 }
+
+/// A snapshot that is held keeps every version of a row that is updated meanwhile.
+#[tokio::test(flavor = "multi_thread")]
+async fn no_snapshot_is_held_while_it_rests() {
+    let found = installations();
+    let newest = found.newest_with_client_tools().expect("checked by installations()");
+    let bench = Streamed::between((newest, newest), TABLES, &["ordered", "scattered"]).await;
+    let here = connect(&bench.source, "shop").await;
+    // The rows are on both servers before the stream begins.
+    connect(&bench.target, "shop").await.batch_execute(&fill()).await.expect("rows");
+    here.batch_execute(&format!("ALTER PUBLICATION p DROP TABLE ordered, scattered; {}", fill())).await.expect("rows");
+    here.batch_execute("ALTER PUBLICATION p ADD TABLE ordered, scattered").await.expect("published");
+    let (status, running) = bench.run();
+    // Somebody is at work there all the time, without a snapshot.
+    let other = connect(&bench.source, "shop").await;
+    other.batch_execute("BEGIN").await.expect("begun");
+    let record = Record::until(None);
+    let slow =
+        VerifyContext { workers: 1, busy_percent: 1, ..context(&bench, &status.gate, record.clone(), Damaged::Listed) };
+    let tables = vec![QualifiedName::new("public", "ordered")];
+    let verifying = tokio::spawn(async move { verify::tables(&slow, tables, HashMap::new()).await });
+    let compared = || record.numbers().len();
+    wait_for("a range to be compared", || async { compared() > 0 }).await;
+    let held = "SELECT count(*) FROM pg_stat_activity WHERE application_name LIKE 'pgcutover/%/verify-snapshot'";
+    wait_for("its snapshot to be gone", || async {
+        here.query_one(held, &[]).await.expect("sessions").get::<_, i64>(0) == 0
+    })
+    .await;
+    assert!(!verifying.is_finished(), "before the end");
+    let before = compared();
+    wait_for("another range to be compared", || async { compared() > before }).await;
+    verifying.abort();
+    running.abort();
+}

@@ -25,7 +25,7 @@ use crate::telemetry::metrics::Metrics;
 /// Which tables are compared.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Scope {
-    /// All of them; those that an interrupted run has compared are not read again.
+    /// All of them; those that an interrupted run has found equal, not long ago, are not read again.
     Every,
     /// Those that were never compared, that differed, or that were written to since.
     Changed,
@@ -61,11 +61,11 @@ impl Work {
         format!("{} {}", self.direction.as_str(), epochs.collect::<Vec<_>>().join(" "))
     }
 
-    /// What an interrupted run has left of large tables. Ranges that differ are read again when they are to be repaired.
-    fn resumed(&self, row: BegunRow) -> Option<(QualifiedName, Begun)> {
+    /// What an interrupted run has left of large tables. Ranges that differ are read again: they may have been mended.
+    fn resumed(row: BegunRow) -> Option<(QualifiedName, Begun)> {
         let mut begun: Begun = serde_json::from_value(row.plan).ok()?;
         let chunk = |(number, result)| Some((number, serde_json::from_value::<ChunkResult>(result).ok()?));
-        let keeps = |(_, result): &(u32, ChunkResult)| self.damaged == Damaged::Listed || result.differences == 0;
+        let keeps = |(_, result): &(u32, ChunkResult)| result.differences == 0;
         begun.done = row.chunks.into_iter().filter_map(chunk).filter(keeps).collect();
         Some((row.table, begun))
     }
@@ -145,21 +145,19 @@ impl Engine {
         for database in &live.databases {
             let mut wanted = Vec::new();
             let here = left.extract_if(.., |row| row.database == database.name);
-            let begun: HashMap<QualifiedName, Begun> = here.filter_map(|row| order.resumed(row)).collect();
+            let begun: HashMap<QualifiedName, Begun> = here.filter_map(Work::resumed).collect();
             for (table, bytes) in database.table_sizes() {
                 let row = known.iter().find(|row| row.database == database.name && row.table == table);
                 let result = row.and_then(|row| serde_json::from_value::<TableResult>(row.result.clone()).ok());
-                let still = match scope {
-                    // What differed is to be repaired.
-                    Scope::Every => {
-                        order.damaged == Damaged::Listed || result.as_ref().is_some_and(TableResult::is_equal)
-                    }
-                    Scope::Changed => {
-                        result.as_ref().is_some_and(TableResult::is_equal)
-                            && database.verified_changes(&table) == Some(database.changes(&table))
-                    }
+                // What differed may have been mended, or is to be.
+                let still = |result: &TableResult| {
+                    result.is_equal()
+                        && match scope {
+                            Scope::Every => true,
+                            Scope::Changed => database.verified_changes(&table) == Some(database.changes(&table)),
+                        }
                 };
-                match result.filter(|_| still) {
+                match result.filter(still) {
                     Some(result) => report.add_table(&database.name, result),
                     None => {
                         bytes_total += bytes;

@@ -11,6 +11,7 @@
 //! large objects, rows of unlogged tables and of materialized views); the members of extensions, which belong to the
 //! extension's version, and that version between majors, of which each brings its own.
 
+use std::cmp::Ordering;
 use std::collections::BTreeMap;
 
 use serde::{Deserialize, Serialize};
@@ -18,9 +19,6 @@ use serde::{Deserialize, Serialize};
 use super::VerifyError;
 use super::align::Sides;
 use crate::postgres::Control;
-
-/// Differences of one database that are listed.
-const LISTED: usize = 200;
 
 /// `kind`, `name`, `definition` of everything.
 const DEFINITIONS: &str = include_str!("definitions.sql");
@@ -38,35 +36,35 @@ pub struct DefinitionDifference {
     pub kind: String,
     /// Its name, with what it belongs to.
     pub name: String,
-    /// `missing` on the target, `extra` there, `differs`, or `ahead` for a sequence that the target has used.
+    /// `missing` on the target, `extra` there, `differs`; of a sequence `ahead`, where the target has used it, and `behind`,
+    /// where no cutover will set it any more.
     pub difference: String,
 }
 
-/// Compares the definitions, and sees to it that no sequence of the target is ahead of the source's. (Behind it they all
-/// are: a cutover sets them exactly.)
+/// Compares the definitions, and sees to it that no sequence of the target is ahead of the source's. Behind it they all
+/// are as long as a cutover is to come, which sets them exactly; where none is, that is a difference too.
 pub async fn compare(sides: &Sides) -> Result<Vec<DefinitionDifference>, VerifyError> {
     let source = sides.enter_source("verify-definitions").await?;
     let target = sides.enter_target("verify-definitions").await?;
     let alike = source.version_num() / 10_000 == target.version_num() / 10_000;
     let found = differences(&read(&source, alike).await?, &read(&target, alike).await?);
     // The target first: what the source gives out meanwhile only brings it further.
-    let (behind, ahead) = (sequences(&target).await?, sequences(&source).await?);
-    let ahead = behind.into_iter().filter_map(|(name, (increment, target))| {
-        let source = ahead.get(&name)?.1;
-        let beyond = match (target, source) {
-            (Some(target), Some(source)) => {
-                if increment > 0 {
-                    target > source
-                } else {
-                    target < source
-                }
-            }
-            (Some(_), None) => true,
-            (None, _) => false,
+    let (there, here) = (sequences(&target).await?, sequences(&source).await?);
+    let cutover_to_come = sides.gate.is_some();
+    let apart = there.into_iter().filter_map(|(name, (increment, target))| {
+        let difference = match position(increment, target).cmp(&position(increment, here.get(&name)?.1)) {
+            Ordering::Greater => "ahead",
+            Ordering::Less if !cutover_to_come => "behind",
+            Ordering::Less | Ordering::Equal => return None,
         };
-        beyond.then(|| DefinitionDifference { kind: "sequence".to_owned(), name, difference: "ahead".to_owned() })
+        Some(DefinitionDifference { kind: "sequence".to_owned(), name, difference: difference.to_owned() })
     });
-    Ok(found.into_iter().chain(ahead).take(LISTED).collect())
+    Ok(found.into_iter().chain(apart).collect())
+}
+
+/// How far a sequence is, whichever way it counts; none: it was never called.
+fn position(increment: i64, last: Option<i64>) -> Option<i128> {
+    last.map(|last| i128::from(last) * i128::from(increment.signum()))
 }
 
 /// Objects of one name (overloads are told apart by their arguments) stand side by side.

@@ -27,8 +27,25 @@ pub(super) struct Found {
 #[derive(Clone, Debug, PartialEq, Eq)]
 struct Group {
     key: i64,
-    /// Hash and shown key of each row, by hash.
-    rows: Vec<(i64, Vec<Option<String>>)>,
+    /// By hash.
+    rows: Vec<Same>,
+}
+
+/// Rows with one hash: more than one in tables without a key alone, and then perhaps very many.
+#[derive(Clone, Debug, PartialEq, Eq)]
+struct Same {
+    hash: i64,
+    count: u64,
+    /// The keys of the first of them.
+    shown: Vec<Vec<Option<String>>>,
+}
+
+impl Same {
+    /// Takes so many away, those first of which nothing is known.
+    fn take(&mut self, count: u64) {
+        self.count -= count;
+        self.shown.truncate(usize::try_from(self.count).unwrap_or(usize::MAX));
+    }
 }
 
 /// Compares the rows of `buckets`, of the part `number` where each is compared on its own.
@@ -67,34 +84,45 @@ impl Found {
         let before = self.differences;
         let mut missing = source.map(|group| group.rows).unwrap_or_default();
         let mut extra = target.map(|group| group.rows).unwrap_or_default();
-        missing.retain(|(hash, _)| match extra.iter().position(|(other, _)| other == hash) {
-            Some(same) => {
-                extra.swap_remove(same);
-                false
-            }
-            None => true,
-        });
-        let mut extra = extra.into_iter();
-        for (_, key) in missing {
-            let differs = keyed && extra.next().is_some();
-            self.note(if differs { DifferenceKind::Differs } else { DifferenceKind::Missing }, key, keyed);
+        for same in &mut missing {
+            let Some(other) = extra.iter_mut().find(|other| other.hash == same.hash) else { continue };
+            let both = same.count.min(other.count);
+            same.take(both);
+            other.take(both);
         }
-        for (_, key) in extra {
-            self.note(DifferenceKind::Extra, key, keyed);
+        missing.retain(|same| same.count > 0);
+        extra.retain(|same| same.count > 0);
+        // A key is there once on each server, or something is very wrong.
+        let mut changed = if keyed { extra.iter().map(|same| same.count).sum() } else { 0 };
+        for Same { count, shown, .. } in missing {
+            let differ = count.min(changed);
+            changed -= differ;
+            let (first, rest) = shown.split_at(shown.len().min(usize::try_from(differ).unwrap_or(usize::MAX)));
+            self.note(DifferenceKind::Differs, differ, first, keyed);
+            self.note(DifferenceKind::Missing, count - differ, rest, keyed);
+            extra.iter_mut().fold(differ, |left, same| {
+                let gone = left.min(same.count);
+                same.take(gone);
+                left - gone
+            });
+        }
+        for Same { count, shown, .. } in extra {
+            self.note(DifferenceKind::Extra, count, &shown, keyed);
         }
         if !keyed && self.differences > before && self.damage.hashes.len() < DAMAGE {
             self.damage.hashes.extend(hash);
         }
     }
 
-    fn note(&mut self, kind: DifferenceKind, key: Vec<Option<String>>, keyed: bool) {
-        self.differences += 1;
-        if keyed && self.damage.keys.len() < DAMAGE {
-            self.damage.keys.push(key.clone());
+    /// So many rows, of which the first ones' keys are known.
+    fn note(&mut self, kind: DifferenceKind, count: u64, shown: &[Vec<Option<String>>], keyed: bool) {
+        self.differences += count;
+        if keyed {
+            let room = DAMAGE - self.damage.keys.len().min(DAMAGE);
+            self.damage.keys.extend(shown.iter().take(room).cloned());
         }
-        if self.listed.len() < LISTED {
-            self.listed.push(RowDifference { kind, key });
-        }
+        let room = LISTED - self.listed.len().min(LISTED);
+        self.listed.extend(shown.iter().take(room).map(|key| RowDifference { kind, key: key.clone() }));
     }
 }
 
@@ -118,14 +146,22 @@ impl Groups {
     /// few places are kept.
     async fn next(&mut self) -> Result<Option<Group>, VerifyError> {
         let Some(first) = self.next.take() else { return Ok(None) };
-        let mut group = Group { key: first.get(0), rows: vec![(first.get(1), first.get(2))] };
+        let same = |row: &Row| Same { hash: row.get(1), count: 1, shown: vec![row.get(2)] };
+        let mut group = Group { key: first.get(0), rows: vec![same(&first)] };
         while let Some(row) = self.rows.next().await.map(streamed("reading rows that differ")).transpose()? {
             if row.get::<_, i64>(0) != group.key {
                 self.next = Some(row);
                 break;
             }
-            let shown = if group.rows.len() < LISTED { row.get(2) } else { Vec::new() };
-            group.rows.push((row.get(1), shown));
+            match group.rows.last_mut() {
+                Some(last) if last.hash == row.get::<_, i64>(1) => {
+                    last.count += 1;
+                    if last.shown.len() < LISTED {
+                        last.shown.push(row.get(2));
+                    }
+                }
+                _ => group.rows.push(same(&row)),
+            }
         }
         Ok(Some(group))
     }
@@ -136,7 +172,17 @@ mod tests {
     use super::*;
 
     fn group(hashes: &[i64]) -> Option<Group> {
-        let rows = hashes.iter().map(|&hash| (hash, vec![Some(format!("k{hash}"))])).collect();
+        let mut rows: Vec<Same> = Vec::new();
+        for &hash in hashes {
+            let key = vec![Some(format!("k{hash}"))];
+            match rows.iter_mut().find(|same| same.hash == hash) {
+                Some(same) => {
+                    same.count += 1;
+                    same.shown.push(key);
+                }
+                None => rows.push(Same { hash, count: 1, shown: vec![key] }),
+            }
+        }
         Some(Group { key: 1, rows })
     }
 

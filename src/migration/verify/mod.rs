@@ -287,7 +287,12 @@ pub async fn tables(
             left.retain(|name| *name != table);
         }
         match ended {
-            Ok(()) => retries = 0,
+            Ok(rest) => {
+                retries = 0;
+                if !left.is_empty() {
+                    tokio::time::sleep(rest).await;
+                }
+            }
             Err(error) if error.is_transient() && retries < RETRIES => {
                 retries += 1;
                 let error = crate::migration::stream::describe(&error);

@@ -1,10 +1,15 @@
 //! One round: a pair of snapshots, and as much as is read under it.
+//!
+//! As long as a snapshot lives, no version of a row that was replaced since can be removed, and a row that is updated all
+//! the time has more of them every second. So a round is short where there is other work, and the rest that follows is taken
+//! when its snapshots are gone; only what must be read under one snapshot is read to its end.
 
 use std::collections::{BTreeMap, HashMap, VecDeque};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use futures_util::stream::{self, TryStreamExt as _};
+use tokio::time::Instant;
 
 use super::align::{Pair, align};
 use super::chunks::{Begun, ChunkResult};
@@ -19,6 +24,15 @@ use crate::postgres::Control;
 /// A round ends with the part that makes it this large, in bytes, or with the table where that is compared as a whole: no
 /// snapshot holds back vacuum for ever.
 const ROUND_BYTES: u64 = 16 << 30;
+
+/// No part is begun later than this in a round, but for those of tables that are compared as a whole.
+const ROUND_TIME: Duration = Duration::from_secs(30);
+
+/// A longer rest ends the round.
+const SHORT_REST: Duration = Duration::from_millis(250);
+
+/// Tables are looked at for so long before those that were are read.
+const PLAN_TIME: Duration = Duration::from_secs(2);
 
 /// A source that had other work to do is spared for so long.
 const BUSY: Duration = Duration::from_secs(5);
@@ -45,14 +59,14 @@ pub(super) enum Ended {
 }
 
 /// Compares the first of `left`, or `locked` if there are any, under one pair of snapshots. What is in `done` is done, also
-/// when it fails.
+/// when it fails. Returns how long to rest before the next one.
 pub(super) async fn round(
     context: &VerifyContext,
     left: &VecDeque<QualifiedName>,
     locked: &[QualifiedName],
     pasts: &HashMap<QualifiedName, Past>,
     done: &Mutex<Vec<Ended>>,
-) -> Result<(), VerifyError> {
+) -> Result<Duration, VerifyError> {
     let pair = align(&context.sides, locked).await?;
     let hasher = hasher(&pair).await?;
     let mut round = Round {
@@ -63,6 +77,8 @@ pub(super) async fn round(
         done,
         plans: Vec::new(),
         progress: Vec::new(),
+        reading_since: Instant::now(),
+        rest: Mutex::default(),
         busy: Mutex::default(),
         idle: Mutex::default(),
     };
@@ -74,13 +90,15 @@ pub(super) async fn round(
     let tables = left.iter().filter(|table| locked.is_empty() || locked.contains(table));
     let parts = Box::pin(round.plan(tables, &hasher)).await?;
     let workers = if round.locked { 1 } else { context.workers.max(1) };
+    round.reading_since = Instant::now();
     let round = &round;
     let parts = stream::iter(parts.into_iter().map(Ok));
-    parts.try_for_each_concurrent(workers, |(index, part)| round.part(index, part)).await
+    parts.try_for_each_concurrent(workers, |(index, part)| round.part(index, part)).await?;
+    Ok(*lock(&round.rest))
 }
 
 fn note(done: &Mutex<Vec<Ended>>, ended: Ended) {
-    done.lock().unwrap_or_else(PoisonError::into_inner).push(ended);
+    lock(done).push(ended);
 }
 
 /// What the workers of a round share.
@@ -94,8 +112,12 @@ struct Round<'a> {
     /// For each plan, what was found so far.
     progress: Vec<Mutex<Progress>>,
     done: &'a Mutex<Vec<Ended>>,
+    /// When the first part was begun.
+    reading_since: Instant,
+    /// The longest that is left to take; not zero: the round ends.
+    rest: Mutex<Duration>,
     /// When the source was last seen at other work.
-    busy: Mutex<Option<tokio::time::Instant>>,
+    busy: Mutex<Option<Instant>>,
     /// Sessions that no worker has at the moment.
     idle: Mutex<Vec<Worker>>,
 }
@@ -105,6 +127,10 @@ struct Round<'a> {
 struct Progress {
     /// Parts that are not read yet.
     left: usize,
+    /// One of them is, or is being read.
+    begun: bool,
+    /// One of them is for another round.
+    put_off: bool,
     /// Of a table that is compared as a whole.
     sums: Sums,
     /// Of one that is not: what this round has compared.
@@ -158,6 +184,7 @@ impl Round<'_> {
         let (source, target) =
             own.as_ref().map_or((&self.pair.source, &self.pair.target), |own| (&own.source, &own.target));
         let samplers = Readers { source, target, snapshots: None };
+        let since = Instant::now();
         for table in tables {
             let begun = self.pasts.get(table).and_then(|past| past.begun.as_ref());
             let made = Plan::make(self.pair, samplers, self.context, table, hasher, begun).await?;
@@ -186,16 +213,16 @@ impl Round<'_> {
             parts.extend(left.iter().map(|part| (self.plans.len(), *part)));
             self.progress.push(Mutex::new(Progress { left: left.len(), ..Progress::default() }));
             self.plans.push(plan);
-            if bytes >= ROUND_BYTES {
+            if bytes >= ROUND_BYTES || since.elapsed() >= PLAN_TIME {
                 break;
             }
         }
-        self.idle.lock().unwrap_or_else(PoisonError::into_inner).extend(own);
+        lock(&self.idle).extend(own);
         Ok(parts)
     }
 
     async fn worker(&self) -> Result<Worker, VerifyError> {
-        let idle = self.idle.lock().unwrap_or_else(PoisonError::into_inner).pop();
+        let idle = lock(&self.idle).pop();
         if let Some(worker) = idle {
             return Ok(worker);
         }
@@ -214,32 +241,59 @@ impl Round<'_> {
         let (source, target) = (&worker.source, &worker.target);
         let snapshots = Some((self.pair.source_snapshot.as_str(), self.pair.target_snapshot.as_str()));
         self.part_by(index, number, Readers { source, target, snapshots }).await?;
-        self.idle.lock().unwrap_or_else(PoisonError::into_inner).push(worker);
+        lock(&self.idle).push(worker);
         Ok(())
+    }
+
+    /// Whether nothing is begun any more that can wait.
+    fn is_over(&self) -> bool {
+        !self.locked && (!lock(&self.rest).is_zero() || self.reading_since.elapsed() >= ROUND_TIME)
+    }
+
+    /// Whether this part of a table must be read in this round if any is.
+    fn must_be_read(&self, plan: &Plan, progress: &Mutex<Progress>) -> bool {
+        let mut progress = lock(progress);
+        let put_off = self.is_over() && (plan.begun().is_some() || !progress.begun);
+        progress.begun |= !put_off;
+        progress.put_off |= put_off;
+        !put_off
     }
 
     async fn part_by(&self, index: usize, number: u32, readers: Readers<'_>) -> Result<(), VerifyError> {
         let (Some(plan), Some(progress)) = (self.plans.get(index), self.progress.get(index)) else { return Ok(()) };
-        let began = tokio::time::Instant::now();
-        let Part { sums, rows, bytes } = plan.read(readers, number).await?;
-        self.context.observer.moved(rows, bytes);
-        if plan.begun().is_some() {
-            self.chunk(plan, progress, number, sums, readers).await?;
-        } else {
-            locked(progress).sums.add(sums);
+        let began = Instant::now();
+        let is_read = self.must_be_read(plan, progress);
+        if is_read {
+            let Part { sums, rows, bytes } = plan.read(readers, number).await?;
+            self.context.observer.moved(rows, bytes);
+            if plan.begun().is_some() {
+                self.chunk(plan, progress, number, sums, readers).await?;
+            } else {
+                lock(progress).sums.add(sums);
+            }
         }
         let complete = {
-            let mut progress = locked(progress);
+            let mut progress = lock(progress);
             progress.left -= 1;
             (progress.left == 0).then(|| std::mem::take(&mut *progress))
         };
+        let goes_on = complete.is_none() && plan.begun().is_none();
         match complete {
             Some(progress) if plan.begun().is_some() => self.complete_chunks(plan, progress).await?,
-            Some(progress) => self.complete(plan, progress.sums, readers).await?,
-            None => {}
+            Some(progress) if !progress.put_off => self.complete(plan, progress.sums, readers).await?,
+            Some(_) | None => {}
+        }
+        if !is_read {
+            return Ok(());
         }
         let share = if self.is_busy(readers).await { self.context.busy_percent } else { self.context.load_percent };
-        tokio::time::sleep(rest(began.elapsed(), share)).await;
+        let rest = rest(began.elapsed(), share);
+        if goes_on || self.locked || rest <= SHORT_REST {
+            tokio::time::sleep(rest).await;
+        } else {
+            let mut longest = lock(&self.rest);
+            *longest = rest.max(*longest);
+        }
         Ok(())
     }
 
@@ -251,11 +305,10 @@ impl Round<'_> {
             let others = readers.source.query_one(OTHERS, &[]).await;
             // What cannot be told is spared.
             if others.map_or(true, |row| row.get(0)) {
-                let now = tokio::time::Instant::now();
-                *self.busy.lock().unwrap_or_else(PoisonError::into_inner) = Some(now);
+                *lock(&self.busy) = Some(Instant::now());
             }
         }
-        let seen = *self.busy.lock().unwrap_or_else(PoisonError::into_inner);
+        let seen = *lock(&self.busy);
         seen.is_some_and(|seen| seen.elapsed() < BUSY)
     }
 
@@ -306,15 +359,15 @@ impl Round<'_> {
     ) -> Result<(), VerifyError> {
         let found = self.look(plan, number, &sums, readers).await?;
         if self.is_void(plan, readers).await? {
-            locked(progress).rewritten = true;
+            lock(progress).rewritten = true;
         } else if self.repairs(plan, found.differences) {
-            locked(progress).damage.add(found.damage);
+            lock(progress).damage.add(found.damage);
         } else {
             let Found { differences, listed, .. } = found;
             let result = ChunkResult { rows: sums.rows(), differences, listed };
             self.context.observer.chunk(&plan.table, number, &result).await?;
             note(self.done, Ended::Chunk(plan.table.clone(), number, result.clone()));
-            locked(progress).chunks.insert(number, result);
+            lock(progress).chunks.insert(number, result);
         }
         Ok(())
     }
@@ -353,8 +406,8 @@ impl Round<'_> {
     }
 }
 
-fn locked(progress: &Mutex<Progress>) -> std::sync::MutexGuard<'_, Progress> {
-    progress.lock().unwrap_or_else(PoisonError::into_inner)
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 /// How long a worker rests that has read for `took`, to read for `share` percent of its time.
