@@ -426,6 +426,8 @@ pub enum Ddl {
     Refuse,
     /// They are found out, and stop the stream or the cutover.
     Detect,
+    /// Event triggers record them, and they are executed on the target in stream order; what cannot be is refused.
+    Apply,
 }
 
 /// `[migration]`

@@ -199,6 +199,37 @@ impl MigrationCatalog {
         Ok(())
     }
 
+    /// Makes the list of tables of a database what it is now: those that are not written down are ready, and those that are
+    /// not there any more are forgotten.
+    pub async fn set_tables(
+        &self,
+        migration: &str,
+        database: &str,
+        tables: &[QualifiedName],
+    ) -> Result<(), CatalogError> {
+        let client = self.client().await?;
+        let (schemas, names): (Vec<&str>, Vec<&str>) =
+            tables.iter().map(|table| (table.schema.as_str(), table.name.as_str())).unzip();
+        client
+            .execute(
+                "WITH now AS (
+                     SELECT * FROM ROWS FROM (unnest($3::text[]), unnest($4::text[])) AS t (schema_name, table_name)),
+                 gone AS (
+                     DELETE FROM pgcutover.migration_table t USING pgcutover.engine e
+                      WHERE t.migration = $1 AND t.database = $2 AND e.generation = $5
+                        AND NOT EXISTS (SELECT FROM now n
+                                         WHERE n.schema_name = t.schema_name AND n.table_name = t.table_name))
+                 INSERT INTO pgcutover.migration_table (migration, database, schema_name, table_name, state)
+                 SELECT $1, $2, n.schema_name, n.table_name, 'ready' FROM pgcutover.engine e, now n
+                  WHERE e.generation = $5
+                 ON CONFLICT DO NOTHING",
+                &[&migration, &database, &schemas, &names, &self.generation().0],
+            )
+            .await
+            .map_err(|source| CatalogError::query("write the tables down", source))?;
+        Ok(())
+    }
+
     /// The tables of one database of a migration, by name.
     pub async fn tables(&self, migration: &str, database: &str) -> Result<Vec<TableRow>, CatalogError> {
         let client = self.client().await?;

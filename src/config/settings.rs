@@ -142,7 +142,11 @@ impl Config {
         add("migration", "maintenance_work_mem", migration.maintenance_work_mem.clone(), Restart);
         let without = if migration.without_identity == WithoutIdentity::Full { "full" } else { "refuse" };
         add("migration", "without_identity", without.to_owned(), Restart);
-        let ddl = if migration.ddl == Ddl::Refuse { "refuse" } else { "detect" };
+        let ddl = match migration.ddl {
+            Ddl::Refuse => "refuse",
+            Ddl::Detect => "detect",
+            Ddl::Apply => "apply",
+        };
         add("migration", "ddl", ddl.to_owned(), Restart);
         add("migration", "apply_queue", format_size(migration.apply_queue_bytes as u64), Restart);
         add("migration", "bindir", path(migration.bindir.as_ref()), Restart);

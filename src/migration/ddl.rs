@@ -1,4 +1,5 @@
-//! Keeps definitions on the source as they are while a migration runs, where rights allow it.
+//! Keeps definitions on the source as they are while a migration runs, where rights allow it; [`carry`] has what changes them
+//! executed on the target too.
 //!
 //! No logical stream carries definitions. Where the configuration says so, an event trigger on the source refuses whatever
 //! would change them, with a message that says why and what to do. Temporary objects may come and go. It fires for
@@ -7,16 +8,24 @@
 //!
 //! It must never outlive the migration: it is in the journal before it is made, and it is not restored on the target.
 
+pub mod carry;
+
 use tokio_postgres::GenericClient;
 
 use crate::ident::quote_literal;
 
-/// Name of both event triggers is this with what they wait for behind it.
+/// Names of the event triggers are this with what they wait for behind it.
 const TRIGGER: &str = "pgcutover_ddl";
 
-/// Removes it all; nothing when it is not there.
+/// Removes it all, but for what [`carry::UNDO_IDENTITIES_SQL`] removes; nothing when it is not there.
 pub const UNDO_SQL: &str = "DROP EVENT TRIGGER IF EXISTS pgcutover_ddl_end; \
-    DROP EVENT TRIGGER IF EXISTS pgcutover_ddl_drop; DROP FUNCTION IF EXISTS pgcutover.refuse_ddl()";
+    DROP EVENT TRIGGER IF EXISTS pgcutover_ddl_drop; DROP EVENT TRIGGER IF EXISTS pgcutover_ddl_start; \
+    DROP EVENT TRIGGER IF EXISTS pgcutover_ddl_rewrite; \
+    DROP FUNCTION IF EXISTS pgcutover.refuse_ddl(); DROP FUNCTION IF EXISTS pgcutover.on_ddl(); \
+    DROP FUNCTION IF EXISTS pgcutover.record_ddl(text, text, text, json); \
+    DROP FUNCTION IF EXISTS pgcutover.refuse(text, text); DROP FUNCTION IF EXISTS pgcutover.unsettled(text); \
+    DROP FUNCTION IF EXISTS pgcutover.bare(text, boolean); \
+    DROP TABLE IF EXISTS pgcutover.ddl_gate; DROP TABLE IF EXISTS pgcutover.command";
 
 /// Whether an event trigger is one of ours.
 pub fn is_own_trigger(name: &str) -> bool {
@@ -36,11 +45,14 @@ pub enum DdlError {
 
 /// Makes the event triggers of `migration`, anew where they are there already.
 pub async fn refuse(source: &impl GenericClient, migration: &str) -> Result<(), DdlError> {
-    let made = source.batch_execute(&create_sql(migration)).await;
-    made.map_err(|error| match error.code() {
+    source.batch_execute(&create_sql(migration)).await.map_err(not_allowed)
+}
+
+fn not_allowed(error: tokio_postgres::Error) -> DdlError {
+    match error.code() {
         Some(code) if code.code() == "42501" => DdlError::NotAllowed,
         Some(_) | None => DdlError::Query(error),
-    })
+    }
 }
 
 /// Sent as one query, which is one transaction.
@@ -48,14 +60,18 @@ fn create_sql(migration: &str) -> String {
     let detail = format!("The database is being moved by the pgcutover migration {migration}.");
     format!(
         "{UNDO_SQL};
-CREATE FUNCTION pgcutover.refuse_ddl() RETURNS event_trigger LANGUAGE plpgsql SET search_path = pg_catalog AS $body$
+CREATE FUNCTION pgcutover.refuse_ddl() RETURNS event_trigger LANGUAGE plpgsql
+    SET search_path = pg_catalog SET standard_conforming_strings = on AS $body$
 DECLARE
     what text;
 BEGIN
     IF pg_catalog.current_setting('application_name') LIKE 'pgcutover/%' THEN
         RETURN;
     END IF;
-    IF TG_EVENT = 'sql_drop' THEN
+    IF TG_EVENT = 'ddl_command_start' THEN
+        -- Refused at its end, it would leave an invalid index behind.
+        SELECT 'CONCURRENTLY' INTO what WHERE pg_catalog.current_query() ~* '\\mconcurrently\\M';
+    ELSIF TG_EVENT = 'sql_drop' THEN
         SELECT d.object_type || ' ' || d.object_identity INTO what
           FROM pg_catalog.pg_event_trigger_dropped_objects() d WHERE d.original AND NOT d.is_temporary LIMIT 1;
     ELSE
@@ -70,6 +86,8 @@ BEGIN
     END IF;
 END
 $body$;
+CREATE EVENT TRIGGER {TRIGGER}_start ON ddl_command_start
+    WHEN TAG IN ('CREATE INDEX', 'DROP INDEX', 'ALTER TABLE') EXECUTE PROCEDURE pgcutover.refuse_ddl();
 CREATE EVENT TRIGGER {TRIGGER}_end ON ddl_command_end EXECUTE PROCEDURE pgcutover.refuse_ddl();
 CREATE EVENT TRIGGER {TRIGGER}_drop ON sql_drop EXECUTE PROCEDURE pgcutover.refuse_ddl()",
         detail = quote_literal(&detail),

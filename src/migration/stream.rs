@@ -240,6 +240,7 @@ impl StreamError {
             Self::Apply(error) => match error {
                 ApplyError::Execute(ExecuteError::Connection { source, .. }) => transient_pipeline(source),
                 ApplyError::Execute(ExecuteError::Refused { sqlstate, .. }) => transient_sqlstate(sqlstate),
+                ApplyError::Execute(ExecuteError::Command { source, .. }) => transient_pipeline(source),
                 ApplyError::Shape { source, .. } => transient_query(source),
                 ApplyError::StreamEnded => true,
                 ApplyError::Execute(
@@ -267,6 +268,7 @@ impl StreamError {
             Self::Slot(_) | Self::Walsender(_) => "replication",
             Self::SlotAhead { .. } => "slot_ahead",
             Self::Apply(ApplyError::Execute(ExecuteError::WrongCount { .. })) => "target_differs",
+            Self::Apply(ApplyError::Execute(ExecuteError::Command { .. })) => "ddl",
             Self::Apply(ApplyError::Plan(_)) => "schema_differs",
             Self::Apply(_) => "apply",
             Self::Failpoint(_) => "failpoint",

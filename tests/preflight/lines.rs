@@ -264,6 +264,7 @@ pub const RIGHTS: &[(&str, &str)] = &[
     ("source_signal", "neither a superuser"),
     ("target_signal", "neither a superuser"),
     ("create_roles", "owner"),
+    ("apply_ddl", "no superuser"),
     ("session_replication_role", "permission denied"),
     ("create_database", "may not create databases"),
     ("user_casts", "cast (public.shown AS bytea)"),

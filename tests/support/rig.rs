@@ -8,7 +8,7 @@ use std::time::Duration;
 
 use async_trait::async_trait;
 use pgcutover::catalog::journal::MadeObject;
-use pgcutover::config::{self, Config, Environment, Migration, WithoutIdentity};
+use pgcutover::config::{self, Config, Ddl, Environment, Migration, WithoutIdentity};
 use pgcutover::demo::cluster::{Cluster, ClusterOptions};
 use pgcutover::failpoint::Failpoints;
 use pgcutover::migration::copy::{
@@ -113,6 +113,7 @@ impl Rig {
             index_workers: 2,
             part_bytes: 256 * 1024,
             without_identity: WithoutIdentity::Full,
+            ddl: Ddl::Apply,
             slot_timeout: Duration::from_secs(20),
             lock_timeout: Duration::from_millis(500),
             ..whole.migration.clone()

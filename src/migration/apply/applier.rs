@@ -10,20 +10,20 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use bytes::Bytes;
-use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc, watch};
+use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc, oneshot, watch};
 use tokio::time::Instant;
 
 use super::executor::{Encoding, ExecuteError, Executor, Ready};
 use super::gather::{Counts, End, Gatherer, Part, Piece};
 use super::plan::{PlanError, Planned, Planner};
-use super::shape::{ColumnKind, SHAPE_SQL, TableShape, TargetColumn};
+use super::shapes::Shapes;
 use crate::catalog::progress::Progress;
 use crate::failpoint::{self, Failpoints};
 use crate::ident::QualifiedName;
 use crate::lsn::Lsn;
 use crate::migration::view::IncrementalView;
 use crate::pgoutput::{self, Message, Relation};
-use crate::postgres::Control;
+use crate::postgres::{Control, TextRows};
 use crate::telemetry::metrics::{self, Metrics};
 
 /// While changes come without end, pieces that are not full follow each other at this distance: fewer and larger
@@ -65,6 +65,8 @@ pub struct Applied {
     pub markers: VecDeque<String>,
     /// Transactions of the source applied by this process.
     pub transactions: u64,
+    /// Those of them that have changed definitions.
+    pub alterations: u64,
 }
 
 /// Markers that are remembered: more than can be waited for at one time.
@@ -182,8 +184,7 @@ pub struct Applier {
 struct Intake {
     planner: Planner,
     gatherer: Gatherer,
-    /// For the target's catalogue.
-    control: Arc<Control>,
+    shapes: Shapes,
     applied: Arc<watch::Sender<Applied>>,
     /// Of the last transaction of the source that is in a piece or was before, and what is behind it.
     commit_lsn: Lsn,
@@ -196,10 +197,44 @@ struct Intake {
     open: bool,
 }
 
+/// A query, for when the worker has nothing else to do.
+struct Look {
+    sql: String,
+    rows: oneshot::Sender<TextRows>,
+}
+
 /// A piece, and the worker's time.
 struct Order {
     piece: Piece,
     turn: OwnedSemaphorePermit,
+}
+
+/// The way to the worker.
+pub(super) struct Link {
+    orders: mpsc::Sender<Order>,
+    turns: Arc<Semaphore>,
+    looks: mpsc::Sender<Look>,
+}
+
+impl Link {
+    async fn turn(&self) -> OwnedSemaphorePermit {
+        self.turns.clone().acquire_owned().await.expect("never closed")
+    }
+
+    /// Waits until the worker has nothing to do.
+    async fn idle(&self) -> OwnedSemaphorePermit {
+        self.turns.clone().acquire_many_owned(TURNS).await.expect("never closed")
+    }
+
+    /// The rows of a query in the session that applies, behind everything that was handed over: what is applied and not
+    /// committed counts.
+    pub(super) async fn look(&self, sql: String) -> Result<TextRows, ApplyError> {
+        let _nothing_under_way = self.idle().await;
+        let (rows, answer) = oneshot::channel();
+        self.looks.send(Look { sql, rows }).await.map_err(|_| ApplyError::StreamEnded)?;
+        // Where the worker fails, its error is the one to report.
+        answer.await.map_err(|_| ApplyError::StreamEnded)
+    }
 }
 
 /// From pieces to the target's disk.
@@ -239,7 +274,7 @@ impl Applier {
         let intake = Intake {
             planner,
             gatherer: Gatherer::default(),
-            control,
+            shapes: Shapes::new(control),
             applied: applied.clone(),
             commit_lsn: progress.commit_lsn,
             end_lsn: progress.end_lsn,
@@ -260,34 +295,30 @@ impl Applier {
     /// Applies until something fails. Dropping it in between loses nothing: the target rolls an open transaction back.
     pub async fn run(self, queue: mpsc::Receiver<Received>) -> ApplyError {
         let (orders, taken) = mpsc::channel(1);
+        let (looks, asked) = mpsc::channel(1);
+        let link = Link { orders, turns: Arc::new(Semaphore::new(TURNS as usize)), looks };
         // Both halves run until one fails; nothing of the other is needed then.
         tokio::select! {
-            error = self.intake.run(queue, orders) => error,
-            error = self.worker.run(taken) => error,
+            error = self.intake.run(queue, link) => error,
+            error = self.worker.run(taken, asked) => error,
         }
     }
 }
 
 impl Intake {
-    async fn run(mut self, mut queue: mpsc::Receiver<Received>, orders: mpsc::Sender<Order>) -> ApplyError {
-        let turns = Arc::new(Semaphore::new(TURNS as usize));
+    async fn run(mut self, mut queue: mpsc::Receiver<Received>, link: Link) -> ApplyError {
         loop {
-            if let Err(error) = self.step(&mut queue, &orders, &turns).await {
+            if let Err(error) = self.step(&mut queue, &link).await {
                 return error;
             }
         }
     }
 
     /// Takes what is at hand; then hands over what there is, as soon as the worker has time for it and it is due.
-    async fn step(
-        &mut self,
-        queue: &mut mpsc::Receiver<Received>,
-        orders: &mpsc::Sender<Order>,
-        turns: &Arc<Semaphore>,
-    ) -> Result<(), ApplyError> {
+    async fn step(&mut self, queue: &mut mpsc::Receiver<Received>, link: &Link) -> Result<(), ApplyError> {
         for _ in 0..TURN {
             match queue.try_recv() {
-                Ok(received) => self.take(received, orders, turns).await?,
+                Ok(received) => self.take(received, link).await?,
                 Err(mpsc::error::TryRecvError::Disconnected) => return Err(ApplyError::StreamEnded),
                 Err(mpsc::error::TryRecvError::Empty) => break,
             }
@@ -296,13 +327,12 @@ impl Intake {
         let ready = async {
             tokio::time::sleep_until(due.unwrap_or_else(Instant::now)).await;
             // What is not full grows until the worker has nothing else to do.
-            let mut all = turns.clone().acquire_many_owned(TURNS).await.expect("never closed");
-            all.split(1).expect("there are more")
+            link.idle().await.split(1).expect("there are more")
         };
         // Receiving from a queue, waiting for a moment and for a turn all lose nothing when dropped.
         tokio::select! {
-            turn = ready, if due.is_some() => self.hand_over(turn, orders).await,
-            received = queue.recv() => self.take(received.ok_or(ApplyError::StreamEnded)?, orders, turns).await,
+            turn = ready, if due.is_some() => self.hand_over(turn, link).await,
+            received = queue.recv() => self.take(received.ok_or(ApplyError::StreamEnded)?, link).await,
         }
     }
 
@@ -319,7 +349,7 @@ impl Intake {
         }
     }
 
-    async fn hand_over(&mut self, turn: OwnedSemaphorePermit, orders: &mpsc::Sender<Order>) -> Result<(), ApplyError> {
+    async fn hand_over(&mut self, turn: OwnedSemaphorePermit, link: &Link) -> Result<(), ApplyError> {
         self.open = self.planner.in_transaction();
         let piece = if self.open {
             self.gatherer.take()
@@ -328,48 +358,49 @@ impl Intake {
             self.gatherer.take_ended(self.commit_lsn, self.end_lsn)
         };
         self.handed_at = Instant::now();
-        orders.send(Order { piece, turn }).await.map_err(|_| ApplyError::StreamEnded)
+        link.orders.send(Order { piece, turn }).await.map_err(|_| ApplyError::StreamEnded)
     }
 
-    async fn take(
-        &mut self,
-        received: Received,
-        orders: &mpsc::Sender<Order>,
-        turns: &Arc<Semaphore>,
-    ) -> Result<(), ApplyError> {
+    async fn take(&mut self, received: Received, link: &Link) -> Result<(), ApplyError> {
         match received {
             Received::UpTo(position) => {
                 // In the middle of a transaction a keepalive's position is not yet ours to claim.
                 if !self.planner.in_transaction() {
                     self.end_lsn = self.end_lsn.max(position);
-                    self.saw(turns);
+                    self.saw(&link.turns);
                 }
                 Ok(())
             }
             Received::Data { messages, memory } => {
                 self.gatherer.hold(memory);
                 for data in messages {
-                    self.message(data).await?;
-                    if self.gatherer.is_full() && self.gatherer.is_empty() {
+                    let alteration = self.message(data, link).await?;
+                    if self.gatherer.is_full() && self.gatherer.is_empty() && !alteration {
                         self.gatherer.release();
-                    } else if self.gatherer.is_full() {
-                        let turn = turns.clone().acquire_owned().await.expect("never closed");
-                        self.hand_over(turn, orders).await?;
+                    } else if self.gatherer.is_full() || alteration {
+                        let turn = link.turn().await;
+                        self.hand_over(turn, link).await?;
                     }
                 }
-                self.saw(turns);
+                self.saw(&link.turns);
                 Ok(())
             }
         }
     }
 
-    async fn message(&mut self, data: Bytes) -> Result<(), ApplyError> {
-        let planned = match pgoutput::decode(&data, false)? {
+    /// Returns whether a transaction has ended that changed definitions: a value that it added to an enum can be used only
+    /// once it is committed.
+    async fn message(&mut self, data: Bytes, link: &Link) -> Result<bool, ApplyError> {
+        let message = pgoutput::decode(&data, false)?;
+        if self.shapes.is_stale(&message) {
+            for relation in self.shapes.take_stale(&message) {
+                self.learn(relation, link).await?;
+            }
+        }
+        let planned = match message {
             Message::Relation(relation) => {
-                let shape = if Planner::needs_shape(&relation) { Some(self.shape(&relation).await?) } else { None };
-                self.planner.relation(relation, shape)?;
-                self.gatherer.retire(self.planner.take_retired());
-                return Ok(());
+                self.learn(relation, link).await?;
+                return Ok(false);
             }
             other => self.planner.plan(other)?,
         };
@@ -377,12 +408,26 @@ impl Intake {
             Planned::Nothing | Planned::Begin => {}
             Planned::Change(change) => self.gatherer.change(change, data),
             Planned::Truncate(truncation) => self.gatherer.truncate(truncation),
+            Planned::Command(command) => {
+                tracing::info!(tag = command.tag, number = command.id, "a definition is changed as on the source");
+                self.shapes.altered();
+                self.gatherer.command(command);
+            }
             Planned::Commit(committed) => {
                 self.commit_lsn = committed.commit_lsn;
                 self.end_lsn = self.end_lsn.max(committed.end_lsn);
+                let altered = committed.altered;
                 self.gatherer.committed(committed);
+                return Ok(altered);
             }
         }
+        Ok(false)
+    }
+
+    async fn learn(&mut self, relation: Relation, link: &Link) -> Result<(), ApplyError> {
+        let shape = if Planner::needs_shape(&relation) { Some(self.shapes.of(&relation, link).await?) } else { None };
+        self.planner.relation(relation, shape)?;
+        self.gatherer.retire(self.planner.take_retired());
         Ok(())
     }
 
@@ -399,23 +444,6 @@ impl Intake {
                 ahead
             });
         }
-    }
-
-    /// Reads what the relation looks like on the target.
-    async fn shape(&self, relation: &Relation) -> Result<TableShape, ApplyError> {
-        let table = QualifiedName::new(&relation.schema, &relation.name);
-        let rows = self.control.query(SHAPE_SQL, &[&table.to_string()]).await;
-        let rows = rows.map_err(|source| ApplyError::Shape { table, source })?;
-        Ok(TableShape::new(rows.iter().map(|row| {
-            let column = TargetColumn {
-                type_sql: row.get(1),
-                kind: ColumnKind::from_catalogue(row.get(2)),
-                equality: row.get(3),
-                primary_key: row.get(4),
-                cast_from_text: row.get(5),
-            };
-            (row.get(0), column)
-        })))
     }
 }
 
@@ -437,15 +465,23 @@ impl Order {
 }
 
 impl Worker {
-    async fn run(mut self, mut orders: mpsc::Receiver<Order>) -> ApplyError {
+    async fn run(mut self, mut orders: mpsc::Receiver<Order>, mut looks: mpsc::Receiver<Look>) -> ApplyError {
         let mut next = None;
         loop {
             let prepared = match next.take() {
                 Some(prepared) => Ok(prepared),
-                None => match orders.recv().await {
-                    Some(order) => order.prepare(&mut self.executor.encoding),
-                    // The other half has ended, and its error is the one to report.
-                    None => std::future::pending().await,
+                // Receiving loses nothing when dropped. Once the other half has ended, its error is the one to report.
+                None => tokio::select! {
+                    Some(order) = orders.recv() => order.prepare(&mut self.executor.encoding),
+                    Some(look) = looks.recv() => match self.executor.session.look(&look.sql).await {
+                        Ok(rows) => {
+                            // Who has asked is there, or nothing is needed any more.
+                            let _asker_gone = look.rows.send(rows);
+                            continue;
+                        }
+                        Err(error) => Err(error.into()),
+                    },
+                    else => std::future::pending().await,
                 },
             };
             let worked = match prepared {
@@ -495,6 +531,7 @@ impl Worker {
             applied.durable = end.end_lsn;
             applied.seen = applied.seen.max(end.end_lsn);
             applied.transactions += end.transactions;
+            applied.alterations += end.alterations;
             applied.mark(end.markers);
         });
         Ok(())

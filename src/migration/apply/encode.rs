@@ -36,6 +36,8 @@ pub(super) enum Purpose {
     Change { table: Arc<QualifiedName>, operation: Operation, rows: u64 },
     /// Tables are emptied.
     Truncate { table: Arc<QualifiedName> },
+    /// A definition is changed by the command with this tag and number.
+    Command { tag: String, id: String },
     /// Needed for the transaction.
     Control(&'static str),
     /// The progress row.

@@ -29,7 +29,7 @@ use crate::catalog::progress::{LANE, UPDATE_SQL};
 use crate::ident::QualifiedName;
 use crate::migration::stream::transient_sqlstate;
 use crate::pgoutput::{self, Message};
-use crate::postgres::{EncodeError, Outcome, Pipeline, PipelineError, RawConnection, Sent};
+use crate::postgres::{EncodeError, Outcome, Pipeline, PipelineError, RawConnection, Sent, TextRows};
 
 /// Changes that are executed one by one are sent when they come to this many bytes …
 const CHUNK_BYTES: usize = 256 * 1024;
@@ -74,6 +74,16 @@ pub enum ExecuteError {
         rows: u64,
         /// Rows that it should have hit.
         wanted: u64,
+    },
+    /// The target refused a change of a definition.
+    #[error("{tag}, carried over from the source (number {id} in pgcutover.command there), was refused by the target")]
+    Command {
+        /// `CREATE TABLE`
+        tag: String,
+        /// Which.
+        id: String,
+        /// Why.
+        source: PipelineError,
     },
     /// Another engine has claimed the progress row.
     #[error("another pgcutover has taken over the apply; nothing was committed")]
@@ -239,6 +249,7 @@ fn other_way_may_help(error: &ExecuteError) -> bool {
         ExecuteError::Refused { sqlstate, .. } => !transient_sqlstate(sqlstate),
         ExecuteError::WrongCount { .. } => true,
         ExecuteError::Fenced
+        | ExecuteError::Command { .. }
         | ExecuteError::Decode(_)
         | ExecuteError::Connection { .. }
         | ExecuteError::Unsendable(_) => false,
@@ -302,6 +313,11 @@ impl Encoding {
         {
             chunk.sql(&truncation.sql, Purpose::Truncate { table: first.name.clone() })?;
         }
+        if let Some(command) = &piece.command {
+            for sql in command.statements() {
+                chunk.sql(&sql, Purpose::Command { tag: command.tag.clone(), id: command.id.clone() })?;
+            }
+        }
         self.encoder.retire(&piece.retired, chunk)?;
         if let Some(end) = &piece.end {
             self.record_progress(end, chunk)?;
@@ -352,6 +368,12 @@ impl Session {
         judge(&mut working.chunk, outcome)
     }
 
+    /// The rows of a query, read where the transaction stands. Nothing may be under way.
+    pub(super) async fn look(&mut self, sql: &str) -> Result<TextRows, ExecuteError> {
+        let doing = "reading the columns of a table";
+        self.connection.simple_query(sql).await.map_err(|error| failed(doing, error.into()))
+    }
+
     /// Sends what has been encoded, waits for its answers and checks every row count.
     async fn flush(&mut self) -> Result<(), ExecuteError> {
         if self.chunk.pipeline.is_empty() {
@@ -396,7 +418,7 @@ fn row_change(message: &Bytes) -> Result<RowChange, ExecuteError> {
 /// A change hits exactly one row; the progress row is there unless a later engine has claimed it.
 fn check(purpose: Purpose, rows: u64) -> Result<(), ExecuteError> {
     match purpose {
-        Purpose::Truncate { .. } | Purpose::Control(_) => Ok(()),
+        Purpose::Truncate { .. } | Purpose::Command { .. } | Purpose::Control(_) => Ok(()),
         Purpose::Change { rows: wanted, .. } if rows == wanted => Ok(()),
         Purpose::Progress if rows == 1 => Ok(()),
         Purpose::Change { table, operation, rows: wanted } => {
@@ -410,6 +432,9 @@ fn check(purpose: Purpose, rows: u64) -> Result<(), ExecuteError> {
 fn refused(purposes: &[Purpose], error: PipelineError) -> ExecuteError {
     let PipelineError::Step { step, error: answer } = &error else { return failed("applying changes", error) };
     match (purposes.get(*step), answer.sqlstate()) {
+        (Some(Purpose::Command { tag, id }), _) => {
+            ExecuteError::Command { tag: tag.clone(), id: id.clone(), source: error }
+        }
         (Some(Purpose::Change { table, operation, .. }), Some(sqlstate)) => {
             ExecuteError::Refused { table: table.clone(), operation: *operation, sqlstate: sqlstate.to_owned() }
         }

@@ -10,6 +10,7 @@ use std::sync::Arc;
 use bytes::Bytes;
 use tokio::sync::OwnedSemaphorePermit;
 
+use super::command::Command;
 use super::plan::{Change, Committed, Operation, Truncation};
 use super::plan_net::Net;
 use super::plan_table::{RowChange, Table};
@@ -29,8 +30,10 @@ pub(super) struct Piece {
     pub(super) parts: Vec<Part>,
     /// The same changes, in their order.
     pub(super) messages: Vec<(Arc<Table>, Bytes)>,
-    /// What comes last.
+    /// What comes last, and neither of them beside the other.
     pub(super) truncate: Option<Truncation>,
+    /// Likewise.
+    pub(super) command: Option<Command>,
     /// Set when it ends with a transaction of the source: then the target's transaction ends too.
     pub(super) end: Option<End>,
     /// Tables that no later change will name.
@@ -83,6 +86,8 @@ pub(super) struct End {
     /// The last is what the progress row will say.
     pub(super) markers: Vec<String>,
     pub(super) transactions: u64,
+    /// Those of them that have changed definitions.
+    pub(super) alterations: u64,
 }
 
 /// Fills one piece after the other.
@@ -93,13 +98,14 @@ pub(super) struct Gatherer {
     /// Permits of the queue's memory with which a piece is full.
     full_permits: usize,
     transactions: u64,
+    alterations: u64,
     markers: Vec<String>,
 }
 
 impl Piece {
     /// Whether there is nothing to execute but the end.
     pub(super) fn is_empty(&self) -> bool {
-        self.messages.is_empty() && self.truncate.is_none()
+        self.messages.is_empty() && self.truncate.is_none() && self.command.is_none()
     }
 }
 
@@ -125,7 +131,7 @@ impl Gatherer {
     /// there is: nothing more could be read, and it would wait for more for ever.
     pub(super) fn new(queue_bytes: usize, permit_bytes: usize) -> Self {
         let full_permits = (FULL_BYTES.min(queue_bytes / FULL_PART) / permit_bytes).max(1);
-        Self { piece: Piece::default(), parts: Parts::default(), full_permits, transactions: 0, markers: Vec::new() }
+        Self { piece: Piece::default(), parts: Parts::default(), full_permits, transactions: 0, alterations: 0, markers: Vec::new() }
     }
 
     /// Whether there is nothing to execute.
@@ -141,7 +147,8 @@ impl Gatherer {
     /// Whether the piece should be executed before more is added.
     pub(super) fn is_full(&self) -> bool {
         let held = self.piece.memory.as_ref().map_or(0, OwnedSemaphorePermit::num_permits);
-        self.piece.messages.len() >= FULL_CHANGES || held >= self.full_permits || self.piece.truncate.is_some()
+        let ended = self.piece.truncate.is_some() || self.piece.command.is_some();
+        self.piece.messages.len() >= FULL_CHANGES || held >= self.full_permits || ended
     }
 
     /// Gives the memory of messages back that came to nothing.
@@ -171,9 +178,15 @@ impl Gatherer {
         self.piece.truncate = Some(truncation);
     }
 
+    /// Ends the piece with a change of a definition.
+    pub(super) fn command(&mut self, command: Command) {
+        self.piece.command = Some(command);
+    }
+
     /// A transaction of the source is complete.
     pub(super) fn committed(&mut self, committed: Committed) {
         self.transactions += 1;
+        self.alterations += u64::from(committed.altered);
         self.markers.extend(committed.marker);
     }
 
@@ -191,7 +204,9 @@ impl Gatherer {
     pub(super) fn take_ended(&mut self, commit_lsn: Lsn, end_lsn: Lsn) -> Piece {
         let mut piece = self.take();
         let transactions = std::mem::take(&mut self.transactions);
-        piece.end = Some(End { commit_lsn, end_lsn, markers: std::mem::take(&mut self.markers), transactions });
+        let alterations = std::mem::take(&mut self.alterations);
+        let markers = std::mem::take(&mut self.markers);
+        piece.end = Some(End { commit_lsn, end_lsn, markers, transactions, alterations });
         piece
     }
 }

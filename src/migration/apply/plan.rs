@@ -7,11 +7,13 @@
 use std::collections::HashMap;
 use std::sync::Arc;
 
+use super::command::{Columns, Command};
 use super::plan_table::{self, RowChange, Table};
 use super::shape::TableShape;
 use super::statement;
 use crate::ident::QualifiedName;
 use crate::lsn::Lsn;
+use crate::migration::ddl::carry::COMMANDS;
 use crate::migration::snapshot::HandOver;
 use crate::pgoutput::{Begin, Commit, Message, Relation, Timestamp, Truncate, Tuple};
 use crate::switch::Epoch;
@@ -76,6 +78,8 @@ pub enum Planned {
     Change(Change),
     /// Tables are to be emptied.
     Truncate(Truncation),
+    /// A definition is to be changed.
+    Command(Command),
     /// The transaction of the source is complete.
     Commit(Committed),
 }
@@ -93,6 +97,8 @@ pub struct Committed {
     pub marker: Option<String>,
     /// Changes that it came to.
     pub changes: u64,
+    /// It has changed definitions.
+    pub altered: bool,
 }
 
 /// The stream cannot be applied. Names tables and columns, never values.
@@ -136,6 +142,8 @@ enum Destination {
         /// Position of the epoch in its tuples.
         epoch: usize,
     },
+    /// The table of commands, which are executed.
+    Commands(Columns),
     /// Another table of ours, which is no business of the other server.
     Ours,
 }
@@ -148,6 +156,7 @@ struct Open {
     /// It wrote the boundary that is waited for.
     at_boundary: bool,
     changes: u64,
+    altered: bool,
 }
 
 /// Plans the changes of one stream.
@@ -206,6 +215,7 @@ impl Planner {
                     let nonce = column("nonce").ok_or(PlanError::OutOfPlace("marker table without a nonce"))?;
                     Destination::Marker { nonce }
                 }
+                name if name == COMMANDS.1 => Destination::Commands(Columns::of(&relation)?),
                 _ => Destination::Ours,
             }
         };
@@ -227,7 +237,7 @@ impl Planner {
     pub fn plan(&mut self, message: Message) -> Result<Planned, PlanError> {
         match message {
             Message::Begin(begin) => {
-                if self.open.replace(Open { begin, marker: None, at_boundary: false, changes: 0 }).is_some() {
+                if self.open.replace(Open { begin, marker: None, at_boundary: false, changes: 0, altered: false }).is_some() {
                     return Err(PlanError::OutOfPlace("a transaction begins inside another"));
                 }
                 Ok(Planned::Begin)
@@ -235,6 +245,11 @@ impl Planner {
             Message::Commit(commit) => self.commit(&commit).map(Planned::Commit),
             Message::Insert(insert) => {
                 self.look_for_boundary(insert.relation, &insert.new);
+                if let Some(Destination::Commands(columns)) = self.relations.get(&insert.relation) {
+                    let open = self.open.as_mut().ok_or(PlanError::OutOfPlace("a change outside a transaction"))?;
+                    (open.changes, open.altered) = (open.changes + 1, true);
+                    return Ok(Planned::Command(columns.read(&insert.new)?));
+                }
                 self.change(insert.relation, RowChange::Insert(insert.new))
             }
             Message::Update(update) => {
@@ -297,6 +312,7 @@ impl Planner {
             timestamp: commit.timestamp,
             marker: open.marker,
             changes: open.changes,
+            altered: open.altered,
         })
     }
 
@@ -304,7 +320,10 @@ impl Planner {
         let open = self.open.as_mut().ok_or(PlanError::OutOfPlace("a change outside a transaction"))?;
         let destination = self.relations.get(&oid).ok_or(PlanError::OutOfPlace("a change of an unknown relation"))?;
         let table = match destination {
-            Destination::Marker { .. } | Destination::Boundary { .. } | Destination::Ours => {
+            Destination::Marker { .. }
+            | Destination::Boundary { .. }
+            | Destination::Commands(_)
+            | Destination::Ours => {
                 return Ok(Planned::Nothing);
             }
             Destination::Table(table) => table,
@@ -328,6 +347,7 @@ impl Planner {
                 Destination::Table(_)
                 | Destination::Marker { .. }
                 | Destination::Boundary { .. }
+                | Destination::Commands(_)
                 | Destination::Ours => {}
             }
         }

@@ -8,6 +8,7 @@ use std::time::Duration;
 use tokio::sync::watch;
 
 use super::context::Context;
+use super::definitions;
 use super::error::WorkError;
 use super::lag_watch::Watch;
 use super::live::{DatabaseLive, Step};
@@ -23,6 +24,7 @@ use crate::ident::{QualifiedName, quote_literal};
 use crate::lsn::Lsn;
 use crate::migration::backoff::Backoff;
 use crate::migration::copy::{self, CopyContext, SourceTable, Stage};
+use crate::migration::ddl::carry::{self, COMMANDS};
 use crate::migration::ddl::{self, DdlError};
 use crate::migration::identity::{self, Remedy};
 use crate::migration::schema::{self, Archive, Existing, PgDump, RestoreFailure, RestoreTarget};
@@ -171,8 +173,10 @@ impl DatabaseWork {
         journal.record(&self.made(Side::Source, "schema", "pgcutover", undo)).await?;
         bootstrap(&source, Place::SourceDatabase).await?;
 
-        if self.context.config.migration.ddl == Ddl::Refuse {
-            self.refuse_ddl(&source, &journal).await?;
+        match self.context.config.migration.ddl {
+            Ddl::Refuse => self.refuse_ddl(&source, &journal).await?,
+            Ddl::Apply => self.record_ddl(&mut source, &journal, &row.publication).await?,
+            Ddl::Detect => {}
         }
         let identities = identity::plan(&source, self.context.config.migration.without_identity).await?;
         let refused = identities.iter().filter(|table| table.remedy == Remedy::Refuse);
@@ -203,7 +207,10 @@ impl DatabaseWork {
         journal.record(&made).await?;
         // A slot from before a crash is older than the publication that is made now.
         publication::drop_slot(&source, &row.slot).await?;
-        let names: Vec<QualifiedName> = tables.into_iter().map(|table| table.name).collect();
+        let mut names: Vec<QualifiedName> = tables.into_iter().map(|table| table.name).collect();
+        if self.context.config.migration.ddl == Ddl::Apply {
+            names.push(QualifiedName::new(COMMANDS.0, COMMANDS.1));
+        }
         publication::create(&mut source, &row.publication, &names, lock_timeout).await?;
         self.context.failpoints.hit("engine.after_publication").await?;
 
@@ -215,6 +222,14 @@ impl DatabaseWork {
         row.barrier = Some(publication::barrier(&mut source).await?);
         self.context.failpoints.hit("engine.after_barrier").await?;
         self.completed(row, Step::Published).await
+    }
+
+    /// Has the source record changes of definitions.
+    async fn record_ddl(&self, source: &mut Control, journal: &Journal, publication: &str) -> Result<(), WorkError> {
+        let undo = carry::UNDO_IDENTITIES_SQL.to_owned();
+        journal.record(&self.made(Side::Source, made::REPLICA_IDENTITY, "pgcutover.full_identity", undo)).await?;
+        journal.record(&self.made(Side::Source, "event_trigger", "pgcutover_ddl", ddl::UNDO_SQL.to_owned())).await?;
+        definitions::record(&self.context, source, publication).await
     }
 
     /// Has the source refuse changes of definitions, where the role may do that.
@@ -385,6 +400,10 @@ impl DatabaseWork {
         // A stream that begins at a cutover knows nothing of copies.
         let tables = if row.epoch == Epoch(0) { tables } else { &[] };
         for table in tables {
+            if table.state == TableState::Ready && table.snapshot.is_none() && table.hand_over.is_none() {
+                // It came by the stream.
+                continue;
+            }
             let unreadable = || crate::catalog::migrations::CatalogError::Unreadable {
                 what: format!("table {} without the snapshot of its copy", table.table),
             };
@@ -419,6 +438,7 @@ impl DatabaseWork {
         self.past_hand_overs(&row, last).await?;
         self.caught_up().await;
         if self.live.step() < Step::Constrained {
+            definitions::shut(&self.context, &row).await?;
             let archive = self.archive(&mut archive).await?;
             // As near as can be to the rows that their foreign keys refer to.
             self.carry_unstreamed(&row.database).await?;
@@ -431,6 +451,7 @@ impl DatabaseWork {
             all_restored(materialized::refresh(from, to, &row.database, None).await?.failures)?;
             schema::analyze(to, &row.database).await?;
             self.context.failpoints.hit("engine.after_constraints").await?;
+            definitions::open(&self.context, &row).await?;
             self.completed(&mut row, Step::Constrained).await?;
         }
         drop(archive);
@@ -438,6 +459,9 @@ impl DatabaseWork {
         match self.context.live.spec.mode {
             Mode::Online => {
                 self.ready.send_replace(true);
+                if self.context.config.migration.ddl == Ddl::Apply && row.epoch == Epoch(0) {
+                    return definitions::follow(&self.context, &self.live).await;
+                }
                 std::future::pending().await
             }
             Mode::Offline => self.settle_offline(&row).await,

@@ -5,6 +5,7 @@ use crate::catalog::door::DoorError;
 use crate::catalog::migrations::CatalogError;
 use crate::failpoint;
 use crate::migration::copy::CopyError;
+use crate::migration::ddl::DdlError;
 use crate::migration::drift::Drift;
 use crate::migration::identity::IdentityError;
 use crate::migration::made::JournalError;
@@ -132,6 +133,8 @@ pub(super) enum WorkError {
     #[error("publication {0} exists on the source already and is not this migration's")]
     PublicationTaken(String),
     #[error(transparent)]
+    Ddl(#[from] DdlError),
+    #[error(transparent)]
     Slot(#[from] WalsenderError),
     #[error(transparent)]
     Door(#[from] DoorError),
@@ -207,6 +210,7 @@ impl WorkError {
             | Self::Stopping => false,
             Self::Bootstrap(_)
             | Self::Door(_)
+            | Self::Ddl(_)
             | Self::Journal(_)
             | Self::Query { .. }
             | Self::Identity(_)
@@ -258,6 +262,7 @@ impl WorkError {
                 ("slot_timeout", "end the transactions that have been open for long on the source, then retry")
             }
             Self::Slot(_) => ("slot", "wal_level must be logical, with free replication slots and walsenders"),
+            Self::Ddl(_) => ("ddl", "log in to the source as a superuser, or set migration.ddl to \"refuse\" or \"detect\""),
             Self::Roles(_) => ("roles", ""),
             Self::Schema(_) => ("schema", ""),
             Self::Restore(_) => ("restore", "mend the cause on the target, or make the object by hand, then retry"),
@@ -289,6 +294,7 @@ fn stream_hint(error: &StreamError) -> &'static str {
             "the target cannot catch up any more: cancel the migration and create it again with --overwrite-target"
         }
         "schema_differs" => "make the same change of definition on the target, then retry",
+        "ddl" => "see to it that the target takes the command (an extension or a role that it lacks, say), then retry",
         "target_differs" => {
             "somebody else writes to the target: cancel the migration and create it again with --overwrite-target"
         }

@@ -41,6 +41,7 @@ mod back;
 mod cancel;
 mod context;
 mod database;
+mod definitions;
 mod error;
 mod fence_watch;
 mod gauges;

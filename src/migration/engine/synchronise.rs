@@ -3,16 +3,19 @@
 
 use std::time::Instant;
 
+use super::definitions;
 use super::error::EngineError;
 use super::live::Live;
 use super::{Engine, has_come_back};
 use crate::catalog::journal::Journal;
 use crate::catalog::streams::Direction;
+use crate::config::Ddl;
 use crate::migration::made::Mirrored;
 use crate::migration::roles::{self, RoleReport};
 use crate::migration::stream::describe;
 use crate::migration::{drift, materialized, schema, unstreamed, warm};
 use crate::postgres::Connector;
+use crate::switch::Epoch;
 
 /// The one setting of a database that is ours: the fence's.
 const READ_ONLY_SETTING: &str = "default_transaction_read_only";
@@ -116,6 +119,15 @@ impl Engine {
         for database in &live.databases {
             let source = from.control(&database.name, "drift").await?;
             let target = to.control(&database.name, "drift").await?;
+            if self.deps.config.migration.ddl == Ddl::Apply && database.current().epoch == Epoch(0) {
+                // What is on its way is no difference.
+                let (catalog, _actors) = self.owned()?;
+                let seen = async {
+                    definitions::applied(&source, database).await?;
+                    definitions::refresh_tables(&catalog, live.name(), database, &source, &target).await
+                };
+                Box::pin(seen).await.map_err(|error| EngineError::Unavailable(describe(&error)))?;
+            }
             let publication = database.current().publication;
             let compared = drift::compare(&*source, &*target, &publication, &database.table_names()).await;
             let drift = compared.map_err(|source| EngineError::Drift { database: database.name.clone(), source })?;

@@ -6,6 +6,7 @@
 
 use super::cancel::{self, Shut, Undone};
 use super::context::Context;
+use super::definitions;
 use super::error::WorkError;
 use super::fence_watch;
 use super::live::{Current, Live};
@@ -28,6 +29,9 @@ use crate::switch::{Epoch, ServerRole};
 pub(super) async fn prepare(context: &Context, epoch: Epoch) -> Result<Option<String>, WorkError> {
     let rows = context.catalog.databases(context.live.name()).await?;
     let Some(first) = rows.first() else { return Ok(None) };
+    for row in &rows {
+        Box::pin(definitions::shut_for_cutover(context, row)).await?;
+    }
     let (_, to) = first.direction.ends(&context.source, &context.target);
     let (spare, control_database) = (watching(&context.live), &context.config.control.database);
     if let Some(why) = cannot_send(to, control_database, rows.len(), &spare).await? {
@@ -187,6 +191,7 @@ pub(super) async fn align(context: &Context, to_be: Direction) -> Result<Undone,
                 live.reserve.empty();
                 live.fenced.keep(None);
             }
+            Box::pin(definitions::open_again(context, &row)).await?;
         }
     }
     let rows = context.catalog.databases(name).await?;

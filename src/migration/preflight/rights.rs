@@ -2,9 +2,10 @@
 
 use std::collections::HashSet;
 
-use super::definition::{Apply, Definition, Hosted};
+use super::definition::{Apply, Definition, Hosted, When};
 use super::{Outcome, RuleResult, Servers, column};
 use crate::catalog::journal::Side;
+use crate::config::Ddl;
 use crate::ident::quote_ident;
 use crate::postgres::Control;
 
@@ -63,8 +64,23 @@ const SIGNAL: Definition = Definition {
 const SOURCE_SIGNAL: Definition = Definition { code: "source_signal", ..SIGNAL };
 const TARGET_SIGNAL: Definition = Definition { code: "target_signal", on: Side::Target, ..SIGNAL };
 
-pub(super) const DEFINITIONS: [&Definition; 5] =
-    [&CREATE_ROLES, &REPLICA_ROLE, &VERIFIERS, &SOURCE_SIGNAL, &TARGET_SIGNAL];
+const APPLY_DDL: Definition = Definition {
+    code: "apply_ddl",
+    when: When::BeforeOnline,
+    why: "event triggers that carry definitions over (migration.ddl = \"apply\") add tables of every owner to the publication",
+    evidence: "that the source's login role is no superuser",
+    fix: "log in to the source as a superuser, or set migration.ddl to \"refuse\" (where the role may make event triggers) or to \
+          \"detect\"",
+    hosted: Hosted::Words {
+        amazon: "set migration.ddl to \"refuse\" or \"detect\": the service has no superuser",
+        azure: "set migration.ddl to \"refuse\" or \"detect\": the service has no superuser",
+        google: "set migration.ddl to \"refuse\" or \"detect\": the service has no superuser",
+    },
+    ..RIGHT
+};
+
+pub(super) const DEFINITIONS: [&Definition; 6] =
+    [&CREATE_ROLES, &REPLICA_ROLE, &VERIFIERS, &SOURCE_SIGNAL, &TARGET_SIGNAL, &APPLY_DDL];
 
 impl Servers<'_> {
     /// Every rule of this file that is asked now.
@@ -75,6 +91,7 @@ impl Servers<'_> {
                 "create_roles" => self.create_roles().await,
                 "session_replication_role" => self.replica_role().await,
                 "password_verifiers" => self.verifiers().await,
+                "apply_ddl" => self.apply_ddl().await,
                 "source_signal" => self.signal(definition, self.source).await,
                 _ => self.signal(definition, self.target).await,
             });
@@ -139,6 +156,18 @@ impl Servers<'_> {
                 let readable: bool = row.get(0);
                 rule.expect(readable, Outcome::Warning, format!("pg_authid readable: {readable}"))
             }
+            Err(error) => rule.unknown(&error),
+        }
+    }
+
+    async fn apply_ddl(&self) -> RuleResult {
+        let rule = self.rule(&APPLY_DDL);
+        if self.preflight.config.migration.ddl != Ddl::Apply {
+            return rule.succeeded();
+        }
+        match self.source.query_one("SELECT rolsuper FROM pg_roles WHERE rolname = current_user", &[]).await {
+            Ok(row) if row.get(0) => rule.succeeded(),
+            Ok(_) => rule.failed(vec![format!("{} is no superuser", self.login(Side::Source))]),
             Err(error) => rule.unknown(&error),
         }
     }

@@ -6,7 +6,7 @@
 //! out first; what remains are names, types, operators and constants, in their order. What is a keyword, and so stands
 //! in quotes, differs too (`json` is one since version 16): an ordinary name is compared without them.
 //!
-//! Not compared: what a migration changes on purpose (replica identities); what it does not carry over (publications,
+//! Not compared: what a migration changes on purpose (replica identities, its own event triggers); what it does not carry over (publications,
 //! subscriptions); what a cutover brings over once more by itself (roles with their settings, settings of the database,
 //! large objects, rows of unlogged tables and of materialized views); the members of extensions, which belong to the
 //! extension's version, and that version between majors, of which each brings its own.

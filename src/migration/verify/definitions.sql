@@ -224,7 +224,8 @@ SELECT 'language', quote_ident(l.lanname),
 UNION ALL
 SELECT 'event trigger', quote_ident(e.evtname), concat_ws(' ', pg_get_userbyid(e.evtowner), e.evtevent, e.evtfoid::regproc, e.evtenabled, array_to_string(e.evttags, ','))
   FROM pg_event_trigger e
- WHERE NOT EXISTS (SELECT FROM member m WHERE m.classid = 'pg_event_trigger'::regclass AND m.objid = e.oid)
+ WHERE e.evtname !~ '^pgcutover_ddl'
+   AND NOT EXISTS (SELECT FROM member m WHERE m.classid = 'pg_event_trigger'::regclass AND m.objid = e.oid)
 UNION ALL
 SELECT 'foreign data wrapper', quote_ident(f.fdwname), concat_ws(' ', pg_get_userbyid(f.fdwowner), nullif(f.fdwhandler, 0)::regproc, nullif(f.fdwvalidator, 0)::regproc, array_to_string(f.fdwoptions, ','))
   FROM pg_foreign_data_wrapper f

@@ -1,6 +1,9 @@
 //! Changes of definitions on the source while a migration runs: refused where that is configured, and found out in any
 //! case before a cutover.
 
+mod carried;
+mod engine;
+#[path = "../support/mod.rs"]
 mod support;
 
 use support::daemon::{Daemon, DaemonOptions};

@@ -1,0 +1,327 @@
+//! `ddl = "apply"` without an engine: every kind of command, in stream order, and everything that is refused.
+
+use std::time::Duration;
+
+use pgcutover::config::{self, Environment};
+use pgcutover::demo::cluster::Cluster;
+use pgcutover::migration::ddl::carry::{self, Carry};
+use pgcutover::migration::schema;
+use pgcutover::migration::stream::{StreamError, StreamStatus};
+use pgcutover::sqlstate;
+use tokio::task::JoinHandle;
+use tokio_postgres::Client;
+
+use crate::support::streamed::Streamed;
+use crate::support::{self, connect, installations};
+
+const TABLES: &str = "
+CREATE ROLE owner; CREATE ROLE reader;
+CREATE TABLE a (id int PRIMARY KEY, v text, n int);
+CREATE TABLE b (id int PRIMARY KEY, a int);
+CREATE TYPE mood AS ENUM ('sad', 'glad');
+CREATE TABLE moods (id int PRIMARY KEY, m mood);
+CREATE DOMAIN stamped AS timestamptz DEFAULT now();
+CREATE FUNCTION nothing() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN RETURN new; END $$;
+";
+
+/// What the databases have and what flows between them.
+struct Carried {
+    bench: Streamed,
+    source: Client,
+    status: StreamStatus,
+    running: JoinHandle<StreamError>,
+}
+
+impl Carried {
+    async fn start() -> Self {
+        let found = installations();
+        let bench = Streamed::between(found.pair().expect("checked by installations()"), TABLES, &["a", "b", "moods"]).await;
+        let mut maker = bench.context.source.control("shop", "test").await.expect("source");
+        let target = bench.context.target.control("shop", "test").await.expect("target");
+        let carry =
+            Carry { migration: "m", publication: "p", full_identity: true, target_version: target.version_num() };
+        carry::make(&mut maker, carry).await.expect("made");
+        maker.batch_execute("ALTER PUBLICATION p ADD TABLE pgcutover.command").await.expect("published");
+        let source = connect(&bench.source, "shop").await;
+        source.batch_execute("INSERT INTO a SELECT g, 'v', g FROM generate_series(1, 50) g").await.expect("filled");
+        let (status, running) = bench.run();
+        let carried = Self { bench, source, status, running };
+        carried.drain("begun").await;
+        carried
+    }
+
+    async fn open(&self) {
+        let maker = self.bench.context.source.control("shop", "test").await.expect("source");
+        assert!(carry::set_gate(&*maker, None).await.expect("set"));
+    }
+
+    async fn drain(&self, nonce: &str) {
+        let source = connect(&self.bench.source, "shop").await;
+        source.execute("UPDATE pgcutover.marker SET nonce = $1", &[&nonce]).await.expect("marker");
+        let mut applied = self.status.applied.subscribe();
+        let wanted = applied.wait_for(|applied| applied.has_reached(nonce));
+        let reached = tokio::time::timeout(support::PATIENCE, wanted).await;
+        assert!(reached.is_ok_and(|reached| reached.is_ok()), "{nonce}: {:?}", self.status.trouble.borrow());
+    }
+
+    async fn run(&self, sql: &str) {
+        self.source.batch_execute(sql).await.unwrap_or_else(|error| panic!("{error:?}\n{sql}"));
+    }
+
+    async fn refused(&self, sql: &str, why: &str) {
+        let error = self.source.batch_execute(sql).await.expect_err(sql);
+        let told = error.as_db_error().unwrap_or_else(|| panic!("{error:?}"));
+        assert!(told.message().contains("is refused while the database is being moved"), "{sql}: {error:?}");
+        assert!(told.message().contains(why), "{sql}: {}", told.message());
+        assert_eq!(told.code().code(), "55000", "{sql}");
+        self.source.batch_execute("ROLLBACK").await.expect("rolled back");
+    }
+
+    /// The dumps and the rows of both.
+    async fn assert_equal(&self) {
+        let (source, target) = (&self.bench.source, &self.bench.target);
+        let (here, there) = (definitions(self, source).await, definitions(self, target).await);
+        for (left, right) in here.iter().zip(&there) {
+            assert_eq!(left, right);
+        }
+        assert_eq!(here.len(), there.len());
+        let (from, to) = (connect(source, "shop").await, connect(target, "shop").await);
+        let tables = "SELECT c.oid::regclass::text FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace
+                      WHERE c.relkind = 'r' AND n.nspname !~ '^pg' AND n.nspname <> 'information_schema' ORDER BY 1";
+        for row in from.query(tables, &[]).await.expect("listed") {
+            let table: &str = row.get(0);
+            let digest = format!("SELECT coalesce(string_agg(t::text, E'\\n' ORDER BY t::text), '') FROM ONLY {table} t");
+            let read = async |client: &Client| client.query_one(&digest, &[]).await.expect("read").get::<_, String>(0);
+            assert_eq!(read(&from).await, read(&to).await, "{table}");
+        }
+    }
+}
+
+/// Line by line, without what the source has for as long as it is followed.
+async fn definitions(carried: &Carried, cluster: &Cluster) -> Vec<String> {
+    let directory = tempfile::tempdir().expect("directory");
+    let path = directory.path().join("pgcutover.toml");
+    let server = |name: &str, cluster: &Cluster| {
+        format!("[{name}]\nhost = {:?}\nport = {}\nuser = \"postgres\"\n", cluster.host(), cluster.port())
+    };
+    let (source, target) = (&carried.bench.source, &carried.bench.target);
+    let listen = "[listen]\naddress = \"127.0.0.1:6432\"\n";
+    let text = format!("{listen}{}{}", server("source", source), server("target", target));
+    std::fs::write(&path, text).expect("written");
+    let config = config::load(Some(&path), &Environment::default()).unwrap_or_else(|error| panic!("{error}"));
+    let majors = [u32::from(source.major()), u32::from(target.major())];
+    let pg_dump = schema::find_pg_dump(&config.migration, majors[0], majors[1]).await.expect("found");
+    let connector = if std::ptr::eq(cluster, source) { &carried.bench.context.source } else { &carried.bench.context.target };
+    let text = schema::definitions(&pg_dump, connector, "shop", Duration::from_secs(5)).await.expect("dumped");
+    let entries = text.split("\n-- ").filter(|entry| !entry.starts_with("EVENT TRIGGER pgcutover"));
+    let lines = entries.flat_map(|entry| entry.lines().map(str::to_owned).collect::<Vec<_>>());
+    lines.filter(|line| !line.is_empty() && !line.contains("REPLICA IDENTITY FULL")).collect()
+}
+
+/// Each in a transaction of its own, with rows written between them that only fit behind them.
+const COMMANDS: &[&str] = &[
+    "ALTER TABLE a ADD COLUMN added text",
+    "UPDATE a SET added = 'x' WHERE id < 5",
+    "ALTER TABLE a ADD COLUMN filled int NOT NULL DEFAULT 7",
+    "INSERT INTO a (id, v, n) VALUES (100, 'after', 1)",
+    "ALTER TABLE a ALTER COLUMN n TYPE bigint",
+    "UPDATE a SET n = 5000000000 WHERE id = 100",
+    "ALTER TABLE a ALTER COLUMN n TYPE numeric(20, 2) USING n * 2",
+    "ALTER TABLE a RENAME COLUMN v TO renamed",
+    "UPDATE a SET renamed = 'y' WHERE id = 2",
+    "ALTER TABLE a DROP COLUMN filled",
+    "ALTER TABLE a ALTER COLUMN added SET DEFAULT now()::text, ALTER COLUMN renamed SET NOT NULL",
+    "ALTER TABLE a ADD CONSTRAINT positive CHECK (id > 0)",
+    "CREATE TABLE made (id serial PRIMARY KEY, a int REFERENCES a, m mood DEFAULT 'sad')",
+    "INSERT INTO made (a) VALUES (1), (2)",
+    "CREATE TABLE keyless (x int, y text)",
+    "INSERT INTO keyless VALUES (1, 'a'), (1, 'a'), (2, 'b')",
+    "UPDATE keyless SET y = 'c' WHERE x = 2",
+    "DELETE FROM keyless WHERE ctid = (SELECT min(ctid) FROM keyless)",
+    "ALTER TYPE mood ADD VALUE 'new'",
+    "INSERT INTO moods VALUES (1, 'new')",
+    "ALTER TYPE mood RENAME TO temper",
+    "INSERT INTO moods VALUES (2, 'glad')",
+    "UPDATE made SET m = 'new' WHERE id = 1",
+    "ALTER TABLE moods RENAME TO tempers",
+    "INSERT INTO tempers VALUES (3, 'sad')",
+    "CREATE SCHEMA side CREATE TABLE inner_one (id int PRIMARY KEY) CREATE VIEW inner_view AS SELECT 1 AS one",
+    "INSERT INTO side.inner_one VALUES (1)",
+    "SET search_path = side, public",
+    "CREATE TABLE found_by_path (id int PRIMARY KEY)",
+    "INSERT INTO found_by_path VALUES (1)",
+    "RESET search_path",
+    "SET ROLE owner",
+    "RESET ROLE",
+    "GRANT ALL ON SCHEMA public TO owner",
+    "SET ROLE owner",
+    "CREATE TABLE owned (id int PRIMARY KEY, at date DEFAULT '2020-01-02')",
+    "INSERT INTO owned VALUES (1)",
+    "RESET ROLE",
+    "CREATE UNIQUE INDEX ON a (renamed, id)",
+    "CREATE INDEX \"odd; name\" ON a ((lower(renamed))) -- a comment; with one",
+    "ALTER INDEX \"odd; name\" RENAME TO even",
+    "DROP INDEX even",
+    "CREATE SEQUENCE counted START 5",
+    "ALTER SEQUENCE counted INCREMENT 3",
+    "CREATE VIEW seen AS SELECT id FROM a WHERE renamed <> ';'",
+    "CREATE OR REPLACE VIEW seen AS SELECT id, added FROM a",
+    "CREATE FUNCTION two() RETURNS int LANGUAGE plpgsql AS $body$ DECLARE x int := 1; BEGIN RETURN x + 1; END $body$",
+    "CREATE OR REPLACE FUNCTION early() RETURNS int LANGUAGE sql AS 'SELECT 1; SELECT 2'",
+    "CREATE TRIGGER touched BEFORE UPDATE ON a FOR EACH ROW EXECUTE PROCEDURE nothing()",
+    "ALTER TABLE a DISABLE TRIGGER touched",
+    "ALTER TABLE a ENABLE ROW LEVEL SECURITY",
+    "CREATE POLICY mine ON a USING (id > 1)",
+    "COMMENT ON TABLE a IS E'it\\'s; a comment'",
+    "GRANT SELECT ON a TO reader",
+    "REVOKE SELECT ON a FROM reader",
+    "ALTER DEFAULT PRIVILEGES GRANT SELECT ON TABLES TO reader",
+    "/* first; */ CREATE TABLE /* here */ commented (id int PRIMARY KEY);",
+    "INSERT INTO commented VALUES (1)",
+    "BEGIN",
+    "INSERT INTO b VALUES (1, 1)",
+    "ALTER TABLE b ADD COLUMN inside text",
+    "INSERT INTO b VALUES (2, 2, 'in the same transaction')",
+    "CREATE TABLE together (id int PRIMARY KEY, v text)",
+    "INSERT INTO together SELECT g, 'v' FROM generate_series(1, 100) g",
+    "ALTER TABLE together ALTER COLUMN v TYPE varchar(10)",
+    "UPDATE together SET v = 'w' WHERE id % 2 = 0",
+    "ALTER TABLE b DROP COLUMN a",
+    "UPDATE b SET inside = 'twice' WHERE id = 1",
+    "COMMIT",
+    "BEGIN",
+    "SAVEPOINT s",
+    "ALTER TABLE b ADD COLUMN never text",
+    "INSERT INTO b VALUES (3, 'x', 'y')",
+    "ROLLBACK TO SAVEPOINT s",
+    "INSERT INTO b VALUES (3, 'x')",
+    "COMMIT",
+    "CREATE TABLE parts (id int, k int, PRIMARY KEY (id, k)) PARTITION BY LIST (k)",
+    "CREATE TABLE parts_1 PARTITION OF parts FOR VALUES IN (1)",
+    "CREATE TABLE parts_2 (id int, k int, PRIMARY KEY (id, k))",
+    "INSERT INTO parts_2 VALUES (1, 2)",
+    "ALTER TABLE parts ATTACH PARTITION parts_2 FOR VALUES IN (2)",
+    "INSERT INTO parts VALUES (1, 1), (2, 2)",
+    "UPDATE parts SET k = 2 WHERE k = 1 AND id = 7",
+    "ALTER TABLE keyless ADD PRIMARY KEY (x)",
+    "UPDATE keyless SET y = 'keyed' WHERE x = 1",
+    "CREATE TEMP TABLE passing AS SELECT 1 AS x",
+    "CREATE INDEX ON passing (x)",
+    "DROP TABLE passing",
+    "CREATE TABLE IF NOT EXISTS a (id int)",
+    "DROP TABLE IF EXISTS nowhere",
+    "DROP TABLE commented",
+    "CREATE TABLE commented (other text PRIMARY KEY)",
+    "INSERT INTO commented VALUES ('made again')",
+    "TRUNCATE together",
+    "DROP VIEW seen",
+    "DROP FUNCTION two()",
+    "DROP SCHEMA side CASCADE",
+];
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn every_kind_of_command_is_executed_where_it_stands() {
+    let carried = Carried::start().await;
+    carried.open().await;
+    // PostgreSQL 10 has no key on a partitioned table, and rewrites a table for any default.
+    let old = carried.bench.source.major() < 11;
+    let partitioned = |sql: &str| sql.contains("parts");
+    for (number, sql) in COMMANDS.iter().enumerate().filter(|(_, sql)| !old || !partitioned(sql)) {
+        carried.run(sql).await;
+        // Most arrive together with others, some alone.
+        if number % 7 == 0 && !sql.starts_with("SET") {
+            carried.drain(&format!("after {number}")).await;
+        }
+    }
+    carried.drain("all").await;
+    carried.assert_equal().await;
+    assert!(carried.status.applied.borrow().alterations > 40);
+
+    // The same is found when the stream goes on in a new session.
+    carried.running.abort();
+    let (status, running) = carried.bench.run();
+    let carried = Carried { status, running, ..carried };
+    carried.run("ALTER TABLE a ADD COLUMN last int").await;
+    carried.run("UPDATE a SET last = id, added = NULL; INSERT INTO made (a) VALUES (3)").await;
+    carried.drain("again").await;
+    carried.assert_equal().await;
+    carried.running.abort();
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn what_cannot_be_carried_is_refused_by_name() {
+    let carried = Carried::start().await;
+    carried.refused("ALTER TABLE a ADD COLUMN early int", "tables are being copied").await;
+    carried.open().await;
+    carried.run("CREATE TEMP TABLE passing (id int)").await;
+    for (sql, why) in [
+        ("CREATE TABLE c AS SELECT 1 AS x", "this kind of command is not carried over"),
+        ("SELECT 1 AS x INTO c", "this kind of command is not carried over"),
+        ("CREATE MATERIALIZED VIEW m AS SELECT 1 AS x", "this kind of command is not carried over"),
+        ("CREATE PUBLICATION theirs FOR ALL TABLES", "this kind of command is not carried over"),
+        ("CREATE TABLE c (id int); CREATE TABLE d (id int)", "several commands were sent at once"),
+        ("CREATE TABLE c (id int); SELECT 1", "several commands were sent at once"),
+        ("CREATE TABLE c (id int) /* outer /* inner */ */", "cannot be told what the command consists of"),
+        ("DO $$ BEGIN CREATE TABLE c (id int); END $$", "it was run by another command"),
+        ("CREATE INDEX CONCURRENTLY i ON a (n)", "CONCURRENTLY"),
+        ("ALTER TABLE a ADD COLUMN r float8 DEFAULT random()", "random()"),
+        ("ALTER TABLE a ADD COLUMN r timestamptz DEFAULT now()", "now"),
+        ("ALTER TABLE a ADD COLUMN r timestamptz DEFAULT CURRENT_TIMESTAMP", "current_timestamp"),
+        ("ALTER TABLE a ADD COLUMN r serial", "the numbers that the rows are given may differ"),
+        ("ALTER TABLE a ADD COLUMN r int GENERATED ALWAYS AS IDENTITY", "the numbers that the rows are given may differ"),
+        ("ALTER TABLE a ADD COLUMN r stamped", "domain has a default"),
+        ("ALTER TABLE a ALTER COLUMN n TYPE float8 USING random() * n", "random()"),
+        ("ALTER SCHEMA public RENAME TO private", "schema of another name"),
+        ("COMMENT ON TABLE passing IS 'gone soon'; SELECT 1", ""),
+        ("CREATE VIEW c AS SELECT 'passing' AS name", "it may be about a temporary object"),
+    ] {
+        if why.is_empty() {
+            continue;
+        }
+        carried.refused(sql, why).await;
+    }
+    carried.run("SET standard_conforming_strings = off").await;
+    carried.refused(r"COMMENT ON TABLE a IS 'a\''; DROP TABLE b --'", "several commands were sent at once").await;
+    carried.run(r"COMMENT ON TABLE a IS 'it\'s; one command'").await;
+    carried.run("SET standard_conforming_strings = on").await;
+
+    // Nobody but the function writes commands, and nobody calls it.
+    let forged = "INSERT INTO pgcutover.command (xid, statement_at, tag, command, role, settings)
+                  VALUES (1, now(), 'DROP TABLE', 'DROP TABLE a', 'postgres', '{}')";
+    for sql in [forged, "SELECT pgcutover.record_ddl('ddl_command_end', 'DROP TABLE', 'postgres', '{}')"] {
+        carried.run("SET ROLE reader").await;
+        let error = carried.source.batch_execute(sql).await.expect_err(sql);
+        assert_eq!(error.code().expect("the server's").code(), sqlstate::INSUFFICIENT_PRIVILEGE, "{error}");
+        carried.run("RESET ROLE").await;
+    }
+    carried.drain("refused").await;
+    carried.run("DROP TABLE passing").await;
+    carried.assert_equal().await;
+    carried.running.abort();
+}
+
+/// What the target does not take stops the stream before anything behind it is applied, and is tried again as it is.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_command_that_the_target_refuses_stops_the_stream() {
+    let carried = Carried::start().await;
+    carried.open().await;
+    let target = connect(&carried.bench.target, "shop").await;
+    target.batch_execute("DROP ROLE reader").await.expect("dropped");
+    carried.run("BEGIN").await;
+    carried.run("UPDATE a SET v = 'before'").await;
+    carried.run("GRANT SELECT ON a TO reader").await;
+    carried.run("UPDATE a SET v = 'behind'").await;
+    carried.run("COMMIT").await;
+    let error = carried.running.await.expect("no panic");
+    assert_eq!(error.code(), "ddl");
+    let told = format!("{error}: {:?}", std::error::Error::source(&error));
+    assert!(!error.is_transient() && told.contains("GRANT") && told.contains("number 1 in pgcutover.command"), "{told}");
+    let changed = "SELECT count(*) FROM a WHERE v <> 'v'";
+    assert_eq!(target.query_one(changed, &[]).await.expect("read").get::<_, i64>(0), 0, "nothing of it is there");
+    target.batch_execute("CREATE ROLE reader").await.expect("mended");
+    let (status, running) = carried.bench.run();
+    let carried = Carried { status, running, ..carried };
+    carried.drain("mended").await;
+    carried.assert_equal().await;
+    carried.running.abort();
+}
