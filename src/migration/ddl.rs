@@ -22,7 +22,7 @@ pub const UNDO_SQL: &str = "DROP EVENT TRIGGER IF EXISTS pgcutover_ddl_end; \
     DROP EVENT TRIGGER IF EXISTS pgcutover_ddl_drop; DROP EVENT TRIGGER IF EXISTS pgcutover_ddl_start; \
     DROP EVENT TRIGGER IF EXISTS pgcutover_ddl_rewrite; \
     DROP FUNCTION IF EXISTS pgcutover.refuse_ddl(); DROP FUNCTION IF EXISTS pgcutover.on_ddl(); \
-    DROP FUNCTION IF EXISTS pgcutover.record_ddl(text, text, text, json); \
+    DROP FUNCTION IF EXISTS pgcutover.record_ddl(text, text, text, text, json); \
     DROP FUNCTION IF EXISTS pgcutover.refuse(text, text); DROP FUNCTION IF EXISTS pgcutover.unsettled(text); \
     DROP FUNCTION IF EXISTS pgcutover.bare(text, boolean); \
     DROP TABLE IF EXISTS pgcutover.ddl_gate; DROP TABLE IF EXISTS pgcutover.command";

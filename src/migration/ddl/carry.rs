@@ -84,6 +84,7 @@ pub async fn set_gate(
     if !there.get::<_, bool>(0) {
         return Ok(false);
     }
-    source.execute("UPDATE pgcutover.ddl_gate SET shut_because = $1", &[&shut_because]).await?;
+    let set = "UPDATE pgcutover.ddl_gate SET shut_because = $1 WHERE shut_because IS DISTINCT FROM $1";
+    source.execute(set, &[&shut_because]).await?;
     Ok(true)
 }

@@ -103,7 +103,7 @@ LANGUAGE sql STABLE SET search_path = pg_catalog SET standard_conforming_strings
 $body$;
 
 -- Does what on_ddl() says. Only that function may call it. What it does itself fires nothing.
-CREATE FUNCTION pgcutover.record_ddl(event text, tag text, caller text, settings json) RETURNS void
+CREATE FUNCTION pgcutover.record_ddl(event text, tag text, login text, set_role text, settings json) RETURNS void
 LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog SET standard_conforming_strings = on
     SET session_replication_role = replica AS $body$
 DECLARE
@@ -111,6 +111,7 @@ DECLARE
     carried constant text :=
         '(CREATE|ALTER|DROP) (TABLE|SEQUENCE|VIEW|FUNCTION|PROCEDURE|ROUTINE|AGGREGATE|TYPE|DOMAIN|TRIGGER|POLICY|RULE|STATISTICS|SCHEMA|INDEX)|ALTER DEFAULT PRIVILEGES|COMMENT|GRANT|REVOKE';
     query constant text := current_query();
+    backslashes constant boolean := settings ->> 'standard_conforming_strings' = 'off';
     bare text;
     gate record;
     kept boolean;
@@ -122,7 +123,9 @@ BEGIN
     IF current_setting('application_name') LIKE 'pgcutover/%' OR tag ~ ('^(' || passing || ')$') THEN
         RETURN;
     END IF;
-    bare := pgcutover.bare(query, settings ->> 'standard_conforming_strings' = 'off');
+    IF event IN ('ddl_command_start', 'table_rewrite') THEN
+        bare := pgcutover.bare(query, backslashes);
+    END IF;
     IF event = 'ddl_command_start' THEN
         IF bare ~* '\mconcurrently\M' THEN
             refusal := 'what is done CONCURRENTLY cannot be done in a transaction of its own kind on the target; leave the word out';
@@ -162,6 +165,7 @@ BEGIN
         RETURN;
     END IF;
 
+    bare := pgcutover.bare(query, backslashes);
     SELECT * INTO gate FROM pgcutover.ddl_gate FOR SHARE;
     refusal := CASE
         WHEN gate.shut_because IS NOT NULL THEN gate.shut_because
@@ -184,7 +188,9 @@ BEGIN
         WHEN temporary
             THEN 'it is about temporary objects and others'
         WHEN EXISTS (SELECT FROM pg_class c WHERE c.relnamespace = pg_my_temp_schema()
-                        AND c.relkind IN ('r', 'v', 'S', 'p') AND strpos(lower(query), lower(c.relname)) > 0)
+                        AND c.relkind IN ('r', 'v', 'S', 'p')
+                        AND CASE WHEN c.relname ~ '^\w+$' THEN query ~* ('\m' || c.relname || '\M')
+                                 ELSE strpos(lower(query), lower(c.relname)) > 0 END)
             THEN 'it may be about a temporary object, which the target does not have; drop that one, or use another session'
         WHEN tag = 'ALTER SCHEMA' AND bare ~* '\mrename\M'
             THEN 'the stream does not tell that tables have moved to a schema of another name'
@@ -204,7 +210,7 @@ BEGIN
     END IF;
 
     INSERT INTO pgcutover.command (xid, statement_at, tag, command, role, settings)
-    VALUES (txid_current(), statement_timestamp(), tag, query, caller, settings);
+    VALUES (txid_current(), statement_timestamp(), tag, query, CASE set_role WHEN 'none' THEN login ELSE set_role END, settings);
 
     IF event = 'ddl_command_end' THEN
         FOR table_name IN
@@ -245,14 +251,14 @@ BEGIN
 END
 $body$;
 
--- Has no search_path of its own, because it reads the caller's: everything in it is qualified.
+-- Has no search_path of its own, because it reads the caller's: whatever is named in it is qualified, and there is no operator.
 CREATE FUNCTION pgcutover.on_ddl() RETURNS event_trigger LANGUAGE plpgsql SECURITY DEFINER AS $body$
 BEGIN
     PERFORM pgcutover.record_ddl(
         TG_EVENT,
         TG_TAG,
-        CASE pg_catalog.current_setting('role') WHEN 'none' THEN session_user::pg_catalog.text
-             ELSE pg_catalog.current_setting('role') END,
+        session_user::pg_catalog.text,
+        pg_catalog.current_setting('role'),
         pg_catalog.json_build_object(
             'search_path', pg_catalog.current_setting('search_path'),
             'standard_conforming_strings', pg_catalog.current_setting('standard_conforming_strings'),
@@ -267,7 +273,7 @@ BEGIN
             'default_table_access_method', pg_catalog.current_setting('default_table_access_method', true)));
 END
 $body$;
-REVOKE ALL ON FUNCTION pgcutover.record_ddl(text, text, text, json) FROM PUBLIC;
+REVOKE ALL ON FUNCTION pgcutover.record_ddl(text, text, text, text, json) FROM PUBLIC;
 
 CREATE EVENT TRIGGER pgcutover_ddl_start ON ddl_command_start
     WHEN TAG IN ('CREATE INDEX', 'DROP INDEX', 'ALTER TABLE') EXECUTE PROCEDURE pgcutover.on_ddl();
