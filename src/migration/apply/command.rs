@@ -4,7 +4,8 @@
 //! set_config(…)        what its text and its result depend on, as it was on the source
 //! set_config(role)     whoever ran it owns what it makes
 //! the command          through the extended protocol, which takes one command and no more
-//! set_config(…)        back to what applying needs
+//! set_config(…)        back to what applying needs, role and search_path first: until then no operator is used, because a
+//!                      search_path of the source may lead to anybody's
 //! ```
 //!
 //! Only rows of the table that [`crate::migration::ddl::carry`] makes are read as commands.
@@ -62,7 +63,7 @@ impl Columns {
 
 impl Command {
     /// What is executed, in this order, each by itself and all in one transaction.
-    pub(super) fn statements(&self) -> [String; 4] {
+    pub(super) fn statements(&self) -> [String; 5] {
         let settings = quote_literal(&self.settings);
         [
             // Function bodies were checked by the source, and may name what comes later here.
@@ -73,11 +74,12 @@ impl Command {
             ),
             format!("SELECT pg_catalog.set_config('role', {}, true)", quote_literal(&self.role)),
             self.sql.clone(),
+            "SELECT pg_catalog.set_config('role', 'none', true), pg_catalog.set_config('search_path', 'pg_catalog', true)"
+                .to_owned(),
             format!(
-                "SELECT pg_catalog.set_config(s.name, s.reset_val, true) FROM (\
-                 SELECT 'role' AS name, 'none' AS reset_val UNION ALL \
-                 SELECT g.name, g.reset_val FROM pg_catalog.pg_settings g WHERE g.name = 'check_function_bodies' \
-                 OR g.name IN (SELECT j.key FROM pg_catalog.json_each_text({settings}) j WHERE j.value IS NOT NULL)) s"
+                "SELECT pg_catalog.set_config(g.name, g.reset_val, true) FROM pg_catalog.pg_settings g \
+                 WHERE g.name = 'check_function_bodies' \
+                 OR g.name IN (SELECT j.key FROM pg_catalog.json_each_text({settings}) j WHERE j.value IS NOT NULL)"
             ),
         ]
     }
