@@ -237,7 +237,11 @@ fn migration(mut section: Section<'_>) -> Migration {
             WithoutIdentity::Full,
             &[("full", WithoutIdentity::Full), ("refuse", WithoutIdentity::Refuse)],
         ),
-        ddl: section.choice("ddl", Ddl::Detect, &[("refuse", Ddl::Refuse), ("detect", Ddl::Detect), ("apply", Ddl::Apply)]),
+        ddl: section.choice(
+            "ddl",
+            Ddl::Detect,
+            &[("refuse", Ddl::Refuse), ("detect", Ddl::Detect), ("apply", Ddl::Apply)],
+        ),
         apply_queue_bytes: usize::try_from(queue).unwrap_or(usize::MAX),
         bindir: section.path("bindir"),
         verify_workers: section.number("verify_workers", 2, 1..=64),

@@ -36,7 +36,8 @@ struct Carried {
 impl Carried {
     async fn start() -> Self {
         let found = installations();
-        let bench = Streamed::between(found.pair().expect("checked by installations()"), TABLES, &["a", "b", "moods"]).await;
+        let bench =
+            Streamed::between(found.pair().expect("checked by installations()"), TABLES, &["a", "b", "moods"]).await;
         let mut maker = bench.context.source.control("shop", "test").await.expect("source");
         let target = bench.context.target.control("shop", "test").await.expect("target");
         let carry =
@@ -101,7 +102,8 @@ impl Carried {
                       WHERE c.relkind = 'r' AND n.nspname !~ '^pg' AND n.nspname <> 'information_schema' ORDER BY 1";
         for row in from.query(tables, &[]).await.expect("listed") {
             let table: &str = row.get(0);
-            let digest = format!("SELECT coalesce(string_agg(t::text, E'\\n' ORDER BY t::text), '') FROM ONLY {table} t");
+            let digest =
+                format!("SELECT coalesce(string_agg(t::text, E'\\n' ORDER BY t::text), '') FROM ONLY {table} t");
             let read = async |client: &Client| client.query_one(&digest, &[]).await.expect("read").get::<_, String>(0);
             assert_eq!(read(&from).await, read(&to).await, "{table}");
         }
@@ -122,7 +124,8 @@ async fn definitions(carried: &Carried, cluster: &Cluster) -> Vec<String> {
     let config = config::load(Some(&path), &Environment::default()).unwrap_or_else(|error| panic!("{error}"));
     let majors = [u32::from(source.major()), u32::from(target.major())];
     let pg_dump = schema::find_pg_dump(&config.migration, majors[0], majors[1]).await.expect("found");
-    let connector = if std::ptr::eq(cluster, source) { &carried.bench.context.source } else { &carried.bench.context.target };
+    let connector =
+        if std::ptr::eq(cluster, source) { &carried.bench.context.source } else { &carried.bench.context.target };
     let text = schema::definitions(&pg_dump, connector, "shop", Duration::from_secs(5)).await.expect("dumped");
     let entries = text.split("\n-- ").filter(|entry| !entry.starts_with("EVENT TRIGGER pgcutover"));
     let lines = entries.flat_map(|entry| entry.lines().map(str::to_owned).collect::<Vec<_>>());
@@ -279,7 +282,10 @@ async fn what_cannot_be_carried_is_refused_by_name() {
         ("ALTER TABLE a ADD COLUMN r timestamptz DEFAULT now()", "now"),
         ("ALTER TABLE a ADD COLUMN r timestamptz DEFAULT CURRENT_TIMESTAMP", "current_timestamp"),
         ("ALTER TABLE a ADD COLUMN r serial", "the numbers that the rows are given may differ"),
-        ("ALTER TABLE a ADD COLUMN r int GENERATED ALWAYS AS IDENTITY", "the numbers that the rows are given may differ"),
+        (
+            "ALTER TABLE a ADD COLUMN r int GENERATED ALWAYS AS IDENTITY",
+            "the numbers that the rows are given may differ",
+        ),
         ("ALTER TABLE a ADD COLUMN r stamped", "domain has a default"),
         ("ALTER TABLE a ALTER COLUMN n TYPE float8 USING random() * n", "random()"),
         ("ALTER SCHEMA public RENAME TO private", "schema of another name"),
@@ -347,7 +353,10 @@ async fn a_command_that_the_target_refuses_stops_the_stream() {
     let error = carried.running.await.expect("no panic");
     assert_eq!(error.code(), "ddl");
     let told = format!("{error}: {:?}", std::error::Error::source(&error));
-    assert!(!error.is_transient() && told.contains("GRANT") && told.contains("number 1 in pgcutover.command"), "{told}");
+    assert!(
+        !error.is_transient() && told.contains("GRANT") && told.contains("number 1 in pgcutover.command"),
+        "{told}"
+    );
     let changed = "SELECT count(*) FROM a WHERE v <> 'v'";
     assert_eq!(target.query_one(changed, &[]).await.expect("read").get::<_, i64>(0), 0, "nothing of it is there");
     target.batch_execute("CREATE ROLE reader").await.expect("mended");

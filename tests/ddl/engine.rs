@@ -72,7 +72,8 @@ async fn definitions_change_under_load_and_kills_and_both_servers_stay_equal() {
             client.batch_execute(&sql).await.unwrap_or_else(|error| panic!("{error:?}\n{sql}"));
         }
         // Killed when the first is under way, about to be committed, just committed, and when the last has come.
-        let wanted = ["number=\"1\"", "apply.before_commit\" action", "apply.after_commit\" action", "number=\"16\""][round];
+        let wanted =
+            ["number=\"1\"", "apply.before_commit\" action", "apply.after_commit\" action", "number=\"16\""][round];
         wait_for(wanted, || async { daemon.log().contains(wanted) }).await;
         daemon.kill();
     }
@@ -80,7 +81,10 @@ async fn definitions_change_under_load_and_kills_and_both_servers_stay_equal() {
     daemon.start_again();
     client.batch_execute("DROP TABLE made_0").await.expect("dropped");
     client.batch_execute("CREATE TABLE keyless (x int, y text)").await.expect("made");
-    client.batch_execute("INSERT INTO keyless VALUES (1, 'a'), (2, 'b'); UPDATE keyless SET y = 'c'").await.expect("rows");
+    client
+        .batch_execute("INSERT INTO keyless VALUES (1, 'a'), (2, 'b'); UPDATE keyless SET y = 'c'")
+        .await
+        .expect("rows");
     stop.store(true, Ordering::Relaxed);
     assert!(writing.await.expect("no panic") > 0);
     ready(&daemon).await;
@@ -125,11 +129,15 @@ async fn a_command_that_the_target_does_not_take_is_tried_again() {
     client.batch_execute("CREATE ROLE late").await.expect("no event trigger sees roles");
     client.batch_execute("GRANT SELECT ON a TO late").await.expect("recorded");
     client.batch_execute("CREATE TABLE behind (x int)").await.expect("recorded");
-    wait_for("the migration to stop", || async { daemon.json(&["migration", "show", NAME])["state"] == "Failed" }).await;
+    wait_for("the migration to stop", || async { daemon.json(&["migration", "show", NAME])["state"] == "Failed" })
+        .await;
     let view = daemon.json(&["migration", "show", NAME]);
     assert_eq!(view["error"]["code"], "ddl", "{view}");
     let message = view["error"]["message"].as_str().expect("text");
-    assert!(message.contains("GRANT") && message.contains("pgcutover.command") && message.contains("late"), "{message}");
+    assert!(
+        message.contains("GRANT") && message.contains("pgcutover.command") && message.contains("late"),
+        "{message}"
+    );
     assert!(view["error"]["hint"].as_str().is_some_and(|hint| hint.contains("retry")), "{view}");
     let there = connect(&target, SHOP).await;
     let behind = "SELECT to_regclass('behind') IS NULL";
@@ -138,15 +146,17 @@ async fn a_command_that_the_target_does_not_take_is_tried_again() {
     there.batch_execute("CREATE ROLE late").await.expect("mended");
     daemon.must(&["migration", "retry", NAME]);
     ready(&daemon).await;
-    wait_for("what came behind it", || async {
-        !there.query_one(behind, &[]).await.expect("read").get::<_, bool>(0)
-    })
-    .await;
+    wait_for("what came behind it", || async { !there.query_one(behind, &[]).await.expect("read").get::<_, bool>(0) })
+        .await;
 
     daemon.must(&["migration", "cancel", NAME]);
     wait_for("everything to be removed", || async {
         client.query_one(OURS, &[]).await.expect("counted").get::<_, i64>(0) == 0
-            && client.query_one("SELECT to_regnamespace('pgcutover') IS NULL", &[]).await.expect("read").get::<_, bool>(0)
+            && client
+                .query_one("SELECT to_regnamespace('pgcutover') IS NULL", &[])
+                .await
+                .expect("read")
+                .get::<_, bool>(0)
     })
     .await;
     let identity = "SELECT relreplident::text FROM pg_class WHERE relname = 'behind'";

@@ -51,13 +51,7 @@ impl Columns {
             value.ok_or(PlanError::OutOfPlace("a command that is no text"))
         };
         let [id, tag, sql, role, settings] = self.0;
-        Ok(Command {
-            id: read(id)?,
-            tag: read(tag)?,
-            sql: read(sql)?,
-            role: read(role)?,
-            settings: read(settings)?,
-        })
+        Ok(Command { id: read(id)?, tag: read(tag)?, sql: read(sql)?, role: read(role)?, settings: read(settings)? })
     }
 }
 

@@ -131,7 +131,14 @@ impl Gatherer {
     /// there is: nothing more could be read, and it would wait for more for ever.
     pub(super) fn new(queue_bytes: usize, permit_bytes: usize) -> Self {
         let full_permits = (FULL_BYTES.min(queue_bytes / FULL_PART) / permit_bytes).max(1);
-        Self { piece: Piece::default(), parts: Parts::default(), full_permits, transactions: 0, alterations: 0, markers: Vec::new() }
+        Self {
+            piece: Piece::default(),
+            parts: Parts::default(),
+            full_permits,
+            transactions: 0,
+            alterations: 0,
+            markers: Vec::new(),
+        }
     }
 
     /// Whether there is nothing to execute.

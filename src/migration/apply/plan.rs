@@ -237,7 +237,11 @@ impl Planner {
     pub fn plan(&mut self, message: Message) -> Result<Planned, PlanError> {
         match message {
             Message::Begin(begin) => {
-                if self.open.replace(Open { begin, marker: None, at_boundary: false, changes: 0, altered: false }).is_some() {
+                if self
+                    .open
+                    .replace(Open { begin, marker: None, at_boundary: false, changes: 0, altered: false })
+                    .is_some()
+                {
                     return Err(PlanError::OutOfPlace("a transaction begins inside another"));
                 }
                 Ok(Planned::Begin)

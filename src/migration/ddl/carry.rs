@@ -76,10 +76,7 @@ pub async fn make(source: &mut tokio_postgres::Client, carry: Carry<'_>) -> Resu
 
 /// Shuts the gate, or opens it where there is no reason to keep it shut, and waits for the transactions whose commands
 /// have passed. False: nothing is carried here.
-pub async fn set_gate(
-    source: &impl GenericClient,
-    shut_because: Option<&str>,
-) -> Result<bool, tokio_postgres::Error> {
+pub async fn set_gate(source: &impl GenericClient, shut_because: Option<&str>) -> Result<bool, tokio_postgres::Error> {
     let there = source.query_one("SELECT pg_catalog.to_regclass('pgcutover.ddl_gate') IS NOT NULL", &[]).await?;
     if !there.get::<_, bool>(0) {
         return Ok(false);

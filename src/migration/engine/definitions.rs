@@ -91,7 +91,8 @@ async fn set_gate(context: &Context, database: &str, shut_because: Option<&str>)
         source.batch_execute(&lock_timeout).await?;
         carry::set_gate(&*source, shut_because).await
     };
-    let doing = "opening or shutting the gate for changes of definitions on the source (a transaction with one may be open)";
+    let doing =
+        "opening or shutting the gate for changes of definitions on the source (a transaction with one may be open)";
     set.await.map_err(|source| WorkError::Query { doing, source })
 }
 

@@ -262,7 +262,9 @@ impl WorkError {
                 ("slot_timeout", "end the transactions that have been open for long on the source, then retry")
             }
             Self::Slot(_) => ("slot", "wal_level must be logical, with free replication slots and walsenders"),
-            Self::Ddl(_) => ("ddl", "log in to the source as a superuser, or set migration.ddl to \"refuse\" or \"detect\""),
+            Self::Ddl(_) => {
+                ("ddl", "log in to the source as a superuser, or set migration.ddl to \"refuse\" or \"detect\"")
+            }
             Self::Roles(_) => ("roles", ""),
             Self::Schema(_) => ("schema", ""),
             Self::Restore(_) => ("restore", "mend the cause on the target, or make the object by hand, then retry"),
