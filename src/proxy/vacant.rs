@@ -9,7 +9,8 @@
 //! A client gets one only where a login of its own would have given the same: the same user, database, proof and startup
 //! parameters. So RESET leads to what this client asked for, and no setting has to be brought to the connection. A fence
 //! that is being raised changes what a login gives, too: what it was given against the fence, if anything, must be the
-//! same, and one that has felt a fence is not kept.
+//! same, and one that has felt a fence is not kept. Nor is one with something that no command takes off again: a temporary
+//! schema, which PREPARE TRANSACTION can tell, and a custom setting, which is empty after RESET and not unknown.
 //!
 //! What must never happen here: a connection that is handed out while an answer is due on it, after its reset has failed
 //! or has left anything that the server reports otherwise than at the login; one of another epoch, which may be one of
@@ -29,6 +30,9 @@ use crate::config::{Config, Pool};
 use crate::postgres::ring::Ring;
 use crate::postgres::{Login, ParkedConnection};
 use crate::switch::{Epoch, ServerRole};
+
+/// 0 where the session has never had anything temporary: a schema that was made for it stays, empty, until it ends.
+const TEMPORARY_SCHEMA: &str = "SELECT pg_catalog.pg_my_temp_schema()";
 
 /// How long a connection may take to be wiped, and to close.
 const PATIENCE: Duration = Duration::from_secs(3);
@@ -244,6 +248,7 @@ impl Session {
     pub(super) fn is_vacated_by(&self, end: &End) -> bool {
         matches!(end, End::ClientLeft)
             && self.origin.is_some()
+            && self.tracked.names().next().is_none()
             && self.is_at_safe_point()
             && !self.ledger.is_uncertain()
             && self.moving.is_none()
@@ -287,6 +292,13 @@ async fn wipe(backend: &mut Backend, query: &str) -> bool {
         return false;
     }
     if !connection.read_buf.is_empty() || connection.simple_query(query).await.is_err() {
+        return false;
+    }
+    if !connection.read_buf.is_empty() || connection.transaction_status() != b'I' {
+        return false;
+    }
+    let schema = connection.simple_query(TEMPORARY_SCHEMA).await;
+    if !schema.is_ok_and(|rows| rows == [[Some("0".to_owned())]]) {
         return false;
     }
     // Of channels that the session listened to.

@@ -88,13 +88,12 @@ async fn nothing_of_the_client_before_is_there() {
         "SET work_mem = '123MB'",
         "SET application_name = 'another'",
         "SET TimeZone = 'Asia/Tokyo'",
-        "SET search_path = pg_temp, public",
+        "SET search_path = public",
         "SET SESSION CHARACTERISTICS AS TRANSACTION READ ONLY",
         "SET SESSION CHARACTERISTICS AS TRANSACTION READ WRITE, ISOLATION LEVEL SERIALIZABLE",
         "PREPARE by_sql AS SELECT 1",
         "LISTEN news",
         "SELECT pg_advisory_lock(7), pg_advisory_lock_shared(8, 9)",
-        "CREATE TEMP TABLE basket(a int)",
         "DECLARE held CURSOR WITH HOLD FOR SELECT 1",
         "SELECT nextval('numbers')",
         "SET ROLE helper",
@@ -118,6 +117,31 @@ async fn nothing_of_the_client_before_is_there() {
     second.send(&query("RESET ALL")).await;
     assert_eq!(second.tags_until_ready().await, "CZI", "what it began with is what it asked for");
     assert_eq!(text(&direct, "SELECT count(*) FROM pg_locks WHERE locktype = 'advisory'").await, "0");
+    rig.stop().await;
+}
+
+/// A temporary schema stays when all in it is gone, and a custom setting is empty from then on, not unknown.
+#[tokio::test(flavor = "multi_thread")]
+async fn what_no_reset_takes_off_is_not_handed_on() {
+    let cluster = one_cluster("vacant_kept");
+    let rig = over(&cluster);
+    for sql in [
+        "CREATE TEMP TABLE basket(a int)",
+        "SET search_path = pg_temp; SELECT current_schema()",
+        "SET app.tenant = 'seven'",
+        "BEGIN; SELECT set_config('app.tenant', 'seven', true); COMMIT",
+    ] {
+        let mut first = with(&rig, &[]).await;
+        let own = pid(&mut first).await;
+        first.send(&query(sql)).await;
+        assert!(first.tags_until_ready().await.ends_with("ZI"), "{sql}");
+        leave(&rig, first).await;
+        let mut second = with(&rig, &[]).await;
+        assert_ne!(pid(&mut second).await, own, "after {sql}");
+        let seen = "SELECT pg_my_temp_schema() || coalesce(current_setting('app.tenant', true), ' unknown')";
+        assert_eq!(first_row(&mut second, seen).await, "0 unknown", "after {sql}");
+        leave(&rig, second).await;
+    }
     rig.stop().await;
 }
 
@@ -425,7 +449,8 @@ async fn serve(mut stream: TcpStream, number: i32, script: Arc<Mutex<VecDeque<Wi
         if tag == b'X' {
             return Ok(());
         }
-        let text = number.to_string();
+        let is_of_proxy = body.windows(14).any(|part| part == b"my_temp_schema");
+        let text = if is_of_proxy { "0".to_owned() } else { number.to_string() };
         let row = [&[0, 1][..], &(text.len() as u32).to_be_bytes(), text.as_bytes()].concat();
         let mut answer = [frame(b'D', &row), frame(b'C', b"SELECT 1\0"), ready(b'I')].concat();
         let mut then = Then::Go;
