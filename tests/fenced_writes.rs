@@ -10,23 +10,6 @@ use serde_json::Value;
 use support::world::{COMPLETED, NAME, READY, World};
 use support::{connect, shop, wait_for};
 
-/// A superuser opens the shut database and writes there, four rows of one table in all, which leaves nothing.
-async fn write_past_the_fence(cluster: &Cluster) {
-    shop::open_fenced(cluster).await;
-    let client = connect(cluster, SHOP).await;
-    client.batch_execute("SET default_transaction_read_only = off").await.expect("anybody may");
-    client
-        .batch_execute(
-            "INSERT INTO shop.film (id, title, rate, length, languages)
-             SELECT 900000000 + n, 'never shown', 1, '1 hour', '{}' FROM generate_series(1, 2) n;
-             DELETE FROM shop.film WHERE id > 900000000;",
-        )
-        .await
-        .expect("a superuser may");
-    let admin = connect(cluster, "postgres").await;
-    admin.batch_execute(&format!("ALTER DATABASE {SHOP} ALLOW_CONNECTIONS false")).await.expect("a superuser may");
-}
-
 /// Server, cutover, table, kind and rows of everything that was found.
 fn found(view: &Value) -> Vec<(String, u64, String, String, u64)> {
     let text = |one: &Value, key: &str| one[key].as_str().unwrap_or("?").to_owned();
@@ -79,12 +62,12 @@ async fn strangers_are_found_on_whichever_server_was_left_and_nobody_else_is() {
     world.wait_for_writes(&application, 100).await;
     assert_eq!(found(&world.view()), [], "the stream back is no stranger");
 
-    write_past_the_fence(&world.source).await;
+    shop::write_past_the_fence(&world.source).await;
     wait_until_found(&world, &[film("source", 1, "delete", 2), film("source", 1, "insert", 2)]).await;
 
     // What is written while nobody looks is found afterwards, and what was found is not found again.
     world.daemon.kill();
-    write_past_the_fence(&world.source).await;
+    shop::write_past_the_fence(&world.source).await;
     world.daemon.start_again();
     let on_source = [film("source", 1, "delete", 4), film("source", 1, "insert", 4)];
     wait_until_found(&world, &on_source).await;
@@ -103,7 +86,7 @@ async fn strangers_are_found_on_whichever_server_was_left_and_nobody_else_is() {
     wait_until_watched(&world, "target").await;
     world.wait_for_writes(&application, 100).await;
     assert_eq!(found(&world.view()), on_source, "the application is no stranger on the server that it came back to");
-    write_past_the_fence(&world.target).await;
+    shop::write_past_the_fence(&world.target).await;
     let mut everywhere = on_source.to_vec();
     everywhere.extend([film("target", 2, "delete", 2), film("target", 2, "insert", 2)]);
     wait_until_found(&world, &everywhere).await;
@@ -139,7 +122,7 @@ async fn killed_while_it_counts_it_counts_once() {
     let mut rows = 0;
     for name in ["watch.after_start", "watch.before_keep", "watch.after_keep"] {
         world.daemon.kill();
-        write_past_the_fence(&world.source).await;
+        shop::write_past_the_fence(&world.source).await;
         rows += 2;
         world.daemon.set_failpoints(&format!("{name}=hang"));
         world.daemon.start_again();
@@ -168,7 +151,7 @@ async fn an_aborted_rollback_is_no_end_of_the_watch() {
     assert!(!aborted.status.success(), "a failpoint says so");
     world.wait_until(COMPLETED).await;
     wait_until_watched(&world, "source").await;
-    write_past_the_fence(&world.source).await;
+    shop::write_past_the_fence(&world.source).await;
     wait_until_found(&world, &[film("source", 1, "delete", 2), film("source", 1, "insert", 2)]).await;
     assert_eq!((slots(&world.source).await, slots(&world.target).await), (1, 1));
 }

@@ -150,6 +150,24 @@ async fn there_and_back(from: Profile, to: Profile) {
         wait_for("the application's role to be shut out", || async { try_connect(&login).await.is_err() }).await;
         assert!(bypass.is_closed(), "who went past the proxy is still there");
     }
+    // The service's own superuser gets past the fence; the stream back, which writes there as well, is no stranger.
+    let fence = |of: fn(&serde_json::Value) -> bool| of(&world.view()["databases"][0]);
+    wait_for("the server that was left to be watched", || async {
+        fence(|database| database["fence_watch"]["watched"] == true)
+    })
+    .await;
+    world.wait_for_writes(&application, 100).await;
+    support::shop::write_past_the_fence(&world.source).await;
+    wait_for("the stranger to be found", || async {
+        fence(|database| {
+            let found = database["fenced_writes"].as_array().cloned().unwrap_or_default();
+            let rows =
+                |kind: &str| found.iter().find(|one| one["kind"] == kind).and_then(|one| one["changes"].as_u64());
+            assert!(found.iter().all(|one| one["table"] == "film"), "{found:?}");
+            rows("insert") == Some(2) && rows("delete") == Some(2)
+        })
+    })
+    .await;
     world.wait_for_writes(&application, 100).await;
     let outcomes = application.finish().await;
     shop::nobody_noticed(&outcomes);

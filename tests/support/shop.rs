@@ -56,6 +56,30 @@ pub async fn open_fenced(source: &Cluster) {
     }
 }
 
+/// After a cutover: a superuser opens the shut database and writes there, four rows of one table in all, which leaves nothing.
+pub async fn write_past_the_fence(cluster: &Cluster) {
+    let admin = connect(cluster, "postgres").await;
+    let settings = "SELECT datallowconn, datconnlimit FROM pg_database WHERE datname = $1";
+    let fenced = admin.query_one(settings, &[&SHOP]).await.expect("readable");
+    open_fenced(cluster).await;
+    let client = connect(cluster, SHOP).await;
+    client.batch_execute("SET default_transaction_read_only = off").await.expect("anybody may");
+    client
+        .batch_execute(
+            "INSERT INTO shop.film (id, title, rate, length, languages)
+             SELECT 900000000 + n, 'never shown', 1, '1 hour', '{}' FROM generate_series(1, 2) n;
+             DELETE FROM shop.film WHERE id > 900000000;",
+        )
+        .await
+        .expect("a superuser may");
+    for change in [
+        format!("ALLOW_CONNECTIONS {}", fenced.get::<_, bool>(0)),
+        format!("CONNECTION LIMIT {}", fenced.get::<_, i32>(1)),
+    ] {
+        admin.batch_execute(&format!("ALTER DATABASE {SHOP} {change}")).await.expect("a superuser may");
+    }
+}
+
 /// After a cutover: every acknowledged write is on the target once, and nothing is on the source alone.
 pub async fn nothing_lost(outcomes: &[Outcome], source: &Cluster, target: &Cluster) {
     open_fenced(source).await;
