@@ -345,6 +345,10 @@ fn the_runbook_has_every_alert_and_every_error_code() {
     let alerts: BTreeSet<String> = values(&rules, "alert").into_iter().map(str::to_owned).collect();
     assert!(alerts.len() > 10, "{alerts:?}");
     assert_eq!(under("Alerts"), alerts, "headings on the left, rules on the right");
+    for (alert, rule) in rules.split("- alert: ").skip(1).filter_map(|rule| rule.split_once('\n')) {
+        let place = format!("runbook_page: \"docs/runbook.md#{}\"", alert.to_lowercase());
+        assert!(rule.contains(&place), "{alert} does not lead to its part of the runbook");
+    }
     let codes = error_codes();
     for known in ["connection", "slot_timeout", "slot_lost", "wal_limit", "validation", "target_differs"] {
         assert!(codes.contains(known), "{known} is not found in the source: {codes:?}");
