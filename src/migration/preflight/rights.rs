@@ -161,7 +161,8 @@ impl Servers<'_> {
     }
 
     async fn apply_ddl(&self) -> RuleResult {
-        let rule = self.rule(&APPLY_DDL);
+        let grant = format!("ALTER ROLE {} SUPERUSER", self.login(Side::Source));
+        let rule = self.rule(&APPLY_DDL).mended_by(self.on_source(grant));
         if self.preflight.config.migration.ddl != Ddl::Apply {
             return rule.succeeded();
         }
