@@ -188,7 +188,6 @@ impl Daemon {
         let cutovers = Arc::new(CutoverDesk {
             coordinator: coordinator.clone(),
             config: live.clone(),
-            metrics: metrics.clone(),
             migrations: engine.clone(),
             clients: session_desk.clone(),
             rendezvous,

@@ -3,6 +3,7 @@
 use std::collections::BTreeMap;
 
 use super::view::ClientView;
+use crate::config::Config;
 use crate::migration::state::State;
 use crate::migration::view::MigrationView;
 use crate::switch::{Route, ServerRole, Switchboard};
@@ -36,10 +37,7 @@ pub(super) fn set_sessions(metrics: &Metrics, switchboard: &Switchboard, clients
             let there = |client: &ClientView| client.prepared && client.server == Some(server.other());
             metrics.server_connections.with_label_values(&labels).set(count(&there));
         }
-        metrics
-            .held_sessions
-            .with_label_values(&[name])
-            .set(count(&|client| client_state(client) == ClientState::Waiting));
+        metrics.held_sessions.with_label_values(&[name]).set(count(&|client| client.held));
         metrics.route_epoch.with_label_values(&[name]).set(i64::try_from(database.epoch().0).unwrap_or(i64::MAX));
         let route = database.route();
         for server in [ServerRole::Source, ServerRole::Target] {
@@ -49,14 +47,32 @@ pub(super) fn set_sessions(metrics: &Metrics, switchboard: &Switchboard, clients
     }
 }
 
+/// Sets what the configuration allows, which a reload may change.
+pub(super) fn set_limits(metrics: &Metrics, config: &Config) {
+    metrics.max_client_connections.set(i64::try_from(config.limits.max_client_connections).unwrap_or(i64::MAX));
+    metrics.cutover_max_pause_seconds.set(config.cutover.max_pause.as_secs_f64());
+}
+
+/// Sets how many sessions could not be moved; `None`: it is not known.
+pub(super) fn set_blockers(metrics: &Metrics, blockers: Option<usize>) {
+    metrics.cutover_blockers.reset();
+    if let Some(count) = blockers {
+        metrics.cutover_blockers.with_label_values::<&str>(&[]).set(i64::try_from(count).unwrap_or(i64::MAX));
+    }
+}
+
 /// Sets the state of each migration; one that is gone has no series. What is known of replication the engine sets itself.
 pub(super) fn set_migrations(metrics: &Metrics, migrations: &[MigrationView]) {
     metrics.migration_state.reset();
+    metrics.migration_database.reset();
     let states: BTreeMap<&str, State> = State::ALL.iter().map(|state| (state.substate(), *state)).collect();
     for migration in migrations {
         for substate in states.keys() {
             let gauge = metrics.migration_state.with_label_values(&[migration.name.as_str(), substate]);
             gauge.set(i64::from(migration.substate == *substate));
+        }
+        for database in &migration.databases {
+            metrics.migration_database.with_label_values(&[migration.name.as_str(), database.name.as_str()]).set(1);
         }
     }
 }
@@ -73,5 +89,35 @@ fn role(server: ServerRole) -> &'static str {
     match server {
         ServerRole::Source => "source",
         ServerRole::Target => "target",
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::switch::Epoch;
+
+    #[test]
+    fn who_waits_for_a_pool_is_not_held() {
+        let (metrics, board) = (
+            Metrics::new().expect("names are distinct"),
+            Switchboard::new(Route::To { server: ServerRole::Source, epoch: Epoch(0) }),
+        );
+        let _known = board.database("shop");
+        let waiting = ClientView { database: "shop".to_owned(), state: "waiting".to_owned(), ..ClientView::default() };
+        set_sessions(&metrics, &board, &[waiting.clone(), ClientView { held: true, ..waiting }]);
+        assert_eq!(metrics.held_sessions.with_label_values(&["shop"]).get(), 1);
+        assert_eq!(metrics.client_connections.with_label_values(&["shop", "waiting"]).get(), 2);
+    }
+
+    #[test]
+    fn blockers_that_are_not_known_are_no_number() {
+        let metrics = Metrics::new().expect("names are distinct");
+        let text = |blockers| {
+            set_blockers(&metrics, blockers);
+            metrics.render().expect("text")
+        };
+        assert!(text(Some(3)).contains("\npgcutover_cutover_blockers 3\n"));
+        assert!(!text(None).contains("\npgcutover_cutover_blockers"));
     }
 }

@@ -91,11 +91,21 @@ impl Service {
     /// What Prometheus reads: gauges are set from the live state first.
     pub async fn metrics(&self) -> Result<String, AdminError> {
         let deps = &self.0.deps;
+        deps.metrics.ready.set(i64::from(self.not_ready().is_none()));
+        gauges::set_limits(&deps.metrics, &deps.config.load());
         gauges::set_sessions(&deps.metrics, &deps.switchboard, &deps.clients.list());
-        // A scrape does not wait for an engine that is still looking for its target.
+        // A scrape does not wait for an engine that is still looking for its target, nor for a server that does not answer.
+        let mut is_any_active = false;
         if let Ok(Ok(migrations)) = tokio::time::timeout(SCRAPE_BOUND, deps.migrations.list()).await {
             gauges::set_migrations(&deps.metrics, &migrations);
+            is_any_active = migrations.iter().any(is_active);
         }
+        let blockers = if is_any_active {
+            tokio::time::timeout(SCRAPE_BOUND, deps.cutovers.blockers()).await.ok().and_then(Result::ok)
+        } else {
+            None
+        };
+        gauges::set_blockers(&deps.metrics, blockers.map(|found| found.len()));
         deps.metrics.render().map_err(|error| AdminError::from_chain(ErrorKind::Failed, &error))
     }
 

@@ -4,12 +4,17 @@
 
 use serde::{Deserialize, Serialize};
 
+use crate::catalog::streams::Direction;
 use crate::migration::view::MigrationView;
 use crate::switch::ServerRole;
 
 /// How a cutover ended, or how far it is.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize, schemars::JsonSchema)]
 pub struct CutoverView {
+    /// `forward`: a cutover; `reverse`: a rollback; null: said by a daemon that did not say it yet.
+    #[serde(default)]
+    #[schemars(with = "Option<String>")]
+    pub direction: Option<Direction>,
     /// `switched`, `aborted`, `dry-run`, or `running`.
     pub outcome: String,
     /// Why it did not switch; empty: it did, or a dry run would have.
@@ -161,6 +166,9 @@ pub struct ClientView {
     pub backend_pid: Option<i32>,
     /// `idle`, `active`, `waiting`, …
     pub state: String,
+    /// A cutover or PAUSE holds it; who waits for a server connection of its pool is not held.
+    #[serde(default)]
+    pub held: bool,
     /// In a transaction.
     pub in_transaction: bool,
     /// When it connected, in seconds since the Unix epoch.

@@ -20,7 +20,6 @@ use crate::cutover::report::{CutoverReport, TimedStep};
 use crate::migration::view::{MigrationName, MigrationView};
 use crate::postgres::InstanceId;
 use crate::proxy::takeover::{Predecessor, Rendezvous};
-use crate::telemetry::metrics::Metrics;
 
 /// For a cutover that was told to give up.
 const STOP_BOUND: Duration = Duration::from_secs(30);
@@ -29,7 +28,6 @@ const STOP_BOUND: Duration = Duration::from_secs(30);
 pub(super) struct CutoverDesk {
     pub(super) coordinator: Arc<Coordinator>,
     pub(super) config: Arc<ArcSwap<Config>>,
-    pub(super) metrics: Arc<Metrics>,
     pub(super) migrations: Arc<dyn Migrations>,
     pub(super) clients: Arc<dyn Clients>,
     /// Where those are found that this process has taken over from.
@@ -72,6 +70,7 @@ impl Cutovers for CutoverDesk {
     async fn progress(&self, name: &MigrationName) -> Result<Option<CutoverView>, AdminError> {
         Ok(self.coordinator.progress(name.as_str()).map(|state| match state {
             CutoverState::Running(progress) => CutoverView {
+                direction: Some(progress.direction),
                 outcome: "running".to_owned(),
                 phase: word(progress.phase),
                 pause_ms: progress.paused_ms.unwrap_or(0),
@@ -101,7 +100,6 @@ impl Cutovers for CutoverDesk {
         // A session of ours that is long at work is shown once, by what the server says of it.
         blockers.retain(|blocker| !obstacles.iter().any(|obstacle| Some(obstacle.pid) == blocker.pid));
         blockers.extend(obstacles.into_iter().map(of_obstacle));
-        self.metrics.cutover_blockers.set(i64::try_from(blockers.len()).unwrap_or(i64::MAX));
         Ok(blockers)
     }
 
@@ -168,6 +166,7 @@ fn intention(one: &Intention) -> IntentionView {
 
 fn view(report: &CutoverReport) -> CutoverView {
     CutoverView {
+        direction: Some(report.direction),
         outcome: word(report.outcome).unwrap_or_default(),
         reason: report.reason.clone(),
         pause_ms: report.pause_ms,

@@ -82,6 +82,7 @@ fn client(view: SessionView, now: SystemTime) -> ClientView {
         server: view.server,
         backend_pid: view.backend_pid,
         state: state.to_owned(),
+        held: view.state == SessionState::Held,
         in_transaction: view.in_transaction,
         connected_at: connected.map(|at| at.as_secs_f64()),
         since_seconds: Some(view.for_time.as_secs_f64()),

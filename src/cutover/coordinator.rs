@@ -33,7 +33,7 @@ use crate::postgres::Connector;
 use crate::proxy::Sessions;
 use crate::shutdown::Tasks;
 use crate::switch::{Epoch, Route, ServerRole, Switchboard};
-use crate::telemetry::metrics::{self, Metrics};
+use crate::telemetry::metrics::Metrics;
 
 pub use super::work::CutoverOptions;
 
@@ -224,32 +224,6 @@ impl Coordinator {
         self.running.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    fn measure(&self, direction: Direction, report: &CutoverReport) {
-        let metrics = &self.deps.metrics;
-        let outcome = match report.outcome {
-            CutoverOutcome::Switched => metrics::Outcome::Switched,
-            CutoverOutcome::Aborted => metrics::Outcome::Aborted,
-            CutoverOutcome::DryRun => metrics::Outcome::DryRun,
-        };
-        metrics.cutovers.with_label_values(&[direction.as_str(), outcome.as_str()]).inc();
-        let phases = report.phases_ms;
-        for (phase, spent_ms) in [
-            (metrics::Phase::Prepare, phases.prepare),
-            (metrics::Phase::Pause, phases.pause),
-            (metrics::Phase::Drain, phases.drain),
-            (metrics::Phase::Decide, phases.decide),
-            (metrics::Phase::Switch, phases.switch),
-        ] {
-            if spent_ms > 0 {
-                let seconds = Duration::from_millis(spent_ms).as_secs_f64();
-                metrics.cutover_phase_seconds.with_label_values(&[phase.as_str()]).observe(seconds);
-            }
-        }
-        if report.pause_ms > 0 {
-            metrics.cutover_pause_seconds.observe(Duration::from_millis(report.pause_ms).as_secs_f64());
-        }
-    }
-
     async fn run_to_the_end(&self, migration: &str, options: CutoverOptions) -> Result<CutoverReport, CutoverError> {
         let Ok(turn) = tokio::time::timeout(WAIT_FOR_TURN, self.resolver.turn()).await else {
             return Err(CutoverError::Guardrail(
@@ -276,11 +250,11 @@ impl Coordinator {
                 if let Err(reason) = lease.finish(Outcome::Aborted).await {
                     tracing::warn!(migration, reason, "the engine did not take the migration back");
                 }
-                not_begun(&error)
+                not_begun(options.direction, &error)
             }
         };
         drop(turn);
-        self.measure(options.direction, &report);
+        report.count(&self.deps.metrics, options.max_pause);
         if let Some(running) = self.running().get_mut(migration) {
             running.report = Some(report.clone());
         }
@@ -445,8 +419,9 @@ async fn side(
     Ok(Side { role, connector: connector.clone(), control, identity })
 }
 
-fn not_begun(error: &CutoverError) -> CutoverReport {
+fn not_begun(direction: Direction, error: &CutoverError) -> CutoverReport {
     CutoverReport {
+        direction,
         outcome: CutoverOutcome::Aborted,
         reason: error.to_string(),
         pause_ms: 0,

@@ -5,6 +5,8 @@ use std::time::{Duration, Instant};
 use super::forecast::Intention;
 use super::hard_fence::Obstacle;
 use super::phase::Phase;
+use crate::catalog::streams::Direction;
+use crate::telemetry::metrics::{self, Metrics};
 
 /// How a cutover ended.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
@@ -45,6 +47,8 @@ pub struct TimedStep {
 /// The answer.
 #[derive(Clone, Debug, PartialEq, serde::Serialize)]
 pub struct CutoverReport {
+    /// Forward: a cutover. Reverse: a rollback.
+    pub direction: Direction,
     /// How it ended.
     pub outcome: CutoverOutcome,
     /// Why it was aborted; empty otherwise.
@@ -80,11 +84,43 @@ impl CutoverReport {
     pub fn is_success(&self) -> bool {
         matches!(self.outcome, CutoverOutcome::Switched | CutoverOutcome::DryRun)
     }
+
+    /// Counts it; `max_pause` is what it was allowed.
+    pub(super) fn count(&self, metrics: &Metrics, max_pause: Duration) {
+        let outcome = match self.outcome {
+            CutoverOutcome::Switched => metrics::Outcome::Switched,
+            CutoverOutcome::Aborted => metrics::Outcome::Aborted,
+            CutoverOutcome::DryRun => metrics::Outcome::DryRun,
+        };
+        metrics.cutovers.with_label_values(&[self.direction.as_str(), outcome.as_str()]).inc();
+        let phases = self.phases_ms;
+        for (phase, spent_ms) in [
+            (metrics::Phase::Prepare, phases.prepare),
+            (metrics::Phase::Pause, phases.pause),
+            (metrics::Phase::Drain, phases.drain),
+            (metrics::Phase::Decide, phases.decide),
+            (metrics::Phase::Switch, phases.switch),
+        ] {
+            if spent_ms > 0 {
+                let seconds = Duration::from_millis(spent_ms).as_secs_f64();
+                metrics.cutover_phase_seconds.with_label_values(&[phase.as_str()]).observe(seconds);
+            }
+        }
+        let pause = Duration::from_millis(self.pause_ms);
+        if !pause.is_zero() {
+            metrics.cutover_pause_seconds.observe(pause.as_secs_f64());
+        }
+        if pause > max_pause {
+            metrics.cutover_pauses_above_budget.inc();
+        }
+    }
 }
 
 /// Where a running cutover stands, for observers.
 #[derive(Clone, Debug, PartialEq, serde::Serialize)]
 pub struct CutoverProgress {
+    /// Forward: a cutover. Reverse: a rollback.
+    pub direction: Direction,
     /// Number of the cutover.
     pub epoch: u64,
     /// What it is doing.
@@ -210,4 +246,36 @@ fn rounded_ms(time: Duration) -> f64 {
 
 fn millis(duration: Duration) -> u64 {
     u64::try_from(duration.as_millis()).unwrap_or(u64::MAX)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_pause_above_its_budget_is_counted() {
+        let metrics = Metrics::new().expect("names are distinct");
+        let report = |pause_ms| CutoverReport {
+            direction: Direction::Reverse,
+            outcome: CutoverOutcome::Aborted,
+            reason: String::new(),
+            pause_ms,
+            phases_ms: PhasesMs::default(),
+            prepare_steps: Vec::new(),
+            pause_steps: Vec::new(),
+            sessions_held: 0,
+            longest_hold_ms: 0.0,
+            would: Vec::new(),
+            sessions_moved: 0,
+            sessions_ended: 0,
+            epoch: 0,
+            blockers: Vec::new(),
+            notes: Vec::new(),
+        };
+        report(2000).count(&metrics, Duration::from_secs(2));
+        assert_eq!(metrics.cutover_pauses_above_budget.get(), 0);
+        report(2001).count(&metrics, Duration::from_secs(2));
+        assert_eq!(metrics.cutover_pauses_above_budget.get(), 1);
+        assert_eq!(metrics.cutovers.with_label_values(&["reverse", "aborted"]).get(), 2);
+    }
 }

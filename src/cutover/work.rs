@@ -141,6 +141,7 @@ impl Work {
     /// Shows observers where the cutover stands.
     pub(super) fn publish(&self) {
         self.progress.send_replace(Some(CutoverProgress {
+            direction: self.options.direction,
             epoch: self.case.epoch.0,
             phase: self.phase,
             elapsed_ms: self.timings.elapsed_ms(),
@@ -205,6 +206,7 @@ impl Work {
     /// The report, as things stand.
     pub(super) fn report(&self, outcome: CutoverOutcome, error: Option<&CutoverError>) -> CutoverReport {
         CutoverReport {
+            direction: self.options.direction,
             outcome,
             reason: error.map(ToString::to_string).unwrap_or_default(),
             pause_ms: self.timings.pause_ms(),

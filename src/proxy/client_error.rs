@@ -7,6 +7,7 @@ use std::borrow::Cow;
 
 use super::auth::hba::Client;
 use crate::sqlstate;
+use crate::telemetry::metrics::Full;
 use crate::wire::error::{ErrorFields, Severity};
 
 /// `08P01`-like refusals quote only what the client itself sent.
@@ -194,6 +195,15 @@ impl ClientError {
             }
             Self::LoginWaitTimeout | Self::QueryWaitTimeout => Some("waited too long"),
             _ => None,
+        }
+    }
+
+    /// What is full, where the client is one too many; none: it is not.
+    pub(super) fn full(&self) -> Option<Full> {
+        match self {
+            Self::TooManyClients => Some(Full::Proxy),
+            Self::TooManyOf { .. } => Some(Full::Share),
+            _ => (self.code() == sqlstate::TOO_MANY_CONNECTIONS).then_some(Full::Server),
         }
     }
 

@@ -137,6 +137,9 @@ pub(super) async fn log_in(worker: &Rc<Worker>, accepted: Accepted) -> Option<Se
         }
         Err(Refused::With(error)) => {
             login.log_refusal(&error);
+            if let Some(full) = error.full() {
+                login.shared().metrics.clients_refused.with_label_values(&[full.as_str()]).inc();
+            }
             login.channel.refuse(&error).await;
             None
         }

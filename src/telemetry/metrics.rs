@@ -7,7 +7,7 @@
 use std::collections::BTreeMap;
 
 use prometheus::core::{Collector, Desc};
-use prometheus::{CounterVec, GaugeVec, IntGauge, Registry, TextEncoder};
+use prometheus::{CounterVec, Gauge, GaugeVec, IntGauge, Registry, TextEncoder};
 use prometheus::{Encoder, Histogram, HistogramOpts, HistogramVec, IntCounter, IntCounterVec, IntGaugeVec, Opts};
 
 /// Content type of [`Metrics::render`].
@@ -46,7 +46,7 @@ label_words! {
         Idle = "idle",
         /// In a transaction.
         Active = "active",
-        /// Held by a fence.
+        /// Held by a fence, or for a server connection of its pool.
         Waiting = "waiting",
     }
 }
@@ -90,6 +90,18 @@ label_words! {
         Timeout = "timeout",
         /// No server could be asked.
         Unavailable = "unavailable",
+    }
+}
+
+label_words! {
+    /// `reason` of `clients_refused_total`: each is told with SQLSTATE 53300.
+    Full {
+        /// `limits.max_client_connections` is reached.
+        Proxy = "proxy",
+        /// The limit of its role, database or address is reached.
+        Share = "share",
+        /// The server has no connection left for it.
+        Server = "server",
     }
 }
 
@@ -164,6 +176,12 @@ label_words! {
 pub struct Metrics {
     /// What `/metrics` prints.
     pub registry: Registry,
+    /// `ready`: 1 while clients are served, as `/readyz` says it.
+    pub ready: IntGauge,
+    /// `max_client_connections`: `limits.max_client_connections`.
+    pub max_client_connections: IntGauge,
+    /// `clients_refused_total{reason}`, see [`Full`].
+    pub clients_refused: IntCounterVec,
     /// `client_connections{database,state}`, see [`ClientState`].
     pub client_connections: IntGaugeVec,
     /// `server_connections{database,server,state}`, see [`BackendState`].
@@ -186,7 +204,7 @@ pub struct Metrics {
     pub route_epoch: IntGaugeVec,
     /// `active_server{database,server}`: 1 for the server that is active, 0 for the other.
     pub active_server: IntGaugeVec,
-    /// `held_sessions{database}`.
+    /// `held_sessions{database}`: held by a fence; who waits for a connection of a pool is not counted.
     pub held_sessions: IntGaugeVec,
     /// `auth_failures_total{reason}`, see [`AuthFailure`].
     pub auth_failures: IntCounterVec,
@@ -195,6 +213,8 @@ pub struct Metrics {
     pub tls_certificate_not_after_seconds: IntGauge,
     /// `migration_state{migration,state}`: 1 for the state it is in.
     pub migration_state: IntGaugeVec,
+    /// `migration_database{migration,database}`: 1 for each database that the migration moves.
+    pub migration_database: IntGaugeVec,
     /// `copy_rows_total`.
     pub copy_rows: IntCounter,
     /// `copy_bytes_total`.
@@ -225,10 +245,15 @@ pub struct Metrics {
     pub cutover_phase_seconds: HistogramVec,
     /// `cutover_pause_seconds`: from the fence to the moment sessions go on.
     pub cutover_pause_seconds: Histogram,
+    /// `cutover_pauses_above_budget_total`: pauses that were longer than the `max_pause` of their cutover.
+    pub cutover_pauses_above_budget: IntCounter,
+    /// `cutover_max_pause_seconds`: `cutover.max_pause`.
+    pub cutover_max_pause_seconds: Gauge,
     /// `cutovers_total{direction,outcome}`, see [`Direction`] and [`Outcome`].
     pub cutovers: IntCounterVec,
-    /// `cutover_blockers`: sessions that could not be moved now.
-    pub cutover_blockers: IntGauge,
+    /// `cutover_blockers`: sessions that could not be moved now. A series exists only while a migration is active and the
+    /// servers can be asked.
+    pub cutover_blockers: IntGaugeVec,
     /// `verify_rows_total`.
     pub verify_rows: IntCounter,
     /// `verify_mismatches_total`.
@@ -303,6 +328,13 @@ impl Metrics {
             HistogramOpts::new(format!("{PREFIX}cutover_phase_seconds"), "Length of each cutover phase.")
                 .buckets(PHASE_SECONDS.to_vec());
         let mut metrics = Self {
+            ready: r.gauge("ready", "1 while clients are served, as /readyz says it.")?,
+            max_client_connections: r.gauge("max_client_connections", "Clients that are let in at most.")?,
+            clients_refused: r.counters(
+                "clients_refused_total",
+                "Clients that were told that there are too many (53300).",
+                &["reason"],
+            )?,
             client_connections: r.gauges(
                 "client_connections",
                 "Client connections, by what they are doing.",
@@ -344,6 +376,11 @@ impl Metrics {
                 "migration_state",
                 "1 for the state that the migration is in.",
                 &["migration", "state"],
+            )?,
+            migration_database: r.gauges(
+                "migration_database",
+                "1 for each database that the migration moves.",
+                &["migration", "database"],
             )?,
             copy_rows: r.counter("copy_rows_total", "Rows copied by full loads.")?,
             copy_bytes: r.counter("copy_bytes_total", "Bytes of COPY data sent to the target by full loads.")?,
@@ -394,8 +431,20 @@ impl Metrics {
                 "From holding new transactions to letting them go on.",
                 &PHASE_SECONDS,
             )?,
+            cutover_pauses_above_budget: r.counter(
+                "cutover_pauses_above_budget_total",
+                "Pauses that were longer than the max_pause of their cutover.",
+            )?,
+            cutover_max_pause_seconds: r.add(Gauge::new(
+                format!("{PREFIX}cutover_max_pause_seconds"),
+                "How long a cutover may hold transactions, unless its order says otherwise.",
+            )?)?,
             cutovers: r.counters("cutovers_total", "Cutovers that ended.", &["direction", "outcome"])?,
-            cutover_blockers: r.gauge("cutover_blockers", "Sessions that a cutover could not move now.")?,
+            cutover_blockers: r.gauges(
+                "cutover_blockers",
+                "Sessions that a cutover could not move now; absent while unknown or without an active migration.",
+                &[],
+            )?,
             verify_rows: r.counter("verify_rows_total", "Rows compared by verification.")?,
             verify_mismatches: r.counter("verify_mismatches_total", "Rows that verification found to differ.")?,
             registry: r.registry.clone(),
@@ -420,8 +469,10 @@ impl Metrics {
             self.copy_tables.with_label_values(&[state.as_str()]).set(0);
             self.index_builds.with_label_values(&[state.as_str()]).set(0);
         }
-        for outcome in Outcome::ALL {
-            self.cutovers.with_label_values(&[Direction::Forward.as_str(), outcome.as_str()]).reset();
+        Full::ALL.iter().for_each(|reason| self.clients_refused.with_label_values(&[reason.as_str()]).reset());
+        for (direction, outcome) in Direction::ALL.iter().flat_map(|way| Outcome::ALL.iter().map(move |end| (way, end)))
+        {
+            self.cutovers.with_label_values(&[direction.as_str(), outcome.as_str()]).reset();
         }
         for phase in Phase::ALL {
             let _made = self.cutover_phase_seconds.with_label_values(&[phase.as_str()]);
@@ -451,7 +502,8 @@ mod tests {
     use super::*;
 
     /// SPEC of what dashboards and scripts rely on; a name may be added here, never taken away.
-    const PROMISED: &str = "client_connections server_connections transactions_total bytes_total client_wait_seconds \
+    const PROMISED: &str = "ready max_client_connections clients_refused_total migration_database \
+        cutover_pauses_above_budget_total cutover_max_pause_seconds client_connections server_connections transactions_total bytes_total client_wait_seconds \
         queries_total transaction_time_seconds_total client_wait_time_seconds_total \
         transaction_seconds route_epoch active_server held_sessions auth_failures_total \
         tls_certificate_not_after_seconds migration_state \
@@ -482,6 +534,9 @@ mod tests {
             "pgcutover_transactions_total{database=\"shop\"} 1",
             "pgcutover_replication_lag_bytes{database=\"shop\",direction=\"forward\",migration=\"m1\"} 42",
             "pgcutover_cutovers_total{direction=\"forward\",outcome=\"switched\"} 0",
+            "pgcutover_cutovers_total{direction=\"reverse\",outcome=\"aborted\"} 0",
+            "pgcutover_clients_refused_total{reason=\"proxy\"} 0",
+            "pgcutover_ready 0",
             "process_open_fds ",
         ] {
             assert!(text.contains(line), "{line}\n{text}");

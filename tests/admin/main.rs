@@ -88,7 +88,11 @@ async fn readiness_and_status_follow_the_route() {
     assert_eq!((&status["ready"], &status["blockers"]), (&json!(false), &Value::Null));
     assert_eq!(status["routes"][0]["held"], json!(true));
     let (_, metrics) = admin.get("/metrics").await;
-    assert!(metrics.as_str().unwrap().contains("pgcutover_cutovers_total"));
+    let metrics = metrics.as_str().unwrap();
+    for line in ["pgcutover_ready 0", "pgcutover_max_client_connections 10000", "pgcutover_cutover_max_pause_seconds 5"]
+    {
+        assert!(metrics.lines().any(|shown| shown == line), "{line}\n{metrics}");
+    }
 }
 
 #[tokio::test]

@@ -38,6 +38,7 @@ async fn roles_and_databases_have_their_limits_and_places_are_given_back() {
     assert_eq!(refusal(&rig.client("template1")).await, said("database \"template1\""));
     let _second = rig.connect("postgres").await;
     assert_eq!(refusal(&rig.client("postgres")).await, said("role \"postgres\""));
+    assert_eq!(rig.metrics.clients_refused.with_label_values(&["share"]).get(), 3);
     drop((held, first));
     wait_for("places to be given back", || async { rig.sessions.list().len() == 1 }).await;
     support::connect_with(&ann).await;
