@@ -224,6 +224,16 @@ enum MigrationCommand {
         #[arg(long, requires = "fix")]
         yes: bool,
     },
+    /// What its last verification found
+    Verification {
+        /// Its name
+        name: MigrationName,
+    },
+    /// Its cutover or rollback: the one that runs, or the last
+    CutoverReport {
+        /// Its name
+        name: MigrationName,
+    },
     /// How far it was behind over the last minutes
     History {
         /// Its name
@@ -366,7 +376,7 @@ fn dispatch(cli: Cli, output: &Output) -> Result<ExitCode, CliError> {
     let global = cli.global;
     let command = match cli.command {
         // Its statuses are its own; see `pgcutover demo --help`.
-        Command::Demo(arguments) => return demo(arguments),
+        Command::Demo(arguments) => return demo(arguments.or_json(global.output == Format::Json)),
         Command::Completions { shell } => {
             clap_complete::generate(shell, &mut Cli::command(), "pgcutover", &mut std::io::stdout());
             return Ok(ExitCode::SUCCESS);
@@ -396,7 +406,8 @@ async fn order(command: Command, client: &Client, output: &Output) -> Result<Ver
         Command::Status => output.status(&client.get("/api/v1/status").await?)?,
         Command::Show { what } => {
             let name = what.to_possible_value().map(|value| value.get_name().to_owned()).unwrap_or_default();
-            output.rows(&client.get(&format!("/api/v1/{name}")).await?)?;
+            let answer = client.get(&format!("/api/v1/{name}")).await?;
+            if what == Shown::Events { output.dated(&answer)? } else { output.rows(&answer)? }
         }
         Command::Reload => output.reloaded(&client.post("/api/v1/reload", None).await?)?,
         Command::Kill { pid } => output.done(&client.delete(&format!("/api/v1/sessions/{pid}")).await?, "ended")?,

@@ -521,6 +521,8 @@ pub struct Admin {
     pub users: Vec<String>,
     /// Roles that may use its SHOW alone.
     pub stats_users: Vec<String>,
+    /// Names, beside those of this machine, by which HTTP may be asked where there is no token.
+    pub hosts: Vec<String>,
     /// Bearer token for calls that change state; none: such calls are refused unless they come from loopback.
     pub token: Option<Secret>,
 }

@@ -14,7 +14,7 @@ use pgcutover::admin::console;
 use pgcutover::cli;
 use pgcutover::config::{self, Config, Environment, Live, Server, ServerKind};
 use pgcutover::migration::preflight::{self, Apply, Definition, Outcome, Subject, When};
-use pgcutover::migration::state::State;
+use pgcutover::migration::state::{Event, State, transition};
 use pgcutover::telemetry::metrics::Metrics;
 
 fn root() -> &'static Path {
@@ -233,6 +233,13 @@ fn every_state_is_explained() {
     for state in State::ALL {
         let row = format!("| {} | {} | ", state.name(), state.substate());
         assert!(page.contains(&row), "docs/reference/states.md has no row {row:?}");
+        let told = page.lines().find(|line| line.starts_with(&row)).and_then(|line| line.split('|').nth(4)).unwrap();
+        for (event, order) in
+            [(Event::RetryAsked, "retry"), (Event::RollbackBegun, "rollback"), (Event::CompleteAsked, "complete")]
+        {
+            let is_possible = transition(state, event).is_ok();
+            assert_eq!(told.contains(order), is_possible, "{row}: {order}");
+        }
     }
 }
 

@@ -64,6 +64,8 @@ pub enum Command {
     Tables(MigrationName),
     /// Its premigration validation.
     Validation(MigrationName),
+    /// What its last verification found.
+    Verification(MigrationName),
     /// Its cutover: the one that runs, or the last.
     CutoverOf(MigrationName),
     /// How far it was behind, and how much had been copied, over the last minutes.
@@ -167,9 +169,12 @@ impl Command {
             Self::Migration(name)
             | Self::Tables(name)
             | Self::Validation(name)
+            | Self::Verification(name)
             | Self::CutoverOf(name)
             | Self::History(name)
             | Self::Cutover(name, _)
+            | Self::Rollback(name, _)
+            | Self::Complete(name)
             | Self::Cancel(name)
             | Self::Retry(name)
             | Self::Verify(name, _)
@@ -209,6 +214,7 @@ impl Command {
             Self::Migration(_) => "migration",
             Self::Tables(_) => "tables",
             Self::Validation(_) => "validation",
+            Self::Verification(_) => "verification",
             Self::CutoverOf(_) => "cutover progress",
             Self::History(_) => "history",
             Self::Events => "events",

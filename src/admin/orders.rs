@@ -65,8 +65,13 @@ impl Inner {
     }
 
     /// DISABLE and ENABLE
-    pub(super) fn set_disabled(&self, name: &str, disabled: bool) -> Answer {
-        // Also for a database that nobody has asked for yet: it is to be disabled before somebody does.
+    pub(super) async fn set_disabled(&self, name: &str, disabled: bool) -> Answer {
+        if let Err(unknown) = self.known(name) {
+            // Before any client asks for it, too; but a name that was mistyped must not look as if it were refused.
+            if !self.is_migrated(name).await? {
+                return Err(unknown);
+            }
+        }
         self.deps.switchboard.database(name).set_disabled(disabled);
         Ok(Reply::Done(if disabled { "DISABLE" } else { "ENABLE" }))
     }
@@ -109,6 +114,12 @@ impl Inner {
             }
         }
         Ok(Reply::Done("WAIT_CLOSE"))
+    }
+
+    /// Whether a database is one of a migration, though no client has asked for it yet.
+    async fn is_migrated(&self, name: &str) -> Result<bool, AdminError> {
+        let migrations = self.deps.migrations.list().await?;
+        Ok(migrations.iter().any(|migration| migration.databases.iter().any(|database| database.name == name)))
     }
 
     /// The sessions, with what RECONNECT wants of them.

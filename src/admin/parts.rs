@@ -33,6 +33,8 @@ pub trait Migrations: Send + Sync {
     async fn complete(&self, name: &MigrationName) -> Result<CancelReport, AdminError>;
     /// Compares source and target; comes back when it is done.
     async fn verify(&self, name: &MigrationName, request: VerifyRequest) -> Result<VerifyReport, AdminError>;
+    /// What the last verification found; `None`: there was none.
+    async fn verification(&self, name: &MigrationName) -> Result<Option<VerifyReport>, AdminError>;
     /// Shows what mends a rule of the validation, and runs it where that was asked for.
     async fn fix(&self, name: &MigrationName, request: FixRequest) -> Result<FixReport, AdminError>;
     /// Goes on after a failure.

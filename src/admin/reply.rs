@@ -6,6 +6,7 @@ use super::table::Kind::{Float, Integer, Text};
 use super::table::{Cell, Column, Table};
 use super::view::{BlockerView, CheckView, CutoverView, EventView, MemberView, MigrationEntry, SampleView, StatusView};
 use super::{command::Command, pgbouncer, show, stats};
+use crate::catalog::streams::Direction;
 use crate::config::Changes;
 use crate::migration::preflight::{Level, RuleResult, Statement};
 use crate::migration::view::{
@@ -35,6 +36,8 @@ pub enum Reply {
     Members(Vec<MemberView>),
     /// What a verification found.
     Verified(Box<VerifyReport>),
+    /// What the last verification found; `None`: there was none.
+    Verification(Option<Box<VerifyReport>>),
     /// What mends a rule.
     Fixed(FixReport),
     /// What a cancel removed and left.
@@ -121,6 +124,12 @@ const CUTOVER: &[Column] = &[
     ("sessions_ended", Integer),
     ("blockers", Text),
     ("notes", Text),
+    ("direction", Text),
+    ("hint", Text),
+    ("sessions_held", Integer),
+    ("longest_hold_ms", Float),
+    ("would", Text),
+    ("steps", Text),
 ];
 const BLOCKERS: &[Column] = &[
     ("database", Text),
@@ -200,7 +209,7 @@ pub fn columns(command: &Command) -> Option<&'static [Column]> {
         Command::History(_) => Some(HISTORY),
         Command::Events => Some(EVENTS),
         Command::Check => Some(CHECK),
-        Command::Verify(..) => Some(VERIFY),
+        Command::Verify(..) | Command::Verification(_) => Some(VERIFY),
         Command::Fix(..) => Some(FIX),
         Command::Reload => Some(RELOAD),
         Command::Create(_)
@@ -233,6 +242,7 @@ impl Reply {
             Self::Blockers(blockers) => serde_json::to_value(blockers),
             Self::Members(members) => serde_json::to_value(members),
             Self::Verified(report) => serde_json::to_value(report),
+            Self::Verification(report) => serde_json::to_value(report),
             Self::Fixed(report) => serde_json::to_value(report),
             Self::Cancelled(report) => serde_json::to_value(report),
             Self::History(samples) => serde_json::to_value(samples),
@@ -257,6 +267,9 @@ impl Reply {
             Self::Blockers(blockers) => filled(BLOCKERS, blockers.into_iter().map(blocker_row).collect()),
             Self::Members(members) => filled(MEMBERS, members.into_iter().map(member_row).collect()),
             Self::Verified(report) => filled(VERIFY, verify_rows(&report)),
+            Self::Verification(report) => {
+                filled(VERIFY, report.iter().flat_map(|report| verify_rows(report)).collect())
+            }
             Self::Fixed(report) => filled(FIX, fix_rows(&report)),
             Self::Cancelled(report) => filled(CANCEL, cancel_rows(&report)),
             Self::History(samples) => filled(HISTORY, samples.into_iter().map(sample_row).collect()),
@@ -406,6 +419,17 @@ fn cutover_row(cutover: &CutoverView) -> Vec<Cell> {
     row.extend(cutover.phases_ms.pairs().map(|(_, length)| length.into()));
     row.extend([cutover.sessions_moved.into(), cutover.sessions_ended.into()]);
     row.extend([cutover.blockers.join("; ").into(), cutover.notes.join("; ").into()]);
+    let would = cutover.would.iter().map(ToString::to_string).collect::<Vec<_>>().join("; ");
+    let steps =
+        cutover.prepare_steps.iter().chain(&cutover.pause_steps).map(|one| format!("{} {} ms", one.step, one.ms));
+    row.extend([
+        cutover.direction.map(Direction::as_str).into(),
+        cutover.hint.clone().into(),
+        cutover.sessions_held.into(),
+        cutover.longest_hold_ms.into(),
+        would.into(),
+        steps.collect::<Vec<_>>().join("; ").into(),
+    ]);
     row
 }
 

@@ -187,6 +187,9 @@ impl Inner {
             Command::Migration(name) => Ok(Reply::Migration(Box::new(explained(deps.migrations.show(&name).await?)))),
             Command::Tables(name) => Ok(Reply::Tables(deps.migrations.tables(&name).await?)),
             Command::Validation(name) => Ok(Reply::Validation(deps.migrations.validation(&name).await?)),
+            Command::Verification(name) => {
+                Ok(Reply::Verification(deps.migrations.verification(&name).await?.map(Box::new)))
+            }
             Command::CutoverOf(name) => {
                 deps.migrations.show(&name).await?;
                 Ok(Reply::Cutover(deps.cutovers.progress(&name).await?))
@@ -273,8 +276,8 @@ impl Inner {
             }
             Command::Pause(database) => self.pause(database).await,
             Command::Resume(database) => self.resume(database),
-            Command::Disable(database) => self.set_disabled(&database, true),
-            Command::Enable(database) => self.set_disabled(&database, false),
+            Command::Disable(database) => self.set_disabled(&database, true).await,
+            Command::Enable(database) => self.set_disabled(&database, false).await,
             Command::Reconnect(database) => self.reconnect(database),
             Command::WaitClose(database) => self.wait_close(database).await,
             Command::Set { key, value } => deps.daemon.set(&key, &value).map(|()| Reply::Done("SET")),

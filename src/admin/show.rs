@@ -7,7 +7,7 @@ use super::pgbouncer;
 use super::table::Kind::{Integer, Text};
 use super::table::{Cell, Column, Table};
 use super::view::ClientView;
-use crate::config::{Config, Live, Setting};
+use crate::config::{Config, Live, PoolMode, Setting};
 use crate::switch::{Route, ServerRole, Switchboard};
 
 pub(super) const HELP: &[Column] = &[("command", Text), ("description", Text)];
@@ -130,7 +130,7 @@ pub(super) const USERS: &[Column] = &[
     ("current_client_connections", Integer),
 ];
 
-const COMMANDS: [(&str, &str); 47] = [
+const COMMANDS: [(&str, &str); 48] = [
     ("SHOW HELP", "this list"),
     ("SHOW VERSION", "the program's version"),
     ("SHOW CONFIG", "every key of the configuration, and whether RELOAD applies a change"),
@@ -153,6 +153,7 @@ const COMMANDS: [(&str, &str); 47] = [
     ("SHOW MIGRATION name", "one migration, a row for each database"),
     ("SHOW TABLES name", "its tables: full load, incremental sync, indexes"),
     ("SHOW VALIDATION name", "its premigration validation"),
+    ("SHOW VERIFICATION name", "what its last verification found, with the keys of rows that differ"),
     ("SHOW CUTOVER name", "its cutover, running or last"),
     ("SHOW HISTORY name", "how far it was behind over the last minutes"),
     ("SHOW EVENTS", "what has happened since this process began, newest first"),
@@ -238,6 +239,10 @@ pub(super) fn databases(config: &Config, switchboard: &Switchboard, clients: &[C
             ServerRole::Target => &config.target,
         });
         let own = clients.iter().filter(|client| client.database == database.name());
+        let sizes = config.pool.sizes(database.name(), "");
+        // Sessions with a connection of their own are bounded by the clients alone.
+        let is_pooled = sizes.mode == PoolMode::Transaction;
+        let of_pool = |size: usize| Cell::from(if is_pooled { size } else { 0 });
         let backends = own.clone().filter(|client| client.backend_pid.is_some()).count();
         table.push(vec![
             database.name().into(),
@@ -245,19 +250,19 @@ pub(super) fn databases(config: &Config, switchboard: &Switchboard, clients: &[C
             address.map(|server| i64::from(server.port)).into(),
             database.name().into(),
             Cell::Null,
-            0.into(),
-            0.into(),
-            0.into(),
+            of_pool(sizes.pool_size),
+            of_pool(sizes.min_pool_size),
+            of_pool(sizes.reserve_pool_size),
+            Some(config.pool.server_lifetime.as_secs()).filter(|_| is_pooled).into(),
+            sizes.mode.as_str().into(),
             Cell::Null,
-            "session".into(),
-            Cell::Null,
-            0.into(),
+            of_pool(sizes.max_db_connections),
             backends.into(),
             config.limits.max_connections_of_database(database.name()).unwrap_or(0).into(),
             own.count().into(),
             i64::from(database.is_fenced()).into(),
             i64::from(database.is_disabled()).into(),
-            0.into(),
+            of_pool(sizes.reserve_pool_size),
             server.map(|server| server.to_string()).into(),
             epoch.into(),
             reason.into(),

@@ -19,6 +19,9 @@ pub struct CutoverView {
     pub outcome: String,
     /// Why it did not switch; empty: it did, or a dry run would have.
     pub reason: String,
+    /// What mends that; null: the reason says it, or it went well.
+    #[serde(default)]
+    pub hint: Option<String>,
     /// From the closing of the gates to their opening, in milliseconds; 0: they were never closed.
     pub pause_ms: u64,
     /// Each phase.
@@ -62,6 +65,13 @@ pub struct IntentionView {
     pub database: Option<String>,
     /// To what.
     pub detail: String,
+}
+
+impl std::fmt::Display for IntentionView {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let database = self.database.as_ref().map(|name| format!(" {name}")).unwrap_or_default();
+        write!(f, "{}{database}: {}", self.action.replace('-', " "), self.detail)
+    }
 }
 
 /// One part of prepare or of the pause.

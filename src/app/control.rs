@@ -180,10 +180,10 @@ impl Control {
         }
         let mut overrides = lock(&self.overrides).clone();
         let variable = format!("PGCUTOVER_{}", key.to_ascii_uppercase().replacen('.', "_", 1));
-        overrides.insert(variable, value.to_owned());
+        overrides.insert(variable.clone(), value.to_owned());
         let mut environment = environment();
         environment.extend(overrides.clone());
-        let new = self.read(&environment)?;
+        let new = self.read(&environment).map_err(|error| named(error, &variable, key))?;
         let changes = old.changes(&new);
         if changes.applied.iter().any(|changed| changed != key) {
             let message = "the configuration file has changed since it was read";
@@ -211,9 +211,38 @@ impl Control {
     }
 }
 
+/// The way by which a value is set is nothing to who has set it: the setting's name is.
+fn named(error: AdminError, variable: &str, key: &str) -> AdminError {
+    let section = key.split_once('.').map_or_else(String::new, |(section, key)| format!("[{section}] {key}: "));
+    let message = error.message.replace(&format!("environment variable {variable}: {section}"), &format!("{key}: "));
+    AdminError { message, ..error }.hint("SHOW CONFIG has its value now")
+}
+
 /// The environment of the process. Variables that are not Unicode cannot be ours.
 pub fn environment() -> Environment {
     std::env::vars_os()
         .filter_map(|(name, value)| Some((name.into_string().ok()?, value.into_string().ok()?)))
         .collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_wrong_value_is_told_by_the_name_of_its_setting() {
+        let variable = "PGCUTOVER_CUTOVER_MAX_PAUSE";
+        let environment = Environment::from([
+            ("PGCUTOVER_SOURCE_HOST".to_owned(), "a".to_owned()),
+            ("PGCUTOVER_SOURCE_USER".to_owned(), "u".to_owned()),
+            ("PGCUTOVER_TARGET_HOST".to_owned(), "b".to_owned()),
+            ("PGCUTOVER_TARGET_USER".to_owned(), "u".to_owned()),
+            (variable.to_owned(), "5".to_owned()),
+        ]);
+        let error = config::load(None, &environment).expect_err("it has no unit");
+        let error = AdminError::new(ErrorKind::Invalid, error.to_string());
+        let named = named(error, variable, "cutover.max_pause").message;
+        assert!(named.starts_with("cutover.max_pause: "), "{named}");
+        assert!(!named.contains("environment"), "{named}");
+    }
 }

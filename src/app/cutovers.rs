@@ -169,6 +169,7 @@ fn view(report: &CutoverReport) -> CutoverView {
         direction: Some(report.direction),
         outcome: word(report.outcome).unwrap_or_default(),
         reason: report.reason.clone(),
+        hint: report.hint.map(str::to_owned),
         pause_ms: report.pause_ms,
         phases_ms: phases(report),
         prepare_steps: steps(&report.prepare_steps),
@@ -208,7 +209,11 @@ fn refused(error: &CutoverError) -> AdminError {
         | CutoverError::Failpoint(_)
         | CutoverError::Unexpected(_) => ErrorKind::Failed,
     };
-    AdminError::new(kind, error.to_string())
+    let refused = AdminError::new(kind, error.to_string());
+    match error.hint() {
+        Some(hint) => refused.hint(hint),
+        None => refused,
+    }
 }
 
 fn of_obstacle(obstacle: Obstacle) -> BlockerView {

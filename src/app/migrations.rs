@@ -87,6 +87,10 @@ impl Migrations for EngineDesk {
         report.map_err(|error| refused(&error))
     }
 
+    async fn verification(&self, name: &MigrationName) -> Result<Option<VerifyReport>, AdminError> {
+        self.engine().await.verification(name.as_str()).await.map_err(|error| refused(&error))
+    }
+
     async fn fix(&self, name: &MigrationName, request: FixRequest) -> Result<FixReport, AdminError> {
         let apply = if request.apply { Applied::Now } else { Applied::No };
         self.engine().await.fix(name.as_str(), &request.rule, apply).await.map_err(|error| refused(&error))

@@ -38,23 +38,34 @@ pub(super) async fn run(command: MigrationCommand, client: &Client, output: &Out
         MigrationCommand::Validation { name, fix: None, .. } => {
             validation(&client.get(&path(&name, "/validation")).await?, output)
         }
+        MigrationCommand::Verification { name } => {
+            output.verification(&client.get(&path(&name, "/verification")).await?)?;
+            Ok(Verdict::Good)
+        }
+        MigrationCommand::CutoverReport { name } => {
+            output.cutover_of(&client.get(&path(&name, "/cutover")).await?)?;
+            Ok(Verdict::Good)
+        }
         MigrationCommand::History { name } => {
-            output.rows(&client.get(&path(&name, "/history")).await?)?;
+            output.dated(&client.get(&path(&name, "/history")).await?)?;
             Ok(Verdict::Good)
         }
         MigrationCommand::Cutover(cutover) => self::cutover(cutover, "/cutover", client, output).await,
         MigrationCommand::Rollback(rollback) => self::cutover(rollback, "/rollback", client, output).await,
         MigrationCommand::Complete { name } => {
-            output.cancelled(&client.post(&path(&name, "/complete"), None).await?)?;
+            let order = path(&name, "/complete");
+            output.cancelled(&watch::beside(&name, client, output, client.post(&order, None)).await?)?;
             Ok(Verdict::Good)
         }
         MigrationCommand::Cancel { name } => {
-            output.cancelled(&client.post(&path(&name, "/cancel"), None).await?)?;
+            let order = path(&name, "/cancel");
+            output.cancelled(&watch::beside(&name, client, output, client.post(&order, None)).await?)?;
             Ok(Verdict::Good)
         }
         MigrationCommand::Verify { name, repair } => {
             let body = to_json(&VerifyRequest { repair })?;
-            let answer = client.post(&path(&name, "/verify"), Some(&body)).await?;
+            let order = path(&name, "/verify");
+            let answer = watch::beside(&name, client, output, client.post(&order, Some(&body))).await?;
             output.verified(&answer)?;
             let report: VerifyReport = typed(&answer)?;
             Ok(if report.differences == 0 { Verdict::Good } else { Verdict::Bad })
@@ -139,7 +150,8 @@ async fn cutover(cutover: Cutover, order: &str, client: &Client, output: &Output
         stragglers: cutover.stragglers,
     };
     let body = to_json(&request)?;
-    let answer = client.post(&path(&cutover.name, order), Some(&body)).await?;
+    let order = path(&cutover.name, order);
+    let answer = watch::beside(&cutover.name, client, output, client.post(&order, Some(&body))).await?;
     output.cutover(&answer)?;
     let report: CutoverView = typed(&answer)?;
     let expected = if cutover.dry_run { "dry-run" } else { "switched" };

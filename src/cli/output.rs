@@ -7,7 +7,8 @@ use serde_json::{Value, json};
 
 use super::client::ClientError;
 use super::{CliError, Format};
-use crate::admin::view::{CutoverView, IntentionView, MigrationEntry, StatusView};
+use crate::admin::view::{CutoverView, MigrationEntry, StatusView};
+use crate::catalog::streams::Direction;
 use crate::config::units::format_size;
 use crate::migration::view::{
     CancelReport, DatabaseView, FenceWatchView, FencedWriteView, FixReport, MigrationView, TableView, VerifyReport,
@@ -87,6 +88,20 @@ impl Output {
             let cells = rows.iter().map(|row| columns.iter().map(|column| plain(row.get(*column))).collect()).collect();
             output.table(&columns, cells);
         })
+    }
+
+    /// The same of what has a time, which the JSON has in seconds since 1970.
+    pub(super) fn dated(&self, answer: &Value) -> Result<(), CliError> {
+        if self.is_json() {
+            return self.rows(answer);
+        }
+        let mut answer = answer.clone();
+        for row in answer.as_array_mut().into_iter().flatten().filter_map(Value::as_object_mut) {
+            if let Some(at) = row.remove("at").as_ref().and_then(Value::as_f64) {
+                row.insert("time".to_owned(), crate::admin::show::timestamp(at).into());
+            }
+        }
+        self.rows(&answer)
     }
 
     pub(super) fn reloaded(&self, answer: &Value) -> Result<(), CliError> {
@@ -245,8 +260,19 @@ impl Output {
 
     pub(super) fn tables(&self, answer: &Value) -> Result<(), CliError> {
         self.either(answer, |output, tables: Vec<TableView>| {
-            let columns =
-                ["Table", "Full load", "Rows", "Bytes", "Left", "Inserts", "Updates", "Deletes", "Pending", "Indexes"];
+            let columns = [
+                "Table",
+                "Full load",
+                "Rows",
+                "Bytes",
+                "Left",
+                "Inserts",
+                "Updates",
+                "Deletes",
+                "Pending",
+                "Indexes",
+                "Verification",
+            ];
             let row = |table: &TableView| {
                 let (load, sync) = (&table.full_load, &table.incremental_sync);
                 vec![
@@ -260,6 +286,7 @@ impl Output {
                     sync.deletes.to_string(),
                     sync.pending.map_or("unknown".to_owned(), |pending| pending.to_string()),
                     table.indexes.clone(),
+                    table.verification.clone().unwrap_or_default(),
                 ]
             };
             output.table(&columns, tables.iter().map(row).collect());
@@ -271,13 +298,29 @@ impl Output {
         })
     }
 
+    /// A cutover that is asked for afterwards; there may have been none.
+    pub(super) fn cutover_of(&self, answer: &Value) -> Result<(), CliError> {
+        if answer.is_null() && !self.is_json() {
+            self.line("there was no cutover since the daemon began");
+            return Ok(());
+        }
+        self.cutover(answer)
+    }
+
     pub(super) fn cutover(&self, answer: &Value) -> Result<(), CliError> {
         self.either(answer, |output, report: CutoverView| {
-            match report.outcome.as_str() {
-                "switched" => output.line("switched: the databases run on the other server"),
-                "dry-run" => output.line("dry run: it would have switched; everything runs where it ran"),
-                other => output.line(&format!("{other}: {}", report.reason)),
+            match (report.outcome.as_str(), report.direction) {
+                ("switched", Some(Direction::Forward)) => output.line("switched: the databases run on the target"),
+                ("switched", Some(Direction::Reverse)) => output.line("switched back: the databases run on the source"),
+                ("switched", None) => output.line("switched: the databases run on the other server"),
+                ("dry-run", _) if report.reason.is_empty() => {
+                    output.line("dry run: it would have switched; everything runs where it ran");
+                }
+                ("dry-run", _) => output.line(&format!("dry run: it would not have switched: {}", report.reason)),
+                ("running", _) => output.line(&format!("running: {}", report.phase.as_deref().unwrap_or_default())),
+                (other, _) => output.line(&format!("{other}: {}", report.reason)),
             }
+            report.hint.iter().for_each(|hint| output.line(&format!("hint: {hint}")));
             let phases: Vec<String> =
                 report.phases_ms.pairs().iter().map(|(phase, length)| format!("{phase} {length} ms")).collect();
             output.line(&format!("transactions waited {} ms ({})", report.pause_ms, phases.join(", ")));
@@ -288,14 +331,20 @@ impl Output {
                 let (held, longest) = (report.sessions_held, report.longest_hold_ms);
                 output.line(&format!("{held} sessions waited, the longest {longest} ms"));
             }
-            for IntentionView { action, database, detail } in &report.would {
-                let database = database.as_ref().map(|name| format!(" {name}")).unwrap_or_default();
-                output.line(&format!("would {}{database}: {detail}", action.replace('-', " ")));
-            }
+            report.would.iter().for_each(|one| output.line(&format!("would {one}")));
             output.line(&format!("sessions moved {}, ended {}", report.sessions_moved, report.sessions_ended));
             report.blockers.iter().for_each(|blocker| output.line(&format!("blocker: {blocker}")));
             report.notes.iter().for_each(|note| output.line(&format!("note: {note}")));
         })
+    }
+
+    /// A verification that is asked for afterwards; there may have been none.
+    pub(super) fn verification(&self, answer: &Value) -> Result<(), CliError> {
+        if answer.is_null() && !self.is_json() {
+            self.line("nothing was verified yet: `pgcutover migration verify` does it");
+            return Ok(());
+        }
+        self.verified(answer)
     }
 
     pub(super) fn verified(&self, answer: &Value) -> Result<(), CliError> {

@@ -4,13 +4,15 @@ use std::io::IsTerminal;
 use std::time::Duration;
 
 use console::Term;
+use serde_json::Value;
 
-use super::client::Client;
+use super::client::{Client, ClientError};
 use super::frame::{Latencies, frame};
 use super::migration::path;
 use super::output::{Output, typed};
 use super::{CliError, Verdict};
-use crate::migration::view::{DatabaseView, MigrationName, MigrationView, TableView};
+use crate::admin::view::CutoverView;
+use crate::migration::view::{DatabaseView, MigrationName, MigrationView, TableView, VerificationView};
 
 const INTERVAL: Duration = Duration::from_millis(500);
 /// Of a terminal that does not tell its size, in rows and columns.
@@ -55,6 +57,56 @@ async fn follow(
         }
         tokio::time::sleep(INTERVAL).await;
     }
+}
+
+/// Waits for `call`, and shows meanwhile how far the order is that it carries. What is shown may fail: the call's answer
+/// is what counts.
+pub(super) async fn beside(
+    name: &MigrationName,
+    client: &Client,
+    output: &Output,
+    call: impl Future<Output = Result<Value, ClientError>>,
+) -> Result<Value, CliError> {
+    let mut progress = Progress::new(output);
+    let showing = async {
+        loop {
+            tokio::time::sleep(INTERVAL).await;
+            // Whatever cannot be read now is shown the next time.
+            let _shown = show_once(name, client, output, &mut progress).await;
+        }
+    };
+    let answer = tokio::select! {
+        answer = call => answer,
+        // It only reads and draws, so dropping it is safe.
+        () = showing => return Err(CliError::Failed(anyhow::anyhow!("the answer was lost"))),
+    };
+    if let Progress::Live(screen) = &mut progress {
+        screen.clear();
+    }
+    Ok(answer?)
+}
+
+async fn show_once(
+    name: &MigrationName,
+    client: &Client,
+    output: &Output,
+    progress: &mut Progress,
+) -> Result<(), CliError> {
+    if matches!(progress, Progress::None) {
+        return Ok(());
+    }
+    let migration: MigrationView = typed(&client.get(&path(name, "")).await?)?;
+    let cutover: Option<CutoverView> = typed(&client.get(&path(name, "/cutover")).await?)?;
+    let phase = cutover.filter(|one| one.outcome == "running").and_then(|one| one.phase);
+    match progress {
+        Progress::Live(screen) => {
+            let tables: Vec<TableView> = typed(&client.get(&path(name, "/tables")).await?)?;
+            screen.draw_with(&migration, &tables, phase.map(|phase| format!("phase         {phase}")));
+        }
+        Progress::Lines(printed) => printed.print_with(&migration, phase, output),
+        Progress::None => {}
+    }
+    Ok(())
 }
 
 /// It needs somebody, or nothing more will come.
@@ -105,9 +157,16 @@ struct Screen {
 
 impl Screen {
     fn draw(&mut self, migration: &MigrationView, tables: &[TableView]) {
+        self.draw_with(migration, tables, None);
+    }
+
+    /// With a line more below.
+    fn draw_with(&mut self, migration: &MigrationView, tables: &[TableView], more: Option<String>) {
         self.latencies.note(migration);
         let size = self.term.size_checked().map_or(COMMON_SIZE, |(rows, columns)| (rows.into(), columns.into()));
-        let lines = frame(migration, tables, &self.latencies, size);
+        let (rows, columns) = size;
+        let mut lines = frame(migration, tables, &self.latencies, (rows - usize::from(more.is_some()), columns));
+        lines.extend(more);
         // In one piece, each line over the old one and its rest wiped (ECMA-48: CPL, EL, ED), so that nothing flickers.
         let back = if self.drawn == 0 { String::new() } else { format!("\x1b[{}F", self.drawn) };
         let text: String = lines.iter().map(|line| format!("{line}\x1b[K\n")).collect();
@@ -128,18 +187,54 @@ struct Lines(Vec<String>);
 impl Lines {
     /// Prints what is new.
     fn print(&mut self, migration: &MigrationView, output: &Output) {
-        let lines = lines(migration);
+        self.print_with(migration, None, output);
+    }
+
+    /// With the phase of a cutover that runs.
+    fn print_with(&mut self, migration: &MigrationView, phase: Option<String>, output: &Output) {
+        let lines = lines(migration, phase.as_deref());
         lines.iter().filter(|line| !self.0.contains(line)).for_each(|line| output.note(line));
         self.0 = lines;
     }
 }
 
 /// What changes rarely enough to be worth a line.
-fn lines(migration: &MigrationView) -> Vec<String> {
+fn lines(migration: &MigrationView, phase: Option<&str>) -> Vec<String> {
     let mut lines = vec![format!("{}: {} {}", migration.name, migration.state, migration.substate)];
     for database in &migration.databases {
         let DatabaseView { name, state, tables_ready, tables_total, .. } = database;
         lines.push(format!("{}: {name}: {state}, {tables_ready} of {tables_total} tables", migration.name));
     }
+    if let Some(VerificationView { tables_compared, tables_total, differences, .. }) = &migration.verification {
+        lines.push(format!(
+            "{}: verified {tables_compared} of {tables_total} tables, {differences} differences",
+            migration.name
+        ));
+    }
+    lines.extend(phase.map(|phase| format!("{}: phase {phase}", migration.name)));
     lines
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_verification_and_a_phase_are_lines_of_their_own() {
+        let migration: MigrationView = serde_json::from_value(serde_json::json!({
+            "name": "m1", "state": "WaitingForUserAction", "substate": "WaitingForCutoverTrigger", "mode": "online",
+            "option": "migrate", "cutover_when_ready": false, "databases": [], "error": null, "started_at": 1.0,
+            "finished_at": null, "duration_seconds": 2.5, "source": "a:1", "validation": null,
+            "verification": {"tables_total": 9, "tables_compared": 4, "bytes_total": 0, "bytes_compared": 0,
+                "rows_compared": 70, "differences": 1, "eta_seconds": null},
+        }))
+        .expect("a view");
+        let shown = lines(&migration, Some("drain"));
+        let expected = [
+            "m1: WaitingForUserAction WaitingForCutoverTrigger",
+            "m1: verified 4 of 9 tables, 1 differences",
+            "m1: phase drain",
+        ];
+        assert_eq!(shown, expected);
+    }
 }

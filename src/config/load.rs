@@ -284,6 +284,7 @@ fn admin(mut section: Section<'_>) -> Admin {
         address: section.socket_address("address"),
         users: section.list("users").unwrap_or_default(),
         stats_users: section.list("stats_users").unwrap_or_default(),
+        hosts: section.list("hosts").unwrap_or_default(),
         token: section.secret(["token", "token_file", "token_env"]),
     };
     if admin.token.is_some() && admin.address.is_none() {

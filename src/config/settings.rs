@@ -174,6 +174,7 @@ impl Config {
         add("admin", "address", address(self.admin.address), Restart);
         add("admin", "users", self.admin.users.join(","), Reload);
         add("admin", "stats_users", self.admin.stats_users.join(","), Reload);
+        add("admin", "hosts", self.admin.hosts.join(","), Reload);
         add("admin", "token", hidden(self.admin.token.as_ref()), Reload);
         add("telemetry", "log", self.telemetry.log.clone(), Reload);
         let format = if self.telemetry.json { "json" } else { "text" };
@@ -196,6 +197,7 @@ impl Config {
         };
         config.admin.users = new.admin.users;
         config.admin.stats_users = new.admin.stats_users;
+        config.admin.hosts = new.admin.hosts;
         config.admin.token = new.admin.token;
         config.telemetry.log = new.telemetry.log;
         config

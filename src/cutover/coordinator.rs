@@ -236,7 +236,8 @@ impl Coordinator {
         // The lock first: whoever settles leaves alone what has a living coordinator, from the engine's first note on.
         let (from, to) = self.take_sides(options.direction, migration).await?;
         let lease = self.deps.engine.begin_cutover(migration, options.direction).await;
-        let lease = lease.map_err(CutoverError::Engine)?;
+        // The migration is not where it can be taken, or is not here: that says all.
+        let lease = lease.map_err(CutoverError::Guardrail)?;
         let (progress, seen) = watch::channel(None);
         let cancel = CancellationToken::new();
         let running = Running { progress: seen, cancel: cancel.clone(), report: None };
@@ -424,6 +425,7 @@ fn not_begun(direction: Direction, error: &CutoverError) -> CutoverReport {
         direction,
         outcome: CutoverOutcome::Aborted,
         reason: error.to_string(),
+        hint: error.hint(),
         pause_ms: 0,
         phases_ms: super::report::PhasesMs::default(),
         prepare_steps: Vec::new(),

@@ -127,6 +127,41 @@ impl CutoverError {
         Self::Query { what: what.to_owned(), source }
     }
 
+    /// What mends it; none: the message says all that is known.
+    pub fn hint(&self) -> Option<&'static str> {
+        match self {
+            Self::Connect(_) => {
+                Some("`pgcutover check` tests both connections; make both servers reachable, then order it again")
+            }
+            Self::Query { .. }
+            | Self::Record(_)
+            | Self::Catalog(_)
+            | Self::Sequences(_)
+            | Self::Unstreamed(_)
+            | Self::Synchronise(_) => {
+                Some("`pgcutover check` tests both connections and the rights; the server's log has the statement")
+            }
+            Self::Guardrail(_) => Some(
+                "nothing has changed; `pgcutover migration show NAME` says where it stands, and --dry-run rehearses it",
+            ),
+            Self::Blocked { .. } => Some(
+                "wait until they have ended, end them (`pgcutover kill PID`), allow more with --drain-timeout, \
+                 or order it with --stragglers terminate",
+            ),
+            Self::Sessions(_) => Some(
+                "`pgcutover show blockers` lists them: let their clients give it up, or end them with `pgcutover kill PID`",
+            ),
+            Self::Engine(_) => Some(
+                "`pgcutover migration show NAME` has the last error of the stream; order it again when it has caught up",
+            ),
+            Self::MaxPause(_) => Some(
+                "the times of the steps say what was slow; allow more with --max-pause, or order it when less is going on",
+            ),
+            Self::Stopped(_) => Some("order it again when the daemon runs"),
+            Self::Failpoint(_) | Self::Unexpected(_) => None,
+        }
+    }
+
     /// Who was in the way, if that was it.
     fn obstacles(&self) -> &[Obstacle] {
         match self {

@@ -53,6 +53,8 @@ pub struct CutoverReport {
     pub outcome: CutoverOutcome,
     /// Why it was aborted; empty otherwise.
     pub reason: String,
+    /// What mends that.
+    pub hint: Option<&'static str>,
     /// From the closing of the gates to their opening, in milliseconds; 0 when they were never closed.
     pub pause_ms: u64,
     /// Time by phase.
@@ -259,6 +261,7 @@ mod tests {
             direction: Direction::Reverse,
             outcome: CutoverOutcome::Aborted,
             reason: String::new(),
+            hint: None,
             pause_ms,
             phases_ms: PhasesMs::default(),
             prepare_steps: Vec::new(),

@@ -209,6 +209,7 @@ impl Work {
             direction: self.options.direction,
             outcome,
             reason: error.map(ToString::to_string).unwrap_or_default(),
+            hint: error.and_then(CutoverError::hint),
             pause_ms: self.timings.pause_ms(),
             phases_ms: self.timings.phases(),
             prepare_steps: self.timings.prepare_steps(),

@@ -44,9 +44,18 @@ pub struct DemoArgs {
     /// The same for the target; default: the newest installed
     #[arg(long, value_name = "DIR")]
     pub target_bindir: Option<PathBuf>,
-    /// Print the report as JSON
+    /// Print the report as JSON, as --output json does
     #[arg(long)]
     pub json: bool,
+}
+
+impl DemoArgs {
+    /// With the report as JSON where `--output json` asks for it, as it does of every command.
+    #[must_use]
+    pub fn or_json(mut self, asked: bool) -> Self {
+        self.json |= asked;
+        self
+    }
 }
 
 fn scale(text: &str) -> Result<f64, String> {

@@ -88,6 +88,43 @@ pub enum Event {
     Undone,
 }
 
+impl Event {
+    /// What an operator can order.
+    const ORDERS: [Self; 5] =
+        [Self::CutoverBegun, Self::RollbackBegun, Self::CompleteAsked, Self::RetryAsked, Self::CancelAsked];
+
+    /// What somebody wants to do who brings it about, as a person says it.
+    fn deed(self) -> &'static str {
+        match self {
+            Self::PrerequisitesMet => "begin the validation",
+            Self::ValidationPassed => "begin to copy",
+            Self::ValidatedOnly => "end after its validation",
+            Self::ValidationRejected => "end because of its validation",
+            Self::CaughtUp => "call it ready to cut over",
+            Self::CopiedOffline => "end after its copy",
+            Self::CutoverBegun => "cut over",
+            Self::CutoverAborted => "take a cutover back",
+            Self::CutoverDecided => "end a cutover",
+            Self::RollbackBegun => "roll back",
+            Self::CompleteAsked => "complete",
+            Self::WorkFailed => "let it fail",
+            Self::RetryAsked => "retry",
+            Self::CancelAsked => "cancel",
+            Self::Undone => "end the removal of what it made",
+        }
+    }
+}
+
+/// What can be ordered in `state`, for who has ordered something else.
+fn possible(state: State) -> String {
+    let orders: Vec<&str> =
+        Event::ORDERS.into_iter().filter(|order| transition(state, *order).is_ok()).map(Event::deed).collect();
+    match orders.as_slice() {
+        [] => "nothing can be ordered now".to_owned(),
+        orders => format!("possible now: {}", orders.join(", ")),
+    }
+}
+
 /// What the driver must do after a transition was made durable, in order. Every effect can be repeated.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Effect {
@@ -108,7 +145,7 @@ pub enum Effect {
 
 /// The event has no place in the state.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
-#[error("{event:?} is not possible while the migration is {state}")]
+#[error("cannot {}: the migration is {state}; {}", event.deed(), possible(*state))]
 pub struct Rejected {
     /// Where the migration stands.
     pub state: State,
@@ -465,6 +502,18 @@ mod tests {
     #[test]
     fn every_state_times_every_event_is_as_committed() {
         assert_eq!(table(), include_str!("state_table.txt"), "the machine and its committed table differ");
+    }
+
+    #[test]
+    fn what_is_not_possible_is_said_in_the_words_of_orders() {
+        let said = |state, event| transition(state, event).expect_err("not possible").to_string();
+        let expected = "cannot cut over: the migration is Completed; possible now: roll back, complete, retry";
+        assert_eq!(said(State::Completed, Event::CutoverBegun), expected);
+        let expected = "cannot retry: the migration is Cancelled; nothing can be ordered now";
+        assert_eq!(said(State::Cancelled, Event::RetryAsked), expected);
+        for event in EVENTS {
+            assert!(!event.deed().contains(char::is_uppercase), "{event:?} is told by the name of its variant");
+        }
     }
 
     #[test]

@@ -258,6 +258,14 @@ async fn what_happens_is_on_record_and_named_after_its_migration() {
     let of =
         |text: &str| events.as_array().unwrap().iter().find(|event| event["text"] == json!(text)).cloned().unwrap();
     assert_eq!(of("order create")["failed"], json!(false));
+    for order in ["rollback", "complete"] {
+        admin.post(&format!("/api/v1/migrations/m1/{order}"), &Value::Null).await;
+    }
+    let later = admin.get("/api/v1/events").await.1;
+    for text in ["order rollback", "order complete"] {
+        let event = later.as_array().unwrap().iter().find(|event| event["text"] == json!(text)).unwrap();
+        assert_eq!(event["migration"], json!("m1"), "{text}");
+    }
     let refused = of("order retry: it has not failed");
     assert_eq!((&refused["migration"], &refused["failed"]), (&json!("m1"), &json!(true)));
 }
@@ -282,6 +290,39 @@ async fn the_pages_come_with_a_strict_policy() {
 }
 
 #[tokio::test]
+async fn what_cannot_be_read_is_a_problem_like_every_other() {
+    let admin = admin(|_| {}).await;
+    for (method, path) in [("GET", "/api/v1/migrations/%ff"), ("POST", "/api/v1/databases/%ff/pause")] {
+        let (status, kind, text) = admin.http(method, path, &[], "").await;
+        assert_eq!((status, kind.as_str()), (400, "application/problem+json"), "{path}: {text}");
+    }
+}
+
+#[tokio::test]
+async fn a_verification_can_be_asked_for_afterwards() {
+    let admin = admin(|_| {}).await;
+    assert_eq!(admin.post("/api/v1/migrations", &json!({"name": "m1"})).await.0, 201);
+    let path = "/api/v1/migrations/m1/verification";
+    assert_eq!(admin.get(path).await, (200, Value::Null));
+    let (_, report) = admin.post("/api/v1/migrations/m1/verify", &Value::Null).await;
+    assert_eq!(admin.get(path).await, (200, report));
+    let rows = admin.connect("ann").await.query("SHOW VERIFICATION m1", &[]).await.unwrap();
+    assert_eq!(rows[1].get::<_, &str>("object"), "table \"public\".\"item\"");
+}
+
+/// A page whose name somebody makes to lead to this machine is of one origin with what answers there.
+#[tokio::test]
+async fn a_name_that_is_not_ours_reads_nothing() {
+    let admin = admin(|config| config.admin.address = Some(([127, 0, 0, 1], 8432).into())).await;
+    assert_eq!(admin.get("/api/v1/status").await.0, 200);
+    for path in ["/", "/api/v1/status", "/api/v1/live", "/metrics"] {
+        let (status, kind, text) = admin.http("GET", path, &[("host", "evil.example:8432")], "").await;
+        assert_eq!((status, kind.as_str()), (403, "application/problem+json"), "{path}: {text}");
+        assert!(text.contains("[admin] hosts"), "{text}");
+    }
+}
+
+#[tokio::test]
 async fn a_page_from_elsewhere_changes_nothing() {
     let admin = admin(|_| {}).await;
     for header in
@@ -289,6 +330,7 @@ async fn a_page_from_elsewhere_changes_nothing() {
     {
         let (status, _, text) = admin.http("POST", "/api/v1/reload", &[header], "").await;
         assert_eq!(status, 403, "{header:?}: {text}");
+        assert!(text.contains("set [admin] token"), "{text}");
     }
     assert_eq!(admin.http("POST", "/api/v1/reload", &[("sec-fetch-site", "same-origin")], "").await.0, 200);
     assert_eq!(admin.fake.orders(), ["reload"]);

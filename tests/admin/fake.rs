@@ -12,7 +12,8 @@ use pgcutover::admin::http;
 use pgcutover::admin::parts::{Clients, Cutovers, Daemon, Migrations};
 use pgcutover::admin::service::{Service, ServiceDeps};
 use pgcutover::admin::view::{
-    BlockerView, CheckView, ClientView, CutoverView, FindingView, MemberView, PhasesView, SourceDatabaseView,
+    BlockerView, CheckView, ClientView, CutoverView, FindingView, IntentionView, MemberView, PhasesView,
+    SourceDatabaseView, TimedStepView,
 };
 use pgcutover::catalog::streams::Direction;
 use pgcutover::config::{Changes, Config, Secret, Server};
@@ -144,25 +145,36 @@ impl Migrations for Fake {
 
     async fn verify(&self, name: &MigrationName, request: VerifyRequest) -> Result<VerifyReport, AdminError> {
         self.note(format!("verify {name}{}", if request.repair { " and repair" } else { "" }));
-        let listed = vec![RowDifference { kind: DifferenceKind::Missing, key: vec![Some("7".to_owned())] }];
-        let result = TableResult {
-            schema: "public".to_owned(),
-            name: "item".to_owned(),
-            rows: 10,
-            repaired: 0,
-            differences: 1,
-            listed,
-            problem: None,
-        };
-        let mut report = VerifyReport::default();
-        report.add_table("shop", result);
-        Ok(report)
+        Ok(found())
+    }
+
+    async fn verification(&self, name: &MigrationName) -> Result<Option<VerifyReport>, AdminError> {
+        self.show(name).await?;
+        let is_verified = self.orders().iter().any(|order| order.starts_with(&format!("verify {name}")));
+        Ok(is_verified.then(found))
     }
 
     async fn retry(&self, name: &MigrationName) -> Result<(), AdminError> {
         self.note(format!("retry {name}"));
         Err(AdminError::new(ErrorKind::Conflict, "it has not failed"))
     }
+}
+
+/// What the fake's verification finds.
+fn found() -> VerifyReport {
+    let listed = vec![RowDifference { kind: DifferenceKind::Missing, key: vec![Some("7".to_owned())] }];
+    let result = TableResult {
+        schema: "public".to_owned(),
+        name: "item".to_owned(),
+        rows: 10,
+        repaired: 0,
+        differences: 1,
+        listed,
+        problem: None,
+    };
+    let mut report = VerifyReport::default();
+    report.add_table("shop", result);
+    report
 }
 
 #[async_trait]
@@ -177,7 +189,18 @@ impl Cutovers for Fake {
         let order = if direction == Direction::Forward { "cutover" } else { "rollback" };
         self.note(format!("{order} {name} dry={} pause={pause:?}", request.dry_run));
         let phases_ms = PhasesView { prepare: 12, ..PhasesView::default() };
-        Ok(CutoverView { outcome: "switched".to_owned(), pause_ms: 41, phases_ms, ..CutoverView::default() })
+        let would = IntentionView { action: "set-sequences".to_owned(), database: None, detail: "2".to_owned() };
+        let step = TimedStepView { step: "move sessions".to_owned(), ms: 1.5 };
+        Ok(CutoverView {
+            outcome: "switched".to_owned(),
+            direction: Some(direction),
+            pause_ms: 41,
+            phases_ms,
+            sessions_held: 3,
+            would: vec![would],
+            prepare_steps: vec![step],
+            ..CutoverView::default()
+        })
     }
 
     async fn progress(&self, _name: &MigrationName) -> Result<Option<CutoverView>, AdminError> {

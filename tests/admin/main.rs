@@ -101,7 +101,7 @@ async fn every_show_verb_answers_in_both_protocols() {
     let client = admin.connect("ann").await;
     client.batch_execute("CREATE MIGRATION m1 DATABASES shop").await.unwrap();
     let verbs = "HELP VERSION CONFIG DATABASES POOLS CLIENTS SERVERS STATS STATS_TOTALS STATS_AVERAGES TOTALS LISTS USERS \
-                 SOCKETS ACTIVE_SOCKETS MEM STATE DNS_HOSTS DNS_ZONES PEERS STATUS MIGRATIONS,MIGRATION m1,TABLES m1,VALIDATION m1,CUTOVER m1,MEMBERS";
+                 SOCKETS ACTIVE_SOCKETS MEM STATE DNS_HOSTS DNS_ZONES PEERS STATUS MIGRATIONS,MIGRATION m1,TABLES m1,VALIDATION m1,CUTOVER m1,VERIFICATION m1,MEMBERS";
     for verb in
         verbs.split(',').flat_map(|part| if part.contains(" m1") { vec![part] } else { part.split(' ').collect() })
     {
@@ -131,7 +131,9 @@ async fn the_console_gives_orders_and_names_what_it_refuses() {
     let row = client.query_one("CUTOVER m1 DRY RUN MAX PAUSE 2s", &[]).await.unwrap();
     assert_eq!((row.get::<_, &str>("outcome"), row.get::<_, i64>("pause_ms")), ("switched", 41));
     let row = client.query_one("ROLLBACK m1", &[]).await.unwrap();
-    assert_eq!(row.get::<_, &str>("outcome"), "switched");
+    assert_eq!((row.get::<_, &str>("outcome"), row.get::<_, &str>("direction")), ("switched", "reverse"));
+    assert_eq!(row.get::<_, &str>("would"), "set sequences: 2");
+    assert_eq!((row.get::<_, &str>("steps"), row.get::<_, i64>("sessions_held")), ("move sessions 1.5 ms", 3));
     client.batch_execute("COMPLETE m1").await.unwrap();
     let orders = [
         "create m1 shop,a b",
@@ -264,10 +266,15 @@ async fn http_gives_the_same_orders() {
         assert_eq!(admin.post(path, &Value::Null).await.0, status, "{path}");
     }
     assert!(admin.switchboard.database("shop").is_disabled());
+    // Only what is there can be disabled, and what a migration is about to bring.
+    assert_eq!(admin.post("/api/v1/migrations", &json!({"name": "m1"})).await.0, 201);
+    assert_eq!(admin.post("/api/v1/databases/nosuch/disable", &Value::Null).await.0, 404);
+    assert!(admin.switchboard.existing("nosuch").is_none(), "nothing is invented");
     assert_eq!(admin.http("DELETE", "/api/v1/clients/1", &[], "").await.0, 200);
     assert_eq!(admin.http("PUT", "/api/v1/settings/limits.resume_rate", &[], "{\"value\":\"5\"}").await.0, 200);
     assert_eq!(admin.post("/api/v1/shutdown", &json!({"wait_for": "servers"})).await.0, 200);
-    assert_eq!(admin.fake.orders(), ["kill client 1", "set limits.resume_rate 5", "shutdown Servers"]);
+    let orders = ["create m1 ", "kill client 1", "set limits.resume_rate 5", "shutdown Servers"];
+    assert_eq!(admin.fake.orders(), orders);
 }
 
 /// Columns of PgBouncer 1.24, in its order; ours may follow behind them.

@@ -108,16 +108,21 @@ impl Face for Clicks {
     async fn cut_over(&mut self) {
         self.browser.click("#cut-over");
         self.browser.click("#dialog-yes");
-        self.browser.wait_for("#report", "Switched");
+        self.browser.wait_for("#report", "Switched to the target");
         self.browser.wait_for(".pill.good", "Succeeded");
         self.switched += 1;
         check(&self.browser, &format!("13-switched-{}", self.switched));
     }
 
     async fn roll_back(&mut self) {
+        self.browser.click("#limits summary");
+        self.browser.type_into("#max-pause", "4s");
+        self.browser.click("#dry-run");
+        self.browser.wait_for("#report", "Dry run of a rollback");
         self.browser.click("#roll-back");
         self.browser.click("#dialog-yes");
         self.browser.wait_for("main", "run on the source again");
+        self.browser.wait_for("#report", "Rolled back to the source");
         check(&self.browser, "14-rolled-back");
     }
 
@@ -131,6 +136,8 @@ impl Face for Clicks {
         browser.wait_for("main table", NAME);
         browser.click("#theme-button");
         check(browser, "16-list-dark");
+        let wide = "return [...document.querySelectorAll('.scroll')].some((one) => one.scrollWidth > one.clientWidth)";
+        assert_eq!(browser.run(wide), json!(false), "the list scrolls sideways");
         browser.resize(420, 900);
         check(browser, "17-list-narrow");
         browser.click("main table a");

@@ -89,6 +89,7 @@ async fn by_keyboard_alone_and_with_a_validation_that_fails() {
     reach("wizard-next");
     browser.press(enter);
     browser.wait_for(".pill.bad", "ValidationFailed");
+    browser.wait_for("#retry", "Retry");
     reach("tab-overview");
     browser.press(right);
     browser.press(right);

@@ -13,6 +13,7 @@ mod world;
 use std::time::Duration;
 
 use pgcutover::catalog::decision::Outcome;
+use pgcutover::catalog::migrations::CatalogError;
 use pgcutover::demo::cluster::Installation;
 use pgcutover::migration::engine::EngineError;
 use pgcutover::migration::sequences::SequencePair;
@@ -193,6 +194,8 @@ async fn cancel_removes_what_was_made_and_lists_what_is_left() {
     drain(&running, "give-up").await;
     world.assert_equal("shop").await;
     world.assert_equal("other").await;
+    let taken = running.engine.create(spec("give-up", &["shop"])).await;
+    assert!(matches!(taken, Err(EngineError::Catalog(CatalogError::Exists(_)))), "the name comes first: {taken:?}");
     let busy = running.engine.create(spec("second", &["shop"])).await;
     assert!(matches!(busy, Err(EngineError::BadRequest(_))), "{busy:?}");
 

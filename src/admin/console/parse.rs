@@ -65,7 +65,7 @@ const VERBS: &str = "SHOW CHECK CREATE CUTOVER CANCEL RETRY RELOAD KILL KILL_CLI
     DISABLE ENABLE SUSPEND ROLLBACK COMPLETE VERIFY BEGIN COMMIT SET RESET DISCARD DEALLOCATE";
 const SHOWN: &str = "HELP VERSION CONFIG DATABASES POOLS CLIENTS SERVERS STATS STATS_TOTALS STATS_AVERAGES TOTALS LISTS USERS \
     SOCKETS ACTIVE_SOCKETS MEM STATE DNS_HOSTS DNS_ZONES PEERS STATUS MEMBERS BLOCKERS \
-    MIGRATIONS MIGRATION TABLES VALIDATION CUTOVER HISTORY EVENTS";
+    MIGRATIONS MIGRATION TABLES VALIDATION VERIFICATION CUTOVER HISTORY EVENTS";
 const OPTIONS: [(&str, MigrationOption); 3] = [
     ("validate", MigrationOption::Validate),
     ("migrate", MigrationOption::Migrate),
@@ -177,6 +177,7 @@ fn show(rest: &mut Words<'_>) -> Result<Command, AdminError> {
         "MIGRATION" => Command::Migration(rest.migration()?),
         "TABLES" => Command::Tables(rest.migration()?),
         "VALIDATION" => Command::Validation(rest.migration()?),
+        "VERIFICATION" => Command::Verification(rest.migration()?),
         "CUTOVER" => Command::CutoverOf(rest.migration()?),
         "HISTORY" => Command::History(rest.migration()?),
         "EVENTS" => Command::Events,
@@ -462,6 +463,7 @@ mod tests {
         assert_eq!(command("SHOW MIGRATIONS ACTIVE"), Command::Migrations(Filter::Active));
         assert_eq!(command("SHOW TABLES shop-1"), Command::Tables(name("shop-1")));
         assert_eq!(command("SHOW CUTOVER 'shop'"), Command::CutoverOf(name("shop")));
+        assert_eq!(command("show verification shop"), Command::Verification(name("shop")));
         assert_eq!(command("CUTOVER shop"), Command::Cutover(name("shop"), CutoverRequest::default()));
         assert_eq!(command("rollback shop"), Command::Rollback(name("shop"), CutoverRequest::default()));
         assert_eq!(command("COMPLETE shop"), Command::Complete(name("shop")));

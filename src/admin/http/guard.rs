@@ -1,4 +1,7 @@
-//! Who may change state by HTTP.
+//! Who may ask, and who may change state, by HTTP.
+//!
+//! Reading: whoever reaches the address. On a loopback address that is this machine, and so every page that its browser
+//! has open, if such a page could give its own name our address (DNS rebinding): a name that is not ours is refused.
 //!
 //! With a token: who shows it. Without: who calls from this machine, unless a browser says that it acts for a page from
 //! elsewhere – a page that an operator has open must not be able to cut over.
@@ -10,6 +13,39 @@ use subtle::ConstantTimeEq;
 
 use super::problem::Problem;
 use crate::config::Config;
+
+/// Whether the caller asks for us, or for a name that somebody else has made to lead here. Browsers say the name of the
+/// page's address, and no page can change that.
+pub(super) fn may_ask(config: &Config, headers: &HeaderMap) -> Result<(), Problem> {
+    let is_here = config.admin.address.is_some_and(|address| address.ip().to_canonical().is_loopback());
+    if config.admin.token.is_some() || !is_here {
+        return Ok(());
+    }
+    let own = |host: &header::HeaderValue| {
+        std::str::from_utf8(host.as_bytes()).is_ok_and(|host| is_our_name(name_of(host), config))
+    };
+    if headers.get_all(header::HOST).iter().all(own) {
+        return Ok(());
+    }
+    let detail =
+        "without [admin] token, only localhost, loopback addresses and the names in [admin] hosts may be asked for";
+    let hint = "ask for 127.0.0.1 or localhost, add the name to [admin] hosts, or set [admin] token";
+    Err(Problem::new(StatusCode::FORBIDDEN, "forbidden", detail).hint(hint))
+}
+
+/// The host of `host`, `host:port` or `[address]:port`.
+fn name_of(host: &str) -> &str {
+    match host.strip_prefix('[') {
+        Some(rest) => rest.split(']').next().unwrap_or_default(),
+        None => host.rsplit_once(':').map_or(host, |(name, _)| name),
+    }
+}
+
+fn is_our_name(name: &str, config: &Config) -> bool {
+    let is_loopback = name.parse::<IpAddr>().is_ok_and(|address| address.to_canonical().is_loopback());
+    let named = |own: &str| name.trim_end_matches('.').eq_ignore_ascii_case(own);
+    is_loopback || named("localhost") || config.admin.hosts.iter().any(|own| named(own))
+}
 
 /// Lets the caller through, or says why not.
 pub(super) fn may_change(config: &Config, peer: SocketAddr, headers: &HeaderMap) -> Result<(), Problem> {
@@ -31,11 +67,10 @@ pub(super) fn may_change(config: &Config, peer: SocketAddr, headers: &HeaderMap)
     let sites = headers.get_all("sec-fetch-site");
     let elsewhere = sites.iter().any(|site| !matches!(site.as_bytes(), b"same-origin" | b"none"));
     if foreign || elsewhere {
-        return Err(Problem::new(
-            StatusCode::FORBIDDEN,
-            "forbidden",
-            "a page from elsewhere may not change state here",
-        ));
+        let detail = "a page from elsewhere may not change state here";
+        let hint = "open the dashboard at the daemon's own address and port; where it is reached by others (ssh -L, a \
+                    reverse proxy), set [admin] token";
+        return Err(Problem::new(StatusCode::FORBIDDEN, "forbidden", detail).hint(hint));
     }
     Ok(())
 }
@@ -73,6 +108,34 @@ mod tests {
 
     fn headers(pairs: &[(header::HeaderName, &'static str)]) -> HeaderMap {
         pairs.iter().map(|(name, value)| (name.clone(), header::HeaderValue::from_static(value))).collect()
+    }
+
+    #[test]
+    fn a_name_that_somebody_else_has_made_to_lead_here_is_not_ours() {
+        let mut open = config(None);
+        open.admin.hosts = vec!["pgcutover.internal".to_owned()];
+        for (host, ours) in [
+            ("localhost", true),
+            ("LocalHost.:8432", true),
+            ("127.0.0.1:8432", true),
+            ("127.8.9.1", true),
+            ("[::1]:8432", true),
+            ("pgcutover.internal", true),
+            ("evil.example:8432", false),
+            ("localhost.evil.example", false),
+            ("127.0.0.1.evil.example:8432", false),
+            ("10.0.0.9", false),
+            ("[::2]:8432", false),
+            ("", false),
+        ] {
+            let asked = headers(&[(header::HOST, host)]);
+            assert_eq!(may_ask(&open, &asked).is_ok(), ours, "{host}");
+            assert!(may_ask(&config(Some("t0ken")), &asked).is_ok(), "{host}: reading is open, and changing needs it");
+            let mut anywhere = config(None);
+            anywhere.admin.address = Some(([0, 0, 0, 0], 8432).into());
+            assert!(may_ask(&anywhere, &asked).is_ok(), "{host}: open to everybody");
+        }
+        assert!(may_ask(&open, &HeaderMap::new()).is_ok(), "no browser leaves it out");
     }
 
     #[test]

@@ -1,17 +1,19 @@
 //! HTTP: the dashboard at `/`, the JSON API under `/api/v1`, `/metrics`, `/healthz` and `/readyz`.
 //!
-//! Reading is open to whoever reaches the address; what changes state is guarded by [`guard`]. Every error is
+//! Reading is open to whoever reaches the address, by a name of ours; what changes state is guarded by [`guard`]. Every error is
 //! `application/problem+json` (RFC 9457). [`operations`] is the one table of the API: the router and the OpenAPI
 //! document are both made from it, so that neither can know a call that the other does not.
 
 mod caller;
 mod dashboard;
 mod events;
+mod extract;
 #[cfg(any(test, fuzzing))]
 pub mod fuzzing;
 mod guard;
 mod idempotency;
 mod openapi;
+mod operation;
 mod operations;
 mod problem;
 
@@ -76,12 +78,26 @@ fn router(service: Service, tasks: &Tasks) -> Router {
     for operation in operations::all() {
         router = router.route(operation.path, operation.handler);
     }
+    let site = Arc::new(site);
     dashboard::routes(router)
         .fallback(|| async { Problem::new(StatusCode::NOT_FOUND, "not_found", "there is nothing at this address") })
         .method_not_allowed_fallback(|| async {
             Problem::new(StatusCode::METHOD_NOT_ALLOWED, "method_not_allowed", "this address takes another method")
         })
-        .with_state(Arc::new(site))
+        .layer(axum::middleware::from_fn_with_state(site.clone(), known_by_its_name))
+        .with_state(site)
+}
+
+/// Lets through who asks by a name of ours.
+async fn known_by_its_name(
+    State(site): Shared,
+    request: axum::extract::Request,
+    next: axum::middleware::Next,
+) -> Response {
+    match guard::may_ask(&site.service.config(), request.headers()) {
+        Ok(()) => next.run(request).await,
+        Err(problem) => problem.into_response(),
+    }
 }
 
 async fn metrics_text(State(site): Shared) -> Answer {

@@ -5,7 +5,8 @@ use schemars::{Schema, SchemaGenerator};
 use serde_json::{Map, Value, json};
 
 use super::idempotency;
-use super::operations::{self, Answers, Operation};
+use super::operation::{Answers, Operation};
+use super::operations;
 use super::problem;
 use crate::admin::table::{Column, Kind};
 
@@ -108,8 +109,11 @@ fn responses(operation: &Operation, sent: &mut SchemaGenerator) -> Value {
             put(201, created);
         }
     }
-    let guarded: &[u16] = if operation.method == "get" { &[] } else { &[401, 403] };
-    for status in guarded.iter().chain(operation.problems) {
+    // Whoever asks by a strange name is refused before all else.
+    let guarded: &[u16] = if operation.method == "get" { &[403] } else { &[401, 403] };
+    let named: &[u16] = if operation.path.contains('{') { &[400] } else { &[] };
+    let taken: &[u16] = if operation.body.is_some() { &[400, 413] } else { &[] };
+    for status in [guarded, named, taken, operation.problems].into_iter().flatten() {
         put(*status, json!({ "$ref": "#/components/responses/Problem" }));
     }
     Value::Object(responses)

@@ -2,8 +2,7 @@
 
 use std::sync::Arc;
 
-use axum::body::Bytes;
-use axum::extract::{Path, Query, State};
+use axum::extract::{Query, State};
 use axum::http::{HeaderValue, StatusCode, header};
 use axum::response::{IntoResponse, Response};
 use axum::routing::{MethodRouter, delete, get, post, put};
@@ -12,13 +11,14 @@ use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 
 use super::caller::Caller;
+use super::extract::{Body, Named};
+use super::operation::{Answers, Operation, Taken};
 use super::problem::Problem;
 use super::{Answer, Shared, Site, events, guard, idempotency, openapi};
 use crate::admin::command::{Command, CutoverRequest, Filter, FixRequest, SetRequest, ShutdownWhen, VerifyRequest};
 use crate::admin::error::{AdminError, ErrorKind};
 use crate::admin::reply::{self, Reply};
 use crate::admin::service::migration_name;
-use crate::admin::table::Column;
 use crate::admin::view::{
     BlockerView, CheckView, CutoverView, EventView, MemberView, MigrationEntry, SampleView, StatusView,
 };
@@ -26,53 +26,16 @@ use crate::config::Changes;
 use crate::migration::preflight::RuleResult;
 use crate::migration::view::{CancelReport, FixReport, MigrationSpec, MigrationView, TableView, VerifyReport};
 
-/// A JSON shape, made when the document is.
-pub(super) type Shape = fn(&mut SchemaGenerator) -> Schema;
-
-/// What a call answers when it goes well.
-pub(super) enum Answers {
-    /// JSON of this shape.
-    Json(Shape),
-    /// Rows under these columns.
-    Rows(&'static [Column]),
-    /// The migration that was made, with its address.
-    Created(Shape),
-    /// Server-sent events.
-    Stream(Shape),
-    /// The OpenAPI document.
-    Document,
-}
-
-/// One call.
-pub(super) struct Operation {
-    pub(super) method: &'static str,
-    pub(super) path: &'static str,
-    /// The document's `operationId`.
-    pub(super) id: &'static str,
-    pub(super) summary: &'static str,
-    pub(super) body: Option<Body>,
-    pub(super) answers: Answers,
-    /// Statuses of problems, beside those that every call of its kind can have.
-    pub(super) problems: &'static [u16],
-    pub(super) handler: MethodRouter<Arc<Site>>,
-}
-
-/// What a call takes.
-pub(super) struct Body {
-    pub(super) shape: Shape,
-    pub(super) required: bool,
-}
-
 fn shape<T: JsonSchema>(generator: &mut SchemaGenerator) -> Schema {
     generator.subschema_for::<T>()
 }
 
-fn needs<T: JsonSchema>() -> Option<Body> {
-    Some(Body { shape: shape::<T>, required: true })
+fn needs<T: JsonSchema>() -> Option<Taken> {
+    Some(Taken { shape: shape::<T>, required: true })
 }
 
-fn takes<T: JsonSchema>() -> Option<Body> {
-    Some(Body { shape: shape::<T>, required: false })
+fn takes<T: JsonSchema>() -> Option<Taken> {
+    Some(Taken { shape: shape::<T>, required: false })
 }
 
 /// The answer to an order that has nothing to tell.
@@ -252,6 +215,14 @@ fn migrations() -> Vec<Operation> {
             Answers::Json(shape::<Vec<RuleResult>>),
             &[400, 404, 503],
             get_named(Command::Validation),
+        ),
+        of_one(
+            "/api/v1/migrations/{name}/verification",
+            "migrationVerification",
+            "What its last verification found; null: it had none. After a restart without definitions",
+            Answers::Json(shape::<Option<VerifyReport>>),
+            &[400, 404, 503],
+            get_named(Command::Verification),
         ),
         of_one(
             "/api/v1/migrations/{name}/history",
@@ -436,7 +407,7 @@ fn orders_on_databases() -> Vec<Operation> {
         body: None,
         answers: Answers::Json(shape::<Done>),
         problems,
-        handler: post(move |caller: Caller, state: Shared, Path(database): Path<String>| {
+        handler: post(move |caller: Caller, state: Shared, Named(database): Named| {
             change(state, caller, make(database))
         }),
     };
@@ -447,8 +418,14 @@ fn orders_on_databases() -> Vec<Operation> {
         one("/api/v1/databases/{database}/resume", "resume", "Let them go on", &[404, 409], |name| {
             Command::Resume(Some(name))
         }),
-        one("/api/v1/databases/{database}/disable", "disable", "Refuse its new sessions", &[], Command::Disable),
-        one("/api/v1/databases/{database}/enable", "enable", "Let them in again", &[], Command::Enable),
+        one(
+            "/api/v1/databases/{database}/disable",
+            "disable",
+            "Refuse its new sessions",
+            &[404, 503],
+            Command::Disable,
+        ),
+        one("/api/v1/databases/{database}/enable", "enable", "Let them in again", &[404, 503], Command::Enable),
         one(
             "/api/v1/databases/{database}/reconnect",
             "reconnect",
@@ -491,13 +468,13 @@ fn ordering(
 }
 
 fn get_named(make: fn(crate::migration::view::MigrationName) -> Command) -> MethodRouter<Arc<Site>> {
-    get(move |State(site): Shared, Path(name): Path<String>| async move {
+    get(move |State(site): Shared, Named(name): Named| async move {
         json(site.service.execute(make(migration_name(&name)?)).await?)
     })
 }
 
 fn post_named(make: fn(crate::migration::view::MigrationName) -> Command) -> MethodRouter<Arc<Site>> {
-    post(move |caller: Caller, state: Shared, Path(name): Path<String>| async move {
+    post(move |caller: Caller, state: Shared, Named(name): Named| async move {
         change(state, caller, make(migration_name(&name)?)).await
     })
 }
@@ -518,7 +495,7 @@ async fn list(
 }
 
 /// 201 and the new migration, as it stands; 200 where the same call has made it before.
-async fn create(caller: Caller, State(site): Shared, body: Bytes) -> Answer {
+async fn create(caller: Caller, State(site): Shared, Body(body): Body) -> Answer {
     guard::may_change(&site.service.config(), caller.peer, &caller.headers)?;
     let key = idempotency::key(&caller.headers)?;
     let spec: MigrationSpec = parse_strictly(&body)?;
@@ -553,40 +530,40 @@ fn created(mut answer: Response, name: &crate::migration::view::MigrationName) -
     Ok(answer)
 }
 
-async fn cutover(caller: Caller, state: Shared, Path(name): Path<String>, body: Bytes) -> Answer {
+async fn cutover(caller: Caller, state: Shared, Named(name): Named, Body(body): Body) -> Answer {
     let request: CutoverRequest = if body.is_empty() { CutoverRequest::default() } else { parse(&body)? };
     change(state, caller, Command::Cutover(migration_name(&name)?, request)).await
 }
 
-async fn rollback(caller: Caller, state: Shared, Path(name): Path<String>, body: Bytes) -> Answer {
+async fn rollback(caller: Caller, state: Shared, Named(name): Named, Body(body): Body) -> Answer {
     let request: CutoverRequest = if body.is_empty() { CutoverRequest::default() } else { parse(&body)? };
     change(state, caller, Command::Rollback(migration_name(&name)?, request)).await
 }
 
-async fn verify(caller: Caller, state: Shared, Path(name): Path<String>, body: Bytes) -> Answer {
+async fn verify(caller: Caller, state: Shared, Named(name): Named, Body(body): Body) -> Answer {
     let request = if body.is_empty() { VerifyRequest::default() } else { parse(&body)? };
     change(state, caller, Command::Verify(migration_name(&name)?, request)).await
 }
 
-async fn fix(caller: Caller, state: Shared, Path(name): Path<String>, body: Bytes) -> Answer {
+async fn fix(caller: Caller, state: Shared, Named(name): Named, Body(body): Body) -> Answer {
     change(state, caller, Command::Fix(migration_name(&name)?, parse(&body)?)).await
 }
 
-async fn kill(caller: Caller, state: Shared, Path(pid): Path<String>) -> Answer {
+async fn kill(caller: Caller, state: Shared, Named(pid): Named) -> Answer {
     let pid = pid.parse().map_err(|_| invalid(format!("{pid:?} is not a process id")))?;
     change(state, caller, Command::Kill(pid)).await
 }
 
-async fn kill_client(caller: Caller, state: Shared, Path(id): Path<String>) -> Answer {
+async fn kill_client(caller: Caller, state: Shared, Named(id): Named) -> Answer {
     let id = id.parse().map_err(|_| invalid(format!("{id:?} is not the id of a client")))?;
     change(state, caller, Command::KillClient(id)).await
 }
 
-async fn kill_database(caller: Caller, state: Shared, Path(name): Path<String>) -> Answer {
+async fn kill_database(caller: Caller, state: Shared, Named(name): Named) -> Answer {
     change(state, caller, Command::KillDatabase(name)).await
 }
 
-async fn set(caller: Caller, state: Shared, Path(key): Path<String>, body: Bytes) -> Answer {
+async fn set(caller: Caller, state: Shared, Named(key): Named, Body(body): Body) -> Answer {
     let SetRequest { value } = parse(&body)?;
     change(state, caller, Command::Set { key, value }).await
 }
@@ -600,7 +577,7 @@ struct ShutdownRequest {
     wait_for: ShutdownWhen,
 }
 
-async fn shutdown(caller: Caller, state: Shared, body: Bytes) -> Answer {
+async fn shutdown(caller: Caller, state: Shared, Body(body): Body) -> Answer {
     let request: ShutdownRequest = if body.is_empty() { ShutdownRequest::default() } else { parse(&body)? };
     change(state, caller, Command::Shutdown(request.wait_for)).await
 }

@@ -20,11 +20,12 @@ use crate::migration::state::State;
 use crate::migration::stream::{Reserve, StreamStatus};
 use crate::migration::view::{
     CancelReport, DatabaseView, FenceWatchView, FencedWriteView, FullLoadView, MigrationSpec, MigrationView, Problem,
-    TableView, VerificationView,
+    TableView, VerificationView, VerifyReport,
 };
 use crate::migration::wal_limit::SlotWal;
 use crate::postgres::walsender::ReplicationConnection;
 use crate::switch::Epoch;
+use crate::telemetry::metrics::{Metrics, WorkState};
 
 /// One migration.
 #[derive(Debug)]
@@ -38,6 +39,8 @@ pub(super) struct Live {
     /// Held by whoever verifies.
     pub(super) verifying: tokio::sync::Mutex<()>,
     verification: Mutex<Option<VerificationView>>,
+    /// What the last verification of this process found.
+    verified: Mutex<Option<VerifyReport>>,
 }
 
 /// Where a migration stands.
@@ -110,6 +113,43 @@ struct Inner {
     tables: BTreeMap<QualifiedName, TableLive>,
     lag: LagMeter,
     slot: Option<SlotLive>,
+    /// What the gauges of full loads have of it.
+    counted: Counted,
+}
+
+/// Tables and indexes of a full load, by state in the order of [`WorkState::ALL`].
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+struct Counted {
+    tables: [i64; WorkState::ALL.len()],
+    indexes: [i64; WorkState::ALL.len()],
+}
+
+impl Counted {
+    /// Indexes are known once those of their table are begun; they are built one after the other.
+    fn of<'a>(tables: impl Iterator<Item = &'a TableLive>) -> Self {
+        let mut counted = Self::default();
+        let at = |state: WorkState| WorkState::ALL.iter().position(|one| *one == state).unwrap_or_default();
+        for table in tables {
+            let state = match table.state.unwrap_or(TableState::Waiting) {
+                TableState::Waiting => WorkState::Waiting,
+                TableState::Copying => WorkState::Running,
+                TableState::Copied | TableState::Ready => WorkState::Done,
+                TableState::Failed => WorkState::Failed,
+            };
+            counted.tables[at(state)] += 1;
+            let Some((built, total)) = table.indexes else { continue };
+            let signed = |number: usize| i64::try_from(number).unwrap_or(i64::MAX);
+            let left = signed(total.saturating_sub(built));
+            counted.indexes[at(WorkState::Done)] += signed(built.min(total));
+            if state == WorkState::Failed {
+                counted.indexes[at(WorkState::Failed)] += left;
+            } else {
+                counted.indexes[at(WorkState::Running)] += left.min(1);
+                counted.indexes[at(WorkState::Waiting)] += (left - 1).max(0);
+            }
+        }
+        counted
+    }
 }
 
 /// What the slot of a database makes the source keep.
@@ -257,6 +297,7 @@ impl Live {
             cancelled: Mutex::new(None),
             verifying: tokio::sync::Mutex::default(),
             verification: Mutex::default(),
+            verified: Mutex::default(),
         }
     }
 
@@ -287,6 +328,14 @@ impl Live {
     /// How far the verification is; none: none runs.
     pub(super) fn set_verification(&self, view: Option<VerificationView>) {
         *self.verification.lock().unwrap_or_else(PoisonError::into_inner) = view;
+    }
+
+    pub(super) fn verified(&self) -> Option<VerifyReport> {
+        self.verified.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    pub(super) fn set_verified(&self, report: VerifyReport) {
+        *self.verified.lock().unwrap_or_else(PoisonError::into_inner) = Some(report);
     }
 
     pub(super) fn database(&self, name: &str) -> Option<&Arc<DatabaseLive>> {
@@ -352,7 +401,14 @@ impl DatabaseLive {
             turns: Turns::default(),
             fenced: FencedLive::default(),
             broken: watch::Sender::new(None),
-            inner: Mutex::new(Inner { step, current, tables: BTreeMap::new(), lag: LagMeter::default(), slot: None }),
+            inner: Mutex::new(Inner {
+                step,
+                current,
+                tables: BTreeMap::new(),
+                lag: LagMeter::default(),
+                counted: Counted::default(),
+                slot: None,
+            }),
         }
     }
 
@@ -443,13 +499,17 @@ impl DatabaseLive {
         self.lock().tables.keys().cloned().collect()
     }
 
-    /// How many tables are in each state.
-    pub(super) fn table_states(&self) -> BTreeMap<&'static str, i64> {
-        let mut states = BTreeMap::new();
-        for table in self.lock().tables.values() {
-            *states.entry(table.state.unwrap_or(TableState::Waiting).as_str()).or_default() += 1;
+    /// Brings the gauges of full loads up to date: they are the sums over all databases, so each adds what has changed of
+    /// its own since it was counted last.
+    pub(super) fn count(&self, metrics: &Metrics) {
+        let mut inner = self.lock();
+        let counted = Counted::of(inner.tables.values());
+        let before = std::mem::replace(&mut inner.counted, counted);
+        for (index, state) in WorkState::ALL.iter().enumerate() {
+            let label = [state.as_str()];
+            metrics.copy_tables.with_label_values(&label).add(counted.tables[index] - before.tables[index]);
+            metrics.index_builds.with_label_values(&label).add(counted.indexes[index] - before.indexes[index]);
         }
-        states
     }
 
     pub(super) fn observe(&self, written: Lsn) {

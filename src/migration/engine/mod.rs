@@ -176,6 +176,10 @@ impl Engine {
     /// Accepts a migration and begins to work on it.
     pub async fn create(&self, mut spec: MigrationSpec) -> Result<MigrationView, EngineError> {
         let (catalog, actors) = self.owned()?;
+        // First: with the name of one that is there, nothing else about the order matters.
+        if self.entry(spec.name.as_str()).is_ok() {
+            return Err(CatalogError::Exists(spec.name.to_string()).into());
+        }
         if spec.databases.is_empty() {
             spec.databases = self.all_databases().await?;
         }

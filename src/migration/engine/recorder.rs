@@ -9,7 +9,7 @@ use crate::catalog::migrations::MigrationCatalog;
 use crate::catalog::tables::{TableChange, TableState};
 use crate::migration::copy::{CopiedRows, CopyProgress, RecordError, SourceTable, TableRecorder};
 use crate::migration::snapshot::HandOver;
-use crate::telemetry::metrics::{Metrics, WorkState};
+use crate::telemetry::metrics::Metrics;
 
 /// The recorder of one database.
 pub(super) struct Recorder {
@@ -41,22 +41,8 @@ impl Recorder {
             live.state = Some(state);
             (live.rows, live.bytes) = (copied.rows, copied.bytes);
         });
-        self.count_tables();
+        self.database.count(&self.metrics);
         Ok(())
-    }
-
-    /// The gauges show the database that changed last when several are copied at once; each change corrects them.
-    fn count_tables(&self) {
-        let states = self.database.table_states();
-        let of = |names: &[&str]| names.iter().filter_map(|name| states.get(name)).sum();
-        for (state, names) in [
-            (WorkState::Waiting, &["waiting"][..]),
-            (WorkState::Running, &["copying"]),
-            (WorkState::Done, &["copied", "ready"]),
-            (WorkState::Failed, &["failed"]),
-        ] {
-            self.metrics.copy_tables.with_label_values(&[state.as_str()]).set(of(names));
-        }
     }
 }
 
@@ -98,9 +84,6 @@ impl CopyProgress for Recorder {
 
     fn indexes(&self, table: &SourceTable, built: usize, total: usize) {
         self.database.update_table(&table.name, |live| live.indexes = Some((built, total)));
-        let (done, left) =
-            (i64::try_from(built).unwrap_or(i64::MAX), i64::try_from(total - built.min(total)).unwrap_or(i64::MAX));
-        self.metrics.index_builds.with_label_values(&[WorkState::Done.as_str()]).set(done);
-        self.metrics.index_builds.with_label_values(&[WorkState::Running.as_str()]).set(left);
+        self.database.count(&self.metrics);
     }
 }

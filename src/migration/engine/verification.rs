@@ -87,6 +87,23 @@ impl Engine {
         self.compare(name, Scope::Changed, Damaged::Listed).await
     }
 
+    /// What the last verification found. After a restart that is what is on record of its tables: definitions that differ
+    /// are found anew by each verification, and kept nowhere. `None`: nothing was compared.
+    pub async fn verification(&self, name: &str) -> Result<Option<VerifyReport>, EngineError> {
+        let live = self.entry(name)?.live;
+        if let Some(report) = live.verified() {
+            return Ok(Some(report));
+        }
+        let (catalog, _actors) = self.owned()?;
+        let mut report = VerifyReport::default();
+        for row in catalog.verified(name).await? {
+            if let Ok(result) = serde_json::from_value(row.result) {
+                report.add_table(&row.database, result);
+            }
+        }
+        Ok(Some(report).filter(|report| report.tables_compared > 0))
+    }
+
     async fn compare(&self, name: &str, scope: Scope, damaged: Damaged) -> Result<VerifyReport, EngineError> {
         let (catalog, _actors) = self.owned()?;
         let live = self.entry(name)?.live;
@@ -198,6 +215,7 @@ impl Engine {
             differences = report.differences,
             "verified"
         );
+        live.set_verified(report.clone());
         Ok(report)
     }
 

@@ -61,13 +61,13 @@ function drawList() {
   if (!state.live) return [head, h('p', { class: 'muted' }, 'Loading …')];
   if (!migrations) return [head, h('div', { class: 'card' }, h('p', {}, 'The engine cannot be asked now: is the target reachable?'))];
   const columns = [
-    { label: 'Name', cell: (m) => h('a', { href: `#/m/${encodeURIComponent(m.name)}` }, m.name) },
+    { label: 'Name', class: 'long', cell: (m) => h('a', { href: `#/m/${encodeURIComponent(m.name)}` }, m.name) },
     { label: 'Status', cell: pill },
     { label: 'Migration mode', cell: (m) => m.mode },
     { label: 'Migration type', cell: (m) => m.option },
-    { label: 'Source server', cell: (m) => m.source },
+    { label: 'Source server', class: 'long', cell: (m) => m.source },
     { label: 'Source server type', cell: (m) => m.source_server_type },
-    { label: 'Databases', cell: (m) => m.databases.map((d) => d.name).join(', ') || '–' },
+    { label: 'Databases', class: 'long', cell: (m) => m.databases.map((d) => d.name).join(', ') || '–' },
     { label: 'Duration', class: 'num', cell: (m) => seconds(m.finished_at ? m.duration_seconds : Math.max(0, state.live.at - m.started_at)) },
     { label: 'Start time', class: 'nowrap', cell: (m) => time(m.started_at) },
   ];

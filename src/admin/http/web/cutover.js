@@ -10,8 +10,10 @@ const WORDS = {
   pause: 'New transactions wait',
   drain: 'The last transactions end and are applied',
   decide: 'The decision is made durable',
-  switch: 'Sessions go on, on the target',
+  switch: 'Sessions go on, on the other server',
 };
+/** What the limits of an order are called in it. */
+const LIMITS = [['max_pause', 'max-pause', 'Longest pause', 'From the moment new transactions wait, such as 5s.'], ['drain_timeout', 'drain-timeout', 'Time to drain', 'For running transactions to end, such as 3s.']];
 /** Calls that not every daemon has. */
 const FURTHER = ['rollback', 'complete', 'verify'];
 
@@ -24,7 +26,7 @@ export async function learn(state) {
 
 export function panel(m, state) {
   const run = state.live.cutovers[m.name];
-  const running = (run && run.outcome === 'running') || m.substate === 'CompletingMigration' || state.detail.cuttingOver;
+  const running = (run && run.outcome === 'running') || ['CompletingMigration', 'RollingBack'].includes(m.substate) || state.detail.cuttingOver;
   return h('section', { class: 'card', 'aria-labelledby': 'cutover' }, h('h2', { id: 'cutover' }, 'Cutover'),
     running ? going(run) : ready(m, state), !running && run && run.outcome !== 'running' ? report(run) : null);
 }
@@ -35,16 +37,44 @@ function ready(m, state) {
   if (m.state !== 'WaitingForUserAction') {
     return h('p', { class: 'muted' }, m.state === 'InProgress' ? 'It can be cut over once everything is copied and the target follows.' : 'This migration cannot be cut over.');
   }
-  const count = state.detail.blockers ? state.detail.blockers.length : null;
   return [
     h('p', {}, 'Everything is copied, and the target follows every change. A cutover holds new transactions for a moment and lets them go on there.'),
-    m.cutover_when_ready ? h('p', { class: 'notice' }, 'It cuts over by itself as soon as it can.') : null,
-    count ? h('p', { class: 'notice warn' }, `${number(count)} sessions are in the way now: `, h('a', { href: `#/m/${encodeURIComponent(m.name)}/sessions` }, 'see which')) : null,
+    notices(m, state),
     h('div', { class: 'actions' },
       h('button', { type: 'button', id: 'dry-run', 'data-act': 'dryRun' }, 'Dry run'),
       h('button', { type: 'button', id: 'cut-over', class: 'primary', 'data-act': 'cutOver' }, 'Cut over …'),
       state.can && state.can.verify ? h('button', { type: 'button', id: 'verify', 'data-act': 'verify' }, 'Verify') : null),
+    limits(),
   ];
+}
+
+/** In a place of its own, so that what stands below is not made anew when one comes or goes, and keeps what was typed. */
+function notices(m, state) {
+  const count = state.detail.blockers ? state.detail.blockers.length : null;
+  return h('div', {},
+    m.cutover_when_ready ? h('p', { class: 'notice' }, 'It cuts over by itself as soon as it can.') : null,
+    count ? h('p', { class: 'notice warn' }, `${number(count)} sessions are in the way now: `, h('a', { href: `#/m/${encodeURIComponent(m.name)}/sessions` }, 'see which')) : null);
+}
+
+/** What an order may say of itself; what is left empty is as configured. */
+function limits() {
+  return h('details', { id: 'limits' }, h('summary', {}, 'Time limits and stragglers'),
+    LIMITS.map(([, id, label, hint]) => h('div', { class: 'field' },
+      h('label', { for: id }, label), h('p', { class: 'hint', id: `${id}-hint` }, `${hint} Empty: as configured.`),
+      h('input', { id, type: 'text', autocomplete: 'off', spellcheck: 'false', placeholder: 'as configured', 'aria-describedby': `${id}-hint` }))),
+    h('div', { class: 'field' },
+      h('label', { for: 'stragglers' }, 'Stragglers'), h('p', { class: 'hint', id: 'stragglers-hint' }, 'What happens to transactions that outlast it.'),
+      h('select', { id: 'stragglers', 'aria-describedby': 'stragglers-hint' },
+        h('option', { value: '' }, 'As configured'), h('option', { value: 'abort' }, 'Give up; nothing has changed'), h('option', { value: 'terminate' }, 'End their sessions'))));
+}
+
+/** An order's body: what was typed into the limits, and `more`. */
+function request(more = {}) {
+  const typed = [...LIMITS.map(([key, id]) => [key, id]), ['stragglers', 'stragglers']].map(([key, id]) => {
+    const field = document.getElementById(id);
+    return [key, field ? field.value.trim() : ''];
+  });
+  return { ...Object.fromEntries(typed.filter(([, value]) => value)), ...more };
 }
 
 function after(m, state) {
@@ -56,9 +86,11 @@ function after(m, state) {
     can.rollback ? h('p', { class: 'muted' }, 'Until it is completed, every change is also brought back to the source, so that the way back is open.')
       : h('p', { class: 'muted' }, known.rollback ? 'There is no way back to the source any more.' : 'This version of pgcutover cannot roll back: changes made on the target are not brought to the source.'),
     h('div', { class: 'actions' },
+      can.rollback ? h('button', { type: 'button', id: 'dry-run', 'data-act': 'dryRunBack' }, 'Dry run of a rollback') : null,
       can.rollback ? h('button', { type: 'button', id: 'roll-back', class: 'danger', 'data-act': 'rollBack' }, 'Roll back …') : null,
       can.complete ? h('button', { type: 'button', id: 'complete', 'data-act': 'complete' }, 'Complete …') : null,
       can.verify ? h('button', { type: 'button', id: 'verify', 'data-act': 'verify' }, 'Verify') : null),
+    can.rollback ? limits() : null,
   ];
 }
 
@@ -71,16 +103,23 @@ function going(run) {
 
 function report(run) {
   const lengths = PHASES.map((phase) => [phase, run.phases_ms[phase]]);
+  const waited = `transactions waited ${number(run.pause_ms)} ms`;
+  const back = run.direction === 'reverse';
   const [kind, words] = {
-    switched: ['good', `Switched. Transactions waited ${number(run.pause_ms)} ms.`],
-    'dry-run': run.reason ? ['warn', `A cutover would not have switched now: ${run.reason}`] : ['good', `Dry run: transactions waited ${number(run.pause_ms)} ms, and went on where they were.`],
-    aborted: ['bad', `Aborted, and everything goes on where it was: ${run.reason}`],
+    switched: back ? ['', `Rolled back to the source: ${waited}.`] : ['good', `Switched to the target: ${waited}.`],
+    'dry-run': run.reason ? ['warn', `A ${back ? 'rollback' : 'cutover'} would not have switched now: ${run.reason}`] : ['good', `Dry run of a ${back ? 'rollback' : 'cutover'}: ${waited}, and went on where they were.`],
+    aborted: ['bad', `The ${back ? 'rollback' : 'cutover'} was aborted, and everything goes on where it was: ${run.reason}`],
   }[run.outcome] || ['', run.outcome];
+  const steps = [...run.prepare_steps, ...run.pause_steps];
   return h('div', { id: 'report' },
-    h('p', {}), h('div', { class: `notice ${kind}`, role: 'status' }, h('p', {}, words)),
+    h('p', {}), h('div', { class: `notice ${kind}`, role: 'status' }, h('p', {}, words), run.hint ? h('p', {}, run.hint) : null),
     lengths.some(([, length]) => length > 0) ? phases(lengths) : null,
     h('p', {}),
-    h('dl', { class: 'facts' }, h('dt', {}, 'Sessions moved'), h('dd', {}, number(run.sessions_moved)), h('dt', {}, 'Sessions ended'), h('dd', {}, number(run.sessions_ended))),
+    h('dl', { class: 'facts' },
+      h('dt', {}, 'Sessions that waited'), h('dd', {}, run.sessions_held ? `${number(run.sessions_held)}, the longest ${number(run.longest_hold_ms)} ms` : '0'),
+      h('dt', {}, 'Sessions moved'), h('dd', {}, number(run.sessions_moved)), h('dt', {}, 'Sessions ended'), h('dd', {}, number(run.sessions_ended))),
+    run.would.length ? [h('h3', {}, 'What it would do'), h('ul', { id: 'would' }, run.would.map((one) => h('li', {}, `${one.action.replaceAll('-', ' ')}${one.database ? ` ${one.database}` : ''}: ${one.detail}`)))] : null,
+    steps.length ? h('details', { id: 'step-times' }, h('summary', {}, 'Time of each step'), h('ul', {}, steps.map((one) => h('li', {}, `${one.step}: ${number(one.ms)} ms`)))) : null,
     run.blockers.length ? [h('h3', {}, 'What stood in the way'), h('ul', {}, run.blockers.map((item) => h('li', {}, item)))] : null,
     run.notes.length ? [h('h3', {}, 'Notes'), h('ul', {}, run.notes.map((item) => h('li', {}, item)))] : null);
 }
@@ -107,8 +146,16 @@ export function actions(order) {
   const back = (answer) => ({ switched: 'The databases run on the source again.', aborted: 'The rollback was aborted; nothing has changed.' }[answer.outcome] || answer.outcome);
   const ended = (answer) => ({ switched: 'The databases run on the target.', 'dry-run': 'The dry run has ended.', aborted: 'The cutover was aborted; nothing has changed.' }[answer.outcome] || answer.outcome);
   return {
-    dryRun: (_target, _event, state, draw) => run(state, draw, ended, () => post(path(state, '/cutover'), { dry_run: true })),
+    dryRun: (_target, _event, state, draw) => {
+      const body = request({ dry_run: true });
+      return run(state, draw, ended, () => post(path(state, '/cutover'), body));
+    },
+    dryRunBack: (_target, _event, state, draw) => {
+      const body = request({ dry_run: true });
+      return run(state, draw, ended, () => post(path(state, '/rollback'), body));
+    },
     cutOver: async (_target, _event, state, draw) => {
+      const body = request();
       const blockers = state.detail.blockers || [];
       const sure = await ask({
         title: `Cut over ${state.route.name}?`, good: 'Cut over now', danger: true,
@@ -119,11 +166,12 @@ export function actions(order) {
           h('p', { class: 'muted' }, state.can && state.can.rollback ? 'You can roll back until you complete the migration.' : 'There is no way back by command afterwards.'),
         ],
       });
-      if (sure) run(state, draw, ended, () => post(path(state, '/cutover'), {}));
+      if (sure) run(state, draw, ended, () => post(path(state, '/cutover'), body));
     },
     rollBack: async (_target, _event, state, draw) => {
+      const body = request();
       const sure = await ask({ title: `Roll back ${state.route.name}?`, good: 'Roll back now', danger: true, body: [h('p', {}, `The databases go back to ${state.live.source}, with everything that was written since.`), pending(current(state))] });
-      if (sure) run(state, draw, back, () => post(path(state, '/rollback'), {}));
+      if (sure) run(state, draw, back, () => post(path(state, '/rollback'), body));
     },
     complete: async (_target, _event, state, draw) => {
       const sure = await ask({ title: `Complete ${state.route.name}?`, good: 'Complete', danger: true, body: h('p', {}, 'The way back is closed: what brings changes back to the source is removed.') });

@@ -26,7 +26,7 @@ export function draw(state) {
     h('p', { class: 'small' }, h('a', { href: '#/' }, '← Migrations')),
     h('div', { class: 'head' }, h('h1', {}, m.name), pill(m),
       h('div', { class: 'actions' },
-        m.state === 'Failed' ? h('button', { type: 'button', class: 'primary', 'data-act': 'retry' }, 'Retry') : null,
+        ['Failed', 'ValidationFailed'].includes(m.state) ? h('button', { type: 'button', id: 'retry', class: 'primary', 'data-act': 'retry' }, 'Retry') : null,
         ['InProgress', 'WaitingForUserAction', 'Failed', 'ValidationFailed'].includes(m.state) ? h('button', { type: 'button', id: 'cancel', class: 'danger', 'data-act': 'cancel' }, 'Cancel migration') : null)),
     steps(m), refused(state), problem(m),
     h('div', { class: 'tabs', role: 'tablist', 'aria-label': 'Parts of the migration' }, TABS.map(([id, label]) =>
@@ -36,11 +36,13 @@ export function draw(state) {
 }
 
 function steps(m) {
-  const at = m.state === 'Succeeded' ? STEPS.length : STEPS.findIndex(([, substate]) => substate === m.substate);
+  const back = m.substate === 'RollingBack';
+  const now = back ? 'CompletingMigration' : m.substate;
+  const at = m.state === 'Succeeded' ? STEPS.length : STEPS.findIndex(([, substate]) => substate === now);
   const failed = m.state.endsWith('Failed');
   const reached = at < 0 ? (m.state === 'ValidationFailed' ? 1 : m.databases.some((d) => d.tables_ready > 0) ? 2 : 0) : at;
   return h('ol', { class: 'steps', 'aria-label': 'Steps of the migration' }, STEPS.map(([label], index) =>
-    h('li', { class: index < reached ? 'done' : index === reached ? (failed ? 'failed' : m.state === 'Cancelled' ? null : 'now') : null, 'aria-current': index === reached ? 'step' : null }, label)));
+    h('li', { class: index < reached ? 'done' : index === reached ? (failed ? 'failed' : m.state === 'Cancelled' ? null : 'now') : null, 'aria-current': index === reached ? 'step' : null }, back && index === reached ? 'Roll back' : label)));
 }
 
 function problem(m) {
@@ -230,11 +232,11 @@ export async function refresh(state, draw) {
     try {
       kept[key] = await get(path);
     } catch (error) {
-      kept[key] = key === 'blockers' ? null : kept[key] ?? [];
+      kept[key] = key === 'blockers' ? null : kept[key] ?? (key === 'verified' ? null : []);
     }
   };
   const wanted = {
-    overview: [['history', of(name, '/history')], ['blockers', '/api/v1/blockers']],
+    overview: [['history', of(name, '/history')], ['blockers', '/api/v1/blockers'], ['verified', of(name, '/verification')]],
     tables: [['tables', of(name, '/tables')]],
     validation: [['validation', of(name, '/validation')]],
     sessions: [['clients', '/api/v1/clients'], ['blockers', '/api/v1/blockers']],

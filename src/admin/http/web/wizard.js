@@ -140,8 +140,9 @@ async function start(w, draw) {
     location.hash = `#/m/${encodeURIComponent(w.name)}`;
   } catch (error) {
     w.error = error;
-    // The next try may be about something else.
-    w.key = newKey();
+    // Refused: the next try may be about something else. Where the answer was lost, the same order may have been carried
+    // out, and its key finds that out.
+    if (error.status >= 400 && error.status < 500) w.key = newKey();
   }
   w.sending = false;
   draw();
