@@ -165,7 +165,7 @@ fn wal_level(source: &Facts) -> Found {
     if source.wal_level == "logical" {
         return Ok("logical".to_owned());
     }
-    let fix = "ALTER SYSTEM SET wal_level = 'logical', then restart the source (an offline migration can do without)";
+    let fix = "ALTER SYSTEM SET wal_level = 'logical', then restart the source";
     Err((format!("{}, so changes cannot be streamed", source.wal_level), fix.to_owned()))
 }
 
@@ -173,7 +173,7 @@ fn replication(source: &Facts, role: &str) -> Found {
     if source.may_replicate {
         return Ok("the role may stream changes".to_owned());
     }
-    let fix = format!("ALTER ROLE {} REPLICATION (an offline migration can do without)", quoted(role));
+    let fix = format!("ALTER ROLE {} REPLICATION", quoted(role));
     Err(("the role may not stream changes".to_owned(), fix))
 }
 

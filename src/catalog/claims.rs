@@ -80,15 +80,7 @@ pub async fn identify(control: &impl GenericClient) -> Result<(ServerIdentity, b
 /// Reads everything that the server of this control session claims. A server without our schema claims nothing.
 pub async fn read(control: &impl GenericClient) -> Result<Claims, RecordError> {
     let (identity, standby) = identify(control).await?;
-    let there: bool = control
-        .query_one(
-            "SELECT pg_catalog.to_regclass('pgcutover.fence') IS NOT NULL
-                AND pg_catalog.to_regclass('pgcutover.decision') IS NOT NULL",
-            &[],
-        )
-        .await
-        .map_err(|source| RecordError::query("look for the pgcutover schema", source))?
-        .get(0);
+    let there = super::has_table(control, "fence").await? && super::has_table(control, "decision").await?;
     let mut claims = Claims { identity, standby, fences: Vec::new(), decisions: Vec::new() };
     if !there {
         return Ok(claims);

@@ -101,6 +101,9 @@ impl Door {
 /// Opens or shuts one database, if a hard fence stands over it and is not ajar. Returns whether one does.
 async fn turn(control: &mut Control, database: &str, turn: Turn) -> Result<bool, RecordError> {
     let failed = |source| RecordError::query("open the door of a fenced database", source);
+    if !super::has_table(&**control, "fence").await? {
+        return Ok(false);
+    }
     let there = control
         .query_one(
             "SELECT EXISTS (SELECT FROM pg_catalog.pg_attribute

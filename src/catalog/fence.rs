@@ -173,8 +173,7 @@ pub async fn note_hard(transaction: &impl GenericClient, epoch: Epoch) -> Result
 /// Fences that stand since a decision: their databases have gone and not come back. By epoch.
 pub async fn standing(control: &impl GenericClient) -> Result<Vec<Standing>, RecordError> {
     let failed = |source| RecordError::query("read the fences that stand", source);
-    let there = control.query_one("SELECT pg_catalog.to_regclass('pgcutover.fence') IS NOT NULL", &[]).await;
-    if !there.map_err(failed)?.get::<_, bool>(0) {
+    if !super::has_table(control, "fence").await? {
         return Ok(Vec::new());
     }
     // A row that an earlier version wrote has none of the later columns, and is left as it is.

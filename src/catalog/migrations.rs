@@ -8,6 +8,7 @@ use std::sync::Arc;
 
 use tokio::sync::Mutex;
 
+use super::RecordError;
 use crate::postgres::{ConnectError, Connector, Control};
 use crate::switch::ServerRole;
 
@@ -377,9 +378,11 @@ pub struct Completing {
 /// schema has none.
 pub async fn completing(control: &Control) -> Result<Vec<Completing>, CatalogError> {
     let failed = |source| CatalogError::query("read the migrations that are being cut over", source);
-    let there = control.query_one("SELECT pg_catalog.to_regclass('pgcutover.migration') IS NOT NULL", &[]).await;
-    if !there.map_err(failed)?.get::<_, bool>(0) {
-        return Ok(Vec::new());
+    match super::has_table(&**control, "migration").await {
+        Ok(true) => {}
+        Ok(false) => return Ok(Vec::new()),
+        Err(RecordError::Query { what, source }) => return Err(CatalogError::Query { what, source }),
+        Err(error) => return Err(CatalogError::Unreadable { what: error.to_string() }),
     }
     let rows = control
         .query(

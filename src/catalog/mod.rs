@@ -21,6 +21,8 @@ pub mod tables;
 pub mod verification;
 pub mod watches;
 
+use tokio_postgres::GenericClient;
+
 use self::decision::Outcome;
 use crate::postgres::Control;
 use crate::switch::Epoch;
@@ -103,6 +105,15 @@ pub enum RecordError {
         /// The version that this program makes.
         known: i32,
     },
+    /// The schema is somebody else's.
+    #[error(
+        "the schema pgcutover belongs to {owner}, who may not act as this login role: what is in it would be run with its \
+         rights; look at what it is, then DROP SCHEMA pgcutover CASCADE or ALTER SCHEMA pgcutover OWNER TO the login role"
+    )]
+    Foreign {
+        /// Whose it is.
+        owner: String,
+    },
     /// A fence was to be ended one way and had been ended the other way.
     #[error("fence {epoch} was to be noted as {wanted:?} and stands as {stands:?}: a person must look at both servers")]
     Contradiction {
@@ -124,7 +135,7 @@ impl RecordError {
     pub fn sqlstate(&self) -> Option<&str> {
         match self {
             Self::Query { source, .. } => source.code().map(tokio_postgres::error::SqlState::code),
-            Self::Unreadable { .. } | Self::Newer { .. } | Self::Contradiction { .. } => None,
+            Self::Unreadable { .. } | Self::Newer { .. } | Self::Foreign { .. } | Self::Contradiction { .. } => None,
         }
     }
 }
@@ -148,10 +159,13 @@ pub async fn bootstrap(control: &Control, place: Place) -> Result<(), RecordErro
     if wanted.is_empty() {
         return Ok(());
     }
-    // Sent as one simple query, which is one transaction.
+    let failed = |source| RecordError::query("make the pgcutover schema", source);
+    // Each sent as one simple query, which is one transaction. Whoever made the schema a moment ago has not made it for us.
+    let lock = format!("SELECT pg_catalog.pg_advisory_xact_lock({BOOTSTRAP_LOCK})");
+    control.batch_execute(&format!("{lock}; CREATE SCHEMA IF NOT EXISTS pgcutover")).await.map_err(failed)?;
+    has_table(&**control, "part").await?;
     let mut script = format!(
-        "SELECT pg_catalog.pg_advisory_xact_lock({BOOTSTRAP_LOCK});
-         CREATE SCHEMA IF NOT EXISTS pgcutover;
+        "{lock};
          CREATE TABLE IF NOT EXISTS pgcutover.part (name text PRIMARY KEY, version integer NOT NULL);\n"
     );
     for part in wanted {
@@ -161,14 +175,27 @@ pub async fn bootstrap(control: &Control, place: Place) -> Result<(), RecordErro
             part.name, part.version
         ));
     }
-    control.batch_execute(&script).await.map_err(|source| RecordError::query("make the pgcutover schema", source))
+    control.batch_execute(&script).await.map_err(failed)
+}
+
+/// Whether a table of ours is there. A role with the right to create schemas can make one of our name, and a view, a
+/// trigger or a function in it would run with our rights: its owner must be somebody who may act as us in any case.
+async fn has_table(control: &impl GenericClient, table: &str) -> Result<bool, RecordError> {
+    let query = "SELECT pg_catalog.to_regclass($1::text) IS NOT NULL,
+                        (SELECT pg_catalog.pg_get_userbyid(nspowner)::text FROM pg_catalog.pg_namespace
+                          WHERE nspname = 'pgcutover' AND NOT pg_catalog.pg_has_role(nspowner, current_user, 'MEMBER'))";
+    let row = control.query_one(query, &[&format!("pgcutover.{table}")]).await;
+    let row = row.map_err(|source| RecordError::query("look for the pgcutover schema", source))?;
+    match row.get(1) {
+        Some(owner) => Err(RecordError::Foreign { owner }),
+        None => Ok(row.get(0)),
+    }
 }
 
 /// The version of one part, if it has been made.
 async fn version(control: &Control, part: &'static str) -> Result<Option<i32>, RecordError> {
     let failed = |source| RecordError::query("read the versions of the pgcutover schema", source);
-    let there = control.query_one("SELECT pg_catalog.to_regclass('pgcutover.part') IS NOT NULL", &[]).await;
-    if !there.map_err(failed)?.get::<_, bool>(0) {
+    if !has_table(&**control, "part").await? {
         return Ok(None);
     }
     let row = control.query_opt("SELECT version FROM pgcutover.part WHERE name = $1", &[&part]).await;

@@ -123,19 +123,8 @@ pub const LINES: &[Line] = &[
     ),
     line(
         "wraparound",
-        &["UPDATE pg_database SET datfrozenxid = '2694967296' WHERE datname = current_database()"],
-        "of 2147483648",
-        Mend::Printed,
-    ),
-    line(
-        "scheduled_jobs",
-        &[
-            "CREATE SCHEMA cron",
-            "CREATE TABLE cron.job (jobid int PRIMARY KEY, active boolean)",
-            "INSERT INTO cron.job VALUES (1, true), (2, false)",
-            "CREATE FUNCTION cron.unschedule(int) RETURNS boolean LANGUAGE sql AS 'DELETE FROM cron.job WHERE jobid = $1 RETURNING true'",
-        ],
-        "job 1",
+        &["UPDATE pg_database SET datfrozenxid = '2694967296', datminmxid = '2694967296' WHERE datname = current_database()"],
+        "multixact ids are used of 2147483648",
         Mend::Printed,
     ),
     line(
@@ -304,7 +293,7 @@ pub const SETTINGS: &[(&str, At, &str, &str, u16)] = &[
     ("target_writable", At::Target, "default_transaction_read_only", "on", 10),
 ];
 
-/// Rules that each have a test of their own in `main.rs`.
+/// Rules that each have a test of their own in `main.rs` or `trust.rs`.
 pub const OTHERS: &[&str] = &[
     "connect_source",
     "connect_target",
@@ -321,4 +310,5 @@ pub const OTHERS: &[&str] = &[
     "encoding",
     "build_features",
     "generated_children",
+    "scheduled_jobs",
 ];

@@ -8,6 +8,7 @@ mod lines;
 mod rig;
 #[path = "../support/mod.rs"]
 mod support;
+mod trust;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::time::Duration;
@@ -26,7 +27,7 @@ type Results = BTreeMap<String, RuleResult>;
 async fn validate(rig: &Rig, source: &Connector, config: &Config, overwrite_target: bool) -> Results {
     let databases = [DATABASE.to_owned()];
     let mode = Mode::Online;
-    let preflight = Preflight { source, target: &rig.target, databases: &databases, config, mode, overwrite_target };
+    let preflight = Preflight { source, target: &rig.target, databases: &databases, config, mode, overwrite_target, slots: &[] };
     answers(&preflight).await
 }
 
@@ -86,7 +87,7 @@ fn every_rule_has_a_line() {
     let once: BTreeSet<&str> = tested.iter().copied().collect();
     assert_eq!(once.len(), tested.len(), "a rule has two lines");
     assert_eq!(once, rules);
-    let source = include_str!("main.rs");
+    let source = concat!(include_str!("main.rs"), include_str!("trust.rs"));
     for code in OTHERS {
         assert!(source.contains(&format!("\"{code}\"")), "{code} is tested nowhere");
     }
@@ -217,6 +218,7 @@ async fn rights_that_are_missing_are_named_and_given() {
         config: &rig.whole,
         mode: Mode::Online,
         overwrite_target: false,
+        slots: &[],
     };
     let limited = answers(&preflight).await;
     for (code, evidence) in RIGHTS {
@@ -339,6 +341,7 @@ async fn what_depends_on_the_order_is_named() {
         config: &rig.whole,
         mode: Mode::Online,
         overwrite_target,
+        slots: &[],
     };
     let results = answers(&preflight(true)).await;
     found(&results, "control_database", "postgres");
@@ -417,7 +420,7 @@ async fn a_server_that_cannot_be_reached_or_follows_another_is_named() {
         let databases = [DATABASE.to_owned()];
         let (source, target) = if label == "source" { (&nowhere, &rig.target) } else { (&rig.source, &nowhere) };
         let (config, mode) = (&rig.whole, Mode::Online);
-        let preflight = Preflight { source, target, databases: &databases, config, mode, overwrite_target: false };
+        let preflight = Preflight { source, target, databases: &databases, config, mode, overwrite_target: false, slots: &[] };
         let results = answers(&preflight).await;
         found(&results, code, "nobody at all");
         silent(&results, other);

@@ -6,7 +6,7 @@ use super::{Engine, EngineError};
 use crate::catalog::journal::Side;
 use crate::catalog::migrations::{CatalogError, MigrationCatalog};
 use crate::config::Config;
-use crate::migration::preflight::{self, Apply, Definition, Level, Outcome, Preflight, RuleResult, Statement};
+use crate::migration::preflight::{self, Apply, Asking, Definition, Level, Outcome, Preflight, RuleResult, Statement};
 use crate::migration::view::{FixReport, MigrationOption, Mode};
 use crate::postgres::Connector;
 
@@ -38,6 +38,7 @@ pub(super) struct Servers<'a> {
 /// Asks about a migration.
 pub(super) async fn ask(servers: &Servers<'_>, live: &Live, asked: Asked) -> Vec<RuleResult> {
     let databases: Vec<String> = live.databases.iter().map(|database| database.name.clone()).collect();
+    let slots: Vec<String> = live.databases.iter().map(|database| database.current().slot).collect();
     let preflight = Preflight {
         source: servers.source,
         target: servers.target,
@@ -45,6 +46,7 @@ pub(super) async fn ask(servers: &Servers<'_>, live: &Live, asked: Asked) -> Vec
         config: servers.config,
         mode: live.spec.mode,
         overwrite_target: live.spec.overwrite_target,
+        slots: &slots,
     };
     match asked {
         Asked::Everything => preflight::validate(&preflight).await,
@@ -58,7 +60,7 @@ pub(super) async fn keep(catalog: &MigrationCatalog, live: &Live, fresh: &[RuleR
     let Some(known) = live.status().validation else { return Ok(()) };
     let Ok(before) = serde_json::from_value::<Vec<RuleResult>>(known) else { return Ok(()) };
     let mut after = before.clone();
-    for result in fresh.iter().filter(|result| !is_about_connecting(result)) {
+    for result in fresh.iter().filter(|result| tells(result)) {
         let Some(place) = after.iter_mut().find(|known| same_rule(known, result)) else { continue };
         if result.outcome > place.outcome {
             let level = match &result.level {
@@ -83,6 +85,12 @@ pub(super) async fn keep(catalog: &MigrationCatalog, live: &Live, fresh: &[RuleR
     catalog.set_validation(live.name(), &json).await?;
     live.publish(|status| status.validation = Some(json.clone()));
     Ok(())
+}
+
+/// Whether an answer is about what was asked. `database_exists` is answered again only where a session in a database could
+/// not be opened; nothing would take that back once it can.
+fn tells(result: &RuleResult) -> bool {
+    result.asking == Asking::Done && !is_about_connecting(result) && result.code != "database_exists"
 }
 
 fn is_about_connecting(result: &RuleResult) -> bool {
@@ -175,10 +183,37 @@ impl Engine {
         let Statement { server, database, sql } = statement;
         let failed = |source| EngineError::Fix { statement: statement.to_string(), source };
         let control = self.server(*server).control(database, "fix").await?;
+        // What waits CONCURRENTLY is in nobody's way; given up, it would leave an invalid index behind.
         let bound = self.deps.config.migration.lock_timeout.as_millis().max(1);
+        let bound = if sql.contains(" INDEX CONCURRENTLY ") { 0 } else { bound };
         control.batch_execute(&format!("SET lock_timeout = {bound}")).await.map_err(failed)?;
         control.batch_execute(sql).await.map_err(failed)?;
         tracing::info!(migration, rule, server = %server, database, sql, "a fix was run");
         Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// What was lost in the middle says nothing that would have to be taken back.
+    #[test]
+    fn only_answers_are_put_on_record() {
+        let result = |code: &str, asking| RuleResult {
+            code: code.to_owned(),
+            level: Level::Instance,
+            outcome: Outcome::Failed,
+            evidence: Vec::new(),
+            evidence_total: 0,
+            why: String::new(),
+            fix: String::new(),
+            statements: Vec::new(),
+            asking,
+        };
+        assert!(tells(&result("wal_level", Asking::Done)));
+        assert!(!tells(&result("wal_level", Asking::Interrupted)));
+        assert!(!tells(&result("connect_source", Asking::Done)));
+        assert!(!tells(&result("database_exists", Asking::Done)));
     }
 }

@@ -19,6 +19,8 @@ pub(super) struct Finding {
     pub(super) versions: (u32, u32),
     /// Where it does not matter.
     pub(super) unless: Unless,
+    /// How it comes out where the target's login role is a superuser; none: as everywhere.
+    pub(super) to_superusers: Option<Outcome>,
     /// Yields a text for each finding, and the statement that mends it or null; `{ours}` stands for [`OURS`].
     pub(super) query: &'static str,
 }
@@ -30,8 +32,6 @@ pub(super) enum Unless {
     Never,
     /// The target's login role may do everything.
     TargetSuperuser,
-    /// The database has no relation of this name.
-    Without(&'static str),
 }
 
 impl Finding {
@@ -40,7 +40,7 @@ impl Finding {
 
     /// What is not said of a finding.
     pub(super) const OF_EVERY_VERSION: Self =
-        Self { definition: DATABASE, versions: (0, u32::MAX), unless: Unless::Never, query: "" };
+        Self { definition: DATABASE, versions: (0, u32::MAX), unless: Unless::Never, to_superusers: None, query: "" };
 }
 
 const DATABASE: Definition = Definition { subject: Subject::Database, ..Definition::USUAL };
@@ -77,8 +77,8 @@ const IDENTITY: Definition = Definition {
 const EXTENSIONS: Definition = Definition {
     code: "extensions",
     why: "definitions that use an extension need it on the target",
-    evidence: "extensions that the target does not have or allow",
-    fix: "install the extension's package on the target's host, or DROP EXTENSION on the source",
+    evidence: "extensions that the target does not have or allow, or has in a version that is not newer",
+    fix: "install the extension's package, of a version that is not older, on the target's host, or DROP EXTENSION on the source",
     on: Side::Target,
     hosted: Hosted::Words {
         amazon: "add it to rds.allowed_extensions of the target's parameter group; what the service does not offer must be \
@@ -119,7 +119,7 @@ pub(super) struct Database<'a> {
 /// Every rule of one database that is asked now.
 pub(super) async fn check(servers: &Servers<'_>, name: &str) -> Vec<RuleResult> {
     let exists = Rule::new(&EXISTS, Level::Database(name.to_owned()), servers.preflight.kind(Side::Source));
-    let session = match servers.preflight.source.control(name, "validation").await {
+    let session = match servers.preflight.session(Side::Source, name).await {
         Ok(session) => session,
         Err(error) => return vec![exists.not_connected(&error)],
     };
@@ -136,6 +136,7 @@ pub(super) async fn check(servers: &Servers<'_>, name: &str) -> Vec<RuleResult> 
         results.push(database.tablespaces().await);
         results.extend(database.unknown().await);
         results.extend(database.unstreamed().await);
+        results.push(database.scheduled_jobs().await);
         results.push(database.forecast().await);
     }
     for finding in findings::FINDINGS.iter().chain(objects::FINDINGS) {
@@ -171,12 +172,6 @@ impl Database<'_> {
         let matters = match finding.unless {
             Unless::Never => true,
             Unless::TargetSuperuser => !self.target_superuser,
-            Unless::Without(relation) => {
-                match self.session.query_one("SELECT to_regclass($1::text) IS NOT NULL", &[&relation]).await {
-                    Ok(row) => row.get(0),
-                    Err(error) => return rule.unknown(&error),
-                }
-            }
         };
         if !matters || !(first..=last).contains(&self.session.version_num()) {
             return rule.succeeded();
@@ -186,7 +181,8 @@ impl Database<'_> {
                 let statements = rows.iter().filter_map(|row| row.get::<_, Option<String>>(1));
                 let statements = statements.map(|sql| self.statement(sql)).collect();
                 let found = rows.iter().map(|row| row.get(0)).collect();
-                rule.mended_by(statements).unless_any(finding.definition.worst, found)
+                let outcome = finding.to_superusers.filter(|_| self.target_superuser);
+                rule.mended_by(statements).unless_any(outcome.unwrap_or(finding.definition.worst), found)
             }
             Err(error) => rule.unknown(&error),
         }
@@ -201,7 +197,7 @@ impl Database<'_> {
              AND d.objid = c.oid AND d.deptype = 'e') \
              UNION ALL SELECT 'large object ' || oid FROM pg_largeobject_metadata ORDER BY 1"
         );
-        match self.servers.preflight.target.control(self.name, "validation").await {
+        match self.servers.preflight.session(Side::Target, self.name).await {
             Err(error) => rule.not_connected(&error),
             Ok(session) => match column(&session, &query, &[]).await {
                 Ok(found) => rule.unless_any(Outcome::Failed, found),
@@ -237,16 +233,17 @@ impl Database<'_> {
         let used = "SELECT extname::text, extversion FROM pg_extension ORDER BY 1";
         let there = "SELECT name::text, default_version FROM pg_available_extensions";
         // Services keep lists of what may be created.
+        // An empty one, which is what Azure begins with, allows none.
         let allowed = "SELECT name, string_to_array(lower(replace(current_setting(name, true), ' ', '')), ',') \
                        FROM unnest(ARRAY['azure.extensions', 'rds.allowed_extensions']) AS name \
-                       WHERE coalesce(current_setting(name, true), '') NOT IN ('', '*')";
+                       WHERE current_setting(name, true) <> '*'";
         let target = self.servers.target;
         let read = async {
             let there: HashMap<String, Option<String>> =
                 target.query(there, &[]).await?.iter().map(|row| (row.get(0), row.get(1))).collect();
             let allowed: Vec<(String, Vec<String>)> =
                 target.query(allowed, &[]).await?.iter().map(|row| (row.get(0), row.get(1))).collect();
-            let (mut missing, mut other) = (Vec::new(), Vec::new());
+            let (mut missing, mut older, mut other) = (Vec::new(), Vec::new(), Vec::new());
             for row in self.session.query(used, &[]).await? {
                 let (extension, version): (String, String) = (row.get(0), row.get(1));
                 let forbids = |(_, list): &&(String, Vec<String>)| extension != "plpgsql" && !list.contains(&extension);
@@ -254,17 +251,21 @@ impl Database<'_> {
                     (None, _) => missing.push(format!("{extension} {version}")),
                     (Some(_), Some((list, _))) => missing.push(format!("{extension} is not in {list}")),
                     (Some(Some(default)), None) if *default != version => {
-                        other.push(format!("{extension}: {version} on the source, {default} on the target"));
+                        let list = if is_newer(default, &version) { &mut other } else { &mut older };
+                        list.push(format!("{extension}: {version} on the source, {default} on the target"));
                     }
                     (Some(_), None) => {}
                 }
             }
-            Ok::<(Vec<String>, Vec<String>), tokio_postgres::Error>((missing, other))
+            Ok::<[Vec<String>; 3], tokio_postgres::Error>([missing, older, other])
         };
         match read.await {
             // A newer version is what a newer major has; it is worth knowing and nothing more.
-            Ok((missing, other)) if missing.is_empty() => rule.noted(other),
-            Ok((missing, _)) => rule.failed(missing),
+            Ok([missing, older, other]) if missing.is_empty() && older.is_empty() => rule.noted(other),
+            Ok([missing, older, _]) => {
+                let outcome = if missing.is_empty() { Outcome::Warning } else { Outcome::Failed };
+                rule.answer(outcome, missing.into_iter().chain(older).collect())
+            }
             Err(error) => rule.unknown(&error),
         }
     }
@@ -282,5 +283,27 @@ impl Database<'_> {
             Ok(missing) => rule.unless_any(Outcome::Failed, missing),
             Err(error) => rule.unknown(&error),
         }
+    }
+}
+
+/// Whether version `there` of an extension comes after `here`: by their numbers, which is how nearly all are named. What
+/// cannot be told is not newer.
+fn is_newer(there: &str, here: &str) -> bool {
+    let numbers = |version: &str| -> Vec<u64> {
+        version.split(|c: char| !c.is_ascii_digit()).filter_map(|part| part.parse().ok()).collect()
+    };
+    numbers(there) > numbers(here)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::is_newer;
+
+    #[test]
+    fn versions_of_extensions_are_compared_by_their_numbers() {
+        for (there, here) in [("1.10", "1.9"), ("3.4.2", "3.4"), ("2.14.0-dev", "2.9.1")] {
+            assert!(is_newer(there, here) && !is_newer(here, there), "{there} after {here}");
+        }
+        assert!(!is_newer("unpackaged", "1.0") && !is_newer("1.0", "1.0"));
     }
 }

@@ -20,10 +20,13 @@ pub enum Subject {
 pub enum When {
     /// Before the migration begins.
     Before,
-    /// The same, but only where changes are streamed.
+    /// The same, but only where a cutover will follow.
     BeforeOnline,
-    /// Where changes are streamed: before it begins, again and again while it streams, and once more before a cutover.
+    /// Before it begins, an offline one too, which streams what changes during its copy; and where a cutover will follow,
+    /// again and again while it streams, and once more before that.
     Repeatedly,
+    /// The same, but only where a cutover will follow.
+    RepeatedlyOnline,
 }
 
 /// How a managed service's users mend it, where that is another way.
@@ -128,9 +131,21 @@ impl Definition {
         }
     }
 
-    /// Whether a server of this kind lets anybody run the statement.
+    /// Whether a server of this kind lets anybody run the statement. No service lets its users become superusers, set
+    /// parameters or read verifiers; only Amazon keeps BYPASSRLS to itself.
     pub(super) fn allows(kind: ServerKind, statement: &Statement) -> bool {
-        kind == ServerKind::Postgres || !statement.sql.starts_with("ALTER SYSTEM")
+        let sql = statement.sql.as_str();
+        let reserved = sql.starts_with("ALTER SYSTEM")
+            || sql.contains("pg_reload_conf()")
+            || sql.contains("ON pg_catalog.pg_authid")
+            || (sql.starts_with("ALTER ROLE") && sql.ends_with(" SUPERUSER"));
+        match kind {
+            ServerKind::Postgres => true,
+            ServerKind::AwsRds | ServerKind::AwsAurora => {
+                !reserved && !(sql.starts_with("ALTER ROLE") && sql.ends_with(" BYPASSRLS"))
+            }
+            ServerKind::Azure | ServerKind::GcpCloudSql | ServerKind::GcpAlloyDb | ServerKind::Other => !reserved,
+        }
     }
 }
 

@@ -4,7 +4,7 @@
 //! Every query yields a text for each finding and the statement that mends just that one, or null.
 
 use super::Outcome;
-use super::database::{Finding, Unless};
+use super::database::Finding;
 use super::definition::{Apply, Definition, Hosted, When};
 
 pub(super) const FINDINGS: &[Finding] = &[
@@ -99,7 +99,6 @@ pub(super) const FINDINGS: &[Finding] = &[
     Finding {
         definition: Definition {
             code: "table_ownership",
-            when: When::BeforeOnline,
             why: "only its owner may add a table to a publication or set its replica identity",
             evidence: "the tables",
             fix: "GRANT the owning role TO the source's login role, or log in as a superuser",
@@ -153,20 +152,24 @@ pub(super) const FINDINGS: &[Finding] = &[
             worst: Outcome::Warning,
             why: "pg_dump leaves indexes out that are not valid",
             evidence: "the indexes",
-            fix: "REINDEX INDEX CONCURRENTLY or DROP them (before PostgreSQL 12 REINDEX locks the table)",
+            fix: "REINDEX INDEX CONCURRENTLY or DROP them (before PostgreSQL 12 REINDEX locks the table); those that end in _ccnew or \
+                  _ccold are left over from a REINDEX CONCURRENTLY that failed: DROP INDEX CONCURRENTLY",
             apply: Apply::Since(120_000),
             ..Finding::DEFINITION
         },
-        query: "SELECT format('%I.%I', n.nspname, c.relname), format('REINDEX INDEX %s%I.%I', \
-                CASE WHEN current_setting('server_version_num')::int >= 120000 THEN 'CONCURRENTLY ' ELSE '' END, n.nspname, c.relname) \
-                FROM pg_index i JOIN pg_class c ON c.oid = i.indexrelid \
-                JOIN pg_namespace n ON n.oid = c.relnamespace WHERE NOT i.indisvalid AND c.relkind = 'i' AND {ours} ORDER BY 1",
+        // Leftovers first, so that none is in the way of a new one of the same name.
+        query: "SELECT format('%I.%I', n.nspname, c.relname), CASE WHEN l.over THEN format('DROP INDEX CONCURRENTLY %I.%I', n.nspname, c.relname) \
+                ELSE format('REINDEX INDEX %s%I.%I', CASE WHEN current_setting('server_version_num')::int >= 120000 THEN 'CONCURRENTLY ' ELSE '' END, \
+                n.nspname, c.relname) END FROM pg_index i JOIN pg_class c ON c.oid = i.indexrelid \
+                JOIN pg_namespace n ON n.oid = c.relnamespace CROSS JOIN LATERAL (SELECT c.relname ~ '_cc(new|old)[0-9]*$' \
+                AND NOT EXISTS (SELECT FROM pg_constraint o WHERE o.conindid = c.oid) AND NOT c.relispartition AS over) l \
+                WHERE NOT i.indisvalid AND c.relkind = 'i' AND {ours} ORDER BY l.over DESC, 1",
         ..Finding::OF_EVERY_VERSION
     },
     Finding {
         definition: Definition {
             code: "subscriptions",
-            when: When::Repeatedly,
+            when: When::RepeatedlyOnline,
             why: "an enabled subscription goes on writing to the source after the cutover, and is not carried over",
             evidence: "their names",
             fix: "ALTER SUBSCRIPTION … DISABLE, and make it anew on the target after the cutover",
@@ -207,21 +210,27 @@ pub(super) const FINDINGS: &[Finding] = &[
         definition: Definition {
             code: "event_triggers",
             worst: Outcome::Warning,
-            why: "one that is ENABLE ALWAYS or REPLICA fires on what pgcutover itself defines",
-            evidence: "their names",
-            fix: "ALTER EVENT TRIGGER … ENABLE for those that are ENABLE ALWAYS, DISABLE for ENABLE REPLICA, until the migration is complete",
+            why: "one that is ENABLE ALWAYS or REPLICA fires on what pgcutover itself defines on the target; an ordinary one fires on \
+                  the publication and the tables that it makes on the source, and the migration fails where it refuses them",
+            evidence: "their names, and on what they fire",
+            fix: "ALTER EVENT TRIGGER … ENABLE for those that are ENABLE ALWAYS, DISABLE for ENABLE REPLICA, until the migration is complete; \
+                  let the functions of ordinary ones pass what the source's login role defines",
             apply: Apply::Since(0),
             ..Finding::DEFINITION
         },
-        query: "SELECT evtname::text, format('ALTER EVENT TRIGGER %I %s', evtname, CASE evtenabled WHEN 'A' THEN 'ENABLE' ELSE 'DISABLE' END) \
-                FROM pg_event_trigger WHERE evtenabled IN ('A', 'R') ORDER BY 1",
+        query: "SELECT format('%I on %s', evtname, evtevent), CASE evtenabled WHEN 'A' THEN format('ALTER EVENT TRIGGER %I ENABLE', evtname) \
+                WHEN 'R' THEN format('ALTER EVENT TRIGGER %I DISABLE', evtname) END FROM pg_event_trigger \
+                WHERE evtname NOT IN ('pgcutover_ddl_end', 'pgcutover_ddl_drop') AND (evtenabled IN ('A', 'R') \
+                OR evtenabled = 'O' AND evtevent IN ('ddl_command_start', 'ddl_command_end') AND (evttags IS NULL OR evttags && ARRAY[\
+                'CREATE PUBLICATION', 'ALTER PUBLICATION', 'DROP PUBLICATION', 'CREATE SCHEMA', 'CREATE TABLE', 'ALTER TABLE', 'CREATE FUNCTION', \
+                'GRANT'])) ORDER BY 1",
         ..Finding::OF_EVERY_VERSION
     },
     Finding {
         definition: Definition {
             code: "wraparound",
             worst: Outcome::Warning,
-            why: "a slot and a long copy hold back vacuum; a database that is this near to the end of its transaction ids stops \
+            why: "a slot and a long copy hold back vacuum; a database that is this near to the end of its transaction or multixact ids stops \
                   taking writes before they are through",
             evidence: "how many are used",
             fix: "VACUUM (FREEZE) the database before the migration, and end what holds back vacuum: old transactions, prepared \
@@ -229,23 +238,9 @@ pub(super) const FINDINGS: &[Finding] = &[
             apply: Apply::Refused("it reads the whole database: choose the hour yourself"),
             ..Finding::DEFINITION
         },
-        query: "SELECT format('%s transaction ids are used of 2147483648', age(datfrozenxid)), 'VACUUM (FREEZE)' FROM pg_database \
-                WHERE datname = current_database() AND age(datfrozenxid) > 1500000000",
-        ..Finding::OF_EVERY_VERSION
-    },
-    Finding {
-        definition: Definition {
-            code: "scheduled_jobs",
-            worst: Outcome::Warning,
-            why: "jobs of pg_cron stay with the source: none would run on the target after the cutover",
-            evidence: "the jobs",
-            fix: "note the rows of cron.job, SELECT cron.unschedule(jobid) when the cutover begins, and cron.schedule(…) them on the \
-                  target after it",
-            apply: Apply::Refused("they would not run until the cutover"),
-            ..Finding::DEFINITION
-        },
-        unless: Unless::Without("cron.job"),
-        query: "SELECT 'job ' || jobid, format('SELECT cron.unschedule(%s)', jobid) FROM cron.job WHERE active ORDER BY jobid",
+        query: "SELECT format('%s %s are used of 2147483648', u.age, u.what), 'VACUUM (FREEZE)' FROM pg_database \
+                CROSS JOIN LATERAL (VALUES ('transaction ids', age(datfrozenxid)), ('multixact ids', mxid_age(datminmxid))) u(what, age) \
+                WHERE datname = current_database() AND u.age > 1500000000",
         ..Finding::OF_EVERY_VERSION
     },
     Finding {
@@ -271,21 +266,28 @@ pub(super) const FINDINGS: &[Finding] = &[
     Finding {
         definition: Definition {
             code: "catalogue_grants",
-            worst: Outcome::Warning,
-            why: "grants on objects of the system are in no dump of a database: who relies on them is refused on the target",
+            why: "grants on objects of the system are carried over with the others of a database, which only a superuser of the \
+                  target may do, and only where its major still has the object",
             evidence: "the grants",
-            fix: "REVOKE them here once the same is granted on the target by hand",
+            fix: "log in to the target as a superuser, or REVOKE them here and have the target's administrator grant the same",
             apply: Apply::Refused("who relies on them would be refused"),
             ..Finding::DEFINITION
         },
-        query: "SELECT format('%s to %s on %s', a.privilege_type, g.grantee, c.oid::regclass), \
-                format('REVOKE %s ON %s FROM %s', a.privilege_type, c.oid::regclass, g.grantee) \
-                FROM pg_class c CROSS JOIN LATERAL aclexplode(c.relacl) a \
+        to_superusers: Some(Outcome::Warning),
+        query: "SELECT format('%s to %s on %s', a.privilege_type || o.columns, g.grantee, o.name), \
+                format('REVOKE %s ON %s FROM %s', a.privilege_type || o.columns, o.name, g.grantee) FROM ( \
+                SELECT 'pg_class'::regclass AS class, c.oid, 0 AS part, c.oid::regclass::text AS name, '' AS columns, c.relowner AS owner, \
+                c.relacl AS acl, acldefault('r', c.relowner) AS usual FROM pg_class c \
+                WHERE c.relnamespace = 'pg_catalog'::regnamespace AND c.relkind <> 'S' UNION ALL \
+                SELECT 'pg_class'::regclass, c.oid, t.attnum, c.oid::regclass::text, format(' (%I)', t.attname), c.relowner, t.attacl, \
+                acldefault('c', c.relowner) FROM pg_attribute t JOIN pg_class c ON c.oid = t.attrelid WHERE c.relnamespace = 'pg_catalog'::regnamespace UNION ALL \
+                SELECT 'pg_proc'::regclass, p.oid, 0, 'FUNCTION ' || p.oid::regprocedure, '', p.proowner, p.proacl, acldefault('f', p.proowner) \
+                FROM pg_proc p WHERE p.pronamespace = 'pg_catalog'::regnamespace) o \
+                CROSS JOIN LATERAL aclexplode(o.acl) a \
                 CROSS JOIN LATERAL (SELECT CASE WHEN a.grantee = 0 THEN 'public' ELSE quote_ident(pg_get_userbyid(a.grantee)) END AS grantee) g \
-                WHERE c.relnamespace = 'pg_catalog'::regnamespace AND c.oid < 16384 AND a.grantee <> c.relowner \
-                AND NOT EXISTS (SELECT FROM pg_init_privs i CROSS JOIN LATERAL aclexplode(i.initprivs) b \
-                WHERE i.objoid = c.oid AND i.classoid = 'pg_class'::regclass AND i.objsubid = 0 \
-                AND b.grantee = a.grantee AND b.privilege_type = a.privilege_type) ORDER BY 1",
+                WHERE o.oid < 16384 AND a.grantee <> o.owner AND NOT EXISTS (SELECT FROM aclexplode(coalesce((SELECT i.initprivs \
+                FROM pg_init_privs i WHERE i.objoid = o.oid AND i.classoid = o.class AND i.objsubid = o.part), o.usual)) b \
+                WHERE b.grantee = a.grantee AND b.privilege_type = a.privilege_type) ORDER BY 1",
         ..Finding::OF_EVERY_VERSION
     },
 ];

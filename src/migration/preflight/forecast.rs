@@ -1,17 +1,15 @@
 //! How long the copy may take and how much write-ahead log the source would keep meanwhile: from a short sample, shown
 //! with what it rests on.
 //!
-//! The sample reads a few megabytes of the largest table over one connection, as the copy does, and looks how far the
+//! The sample reads the first few megabytes of the largest table over one connection, as the copy does, and looks how far the
 //! source's log grows in that moment. Writing on the target and building indexes are not in it. It is a forecast as of a
 //! person who has watched for a second, and says so; nothing but a warning rests on it.
 
 use std::time::{Duration, Instant};
 
-use futures_util::StreamExt as _;
-
 use super::database::{Database, Finding};
 use super::definition::{Definition, Hosted, When};
-use super::{Mode, Outcome, RuleResult};
+use super::{Outcome, RuleResult};
 use crate::config::units::{format_duration, format_size};
 use crate::sqlstate;
 
@@ -31,24 +29,29 @@ const FORECAST: Definition = Definition {
 
 pub(super) const DEFINITIONS: [&Definition; 1] = [&FORECAST];
 
-/// Bytes of the largest table that are read.
-const SAMPLE_BYTES: i64 = 8 << 20;
+/// Bytes of the largest table after which no more are read.
+const SAMPLE_BYTES: u64 = 8 << 20;
 
-/// Answers of a server to which the sample does without a table.
-const REFUSALS: [&str; 2] = [sqlstate::INSUFFICIENT_PRIVILEGE, sqlstate::LOCK_NOT_AVAILABLE];
+/// Answers of a server to which the sample does without a table. The last two: it is gone, or is no table any more.
+const REFUSALS: [&str; 4] = [
+    sqlstate::INSUFFICIENT_PRIVILEGE,
+    sqlstate::LOCK_NOT_AVAILABLE,
+    "42P01",
+    "42809",
+];
 
 /// The log is watched for at least so long.
 const WATCH: Duration = Duration::from_millis(500);
 
-/// Bytes of all tables and of their indexes, then the largest table: its name, its bytes and its rows.
+/// Bytes of all tables and of their indexes, then the name of the largest table, if any has rows. What is stored beside
+/// a table counts: a small heap may point at gigabytes.
 const SIZES: &str = "
 WITH ours AS (
-    SELECT c.oid, pg_table_size(c.oid) AS bytes, pg_indexes_size(c.oid) AS index_bytes, pg_relation_size(c.oid) AS heap, c.reltuples
+    SELECT c.oid, pg_table_size(c.oid) AS bytes, pg_indexes_size(c.oid) AS index_bytes, pg_relation_size(c.oid) AS heap
       FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace
      WHERE c.relkind = 'r' AND c.relpersistence = 'p' AND n.nspname NOT IN ('information_schema', 'pgcutover') AND n.nspname !~ '^pg_')
 SELECT (SELECT coalesce(sum(bytes), 0) FROM ours)::int8, (SELECT coalesce(sum(index_bytes), 0) FROM ours)::int8,
-       l.name, coalesce(l.heap, 0)::int8, greatest(coalesce(l.reltuples, 0), 0)::float8
-  FROM (SELECT) AS one LEFT JOIN (SELECT oid::regclass::text AS name, heap, reltuples FROM ours ORDER BY heap DESC LIMIT 1) AS l ON true";
+       (SELECT oid::regclass::text FROM ours WHERE heap > 0 ORDER BY bytes DESC LIMIT 1)";
 
 /// What was seen.
 #[derive(Clone, Debug, Default, PartialEq)]
@@ -73,12 +76,11 @@ impl Database<'_> {
                 let (outcome, evidence) = judge(&seen);
                 rule.answer(outcome, evidence)
             }
-            Err(error) => rule.unknown(&error),
+            Err(error) => rule.unknown(&*error),
         }
     }
 
-    async fn look(&self) -> Result<Seen, tokio_postgres::Error> {
-        let online = self.servers.preflight.mode == Mode::Online;
+    async fn look(&self) -> Result<Seen, Box<dyn std::error::Error + Send + Sync>> {
         let config = &self.servers.preflight.config.migration;
         let unsigned = |bytes: i64| u64::try_from(bytes).unwrap_or(0);
         let position = async || -> Result<Option<crate::lsn::Lsn>, tokio_postgres::Error> {
@@ -95,51 +97,49 @@ impl Database<'_> {
             workers: config.copy_workers,
             ..Seen::default()
         };
-        let (table, heap, rows): (Option<String>, i64, f64) = (row.get(2), row.get(3), row.get(4));
-        if let Some(table) = table.filter(|_| heap > 0) {
-            seen.sample = match self.read(&table, heap, rows).await {
-                // Another rule says that it may not be read; or somebody has it locked just now.
-                Err(error) if error.code().is_some_and(|code| REFUSALS.contains(&code.code())) => None,
-                sample => sample?,
-            };
+        if let Some(table) = row.get::<_, Option<String>>(2) {
+            seen.sample = self.read(&table).await?;
         }
-        if online {
-            tokio::time::sleep(WATCH.saturating_sub(began.elapsed())).await;
-            if let (Some(before), Some(after)) = (before, position().await?) {
-                seen.log = Some((after.0.saturating_sub(before.0), began.elapsed()));
-            }
-            let limit = self
-                .session
-                .query_opt(
-                    "SELECT setting::int8 * 1048576 FROM pg_settings WHERE name = 'max_slot_wal_keep_size' AND setting::int8 >= 0",
-                    &[],
-                )
-                .await?;
-            let limits = [limit.map(|row| unsigned(row.get(0))), config.max_retained_wal_bytes];
-            seen.limit = limits.into_iter().flatten().min();
+        tokio::time::sleep(WATCH.saturating_sub(began.elapsed())).await;
+        if let (Some(before), Some(after)) = (before, position().await?) {
+            seen.log = Some((after.0.saturating_sub(before.0), began.elapsed()));
         }
+        let limit = self
+            .session
+            .query_opt(
+                "SELECT setting::int8 * 1048576 FROM pg_settings WHERE name = 'max_slot_wal_keep_size' AND setting::int8 >= 0",
+                &[],
+            )
+            .await?;
+        let limits = [limit.map(|row| unsigned(row.get(0))), config.max_retained_wal_bytes];
+        seen.limit = limits.into_iter().flatten().min();
         Ok(seen)
     }
 
-    /// Reads about [`SAMPLE_BYTES`] of a table of `heap` bytes.
+    /// Reads the beginning of a table, as the copy does, over a connection that is then given up in the middle of it.
     async fn read(
         &self,
         table: &str,
-        heap: i64,
-        rows: f64,
-    ) -> Result<Option<(String, u64, Duration)>, tokio_postgres::Error> {
-        #[expect(clippy::cast_precision_loss, clippy::cast_possible_truncation, reason = "an estimate")]
-        let wanted = (rows * (SAMPLE_BYTES as f64 / heap as f64)).ceil().max(1000.0) as i64;
-        self.session.batch_execute("SET lock_timeout = 1000").await?;
-        let encoding = self.session.query_one("SELECT quote_literal(current_setting('server_encoding'))", &[]).await?;
-        let encoding: &str = encoding.get(0);
-        let copy = format!("COPY (SELECT * FROM ONLY {table} LIMIT {wanted}) TO STDOUT WITH (ENCODING {encoding})");
+    ) -> Result<Option<(String, u64, Duration)>, Box<dyn std::error::Error + Send + Sync>> {
+        let source = self.servers.preflight.source;
+        let mut connection = Box::pin(source.raw(&source.own_login(self.name, "validation"))).await?;
+        connection.simple_query("SET lock_timeout = 1000").await?;
+        let encoding = connection.simple_query("SELECT quote_literal(current_setting('server_encoding'))").await?;
+        let encoding = encoding.into_iter().flatten().flatten().next().unwrap_or_default();
         let began = Instant::now();
-        let stream = self.session.copy_out(&copy).await?;
-        let mut stream = std::pin::pin!(stream);
+        // Not COPY (SELECT …), which would take a view too that somebody has put in the table's place meanwhile.
+        let copy = format!("COPY {table} TO STDOUT WITH (ENCODING {encoding})");
+        let mut rows = match connection.copy_out(&copy).await {
+            // Another rule says that it may not be read; or it is no table any more, or locked just now.
+            Err(error) if error.sqlstate().is_some_and(|code| REFUSALS.contains(&code)) => return Ok(None),
+            rows => rows?,
+        };
         let mut bytes = 0_u64;
-        while let Some(part) = stream.next().await {
-            bytes += part?.len() as u64;
+        while bytes < SAMPLE_BYTES {
+            match rows.next().await? {
+                Some(part) => bytes += part.len() as u64,
+                None => break,
+            }
         }
         Ok((bytes > 0).then(|| (table.to_owned(), bytes, began.elapsed())))
     }

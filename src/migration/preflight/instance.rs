@@ -170,18 +170,49 @@ pub(super) const DEFINITIONS: [&Definition; 12] = [
 const AT_LEAST: [&str; 2] = ["max_locks_per_transaction", "max_prepared_transactions"];
 
 /// Parameters that are compared. What a newer major has another default for is left out unless somebody set it.
-const COMPARED: &str = "\
-SELECT name, setting, setting IS DISTINCT FROM boot_val, context FROM pg_catalog.pg_settings WHERE name IN (
-    'array_nulls', 'backslash_quote', 'bytea_output', 'DateStyle', 'default_text_search_config',
-    'default_transaction_deferrable', 'default_transaction_isolation', 'extra_float_digits', 'IntervalStyle',
-    'idle_in_transaction_session_timeout', 'idle_session_timeout', 'lc_monetary', 'lc_numeric', 'lc_time', 'lock_timeout',
-    'max_locks_per_transaction', 'max_prepared_transactions', 'quote_all_identifiers', 'row_security', 'search_path',
-    'standard_conforming_strings', 'statement_timeout', 'synchronous_commit', 'TimeZone', 'track_commit_timestamp',
-    'transaction_timeout', 'transform_null_equals', 'xmlbinary', 'xmloption', 'default_transaction_read_only')";
+const COMPARED: [&str; 30] = [
+    "array_nulls",
+    "backslash_quote",
+    "bytea_output",
+    "DateStyle",
+    "default_text_search_config",
+    "default_transaction_deferrable",
+    "default_transaction_isolation",
+    "extra_float_digits",
+    "IntervalStyle",
+    "idle_in_transaction_session_timeout",
+    "idle_session_timeout",
+    "lc_monetary",
+    "lc_numeric",
+    "lc_time",
+    "lock_timeout",
+    "max_locks_per_transaction",
+    "max_prepared_transactions",
+    "quote_all_identifiers",
+    "row_security",
+    "search_path",
+    "standard_conforming_strings",
+    "statement_timeout",
+    "synchronous_commit",
+    "TimeZone",
+    "track_commit_timestamp",
+    "transaction_timeout",
+    "transform_null_equals",
+    "xmlbinary",
+    "xmloption",
+    "default_transaction_read_only",
+];
+
+/// The settings of a session whose search_path is anybody's: it names no operator, cast or function that could be
+/// looked up there.
+const SETTINGS: &str = "SELECT name, setting, boot_val, context, source FROM pg_catalog.pg_settings";
+
+/// Sources of values that are not the server's: what is set for a role or a database is carried over with it.
+const NOT_THE_SERVERS: [&str; 3] = ["user", "database", "database user"];
 
 /// A parameter as a session finds it that sets none itself.
-struct Parameter {
-    value: String,
+pub(super) struct Parameter {
+    pub(super) value: String,
     chosen: bool,
     restart: bool,
 }
@@ -240,8 +271,8 @@ impl Servers<'_> {
         let settings = "SELECT coalesce('database ' || quote_ident(d.datname), 'all databases') FROM pg_db_role_setting s \
                         LEFT JOIN pg_database d ON d.oid = s.setdatabase WHERE s.setrole = 0 \
                         AND (d.datname IS NULL OR d.datname::text = ANY ($1)) \
-                        AND EXISTS (SELECT FROM unnest(s.setconfig) u WHERE lower(u) IN ('default_transaction_read_only=on', \
-                        'default_transaction_read_only=true', 'default_transaction_read_only=yes', 'default_transaction_read_only=1'))";
+                        AND EXISTS (SELECT FROM unnest(s.setconfig) u \
+                        WHERE CASE lower(split_part(u, '=', 1)) WHEN 'default_transaction_read_only' THEN split_part(u, '=', 2)::boolean END)";
         let mut found = match column(self.target, settings, &[&self.preflight.databases]).await {
             Ok(found) => found,
             Err(error) => return rule.unknown(&error),
@@ -281,7 +312,9 @@ impl Servers<'_> {
         let workers = self.preflight.config.migration.copy_workers + self.preflight.config.migration.index_workers;
         let query = "SELECT current_setting('max_connections')::int8, current_setting('superuser_reserved_connections')::int8, \
                      (SELECT count(*) FROM pg_stat_activity WHERE datid IS NOT NULL)";
-        let sessions = "SELECT count(*) FROM pg_stat_activity WHERE backend_type = 'client backend' \
+        // What kind of process one of another role is, only pg_monitor is shown; they all have a role and a database.
+        let sessions = "SELECT count(*) FROM pg_stat_activity WHERE (backend_type = 'client backend' \
+                        OR backend_type IS NULL AND datid IS NOT NULL AND usesysid IS NOT NULL) \
                         AND application_name !~ '^pgcutover/'";
         let read = async {
             let row = control.query_one(query, &[]).await?;
@@ -356,19 +389,20 @@ impl Servers<'_> {
         }
     }
 
-    /// What a session finds that does not set anything itself, unlike ours.
-    async fn parameters(&self, server: &Connector) -> Result<HashMap<String, Parameter>, Box<dyn Error + Send + Sync>> {
+    /// What a session of any role in any database finds that does not set anything itself, unlike ours; without what the
+    /// login role or the control database has a value of its own for.
+    pub(super) async fn parameters(&self, server: &Connector) -> Result<HashMap<String, Parameter>, Box<dyn Error + Send + Sync>> {
         let mut login = server.own_login(&self.preflight.config.control.database, "validation");
         login.parameters.retain(|(name, _)| name != "options");
         let mut connection = Box::pin(server.raw(&login)).await?;
-        let rows = connection.simple_query(COMPARED).await?;
+        let rows = connection.simple_query(SETTINGS).await?;
         // The answer is here; how the session ends does not matter.
         let _ended = connection.terminate().await;
         let parameter = |row: Vec<Option<String>>| {
-            let mut row = row.into_iter();
-            let mut next = || row.next().flatten();
-            let (name, value, chosen, context) = (next()?, next()?, next()?, next()?);
-            Some((name, Parameter { value, chosen: chosen == "t", restart: context == "postmaster" }))
+            let [name, value, default, context, source] = <[Option<String>; 5]>::try_from(row).ok()?;
+            let (name, chosen, restart) = (name?, value != default, context? == "postmaster");
+            let compared = COMPARED.contains(&name.as_str()) && !NOT_THE_SERVERS.contains(&source?.as_str());
+            Some((name, Parameter { value: value?, chosen, restart })).filter(|_| compared)
         };
         Ok(rows.into_iter().filter_map(parameter).collect())
     }

@@ -8,6 +8,7 @@ pub mod definition;
 mod findings;
 mod forecast;
 mod instance;
+mod jobs;
 mod locale;
 mod objects;
 mod replication;
@@ -114,6 +115,8 @@ pub struct Preflight<'a> {
     pub mode: Mode,
     /// Whether databases of the target may be dropped.
     pub overwrite_target: bool,
+    /// Names of this migration's own slots on the source, whether they are there or not.
+    pub slots: &'a [String],
 }
 
 impl std::fmt::Display for Statement {
@@ -129,6 +132,18 @@ impl Preflight<'_> {
             Side::Target => self.target.server().kind,
         }
     }
+
+    /// A session that writes nothing, whatever is called in it.
+    async fn session(&self, side: Side, database: &str) -> Result<Control, ConnectError> {
+        let server = match side {
+            Side::Source => self.source,
+            Side::Target => self.target,
+        };
+        let session = server.control(database, "validation").await?;
+        // Where this fails the session is gone, and whoever asks next is told.
+        let _set = session.batch_execute("SET default_transaction_read_only = on").await;
+        Ok(session)
+    }
 }
 
 /// Every rule there is, in the order in which they are evaluated.
@@ -142,6 +157,7 @@ pub fn rules() -> impl Iterator<Item = &'static Definition> {
         .chain(database::DEFINITIONS)
         .chain(locale::DEFINITIONS)
         .chain(unstreamed::DEFINITIONS)
+        .chain(jobs::DEFINITIONS)
         .chain(unknown::DEFINITIONS)
         .chain(forecast::DEFINITIONS)
         .chain(findings)
@@ -168,8 +184,8 @@ enum Round {
 async fn evaluate(preflight: &Preflight<'_>, round: Round) -> Vec<RuleResult> {
     let mut results = Vec::new();
     let control = &preflight.config.control.database;
-    let source = connect(preflight, preflight.source, &instance::CONNECT_SOURCE, control, &mut results).await;
-    let target = connect(preflight, preflight.target, &instance::CONNECT_TARGET, control, &mut results).await;
+    let source = connect(preflight, &instance::CONNECT_SOURCE, control, &mut results).await;
+    let target = connect(preflight, &instance::CONNECT_TARGET, control, &mut results).await;
     let (Some(source), Some(target)) = (source, target) else { return results };
     let servers = Servers { preflight, source: &source, target: &target, round };
     results.extend(servers.instance().await);
@@ -194,9 +210,9 @@ impl Servers<'_> {
     /// Whether this rule is asked now.
     fn asks(&self, definition: &Definition) -> bool {
         match (self.round, definition.when) {
-            (Round::First, When::Before) => true,
-            (Round::First, When::BeforeOnline) => self.preflight.mode == Mode::Online,
-            (Round::First | Round::Repeated, When::Repeatedly) => self.preflight.mode == Mode::Online,
+            (Round::First, When::Before | When::Repeatedly) => true,
+            (Round::First, When::BeforeOnline | When::RepeatedlyOnline)
+            | (Round::Repeated, When::Repeatedly | When::RepeatedlyOnline) => self.preflight.mode == Mode::Online,
             (Round::Repeated, When::Before | When::BeforeOnline) => false,
         }
     }
@@ -226,14 +242,13 @@ pub fn may_proceed(results: &[RuleResult]) -> bool {
 
 async fn connect(
     preflight: &Preflight<'_>,
-    server: &Connector,
     definition: &'static Definition,
     database: &str,
     results: &mut Vec<RuleResult>,
 ) -> Option<Control> {
     let rule = Rule::new(definition, Level::Instance, preflight.kind(definition.on));
     let encryption = "SELECT version FROM pg_stat_ssl WHERE pid = pg_backend_pid() AND ssl";
-    match server.control(database, "validation").await {
+    match preflight.session(definition.on, database).await {
         Ok(control) => {
             let tls = match column(&control, encryption, &[]).await {
                 Ok(found) => found.into_iter().next().unwrap_or_else(|| "not encrypted".to_owned()),

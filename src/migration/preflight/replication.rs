@@ -6,7 +6,7 @@ use tokio_postgres::types::ToSql;
 use super::definition::{Apply, Definition, Hosted, When};
 use super::{Outcome, Rule, RuleResult, Servers, Statement};
 use crate::catalog::journal::Side;
-use crate::config::FencePolicy;
+use crate::config::{FencePolicy, ServerKind};
 
 /// What most rules here are.
 const STREAMED: Definition = Definition { when: When::Repeatedly, ..Definition::USUAL };
@@ -72,7 +72,7 @@ const SLOT_WAL: Definition = Definition {
 
 const TRUNCATE: Definition = Definition {
     code: "truncate",
-    when: When::BeforeOnline,
+    when: When::Before,
     worst: Outcome::Warning,
     why: "PostgreSQL 10 does not stream TRUNCATE: a table truncated meanwhile keeps its rows on the target",
     evidence: "the version of the source",
@@ -82,9 +82,11 @@ const TRUNCATE: Definition = Definition {
 
 const FENCE_SETTINGS: Definition = Definition {
     code: "fence_settings",
+    when: When::RepeatedlyOnline,
     why: "the fence makes databases read-only by default; a setting of a role, or of a role in a database, outranks it",
     evidence: "the roles",
-    fix: "ALTER ROLE … [IN DATABASE …] RESET default_transaction_read_only, and set control.fence = \"hard\"",
+    fix: "ALTER ROLE … [IN DATABASE …] RESET default_transaction_read_only, and set control.fence = \"hard\"; where the role would \
+          then be read-only, set it off for the database first, or leave the role to the hard fence",
     apply: Apply::Since(0),
     ..STREAMED
 };
@@ -94,7 +96,8 @@ const LONG_TRANSACTIONS: Definition = Definition {
     worst: Outcome::Warning,
     why: "making a slot waits for every transaction that writes, in any database of the source, and so does a cutover",
     evidence: "their process ids, names and ages",
-    fix: "let them end, or end them with pg_terminate_backend(pid)",
+    fix: "let them end, or end them with pg_terminate_backend(pid); GRANT pg_monitor TO the source's login role, to see those of \
+          other roles",
     apply: Apply::Refused("the application would lose the transaction"),
     ..STREAMED
 };
@@ -144,21 +147,23 @@ impl Servers<'_> {
     }
 
     async fn slots(&self) -> RuleResult {
-        let used = "SELECT count(*) FROM pg_replication_slots WHERE slot_name !~ '^pgcutover_'";
+        let used = "SELECT count(*) FROM pg_replication_slots WHERE slot_name <> ALL ($1)";
         self.enough(&SLOTS, "max_replication_slots", used).await
     }
 
+    /// Unlike `pg_stat_activity`, `pg_stat_replication` names the process of every walsender to every role.
     async fn senders(&self) -> RuleResult {
-        let used = "SELECT count(*) FROM pg_stat_activity WHERE backend_type = 'walsender' \
-                    AND application_name !~ '^pgcutover/'";
+        let used = "SELECT count(*) FROM pg_stat_replication WHERE pid NOT IN \
+                    (SELECT active_pid FROM pg_replication_slots WHERE slot_name = ANY ($1) AND active_pid IS NOT NULL)";
         self.enough(&SENDERS, "max_wal_senders", used).await
     }
 
+    /// `used` counts what others than this migration use.
     async fn enough(&self, definition: &'static Definition, parameter: &str, used: &str) -> RuleResult {
         let rule = self.rule(definition);
         let needed = i64::try_from(self.preflight.databases.len()).unwrap_or(i64::MAX);
         let query = format!("SELECT current_setting('{parameter}')::int8, ({used})");
-        match self.source.query_one(&query, &[]).await {
+        match self.source.query_one(&query, &[&self.preflight.slots]).await {
             Ok(row) => {
                 let (most, used): (i64, i64) = (row.get(0), row.get(1));
                 let raise = format!("ALTER SYSTEM SET {parameter} = {}", used.saturating_add(needed).max(10));
@@ -170,7 +175,11 @@ impl Servers<'_> {
     }
 
     async fn replication_right(&self) -> RuleResult {
-        let grant = format!("ALTER ROLE {} REPLICATION", self.login(Side::Source));
+        let login = self.login(Side::Source);
+        let grant = match self.preflight.kind(Side::Source) {
+            ServerKind::AwsRds | ServerKind::AwsAurora => format!("GRANT rds_replication TO {login}"),
+            _ => format!("ALTER ROLE {login} REPLICATION"),
+        };
         let rule = self.rule(&REPLICATION).mended_by(self.on_source(grant));
         let query = "SELECT rolreplication OR rolsuper OR EXISTS (SELECT FROM pg_roles r WHERE r.rolname = 'rds_replication' \
                      AND pg_has_role(r.oid, 'MEMBER')) FROM pg_roles WHERE rolname = current_user";
@@ -204,25 +213,41 @@ impl Servers<'_> {
     }
 
     async fn fence_settings(&self) -> RuleResult {
-        let query = "SELECT format('role %I%s', r.rolname, ' in database ' || quote_ident(d.datname)), \
-                     format('ALTER ROLE %I%s RESET default_transaction_read_only', r.rolname, \
-                     ' IN DATABASE ' || quote_ident(d.datname)) FROM pg_db_role_setting s \
+        let rule = self.rule(&FENCE_SETTINGS);
+        // Whoever has `off` over an `on` would be read-only without it.
+        let query = "WITH setting AS (SELECT s.setrole, s.setdatabase, split_part(u, '=', 2)::boolean AS read_only \
+                     FROM pg_db_role_setting s CROSS JOIN unnest(s.setconfig) u \
+                     WHERE lower(split_part(u, '=', 1)) = 'default_transaction_read_only') \
+                     SELECT format('role %I%s%s', r.rolname, ' in database ' || quote_ident(d.datname), \
+                     CASE WHEN b.needed THEN ', which would be read-only without it' END), \
+                     CASE WHEN NOT b.needed THEN format('ALTER ROLE %I%s RESET default_transaction_read_only', r.rolname, \
+                     ' IN DATABASE ' || quote_ident(d.datname)) END FROM setting s \
                      JOIN pg_roles r ON r.oid = s.setrole LEFT JOIN pg_database d ON d.oid = s.setdatabase \
-                     WHERE EXISTS (SELECT FROM unnest(s.setconfig) u WHERE lower(u) IN ('default_transaction_read_only=off', \
-                     'default_transaction_read_only=false', 'default_transaction_read_only=no', 'default_transaction_read_only=0')) \
-                     ORDER BY 1";
+                     CROSS JOIN LATERAL (SELECT $1::boolean OR EXISTS (SELECT FROM setting o WHERE o.read_only \
+                     AND o.setrole IN (0, s.setrole) AND (s.setdatabase = 0 OR o.setdatabase IN (0, s.setdatabase))) AS needed) b \
+                     WHERE NOT s.read_only ORDER BY 1";
         let outcome = match self.preflight.config.control.fence {
             FencePolicy::Hard => Outcome::Warning,
             FencePolicy::Soft => Outcome::Failed,
         };
-        self.found(self.rule(&FENCE_SETTINGS), outcome, query, &[]).await
+        match self.parameters(self.preflight.source).await {
+            Ok(all) => {
+                let read_only = all.get("default_transaction_read_only").is_some_and(|parameter| parameter.value == "on");
+                self.found(rule, outcome, query, &[&read_only]).await
+            }
+            Err(error) => rule.unknown(&*error),
+        }
     }
 
     async fn long_transactions(&self) -> RuleResult {
+        // Of sessions of other roles only pg_monitor is shown more than who they are.
         let query = "SELECT format('pid %s, %s, database %s, for %s', pid, coalesce(nullif(application_name, ''), 'no name'), \
                      datname, date_trunc('second', now() - xact_start)), format('SELECT pg_catalog.pg_terminate_backend(%s)', pid) \
                      FROM pg_stat_activity WHERE xact_start < now() - $1::float8 * interval '1 second' AND backend_type = 'client backend' \
-                     AND application_name !~ '^pgcutover/' ORDER BY xact_start";
+                     AND application_name !~ '^pgcutover/' UNION ALL \
+                     SELECT 'could not be evaluated: when transactions of other roles began is not shown to the login role', \
+                     format('GRANT pg_monitor TO %I', current_user) WHERE EXISTS (SELECT FROM pg_stat_activity \
+                     WHERE backend_type IS NULL AND datid IS NOT NULL AND usesysid IS NOT NULL)";
         let seconds = self.preflight.config.migration.long_transaction.as_secs_f64();
         self.found(self.rule(&LONG_TRANSACTIONS), Outcome::Warning, query, &[&seconds]).await
     }
@@ -245,11 +270,12 @@ impl Servers<'_> {
         }
     }
 
-    /// A query for evidence and the statement against it.
+    /// A query for evidence and the statement against it, or null.
     async fn found(&self, rule: Rule, outcome: Outcome, query: &str, parameters: &[&(dyn ToSql + Sync)]) -> RuleResult {
         match self.source.query(query, parameters).await {
             Ok(rows) => {
-                let statements = rows.iter().map(|row| self.statement(Side::Source, row.get::<_, String>(1)));
+                let statements = rows.iter().filter_map(|row| row.get::<_, Option<String>>(1));
+                let statements = statements.map(|sql| self.statement(Side::Source, sql));
                 let found = rows.iter().map(|row| row.get(0)).collect();
                 rule.mended_by(statements.collect()).unless_any(outcome, found)
             }

@@ -5,7 +5,7 @@ use std::collections::HashSet;
 use super::definition::{Apply, Definition, Hosted, When};
 use super::{Outcome, RuleResult, Servers, column};
 use crate::catalog::journal::Side;
-use crate::config::Ddl;
+use crate::config::{Ddl, ServerKind};
 use crate::ident::quote_ident;
 use crate::postgres::Control;
 
@@ -25,7 +25,8 @@ const CREATE_ROLES: Definition = Definition {
 /// Tried, because nothing else tells: superusers may, and from PostgreSQL 15 on who was granted it.
 const REPLICA_ROLE: Definition = Definition {
     code: "session_replication_role",
-    why: "triggers, rules and foreign keys of the target must not act a second time on what is copied and applied",
+    why: "triggers, rules and foreign keys of the target must not act a second time on what is copied and applied; an offline \
+          migration too applies what changes during its copy",
     evidence: "what the server answered",
     fix: "make the target's login role a superuser, or from PostgreSQL 15 on: GRANT SET ON PARAMETER \
           session_replication_role TO it",
@@ -129,10 +130,15 @@ impl Servers<'_> {
 
     async fn replica_role(&self) -> RuleResult {
         let login = self.login(Side::Target);
-        let grant = if self.target.version_num() >= 150_000 {
-            format!("GRANT SET ON PARAMETER session_replication_role TO {login}")
-        } else {
-            format!("ALTER ROLE {login} SUPERUSER")
+        let grant = match self.preflight.kind(Side::Target) {
+            ServerKind::AwsRds | ServerKind::AwsAurora => format!("GRANT rds_superuser TO {login}"),
+            ServerKind::Azure => format!("GRANT azure_pg_admin TO {login}"),
+            ServerKind::GcpCloudSql => format!("GRANT cloudsqlsuperuser TO {login}"),
+            ServerKind::GcpAlloyDb => format!("GRANT alloydbsuperuser TO {login}"),
+            ServerKind::Postgres | ServerKind::Other if self.target.version_num() >= 150_000 => {
+                format!("GRANT SET ON PARAMETER session_replication_role TO {login}")
+            }
+            ServerKind::Postgres | ServerKind::Other => format!("ALTER ROLE {login} SUPERUSER"),
         };
         let rule = self.rule(&REPLICA_ROLE).mended_by(self.on_target(grant));
         let set = "BEGIN READ ONLY; SET LOCAL session_replication_role = replica; ROLLBACK";
