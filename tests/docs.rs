@@ -265,7 +265,9 @@ fn rule_text(rule: &Definition) -> String {
         When::Before => "before the migration begins",
         When::BeforeOnline => "before an online migration begins",
         When::Repeatedly => "before the migration begins, every minute while it streams, and before its cutover",
-        When::RepeatedlyOnline => "before an online migration begins, every minute while it streams, and before its cutover",
+        When::RepeatedlyOnline => {
+            "before an online migration begins, every minute while it streams, and before its cutover"
+        }
     };
     writeln!(text, "- Outcome at worst: {worst}. Asked {when}.").unwrap();
     writeln!(text, "- Evidence: {}.", rule.evidence).unwrap();

@@ -123,7 +123,9 @@ pub const LINES: &[Line] = &[
     ),
     line(
         "wraparound",
-        &["UPDATE pg_database SET datfrozenxid = '2694967296', datminmxid = '2694967296' WHERE datname = current_database()"],
+        &[
+            "UPDATE pg_database SET datfrozenxid = '2694967296', datminmxid = '2694967296' WHERE datname = current_database()",
+        ],
         "multixact ids are used of 2147483648",
         Mend::Printed,
     ),
@@ -289,6 +291,7 @@ pub const SETTINGS: &[(&str, At, &str, &str, u16)] = &[
     ("target_connections", At::Target, "max_connections", "15", 10),
     ("shared_preload_libraries", At::Source, "shared_preload_libraries", "plpgsql", 10),
     ("worker_processes", At::Target, "max_worker_processes", "3", 10),
+    ("way_back", At::Target, "wal_level", "replica", 10),
     ("server_parameters", At::Source, "statement_timeout", "1h", 10),
     ("target_writable", At::Target, "default_transaction_read_only", "on", 10),
 ];
@@ -310,5 +313,6 @@ pub const OTHERS: &[&str] = &[
     "encoding",
     "build_features",
     "generated_children",
+    "identity_columns",
     "scheduled_jobs",
 ];

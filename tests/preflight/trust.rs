@@ -4,7 +4,7 @@
 use std::time::Duration;
 
 use pgcutover::catalog::{Place, bootstrap};
-use pgcutover::config::{Config, Migration, ServerKind};
+use pgcutover::config::{Config, Migration, ServerKind, SslMode};
 use pgcutover::migration::preflight::{Mode, Outcome, Preflight, Statement};
 use pgcutover::postgres::Connector;
 
@@ -247,4 +247,34 @@ async fn a_forecast_reads_no_more_than_its_sample() {
     let read = copy.split("at which ").nth(1).and_then(|rest| rest.split("kB of public.wide were read").next());
     let kilobytes: Option<u64> = read.and_then(|number| number.parse().ok());
     assert!(kilobytes.is_some_and(|read| (8192..9 * 1024).contains(&read)), "{copy}");
+}
+
+/// A library or an extension that is older there, and a server that cannot do what sslmode asks for.
+#[tokio::test(flavor = "multi_thread")]
+async fn what_the_target_has_in_another_version_is_named() {
+    let rig = rig();
+    rig.make_source(
+        "CREATE TABLE t (id int PRIMARY KEY); CREATE COLLATION sorted (provider = icu, locale = 'und');
+         UPDATE pg_collation SET collversion = '0.1' WHERE collname = 'sorted';
+         UPDATE pg_extension SET extversion = '99.0' WHERE extname = 'plpgsql'",
+    )
+    .await;
+    let results = validate(&rig, &rig.source, &rig.whole, false).await;
+    found(&results, "collations", "public.sorted: ICU is 0.1 on the source");
+    found(&results, "extensions", "plpgsql: 99.0 on the source");
+    assert_eq!(results["extensions"].outcome, Outcome::Warning, "it is there");
+    rig.on_source(
+        "ALTER COLLATION sorted REFRESH VERSION; UPDATE pg_extension SET extversion = '1.0' WHERE extname = 'plpgsql'",
+    )
+    .await;
+    let results = validate(&rig, &rig.source, &rig.whole, false).await;
+    silent(&results, "collations");
+    silent(&results, "extensions");
+
+    let mut server = rig.whole.source.clone();
+    server.sslmode = SslMode::Require;
+    let encrypted = Connector::new(&server, "source", rig.source.instance()).unwrap();
+    let results = validate(&rig, &encrypted, &rig.whole, false).await;
+    assert_eq!(results["connect_source"].outcome, Outcome::Failed, "{:?}", results["connect_source"]);
+    silent(&validate(&rig, &rig.source, &rig.whole, false).await, "connect_source");
 }

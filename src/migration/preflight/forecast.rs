@@ -33,12 +33,7 @@ pub(super) const DEFINITIONS: [&Definition; 1] = [&FORECAST];
 const SAMPLE_BYTES: u64 = 8 << 20;
 
 /// Answers of a server to which the sample does without a table. The last two: it is gone, or is no table any more.
-const REFUSALS: [&str; 4] = [
-    sqlstate::INSUFFICIENT_PRIVILEGE,
-    sqlstate::LOCK_NOT_AVAILABLE,
-    "42P01",
-    "42809",
-];
+const REFUSALS: [&str; 4] = [sqlstate::INSUFFICIENT_PRIVILEGE, sqlstate::LOCK_NOT_AVAILABLE, "42P01", "42809"];
 
 /// The log is watched for at least so long.
 const WATCH: Duration = Duration::from_millis(500);

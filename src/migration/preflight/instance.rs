@@ -391,7 +391,10 @@ impl Servers<'_> {
 
     /// What a session of any role in any database finds that does not set anything itself, unlike ours; without what the
     /// login role or the control database has a value of its own for.
-    pub(super) async fn parameters(&self, server: &Connector) -> Result<HashMap<String, Parameter>, Box<dyn Error + Send + Sync>> {
+    pub(super) async fn parameters(
+        &self,
+        server: &Connector,
+    ) -> Result<HashMap<String, Parameter>, Box<dyn Error + Send + Sync>> {
         let mut login = server.own_login(&self.preflight.config.control.database, "validation");
         login.parameters.retain(|(name, _)| name != "options");
         let mut connection = Box::pin(server.raw(&login)).await?;

@@ -145,15 +145,31 @@ impl Database<'_> {
         let read = async {
             let there = target.query(THERE, &[]).await?;
             let version = |provider: &str, locale: &str| {
-                let row =
-                    there.iter().find(|row| row.get::<_, &str>(0) == provider && row.get::<_, &str>(1) == locale)?;
+                // `en_US.UTF-8` and `en_US.utf8` are the same one.
+                let plain = |name: &str| name.replace('-', "").to_lowercase();
+                let is_it = |row: &&tokio_postgres::Row| {
+                    row.get::<_, &str>(0) == provider && plain(row.get(1)) == plain(locale)
+                };
+                let row = there.iter().find(is_it)?;
                 Some(row.get::<_, Option<String>>(2))
             };
             let mut used: Vec<(String, String, String, Option<String>)> = Vec::new();
             for row in self.session.query(USED, &[]).await? {
                 used.push((row.get(0), row.get(1), row.get(2), row.get(3)));
             }
-            if self.session.version_num() >= 150_000 {
+            if self.session.version_num() < 150_000 {
+                // What is not recorded is what the library of its locale is now; before 13 that of the C library is not told.
+                let row = self
+                    .session
+                    .query_one(
+                        "SELECT datcollate::text, (SELECT max(pg_collation_actual_version(c.oid)) FROM pg_collation c
+                                 WHERE c.collprovider = 'c' AND lower(replace(c.collcollate, '-', '')) = lower(replace(d.datcollate, '-', '')))
+                           FROM pg_database d WHERE datname = current_database()",
+                        &[],
+                    )
+                    .await?;
+                used.push(("the database's own".to_owned(), "c".to_owned(), row.get(0), row.get(1)));
+            } else {
                 let row = self
                     .session
                     .query_one(
@@ -174,6 +190,11 @@ impl Database<'_> {
                     (None, _) => found.push(format!("{name}: the target has no locale {locale}")),
                     (Some(Some(there)), Some(here)) if there != here => {
                         found.push(format!("{name}: {library} is {here} on the source, {there} on the target"));
+                    }
+                    (Some(Some(there)), None) if self.session.version_num() < 130_000 && provider == "c" => {
+                        found.push(format!(
+                            "{name}: the C library is {there} on the target; the source does not tell its own"
+                        ));
                     }
                     (Some(_), _) => {}
                 }

@@ -112,8 +112,43 @@ const PREPARED: Definition = Definition {
     ..STREAMED
 };
 
-pub(super) const DEFINITIONS: [&Definition; 9] =
-    [&WAL_LEVEL, &SLOTS, &SENDERS, &REPLICATION, &SLOT_WAL, &TRUNCATE, &FENCE_SETTINGS, &LONG_TRANSACTIONS, &PREPARED];
+const WAY_BACK: Definition = Definition {
+    code: "way_back",
+    when: When::RepeatedlyOnline,
+    worst: Outcome::Warning,
+    why: "a rollback brings back what was written after the cutover, which is streamed from the target: without it the cutover \
+          cannot be rolled back",
+    evidence: "what the target lacks: wal_level, replication slots, walsenders or the replication right",
+    fix: "ALTER SYSTEM SET wal_level = logical, raise max_replication_slots and max_wal_senders of the target, and restart it; \
+          ALTER ROLE … REPLICATION for its login role",
+    on: Side::Target,
+    hosted: Hosted::Words {
+        amazon: "set rds.logical_replication = 1 in the target's parameter group, and reboot it; GRANT rds_replication TO its login role",
+        azure: "set the target's server parameter wal_level = logical, and restart it; ALTER ROLE … REPLICATION for its login role",
+        google: "set the target's flag cloudsql.logical_decoding = on (AlloyDB: alloydb.logical_decoding); ALTER USER … WITH \
+                 REPLICATION for its login role",
+    },
+    apply: Apply::Refused("the target has to be restarted for it"),
+    ..STREAMED
+};
+
+pub(super) const DEFINITIONS: [&Definition; 10] = [
+    &WAL_LEVEL,
+    &SLOTS,
+    &SENDERS,
+    &REPLICATION,
+    &SLOT_WAL,
+    &TRUNCATE,
+    &FENCE_SETTINGS,
+    &LONG_TRANSACTIONS,
+    &WAY_BACK,
+    &PREPARED,
+];
+
+/// Whether the login role may stream, here and at Amazon's.
+const MAY_REPLICATE: &str = "\
+SELECT rolreplication OR rolsuper OR EXISTS (SELECT FROM pg_roles r WHERE r.rolname = 'rds_replication'
+       AND pg_has_role(r.oid, 'MEMBER')) FROM pg_roles WHERE rolname = current_user";
 
 impl Servers<'_> {
     /// Every rule of this file that is asked now.
@@ -129,6 +164,7 @@ impl Servers<'_> {
                 "truncate" => self.truncate(),
                 "fence_settings" => self.fence_settings().await,
                 "long_transactions" => self.long_transactions().await,
+                "way_back" => self.way_back().await,
                 _ => self.prepared().await,
             });
         }
@@ -175,19 +211,56 @@ impl Servers<'_> {
     }
 
     async fn replication_right(&self) -> RuleResult {
-        let login = self.login(Side::Source);
-        let grant = match self.preflight.kind(Side::Source) {
-            ServerKind::AwsRds | ServerKind::AwsAurora => format!("GRANT rds_replication TO {login}"),
-            _ => format!("ALTER ROLE {login} REPLICATION"),
-        };
+        let grant = self.replication_grant(Side::Source);
         let rule = self.rule(&REPLICATION).mended_by(self.on_source(grant));
-        let query = "SELECT rolreplication OR rolsuper OR EXISTS (SELECT FROM pg_roles r WHERE r.rolname = 'rds_replication' \
-                     AND pg_has_role(r.oid, 'MEMBER')) FROM pg_roles WHERE rolname = current_user";
-        match self.source.query_one(query, &[]).await {
+        match self.source.query_one(MAY_REPLICATE, &[]).await {
             Ok(row) if row.get(0) => rule.succeeded(),
             Ok(_) => rule.failed(vec!["the login role has neither REPLICATION nor SUPERUSER".to_owned()]),
             Err(error) => rule.unknown(&error),
         }
+    }
+
+    fn replication_grant(&self, side: Side) -> String {
+        let login = self.login(side);
+        match self.preflight.kind(side) {
+            ServerKind::AwsRds | ServerKind::AwsAurora => format!("GRANT rds_replication TO {login}"),
+            _ => format!("ALTER ROLE {login} REPLICATION"),
+        }
+    }
+
+    async fn way_back(&self) -> RuleResult {
+        let rule = self.rule(&WAY_BACK);
+        let needed = i64::try_from(self.preflight.databases.len()).unwrap_or(i64::MAX);
+        let query = format!(
+            "SELECT current_setting('wal_level'), ({MAY_REPLICATE}), \
+             current_setting('max_replication_slots')::int8, (SELECT count(*) FROM pg_replication_slots), \
+             current_setting('max_wal_senders')::int8, (SELECT count(*) FROM pg_stat_replication)"
+        );
+        let row = match self.target.query_one(&query, &[]).await {
+            Ok(row) => row,
+            Err(error) => return rule.unknown(&error),
+        };
+        let (mut lacking, mut statements) = (Vec::new(), Vec::new());
+        let level: &str = row.get(0);
+        if level != "logical" {
+            lacking.push(format!("wal_level = {level}"));
+            statements.extend(self.on_target("ALTER SYSTEM SET wal_level = logical"));
+        }
+        if !row.get::<_, bool>(1) {
+            lacking.push("the login role has neither REPLICATION nor SUPERUSER".to_owned());
+            statements.extend(self.on_target(self.replication_grant(Side::Target)));
+        }
+        for (parameter, most, used) in [
+            ("max_replication_slots", row.get::<_, i64>(2), row.get::<_, i64>(3)),
+            ("max_wal_senders", row.get(4), row.get(5)),
+        ] {
+            if most - used < needed {
+                lacking.push(format!("{parameter}: {} free, {needed} needed", most - used));
+                let enough = used.saturating_add(needed).max(10);
+                statements.extend(self.on_target(format!("ALTER SYSTEM SET {parameter} = {enough}")));
+            }
+        }
+        rule.mended_by(statements).unless_any(Outcome::Warning, lacking)
     }
 
     async fn slot_wal(&self) -> RuleResult {
@@ -232,7 +305,8 @@ impl Servers<'_> {
         };
         match self.parameters(self.preflight.source).await {
             Ok(all) => {
-                let read_only = all.get("default_transaction_read_only").is_some_and(|parameter| parameter.value == "on");
+                let read_only =
+                    all.get("default_transaction_read_only").is_some_and(|parameter| parameter.value == "on");
                 self.found(rule, outcome, query, &[&read_only]).await
             }
             Err(error) => rule.unknown(&*error),

@@ -2,7 +2,7 @@
 //! with. Locales have rules of their own.
 
 use super::database::{Database, Finding};
-use super::definition::Definition;
+use super::definition::{Apply, Definition};
 use super::{Outcome, RuleResult, column};
 use crate::postgres::Control;
 
@@ -35,6 +35,13 @@ SELECT format('%I.%I.%I', n.nspname, c.relname, a.attname) FROM pg_inherits i
   JOIN pg_attribute p ON p.attrelid = i.inhparent AND p.attname = a.attname AND NOT p.attisdropped
  WHERE a.attgenerated <> p.attgenerated AND c.relkind IN ('r', 'p') ORDER BY 1";
 
+/// Partitions that number their rows themselves. From 17 on the partitioned table has the identity, and its partitions with it.
+const IDENTITIES: &str = "\
+SELECT format('%I.%I.%I', n.nspname, c.relname, a.attname),
+       format('ALTER TABLE %I.%I ALTER COLUMN %I DROP IDENTITY', n.nspname, c.relname, a.attname) FROM pg_class c
+  JOIN pg_namespace n ON n.oid = c.relnamespace JOIN pg_attribute a ON a.attrelid = c.oid AND NOT a.attisdropped
+ WHERE a.attidentity <> '' AND c.relispartition ORDER BY 1";
+
 const BUILD_FEATURES: Definition = Definition {
     code: "build_features",
     why: "these definitions need something that the target was not built with",
@@ -52,10 +59,20 @@ const GENERATED_CHILDREN: Definition = Definition {
     ..Finding::DEFINITION
 };
 
-pub(super) const DEFINITIONS: [&Definition; 2] = [&BUILD_FEATURES, &GENERATED_CHILDREN];
+const IDENTITY_COLUMNS: Definition = Definition {
+    code: "identity_columns",
+    why: "PostgreSQL 17 and newer refuse to attach a partition with an identity column of its own",
+    evidence: "the columns, where the target is so new and the source is older",
+    fix: "ALTER TABLE … ALTER COLUMN … DROP IDENTITY; where rows are inserted into the partition itself, SET DEFAULT nextval(…) of a \
+          sequence",
+    apply: Apply::Refused("what inserts into the partition without a number would fail"),
+    ..Finding::DEFINITION
+};
+
+pub(super) const DEFINITIONS: [&Definition; 3] = [&BUILD_FEATURES, &GENERATED_CHILDREN, &IDENTITY_COLUMNS];
 
 impl Database<'_> {
-    /// Both rules.
+    /// All of them.
     pub(super) async fn unknown(&self) -> Vec<RuleResult> {
         let (features, generated) = (self.rule(&BUILD_FEATURES), self.rule(&GENERATED_CHILDREN));
         let target = self.servers.target;
@@ -68,7 +85,25 @@ impl Database<'_> {
                 Ok(found) => generated.unless_any(Outcome::Failed, found),
                 Err(error) => generated.unknown(&error),
             },
+            self.identity_columns().await,
         ]
+    }
+}
+
+impl Database<'_> {
+    async fn identity_columns(&self) -> RuleResult {
+        let rule = self.rule(&IDENTITY_COLUMNS);
+        if self.session.version_num() >= 170_000 || self.servers.target.version_num() < 170_000 {
+            return rule.succeeded();
+        }
+        match self.session.query(IDENTITIES, &[]).await {
+            Ok(rows) => {
+                let statements = rows.iter().map(|row| self.statement(row.get::<_, String>(1))).collect();
+                let found = rows.iter().map(|row| row.get(0)).collect();
+                rule.mended_by(statements).unless_any(Outcome::Failed, found)
+            }
+            Err(error) => rule.unknown(&error),
+        }
     }
 }
 
