@@ -220,7 +220,7 @@ pub(super) const FINDINGS: &[Finding] = &[
         },
         query: "SELECT format('%I on %s', evtname, evtevent), CASE evtenabled WHEN 'A' THEN format('ALTER EVENT TRIGGER %I ENABLE', evtname) \
                 WHEN 'R' THEN format('ALTER EVENT TRIGGER %I DISABLE', evtname) END FROM pg_event_trigger \
-                WHERE evtname NOT IN ('pgcutover_ddl_end', 'pgcutover_ddl_drop') AND (evtenabled IN ('A', 'R') \
+                WHERE evtname !~ '^pgcutover_' AND (evtenabled IN ('A', 'R') \
                 OR evtenabled = 'O' AND evtevent IN ('ddl_command_start', 'ddl_command_end') AND (evttags IS NULL OR evttags && ARRAY[\
                 'CREATE PUBLICATION', 'ALTER PUBLICATION', 'DROP PUBLICATION', 'CREATE SCHEMA', 'CREATE TABLE', 'ALTER TABLE', 'CREATE FUNCTION', \
                 'GRANT'])) ORDER BY 1",
