@@ -8,6 +8,7 @@ use pgcutover::config::{PoolMode, Server};
 use pgcutover::proxy::Sessions;
 use rand::rngs::StdRng;
 use rand::{Rng as _, SeedableRng as _};
+use tokio_util::sync::CancellationToken;
 
 use crate::rig::Rig;
 use crate::scripted::{self, Backend};
@@ -251,17 +252,20 @@ pub async fn cancelled(client: &mut Client, rig: &Rig) {
     client.due = Some(messages(&expected));
     let mut canceller = WireClient::connect(rig.port).await;
     canceller.key = client.wire.key;
+    let answered = CancellationToken::new();
     let cancels = async {
-        // It may not be where it can be cancelled yet: asked for until it is.
-        loop {
+        // It may not be where it can be cancelled yet: asked for until it is. Each request is waited for, because one that
+        // is still on its way when the answer has come would meet the next statement.
+        while !answered.is_cancelled() {
             canceller.cancel(rig.port).await;
-            tokio::time::sleep(std::time::Duration::from_millis(20)).await;
+            let _answered = tokio::time::timeout(std::time::Duration::from_millis(20), answered.cancelled()).await;
         }
     };
-    tokio::select! {
-        () = client.receive() => {}
-        () = cancels => {}
-    }
+    let receives = async {
+        client.receive().await;
+        answered.cancel();
+    };
+    tokio::join!(receives, cancels);
 }
 
 #[tokio::test(flavor = "multi_thread")]
