@@ -11,6 +11,7 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 use tokio::sync::{Notify, watch};
 
 use super::view::{CutoverView, EventView, LiveView, RouteView, SampleView};
+use crate::catalog::streams::Direction;
 use crate::migration::view::{DatabaseView, FencedWriteView, MigrationView};
 
 /// How often the observer looks.
@@ -242,12 +243,13 @@ impl Kept {
 }
 
 fn of_cutover(cutover: &CutoverView) -> String {
+    let order = if cutover.direction == Some(Direction::Reverse) { "rollback" } else { "cutover" };
     match (&cutover.phase, cutover.outcome.as_str()) {
-        (Some(phase), _) => format!("cutover: {phase}"),
-        (None, "switched") => format!("cutover: switched, paused for {} ms", cutover.pause_ms),
+        (Some(phase), _) => format!("{order}: {phase}"),
+        (None, "switched") => format!("{order}: switched, paused for {} ms", cutover.pause_ms),
         (None, "dry-run") if cutover.reason.is_empty() => format!("dry run: would have paused {} ms", cutover.pause_ms),
         (None, "dry-run") => format!("dry run: would not have switched: {}", cutover.reason),
-        (None, outcome) => format!("cutover: {outcome}: {}", cutover.reason),
+        (None, outcome) => format!("{order}: {outcome}: {}", cutover.reason),
     }
 }
 
@@ -294,6 +296,18 @@ mod tests {
         let texts: Vec<String> = live.events().into_iter().map(|event| event.text).collect();
         assert_eq!(texts, ["retry", "Failed s", "database shop: copying", "InProgress s"]);
         assert_eq!(live.newest_event(), 4);
+    }
+
+    #[test]
+    fn a_rollback_is_not_told_as_a_cutover() {
+        let switched = |direction| CutoverView {
+            outcome: "switched".to_owned(),
+            pause_ms: 60,
+            direction: Some(direction),
+            ..CutoverView::default()
+        };
+        assert_eq!(of_cutover(&switched(Direction::Reverse)), "rollback: switched, paused for 60 ms");
+        assert_eq!(of_cutover(&switched(Direction::Forward)), "cutover: switched, paused for 60 ms");
     }
 
     #[test]
