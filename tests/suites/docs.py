@@ -7,7 +7,7 @@ Every command of pgcutover, every call by curl and every statement of the consol
 with what runs it instead; one that does neither fails, and so does one that is in ELSEWHERE and not on any page. What the runbook
 says of failures is done to a real migration: the failure is caused, its code is looked for, and what mends it is run.
 
-Needs psql, initdb and pg_dump of one PostgreSQL version, and curl. Takes a minute or two. The README's own commands: readme.py.
+Needs psql, initdb and pg_dump of one PostgreSQL version (PGCUTOVER_PG_BINDIRS, or where it usually is), and curl. Takes a minute or two. The README's own commands: readme.py.
 """
 
 import argparse
@@ -56,7 +56,7 @@ def free_port():
 
 def program(name):
     places = sorted(glob.glob("/usr/lib/postgresql/*/bin") + glob.glob("/usr/pgsql-*/bin") + glob.glob(f"{ROOT}/target/servers/*/bin"))
-    for place in places + os.environ["PATH"].split(":"):
+    for place in [*os.environ.get("PGCUTOVER_PG_BINDIRS", "").split(":"), *places, *os.environ["PATH"].split(":")]:
         if all(os.access(f"{place}/{needed}", os.X_OK) for needed in ("initdb", "postgres", "psql", "pg_dump")):
             return f"{place}/{name}"
     sys.exit("docs: needs PostgreSQL's programs (Debian: postgresql)")
