@@ -15,6 +15,7 @@ use crate::migration::view::{
 
 /// An answer.
 #[derive(Clone, Debug, PartialEq)]
+#[expect(clippy::large_enum_variant, reason = "one answer for each order of a person")]
 pub enum Reply {
     /// Rows that have no shape of their own beside the table.
     Table(Table),

@@ -74,6 +74,7 @@ struct Running {
 
 /// The running cutover of a migration, or its last one.
 #[derive(Clone, Debug, PartialEq)]
+#[expect(clippy::large_enum_variant, reason = "one for each migration")]
 pub enum CutoverState {
     /// It runs.
     Running(CutoverProgress),

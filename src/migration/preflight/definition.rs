@@ -142,7 +142,7 @@ impl Definition {
         match kind {
             ServerKind::Postgres => true,
             ServerKind::AwsRds | ServerKind::AwsAurora => {
-                !reserved && !(sql.starts_with("ALTER ROLE") && sql.ends_with(" BYPASSRLS"))
+                !(reserved || sql.starts_with("ALTER ROLE") && sql.ends_with(" BYPASSRLS"))
             }
             ServerKind::Azure | ServerKind::GcpCloudSql | ServerKind::GcpAlloyDb | ServerKind::Other => !reserved,
         }
