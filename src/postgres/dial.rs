@@ -161,3 +161,38 @@ async fn negotiate(
         }),
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::net::{TcpListener, TcpStream};
+    use std::time::Duration;
+
+    use super::*;
+
+    /// Asked of the kernel: on a listener too, whose connections begin with what it has.
+    #[test]
+    fn the_kernel_watches_a_link_as_it_is_told() {
+        let tcp = config::Tcp {
+            keepalives_idle: Duration::from_secs(41),
+            keepalives_interval: Duration::from_secs(7),
+            keepalives_count: 3,
+            user_timeout: Duration::from_secs(19),
+        };
+        let listener = TcpListener::bind("127.0.0.1:0").expect("a port");
+        watch_link(&SockRef::from(&listener), &tcp).expect("set");
+        let client = TcpStream::connect(listener.local_addr().expect("its address")).expect("connected");
+        let (accepted, _) = listener.accept().expect("accepted");
+        let before = SockRef::from(&client).keepalive().expect("asked");
+        watch_link(&SockRef::from(&client), &tcp).expect("set");
+        assert!(!before, "not by itself");
+        for socket in [SockRef::from(&client), SockRef::from(&accepted)] {
+            assert!(socket.keepalive().expect("asked"));
+            assert_eq!(socket.tcp_keepalive_time().expect("asked"), tcp.keepalives_idle);
+            assert_eq!(socket.tcp_keepalive_interval().expect("asked"), tcp.keepalives_interval);
+            assert_eq!(socket.tcp_keepalive_retries().expect("asked"), tcp.keepalives_count);
+            assert_eq!(socket.tcp_user_timeout().expect("asked"), Some(tcp.user_timeout));
+        }
+        watch_link(&SockRef::from(&client), &config::Tcp { user_timeout: Duration::ZERO, ..tcp }).expect("set");
+        assert_eq!(SockRef::from(&client).tcp_user_timeout().expect("asked"), None, "the kernel's own patience");
+    }
+}
