@@ -357,22 +357,24 @@ pub async fn run(context: &StreamContext, status: &StreamStatus) -> StreamError 
 
 /// An error with its causes, in one line. Values of rows are not in it, as far as a server's answer tells that they are.
 pub(super) fn describe(error: &(dyn std::error::Error + 'static)) -> String {
-    let shown = |error: &(dyn std::error::Error + 'static)| match error.downcast_ref() {
-        Some(answer) => without_values(answer),
-        None => error.to_string(),
-    };
-    let mut text = shown(error);
-    let mut cause = error.source().filter(|_| !error.is::<tokio_postgres::Error>());
+    let (mut text, mut cause) = look(error);
     while let Some(inner) = cause {
-        let inner_text = shown(inner);
+        let (inner_text, next) = look(inner);
         if !text.contains(&inner_text) {
             text.push_str(": ");
             text.push_str(&inner_text);
         }
-        // What is behind an answer of the server is the answer itself.
-        cause = inner.source().filter(|_| !inner.is::<tokio_postgres::Error>());
+        cause = next;
     }
     text
+}
+
+/// An error by itself, and what is behind it. Behind a server's answer is the same once more, with everything it said.
+fn look<'a>(error: &'a (dyn std::error::Error + 'static)) -> (String, Option<&'a (dyn std::error::Error + 'static)>) {
+    match error.downcast_ref::<tokio_postgres::Error>() {
+        Some(answer) if answer.as_db_error().is_some() => (without_values(answer), None),
+        Some(_) | None => (error.to_string(), error.source()),
+    }
 }
 
 enum Never {}

@@ -45,7 +45,8 @@ pub fn without_values(error: &tokio_postgres::Error) -> String {
     } else if code.starts_with("23") {
         format!("{severity} {code}: {}", report.message())
     } else {
-        error.to_string()
+        // The error itself says only that the server has answered with one.
+        format!("db error: {report}")
     }
 }
 

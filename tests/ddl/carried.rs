@@ -121,15 +121,28 @@ async fn definitions(carried: &Carried, cluster: &Cluster) -> Vec<String> {
     let listen = "[listen]\naddress = \"127.0.0.1:6432\"\n";
     let text = format!("{listen}{}{}", server("source", source), server("target", target));
     std::fs::write(&path, text).expect("written");
-    let config = config::load(Some(&path), &Environment::default()).unwrap_or_else(|error| panic!("{error}"));
+    let mut config = config::load(Some(&path), &Environment::default()).unwrap_or_else(|error| panic!("{error}"));
+    // The newest reads servers of every major.
+    config.migration.bindir = installations().newest_with_client_tools().map(|tools| tools.bindir.clone());
     let majors = [u32::from(source.major()), u32::from(target.major())];
     let pg_dump = schema::find_pg_dump(&config.migration, majors[0], majors[1]).await.expect("found");
     let connector =
         if std::ptr::eq(cluster, source) { &carried.bench.context.source } else { &carried.bench.context.target };
     let text = schema::definitions(&pg_dump, connector, "shop", Duration::from_secs(5)).await.expect("dumped");
     let entries = text.split("\n-- ").filter(|entry| !entry.starts_with("EVENT TRIGGER pgcutover"));
-    let lines = entries.flat_map(|entry| entry.lines().map(str::to_owned).collect::<Vec<_>>());
+    let lines = entries.flat_map(|entry| entry.lines().map(unnamed).collect::<Vec<_>>());
     lines.filter(|line| !line.is_empty() && !line.contains("REPLICA IDENTITY FULL")).collect()
+}
+
+/// PostgreSQL 18 names what says NOT NULL, by what a table was called when it was made.
+fn unnamed(line: &str) -> String {
+    match line.split_once(" CONSTRAINT ") {
+        Some((before, named)) => match named.split_once("_not_null NOT NULL") {
+            Some((_, after)) => format!("{before} NOT NULL{after}"),
+            None => line.to_owned(),
+        },
+        None => line.to_owned(),
+    }
 }
 
 /// Each in a transaction of its own, with rows written between them that only fit behind them.
