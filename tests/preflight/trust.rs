@@ -254,19 +254,26 @@ async fn a_forecast_reads_no_more_than_its_sample() {
 async fn what_the_target_has_in_another_version_is_named() {
     let rig = rig();
     rig.make_source(
-        "CREATE TABLE t (id int PRIMARY KEY); CREATE COLLATION sorted (provider = icu, locale = 'und');
-         UPDATE pg_collation SET collversion = '0.1' WHERE collname = 'sorted';
-         UPDATE pg_extension SET extversion = '99.0' WHERE extname = 'plpgsql'",
+        "CREATE TABLE t (id int PRIMARY KEY); UPDATE pg_extension SET extversion = '99.0' WHERE extname = 'plpgsql'",
     )
     .await;
+    // Not every build knows ICU.
+    let direct = support::connect(&rig.source_cluster, DATABASE).await;
+    let sorted = "CREATE COLLATION sorted (provider = icu, locale = 'und');
+                  UPDATE pg_collation SET collversion = '0.1' WHERE collname = 'sorted'";
+    let made = direct.batch_execute(sorted).await;
+    let knows_icu = made.is_ok();
+    if let Err(error) = made {
+        assert_eq!(error.code().map(|code| code.code()), Some("0A000"), "{error:?}");
+    }
     let results = validate(&rig, &rig.source, &rig.whole, false).await;
-    found(&results, "collations", "public.sorted: ICU is 0.1 on the source");
     found(&results, "extensions", "plpgsql: 99.0 on the source");
     assert_eq!(results["extensions"].outcome, Outcome::Warning, "it is there");
-    rig.on_source(
-        "ALTER COLLATION sorted REFRESH VERSION; UPDATE pg_extension SET extversion = '1.0' WHERE extname = 'plpgsql'",
-    )
-    .await;
+    if knows_icu {
+        found(&results, "collations", "public.sorted: ICU is 0.1 on the source");
+        rig.on_source("ALTER COLLATION sorted REFRESH VERSION").await;
+    }
+    rig.on_source("UPDATE pg_extension SET extversion = '1.0' WHERE extname = 'plpgsql'").await;
     let results = validate(&rig, &rig.source, &rig.whole, false).await;
     silent(&results, "collations");
     silent(&results, "extensions");
