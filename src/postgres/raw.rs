@@ -321,6 +321,23 @@ impl RawConnection {
         self.collect_rows().await
     }
 
+    /// The same with two that are sent together; the second one is run whatever becomes of the first. The rows of each.
+    pub async fn simple_queries(&mut self, first: &str, second: &str) -> Result<[TextRows; 2], RawError> {
+        self.expect_ready()?;
+        self.awaited = 2;
+        let mut messages = BytesMut::new();
+        for sql in [first, second] {
+            frontend::query(sql, &mut messages).map_err(|error| self.violation(error.to_string()))?;
+        }
+        self.send(&messages).await?;
+        let first = match self.collect_rows().await {
+            Err(broken @ (RawError::Io { .. } | RawError::Protocol { .. })) => return Err(broken),
+            answered @ (Ok(_) | Err(RawError::Server { .. })) => answered,
+        };
+        let second = self.collect_rows().await?;
+        Ok([first?, second])
+    }
+
     /// Sends a simple query and leaves its answer to the caller.
     pub(super) async fn send_query(&mut self, sql: &str) -> Result<(), RawError> {
         self.expect_ready()?;

@@ -291,14 +291,11 @@ async fn wipe(backend: &mut Backend, query: &str) -> bool {
     if Ring::release(&mut connection.stream).await.is_err() {
         return false;
     }
-    if !connection.read_buf.is_empty() || connection.simple_query(query).await.is_err() {
+    if !connection.read_buf.is_empty() {
         return false;
     }
-    if !connection.read_buf.is_empty() || connection.transaction_status() != b'I' {
-        return false;
-    }
-    let schema = connection.simple_query(TEMPORARY_SCHEMA).await;
-    if !schema.is_ok_and(|rows| rows == [[Some("0".to_owned())]]) {
+    let Ok([_, schema]) = connection.simple_queries(query, TEMPORARY_SCHEMA).await else { return false };
+    if schema != [[Some("0".to_owned())]] {
         return false;
     }
     // Of channels that the session listened to.
