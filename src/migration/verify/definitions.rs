@@ -2,9 +2,9 @@
 //!
 //! Every kind of object that a migration carries over is written out by its own server and compared as text: what is on
 //! one server only, and what is defined differently. Servers of different majors write the same definition differently
-//! (qualified columns of views, EXECUTE PROCEDURE), so between those white space, parentheses and qualifications are left
-//! out first; what remains are names, types, operators and constants, in their order. What is a keyword, and so stands
-//! in quotes, differs too (`json` is one since version 16): an ordinary name is compared without them.
+//! (qualified columns of views, EXECUTE PROCEDURE), so between those white space is left out first, and where a definition may
+//! hold a query, parentheses and qualifications too; what remains are names, types, operators and constants, in their order. What
+//! is a keyword, and so stands in quotes, differs too (`json` is one since version 16): an ordinary name is compared without them.
 //!
 //! Not compared: what a migration changes on purpose (replica identities, its own event triggers); what it does not carry over (publications,
 //! subscriptions); what a cutover brings over once more by itself (roles with their settings, settings of the database,
@@ -73,6 +73,9 @@ type Definitions = BTreeMap<(String, String), Vec<String>>;
 /// What each major brings in a version of its own.
 const VERSIONED: &str = "extension version";
 
+/// Kinds in which nothing is a query: every major writes their expressions alike, parentheses included.
+const EXACT: [&str; 5] = ["column", "constraint", "index", "statistics", "trigger"];
+
 async fn read(server: &Control, alike: bool) -> Result<Definitions, VerifyError> {
     let rows = server.query(DEFINITIONS, &[]).await.map_err(VerifyError::query("reading definitions"))?;
     let mut definitions = Definitions::new();
@@ -82,7 +85,8 @@ async fn read(server: &Control, alike: bool) -> Result<Definitions, VerifyError>
         if alike {
             definitions.entry((kind, name)).or_default().push(text.to_owned());
         } else if kind != VERSIONED {
-            definitions.entry((kind, unquoted(&name))).or_default().push(bare(text));
+            let text = if EXACT.contains(&kind.as_str()) { spaceless(text) } else { bare(text) };
+            definitions.entry((kind, unquoted(&name))).or_default().push(text);
         }
     }
     definitions.values_mut().for_each(|texts| texts.sort_unstable());
@@ -132,6 +136,21 @@ fn unquoted(text: &str) -> String {
     }
     unquoted.push_str(rest);
     unquoted
+}
+
+/// The text without white space, but for what is in quotes, and without quotes around ordinary names.
+fn spaceless(text: &str) -> String {
+    let text = unquoted(&text.replace("EXECUTE PROCEDURE", "EXECUTE FUNCTION"));
+    let mut quoted = None;
+    let stays = |c: &char| {
+        match quoted {
+            Some(quote) if quote == *c => quoted = None,
+            None if matches!(c, '\'' | '"') => quoted = Some(*c),
+            Some(_) | None => {}
+        }
+        quoted.is_some() || !c.is_whitespace()
+    };
+    text.chars().filter(stays).collect()
 }
 
 /// The text without what majors write differently; quoted strings stay as they are.
@@ -186,6 +205,15 @@ mod tests {
         assert_ne!(bare("DEFAULT 1.5"), bare("DEFAULT 2.5"));
         assert_eq!(bare("\"Odd \"\"x\".\"Y\""), "\"Y\"");
         assert_eq!(bare("SELECT t.\"json\", 'a \"b\"'"), bare("SELECT t.json, 'a \"b\"'"));
+    }
+
+    #[test]
+    fn parentheses_and_schemas_count_where_nothing_is_a_query() {
+        assert_ne!(spaceless("CHECK ((a OR b) AND c)"), spaceless("CHECK (a OR (b AND c))"));
+        assert_ne!(spaceless("REFERENCES s1.t(id)"), spaceless("REFERENCES s2.t(id)"));
+        assert_ne!(spaceless("DEFAULT 'a b'"), spaceless("DEFAULT 'ab'"));
+        assert_eq!(spaceless("CHECK  (\"json\" >\n 0)"), spaceless("CHECK (json > 0)"));
+        assert_eq!(spaceless("'it''s  so'"), "'it''s  so'");
     }
 
     #[test]
