@@ -127,7 +127,10 @@ SELECT 'aggregate', r.name,
        concat_ws(' ', a.aggkind, a.aggnumdirectargs, a.aggtransfn, a.aggfinalfn, a.aggcombinefn, a.aggserialfn, a.aggdeserialfn,
            a.aggmtransfn, a.aggminvtransfn, a.aggmfinalfn, a.aggfinalextra, a.aggmfinalextra, nullif(a.aggsortop, 0)::regoperator,
            format_type(a.aggtranstype, NULL), format_type(nullif(a.aggmtranstype, 0), NULL), a.aggtransspace, a.aggmtransspace,
-           a.agginitval, a.aggminitval, to_jsonb(a) ->> 'aggfinalmodify', to_jsonb(a) ->> 'aggmfinalmodify',
+           a.agginitval, a.aggminitval,
+           -- What PostgreSQL 10 does not know yet is what later ones do by themselves.
+           coalesce(to_jsonb(a) ->> 'aggfinalmodify', CASE a.aggkind WHEN 'n' THEN 'r' ELSE 'w' END),
+           coalesce(to_jsonb(a) ->> 'aggmfinalmodify', CASE a.aggkind WHEN 'n' THEN 'r' ELSE 'w' END),
            r.j ->> 'proparallel')
   FROM pg_aggregate a JOIN routine r ON r.oid = a.aggfnoid
 UNION ALL
@@ -185,6 +188,8 @@ SELECT 'cast', format('%s as %s', format_type(c.castsource, NULL), format_type(c
   FROM pg_cast c
  WHERE c.oid >= 16384
    AND NOT EXISTS (SELECT FROM member m WHERE m.classid = 'pg_cast'::regclass AND m.objid = c.oid)
+   -- A range has one to its multirange from 14 on, by itself.
+   AND NOT EXISTS (SELECT FROM pg_depend d WHERE d.classid = 'pg_cast'::regclass AND d.objid = c.oid AND d.deptype = 'i')
 UNION ALL
 SELECT 'collation', format('%I.%I', n.nspname, c.collname),
        concat_ws(' ', pg_get_userbyid(c.collowner), c.collprovider, c.collencoding, coalesce(to_jsonb(c) ->> 'collisdeterministic', 'true'),
