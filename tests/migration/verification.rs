@@ -83,7 +83,15 @@ async fn whole(source: &Installation, target: &Installation) {
 
     let there = connect(&world.target, "shop").await;
     there.batch_execute("SET session_replication_role = replica").await.expect("no trigger fires");
-    let damage = "UPDATE customer SET mood = 'sad' WHERE id = 3; DELETE FROM event WHERE id = 9999;
+    // A row that the load cannot have removed.
+    let kept = "INSERT INTO event VALUES (9000000, 'b', 'kept')";
+    connect(&world.source, "shop").await.batch_execute(kept).await.expect("inserted");
+    wait_for("it to arrive", || async {
+        let count = there.query_one("SELECT count(*) FROM event WHERE id = 9000000", &[]).await;
+        count.expect("counted").get::<_, i64>(0) == 1
+    })
+    .await;
+    let damage = "UPDATE customer SET mood = 'sad' WHERE id = 3; DELETE FROM event WHERE id = 9000000;
                   INSERT INTO acknowledged VALUES (77, 1)";
     there.batch_execute(damage).await.expect("damaged");
     for (sql, ..) in CHANGED {
@@ -98,7 +106,7 @@ async fn whole(source: &Installation, target: &Installation) {
     let row = |table: &str, kind, key: &str| (table.to_owned(), kind, key.to_owned());
     assert_eq!(rows.len(), 3, "{rows:?}");
     assert!(rows.contains(&row("customer", DifferenceKind::Differs, "(3)")), "{rows:?}");
-    assert!(rows.contains(&row("event_b", DifferenceKind::Missing, "(9999, b)")), "{rows:?}");
+    assert!(rows.contains(&row("event_b", DifferenceKind::Missing, "(9000000, b)")), "{rows:?}");
     assert!(rows.contains(&row("acknowledged", DifferenceKind::Extra, "(77, 1)")), "{rows:?}");
     let found = &report.definitions[0].definitions;
     for (sql, kind, name, difference) in CHANGED {
