@@ -321,8 +321,9 @@ impl RawConnection {
         self.collect_rows().await
     }
 
-    /// The same with two that are sent together; the second one is run whatever becomes of the first. The rows of each.
-    pub async fn simple_queries(&mut self, first: &str, second: &str) -> Result<[TextRows; 2], RawError> {
+    /// The same with two that are sent together; the second one is run whatever becomes of the first. The rows of the second,
+    /// and the transaction status between the two.
+    pub async fn simple_queries(&mut self, first: &str, second: &str) -> Result<(u8, TextRows), RawError> {
         self.expect_ready()?;
         self.awaited = 2;
         let mut messages = BytesMut::new();
@@ -334,8 +335,9 @@ impl RawConnection {
             Err(broken @ (RawError::Io { .. } | RawError::Protocol { .. })) => return Err(broken),
             answered @ (Ok(_) | Err(RawError::Server { .. })) => answered,
         };
+        let between = self.status;
         let second = self.collect_rows().await?;
-        Ok([first?, second])
+        first.map(|_| (between, second))
     }
 
     /// Sends a simple query and leaves its answer to the caller.

@@ -294,8 +294,8 @@ async fn wipe(backend: &mut Backend, query: &str) -> bool {
     if !connection.read_buf.is_empty() {
         return false;
     }
-    let Ok([_, schema]) = connection.simple_queries(query, TEMPORARY_SCHEMA).await else { return false };
-    if schema != [[Some("0".to_owned())]] {
+    let Ok((status, schema)) = connection.simple_queries(query, TEMPORARY_SCHEMA).await else { return false };
+    if status != b'I' || schema != [[Some("0".to_owned())]] {
         return false;
     }
     // Of channels that the session listened to.
