@@ -176,7 +176,8 @@ pub struct Entry {
     /// Milliseconds from `connected` to the last change of state.
     since_ms: AtomicU64,
     backend_pid: AtomicI32,
-    mailbox: Mutex<Vec<Order>>,
+    /// None: the session takes no orders any more.
+    mailbox: Mutex<Option<Vec<Order>>>,
     /// Looked at in every poll of the relay, so that an empty mailbox costs one load.
     has_orders: AtomicBool,
     waker: Mutex<Option<Waker>>,
@@ -196,7 +197,7 @@ impl Entry {
             state: AtomicU8::new(SessionState::Login as u8),
             since_ms: AtomicU64::new(0),
             backend_pid: AtomicI32::new(0),
-            mailbox: Mutex::default(),
+            mailbox: Mutex::new(Some(Vec::new())),
             has_orders: AtomicBool::new(false),
             waker: Mutex::default(),
         }
@@ -332,9 +333,13 @@ impl Entry {
         databases.contains(&lock(&self.facts).database)
     }
 
-    /// Puts an order into the mailbox and wakes the session.
+    /// Puts an order into the mailbox and wakes the session. With a session that takes none any more it is dropped, so that
+    /// whoever waits for an answer learns at once that there will be none.
     pub(super) fn order(&self, order: Order) {
-        lock(&self.mailbox).push(order);
+        match &mut *lock(&self.mailbox) {
+            Some(orders) => orders.push(order),
+            None => return,
+        }
         self.has_orders.store(true, Ordering::Release);
         self.wake();
     }
@@ -370,6 +375,12 @@ impl Entry {
     pub(super) fn take_orders(&self) -> Vec<Order> {
         let mut mailbox = lock(&self.mailbox);
         self.has_orders.store(false, Ordering::Release);
-        std::mem::take(&mut *mailbox)
+        mailbox.as_mut().map(std::mem::take).unwrap_or_default()
+    }
+
+    /// The session ends: it takes no orders any more, those that are on their way included.
+    pub(super) fn take_no_more_orders(&self) {
+        drop(lock(&self.mailbox).take());
+        self.has_orders.store(false, Ordering::Release);
     }
 }

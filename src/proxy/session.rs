@@ -377,6 +377,8 @@ impl Session {
     /// Says good-bye on both sides. When this returns, nothing of the session runs anywhere.
     async fn finish(mut self: Box<Self>, end: End) {
         tracing::debug!(session = self.entry.id(), ?end, "session ends");
+        // A pause must not wait for the good-byes of a session that has nothing to move.
+        self.entry.take_no_more_orders();
         let in_doubt = self.is_inside();
         let words = match &end {
             End::ClientLeft => None,

@@ -79,8 +79,8 @@ impl std::ops::Deref for Registration {
 impl Drop for Registration {
     fn drop(&mut self) {
         lock(&self.sessions.entries).remove(&self.entry.id());
-        // Whoever waits for an answer learns that there will be none.
-        self.entry.take_orders();
+        // Whoever has found the entry before may order something yet.
+        self.entry.take_no_more_orders();
     }
 }
 
@@ -308,5 +308,18 @@ mod tests {
         assert_eq!((reports[0].session.id, &reports[0].outcome), (id, &MoveOutcome::Busy));
         assert!(silent.has_orders());
         assert_eq!(silent.take_orders().len(), 1);
+    }
+
+    #[tokio::test]
+    async fn who_orders_something_of_a_session_that_has_just_ended_is_answered() {
+        let sessions = Arc::new(Sessions::default());
+        let session = sessions.register("a".to_owned());
+        // Found before the session ended, and told after.
+        let entry = Arc::clone(&session);
+        drop(session);
+        let (done, dealt_with) = oneshot::channel();
+        entry.order(Order::Cancel { done });
+        assert!(dealt_with.await.is_err(), "dropped");
+        assert!(!entry.has_orders());
     }
 }

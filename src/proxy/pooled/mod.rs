@@ -337,6 +337,7 @@ impl PooledSession {
     /// Says good-bye. When this returns, nothing of the session runs anywhere.
     async fn finish(mut self, end: End) {
         tracing::debug!(session = self.entry.id(), ?end, "session ends");
+        self.entry.take_no_more_orders();
         self.pool.stop_waiting(&self.waiter);
         let words = match &end {
             End::ClientLeft => None,
