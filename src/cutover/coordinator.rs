@@ -18,7 +18,7 @@ use super::home;
 use super::leadership::claim_coordination;
 use super::parts::{Engine, Lease};
 use super::phase::Phase;
-use super::report::{CutoverOutcome, CutoverProgress, CutoverReport, Timings};
+use super::report::{CutoverProgress, CutoverReport, Timings};
 use super::startup::Resolver;
 use super::steps::{Ready, Verdict};
 use super::undo::Undo;
@@ -252,7 +252,7 @@ impl Coordinator {
                 if let Err(reason) = lease.finish(Outcome::Aborted).await {
                     tracing::warn!(migration, reason, "the engine did not take the migration back");
                 }
-                not_begun(options.direction, &error)
+                CutoverReport::not_begun(options.direction, &error)
             }
         };
         drop(turn);
@@ -419,25 +419,4 @@ async fn side(
     }
     bootstrap(&control, place).await?;
     Ok(Side { role, connector: connector.clone(), control, identity })
-}
-
-fn not_begun(direction: Direction, error: &CutoverError) -> CutoverReport {
-    CutoverReport {
-        direction,
-        outcome: CutoverOutcome::Aborted,
-        reason: error.to_string(),
-        hint: error.hint(),
-        pause_ms: 0,
-        phases_ms: super::report::PhasesMs::default(),
-        prepare_steps: Vec::new(),
-        pause_steps: Vec::new(),
-        sessions_held: 0,
-        longest_hold_ms: 0.0,
-        would: Vec::new(),
-        sessions_moved: 0,
-        sessions_ended: 0,
-        epoch: 0,
-        blockers: Vec::new(),
-        notes: Vec::new(),
-    }
 }

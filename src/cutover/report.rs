@@ -2,6 +2,7 @@
 
 use std::time::{Duration, Instant};
 
+use super::CutoverError;
 use super::forecast::Intention;
 use super::hard_fence::Obstacle;
 use super::phase::Phase;
@@ -82,6 +83,28 @@ pub struct CutoverReport {
 }
 
 impl CutoverReport {
+    /// Of one that was refused before anything was done.
+    pub(super) fn not_begun(direction: Direction, error: &CutoverError) -> Self {
+        Self {
+            direction,
+            outcome: CutoverOutcome::Aborted,
+            reason: error.to_string(),
+            hint: error.hint(),
+            pause_ms: 0,
+            phases_ms: PhasesMs::default(),
+            prepare_steps: Vec::new(),
+            pause_steps: Vec::new(),
+            sessions_held: 0,
+            longest_hold_ms: 0.0,
+            would: Vec::new(),
+            sessions_moved: 0,
+            sessions_ended: 0,
+            epoch: 0,
+            blockers: Vec::new(),
+            notes: Vec::new(),
+        }
+    }
+
     /// Whether a command exits 0: switched, or a dry run that would have.
     pub fn is_success(&self) -> bool {
         matches!(self.outcome, CutoverOutcome::Switched | CutoverOutcome::DryRun)
@@ -257,24 +280,8 @@ mod tests {
     #[test]
     fn a_pause_above_its_budget_is_counted() {
         let metrics = Metrics::new().expect("names are distinct");
-        let report = |pause_ms| CutoverReport {
-            direction: Direction::Reverse,
-            outcome: CutoverOutcome::Aborted,
-            reason: String::new(),
-            hint: None,
-            pause_ms,
-            phases_ms: PhasesMs::default(),
-            prepare_steps: Vec::new(),
-            pause_steps: Vec::new(),
-            sessions_held: 0,
-            longest_hold_ms: 0.0,
-            would: Vec::new(),
-            sessions_moved: 0,
-            sessions_ended: 0,
-            epoch: 0,
-            blockers: Vec::new(),
-            notes: Vec::new(),
-        };
+        let refused = CutoverReport::not_begun(Direction::Reverse, &CutoverError::Stopped("in a test"));
+        let report = |pause_ms| CutoverReport { pause_ms, ..refused.clone() };
         report(2000).count(&metrics, Duration::from_secs(2));
         assert_eq!(metrics.cutover_pauses_above_budget.get(), 0);
         report(2001).count(&metrics, Duration::from_secs(2));

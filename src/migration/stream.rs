@@ -371,9 +371,9 @@ pub(super) fn describe(error: &(dyn std::error::Error + 'static)) -> String {
 
 /// An error by itself, and what is behind it. Behind a server's answer is the same once more, with everything it said.
 fn look<'a>(error: &'a (dyn std::error::Error + 'static)) -> (String, Option<&'a (dyn std::error::Error + 'static)>) {
-    match error.downcast_ref::<tokio_postgres::Error>() {
-        Some(answer) if answer.as_db_error().is_some() => (without_values(answer), None),
-        Some(_) | None => (error.to_string(), error.source()),
+    match error.downcast_ref().and_then(tokio_postgres::Error::as_db_error) {
+        Some(answer) => (without_values(answer), None),
+        None => (error.to_string(), error.source()),
     }
 }
 

@@ -1,5 +1,7 @@
 //! What goes wrong on a connection that was open.
 
+use tokio_postgres::error::DbError;
+
 /// The fields of an ErrorResponse (PostgreSQL documentation, "Error and Notice Message Fields").
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct ErrorReport {
@@ -35,17 +37,15 @@ fn quotes_data(code: &str) -> bool {
     matches!(code.get(..2), Some("22" | "P0"))
 }
 
-/// An error as it may be logged and shown: neither the message nor DETAIL of a kind that quotes values. Integrity
+/// A server's answer as it may be logged and shown: neither the message nor DETAIL of a kind that quotes values. Integrity
 /// violations (class 23) name the constraint in the message, and quote the row in DETAIL.
-pub fn without_values(error: &tokio_postgres::Error) -> String {
-    let Some(report) = error.as_db_error() else { return error.to_string() };
+pub fn without_values(report: &DbError) -> String {
     let (severity, code) = (report.severity(), report.code().code());
     if quotes_data(code) {
         format!("{severity} {code}: {IN_THE_LOG}")
     } else if code.starts_with("23") {
         format!("{severity} {code}: {}", report.message())
     } else {
-        // The error itself says only that the server has answered with one.
         format!("db error: {report}")
     }
 }

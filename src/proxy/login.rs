@@ -11,6 +11,7 @@ use std::{io, pin::pin};
 use super::access::Access;
 use super::auth::hba::{Client, Demand, Verdict};
 use super::auth::{Asked, AuthError, authenticate};
+use super::cancel::CancelKey;
 use super::client_error::ClientError;
 use super::entry::{Entry, Order, SessionState};
 use super::handshake::{ClientChannel, Entrance, HandshakeError, Peer, Request, negotiate, wants_replication};
@@ -191,6 +192,13 @@ enum Done {
     Session(Box<Link>),
     Pooled(Box<Pooled>),
     Console,
+}
+
+/// What a client has once it is listed.
+struct Introduced {
+    key: CancelKey,
+    /// How long it may wait for a server.
+    patience: Duration,
 }
 
 struct LoginInProgress<'a> {
@@ -421,6 +429,26 @@ impl LoginInProgress<'_> {
         Ok(())
     }
 
+    /// Takes the places that limits leave for the client, and has it listed by its name.
+    fn introduce(&mut self) -> Result<Introduced, Refused> {
+        let SessionStartup { user, database, .. } = &self.startup;
+        let limits = self.shared().limits.load_full();
+        let places = self.shared().places.of_session(&limits, user, database).map_err(Refused::With)?;
+        let key = self.shared().keys.issue(&self.registration);
+        let application_name = self.startup.parameter("application_name").unwrap_or_default();
+        let tls = matches!(self.channel.stream, Stream::Tls(_));
+        self.registration.set_identity(user, database, application_name, key.pid, tls);
+        let patience = limits.timeouts_of(user, database).query_wait;
+        self.slot.places.extend(places);
+        Ok(Introduced { key, patience })
+    }
+
+    /// What the client logs in as; its parameters are moved into it.
+    fn login(&mut self, credential: Credential) -> Login {
+        let SessionStartup { user, database, parameters, .. } = &mut self.startup;
+        Login { user: user.clone(), database: database.clone(), credential, parameters: std::mem::take(parameters) }
+    }
+
     /// Waits for admission and opens the backend inside it, so that a cutover never meets a login half done.
     async fn connect(&mut self, credential: Credential) -> Result<Link, Refused> {
         let exempt = wants_replication(&self.startup);
@@ -428,17 +456,8 @@ impl LoginInProgress<'_> {
             // The server takes any name then, so an invented one must not be believed.
             PHYSICAL_REPLICATION.clone_into(&mut self.startup.database);
         }
-        let (user, database) = (self.startup.user.clone(), self.startup.database.clone());
-        let limits = self.shared().limits.load_full();
-        let places = self.shared().places.of_session(&limits, &user, &database).map_err(Refused::With)?;
-        self.slot.places.extend(places);
-        let patience = limits.timeouts_of(&user, &database).query_wait;
-        let application_name = self.startup.parameter("application_name").unwrap_or_default().to_owned();
-        let mut key = self.shared().keys.issue(&self.registration);
-        let tls = matches!(self.channel.stream, Stream::Tls(_));
-        self.registration.set_identity(&user, &database, &application_name, key.pid, tls);
-        let parameters = std::mem::take(&mut self.startup.parameters);
-        let login = Login { user, database, credential, parameters };
+        let Introduced { mut key, patience } = self.introduce()?;
+        let login = self.login(credential);
         self.meet(&login).await?;
         let local = self.worker.database(&login.database);
         let member = local.database.join();

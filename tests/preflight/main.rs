@@ -25,11 +25,19 @@ use tokio_postgres::Client;
 type Results = BTreeMap<String, RuleResult>;
 
 async fn validate(rig: &Rig, source: &Connector, config: &Config, overwrite_target: bool) -> Results {
+    between(source, &rig.target, config, overwrite_target).await
+}
+
+async fn between(source: &Connector, target: &Connector, config: &Config, overwrite_target: bool) -> Results {
     let databases = [DATABASE.to_owned()];
     let mode = Mode::Online;
-    let preflight =
-        Preflight { source, target: &rig.target, databases: &databases, config, mode, overwrite_target, slots: &[] };
-    answers(&preflight).await
+    answers(&Preflight { source, target, databases: &databases, config, mode, overwrite_target, slots: &[] }).await
+}
+
+fn logged_in_as(server: &pgcutover::config::Server, user: &str, label: &str, rig: &Rig) -> Connector {
+    let mut server = server.clone();
+    server.user = user.to_owned();
+    Connector::new(&server, label, rig.source.instance()).unwrap()
 }
 
 async fn answers(preflight: &Preflight<'_>) -> Results {
@@ -223,23 +231,9 @@ async fn rights_that_are_missing_are_named_and_given() {
     rig.on_source(GUARDED).await;
     support::connect(&rig.target_cluster, "postgres").await.batch_execute("CREATE ROLE limited LOGIN").await.unwrap();
     let before = validate(&rig, &rig.source, &rig.whole, false).await;
-    let connector = |server: &pgcutover::config::Server, label| {
-        let mut server = server.clone();
-        server.user = "limited".to_owned();
-        Connector::new(&server, label, rig.source.instance()).unwrap()
-    };
-    let (source, target) = (connector(&rig.whole.source, "source"), connector(&rig.whole.target, "target"));
-    let databases = [DATABASE.to_owned()];
-    let preflight = Preflight {
-        source: &source,
-        target: &target,
-        databases: &databases,
-        config: &rig.whole,
-        mode: Mode::Online,
-        overwrite_target: false,
-        slots: &[],
-    };
-    let limited = answers(&preflight).await;
+    let source = logged_in_as(&rig.whole.source, "limited", "source", &rig);
+    let target = logged_in_as(&rig.whole.target, "limited", "target", &rig);
+    let limited = between(&source, &target, &rig.whole, false).await;
     for (code, evidence) in RIGHTS {
         silent(&before, code);
         found(&limited, code, evidence);
@@ -247,7 +241,7 @@ async fn rights_that_are_missing_are_named_and_given() {
     for (code, _) in RIGHTS {
         obey(&rig, &limited[*code].statements).await;
     }
-    let after = answers(&preflight).await;
+    let after = between(&source, &target, &rig.whole, false).await;
     for (code, _) in RIGHTS {
         silent(&after, code);
     }

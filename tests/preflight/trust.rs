@@ -4,22 +4,16 @@
 use std::time::Duration;
 
 use pgcutover::catalog::{Place, bootstrap};
-use pgcutover::config::{Config, Migration, ServerKind, SslMode};
+use pgcutover::config::{Config, Migration, Server, ServerKind, SslMode};
 use pgcutover::migration::preflight::{Mode, Outcome, Preflight, Statement};
 use pgcutover::postgres::Connector;
 
 use crate::rig::{DATABASE, Rig};
-use crate::{answers, found, newest_pair, obey, silent, support, validate};
+use crate::{answers, between, found, logged_in_as, newest_pair, obey, silent, support, validate};
 
 fn rig() -> Rig {
     let (source, target) = newest_pair();
     Rig::of(support::two_clusters_of((&source, &target), |options| options, |options| options))
-}
-
-fn logged_in_as(server: &pgcutover::config::Server, user: &str, label: &str, rig: &Rig) -> Connector {
-    let mut server = server.clone();
-    server.user = user.to_owned();
-    Connector::new(&server, label, rig.source.instance()).unwrap()
 }
 
 /// Every one of these functions would make its owner a superuser.
@@ -193,23 +187,10 @@ async fn statements_do_no_harm() {
     assert_eq!(results["catalogue_grants"].outcome, Outcome::Warning, "a superuser grants the same");
 
     // To others they are a failure; and a service is told what it allows.
-    let mut server = rig.whole.source.clone();
-    (server.kind, server.user) = (ServerKind::AwsRds, "limited".to_owned());
-    let source = Connector::new(&server, "source", rig.source.instance()).unwrap();
-    let mut server = rig.whole.target.clone();
-    (server.kind, server.user) = (ServerKind::AwsRds, "limited".to_owned());
-    let target = Connector::new(&server, "target", rig.source.instance()).unwrap();
-    let databases = [DATABASE.to_owned()];
-    let preflight = Preflight {
-        source: &source,
-        target: &target,
-        databases: &databases,
-        config: &rig.whole,
-        mode: Mode::Online,
-        overwrite_target: false,
-        slots: &[],
-    };
-    let limited = answers(&preflight).await;
+    let of_rds = |server: &Server| Server { kind: ServerKind::AwsRds, ..server.clone() };
+    let source = logged_in_as(&of_rds(&rig.whole.source), "limited", "source", &rig);
+    let target = logged_in_as(&of_rds(&rig.whole.target), "limited", "target", &rig);
+    let limited = between(&source, &target, &rig.whole, false).await;
     assert_eq!(limited["catalogue_grants"].outcome, Outcome::Failed);
     assert_eq!(limited["replication_right"].statements[0].sql, "GRANT rds_replication TO \"limited\"");
     assert_eq!(limited["session_replication_role"].statements[0].sql, "GRANT rds_superuser TO \"limited\"");

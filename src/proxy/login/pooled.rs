@@ -9,8 +9,8 @@ use std::time::Duration;
 
 use tokio::time::Instant;
 
-use super::{EARLY_INPUT_MAX, LoginInProgress, Refused, admit, ended_by};
-use crate::postgres::{Credential, Login, Stream};
+use super::{EARLY_INPUT_MAX, Introduced, LoginInProgress, Refused, admit, ended_by};
+use crate::postgres::Credential;
 use crate::proxy::entry::SessionState;
 use crate::proxy::pool::{Link as PoolLink, LocalPool, Profile, Reported, Waiter};
 use crate::proxy::pooled::{self, Pooled};
@@ -22,19 +22,10 @@ use crate::wire::message;
 impl LoginInProgress<'_> {
     /// Learns what the client's settings come to, on a connection of its pool unless that is known already.
     pub(super) async fn join_pool(&mut self, credential: Credential) -> Result<Pooled, Refused> {
-        let (user, database) = (self.startup.user.clone(), self.startup.database.clone());
-        let limits = self.shared().limits.load_full();
-        let places = self.shared().places.of_session(&limits, &user, &database).map_err(Refused::With)?;
-        self.slot.places.extend(places);
-        let patience = limits.timeouts_of(&user, &database).query_wait;
-        let application_name = self.startup.parameter("application_name").unwrap_or_default().to_owned();
-        let key = self.shared().keys.issue(&self.registration);
-        let tls = matches!(self.channel.stream, Stream::Tls(_));
-        self.registration.set_identity(&user, &database, &application_name, key.pid, tls);
+        let Introduced { key, patience } = self.introduce()?;
         self.registration.set_pooled();
         let settings = pooled::settings_of(&self.startup.parameters).map_err(Refused::With)?;
-        let parameters = std::mem::take(&mut self.startup.parameters);
-        let login = Login { user, database, credential, parameters };
+        let login = self.login(credential);
         self.meet(&login).await?;
         let local = self.worker.database(&login.database);
         let pool = self.worker.pool(&local, &login.database, &login.user, &login.credential);
