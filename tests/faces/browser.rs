@@ -116,7 +116,7 @@ impl Face for Clicks {
 
     async fn roll_back(&mut self) {
         self.browser.click("#limits summary");
-        self.browser.type_into("#max-pause", "4s");
+        self.browser.type_into("#max-pause", "50s");
         self.browser.click("#dry-run");
         self.browser.wait_for("#report", "Dry run of a rollback");
         self.browser.click("#roll-back");

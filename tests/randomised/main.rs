@@ -13,7 +13,7 @@ mod workload;
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use pgcutover::demo::cluster::{Cluster, Stop};
 use pgcutover::demo::compare;
@@ -94,8 +94,9 @@ async fn one(source: &mut Cluster, target: &mut Cluster, seed: u64) {
     .await;
     let (from, to) = (connect(source, &database).await, connect(target, &database).await);
     let mut differences = Vec::new();
-    // What was committed last may still be on its way; nothing more comes.
-    for _ in 0..200 {
+    // What was committed last may still be on its way, behind a wait for a server that was killed; nothing more comes.
+    let deadline = Instant::now() + MIGRATION_PATIENCE;
+    while Instant::now() < deadline {
         differences = compare::differences(&from, &to).await.expect("both can be read");
         // Sequences are set by a cutover.
         differences.retain(|difference| !difference.starts_with("sequence"));
@@ -104,7 +105,7 @@ async fn one(source: &mut Cluster, target: &mut Cluster, seed: u64) {
         }
         tokio::time::sleep(Duration::from_millis(100)).await;
     }
-    assert_eq!(differences, Vec::<String>::new(), "\n{sql}");
+    assert_eq!(differences, Vec::<String>::new(), "\n{}\n{sql}", state(&daemon, &name));
     println!("  {} transactions, equal", workload.committed.load(Ordering::Relaxed));
     drop((from, to));
     daemon.must(&["migration", "cancel", &name]);
