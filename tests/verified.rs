@@ -28,10 +28,19 @@ fn assert_equal(report: &Value, when: &str) {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn every_direction_of_the_stream_is_verified_and_repaired() {
     let world = World::begin(0.01).await;
+    // The application uses it up and sets it back, on whichever server it runs.
+    let turned = "CREATE SEQUENCE shop.turned; SELECT setval('shop.turned', 50)";
+    connect(&world.source, SHOP).await.batch_execute(turned).await.expect("made");
     let application = world.application(4);
     world.migrate().await;
     world.wait_for_writes(&application, 50).await;
     assert_equal(&verify(&world), "before the cutover");
+    let rehearsed = world.daemon.json(&["migration", "cutover", NAME, "--dry-run"]);
+    assert_eq!(rehearsed["outcome"], "dry-run", "{rehearsed}");
+    let back = "SELECT setval('shop.turned', 2)::text";
+    text(&world.source, back).await;
+    assert_eq!(text(&world.target, "SELECT last_value::text FROM shop.turned").await.as_deref(), Some("50"));
+    assert_equal(&verify(&world), "after a dry run");
 
     // Damage on the target: found, and repaired.
     let there = connect(&world.target, SHOP).await;
@@ -56,6 +65,7 @@ async fn every_direction_of_the_stream_is_verified_and_repaired() {
     assert_eq!(report["outcome"], "switched", "{report}");
     world.wait_until(COMPLETED).await;
     world.wait_for_writes(&application, 50).await;
+    text(&world.target, "SELECT setval('shop.turned', 1)::text").await;
     assert_equal(&verify(&world), "after the cutover");
     world.must_be_shut(&world.source).await;
 

@@ -4,6 +4,7 @@
 //!   [`claims`] reads them, [`resolve`] (pure) draws the conclusion.
 //! * [`migrations`], [`tables`], [`streams`], [`watches`], [`progress`], [`journal`], [`verification`]: rows of the
 //!   engine, of everything that it was asked, has done, has made and has found.
+//! * [`positions`]: rows of where sequences were set.
 //! * [`door`]: how our own sessions get into databases that a fence keeps shut.
 //!
 //! [`bootstrap`] makes the tables. Each part owns its DDL and a version number; nothing here is ever dropped by it.
@@ -14,6 +15,7 @@ pub mod door;
 pub mod fence;
 pub mod journal;
 pub mod migrations;
+pub mod positions;
 pub mod progress;
 pub mod resolve;
 pub mod streams;
@@ -64,14 +66,15 @@ impl Place {
         const VERIFICATION: Part = part("verification", 2, verification::TARGET_CONTROL_DDL);
         const MARKER: Part = part("marker", 1, progress::SOURCE_DATABASE_DDL);
         const PROGRESS: Part = part("progress", 2, progress::TARGET_DATABASE_DDL);
+        const POSITIONS: Part = part("sequence_positions", 1, positions::DDL);
         // A rollback leads the other way, so both control databases hold fences and decisions.
         match self {
             Self::SourceControl => &[FENCE, DECISION],
             Self::TargetControl => &[FENCE, DECISION, MIGRATIONS, VERIFICATION],
-            Self::TargetDatabase => &[BOUNDARY, PROGRESS],
+            Self::TargetDatabase => &[BOUNDARY, PROGRESS, POSITIONS],
             // A publication names all of them from the beginning: what serves the way back is what tells, on a server that
             // was left, our own writes from those of strangers.
-            Self::SourceDatabase | Self::BothWays => &[MARKER, BOUNDARY, PROGRESS],
+            Self::SourceDatabase | Self::BothWays => &[MARKER, BOUNDARY, PROGRESS, POSITIONS],
         }
     }
 }

@@ -2,13 +2,16 @@
 //!
 //! They are read from the sequences themselves: `pg_sequences` does not tell where a sequence stands that was set
 //! without having been called. `setval` is not transactional, which is harmless: until the switch nobody uses the
-//! target's sequences, and setting them again is setting them.
+//! target's sequences, and setting them again is setting them. Where they were set is noted ([`positions`]), so that it is
+//! known whether somebody has used them after all.
 
 use std::collections::HashMap;
 
-use futures_util::future::try_join_all;
-use tokio_postgres::{Client, GenericClient, Statement};
+use futures_util::future::{try_join, try_join_all};
+use tokio_postgres::types::ToSql;
+use tokio_postgres::{Client, Statement};
 
+use crate::catalog::positions::{self, Position};
 use crate::ident::QualifiedName;
 
 /// Sequences read by one statement.
@@ -23,16 +26,11 @@ const NAMES: &str = "
       AND n.nspname NOT IN ('information_schema', 'pgcutover')
     ORDER BY 1, 2";
 
-/// Where a sequence stands.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct SequenceValue {
-    /// Its name.
-    pub name: QualifiedName,
-    /// The value it gave last, or will give next when it was not called.
-    pub last_value: i64,
-    /// Whether `last_value` was given already.
-    pub is_called: bool,
-}
+/// Sets the sequences of the same names, all by one statement; answers with those that are not there.
+const SET: &str = "
+    SELECT s.schema_name, s.name
+      FROM unnest($1::text[], $2::text[], $3::bigint[], $4::boolean[]) AS s (schema_name, name, value, called)
+     WHERE pg_catalog.setval(pg_catalog.to_regclass(pg_catalog.format('%I.%I', s.schema_name, s.name)), s.value, s.called) IS NULL";
 
 /// Sequences could not be read or set.
 #[derive(Debug, thiserror::Error)]
@@ -70,7 +68,7 @@ impl Reader {
     }
 
     /// Reads them as they are now; sequences that were made or dropped meanwhile are noticed.
-    async fn read(&mut self, client: &Client) -> Result<Vec<SequenceValue>, tokio_postgres::Error> {
+    async fn read(&mut self, client: &Client) -> Result<Vec<Position>, tokio_postgres::Error> {
         let names = list(client).await?;
         if names != self.names {
             *self = Self::prepare(client, names).await?;
@@ -80,7 +78,7 @@ impl Reader {
         let values = chunks.flat_map(|(names, rows)| {
             rows.into_iter().filter_map(|row| {
                 let name = names.get(usize::try_from(row.get::<_, i32>(0)).ok()?)?;
-                Some(SequenceValue { name: name.clone(), last_value: row.get(1), is_called: row.get(2) })
+                Some(Position { name: name.clone(), last_value: row.get(1), is_called: row.get(2) })
             })
         });
         Ok(values.collect())
@@ -92,23 +90,37 @@ async fn list(client: &Client) -> Result<Vec<QualifiedName>, tokio_postgres::Err
     Ok(rows.iter().map(|row| QualifiedName::new(row.get::<_, String>(0), row.get::<_, String>(1))).collect())
 }
 
+/// Where every sequence of the database stands.
+pub async fn read(client: &Client) -> Result<Vec<Position>, tokio_postgres::Error> {
+    Reader::prepare(client, list(client).await?).await?.read(client).await
+}
+
 /// The sequences of a database on both servers.
 #[derive(Debug)]
 pub struct SequencePair {
     from: Reader,
     to: Reader,
+    note: Statement,
+    set: Statement,
 }
 
 impl SequencePair {
     /// Plans the reading on both sides and brings the values over a first time, so that in the pause only those are set
-    /// that have moved since.
+    /// that have moved since. Where all of them stand then is noted, and what earlier attempts have set is forgotten.
     pub async fn prepare(from: &Client, to: &Client) -> Result<Self, SequenceError> {
         let reader = async |client: &Client| {
             let names = list(client).await.map_err(read_failed)?;
             Reader::prepare(client, names).await.map_err(read_failed)
         };
-        let mut pair = Self { from: reader(from).await?, to: reader(to).await? };
-        pair.bring_over(from, to).await?;
+        let mut pair = Self {
+            from: reader(from).await?,
+            to: reader(to).await?,
+            note: to.prepare(positions::NOTE_SQL).await.map_err(set_failed)?,
+            set: to.prepare(SET).await.map_err(set_failed)?,
+        };
+        let (wanted, _) = pair.carry(from, to).await?;
+        let columns = Columns::of(&wanted);
+        to.execute(positions::NOTE_ONLY_SQL, &columns.parameters()).await.map_err(set_failed)?;
         Ok(pair)
     }
 
@@ -117,16 +129,58 @@ impl SequencePair {
         &self.from.names
     }
 
-    /// Sets the sequences of `to` that stand elsewhere than those of `from`. Returns how many that were.
+    /// Sets the sequences of `to` that stand elsewhere than those of `from`. Returns how many that were. Both are the
+    /// sessions that this was prepared with.
     pub async fn bring_over(&mut self, from: &Client, to: &Client) -> Result<usize, SequenceError> {
+        self.carry(from, to).await.map(|(_, moved)| moved)
+    }
+
+    /// The same; also returns where they stand now.
+    async fn carry(&mut self, from: &Client, to: &Client) -> Result<(Vec<Position>, usize), SequenceError> {
         let (wanted, found) = tokio::try_join!(self.from.read(from), self.to.read(to)).map_err(read_failed)?;
-        let found: HashMap<&QualifiedName, &SequenceValue> = found.iter().map(|value| (&value.name, value)).collect();
-        let moved: Vec<SequenceValue> =
-            wanted.into_iter().filter(|value| found.get(&value.name) != Some(&value)).collect();
-        if !moved.is_empty() {
-            set(to, &moved).await?;
+        let found: HashMap<&QualifiedName, &Position> = found.iter().map(|value| (&value.name, value)).collect();
+        let moved = wanted.iter().filter(|value| found.get(&value.name) != Some(value));
+        let moved = Columns::of(moved);
+        if !moved.names.is_empty() {
+            // Two transactions, sent in this order and answered by one round trip.
+            let parameters = moved.parameters();
+            let (_, missing) = try_join(to.execute(&self.note, &parameters), to.query(&self.set, &parameters))
+                .await
+                .map_err(set_failed)?;
+            let name = |row: &tokio_postgres::Row| format!("{}.{}", row.get::<_, &str>(0), row.get::<_, &str>(1));
+            let missing: Vec<String> = missing.iter().map(name).collect();
+            if !missing.is_empty() {
+                return Err(SequenceError::Missing(missing.join(", ")));
+            }
         }
-        Ok(moved.len())
+        let moved = moved.names.len();
+        Ok((wanted, moved))
+    }
+}
+
+/// Positions as the parameters of a statement.
+#[derive(Default)]
+struct Columns<'a> {
+    schemas: Vec<&'a str>,
+    names: Vec<&'a str>,
+    last_values: Vec<i64>,
+    are_called: Vec<bool>,
+}
+
+impl<'a> Columns<'a> {
+    fn of(positions: impl IntoIterator<Item = &'a Position>) -> Self {
+        let mut columns = Self::default();
+        for Position { name, last_value, is_called } in positions {
+            columns.schemas.push(&name.schema);
+            columns.names.push(&name.name);
+            columns.last_values.push(*last_value);
+            columns.are_called.push(*is_called);
+        }
+        columns
+    }
+
+    fn parameters(&self) -> [&(dyn ToSql + Sync); 4] {
+        [&self.schemas, &self.names, &self.last_values, &self.are_called]
     }
 }
 
@@ -134,22 +188,6 @@ fn read_failed(source: tokio_postgres::Error) -> SequenceError {
     SequenceError::Query { doing: "read", source }
 }
 
-/// Sets the sequences of the same names, all by one statement.
-async fn set(target: &impl GenericClient, values: &[SequenceValue]) -> Result<(), SequenceError> {
-    let names: Vec<String> = values.iter().map(|value| value.name.to_string()).collect();
-    let numbers: Vec<i64> = values.iter().map(|value| value.last_value).collect();
-    let called: Vec<bool> = values.iter().map(|value| value.is_called).collect();
-    let rows = target
-        .query(
-            "SELECT name FROM unnest($1::text[], $2::bigint[], $3::boolean[]) AS s (name, value, called)
-              WHERE pg_catalog.setval(pg_catalog.to_regclass(name), value, called) IS NULL",
-            &[&names, &numbers, &called],
-        )
-        .await
-        .map_err(|source| SequenceError::Query { doing: "set on the target", source })?;
-    if rows.is_empty() {
-        return Ok(());
-    }
-    let missing: Vec<String> = rows.iter().map(|row| row.get(0)).collect();
-    Err(SequenceError::Missing(missing.join(", ")))
+fn set_failed(source: tokio_postgres::Error) -> SequenceError {
+    SequenceError::Query { doing: "set on the target", source }
 }

@@ -6,6 +6,7 @@
 mod kinds;
 mod planted;
 mod resumed;
+mod sequences;
 #[path = "../support/mod.rs"]
 mod support;
 

@@ -168,8 +168,9 @@ impl DatabaseWork {
     async fn publish(&self, row: &mut DatabaseRow) -> Result<(), WorkError> {
         let journal = self.journal();
         let mut source = self.context.source_control(&row.database, "publish").await?;
-        let ours = "DROP TABLE IF EXISTS pgcutover.marker, pgcutover.boundary, pgcutover.progress";
-        let undo = self.context.undo_schema(&row.database, ours, &["marker", "boundary", "progress"]);
+        let ours = "DROP TABLE IF EXISTS pgcutover.marker, pgcutover.boundary, pgcutover.progress, pgcutover.sequence_position";
+        let parts = ["marker", "boundary", "progress", "sequence_positions"];
+        let undo = self.context.undo_schema(&row.database, ours, &parts);
         journal.record(&self.made(Side::Source, "schema", "pgcutover", undo)).await?;
         bootstrap(&source, Place::SourceDatabase).await?;
 

@@ -11,23 +11,16 @@
 //! large objects, rows of unlogged tables and of materialized views); the members of extensions, which belong to the
 //! extension's version, and that version between majors, of which each brings its own.
 
-use std::cmp::Ordering;
 use std::collections::BTreeMap;
 
 use serde::{Deserialize, Serialize};
 
-use super::VerifyError;
 use super::align::Sides;
+use super::{VerifyError, sequences};
 use crate::postgres::Control;
 
 /// `kind`, `name`, `definition` of everything.
 const DEFINITIONS: &str = include_str!("definitions.sql");
-
-/// Where each sequence stands; null where it was never called.
-const SEQUENCES: &str = "
-SELECT format('%I.%I', n.nspname, c.relname), s.seqincrement, pg_sequence_last_value(c.oid)
-  FROM pg_sequence s JOIN pg_class c ON c.oid = s.seqrelid JOIN pg_namespace n ON n.oid = c.relnamespace
- WHERE c.relpersistence <> 't' AND n.nspname !~ '^pg_' AND n.nspname NOT IN ('information_schema', 'pgcutover')";
 
 /// A definition that is not the same.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, schemars::JsonSchema)]
@@ -36,35 +29,20 @@ pub struct DefinitionDifference {
     pub kind: String,
     /// Its name, with what it belongs to.
     pub name: String,
-    /// `missing` on the target, `extra` there, `differs`; of a sequence `ahead`, where the target has used it, and `behind`,
-    /// where no cutover will set it any more.
+    /// `missing` on the target, `extra` there, `differs`; of a sequence `ahead`, where somebody has used or set it on the target,
+    /// and `behind`, where no cutover will set it any more.
     pub difference: String,
 }
 
-/// Compares the definitions, and sees to it that no sequence of the target is ahead of the source's. Behind it they all
-/// are as long as a cutover is to come, which sets them exactly; where none is, that is a difference too.
+/// Compares the definitions, and where the sequences stand.
 pub async fn compare(sides: &Sides) -> Result<Vec<DefinitionDifference>, VerifyError> {
     let source = sides.enter_source("verify-definitions").await?;
     let target = sides.enter_target("verify-definitions").await?;
     let alike = source.version_num() / 10_000 == target.version_num() / 10_000;
-    let found = differences(&read(&source, alike).await?, &read(&target, alike).await?);
-    // The target first: what the source gives out meanwhile only brings it further.
-    let (there, here) = (sequences(&target).await?, sequences(&source).await?);
+    let mut found = differences(&read(&source, alike).await?, &read(&target, alike).await?);
     let cutover_to_come = sides.gate.is_some();
-    let apart = there.into_iter().filter_map(|(name, (increment, target))| {
-        let difference = match position(increment, target).cmp(&position(increment, here.get(&name)?.1)) {
-            Ordering::Greater => "ahead",
-            Ordering::Less if !cutover_to_come => "behind",
-            Ordering::Less | Ordering::Equal => return None,
-        };
-        Some(DefinitionDifference { kind: "sequence".to_owned(), name, difference: difference.to_owned() })
-    });
-    Ok(found.into_iter().chain(apart).collect())
-}
-
-/// How far a sequence is, whichever way it counts; none: it was never called.
-fn position(increment: i64, last: Option<i64>) -> Option<i128> {
-    last.map(|last| i128::from(last) * i128::from(increment.signum()))
+    found.extend(sequences::compare(&source, &target, cutover_to_come).await?);
+    Ok(found)
 }
 
 /// Objects of one name (overloads are told apart by their arguments) stand side by side.
@@ -93,11 +71,6 @@ async fn read(server: &Control, alike: bool) -> Result<Definitions, VerifyError>
     Ok(definitions)
 }
 
-async fn sequences(server: &Control) -> Result<BTreeMap<String, (i64, Option<i64>)>, VerifyError> {
-    let rows = server.query(SEQUENCES, &[]).await.map_err(VerifyError::query("reading sequences"))?;
-    Ok(rows.iter().map(|row| (unquoted(row.get(0)), (row.get(1), row.get(2)))).collect())
-}
-
 fn differences(source: &Definitions, target: &Definitions) -> Vec<DefinitionDifference> {
     let told = |(kind, name): &(String, String), difference: &str| DefinitionDifference {
         kind: kind.clone(),
@@ -115,7 +88,7 @@ fn differences(source: &Definitions, target: &Definitions) -> Vec<DefinitionDiff
 
 /// The text without the quotes around ordinary names, which are there where the name is a keyword. String constants stay
 /// as they are.
-fn unquoted(text: &str) -> String {
+pub(super) fn unquoted(text: &str) -> String {
     let mut unquoted = String::with_capacity(text.len());
     let mut rest = text;
     while let Some(start) = rest.find(['"', '\'']) {

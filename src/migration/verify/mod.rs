@@ -26,6 +26,7 @@ mod descend;
 mod expression;
 mod repair;
 mod round;
+mod sequences;
 mod table;
 
 use std::collections::{HashMap, VecDeque};
@@ -41,6 +42,7 @@ use self::expression::{Floats, Hasher, Method};
 use self::repair::Damage;
 use self::round::{Ended, round};
 use self::table::Plan;
+use crate::catalog::RecordError;
 use crate::catalog::door::DoorError;
 use crate::catalog::migrations::CatalogError;
 use crate::ident::QualifiedName;
@@ -210,6 +212,9 @@ pub enum VerifyError {
     /// A result could not be kept.
     #[error(transparent)]
     Catalog(#[from] CatalogError),
+    /// What was noted of earlier cutovers could not be read.
+    #[error(transparent)]
+    Record(#[from] RecordError),
 }
 
 impl VerifyError {
@@ -226,7 +231,7 @@ impl VerifyError {
             }
             Self::Moved => true,
             Self::Door(DoorError::Connect(error)) => error.sqlstate().is_none_or(transient_sqlstate),
-            Self::Door(_) | Self::NoCommonSnapshot { .. } | Self::Unreadable(_) | Self::Catalog(_) => false,
+            Self::Door(_) | Self::NoCommonSnapshot { .. } | Self::Unreadable(_) | Self::Catalog(_) | Self::Record(_) => false,
         }
     }
 }
