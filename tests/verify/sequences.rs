@@ -77,7 +77,8 @@ async fn a_sequence_is_ahead_only_where_somebody_has_moved_it() {
     rehearse(source, target).await;
     assert_eq!(to_come().await, ahead(NOTHING));
     run(&here, "SELECT setval('plain', 70)").await;
-    let (from, to) = (source.control("shop", "test").await.expect("from"), target.control("shop", "test").await.expect("to"));
+    let (from, to) =
+        (source.control("shop", "test").await.expect("from"), target.control("shop", "test").await.expect("to"));
     let mut pair = SequencePair::prepare(&from, &to).await.expect("prepared");
     run(&here, "SELECT setval('plain', 90), setval('wide', 90)").await;
     assert_eq!(pair.bring_over(&from, &to).await.expect("in the pause"), 2);

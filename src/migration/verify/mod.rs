@@ -231,7 +231,11 @@ impl VerifyError {
             }
             Self::Moved => true,
             Self::Door(DoorError::Connect(error)) => error.sqlstate().is_none_or(transient_sqlstate),
-            Self::Door(_) | Self::NoCommonSnapshot { .. } | Self::Unreadable(_) | Self::Catalog(_) | Self::Record(_) => false,
+            Self::Door(_)
+            | Self::NoCommonSnapshot { .. }
+            | Self::Unreadable(_)
+            | Self::Catalog(_)
+            | Self::Record(_) => false,
         }
     }
 }
