@@ -230,6 +230,29 @@ async fn a_transaction_larger_than_the_queue_flows_through() {
     running.abort();
 }
 
+/// Where transactions of a thousand rows follow each other there is hardly a moment between two. What is applied becomes
+/// durable all the same, bit by bit, and not when the source pauses.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_backlog_of_long_transactions_becomes_durable_bit_by_bit() {
+    let bench = Bench::start((any_major(), any_major())).await;
+    let (source, target) = (connect(&bench.source, "shop").await, connect(&bench.target, "shop").await);
+    let told = "ALTER TABLE parent ADD COLUMN written_by bigint DEFAULT txid_current()";
+    target.batch_execute(told).await.expect("on the target only");
+    for transaction in 0..60 {
+        let sql = format!("INSERT INTO parent SELECT g FROM generate_series({transaction} * 1000 + 1, {transaction} * 1000 + 1000) g");
+        source.batch_execute(&sql).await.expect("inserted");
+    }
+    let (status, running) = bench.run();
+    bench.drain(&status, "end").await;
+    let sql = "SELECT max(rows) FROM (SELECT count(*) AS rows FROM parent GROUP BY written_by) w";
+    let largest: i64 = target.query_one(sql, &[]).await.expect("counted").get(0);
+    // The queue here is so small that a part of one fills a piece: the next end of a transaction is taken.
+    assert!(largest <= 2000, "{largest} rows in one transaction");
+    target.batch_execute("ALTER TABLE parent DROP COLUMN written_by").await.expect("dropped");
+    bench.assert_equal().await;
+    running.abort();
+}
+
 /// Rows that exchange the values of a unique column cannot be changed at once: the target refuses the net effect, and takes
 /// the changes in the order in which the source made them. In a transaction of its own, and in the middle of a long one.
 #[tokio::test(flavor = "multi_thread")]

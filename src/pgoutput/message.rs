@@ -74,7 +74,7 @@ pub struct Begin {
 }
 
 impl Begin {
-    pub(super) fn read(reader: &mut Reader) -> Result<Self, DecodeError> {
+    pub(super) fn read(reader: &mut Reader<'_>) -> Result<Self, DecodeError> {
         Ok(Self {
             final_lsn: reader.lsn("final LSN")?,
             timestamp: reader.timestamp("commit time")?,
@@ -95,7 +95,7 @@ pub struct Commit {
 }
 
 impl Commit {
-    pub(super) fn read(reader: &mut Reader) -> Result<Self, DecodeError> {
+    pub(super) fn read(reader: &mut Reader<'_>) -> Result<Self, DecodeError> {
         reader.no_flags()?;
         Ok(Self {
             commit_lsn: reader.lsn("commit LSN")?,
@@ -115,7 +115,7 @@ pub struct Origin {
 }
 
 impl Origin {
-    pub(super) fn read(reader: &mut Reader) -> Result<Self, DecodeError> {
+    pub(super) fn read(reader: &mut Reader<'_>) -> Result<Self, DecodeError> {
         Ok(Self { commit_lsn: reader.lsn("origin LSN")?, name: reader.string("origin name")? })
     }
 }
@@ -164,7 +164,7 @@ pub struct Column {
 }
 
 impl Relation {
-    pub(super) fn read(reader: &mut Reader, streaming: bool) -> Result<Self, DecodeError> {
+    pub(super) fn read(reader: &mut Reader<'_>, streaming: bool) -> Result<Self, DecodeError> {
         let xid = reader.streamed_xid(streaming)?;
         let oid = reader.u32("relation oid")?;
         let schema = schema_name(reader)?;
@@ -183,7 +183,7 @@ impl Relation {
 }
 
 impl Column {
-    fn read(reader: &mut Reader) -> Result<Self, DecodeError> {
+    fn read(reader: &mut Reader<'_>) -> Result<Self, DecodeError> {
         Ok(Self {
             key: match reader.u8("column flags")? {
                 0 => false,
@@ -211,7 +211,7 @@ pub struct TypeName {
 }
 
 impl TypeName {
-    pub(super) fn read(reader: &mut Reader, streaming: bool) -> Result<Self, DecodeError> {
+    pub(super) fn read(reader: &mut Reader<'_>, streaming: bool) -> Result<Self, DecodeError> {
         Ok(Self {
             xid: reader.streamed_xid(streaming)?,
             oid: reader.u32("type oid")?,
@@ -222,7 +222,7 @@ impl TypeName {
 }
 
 /// Schema of a relation or type: pgoutput sends an empty name for pg_catalog.
-fn schema_name(reader: &mut Reader) -> Result<String, DecodeError> {
+fn schema_name(reader: &mut Reader<'_>) -> Result<String, DecodeError> {
     let schema = reader.string("schema")?;
     Ok(if schema.is_empty() { "pg_catalog".to_owned() } else { schema })
 }
@@ -248,7 +248,7 @@ pub struct Tuple {
 }
 
 impl Tuple {
-    fn read(reader: &mut Reader) -> Result<Self, DecodeError> {
+    fn read(reader: &mut Reader<'_>) -> Result<Self, DecodeError> {
         let count = reader.u16("number of values")?;
         // A count that lies reserves no more than the message could hold.
         let mut values = Vec::with_capacity(usize::from(count).min(reader.remaining()));
@@ -260,7 +260,7 @@ impl Tuple {
 }
 
 impl TupleValue {
-    fn read(reader: &mut Reader) -> Result<Self, DecodeError> {
+    fn read(reader: &mut Reader<'_>) -> Result<Self, DecodeError> {
         Ok(match reader.u8("kind of value")? {
             b'n' => Self::Null,
             b'u' => Self::UnchangedToast,
@@ -283,7 +283,7 @@ pub struct Insert {
 }
 
 impl Insert {
-    pub(super) fn read(reader: &mut Reader, streaming: bool) -> Result<Self, DecodeError> {
+    pub(super) fn read(reader: &mut Reader<'_>, streaming: bool) -> Result<Self, DecodeError> {
         let xid = reader.streamed_xid(streaming)?;
         let relation = reader.u32("relation oid")?;
         match reader.u8("kind of tuple")? {
@@ -316,7 +316,7 @@ pub struct Update {
 }
 
 impl Update {
-    pub(super) fn read(reader: &mut Reader, streaming: bool) -> Result<Self, DecodeError> {
+    pub(super) fn read(reader: &mut Reader<'_>, streaming: bool) -> Result<Self, DecodeError> {
         let xid = reader.streamed_xid(streaming)?;
         let relation = reader.u32("relation oid")?;
         let mut kind = reader.u8("kind of tuple")?;
@@ -347,7 +347,7 @@ pub struct Delete {
 }
 
 impl Delete {
-    pub(super) fn read(reader: &mut Reader, streaming: bool) -> Result<Self, DecodeError> {
+    pub(super) fn read(reader: &mut Reader<'_>, streaming: bool) -> Result<Self, DecodeError> {
         let xid = reader.streamed_xid(streaming)?;
         let relation = reader.u32("relation oid")?;
         let old = match reader.u8("kind of tuple")? {
@@ -373,7 +373,7 @@ pub struct Truncate {
 }
 
 impl Truncate {
-    pub(super) fn read(reader: &mut Reader, streaming: bool) -> Result<Self, DecodeError> {
+    pub(super) fn read(reader: &mut Reader<'_>, streaming: bool) -> Result<Self, DecodeError> {
         let xid = reader.streamed_xid(streaming)?;
         let count = reader.u32("number of relations")?;
         let options = reader.u8("options")?;
@@ -405,7 +405,7 @@ pub struct LogicalMessage {
 }
 
 impl LogicalMessage {
-    pub(super) fn read(reader: &mut Reader, streaming: bool) -> Result<Self, DecodeError> {
+    pub(super) fn read(reader: &mut Reader<'_>, streaming: bool) -> Result<Self, DecodeError> {
         Ok(Self {
             xid: reader.streamed_xid(streaming)?,
             transactional: match reader.u8("flags")? {

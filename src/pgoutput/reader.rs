@@ -1,32 +1,38 @@
 //! A cursor over one message. Every read checks its bounds and names the field it was reading.
 
+use std::ops::Range;
+
 use bytes::Bytes;
 
 use crate::lsn::Lsn;
 use crate::pgoutput::{DecodeError, Timestamp};
 
-pub(super) struct Reader {
-    rest: Bytes,
+pub(super) struct Reader<'m> {
+    data: &'m Bytes,
+    /// How much of it has been read.
+    at: usize,
     message: char,
 }
 
-impl Reader {
+impl<'m> Reader<'m> {
     /// Stands behind the tag.
-    pub(super) fn new(data: &Bytes, tag: u8) -> Self {
-        Self { rest: data.slice(1..), message: char::from(tag) }
+    pub(super) fn new(data: &'m Bytes, tag: u8) -> Self {
+        Self { data, at: 1, message: char::from(tag) }
     }
 
-    /// The next `length` bytes, a slice of the message.
-    pub(super) fn bytes(&mut self, length: usize, field: &'static str) -> Result<Bytes, DecodeError> {
-        if self.rest.len() < length {
+    /// Where the next `length` bytes are. Only a value is worth a [`Bytes`] of its own: it counts its references.
+    fn take(&mut self, length: usize, field: &'static str) -> Result<Range<usize>, DecodeError> {
+        if self.remaining() < length {
             return Err(DecodeError::Truncated { message: self.message, field });
         }
-        Ok(self.rest.split_to(length))
+        let from = self.at;
+        self.at += length;
+        Ok(from..self.at)
     }
 
     fn array<const N: usize>(&mut self, field: &'static str) -> Result<[u8; N], DecodeError> {
-        let bytes = self.bytes(N, field)?;
-        <[u8; N]>::try_from(&bytes[..]).map_err(|_| DecodeError::Truncated { message: self.message, field })
+        let range = self.take(N, field)?;
+        <[u8; N]>::try_from(&self.data[range]).map_err(|_| DecodeError::Truncated { message: self.message, field })
     }
 
     pub(super) fn u8(&mut self, field: &'static str) -> Result<u8, DecodeError> {
@@ -56,16 +62,18 @@ impl Reader {
     /// A length in 32 bits, never negative, and the bytes it announces.
     pub(super) fn counted_bytes(&mut self, field: &'static str) -> Result<Bytes, DecodeError> {
         let length = usize::try_from(self.i32(field)?).map_err(|_| self.invalid(field))?;
-        self.bytes(length, field)
+        let range = self.take(length, field)?;
+        Ok(self.data.slice(range))
     }
 
     /// Text up to a zero byte.
     pub(super) fn string(&mut self, field: &'static str) -> Result<String, DecodeError> {
-        let Some(length) = self.rest.iter().position(|byte| *byte == 0) else {
+        let Some(length) = self.data[self.at..].iter().position(|byte| *byte == 0) else {
             return Err(DecodeError::Truncated { message: self.message, field });
         };
-        let bytes = self.bytes(length + 1, field)?;
-        String::from_utf8(bytes[..length].to_vec()).map_err(|_| self.invalid(field))
+        let text = self.data[self.at..self.at + length].to_vec();
+        self.at += length + 1;
+        String::from_utf8(text).map_err(|_| self.invalid(field))
     }
 
     /// The xid that stands first in every change of a streamed block.
@@ -82,7 +90,7 @@ impl Reader {
     }
 
     pub(super) fn remaining(&self) -> usize {
-        self.rest.len()
+        self.data.len() - self.at
     }
 
     pub(super) fn invalid(&self, field: &'static str) -> DecodeError {
@@ -91,7 +99,7 @@ impl Reader {
 
     /// Nothing may be left.
     pub(super) fn finish(self) -> Result<(), DecodeError> {
-        match self.rest.len() {
+        match self.remaining() {
             0 => Ok(()),
             bytes => Err(DecodeError::Trailing { message: self.message, bytes }),
         }

@@ -14,7 +14,7 @@ pub struct StreamStart {
 }
 
 impl StreamStart {
-    pub(super) fn read(reader: &mut Reader) -> Result<Self, DecodeError> {
+    pub(super) fn read(reader: &mut Reader<'_>) -> Result<Self, DecodeError> {
         let xid = reader.u32("xid")?;
         match reader.u8("first segment")? {
             0 => Ok(Self { xid, first: false }),
@@ -34,7 +34,7 @@ pub struct StreamCommit {
 }
 
 impl StreamCommit {
-    pub(super) fn read(reader: &mut Reader) -> Result<Self, DecodeError> {
+    pub(super) fn read(reader: &mut Reader<'_>) -> Result<Self, DecodeError> {
         Ok(Self { xid: reader.u32("xid")?, commit: Commit::read(reader)? })
     }
 }
@@ -51,7 +51,7 @@ pub struct StreamAbort {
 }
 
 impl StreamAbort {
-    pub(super) fn read(reader: &mut Reader) -> Result<Self, DecodeError> {
+    pub(super) fn read(reader: &mut Reader<'_>) -> Result<Self, DecodeError> {
         let xid = reader.u32("xid")?;
         let subtransaction_xid = reader.u32("subtransaction xid")?;
         let aborted = match reader.remaining() {
@@ -78,7 +78,7 @@ pub struct BeginPrepare {
 }
 
 impl BeginPrepare {
-    pub(super) fn read(reader: &mut Reader) -> Result<Self, DecodeError> {
+    pub(super) fn read(reader: &mut Reader<'_>) -> Result<Self, DecodeError> {
         Ok(Self {
             prepare_lsn: reader.lsn("prepare LSN")?,
             end_lsn: reader.lsn("end LSN")?,
@@ -105,7 +105,7 @@ pub struct Prepare {
 }
 
 impl Prepare {
-    pub(super) fn read(reader: &mut Reader) -> Result<Self, DecodeError> {
+    pub(super) fn read(reader: &mut Reader<'_>) -> Result<Self, DecodeError> {
         reader.no_flags()?;
         Ok(Self {
             prepare_lsn: reader.lsn("prepare LSN")?,
@@ -133,7 +133,7 @@ pub struct CommitPrepared {
 }
 
 impl CommitPrepared {
-    pub(super) fn read(reader: &mut Reader) -> Result<Self, DecodeError> {
+    pub(super) fn read(reader: &mut Reader<'_>) -> Result<Self, DecodeError> {
         reader.no_flags()?;
         Ok(Self {
             commit_lsn: reader.lsn("commit LSN")?,
@@ -163,7 +163,7 @@ pub struct RollbackPrepared {
 }
 
 impl RollbackPrepared {
-    pub(super) fn read(reader: &mut Reader) -> Result<Self, DecodeError> {
+    pub(super) fn read(reader: &mut Reader<'_>) -> Result<Self, DecodeError> {
         reader.no_flags()?;
         Ok(Self {
             prepare_end_lsn: reader.lsn("prepare end LSN")?,

@@ -1,7 +1,8 @@
 //! The apply loop of one database: takes what the stream brings, in order, and makes it durable on the target.
 //!
 //! While the target works on one piece, the next is encoded, and the one after that gathered: whole transactions of the source become one transaction of
-//! the target, up to a size; a transaction that is larger than that flows through in pieces as it is read. The progress
+//! the target, up to a size; a transaction that is larger than that flows through in pieces as it is read, and the target's
+//! ends with it. The less the target has to do, the smaller the pieces: it is not to wait for what could be done. The progress
 //! row changes in the same transaction. Positions that hold nothing of ours (keepalives, empty transactions) are written to the progress row
 //! too, but not more often than [`IDLE_INTERVAL`].
 
@@ -14,7 +15,7 @@ use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc, oneshot, watch};
 use tokio::time::Instant;
 
 use super::executor::{Encoding, ExecuteError, Executor, Ready};
-use super::gather::{Counts, End, Gatherer, Part, Piece};
+use super::gather::{Counts, End, Fill, Gatherer, Part, Piece};
 use super::plan::{PlanError, Planned, Planner};
 use super::shapes::Shapes;
 use crate::catalog::progress::Progress;
@@ -221,6 +222,11 @@ impl Link {
         self.turns.clone().acquire_owned().await.expect("never closed")
     }
 
+    /// A turn, if one can be had without waiting.
+    fn free_turn(&self) -> Option<OwnedSemaphorePermit> {
+        self.turns.clone().try_acquire_owned().ok()
+    }
+
     /// Waits until the worker has nothing to do.
     async fn idle(&self) -> OwnedSemaphorePermit {
         self.turns.clone().acquire_many_owned(TURNS).await.expect("never closed")
@@ -375,10 +381,20 @@ impl Intake {
                 self.gatherer.hold(memory);
                 for data in messages {
                     let alteration = self.message(data, link).await?;
-                    if self.gatherer.is_full() && self.gatherer.is_empty() && !alteration {
+                    let fill = self.gatherer.fill();
+                    // The target's transaction can end only where one of the source does.
+                    let may_end = !self.planner.in_transaction();
+                    let turn = if fill == Fill::Full && self.gatherer.is_empty() && !alteration {
                         self.gatherer.release();
-                    } else if self.gatherer.is_full() || alteration {
-                        let turn = link.turn().await;
+                        None
+                    } else if fill == Fill::Full || alteration || may_end && (fill == Fill::NearlyFull || self.open) {
+                        Some(link.turn().await)
+                    } else if fill == Fill::Worthwhile && may_end {
+                        link.free_turn()
+                    } else {
+                        None
+                    };
+                    if let Some(turn) = turn {
                         self.hand_over(turn, link).await?;
                     }
                 }

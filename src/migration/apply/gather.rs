@@ -4,10 +4,10 @@
 //! several pieces inside one transaction of the target. It holds the changes twice: their net effect by table, which is what
 //! is normally executed, and the messages in their order, for the case that the target refuses the former.
 
-use std::collections::HashMap;
 use std::sync::Arc;
 
 use bytes::Bytes;
+use hashbrown::HashMap;
 use tokio::sync::OwnedSemaphorePermit;
 
 use super::command::Command;
@@ -17,11 +17,16 @@ use super::plan_table::{RowChange, Table};
 use crate::lsn::Lsn;
 use crate::pgoutput::Tuple;
 
+/// With this many changes a piece is worth being executed by itself: the target works while the rest is still being read.
+const WORTHWHILE_CHANGES: usize = 4_000;
 /// A piece is full with this many changes …
 const FULL_CHANGES: usize = 20_000;
 /// … or with messages that occupy so much of the queue's memory: 8 MiB, and less where the queue has less than 64.
 const FULL_BYTES: usize = 8 << 20;
 const FULL_PART: usize = 8;
+/// A part of either, with which it is better ended where a transaction of the source ends than filled to the last: a
+/// transaction of the target that never ends makes nothing durable.
+const NEARLY: (usize, usize) = (3, 4);
 
 /// As much as is executed at a time.
 #[derive(Debug, Default)]
@@ -90,6 +95,19 @@ pub(super) struct End {
     pub(super) alterations: u64,
 }
 
+/// How much is in a piece.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub(super) enum Fill {
+    /// It grows until there is nothing else to do.
+    Little,
+    /// It goes where the target is ready for it and a transaction of the source ends.
+    Worthwhile,
+    /// It goes where a transaction of the source ends.
+    NearlyFull,
+    /// Nothing may be added before it has gone.
+    Full,
+}
+
 /// Fills one piece after the other.
 #[derive(Debug)]
 pub(super) struct Gatherer {
@@ -151,11 +169,21 @@ impl Gatherer {
         !self.markers.is_empty()
     }
 
-    /// Whether the piece should be executed before more is added.
-    pub(super) fn is_full(&self) -> bool {
+    /// How far it is filled.
+    pub(super) fn fill(&self) -> Fill {
         let held = self.piece.memory.as_ref().map_or(0, OwnedSemaphorePermit::num_permits);
+        let changes = self.piece.messages.len();
         let ended = self.piece.truncate.is_some() || self.piece.command.is_some();
-        self.piece.messages.len() >= FULL_CHANGES || held >= self.full_permits || ended
+        let reaches = |(part, whole)| changes * whole >= FULL_CHANGES * part || held * whole >= self.full_permits * part;
+        if ended || reaches((1, 1)) {
+            Fill::Full
+        } else if reaches(NEARLY) {
+            Fill::NearlyFull
+        } else if changes >= WORTHWHILE_CHANGES {
+            Fill::Worthwhile
+        } else {
+            Fill::Little
+        }
     }
 
     /// Gives the memory of messages back that came to nothing.

@@ -162,7 +162,8 @@ struct Open {
 /// Plans the changes of one stream.
 #[derive(Debug)]
 pub struct Planner {
-    relations: HashMap<u32, Destination>,
+    /// Looked at for every change.
+    relations: hashbrown::HashMap<u32, Destination>,
     hand_overs: HashMap<QualifiedName, HandOver>,
     open: Option<Open>,
     /// Everything up to and including the commit that writes this boundary is discarded; none: it is behind us.
@@ -177,7 +178,7 @@ const SCHEMA: &str = "pgcutover";
 impl Planner {
     /// A planner that skips what the copies contain already.
     pub fn new(hand_overs: HashMap<QualifiedName, HandOver>) -> Self {
-        Self { relations: HashMap::new(), hand_overs, open: None, boundary: None, next_table: 0, retired: Vec::new() }
+        Self { relations: hashbrown::HashMap::new(), hand_overs, open: None, boundary: None, next_table: 0, retired: Vec::new() }
     }
 
     /// A planner of a stream that begins behind the boundary of `epoch`: what the other side sent before the switch came
