@@ -239,7 +239,9 @@ async fn a_backlog_of_long_transactions_becomes_durable_bit_by_bit() {
     let told = "ALTER TABLE parent ADD COLUMN written_by bigint DEFAULT txid_current()";
     target.batch_execute(told).await.expect("on the target only");
     for transaction in 0..60 {
-        let sql = format!("INSERT INTO parent SELECT g FROM generate_series({transaction} * 1000 + 1, {transaction} * 1000 + 1000) g");
+        let sql = format!(
+            "INSERT INTO parent SELECT g FROM generate_series({transaction} * 1000 + 1, {transaction} * 1000 + 1000) g"
+        );
         source.batch_execute(&sql).await.expect("inserted");
     }
     let (status, running) = bench.run();

@@ -174,7 +174,8 @@ impl Gatherer {
         let held = self.piece.memory.as_ref().map_or(0, OwnedSemaphorePermit::num_permits);
         let changes = self.piece.messages.len();
         let ended = self.piece.truncate.is_some() || self.piece.command.is_some();
-        let reaches = |(part, whole)| changes * whole >= FULL_CHANGES * part || held * whole >= self.full_permits * part;
+        let reaches =
+            |(part, whole)| changes * whole >= FULL_CHANGES * part || held * whole >= self.full_permits * part;
         if ended || reaches((1, 1)) {
             Fill::Full
         } else if reaches(NEARLY) {

@@ -178,7 +178,14 @@ const SCHEMA: &str = "pgcutover";
 impl Planner {
     /// A planner that skips what the copies contain already.
     pub fn new(hand_overs: HashMap<QualifiedName, HandOver>) -> Self {
-        Self { relations: hashbrown::HashMap::new(), hand_overs, open: None, boundary: None, next_table: 0, retired: Vec::new() }
+        Self {
+            relations: hashbrown::HashMap::new(),
+            hand_overs,
+            open: None,
+            boundary: None,
+            next_table: 0,
+            retired: Vec::new(),
+        }
     }
 
     /// A planner of a stream that begins behind the boundary of `epoch`: what the other side sent before the switch came
