@@ -31,6 +31,7 @@ CREATE TABLE IF NOT EXISTS pgcutover.verification_run (
     began_at     timestamptz NOT NULL DEFAULT now()
 );
 ALTER TABLE pgcutover.verification_run ADD COLUMN IF NOT EXISTS stream text NOT NULL DEFAULT '';
+ALTER TABLE pgcutover.verification_run ADD COLUMN IF NOT EXISTS report jsonb;
 CREATE TABLE IF NOT EXISTS pgcutover.verification_begun (
     migration    text NOT NULL,
     database     text NOT NULL,
@@ -103,6 +104,31 @@ impl MigrationCatalog {
             .await
             .map_err(|source| CatalogError::query("begin a verification", source))?;
         self.must_be_one(written)
+    }
+
+    /// Keeps what a run came to, in place of what the one before it did. Whether one was interrupted stays as it is.
+    pub async fn keep_report(&self, migration: &str, report: &serde_json::Value) -> Result<(), CatalogError> {
+        let client = self.client().await?;
+        let written = client
+            .execute(
+                "INSERT INTO pgcutover.verification_run (migration, complete, report)
+                 SELECT $1, true, $2 FROM pgcutover.engine WHERE generation = $3
+                 ON CONFLICT (migration) DO UPDATE SET report = excluded.report",
+                &[&migration, report, &self.generation().0],
+            )
+            .await
+            .map_err(|source| CatalogError::query("keep the report of a verification", source))?;
+        self.must_be_one(written)
+    }
+
+    /// What the last run that came to its end came to; none: there was none.
+    pub async fn report(&self, migration: &str) -> Result<Option<serde_json::Value>, CatalogError> {
+        let client = self.client().await?;
+        let row = client
+            .query_opt("SELECT report FROM pgcutover.verification_run WHERE migration = $1", &[&migration])
+            .await
+            .map_err(|source| CatalogError::query("read the report of the verification", source))?;
+        Ok(row.and_then(|row| row.get(0)))
     }
 
     /// Every table of the run was compared.

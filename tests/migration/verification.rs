@@ -126,6 +126,8 @@ async fn whole(source: &Installation, target: &Installation) {
     wait_for("the engine to own the target", || async { running.engine.list().is_ok() }).await;
     let tables = running.engine.tables("checked").expect("known");
     assert!(tables.iter().any(|table| table.verification.as_deref() == Some("1 difference")));
+    let kept = running.engine.verification("checked").await.expect("readable");
+    assert_eq!(kept.as_ref(), Some(&report), "rows and definitions, as they were told");
     running.stop().await;
 }
 

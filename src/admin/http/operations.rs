@@ -219,7 +219,7 @@ fn migrations() -> Vec<Operation> {
         of_one(
             "/api/v1/migrations/{name}/verification",
             "migrationVerification",
-            "What its last verification found; null: it had none. After a restart without definitions",
+            "What its last verification found; null: it had none",
             Answers::Json(shape::<Option<VerifyReport>>),
             &[400, 404, 503],
             get_named(Command::Verification),

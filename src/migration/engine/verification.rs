@@ -87,14 +87,17 @@ impl Engine {
         self.compare(name, Scope::Changed, Damaged::Listed).await
     }
 
-    /// What the last verification found. After a restart that is what is on record of its tables: definitions that differ
-    /// are found anew by each verification, and kept nowhere. `None`: nothing was compared.
+    /// What the last verification found, also after a restart. Of one that has not come to its end, where none had before,
+    /// the tables that it has compared. `None`: nothing was compared.
     pub async fn verification(&self, name: &str) -> Result<Option<VerifyReport>, EngineError> {
         let live = self.entry(name)?.live;
         if let Some(report) = live.verified() {
             return Ok(Some(report));
         }
         let (catalog, _actors) = self.owned()?;
+        if let Some(report) = catalog.report(name).await?.and_then(|kept| serde_json::from_value(kept).ok()) {
+            return Ok(Some(report));
+        }
         let mut report = VerifyReport::default();
         for row in catalog.verified(name).await? {
             if let Ok(result) = serde_json::from_value(row.result) {
@@ -205,6 +208,8 @@ impl Engine {
         let outcome = self.compare_tables(live, catalog, work, order, &progress, &mut report).await;
         live.set_verification(None);
         outcome?;
+        catalog.keep_report(live.name(), &serde_json::to_value(&report).unwrap_or_default()).await?;
+        // After the report: a run that is not marked as complete is gone on with.
         if scope == Scope::Every {
             catalog.end_verification(live.name()).await?;
         }
