@@ -5,7 +5,11 @@ CARGO ?= cargo
 # Where Cargo keeps the sources of other packages. Paths of the machine that builds must not show in what is built.
 cargo_home := $(or $(CARGO_HOME),$(HOME)/.cargo)
 target_dir := $(or $(CARGO_TARGET_DIR),target)
-remapped = $(1)=$(CURDIR)=/pgcutover $(1)=$(cargo_home)=/cargo
+# Compilers name what they are given, and also the folder that they are in, whose name has no symbolic links in it: both
+# are remapped. The last that fits counts.
+remapped = $(foreach path,$(CURDIR)=/pgcutover $(abspath $(target_dir))=/pgcutover/target $(realpath $(target_dir))=/pgcutover/target \
+	$(foreach part,/registry /git,$(realpath $(cargo_home)$(part))=/cargo$(part)) $(realpath $(cargo_home))=/cargo $(cargo_home)=/cargo,\
+	$(if $(filter =%,$(path)),,$(1)=$(path)))
 
 .PHONY: demo test release package random servers screenshots check help
 

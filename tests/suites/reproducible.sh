@@ -25,7 +25,7 @@ build() { # FOLDER CARGO_HOME
     rm -rf "$1"
 }
 
-# What is downloaded already serves both.
+# What is downloaded already serves both, here by way of a link.
 other_home=$work/another-cargo-home
 mkdir -p "$other_home"
 for part in registry git config.toml; do
