@@ -112,6 +112,26 @@ fn every_panel_shows_metrics_that_exist() {
     }
 }
 
+/// Metrics that no panel needs to show.
+const NOT_SHOWN: [&str; 1] = ["process_virtual_memory_bytes"];
+
+#[test]
+fn every_metric_is_in_a_panel() {
+    let panels = DASHBOARDS.into_iter().flat_map(|(_, text)| {
+        let dashboard: Value = serde_json::from_str(text).unwrap();
+        dashboard["panels"].as_array().unwrap().clone()
+    });
+    let expressions = panels.flat_map(|panel| panel["targets"].as_array().unwrap().clone());
+    let shown: BTreeSet<String> = expressions
+        .flat_map(|target| used(target["expr"].as_str().unwrap()))
+        .map(|(name, _)| ["_bucket", "_sum", "_count"].iter().fold(name, |name, end| name.trim_end_matches(end).to_owned()))
+        .collect();
+    let metrics = Metrics::new().unwrap();
+    let missing: Vec<&String> =
+        metrics.names().iter().filter(|name| !shown.contains(*name) && !NOT_SHOWN.contains(&name.as_str())).collect();
+    assert!(missing.is_empty(), "no panel of dashboards/ shows {missing:?}");
+}
+
 /// The values of a key of the rules' file, each on the key's own line or on the lines below it.
 fn values(key: &str) -> Vec<String> {
     let lines: Vec<&str> = ALERTS.lines().collect();

@@ -285,7 +285,7 @@ pub struct TableView {
     pub full_load: FullLoadView,
     /// The incremental sync.
     pub incremental_sync: IncrementalView,
-    /// `pending` or `built`.
+    /// `pending`, so many of so many (`2/3`), or `built`.
     pub indexes: String,
     /// Result of the last verification; null: not verified.
     pub verification: Option<String>,

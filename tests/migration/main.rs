@@ -196,6 +196,9 @@ async fn cancel_removes_what_was_made_and_lists_what_is_left() {
     create(&running, spec("give-up", &["shop", "other"])).await;
     let view = reach(&running, "give-up", "WaitingForCutoverTrigger").await;
     assert_eq!(view.databases.len(), 2);
+    let [waiting, building, built, failed] = running.index_builds();
+    assert_eq!((waiting, building, failed), (0, 0, 0), "all of {built} are built");
+    assert!(built > 5, "{built}");
     drain(&running, "give-up").await;
     world.assert_equal("shop").await;
     world.assert_equal("other").await;
@@ -209,6 +212,7 @@ async fn cancel_removes_what_was_made_and_lists_what_is_left() {
     assert_eq!((removed("slot"), removed("publication"), removed("replica_identity")), (2, 2, 2), "{report:#?}");
     assert!(report.left.iter().all(|left| left.object.undo.is_none()), "{report:#?}");
     assert_eq!(running.engine.show("give-up").expect("known").state, "Cancelled");
+    assert_eq!(running.index_builds(), [0; 4], "what was cancelled is not counted any more");
     world.assert_clean("shop").await;
     world.assert_clean("other").await;
     let target = connect(&world.target, "shop").await;

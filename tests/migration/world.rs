@@ -58,9 +58,16 @@ pub struct World {
 pub struct Running {
     pub engine: Arc<Engine>,
     pub tasks: Tasks,
+    pub metrics: Arc<Metrics>,
 }
 
 impl Running {
+    /// Indexes and constraints that wait, are built now, are done, and have failed.
+    pub fn index_builds(&self) -> [i64; 4] {
+        ["waiting", "running", "done", "failed"]
+            .map(|state| self.metrics.index_builds.with_label_values(&[state]).get())
+    }
+
     pub async fn stop(self) {
         assert_eq!(self.tasks.join(Duration::from_secs(30)).await, 0, "tasks must stop");
     }
@@ -106,15 +113,16 @@ impl World {
         let instance = InstanceId::random();
         let connector = |server, label| Connector::new(server, label, &instance).expect("connector");
         let tasks = Tasks::new();
+        let metrics = Arc::new(Metrics::new().expect("metrics"));
         let engine = Engine::start(EngineDeps {
             config: self.config.clone(),
             source: connector(&self.config.source, "source"),
             target: connector(&self.config.target, "target"),
-            metrics: Arc::new(Metrics::new().expect("metrics")),
+            metrics: metrics.clone(),
             tasks: tasks.clone(),
             failpoints: Failpoints::parse(failpoints).expect("valid"),
         });
-        Running { engine, tasks }
+        Running { engine, tasks, metrics }
     }
 
     pub async fn furnish(&self, database: &str) {

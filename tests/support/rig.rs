@@ -74,6 +74,7 @@ impl CopyProgress for Recorded {
     fn started(&self, _: &SourceTable) {}
     fn moved(&self, _: &SourceTable, _: u64, _: u64) {}
     fn indexes(&self, _: &SourceTable, _: usize, _: usize) {}
+    fn building(&self, _: &SourceTable, _: isize) {}
 }
 
 fn configuration(source: &Cluster, target: &Cluster) -> Config {

@@ -27,13 +27,13 @@ pub(super) async fn build(
         entries.iter().cloned().partition(|entry| !may_run_beside(entry))
     };
     let mut built = alone.len();
-    let mut failures = one_by_one(context, archive, alone).await.map_err(|source| failed(table, source))?;
+    let mut failures = one_by_one(context, table, archive, alone).await.map_err(|source| failed(table, source))?;
     context.progress.indexes(table, built, entries.len());
     // Dropping the set ends every build.
     let mut builds = JoinSet::new();
     for entry in beside {
-        let (context, archive) = (context.clone(), archive.clone());
-        builds.spawn(async move { one_by_one(&context, &archive, vec![entry]).await });
+        let (context, table, archive) = (context.clone(), table.clone(), archive.clone());
+        builds.spawn(async move { one_by_one(&context, &table, &archive, vec![entry]).await });
     }
     while let Some(ended) = builds.join_next().await {
         let ended = ended.map_err(|_| CopyError::Unreadable { table: table.name.clone(), what: "index build" })?;
@@ -65,8 +65,28 @@ fn may_run_beside(entry: &Entry) -> bool {
     entry.kind == "INDEX" && !entry.sql.contains("\nALTER ")
 }
 
+/// Counts a connection as building until it is dropped, however that comes about.
+struct Building<'a> {
+    context: &'a CopyContext,
+    table: &'a SourceTable,
+}
+
+impl<'a> Building<'a> {
+    fn of(context: &'a CopyContext, table: &'a SourceTable) -> Self {
+        context.progress.building(table, 1);
+        Self { context, table }
+    }
+}
+
+impl Drop for Building<'_> {
+    fn drop(&mut self) {
+        self.context.progress.building(self.table, -1);
+    }
+}
+
 async fn one_by_one(
     context: &CopyContext,
+    table: &SourceTable,
     archive: &Archive,
     entries: Vec<Entry>,
 ) -> Result<Vec<RestoreFailure>, SchemaError> {
@@ -74,6 +94,7 @@ async fn one_by_one(
         return Ok(Vec::new());
     }
     let _permit = context.workers.index.acquire().await.expect("the semaphore is never closed");
+    let _building = Building::of(context, table);
     let target =
         RestoreTarget { connector: &context.target, database: &context.database, guard: context.guard.as_deref() };
     let mut restorer = Restorer::open(target, archive, "index").await?;

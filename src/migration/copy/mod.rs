@@ -95,6 +95,8 @@ pub trait CopyProgress: Send + Sync {
     fn moved(&self, table: &SourceTable, rows: u64, bytes: u64);
     /// So many indexes and constraints of the table are built, of so many.
     fn indexes(&self, table: &SourceTable, built: usize, total: usize);
+    /// One connection more (1) builds indexes of the table, or one fewer (-1) does.
+    fn building(&self, table: &SourceTable, change: isize);
 }
 
 /// Bounds on concurrency and speed, shared by all databases of all migrations.

@@ -327,6 +327,7 @@ impl Actor {
     async fn undo(&mut self) {
         for database in &self.context.live.databases {
             database.fenced.set_watch(None);
+            database.uncount(&self.context.metrics);
         }
         let undone = match Box::pin(cancel::undo(&self.context, |_| true, Shut::Entered)).await {
             Ok(undone) => undone,

@@ -350,6 +350,9 @@ impl DatabaseWork {
         drop(control);
         let listed = copy::list_tables(&source).await?;
         drop(source);
+        let planned = listed.iter().map(|table| (table.name.clone(), archive.table_entries(table.oid).len()));
+        self.live.plan_indexes(planned);
+        self.live.count(&self.context.metrics);
         let tables = left_to_copy(&rows, listed)?;
         let recorder = Arc::new(Recorder {
             catalog: self.context.catalog.clone(),

@@ -8,6 +8,7 @@ use std::time::{Instant, SystemTime, UNIX_EPOCH};
 
 use tokio::sync::watch;
 
+use super::table_live::{Counted, IndexesLive, TableLive};
 use crate::catalog::door::Turns;
 use crate::catalog::streams::Direction;
 use crate::catalog::tables::{DatabaseRow, TableRow, TableState};
@@ -117,38 +118,14 @@ struct Inner {
     counted: Counted,
 }
 
-/// Tables and indexes of a full load, by state in the order of [`WorkState::ALL`].
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-struct Counted {
-    tables: [i64; WorkState::ALL.len()],
-    indexes: [i64; WorkState::ALL.len()],
-}
-
-impl Counted {
-    /// Indexes are known once those of their table are begun; they are built one after the other.
-    fn of<'a>(tables: impl Iterator<Item = &'a TableLive>) -> Self {
-        let mut counted = Self::default();
-        let at = |state: WorkState| WorkState::ALL.iter().position(|one| *one == state).unwrap_or_default();
-        for table in tables {
-            let state = match table.state.unwrap_or(TableState::Waiting) {
-                TableState::Waiting => WorkState::Waiting,
-                TableState::Copying => WorkState::Running,
-                TableState::Copied | TableState::Ready => WorkState::Done,
-                TableState::Failed => WorkState::Failed,
-            };
-            counted.tables[at(state)] += 1;
-            let Some((built, total)) = table.indexes else { continue };
-            let signed = |number: usize| i64::try_from(number).unwrap_or(i64::MAX);
-            let left = signed(total.saturating_sub(built));
-            counted.indexes[at(WorkState::Done)] += signed(built.min(total));
-            if state == WorkState::Failed {
-                counted.indexes[at(WorkState::Failed)] += left;
-            } else {
-                counted.indexes[at(WorkState::Running)] += left.min(1);
-                counted.indexes[at(WorkState::Waiting)] += (left - 1).max(0);
-            }
+impl Inner {
+    fn recount(&mut self, counted: Counted, metrics: &Metrics) {
+        let before = std::mem::replace(&mut self.counted, counted);
+        for (index, state) in WorkState::ALL.iter().enumerate() {
+            let label = [state.as_str()];
+            metrics.copy_tables.with_label_values(&label).add(counted.tables[index] - before.tables[index]);
+            metrics.index_builds.with_label_values(&label).add(counted.indexes[index] - before.indexes[index]);
         }
-        counted
     }
 }
 
@@ -232,51 +209,6 @@ impl Step {
 
     pub(super) fn parse(text: &str) -> Option<Self> {
         Self::ALL.into_iter().find(|step| step.as_str() == text)
-    }
-}
-
-/// One table's full load.
-#[derive(Clone, Debug, Default)]
-pub(super) struct TableLive {
-    pub(super) state: Option<TableState>,
-    pub(super) rows: u64,
-    pub(super) bytes: u64,
-    pub(super) rows_total: Option<u64>,
-    pub(super) bytes_total: Option<u64>,
-    pub(super) indexes: Option<(usize, usize)>,
-    /// Since when its rows are copied; none: not in this process, or they are not.
-    pub(super) copying_since: Option<Instant>,
-    /// What the last verification found, in a word.
-    pub(super) verification: Option<String>,
-    /// Row changes that the table had seen when it was about to be verified; none: not by this process.
-    pub(super) verified_changes: Option<u64>,
-}
-
-impl TableLive {
-    /// Bytes per second, and seconds that are left; none: not known. The share that is done is told by rows where their
-    /// number is estimated, because bytes of COPY are not those of the table.
-    fn speed(&self, now: Instant) -> (Option<u64>, Option<f64>) {
-        let seconds = match (self.state, self.copying_since) {
-            (Some(TableState::Copying), Some(since)) => (now - since).as_secs_f64(),
-            _ => return (None, None),
-        };
-        if seconds < 0.5 || self.bytes == 0 {
-            return (None, None);
-        }
-        #[expect(clippy::cast_precision_loss, reason = "an estimate")]
-        let (bytes, left) = {
-            let share = |done: u64, total: Option<u64>| {
-                total.filter(|total| *total > 0).map(|total| (done as f64 / total as f64).clamp(1e-9, 1.0))
-            };
-            let share = share(self.rows, self.rows_total).or(share(self.bytes, self.bytes_total));
-            (self.bytes as f64 / seconds, share.map(|share| seconds * (1.0 - share) / share))
-        };
-        #[expect(
-            clippy::cast_possible_truncation,
-            clippy::cast_sign_loss,
-            reason = "not negative, and no table is so large"
-        )]
-        (Some(bytes as u64), left)
     }
 }
 
@@ -474,6 +406,17 @@ impl DatabaseLive {
         change(inner.tables.entry(table.clone()).or_default());
     }
 
+    /// How many indexes and constraints each table has, as they were dumped. Those of a table that is ready are built.
+    pub(super) fn plan_indexes(&self, planned: impl Iterator<Item = (QualifiedName, usize)>) {
+        let mut inner = self.lock();
+        for (table, total) in planned {
+            // Others are not migrated: they were made since.
+            let Some(live) = inner.tables.get_mut(&table) else { continue };
+            let built = if live.state == Some(TableState::Ready) { total } else { 0 };
+            live.indexes = Some(IndexesLive { built, total, building: 0 });
+        }
+    }
+
     pub(super) fn table(&self, table: &QualifiedName) -> TableLive {
         self.lock().tables.get(table).cloned().unwrap_or_default()
     }
@@ -504,12 +447,12 @@ impl DatabaseLive {
     pub(super) fn count(&self, metrics: &Metrics) {
         let mut inner = self.lock();
         let counted = Counted::of(inner.tables.values());
-        let before = std::mem::replace(&mut inner.counted, counted);
-        for (index, state) in WorkState::ALL.iter().enumerate() {
-            let label = [state.as_str()];
-            metrics.copy_tables.with_label_values(&label).add(counted.tables[index] - before.tables[index]);
-            metrics.index_builds.with_label_values(&label).add(counted.indexes[index] - before.indexes[index]);
-        }
+        inner.recount(counted, metrics);
+    }
+
+    /// Takes what was counted of it out of the gauges: its full load is of no interest any more.
+    pub(super) fn uncount(&self, metrics: &Metrics) {
+        self.lock().recount(Counted::default(), metrics);
     }
 
     pub(super) fn observe(&self, written: Lsn) {
@@ -586,11 +529,6 @@ impl DatabaseLive {
         let view = |(name, table): (&QualifiedName, &TableLive)| {
             let (bytes_per_second, seconds_left) = table.speed(now);
             let state = table.state.unwrap_or(TableState::Waiting);
-            let indexes = match (state, table.indexes) {
-                (TableState::Ready, _) => "built".to_owned(),
-                (_, Some((built, total))) => format!("{built}/{total}"),
-                (_, None) => "pending".to_owned(),
-            };
             TableView {
                 database: self.name.clone(),
                 schema: name.schema.clone(),
@@ -608,7 +546,7 @@ impl DatabaseLive {
                     pending: caught_up.then_some(0),
                     ..self.stream.counters.of(name)
                 },
-                indexes,
+                indexes: table.indexes_shown(),
                 verification: table.verification.clone(),
                 error: None,
             }

@@ -51,6 +51,7 @@ mod live;
 mod recorder;
 mod source_watch;
 mod synchronise;
+mod table_live;
 mod turn;
 mod validation;
 mod verification;

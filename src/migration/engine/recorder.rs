@@ -83,7 +83,18 @@ impl CopyProgress for Recorder {
     }
 
     fn indexes(&self, table: &SourceTable, built: usize, total: usize) {
-        self.database.update_table(&table.name, |live| live.indexes = Some((built, total)));
+        self.database.update_table(&table.name, |live| {
+            let indexes = live.indexes.get_or_insert_default();
+            (indexes.built, indexes.total) = (built, total);
+        });
+        self.database.count(&self.metrics);
+    }
+
+    fn building(&self, table: &SourceTable, change: isize) {
+        self.database.update_table(&table.name, |live| {
+            let indexes = live.indexes.get_or_insert_default();
+            indexes.building = indexes.building.saturating_add_signed(change);
+        });
         self.database.count(&self.metrics);
     }
 }
