@@ -124,7 +124,9 @@ fn every_metric_is_in_a_panel() {
     let expressions = panels.flat_map(|panel| panel["targets"].as_array().unwrap().clone());
     let shown: BTreeSet<String> = expressions
         .flat_map(|target| used(target["expr"].as_str().unwrap()))
-        .map(|(name, _)| ["_bucket", "_sum", "_count"].iter().fold(name, |name, end| name.trim_end_matches(end).to_owned()))
+        .map(|(name, _)| {
+            ["_bucket", "_sum", "_count"].iter().fold(name, |name, end| name.trim_end_matches(end).to_owned())
+        })
         .collect();
     let metrics = Metrics::new().unwrap();
     let missing: Vec<&String> =
