@@ -5,6 +5,7 @@
 
 mod kinds;
 mod planted;
+mod replaced;
 mod resumed;
 mod sequences;
 #[path = "../support/mod.rs"]

@@ -35,6 +35,7 @@ use std::time::Duration;
 
 use async_trait::async_trait;
 use serde::{Deserialize, Serialize};
+use tokio_postgres::error::SqlState;
 
 use self::align::{Pair, Sides};
 use self::chunks::{Begun, ChunkResult};
@@ -237,6 +238,22 @@ impl VerifyError {
             | Self::Catalog(_)
             | Self::Record(_) => false,
         }
+    }
+}
+
+impl VerifyError {
+    /// A table, a column or its type's output function is not there any more, or is something else: what was looked at was
+    /// replaced since.
+    fn is_about_a_definition(&self) -> bool {
+        let Self::Query { source, .. } = self else { return false };
+        let replaced = [
+            SqlState::UNDEFINED_TABLE,
+            SqlState::UNDEFINED_COLUMN,
+            SqlState::UNDEFINED_FUNCTION,
+            SqlState::WRONG_OBJECT_TYPE,
+            SqlState::INVALID_SCHEMA_NAME,
+        ];
+        source.code().is_some_and(|code| replaced.contains(code))
     }
 }
 

@@ -187,7 +187,13 @@ impl Round<'_> {
         let since = Instant::now();
         for table in tables {
             let begun = self.pasts.get(table).and_then(|past| past.begun.as_ref());
-            let made = Plan::make(self.pair, samplers, self.context, table, hasher, begun).await?;
+            let made = match Plan::make(self.pair, samplers, self.context, table, hasher, begun).await {
+                Err(error) if error.is_about_a_definition() && !self.locked => {
+                    self.rewritten(table);
+                    continue;
+                }
+                made => made?,
+            };
             let plan = match made {
                 Ok(plan) => Arc::new(plan),
                 Err(problem) => {
@@ -263,14 +269,8 @@ impl Round<'_> {
         let (Some(plan), Some(progress)) = (self.plans.get(index), self.progress.get(index)) else { return Ok(()) };
         let began = Instant::now();
         let is_read = self.must_be_read(plan, progress);
-        if is_read {
-            let Part { sums, rows, bytes } = plan.read(readers, number).await?;
-            self.context.observer.moved(rows, bytes);
-            if plan.begun().is_some() {
-                self.chunk(plan, progress, number, sums, readers).await?;
-            } else {
-                lock(progress).sums.add(sums);
-            }
+        if is_read && self.was_replaced(self.read(plan, progress, number, readers).await, readers).await? {
+            lock(progress).rewritten = true;
         }
         let complete = {
             let mut progress = lock(progress);
@@ -280,7 +280,12 @@ impl Round<'_> {
         let goes_on = complete.is_none() && plan.begun().is_none();
         match complete {
             Some(progress) if plan.begun().is_some() => self.complete_chunks(plan, progress).await?,
-            Some(progress) if !progress.put_off => self.complete(plan, progress.sums, readers).await?,
+            Some(progress) if progress.rewritten => self.rewritten(&plan.table),
+            Some(progress) if !progress.put_off => {
+                if self.was_replaced(self.complete(plan, progress.sums, readers).await, readers).await? {
+                    self.rewritten(&plan.table);
+                }
+            }
             Some(_) | None => {}
         }
         if !is_read {
@@ -295,6 +300,36 @@ impl Round<'_> {
             *longest = rest.max(*longest);
         }
         Ok(())
+    }
+
+    /// Reads one part, and compares it where that can be done by itself.
+    async fn read(
+        &self,
+        plan: &Arc<Plan>,
+        progress: &Mutex<Progress>,
+        number: u32,
+        readers: Readers<'_>,
+    ) -> Result<(), VerifyError> {
+        let Part { sums, rows, bytes } = plan.read(readers, number).await?;
+        self.context.observer.moved(rows, bytes);
+        if plan.begun().is_some() {
+            self.chunk(plan, progress, number, sums, readers).await?;
+        } else {
+            lock(progress).sums.add(sums);
+        }
+        Ok(())
+    }
+
+    /// Whether what was tried failed because the table is not any more what was looked at. What is locked stays what it is.
+    async fn was_replaced(&self, tried: Result<(), VerifyError>, readers: Readers<'_>) -> Result<bool, VerifyError> {
+        match tried {
+            Err(error) if error.is_about_a_definition() && !self.locked => {
+                tracing::debug!(%error, "a table was replaced while it was read");
+                readers.leave().await?;
+                Ok(true)
+            }
+            tried => tried.map(|()| false),
+        }
     }
 
     /// Whether the source had other work to do just now. Asked after each part, and remembered for a while, because one
@@ -338,7 +373,7 @@ impl Round<'_> {
     async fn complete(&self, plan: &Arc<Plan>, sums: Sums, readers: Readers<'_>) -> Result<(), VerifyError> {
         let found = self.look(plan, 0, &sums, readers).await?;
         if self.is_void(plan, readers).await? {
-            self.rewritten(plan);
+            self.rewritten(&plan.table);
         } else if self.repairs(plan, found.differences) {
             note(self.done, Ended::Damaged(plan.clone(), found.damage));
         } else {
@@ -378,7 +413,7 @@ impl Round<'_> {
         let mut begun = begun.clone();
         begun.done.extend(progress.chunks);
         if progress.rewritten {
-            self.rewritten(plan);
+            self.rewritten(&plan.table);
         } else if !progress.damage.is_empty() {
             note(self.done, Ended::Damaged(plan.clone(), progress.damage));
         } else if begun.left().is_empty() {
@@ -387,9 +422,9 @@ impl Round<'_> {
         Ok(())
     }
 
-    fn rewritten(&self, plan: &Plan) {
-        tracing::info!(table = %plan.table, "rewritten while it was read; it is read again");
-        note(self.done, Ended::Rewritten(plan.table.clone()));
+    fn rewritten(&self, table: &QualifiedName) {
+        tracing::info!(%table, "rewritten while it was read; it is read again");
+        note(self.done, Ended::Rewritten(table.clone()));
     }
 
     async fn compared(&self, plan: &Plan, found: ChunkResult) -> Result<(), VerifyError> {

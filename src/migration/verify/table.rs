@@ -47,12 +47,27 @@ SELECT a.attname::text, i.indisprimary
    AND k.position <= coalesce((to_jsonb(i) ->> 'indnkeyatts')::int, i.indnatts)
  ORDER BY k.position";
 
+/// What a table of this name is: not the same any more once it was replaced, rewritten, truncated, or given other columns.
+/// The file changes with what makes its rows others, and is another table's where the name is.
+const IDENTITY: &str = "
+SELECT c.oid, c.relfilenode,
+       (SELECT string_agg(a.attnum || ' ' || a.atttypid || ' ' || a.attname, ',' ORDER BY a.attnum) FROM pg_attribute a
+         WHERE a.attrelid = c.oid AND a.attnum > 0 AND NOT a.attisdropped)
+  FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace
+ WHERE n.nspname = $1 AND c.relname = $2 AND c.relkind = 'r'";
+
+/// What [`IDENTITY`] answers.
+#[derive(Clone, Debug, PartialEq, Eq)]
+struct Identity {
+    oid: u32,
+    file: u32,
+    columns: Option<String>,
+}
+
 /// A table on one server, as its snapshot has it.
 #[derive(Debug)]
 struct Place {
-    oid: u32,
-    /// Changes whenever the table is rewritten or truncated.
-    file: u32,
+    identity: Identity,
     blocks: u64,
     rows: u64,
     block_size: u64,
@@ -150,14 +165,14 @@ impl Plan {
             return Ok(Err(format!("columns that only one of the servers has: {}", alone.join(", "))));
         }
         (source.columns, target.columns) = reconcile(&source.columns, &target.columns);
-        let (key, is_primary) = key(&pair.source, source.oid).await?;
+        let (key, is_primary) = key(&pair.source, source.identity.oid).await?;
         let filter = pair
             .source
             .query_opt(
                 "SELECT u.condition FROM pg_extension x
                   CROSS JOIN LATERAL unnest(x.extconfig, x.extcondition) AS u (relation, condition)
                   WHERE u.relation = $1 AND u.condition <> ''",
-                &[&source.oid],
+                &[&source.identity.oid],
             )
             .await
             .map_err(VerifyError::query("reading what belongs to an extension"))?;
@@ -165,7 +180,7 @@ impl Plan {
         let bytes = source.bytes().max(target.bytes());
         let parts = u32::try_from(bytes.div_ceil(context.part_bytes.max(1)).clamp(1, 1 << 20)).unwrap_or(1);
         let mut cut = Cut::Blocks(if source.tid_ranges && target.tid_ranges { parts } else { 1 });
-        if is_primary && filter.is_empty() && self::key(&pair.target, target.oid).await? == (key.clone(), true) {
+        if is_primary && filter.is_empty() && self::key(&pair.target, target.identity.oid).await? == (key.clone(), true) {
             let columns = sorted(&key, &source.columns, &target.columns);
             let layout = layout(&columns, &source.columns, &target.columns);
             let begun = match begun.filter(|begun| begun.layout == layout) {
@@ -217,7 +232,7 @@ impl Plan {
 
     /// Its number on the target.
     pub(super) fn target_oid(&self) -> u32 {
-        self.target.oid
+        self.target.identity.oid
     }
 
     /// Size on the source.
@@ -365,14 +380,10 @@ impl Plan {
         )
     }
 
-    /// Whether the table was rewritten, truncated or dropped since the snapshots were taken, on either server.
+    /// Whether the table was rewritten, truncated, replaced or dropped since the snapshots were taken, on either server.
     pub(super) async fn rewritten(&self, source: &Control, target: &Control) -> Result<bool, VerifyError> {
         for (server, place) in [(source, &self.source), (target, &self.target)] {
-            let row = server
-                .query_opt("SELECT relfilenode FROM pg_class WHERE oid = $1", &[&place.oid])
-                .await
-                .map_err(VerifyError::query("looking a table up again"))?;
-            if row.is_none_or(|row| row.get::<_, u32>(0) != place.file) {
+            if identity(server, &self.table).await?.as_ref() != Some(&place.identity) {
                 return Ok(true);
             }
         }
@@ -438,19 +449,25 @@ fn layout(key: &[Column], source: &[Column], target: &[Column]) -> String {
     format!("({}) ({}) ({})", list(key), list(source), list(target))
 }
 
+/// None: there is no table of that name.
+async fn identity(server: &Control, table: &QualifiedName) -> Result<Option<Identity>, VerifyError> {
+    let row = server.query_opt(IDENTITY, &[&table.schema, &table.name]).await;
+    let row = row.map_err(VerifyError::query("looking a table up"))?;
+    Ok(row.map(|row| Identity { oid: row.get(0), file: row.get(1), columns: row.get(2) }))
+}
+
 async fn place(holder: &Control, table: &QualifiedName) -> Result<Option<Place>, VerifyError> {
+    let Some(identity) = identity(holder, table).await? else { return Ok(None) };
+    let oid = identity.oid;
     let row = holder
-        .query_opt(
-            "SELECT c.oid, c.relfilenode, pg_relation_size(c.oid) / current_setting('block_size')::int8,
+        .query_one(
+            "SELECT pg_relation_size(c.oid) / current_setting('block_size')::int8,
                     greatest(c.reltuples, 0)::float8, current_setting('block_size')::int8
-               FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace
-              WHERE n.nspname = $1 AND c.relname = $2 AND c.relkind = 'r'",
-            &[&table.schema, &table.name],
+               FROM pg_class c WHERE c.oid = $1",
+            &[&oid],
         )
         .await
         .map_err(VerifyError::query("looking a table up"))?;
-    let Some(row) = row else { return Ok(None) };
-    let oid: u32 = row.get(0);
     let columns = holder.query(COLUMNS, &[&oid]).await.map_err(VerifyError::query("reading columns"))?;
     let columns = columns
         .iter()
@@ -458,13 +475,12 @@ async fn place(holder: &Control, table: &QualifiedName) -> Result<Option<Place>,
         .collect();
     let unsigned = |number: Option<i64>| number.and_then(|number| u64::try_from(number).ok()).unwrap_or(0);
     #[expect(clippy::cast_possible_truncation, clippy::cast_sign_loss, reason = "an estimate")]
-    let rows = row.get::<_, f64>(3) as u64;
+    let rows = row.get::<_, f64>(1) as u64;
     Ok(Some(Place {
-        oid,
-        file: row.get(1),
-        blocks: unsigned(row.get(2)),
+        identity,
+        blocks: unsigned(row.get(0)),
         rows,
-        block_size: unsigned(row.get(4)),
+        block_size: unsigned(row.get(2)),
         columns,
         tid_ranges: holder.version_num() >= TID_RANGES,
     }))
@@ -501,8 +517,9 @@ mod tests {
 
     #[test]
     fn parts_cover_every_block_and_the_last_is_open() {
+        let identity = Identity { oid: 1, file: 1, columns: None };
         let place =
-            Place { oid: 1, file: 1, blocks: 100, rows: 0, block_size: 8192, columns: Vec::new(), tid_ranges: true };
+            Place { identity, blocks: 100, rows: 0, block_size: 8192, columns: Vec::new(), tid_ranges: true };
         assert_eq!(place.range(0, 1), "");
         assert_eq!(place.range(0, 3), "ctid >= '(0,0)' AND ctid < '(33,0)'");
         assert_eq!(place.range(2, 3), "ctid >= '(66,0)'");
