@@ -97,8 +97,7 @@ async fn what_is_not_the_table_any_more_is_not_taken_for_it() {
     let wanted = NAMES.iter().map(|name| QualifiedName::new("public", *name)).collect();
     let results = verify::tables(&context, wanted, HashMap::new()).await.expect("verified");
     assert_eq!(meddler.done.lock().expect("names").len(), NAMES.len(), "each was read in ranges");
-    let results: HashMap<&str, &TableResult> =
-        results.iter().map(|result| (result.name.as_str(), result)).collect();
+    let results: HashMap<&str, &TableResult> = results.iter().map(|result| (result.name.as_str(), result)).collect();
 
     let renamed = results["renamed"];
     assert_eq!((renamed.rows, renamed.differences), (3, 1), "the table that has the name now: {renamed:?}");

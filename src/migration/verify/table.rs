@@ -180,7 +180,8 @@ impl Plan {
         let bytes = source.bytes().max(target.bytes());
         let parts = u32::try_from(bytes.div_ceil(context.part_bytes.max(1)).clamp(1, 1 << 20)).unwrap_or(1);
         let mut cut = Cut::Blocks(if source.tid_ranges && target.tid_ranges { parts } else { 1 });
-        if is_primary && filter.is_empty() && self::key(&pair.target, target.identity.oid).await? == (key.clone(), true) {
+        if is_primary && filter.is_empty() && self::key(&pair.target, target.identity.oid).await? == (key.clone(), true)
+        {
             let columns = sorted(&key, &source.columns, &target.columns);
             let layout = layout(&columns, &source.columns, &target.columns);
             let begun = match begun.filter(|begun| begun.layout == layout) {
@@ -518,8 +519,7 @@ mod tests {
     #[test]
     fn parts_cover_every_block_and_the_last_is_open() {
         let identity = Identity { oid: 1, file: 1, columns: None };
-        let place =
-            Place { identity, blocks: 100, rows: 0, block_size: 8192, columns: Vec::new(), tid_ranges: true };
+        let place = Place { identity, blocks: 100, rows: 0, block_size: 8192, columns: Vec::new(), tid_ranges: true };
         assert_eq!(place.range(0, 1), "");
         assert_eq!(place.range(0, 3), "ctid >= '(0,0)' AND ctid < '(33,0)'");
         assert_eq!(place.range(2, 3), "ctid >= '(66,0)'");
