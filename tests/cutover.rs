@@ -5,11 +5,12 @@
 mod support;
 
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::time::Duration;
 
 use pgcutover::catalog::decision::Outcome;
 use pgcutover::config::{FencePolicy, Stragglers};
-use pgcutover::cutover::coordinator::{CutoverOptions, CutoverState};
+use pgcutover::cutover::coordinator::CutoverOptions;
 use pgcutover::cutover::report::CutoverOutcome;
 use pgcutover::switch::{Route, ServerRole};
 use support::link::{Cut, Link};
@@ -88,7 +89,7 @@ async fn an_abort_restores_every_setting_exactly() {
         assert!(life.runs_on(ServerRole::Source, 0), "{failpoint}: {:?}", life.route());
         assert!(life.switchboard.database("shop").prepare_window().is_none());
         assert_eq!(*life.engine.finished.lock().expect("not poisoned"), [Outcome::Aborted], "{failpoint}");
-        assert_eq!(life.tasks.join(Duration::from_secs(5)).await, 0);
+        life.stop().await;
     }
     let (fences, decisions) = stage.rows().await;
     assert_eq!(fences, vec![Some("aborted".to_owned()); 8], "one fence for each attempt that came to it");
@@ -106,14 +107,9 @@ async fn during_the_fence_roles_with_their_own_setting_are_read_only_too() {
         )
         .await
         .expect("a superuser may");
-    let life = stage.life("prepare.after_fence=sleep:1500ms;pause.after_gate=error").resolved().await;
+    let life = stage.life("prepare.after_fence=hold;pause.after_gate=error").resolved().await;
     let database = life.switchboard.database("shop");
-    let running = {
-        let coordinator = life.coordinator.clone();
-        let options = life.options();
-        tokio::spawn(async move { coordinator.run(NAME, options).await })
-    };
-    wait_for("the soft fence", || async { stage.rows().await.0.len() == 1 }).await;
+    let running = life.cut_over_up_to("prepare.after_fence", life.options()).await;
     let window = database.prepare_window().expect("opened before the fence commits");
     assert_eq!((window.earlier_read_only_of("postgres"), window.earlier_read_only_of("reader")), ("off", "on"));
     for role in ["postgres", "writer"] {
@@ -123,45 +119,65 @@ async fn during_the_fence_roles_with_their_own_setting_are_read_only_too() {
         let shown = stranger.query_one("SHOW default_transaction_read_only", &[]).await.expect("shown");
         assert_eq!(shown.get::<_, &str>(0), "on", "{role}");
     }
-    let report = running.await.expect("no panic").expect("begun");
+    life.failpoints.release("prepare.after_fence");
+    let report = running.await.expect("no panic");
     assert_eq!(report.outcome, CutoverOutcome::Aborted);
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn writers_that_bypass_the_proxy_are_ended_and_kept_out() {
     let stage = Stage::set().await;
-    let life = stage.life("drain.after_applied=sleep:1000ms").resolved().await;
-    // One says BEGIN READ WRITE in a session that was there before; one comes back in a loop.
-    let stop = Arc::new(std::sync::atomic::AtomicBool::new(false));
-    let mut writers = Vec::new();
+    let life = stage.life("drain.after_applied=hold").resolved().await;
+    // Each says BEGIN READ WRITE in a session that was there before, and comes back in a loop.
+    #[derive(Default)]
+    struct Writer {
+        stop: AtomicBool,
+        acknowledged: AtomicU64,
+        refused: AtomicU64,
+    }
+    let (mut tasks, mut writers) = (Vec::new(), Vec::new());
     for _ in 0..3 {
-        let (config, stop) = (stage.source.config("shop"), stop.clone());
-        writers.push(tokio::spawn(async move {
-            let mut acknowledged = 0_u64;
-            while !stop.load(std::sync::atomic::Ordering::SeqCst) {
+        let (config, writer) = (stage.source.config("shop"), Arc::new(Writer::default()));
+        writers.push(writer.clone());
+        tasks.push(tokio::spawn(async move {
+            while !writer.stop.load(Ordering::SeqCst) {
                 if let Ok(client) = try_connect(&config).await {
                     let script = "BEGIN READ WRITE; INSERT INTO item (name) VALUES ('bypass'); COMMIT";
                     while client.batch_execute(script).await.is_ok() {
-                        acknowledged += 1;
+                        writer.acknowledged.fetch_add(1, Ordering::SeqCst);
                     }
                 } else {
+                    writer.refused.fetch_add(1, Ordering::SeqCst);
                     tokio::time::sleep(Duration::from_millis(1)).await;
                 }
             }
-            acknowledged
         }));
     }
-    tokio::time::sleep(Duration::from_millis(200)).await;
-    let report = life.cut_over().await;
+    let counted = |count: fn(&Writer) -> &AtomicU64| -> Vec<u64> {
+        writers.iter().map(|writer| count(writer).load(Ordering::SeqCst)).collect()
+    };
+    wait_for("the writers to write", || async { counted(|writer| &writer.acknowledged).iter().all(|done| *done > 0) })
+        .await;
+    let refused_again = async || {
+        let before = counted(|writer| &writer.refused);
+        wait_for("the writers to be kept out", || async {
+            counted(|writer| &writer.refused).iter().zip(&before).all(|(now, before)| *now >= before + 20)
+        })
+        .await;
+    };
+    let running = life.cut_over_up_to("drain.after_applied", life.options()).await;
+    refused_again().await;
+    life.failpoints.release("drain.after_applied");
+    let report = running.await.expect("no panic");
     assert_eq!(report.outcome, CutoverOutcome::Switched, "{report:?}");
     assert!(report.sessions_ended >= 3, "{report:?}");
-    tokio::time::sleep(Duration::from_millis(300)).await;
-    stop.store(true, std::sync::atomic::Ordering::SeqCst);
-    let mut acknowledged = 0;
-    for writer in writers {
-        acknowledged += writer.await.expect("no panic");
+    refused_again().await;
+    for writer in &writers {
+        writer.stop.store(true, Ordering::SeqCst);
     }
-    assert!(acknowledged > 0, "the writers did write before");
+    for task in tasks {
+        task.await.expect("no panic");
+    }
     // The sequence was read after the last of them: the next number on the target is above every row of the source.
     let next = connect(&stage.target, "shop").await;
     let next: i64 = next.query_one("SELECT nextval('item_id_seq')", &[]).await.expect("readable").get(0);
@@ -245,7 +261,7 @@ async fn a_decision_whose_answer_is_lost_counts_as_what_the_server_says() {
             assert_eq!((fences, decisions), (vec![Some("aborted".to_owned())], vec!["aborted".to_owned()]));
             assert_eq!(stage.settings().await, before);
         }
-        assert_eq!(life.tasks.join(Duration::from_secs(5)).await, 0);
+        life.stop().await;
         drop(life);
         stage.reset().await;
     }
@@ -254,7 +270,7 @@ async fn a_decision_whose_answer_is_lost_counts_as_what_the_server_says() {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn two_coordinators_that_meet_an_undecided_cutover_read_the_same() {
     let stage = Stage::set().await;
-    leave_behind(&stage, "drain.after_applied").await;
+    leave_behind_at(&stage, "drain.after_applied=hang", "drain.after_applied").await;
     assert_eq!(stage.rows().await, (vec![None], Vec::new()), "the first coordinator left it undecided");
     let lives = [stage.life(""), stage.life("")];
     let settle = |life: &Life| {
@@ -273,12 +289,8 @@ async fn two_coordinators_that_meet_an_undecided_cutover_read_the_same() {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_late_decision_loses_against_the_abort_of_another_coordinator() {
     let stage = Stage::set().await;
-    let slow = stage.life("decide.before_decision=sleep:2500ms").resolved().await;
-    let running = {
-        let (coordinator, options) = (slow.coordinator.clone(), slow.options());
-        tokio::spawn(async move { coordinator.run(NAME, options).await })
-    };
-    wait_for("the fence", || async { stage.rows().await.0.len() == 1 }).await;
+    let slow = stage.life("decide.before_decision=hold").resolved().await;
+    let running = slow.cut_over_up_to("decide.before_decision", slow.options()).await;
     // The other one sees a live coordinator and waits; then somebody aborts all the same.
     let other = stage.life("").resolved().await;
     assert!(matches!(other.route(), Route::Unknown { .. }), "{:?}", other.route());
@@ -290,7 +302,8 @@ async fn a_late_decision_loses_against_the_abort_of_another_coordinator() {
         )
         .await
         .expect("the first decision");
-    let report = running.await.expect("no panic").expect("begun");
+    slow.failpoints.release("decide.before_decision");
+    let report = running.await.expect("no panic");
     assert_eq!(report.outcome, CutoverOutcome::Aborted, "{report:?}");
     assert!(slow.runs_on(ServerRole::Source, 0));
     wait_for("the other one to learn of it", || async { other.runs_on(ServerRole::Source, 0) }).await;
@@ -302,7 +315,7 @@ async fn a_late_decision_loses_against_the_abort_of_another_coordinator() {
 async fn a_cutover_is_not_begun_over_a_fence_that_is_still_to_be_lifted() {
     let stage = Stage::set().await;
     let before = stage.settings().await;
-    leave_behind_at(&stage, "drain.after_applied=error;abort.after_decision=hang").await;
+    leave_behind_at(&stage, "drain.after_applied=error;abort.after_decision=hang", "abort.after_decision").await;
     assert_eq!(stage.rows().await, (vec![None], vec!["aborted".to_owned()]));
     let hasty = stage.life("");
     wait_for("the refusal", || async {
@@ -319,19 +332,16 @@ async fn a_cutover_is_not_begun_over_a_fence_that_is_still_to_be_lifted() {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_coordinator_that_wakes_up_after_its_cutover_was_aborted_shuts_nobody_out() {
     let stage = Stage::set().await;
-    let slow = stage.life("prepare.after_fence=sleep:3000ms").resolved().await;
-    let running = {
-        let (coordinator, options) = (slow.coordinator.clone(), slow.options());
-        tokio::spawn(async move { coordinator.run(NAME, options).await })
-    };
-    wait_for("the fence", || async { stage.rows().await.0.len() == 1 }).await;
+    let slow = stage.life("prepare.after_fence=hold").resolved().await;
+    let running = slow.cut_over_up_to("prepare.after_fence", slow.options()).await;
     let lost = "SELECT count(pg_terminate_backend(pid)) FROM pg_locks WHERE locktype = 'advisory' AND objsubid = 2
                 AND classid <> 0 AND pid <> pg_backend_pid()";
     connect(&stage.target, "postgres").await.batch_execute(lost).await.expect("ended");
     let other = stage.life("").resolved().await;
     wait_for("the other one to settle it", || async { other.runs_on(ServerRole::Source, 0) }).await;
     let client = connect(&stage.source, "shop").await;
-    let report = running.await.expect("no panic").expect("begun");
+    slow.failpoints.release("prepare.after_fence");
+    let report = running.await.expect("no panic");
     assert_eq!(report.outcome, CutoverOutcome::Aborted, "{report:?}");
     client.batch_execute("INSERT INTO item (name) VALUES ('after')").await.expect("the session was left alone");
     connect(&stage.source, "shop")
@@ -353,7 +363,7 @@ async fn a_crash_at_any_failpoint_ends_on_exactly_one_side() {
             Some(_) => format!("decide.before_decision=error;{failpoint}=hang"),
             None => format!("{failpoint}=hang"),
         };
-        leave_behind_at(&stage, &failpoints).await;
+        leave_behind_at(&stage, &failpoints, failpoint).await;
         let next = stage.life("").resolved().await;
         wait_for("a verdict", || async { !matches!(next.route(), Route::Unknown { .. }) }).await;
         let (fences, decisions) = stage.rows().await;
@@ -368,45 +378,29 @@ async fn a_crash_at_any_failpoint_ends_on_exactly_one_side() {
         }
         let past_the_decision = failpoint.starts_with("switch.") || *failpoint == "decide.after_decision";
         assert_eq!(decisions == ["decided"], past_the_decision, "{failpoint}: {decisions:?}");
-        assert_eq!(next.tasks.join(Duration::from_secs(5)).await, 0);
+        next.stop().await;
         stage.reset().await;
     }
 }
 
-/// Runs a cutover up to a failpoint and lets its whole process vanish, connections and all.
-async fn leave_behind(stage: &Stage, failpoint: &str) {
-    leave_behind_at(stage, &format!("{failpoint}=hang")).await;
-}
-
-async fn leave_behind_at(stage: &Stage, failpoints: &str) {
+/// Runs a cutover until it hangs at a failpoint and lets its whole process vanish, connections and all.
+async fn leave_behind_at(stage: &Stage, failpoints: &str, hangs_at: &str) {
     let runtime =
         tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build().expect("a runtime");
     let life = stage.life(failpoints);
-    let ended = runtime.spawn({
-        let coordinator = life.coordinator.clone();
+    let cutover = runtime.spawn({
+        let (coordinator, options) = (life.coordinator.clone(), life.options());
         async move {
             coordinator.resolve_at_startup().await;
-            let options = CutoverOptions { max_pause: Duration::from_secs(60), ..coordinator.default_options() };
-            let report = coordinator.run(NAME, options).await;
-            panic!("the failpoint was not reached: {report:?}");
+            coordinator.run(NAME, options).await
         }
     });
-    // Hanging is not visible from outside; the phase stops changing.
-    let mut seen = (None, Instant::now());
-    wait_for("the cutover to hang", || {
-        let phase = life.coordinator.progress(NAME);
-        let phase = phase.and_then(|state| match state {
-            CutoverState::Running(progress) => Some(progress.phase),
-            CutoverState::Ended(_) => None,
-        });
-        if phase != seen.0 || phase.is_none() {
-            seen = (phase, Instant::now());
-        }
-        let stuck = seen.1.elapsed() > Duration::from_secs(2);
-        async move { stuck }
+    wait_for("the cutover to hang", || async {
+        assert!(!cutover.is_finished(), "{hangs_at} was not reached");
+        life.failpoints.is_held(hangs_at)
     })
     .await;
-    ended.abort();
+    cutover.abort();
     runtime.shutdown_background();
 }
 
@@ -428,5 +422,5 @@ async fn an_engine_that_takes_a_cutover_for_open_is_told_what_became_of_it() {
     life.engine.changes.send_modify(|changes| *changes += 1);
     wait_for("the engine to be told", || async { !life.engine.settled.lock().expect("not poisoned").is_empty() }).await;
     assert_eq!(*life.engine.settled.lock().expect("not poisoned"), [Outcome::Aborted]);
-    life.tasks.join(Duration::from_secs(5)).await;
+    life.stop().await;
 }

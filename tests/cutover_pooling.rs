@@ -4,7 +4,6 @@ mod support;
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::time::Duration;
 
 use pgcutover::cutover::coordinator::CutoverOptions;
 use pgcutover::cutover::report::CutoverOutcome;
@@ -36,11 +35,10 @@ async fn many_clients_on_few_connections_see_no_error() {
     }
     let listener = connect_with(&life.client("listener")).await;
     listener.batch_execute("LISTEN news; SET work_mem = '7MB'").await.expect("listens");
-    let options = CutoverOptions { drain_timeout: Duration::from_secs(20), ..life.options() };
     for dry_run in [true, false] {
         let before = done.load(Ordering::SeqCst);
         wait_for("work", || async { done.load(Ordering::SeqCst) > before + 50 }).await;
-        let report = life.cut_over_with(CutoverOptions { dry_run, ..options }).await;
+        let report = life.cut_over_with(CutoverOptions { dry_run, ..life.options() }).await;
         let expected = if dry_run { CutoverOutcome::DryRun } else { CutoverOutcome::Switched };
         assert_eq!(report.outcome, expected, "{report:?}");
     }

@@ -4,14 +4,15 @@ mod support;
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use pgcutover::config::Stragglers;
 use pgcutover::cutover::coordinator::CutoverOptions;
 use pgcutover::cutover::report::CutoverOutcome;
 use pgcutover::demo::cluster::Stop;
+use pgcutover::proxy::SessionState;
 use pgcutover::switch::ServerRole;
-use support::stage::{NAME, Stage};
+use support::stage::Stage;
 use support::{connect, connect_with, try_connect, wait_for};
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 use tokio::net::TcpStream;
@@ -111,11 +112,10 @@ async fn clients_at_work_and_clients_that_come_and_go_see_no_error() {
     assert_eq!(port(&idle).await, i32::from(stage.source.port()));
 
     // Dry runs and aborts are felt no more than the switch.
-    let options = CutoverOptions { drain_timeout: Duration::from_secs(20), ..life.options() };
     for dry_run in [true, true, false] {
         let before = crowd.transactions.load(Ordering::SeqCst);
         wait_for("work", || async { crowd.transactions.load(Ordering::SeqCst) > before + 20 }).await;
-        let report = life.cut_over_with(CutoverOptions { dry_run, ..options }).await;
+        let report = life.cut_over_with(CutoverOptions { dry_run, ..life.options() }).await;
         let expected = if dry_run { CutoverOutcome::DryRun } else { CutoverOutcome::Switched };
         assert_eq!(report.outcome, expected, "{report:?}");
         assert!(report.pause_ms > 0 && report.sessions_moved >= 9, "{report:?}");
@@ -141,25 +141,18 @@ async fn clients_at_work_and_clients_that_come_and_go_see_no_error() {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn the_first_session_of_a_database_may_come_between_preparation_and_pause() {
     let stage = Stage::set().await;
-    let life = stage.life_with_proxy("prepare.after_fence=sleep:1500ms").resolved().await;
+    let life = stage.life_with_proxy("prepare.after_fence=hold").resolved().await;
     let names = "CREATE FUNCTION tenant() RETURNS text LANGUAGE sql AS 'SELECT current_setting(''app.tenant'')'";
     for cluster in [&stage.source, &stage.target] {
         connect(cluster, "shop").await.batch_execute(names).await.expect("a new function");
     }
-    let late = async {
-        let fenced = connect(&stage.source, "postgres").await;
-        wait_for("the soft fence", || async {
-            let row = fenced.query_one("SELECT count(*) FROM pgcutover.fence", &[]).await;
-            row.is_ok_and(|row| row.get::<_, i64>(0) == 1)
-        })
-        .await;
-        let client = connect_with(&life.client("late")).await;
-        // Only the database's own function says that this setting matters: its name is not in any text sent.
-        let set = "DO $$ BEGIN PERFORM set_config('app.' || 'tenant', 'seven', false); END $$";
-        client.batch_execute(set).await.expect("settable");
-        client
-    };
-    let (report, late) = tokio::join!(life.cut_over(), late);
+    let running = life.cut_over_up_to("prepare.after_fence", life.options()).await;
+    let late = connect_with(&life.client("late")).await;
+    // Only the database's own function says that this setting matters: its name is not in any text sent.
+    let set = "DO $$ BEGIN PERFORM set_config('app.' || 'tenant', 'seven', false); END $$";
+    late.batch_execute(set).await.expect("settable");
+    life.failpoints.release("prepare.after_fence");
+    let report = running.await.expect("no panic");
     assert_eq!(report.outcome, CutoverOutcome::Switched, "{report:?}");
     assert_eq!(port(&late).await, i32::from(stage.target.port()));
     let kept: String = late.query_one("SELECT tenant()", &[]).await.expect("answers").get(0);
@@ -180,8 +173,7 @@ async fn an_abort_at_every_step_is_felt_by_nobody() {
             tasks.push(tokio::spawn(async move { worker.work(client).await }));
             tasks.push(tokio::spawn(async move { visitor.come_and_go(config).await }));
         }
-        let report =
-            life.cut_over_with(CutoverOptions { drain_timeout: Duration::from_secs(20), ..life.options() }).await;
+        let report = life.cut_over().await;
         assert_eq!(report.reason, format!("failpoint {failpoint}"));
         let after = crowd.transactions.load(Ordering::SeqCst);
         wait_for("work after the abort", || async {
@@ -201,19 +193,24 @@ async fn an_abort_at_every_step_is_felt_by_nobody() {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_long_transaction_through_the_proxy_aborts_and_carries_on() {
-    let stage = Stage::set().await;
-    let life = stage.life_with_proxy("").resolved().await;
+    let mut stage = Stage::set().await;
+    stage.connect_timeout = Duration::from_secs(10);
+    let life = stage.life_with_proxy("prepare.after_fence=hold").resolved().await;
     let client = connect_with(&life.client("nightly-report")).await;
-    client.batch_execute("BEGIN; INSERT INTO item (name) VALUES ('slow')").await.expect("writable");
     let pid: i32 = client.query_one("SELECT pg_backend_pid()", &[]).await.expect("answers").get(0);
     let options = CutoverOptions { drain_timeout: Duration::from_millis(400), ..life.options() };
-    let report = life.cut_over_with(options).await;
+    // Begun once the session has been prepared.
+    let running = life.cut_over_up_to("prepare.after_fence", options).await;
+    client.batch_execute("BEGIN; INSERT INTO item (name) VALUES ('slow')").await.expect("writable");
+    life.failpoints.release("prepare.after_fence");
+    let report = running.await.expect("no panic");
     assert_eq!(report.outcome, CutoverOutcome::Aborted);
     assert!(report.reason.contains("drain_timeout"), "{}", report.reason);
     assert!(report.reason.contains(&format!("pid {pid} (\"nightly-report\")")), "{}", report.reason);
     client.batch_execute("INSERT INTO item (name) VALUES ('still'); COMMIT").await.expect("carries on");
 
-    // By policy it is ended instead, and told so.
+    // By policy it is ended instead, and told so. This one is there before the cutover is.
+    life.failpoints.release("prepare.after_fence");
     client.batch_execute("BEGIN; INSERT INTO item (name) VALUES ('slow')").await.expect("writable");
     let report = life.cut_over_with(CutoverOptions { stragglers: Stragglers::Terminate, ..options }).await;
     assert_eq!(report.outcome, CutoverOutcome::Switched, "{report:?}");
@@ -238,7 +235,7 @@ async fn a_statement_whose_client_has_vanished_is_waited_for() {
     // The client vanishes; its statement goes on and will commit.
     socket.abort();
     sent.await.expect("no panic");
-    let report = life.cut_over_with(CutoverOptions { drain_timeout: Duration::from_secs(20), ..life.options() }).await;
+    let report = life.cut_over().await;
     assert_eq!(report.outcome, CutoverOutcome::Switched, "{report:?}");
     // The sequence was read after the statement had committed or had been proven gone.
     watcher.batch_execute("ALTER DATABASE shop ALLOW_CONNECTIONS true").await.expect("an operator lifts it so");
@@ -247,52 +244,51 @@ async fn a_statement_whose_client_has_vanished_is_waited_for() {
     let next = connect(&stage.target, "shop").await;
     let next: i64 = next.query_one("SELECT nextval('item_id_seq')", &[]).await.expect("readable").get(0);
     assert!(next > left, "{next} follows {left}");
-    tokio::time::sleep(Duration::from_millis(100)).await;
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_held_client_may_leave_and_may_cancel() {
     let stage = Stage::set().await;
-    let life = stage.life_with_proxy("pause.after_hard_fence=sleep:5000ms").resolved().await;
-    let port_of_proxy = life.proxy.as_ref().and_then(|proxy| proxy.address()).expect("a proxy").port();
-    let mut leaver = connect_raw(port_of_proxy).await;
+    let life = stage.life_with_proxy("pause.after_hard_fence=hold").resolved().await;
+    let proxy = life.proxy.as_ref().expect("a proxy");
+    let sessions = proxy.sessions();
+    let held = |name: &str| {
+        sessions.list().iter().any(|one| one.application_name == name && one.state == SessionState::Held)
+    };
+    let mut leaver = connect_raw(proxy.address().expect("on TCP").port()).await;
     let (torn, socket) = connect_loosely(&life.client("torn")).await;
     let canceller = connect_with(&life.client("canceller")).await;
     let patient = connect_with(&life.client("patient")).await;
-    let running = {
-        let (coordinator, options) = (life.coordinator.clone(), life.options());
-        tokio::spawn(async move { coordinator.run(NAME, options).await })
-    };
+    let running = life.cut_over_up_to("pause.after_hard_fence", life.options()).await;
     let gate = life.switchboard.database("shop");
-    wait_for("the gate to close", || async { gate.is_fenced() }).await;
-    let began = Instant::now();
+    assert!(gate.is_fenced());
     let patient = tokio::spawn(async move {
         patient.simple_query("SELECT 1").await.expect("only held");
         patient
     });
-    // Cancelled while it is held: 57014 at once, and the session goes on.
+    // Cancelled while it is held: 57014 at once, and the session goes on. A cancel of what is not held yet would be lost.
     let token = canceller.cancel_token();
-    let held = tokio::spawn(async move {
+    let cancelled = tokio::spawn(async move {
         let refused = canceller.simple_query("SELECT 2").await.expect_err("cancelled");
         (canceller, refused)
     });
-    tokio::time::sleep(Duration::from_millis(200)).await;
+    wait_for("the statement to be held", || async { held("canceller") }).await;
     token.cancel_query(tokio_postgres::NoTls).await.expect("accepted");
-    let (canceller, refused) = held.await.expect("no panic");
+    let (canceller, refused) = cancelled.await.expect("no panic");
     assert_eq!(refused.code().map(|code| code.code()), Some("57014"));
-    assert!(began.elapsed() < Duration::from_millis(4500), "answered while the gate was closed");
+    assert!(gate.is_fenced(), "answered while the gate was closed");
     // One that says goodbye while it is held, and one whose link breaks, are not waited for.
-    let sessions = life.proxy.as_ref().expect("a proxy").sessions();
     let count = sessions.list().len();
     leaver.write_all(b"Q\0\0\0\x0dSELECT 3\0X\0\0\0\x04").await.expect("taken");
     let tearing = tokio::spawn(async move { torn.simple_query("SELECT 4").await });
-    tokio::time::sleep(Duration::from_millis(100)).await;
+    wait_for("the statement to be held", || async { held("torn") }).await;
     socket.abort();
     wait_for("both to be gone", || async { sessions.list().len() + 2 == count }).await;
     assert!(gate.is_fenced(), "noticed while the gate was closed");
     assert!(tearing.await.expect("no panic").is_err());
 
-    let report = running.await.expect("no panic").expect("begun");
+    life.failpoints.release("pause.after_hard_fence");
+    let report = running.await.expect("no panic");
     assert_eq!(report.outcome, CutoverOutcome::Switched, "{report:?}");
     let patient = patient.await.expect("no panic");
     assert_eq!(port(&patient).await, i32::from(stage.target.port()));

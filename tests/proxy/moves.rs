@@ -7,13 +7,13 @@ use pgcutover::proxy::{MoveOrder, MoveOutcome, MoveState, SessionState};
 use pgcutover::switch::{Epoch, ServerRole};
 
 use crate::rig::{Rig, server, text};
-use crate::support::{connect, two_clusters_with};
+use crate::support::{PATIENCE, connect, two_clusters_with};
 use crate::wire_client::{bind, execute, parse, query, rows, sync, tags};
 
 const POSTGRES: &str = "postgres";
 
 fn soon() -> Instant {
-    Instant::now() + Duration::from_secs(10)
+    Instant::now() + PATIENCE
 }
 
 fn databases() -> Vec<String> {

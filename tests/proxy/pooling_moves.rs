@@ -1,6 +1,6 @@
 //! Pooled clients and a switch of their database: those that hold nothing just go on, the others move.
 
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use pgcutover::config::PoolMode;
 use pgcutover::demo::cluster::Cluster;
@@ -8,7 +8,7 @@ use pgcutover::proxy::{MoveOrder, MoveOutcome, SessionState};
 use pgcutover::switch::{Epoch, ServerRole};
 
 use crate::rig::{Rig, server, text};
-use crate::support::{connect, two_clusters_with, wait_for};
+use crate::support::{PATIENCE, connect, two_clusters_with, wait_for};
 use crate::wire_client::{bind, execute, parse, query, rows, sync, tags};
 
 const POSTGRES: &str = "postgres";
@@ -16,7 +16,7 @@ const WHERE_AM_I: &str = "SELECT name FROM place";
 const TO_TARGET: MoveOrder = MoveOrder { to: ServerRole::Target, epoch: Epoch(1) };
 
 fn soon() -> Instant {
-    Instant::now() + Duration::from_secs(10)
+    Instant::now() + PATIENCE
 }
 
 fn databases() -> Vec<String> {

@@ -1,7 +1,6 @@
 //! A proxy in this process, in front of whatever servers a test has.
 
 use std::sync::Arc;
-use std::time::Duration;
 
 use futures_util::future::BoxFuture;
 use pgcutover::config::{self, AuthMethod, Config};
@@ -165,9 +164,9 @@ impl Rig {
     pub async fn stop(mut self) {
         self.tasks.stop();
         if let Some(proxy) = self.proxy.take() {
-            assert!(proxy.stop(Duration::from_secs(20)).await, "every session ends");
+            assert!(proxy.stop(support::PATIENCE).await, "every session ends");
         }
-        assert_eq!(self.tasks.join(Duration::from_secs(5)).await, 0);
+        assert_eq!(self.tasks.join(support::PATIENCE).await, 0);
     }
 }
 

@@ -20,9 +20,10 @@ use pgcutover::shutdown::Tasks;
 use pgcutover::switch::{Epoch, Route, ServerRole, Switchboard};
 use pgcutover::telemetry::metrics::Metrics;
 use tokio::sync::watch;
+use tokio::task::JoinHandle;
 
 use super::link::Link;
-use super::{connect, two_clusters, wait_for};
+use super::{PATIENCE, connect, two_clusters, wait_for};
 
 /// Name of the migration.
 pub const NAME: &str = "move";
@@ -104,12 +105,15 @@ impl ConsoleHandler for NoConsole {
 pub struct Stage {
     pub source: Cluster,
     pub target: Cluster,
+    /// For a login at either server, and for sessions that are busy when a cutover is prepared. Long, because a machine that
+    /// runs everything at once is slow to log in; tests with such sessions shorten it.
+    pub connect_timeout: Duration,
 }
 
 impl Stage {
     pub async fn set() -> Self {
         let (source, target) = two_clusters();
-        let stage = Self { source, target };
+        let stage = Self { source, target, connect_timeout: PATIENCE };
         stage.furnish().await;
         stage
     }
@@ -188,7 +192,10 @@ impl Stage {
         if let Some(link) = link {
             config.target.port = link.address.port();
         }
-        config.target.connect_timeout = Duration::from_secs(3);
+        for server in [&mut config.source, &mut config.target] {
+            server.connect_timeout = self.connect_timeout;
+        }
+        config.limits.client_login_timeout = PATIENCE;
         let instance = InstanceId::random();
         let source = Connector::new(&config.source, "source", &instance).expect("no certificates to read");
         let target = Connector::new(&config.target, "target", &instance).expect("no certificates to read");
@@ -214,6 +221,7 @@ impl Stage {
                 Some(Proxy::start(deps).expect("a free port"))
             }
         };
+        let failpoints = Failpoints::parse(failpoints).expect("valid failpoints");
         let coordinator = Coordinator::start(CoordinatorDeps {
             config,
             switchboard: switchboard.clone(),
@@ -222,10 +230,10 @@ impl Stage {
             source: source.clone(),
             target: target.clone(),
             metrics,
-            failpoints: Failpoints::parse(failpoints).expect("valid failpoints"),
+            failpoints: failpoints.clone(),
             tasks: tasks.clone(),
         });
-        Life { coordinator, switchboard, engine, source, target, tasks, proxy }
+        Life { coordinator, switchboard, engine, source, target, tasks, proxy, failpoints }
     }
 
     /// Settings of databases and roles on the source, as the catalogues hold them.
@@ -263,6 +271,8 @@ pub struct Life {
     pub tasks: Tasks,
     /// None: there are no sessions.
     pub proxy: Option<Proxy>,
+    /// Those of its coordinator.
+    pub failpoints: Failpoints,
 }
 
 impl Life {
@@ -272,7 +282,24 @@ impl Life {
     }
 
     pub fn options(&self) -> CutoverOptions {
-        CutoverOptions { max_pause: Duration::from_secs(30), ..self.coordinator.default_options() }
+        CutoverOptions { max_pause: PATIENCE, drain_timeout: PATIENCE / 2, ..self.coordinator.default_options() }
+    }
+
+    /// Begins a cutover and returns when it is held at `failpoint`, until [`Failpoints::release`].
+    pub async fn cut_over_up_to(&self, failpoint: &str, options: CutoverOptions) -> JoinHandle<CutoverReport> {
+        let coordinator = self.coordinator.clone();
+        let running = tokio::spawn(async move { coordinator.run(NAME, options).await.expect("the migration is ready") });
+        wait_for(&format!("failpoint {failpoint}"), || async {
+            assert!(!running.is_finished(), "the cutover has ended before {failpoint}");
+            self.failpoints.is_held(failpoint)
+        })
+        .await;
+        running
+    }
+
+    /// Every task of the coordinator ends when it is told to.
+    pub async fn stop(&self) {
+        assert_eq!(self.tasks.join(PATIENCE).await, 0, "tasks go on");
     }
 
     pub async fn cut_over(&self) -> CutoverReport {
