@@ -252,9 +252,8 @@ async fn a_held_client_may_leave_and_may_cancel() {
     let life = stage.life_with_proxy("pause.after_hard_fence=hold").resolved().await;
     let proxy = life.proxy.as_ref().expect("a proxy");
     let sessions = proxy.sessions();
-    let held = |name: &str| {
-        sessions.list().iter().any(|one| one.application_name == name && one.state == SessionState::Held)
-    };
+    let held =
+        |name: &str| sessions.list().iter().any(|one| one.application_name == name && one.state == SessionState::Held);
     let mut leaver = connect_raw(proxy.address().expect("on TCP").port()).await;
     let (torn, socket) = connect_loosely(&life.client("torn")).await;
     let canceller = connect_with(&life.client("canceller")).await;

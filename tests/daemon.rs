@@ -5,7 +5,6 @@
 mod support;
 
 use std::process::Command;
-use std::time::{Duration, Instant};
 
 use pgcutover::demo::cluster::{Cluster, ClusterAuth, Stop};
 use serde_json::{Value, json};
@@ -143,7 +142,7 @@ async fn signals_reload_and_stop_and_a_wrong_configuration_changes_nothing() {
     assert!(err.contains("unknown key `user` in [admin]; did you mean `users`?"), "{err}");
     std::fs::write(&file, &text).unwrap();
     assert_eq!(users(), "postgres,ann", "the old one stays in force");
-    std::fs::write(&file, text.replace("[auth]", "[limits]\nbuffer = \"16kB\"\n[auth]")).unwrap();
+    std::fs::write(&file, text.replace("[limits]", "[limits]\nbuffer = \"16kB\"")).unwrap();
     let changes = daemon.json(&["reload"]);
     assert_eq!(changes, json!({"applied": ["admin.users"], "needs_restart": ["limits.buffer"]}));
 
@@ -167,10 +166,8 @@ async fn signals_reload_and_stop_and_a_wrong_configuration_changes_nothing() {
     daemon.json(&["reload"]);
 
     let client = support::connect_with(&daemon.client("postgres")).await;
-    let asked = Instant::now();
     signal(&daemon, "TERM");
     daemon.wait_for_end();
-    assert!(asked.elapsed() < Duration::from_secs(30));
     assert!(client.simple_query("SELECT 1").await.is_err(), "its session was ended");
     let log = daemon.log();
     assert!(log.contains("told to stop") && log.contains("stopped"), "{log}");

@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 
 use support::daemon::{Daemon, DaemonOptions};
 use support::stopped::Stopped;
-use support::{connect, two_clusters_with, wait_for};
+use support::{PATIENCE, connect, two_clusters_with, wait_for};
 use tokio_postgres::Client;
 
 const PAGE_BYTES: u64 = 8192;
@@ -44,7 +44,7 @@ async fn strand(client: &Client) -> bool {
 async fn keep_stranded(client: &Client, time: Duration) -> bool {
     let end = Instant::now() + time;
     let mut stranded = false;
-    while Instant::now() < end {
+    while Instant::now() < end || !stranded && Instant::now() < end + PATIENCE {
         if strand(client).await {
             let insert = position(client, "pg_current_wal_insert_lsn").await;
             tokio::time::sleep(Duration::from_millis(300)).await;
@@ -69,7 +69,7 @@ async fn neither_catching_up_nor_the_drain_waits_for_a_stranded_position() {
         .await
         .expect("filled");
     let options = DaemonOptions::default()
-        .section("cutover", "max_pause = \"30s\"\ndrain_timeout = \"10s\"")
+        .section("cutover", "max_pause = \"120s\"\ndrain_timeout = \"60s\"")
         .failpoints("engine.after_schema=sleep:2500ms;drain.after_sessions=sleep:2500ms");
     let daemon = Daemon::start(&source, &target, options);
 

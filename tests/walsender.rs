@@ -231,7 +231,7 @@ async fn stop_confirms_the_last_report_and_frees_the_slot() {
 async fn feedback_flows_while_nobody_reads() {
     let found = installations();
     let newest = found.newest_with_client_tools().expect("checked by installations()");
-    let options = ClusterOptions::new(newest, "blocked").setting("wal_sender_timeout", "1500ms");
+    let options = ClusterOptions::new(newest, "blocked").setting("wal_sender_timeout", "6s");
     let cluster = Cluster::start(options).expect("starts");
     let admin = connect(&cluster, "postgres").await;
     admin.batch_execute("CREATE TABLE public.t (a text); CREATE PUBLICATION p FOR ALL TABLES").await.expect("made");
@@ -249,7 +249,7 @@ async fn feedback_flows_while_nobody_reads() {
     feedback.send_status(end_lsn, end_lsn, end_lsn);
     wait_for("the report to be confirmed", async || confirmed(&admin, "s").await == end_lsn).await;
     let blocked_since = std::time::Instant::now();
-    wait_for("three times the server's time-out", async || blocked_since.elapsed() > Duration::from_millis(4500)).await;
+    wait_for("more than the server's time-out", async || blocked_since.elapsed() > Duration::from_secs(8)).await;
     let (messages, large_end) = next_transaction(&mut stream).await;
     assert_eq!(messages.len(), 50_001);
 

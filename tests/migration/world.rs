@@ -69,7 +69,7 @@ impl Running {
     }
 
     pub async fn stop(self) {
-        assert_eq!(self.tasks.join(Duration::from_secs(30)).await, 0, "tasks must stop");
+        assert_eq!(self.tasks.join(PATIENCE).await, 0, "tasks must stop");
     }
 }
 

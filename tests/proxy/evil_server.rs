@@ -2,6 +2,7 @@
 
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
+use std::time::Duration;
 
 use pgcutover::config;
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _, copy_bidirectional};
@@ -76,12 +77,12 @@ impl EvilServer {
         std::mem::take(&mut *self.enough.lock().expect("no panic")).cancel();
     }
 
-    /// How the proxy reaches it.
-    pub fn config(&self, real: &config::Server) -> config::Server {
+    /// How the proxy reaches it, and how long it tries to.
+    pub fn config(&self, real: &config::Server, connect_timeout: Duration) -> config::Server {
         let mut server = config::Server::new("127.0.0.1", self.port, real.user.clone());
         server.password = real.password.clone();
         server.sslmode = config::SslMode::Disable;
-        server.connect_timeout = std::time::Duration::from_secs(1);
+        server.connect_timeout = connect_timeout;
         server
     }
 }

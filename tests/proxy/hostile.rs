@@ -5,11 +5,12 @@ use std::time::Duration;
 use pgcutover::config::{AuthMethod, PoolMode};
 use pgcutover::demo::cluster::{Cluster, ClusterAuth, ClusterOptions};
 use pgcutover::proxy::SessionState;
+use pgcutover::switch::{Epoch, ServerRole};
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 
 use crate::evil_server::{EvilServer, Misdeed, Stage, Then};
 use crate::rig::{Rig, server, text};
-use crate::support::{installations, one_cluster, wait_for};
+use crate::support::{PATIENCE, installations, one_cluster, wait_for};
 use crate::tls::Authority;
 use crate::wire_client::{Message, WireClient, bind, execute, frame, parse, query, rows, sync};
 
@@ -66,7 +67,8 @@ async fn a_message_larger_than_memory_should_be_is_streamed_and_its_client_may_v
     for _ in 0..150 {
         client.send(&piece).await;
     }
-    assert!(resident_bytes() < before + (64 << 20), "{} bytes more", resident_bytes() - before);
+    // Half of what was sent: other tests of this process need memory too.
+    assert!(resident_bytes() < before + (75 << 20), "{} bytes more", resident_bytes() - before);
     assert_eq!(rig.until(SessionState::Active).await.user, "postgres");
     drop(client);
     rig.until_no_session().await;
@@ -259,7 +261,6 @@ async fn floods_of_cancels_and_of_tls_handshakes_that_never_end_pass() {
     let authority = Authority::new();
     let rig = Rig::start(server(&cluster), server(&cluster), |config| {
         config.listen.tls = Some(authority.server());
-        config.limits.client_login_timeout = Duration::from_secs(2);
     });
     let before = resident_bytes();
     let mut victim = rig.wire("postgres").await;
@@ -272,6 +273,8 @@ async fn floods_of_cancels_and_of_tls_handshakes_that_never_end_pass() {
         assert_eq!(other.next().await, None);
     }
     assert_eq!(victim.tags_until_ready().await, "TDCZI", "nobody was cancelled");
+    // Long enough for who means well on a busy machine.
+    rig.reload(|config| config.limits.client_login_timeout = Duration::from_secs(10));
     let mut half_open = Vec::new();
     for number in 0..400 {
         let mut client = WireClient::connect(rig.port).await;
@@ -288,7 +291,7 @@ async fn floods_of_cancels_and_of_tls_handshakes_that_never_end_pass() {
     for client in &mut half_open {
         let mut rest = Vec::new();
         // Closed by the login time-out, with or without a TLS alert.
-        let closed = tokio::time::timeout(Duration::from_secs(60), client.stream.read_to_end(&mut rest)).await;
+        let closed = tokio::time::timeout(PATIENCE, client.stream.read_to_end(&mut rest)).await;
         assert!(closed.is_ok(), "the login time-out ends it");
     }
     rig.stop().await;
@@ -404,7 +407,12 @@ async fn servers_that_break_the_protocol_hurt_only_their_own_sessions() {
     let cluster = one_cluster("evil");
     let real = server(&cluster);
     let evil = EvilServer::start(&real, misdeeds()).await;
-    let rig = Rig::start(evil.config(&real), evil.config(&real), |_| {});
+    // Who is silent at the login is soon given up at the source; all others are led to the target, which has time.
+    let rig = Rig::start(evil.config(&real, Duration::from_secs(1)), evil.config(&real, PATIENCE), |_| {});
+    let others = misdeeds().into_iter().filter(|misdeed| misdeed.stage != Stage::Login).map(|misdeed| misdeed.database);
+    for database in others.chain(["postgres"]) {
+        rig.board.database(database).open(ServerRole::Target, Epoch(1));
+    }
     let before = resident_bytes();
     for misdeed in misdeeds() {
         let mut client = WireClient::connect(rig.port).await;
@@ -443,7 +451,7 @@ async fn endless_talk_of_a_server_passes_through_without_piling_up() {
     let cluster = one_cluster("talk");
     let real = server(&cluster);
     let evil = EvilServer::start(&real, misdeeds()).await;
-    let rig = Rig::start(evil.config(&real), evil.config(&real), |_| {});
+    let rig = Rig::start(evil.config(&real, PATIENCE), evil.config(&real, PATIENCE), |_| {});
     let before = resident_bytes();
     for database in ["statement_notices", "statement_parameters", "statement_1gb"] {
         let mut client = WireClient::connect(rig.port).await;

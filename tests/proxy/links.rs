@@ -12,7 +12,7 @@ use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::watch;
 
 use crate::rig::{Rig, server, text};
-use crate::support::{connect, one_cluster};
+use crate::support::{connect, one_cluster, wait_for};
 use crate::wire_client::query;
 
 /// What becomes of the connections that pass here.
@@ -91,18 +91,22 @@ async fn a_cut_link_is_in_doubt_and_the_gate_waits_for_the_backends_end() {
     let database = rig.database();
     let mut client = rig.wire("postgres").await;
     let session = wire.count() - 1;
-    client.send(&query("INSERT INTO t SELECT 1 FROM pg_sleep(0.5)")).await;
-    rig.until(SessionState::Active).await;
-    tokio::time::sleep(Duration::from_millis(100)).await;
+    // It runs for as long as we hold the lock.
+    direct.batch_execute("SELECT pg_advisory_lock(7)").await.expect("free");
+    client.send(&query("INSERT INTO t SELECT 1 FROM pg_advisory_xact_lock(7)")).await;
+    let waits = "SELECT count(*) FROM pg_locks WHERE locktype = 'advisory' AND NOT granted";
+    wait_for("the statement to run", || async { text(&direct, waits).await == "1" }).await;
     wire.order(session, Order::Cut);
     let error = client.next().await.expect("an error");
     assert_eq!(error.code(), "08006");
     assert!(String::from_utf8_lossy(&error.body).contains("not known"), "it is said to be in doubt");
     rig.until(SessionState::Orphan).await;
     database.fence();
+    direct.batch_execute("SELECT pg_advisory_unlock(7)").await.expect("held");
+    wait_for("it to go on and commit", || async { text(&direct, "SELECT count(*) FROM t").await == "1" }).await;
     let emptied = tokio::time::timeout(Duration::from_secs(1), database.wait_empty()).await;
     assert!(emptied.is_err(), "the backend is still there");
-    assert_eq!(text(&direct, "SELECT count(*) FROM t").await, "1", "it went on and committed, once");
+    assert_eq!(text(&direct, "SELECT count(*) FROM t").await, "1", "once");
     wire.order(session, Order::Drop);
     tokio::time::timeout(crate::support::PATIENCE, database.wait_empty()).await.expect("its end is proven");
     rig.until_no_session().await;

@@ -5,7 +5,7 @@ use std::time::Duration;
 use pgcutover::proxy::SessionState;
 
 use crate::rig::{Rig, text};
-use crate::support::{connect, one_cluster};
+use crate::support::{connect, one_cluster, wait_for};
 use crate::wire_client::{extended, frame, query};
 
 #[tokio::test(flavor = "multi_thread")]
@@ -17,7 +17,9 @@ async fn an_autocommit_statement_goes_on_and_is_waited_for() {
     for terminate in [false, true] {
         let database = rig.database();
         let mut client = rig.wire("postgres").await;
-        client.send(&query("INSERT INTO t SELECT 1 FROM pg_sleep(1)")).await;
+        // It runs for as long as we hold the lock.
+        direct.batch_execute("SELECT pg_advisory_lock(7)").await.expect("free");
+        client.send(&query("INSERT INTO t SELECT 1 FROM pg_advisory_xact_lock(7)")).await;
         rig.until(SessionState::Active).await;
         if terminate {
             client.send(&frame(b'X', &[])).await;
@@ -28,6 +30,7 @@ async fn an_autocommit_statement_goes_on_and_is_waited_for() {
         assert_eq!(database.inside(), 1);
         assert_eq!(rig.sessions.orphans("postgres").len(), 1);
         assert_eq!(rig.sessions.stragglers("postgres").len(), 1);
+        direct.batch_execute("SELECT pg_advisory_unlock(7)").await.expect("held");
         tokio::time::timeout(crate::support::PATIENCE, database.wait_empty()).await.expect("it ends");
         let committed = text(&direct, "SELECT count(*) FROM t").await;
         assert_eq!(committed, if terminate { "2" } else { "1" }, "it was committed before the gate was left");
@@ -60,7 +63,7 @@ async fn a_transaction_a_copy_and_a_cut_frame_are_ended() {
             // Let it reach the server.
             tokio::time::sleep(Duration::from_millis(50)).await;
         }
-        assert_eq!(database.inside(), 1, "{case}");
+        wait_for(case, || async { database.inside() == 1 }).await;
         drop(client);
         database.fence();
         tokio::time::timeout(crate::support::PATIENCE, database.wait_empty()).await.expect(case);

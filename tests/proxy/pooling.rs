@@ -11,7 +11,7 @@ use pgcutover::proxy::SessionState;
 use tokio_postgres::Client;
 
 use crate::rig::{Rig, server, text};
-use crate::support::{connect, one_cluster, wait_for};
+use crate::support::{PATIENCE, connect, one_cluster, wait_for};
 use crate::wire_client::{WireClient, bind, execute, extended, frame, parse, query, rows, sync};
 
 /// A proxy in transaction mode whose pools have `size` connections.
@@ -346,12 +346,16 @@ async fn what_cannot_be_shared_keeps_its_connection() {
 #[tokio::test(flavor = "multi_thread")]
 async fn nobody_waits_for_ever_and_all_get_their_turn() {
     let cluster = one_cluster("fair");
-    let rig = pooled_with(&cluster, 1, |config| config.limits.timeouts.query_wait = Duration::from_secs(2));
+    let rig = pooled_with(&cluster, 1, |config| config.limits.timeouts.query_wait = PATIENCE);
     let stop = Arc::new(AtomicBool::new(false));
     let counts: Vec<Arc<AtomicUsize>> = (0..12).map(|_| Arc::default()).collect();
-    let mut tasks = Vec::new();
-    for count in &counts {
-        let (client, stop, count) = (rig.connect("postgres").await, stop.clone(), count.clone());
+    let (mut clients, mut tasks) = (Vec::new(), Vec::new());
+    // All are there before the first of them begins.
+    for _ in &counts {
+        clients.push(rig.connect("postgres").await);
+    }
+    for (client, count) in clients.into_iter().zip(&counts) {
+        let (stop, count) = (stop.clone(), count.clone());
         tasks.push(tokio::spawn(async move {
             while !stop.load(Ordering::SeqCst) {
                 client.simple_query("SELECT 1").await.expect("served");
@@ -369,6 +373,7 @@ async fn nobody_waits_for_ever_and_all_get_their_turn() {
         (counts.iter().map(|c| c.load(Ordering::SeqCst)).min(), counts.iter().map(|c| c.load(Ordering::SeqCst)).max());
     assert!(most < least.map(|least| least * 4), "{least:?} to {most:?}");
     // One that holds the only connection; another one waits too long.
+    rig.reload(|config| config.limits.timeouts.query_wait = Duration::from_secs(1));
     let (mut holder, mut waiter) = (rig.wire("postgres").await, rig.wire("postgres").await);
     ask(&mut holder, &query("BEGIN")).await;
     waiter.send(&query("SELECT 1")).await;
@@ -385,9 +390,12 @@ async fn nobody_waits_for_ever_and_all_get_their_turn() {
 async fn a_cancel_hits_its_own_statement_and_nobody_elses() {
     let cluster = one_cluster("poolcancel");
     let rig = pooled(&cluster, 1);
+    let direct = connect(&cluster, "postgres").await;
     let (mut ann, mut bob) = (rig.wire("postgres").await, rig.wire("postgres").await);
-    ann.send(&query("SELECT pg_sleep(60)")).await;
-    rig.until(SessionState::Active).await;
+    ann.send(&query("SELECT pg_sleep(600)")).await;
+    // A cancel that comes before the statement is lost.
+    let asleep = "SELECT count(*) FROM pg_stat_activity WHERE wait_event = 'PgSleep'";
+    wait_for("the statement to run", || async { text(&direct, asleep).await == "1" }).await;
     bob.send(&query("SELECT 'waited'")).await;
     rig.until(SessionState::Waiting).await;
     // Bob's waits: it is cancelled without a server.
@@ -599,7 +607,7 @@ async fn a_reconnect_closes_idle_connections_at_once_and_others_when_they_are_gi
     let busy_pid = first_row(&mut busy, "BEGIN; SELECT pg_backend_pid()").await;
     let idle_pid = first_row(&mut idle, "SELECT pg_backend_pid()").await;
     let open = || rig.sessions.idle_backends().iter().map(|one| one.pid.to_string()).collect::<Vec<_>>();
-    assert!(open().contains(&idle_pid));
+    wait_for("it to be given back", || async { open().contains(&idle_pid) }).await;
     rig.sessions.retire("elsewhere");
     assert_eq!(first_row(&mut idle, "SELECT pg_backend_pid()").await, idle_pid);
     rig.sessions.retire("postgres");

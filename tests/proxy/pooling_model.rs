@@ -158,7 +158,7 @@ impl Client {
         let batches = expected.iter().filter(|message| message.tag == 'Z').count();
         let mut seen = Vec::new();
         for _ in 0..batches {
-            let patience = std::time::Duration::from_secs(60);
+            let patience = crate::support::PATIENCE;
             match tokio::time::timeout(patience, self.wire.until_ready()).await {
                 Ok(batch) => seen.extend(batch),
                 Err(_) => panic!(

@@ -272,7 +272,6 @@ async fn limits_are_kept() {
     let cluster = one_cluster("limits");
     let rig = Rig::start(server(&cluster), server(&cluster), |config| {
         config.limits.max_client_connections = 2;
-        config.limits.client_login_timeout = Duration::from_millis(300);
         config.limits.max_message_bytes = 1000;
     });
     let (mut first, _second) = (rig.wire("postgres").await, rig.wire("postgres").await);
@@ -283,6 +282,7 @@ async fn limits_are_kept() {
     first.send(&query(&"x".repeat(2000))).await;
     assert_eq!(first.next().await.expect("an error").code(), "08P01");
     wait_for("a free place", || async { rig.sessions.list().len() == 1 }).await;
+    rig.reload(|config| config.limits.client_login_timeout = Duration::from_millis(300));
     let mut silent = WireClient::connect(rig.port).await;
     assert_eq!(silent.next().await, None, "closed at the login time-out");
     rig.stop().await;

@@ -9,7 +9,7 @@ use pgcutover::proxy::SessionState;
 use pgcutover::switch::{Epoch, ServerRole};
 
 use crate::rig::{Rig, server, text};
-use crate::support::{connect, one_cluster, wait_for};
+use crate::support::{self, connect, one_cluster, wait_for};
 use crate::wire_client::{WireClient, query, rows};
 
 /// The program, where the installation has it; a minimal one has only the server and the tools for dumps.
@@ -102,7 +102,7 @@ async fn a_switch_ends_them_with_a_reason() {
     walsender.start(&[("user", "postgres"), ("database", "postgres"), ("replication", "true")]).await;
     walsender.until_ready().await;
     database.fence();
-    tokio::time::timeout(std::time::Duration::from_secs(20), database.wait_empty()).await.expect("they are exempt");
+    tokio::time::timeout(support::PATIENCE, database.wait_empty()).await.expect("they are exempt");
     database.open(ServerRole::Target, Epoch(1));
     let told = walsender.next().await.expect("an error");
     assert_eq!(told.code(), "57P01");

@@ -56,6 +56,7 @@ pub struct Rig {
 pub fn server(cluster: &Cluster) -> config::Server {
     let mut server = config::Server::new(cluster.host(), cluster.port(), "postgres");
     server.password = cluster.password().map(config::Secret::new);
+    server.connect_timeout = support::PATIENCE;
     server
 }
 
@@ -86,6 +87,8 @@ impl Rig {
         config.listen.address = Some("127.0.0.1:0".parse().expect("valid"));
         config.listen.workers = 2;
         config.auth.method = AuthMethod::Trust;
+        // A busy machine takes its time; tests of these bounds set them.
+        config.limits.client_login_timeout = support::PATIENCE;
         change(&mut config);
         let config = Arc::new(config);
         let instance = InstanceId::random();

@@ -334,7 +334,8 @@ async fn they_wait_no_longer_than_configured_and_make_room_when_the_server_is_fu
     rig.until_no_session().await;
     let waiting = rig.sessions.idle_backends().len();
     assert!(waiting <= 2, "{waiting}");
-    direct.batch_execute("DROP DATABASE shut_soon").await.expect("PostgreSQL waits for them");
+    // PostgreSQL waits for them too, though not for ever.
+    wait_for("it to be free", || async { direct.batch_execute("DROP DATABASE shut_soon").await.is_ok() }).await;
     rig.stop().await;
     // Not at all.
     for change in [
@@ -510,8 +511,8 @@ async fn a_reset_that_is_not_what_it_should_be_ends_the_connection() {
         script.lock().expect("lives").push_front(Wiping { says, then });
         leave(&rig, client).await;
         if what == "an end afterwards" {
-            // Nobody hears it before somebody wants the connection; the end is on its way for certain then.
-            tokio::time::sleep(Duration::from_millis(100)).await;
+            // Nobody hears it before somebody wants the connection. It is sent with the answer; this lets it arrive.
+            tokio::time::sleep(Duration::from_secs(1)).await;
         }
         assert_eq!(rig.database().inside(), 0, "{what}");
         let mut next = rig.wire(POSTGRES).await;

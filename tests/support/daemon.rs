@@ -66,6 +66,9 @@ impl Daemon {
             ("admin".to_owned(), format!("address = \"127.0.0.1:{admin_port}\"\nusers = [\"postgres\"]")),
             ("source".to_owned(), server_lines(source)),
             ("target".to_owned(), server_lines(target)),
+            // A machine that runs everything at once is no measure for pauses and logins.
+            ("cutover".to_owned(), "max_pause = \"120s\"\ndrain_timeout = \"30s\"".to_owned()),
+            ("limits".to_owned(), "client_login_timeout = \"120s\"".to_owned()),
         ];
         if let (None, None) = (source.password(), target.password()) {
             // Clusters that trust everyone have no verifiers to check clients against.
@@ -257,7 +260,11 @@ impl Drop for Daemon {
 }
 
 fn server_lines(cluster: &Cluster) -> String {
-    let mut lines = format!("host = \"{}\"\nport = {}\nuser = \"postgres\"", cluster.host(), cluster.port());
+    let mut lines = format!(
+        "host = \"{}\"\nport = {}\nuser = \"postgres\"\nconnect_timeout = \"30s\"",
+        cluster.host(),
+        cluster.port()
+    );
     if let Some(password) = cluster.password() {
         lines.push_str(&format!("\npassword = {password:?}"));
     }

@@ -115,7 +115,7 @@ impl Rig {
             part_bytes: 256 * 1024,
             without_identity: WithoutIdentity::Full,
             ddl: Ddl::Apply,
-            slot_timeout: Duration::from_secs(20),
+            slot_timeout: support::PATIENCE,
             lock_timeout: Duration::from_millis(500),
             ..whole.migration.clone()
         };

@@ -288,7 +288,8 @@ impl Life {
     /// Begins a cutover and returns when it is held at `failpoint`, until [`Failpoints::release`].
     pub async fn cut_over_up_to(&self, failpoint: &str, options: CutoverOptions) -> JoinHandle<CutoverReport> {
         let coordinator = self.coordinator.clone();
-        let running = tokio::spawn(async move { coordinator.run(NAME, options).await.expect("the migration is ready") });
+        let running =
+            tokio::spawn(async move { coordinator.run(NAME, options).await.expect("the migration is ready") });
         wait_for(&format!("failpoint {failpoint}"), || async {
             assert!(!running.is_finished(), "the cutover has ended before {failpoint}");
             self.failpoints.is_held(failpoint)

@@ -3,7 +3,6 @@
 
 use std::collections::HashMap;
 use std::sync::Arc;
-use std::time::Duration;
 
 use pgcutover::catalog::migrations::Generation;
 use pgcutover::catalog::{Place, bootstrap};
@@ -16,7 +15,7 @@ use pgcutover::postgres::{Connector, InstanceId};
 use pgcutover::telemetry::metrics::Metrics;
 use tokio::task::JoinHandle;
 
-use super::{connect, two_clusters_of};
+use super::{PATIENCE, connect, two_clusters_of};
 
 /// See the module.
 pub struct Streamed {
@@ -44,7 +43,7 @@ impl Streamed {
         let publish = format!("CREATE PUBLICATION p FOR TABLE {}, pgcutover.marker", tables.join(", "));
         connect(&source, "shop").await.batch_execute(&publish).await.expect("publication");
         let mut replication = ReplicationConnection::connect(&from, "shop").await.expect("walsender");
-        let slot = replication.create_logical_slot("s", Duration::from_secs(30)).await.expect("slot");
+        let slot = replication.create_logical_slot("s", PATIENCE).await.expect("slot");
         replication.terminate().await.expect("ended");
         let context = StreamContext {
             source: from,

@@ -40,9 +40,7 @@ impl World {
     pub async fn begin_with(scale: f64, change: impl FnOnce(DaemonOptions) -> DaemonOptions) -> Self {
         let (source, target) = two_clusters();
         let size = shop::build(&source, scale).await;
-        // A machine that runs everything at once is no measure for pauses.
-        let options = DaemonOptions::default()
-            .section("cutover", "max_pause = \"60s\"\ndrain_timeout = \"30s\"\nmax_lag_at_start = \"1GB\"");
+        let options = DaemonOptions::default().section("cutover", "max_lag_at_start = \"1GB\"");
         let daemon = Daemon::start(&source, &target, change(options));
         Self { source, target, daemon, size }
     }
