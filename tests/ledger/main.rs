@@ -84,8 +84,8 @@ async fn play(stage: &mut schedule::Stage, seed: u64) {
 /// The same checker on a drain that does not wait for what was written: it must not stay silent.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn the_checker_finds_what_a_lying_drain_loses() {
-    // The apply lags behind, so that there is something to lose.
-    let mut stage = schedule::Stage::set("drain.wait_applied=skip;apply.before_commit=sleep:300ms").await;
+    // The apply lags behind by more than a pause takes on a busy machine, so that there is something to lose.
+    let mut stage = schedule::Stage::set("drain.wait_applied=skip;apply.before_commit=sleep:3000ms").await;
     let clients = Clients::start(&stage.world.daemon, 1);
     clients.go_on_writing().await;
     stage.must_switch("cutover").await;

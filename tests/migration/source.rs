@@ -164,7 +164,7 @@ async fn a_publication_goes_without_standing_in_the_way_of_transactions() {
         .await;
         // Nothing that the application wants now is held by who waits for it.
         for table in &tables {
-            let lock = format!("SET LOCAL lock_timeout = '50ms'; LOCK TABLE {table} IN ROW EXCLUSIVE MODE");
+            let lock = format!("SET LOCAL lock_timeout = '200ms'; LOCK TABLE {table} IN ROW EXCLUSIVE MODE");
             source.batch_execute(&lock).await.unwrap_or_else(|error| panic!("{table}: {error:?}"));
         }
         source.batch_execute("COMMIT").await.expect("committed");
