@@ -83,7 +83,10 @@ async fn many_clients_share_few_connections() {
     }
     assert_eq!(text(&direct, "SELECT count(*) FROM t").await, "320");
     assert!(backends(&direct).await <= 2);
-    assert_eq!(rig.sessions.list().iter().filter(|session| session.backend_pid.is_some()).count(), 0);
+    wait_for("all to be given back", || async {
+        rig.sessions.list().iter().all(|session| session.backend_pid.is_none())
+    })
+    .await;
     assert_eq!(rig.sessions.backend_pids("postgres").len(), backends(&direct).await, "idle ones are no strangers");
     drop(done);
     rig.until_no_session().await;
@@ -595,7 +598,7 @@ async fn pgbench_runs_prepared_with_many_clients_on_two_connections() {
     }
     let direct = connect(&cluster, "postgres").await;
     assert_eq!(text(&direct, "SELECT count(*) FROM pgbench_history").await, "1920");
-    assert_eq!(rig.sessions.idle_backends().len(), 2);
+    wait_for("both to be given back", || async { rig.sessions.idle_backends().len() == 2 }).await;
     rig.stop().await;
 }
 
