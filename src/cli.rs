@@ -8,6 +8,7 @@ mod client;
 mod frame;
 #[cfg(any(test, fuzzing))]
 pub mod fuzzing;
+mod manual;
 mod migration;
 mod output;
 mod properties;
@@ -472,17 +473,8 @@ fn run(global: &Global, begin: Begin) -> Result<ExitCode, CliError> {
     Ok(ExitCode::SUCCESS)
 }
 
-/// One page for the program, and behind it one for each command.
 fn manual() -> Result<ExitCode, CliError> {
-    let mut text = Vec::new();
-    let mut commands = vec![(String::new(), Cli::command())];
-    while let Some((prefix, command)) = commands.pop() {
-        let name = format!("{prefix}{}", command.get_name());
-        let inner = command.get_subcommands().filter(|inner| inner.get_name() != "help");
-        commands.extend(inner.map(|inner| (format!("{name}-"), inner.clone())));
-        let page = clap_mangen::Man::new(command.display_name(name)).render(&mut text);
-        page.map_err(|error| anyhow::anyhow!("cannot write the manual: {error}"))?;
-    }
+    let text = manual::text(Cli::command()).map_err(|error| anyhow::anyhow!("cannot write the manual: {error}"))?;
     let printed = std::io::Write::write_all(&mut std::io::stdout(), &text);
     printed.map_err(|error| anyhow::anyhow!("cannot print the manual: {error}"))?;
     Ok(ExitCode::SUCCESS)

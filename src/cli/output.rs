@@ -130,7 +130,11 @@ impl Output {
                 let [epoch, sessions, inside] = counts;
                 vec![route.database.clone(), server, epoch, sessions, inside, held.to_owned()]
             });
-            output.table(&["Database", "Runs on", "Epoch", "Sessions", "In transaction", ""], routes.collect());
+            if status.routes.is_empty() {
+                output.line("no client has asked for a database yet");
+            } else {
+                output.table(&["Database", "Runs on", "Epoch", "Sessions", "In transaction", ""], routes.collect());
+            }
             match &status.migrations {
                 None => output.line("migrations: cannot be asked now"),
                 Some(list) => {
@@ -143,6 +147,7 @@ impl Output {
                 Some(list) => list.iter().for_each(|blocker| {
                     let pid = blocker.pid.map_or("?".to_owned(), |pid| pid.to_string());
                     output.line(&format!("blocker: {} pid {pid}: {}", blocker.database, blocker.reason));
+                    blocker.hint.iter().for_each(|hint| output.line(&format!("    hint: {hint}")));
                 }),
             }
         })
@@ -161,6 +166,10 @@ impl Output {
                 "Duration",
                 "Start time",
             ];
+            if entries.is_empty() {
+                output.line("no migration: `pgcutover migration create` begins one");
+                return;
+            }
             let row = |entry: &MigrationEntry| {
                 let migration = &entry.migration;
                 let databases: Vec<&str> = migration.databases.iter().map(|d| d.name.as_str()).collect();

@@ -281,7 +281,7 @@ fn rejection(failed: &[&RuleResult]) -> Problem {
     let first = failed.first();
     Problem {
         code: "validation".to_owned(),
-        message: format!("{} rules of the premigration validation failed: {}", failed.len(), codes.join(", ")),
+        message: format!("the premigration validation failed: {}", codes.join(", ")),
         object: first.and_then(|rule| rule.evidence.first().cloned()),
         hint: first.map(|rule| rule.fix.clone()).filter(|fix| !fix.is_empty()),
     }

@@ -147,7 +147,7 @@ function tables(m, state) {
     table('Tables: full load and incremental sync', [
       { label: 'Table', cell: (t) => [`${t.schema}.${t.name}`, t.error ? h('p', { class: 'error' }, t.error.message) : null] },
       { label: 'Database', cell: (t) => t.database },
-      { label: 'Full load', cell: (t) => [t.full_load.state, t.full_load.state === 'copying' ? h('progress', { max: t.full_load.bytes_total || 1, value: part(t), 'aria-label': `Full load of ${t.schema}.${t.name}` }) : null] },
+      { label: 'Full load', cell: (t) => [t.full_load.state, t.full_load.state === 'copying' ? [h('progress', { max: t.full_load.bytes_total || 1, value: part(t), 'aria-label': `Full load of ${t.schema}.${t.name}` }), speed(t.full_load)] : null] },
       { label: 'Rows', class: 'num', cell: (t) => number(t.full_load.rows) },
       { label: 'Size', class: 'num', cell: (t) => bytes(t.full_load.bytes) },
       { label: 'Indexes', cell: (t) => t.indexes },
@@ -158,6 +158,12 @@ function tables(m, state) {
       { label: 'Verification', cell: (t) => t.verification || '–' },
     ], shown.slice(0, 500)),
     shown.length > 500 ? h('p', { class: 'muted' }, 'The first 500 are shown: filter to see others.') : null);
+}
+
+/** How fast a table is copied, and for how long still, as far as that is known. */
+function speed({ bytes_per_second: rate, seconds_left: left }) {
+  if (rate === null || rate === undefined) return null;
+  return h('p', { class: 'muted small' }, `${bytes(rate)}/s${left === null || left === undefined ? '' : `, ${seconds(left)} left`}`);
 }
 
 function validation(_m, state) {
