@@ -23,7 +23,7 @@ struct Session {
 
 impl Session {
     async fn open(cluster: &Cluster, user: &str, parameters: &[(&str, &str)]) -> Self {
-        let server = config::Server::new(cluster.host(), cluster.port(), user);
+        let server = config::Server { user: user.to_owned(), ..support::server(cluster) };
         let connector = Connector::new(&server, "source", &InstanceId::random()).expect("no TLS to prepare");
         let login = Login {
             user: user.to_owned(),

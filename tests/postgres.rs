@@ -12,15 +12,7 @@ use hmac::{Hmac, Mac as _};
 use pgcutover::config::{Secret, Server, SslMode};
 use pgcutover::demo::cluster::{Cluster, ClusterAuth, ClusterOptions, ClusterTls};
 use pgcutover::postgres::{Connector, Credential, InstanceId, Login, Pipeline, PipelineError, RawConnection, RawError};
-use support::{connect, connect_with, installations, one_cluster, wait_for};
-
-/// The cluster as a `[source]` section.
-fn server(cluster: &Cluster) -> Server {
-    let mut server = Server::new(cluster.host(), cluster.port(), "postgres");
-    server.password = cluster.password().map(Secret::new);
-    server.connect_timeout = support::PATIENCE;
-    server
-}
+use support::{connect, connect_with, installations, one_cluster, server, wait_for};
 
 fn connector(server: &Server) -> Connector {
     Connector::new(server, "source", &InstanceId::random()).expect("certificates are readable")

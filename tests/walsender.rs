@@ -5,7 +5,6 @@ mod support;
 use std::time::Duration;
 
 use bytes::Bytes;
-use pgcutover::config::Server;
 use pgcutover::demo::cluster::{Cluster, ClusterOptions, Stop};
 use pgcutover::lsn::Lsn;
 use pgcutover::pgoutput::{self, Message, OldTuple, ReplicaIdentity, Tuple, TupleValue};
@@ -17,8 +16,7 @@ use support::{connect, installations, one_cluster, wait_for};
 use tokio_postgres::Client;
 
 fn connector(cluster: &Cluster) -> Connector {
-    let server = Server::new(cluster.host(), cluster.port(), "postgres");
-    Connector::new(&server, "source", &InstanceId::random()).expect("no certificates to read")
+    Connector::new(&support::server(cluster), "source", &InstanceId::random()).expect("no certificates to read")
 }
 
 async fn replication(cluster: &Cluster) -> ReplicationConnection {

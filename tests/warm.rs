@@ -6,7 +6,6 @@ mod support;
 use std::time::{Duration, Instant};
 
 use pgcutover::catalog::{Place, bootstrap};
-use pgcutover::config::Server;
 use pgcutover::demo::cluster::{Cluster, Stop};
 use pgcutover::migration::warm;
 use pgcutover::postgres::{Connector, InstanceId};
@@ -54,8 +53,7 @@ async fn what_is_read_most_is_in_memory_afterwards() {
     target.restart(Stop::Fast).expect("restarted");
 
     let connector = |cluster: &Cluster, label| {
-        let server = Server::new("127.0.0.1", cluster.port(), "postgres");
-        Connector::new(&server, label, &InstanceId::random()).expect("no TLS to prepare")
+        Connector::new(&support::server(cluster), label, &InstanceId::random()).expect("no TLS to prepare")
     };
     let (from, to) = (connector(&source, "source"), connector(&target, "target"));
     let (from, to) =

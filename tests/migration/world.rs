@@ -6,7 +6,7 @@ use std::sync::atomic::{AtomicBool, AtomicI64, Ordering};
 use std::time::Duration;
 
 use pgcutover::catalog::decision::Outcome;
-use pgcutover::config::{Config, Server};
+use pgcutover::config::Config;
 use pgcutover::demo::cluster::{Cluster, ClusterOptions, Installation};
 use pgcutover::failpoint::Failpoints;
 use pgcutover::migration::engine::{CutoverLease, Engine, EngineDeps};
@@ -16,7 +16,7 @@ use pgcutover::shutdown::Tasks;
 use pgcutover::telemetry::metrics::Metrics;
 use tokio::task::JoinHandle;
 
-use crate::support::{PATIENCE, connect, installations, wait_for};
+use crate::support::{PATIENCE, connect, installations, server, wait_for};
 
 /// A small shop with everything that a migration has to carry.
 pub const SHOP: &str = r#"
@@ -86,7 +86,6 @@ impl World {
         let (source, target) =
             Cluster::start_two(change(ClusterOptions::new(source, "source")), ClusterOptions::new(target, "target"))
                 .unwrap_or_else(|error| panic!("{error}"));
-        let server = |cluster: &Cluster| Server::new(cluster.host(), cluster.port(), "postgres");
         let mut config = Config::new(server(&source), server(&target));
         config.migration.copy_workers = 3;
         config.migration.index_workers = 2;

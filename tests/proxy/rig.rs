@@ -13,6 +13,7 @@ use pgcutover::switch::{Database, Epoch, Route, ServerRole, Switchboard};
 use pgcutover::telemetry::metrics::Metrics;
 use tokio_postgres::{Client, Config as ClientConfig, SimpleQueryMessage};
 
+pub use crate::support::server;
 use crate::support::{self, wait_for};
 use crate::wire_client::WireClient;
 
@@ -50,14 +51,6 @@ pub struct Rig {
     pub metrics: Arc<Metrics>,
     /// What it was started with.
     pub config: Arc<Config>,
-}
-
-/// The configured server behind a cluster.
-pub fn server(cluster: &Cluster) -> config::Server {
-    let mut server = config::Server::new(cluster.host(), cluster.port(), "postgres");
-    server.password = cluster.password().map(config::Secret::new);
-    server.connect_timeout = support::PATIENCE;
-    server
 }
 
 impl Rig {

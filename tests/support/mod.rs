@@ -16,6 +16,7 @@ pub mod world;
 use std::future::Future;
 use std::time::{Duration, Instant};
 
+use pgcutover::config;
 use pgcutover::demo::cluster::{Cluster, ClusterOptions, Installation, Installations};
 
 /// For conditions that depend on servers and processes of a busy machine.
@@ -58,6 +59,14 @@ pub fn one_cluster(name: &str) -> Cluster {
     let found = installations();
     let newest = found.newest_with_client_tools().expect("checked by installations()");
     Cluster::start(ClusterOptions::new(newest, name)).unwrap_or_else(|error| panic!("{error}"))
+}
+
+/// The cluster as a `[source]` or `[target]` section. A busy machine takes its time to log in.
+pub fn server(cluster: &Cluster) -> config::Server {
+    let mut server = config::Server::new(cluster.host(), cluster.port(), "postgres");
+    server.password = cluster.password().map(config::Secret::new);
+    server.connect_timeout = PATIENCE;
+    server
 }
 
 /// A session of `postgres`, straight on the server. Its driver task ends with the client.

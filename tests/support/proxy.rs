@@ -27,10 +27,10 @@ pub struct LoneProxy {
 impl LoneProxy {
     /// A proxy in front of two servers, which may be the same one.
     pub fn start(source: &Cluster, target: &Cluster) -> Self {
-        let server = |cluster: &Cluster| config::Server::new(cluster.host(), cluster.port(), "postgres");
-        let mut settings = config::Config::new(server(source), server(target));
+        let mut settings = config::Config::new(super::server(source), super::server(target));
         settings.listen.address = Some("127.0.0.1:0".parse().expect("an address"));
         settings.auth.method = config::AuthMethod::Trust;
+        settings.limits.client_login_timeout = super::PATIENCE;
         let instance = InstanceId::random();
         let connector = |server, label| Connector::new(server, label, &instance).expect("no TLS to prepare");
         let switchboard = Arc::new(Switchboard::new(Route::To { server: ServerRole::Source, epoch: Epoch(0) }));

@@ -6,7 +6,6 @@ use std::sync::Arc;
 
 use pgcutover::catalog::migrations::Generation;
 use pgcutover::catalog::{Place, bootstrap};
-use pgcutover::config::Server;
 use pgcutover::demo::cluster::{Cluster, Installation};
 use pgcutover::failpoint::Failpoints;
 use pgcutover::migration::stream::{self, StreamContext, StreamError, StreamStatus};
@@ -15,7 +14,7 @@ use pgcutover::postgres::{Connector, InstanceId};
 use pgcutover::telemetry::metrics::Metrics;
 use tokio::task::JoinHandle;
 
-use super::{PATIENCE, connect, two_clusters_of};
+use super::{PATIENCE, connect, server, two_clusters_of};
 
 /// See the module.
 pub struct Streamed {
@@ -33,10 +32,8 @@ impl Streamed {
             connect(cluster, "shop").await.batch_execute(sql).await.expect("tables");
         }
         let instance = InstanceId::random();
-        let connector = |cluster: &Cluster, label| {
-            let server = Server::new(cluster.host(), cluster.port(), "postgres");
-            Connector::new(&server, label, &instance).expect("connector")
-        };
+        let connector =
+            |cluster: &Cluster, label| Connector::new(&server(cluster), label, &instance).expect("connector");
         let (from, to) = (connector(&source, "source"), connector(&target, "target"));
         bootstrap(&from.control("shop", "test").await.expect("source"), Place::SourceDatabase).await.expect("made");
         bootstrap(&to.control("shop", "test").await.expect("target"), Place::TargetDatabase).await.expect("made");

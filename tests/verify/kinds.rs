@@ -4,14 +4,13 @@ use std::collections::BTreeSet;
 use std::io::Write as _;
 use std::process::{Command, Stdio};
 
-use pgcutover::config::Server;
 use pgcutover::demo::cluster::{Cluster, Installation};
 use pgcutover::migration::gate::Gate;
 use pgcutover::migration::verify::align::Sides;
 use pgcutover::migration::verify::definitions::{self, DefinitionDifference};
 use pgcutover::postgres::{Connector, InstanceId};
 
-use crate::support::{connect, installations, two_clusters_of};
+use crate::support::{connect, installations, server, two_clusters_of};
 
 const DATABASE: &str = "shop";
 
@@ -244,9 +243,7 @@ async fn every_kind(source: &Installation, target: &Installation) {
     restore(&source, &target, tools);
 
     let instance = InstanceId::random();
-    let connector = |cluster: &Cluster, label| {
-        Connector::new(&Server::new(cluster.host(), cluster.port(), "postgres"), label, &instance).expect("connector")
-    };
+    let connector = |cluster: &Cluster, label| Connector::new(&server(cluster), label, &instance).expect("connector");
     let sides = Sides {
         source: connector(&source, "source"),
         target: connector(&target, "target"),
