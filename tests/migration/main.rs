@@ -3,6 +3,7 @@
 
 mod encoding;
 mod faults;
+mod fixes;
 mod history;
 mod source;
 #[path = "../support/mod.rs"]

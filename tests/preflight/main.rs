@@ -2,6 +2,7 @@
 //! fix was followed.
 #![expect(clippy::unwrap_used, reason = "a test fails by panicking")]
 
+mod builds;
 mod lines;
 #[expect(dead_code, reason = "the copy's tests use the rest of it")]
 #[path = "../support/rig.rs"]

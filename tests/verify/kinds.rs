@@ -27,6 +27,8 @@ CREATE TEXT SEARCH TEMPLATE app.template (LEXIZE = dsimple_lexize);
 CREATE ACCESS METHOD own_btree TYPE INDEX HANDLER bthandler;
 CREATE TRANSFORM FOR cidr LANGUAGE sql (FROM SQL WITH FUNCTION prsd_lextype(internal), TO SQL WITH FUNCTION cidr_recv(internal));
 GRANT USAGE ON SCHEMA public TO member_c;
+CREATE TABLE app.placed (a int, b text, c int) TABLESPACE fast; CREATE INDEX placed_b ON app.placed (b) TABLESPACE fast;
+CREATE TABLE app.ordered (gone int, a int, b int, c int); ALTER TABLE app.ordered DROP gone;
 "#;
 
 /// Names that are keywords in some majors and not in others, wherever a name can stand.
@@ -105,6 +107,10 @@ const PLANTED: &[(&str, &str, &str, &str)] = &[
     ("ALTER TYPE app.floats OWNER TO owner_a", "range", "app.floats", "differs"),
     ("ALTER TYPE app.point3 OWNER TO owner_b", "composite type", "app.point3", "differs"),
     ("ALTER TYPE app.point3 ADD ATTRIBUTE w int CASCADE", "column", "app.point3.w", "extra"),
+    ("ALTER TABLE app.ordered DROP a; ALTER TABLE app.ordered ADD a int", "column order", "app.ordered", "differs"),
+    ("ALTER TABLE app.placed SET TABLESPACE pg_default", "tablespace", "app.placed", "differs"),
+    ("ALTER INDEX app.placed_b SET TABLESPACE pg_default", "tablespace", "app.placed_b", "differs"),
+    ("ALTER TABLE app.second SET TABLESPACE fast", "tablespace", "app.second", "differs"),
     ("DROP TYPE app.shell", "base type", "app.shell", "missing"),
     ("DROP COLLATION app.lower_c", "collation", "app.lower_c", "missing"),
     ("DROP CONVERSION app.latin", "conversion", "app.latin", "missing"),
@@ -231,7 +237,16 @@ async fn every_kind(source: &Installation, target: &Installation) {
     let alike = source.major == target.major;
     let (source, target) = two_clusters_of((source, target), |options| options, |options| options);
     for cluster in [&source, &target] {
-        connect(cluster, "postgres").await.batch_execute("CREATE DATABASE shop").await.expect("made");
+        let control = connect(cluster, "postgres").await;
+        let place = cluster.socket_dir().join("fast");
+        let directory = format!("COPY (SELECT 1) TO PROGRAM 'cat >/dev/null; mkdir -p {}'", place.display());
+        for sql in [
+            directory,
+            format!("CREATE TABLESPACE fast LOCATION '{}'", place.display()),
+            "CREATE DATABASE shop".to_owned(),
+        ] {
+            control.batch_execute(&sql).await.unwrap_or_else(|error| panic!("{sql}: {error:?}"));
+        }
     }
     let here = connect(&source, DATABASE).await;
     for sql in [OBJECTS, MORE, KEYWORDS] {

@@ -38,9 +38,12 @@ CREATE TABLE emptied (id int PRIMARY KEY);
 CREATE DOMAIN short AS varchar(20);
 CREATE TYPE pair AS (x int, y text);
 CREATE TYPE mood AS ENUM ('sad', 'ok');
+CREATE DOMAIN ratio AS float8;
+CREATE TYPE measure AS (x ratio, l float4[], at point, t text);
+CREATE TYPE span AS RANGE (SUBTYPE = float8);
 CREATE TABLE wide (id int PRIMARY KEY, n numeric, f8 float8, f4 float4, fa float8[], b bytea, t text, c char(5), v short,
     j jsonb, ts timestamp, tz timestamptz, d date, u uuid, m mood, p pair, pt point, r int4range, i interval, k money,
-    bit bit(8), net inet, flag bool);
+    bit bit(8), net inet, flag bool, cm measure, am measure[], sp span, pa point[]);
 CREATE TABLE nothing ();
 "#;
 
@@ -57,6 +60,9 @@ INSERT INTO wide SELECT g, 1.50 * g, g / 3.0, g / 7.0, ARRAY[0.1, g], decode(md5
     point(g / 3.0, 0), '[1,5)', '1 day 02:00', 12.5, B'10101010', '10.0.0.1', true
     FROM generate_series(1, 50) g;
 INSERT INTO wide (id, f8, f4) VALUES (100, 'NaN', '-Infinity'), (101, '-0', 0), (102, 'Infinity' , '1e-40');
+UPDATE wide SET cm = ROW(g.x, ARRAY[g.x, 'NaN'], point(g.x, 1), 't')::measure, am = ARRAY[ROW(g.x, NULL, NULL, 'a')::measure, NULL],
+    sp = span(g.x, g.x + 1, '(]'), pa = ARRAY[point(0, g.x)] FROM (SELECT i, i / 3.0::float8 AS x FROM generate_series(1, 30) i) g WHERE id = g.i;
+UPDATE wide SET cm = ROW(NULL, NULL, NULL, NULL)::measure, am = '{}', sp = 'empty', pa = '[5:5]={NULL}' WHERE id BETWEEN 40 AND 44;
 INSERT INTO nothing DEFAULT VALUES;
 "#;
 
@@ -244,6 +250,19 @@ const PLANTED: &[(&str, &str, DifferenceKind, &[&str])] = &[
     ("UPDATE wide SET f8 = 0 WHERE id = 101", "wide", DifferenceKind::Differs, &["101"]),
     ("UPDATE wide SET fa[2] = 3.0000000000000004 WHERE id = 3", "wide", DifferenceKind::Differs, &["3"]),
     ("UPDATE wide SET pt = point(pt[0] + 1e-15, pt[1]) WHERE id = 1", "wide", DifferenceKind::Differs, &["1"]),
+    ("UPDATE wide SET cm.x = (cm).x + 1e-15 WHERE id = 2", "wide", DifferenceKind::Differs, &["2"]),
+    ("UPDATE wide SET cm.at = point((cm).at[0] + 1e-15, 1) WHERE id = 2", "wide", DifferenceKind::Differs, &["2"]),
+    ("UPDATE wide SET cm = NULL WHERE id = 41", "wide", DifferenceKind::Differs, &["41"]),
+    ("UPDATE wide SET am[1].x = (am[1]).x + 1e-15 WHERE id = 2", "wide", DifferenceKind::Differs, &["2"]),
+    ("UPDATE wide SET am = am || am[2] WHERE id = 2", "wide", DifferenceKind::Differs, &["2"]),
+    (
+        "UPDATE wide SET sp = span(lower(sp) + 1e-15, upper(sp), '(]') WHERE id = 2",
+        "wide",
+        DifferenceKind::Differs,
+        &["2"],
+    ),
+    ("UPDATE wide SET sp = span(lower(sp), upper(sp), '[]') WHERE id = 2", "wide", DifferenceKind::Differs, &["2"]),
+    ("UPDATE wide SET pa = '[6:6]={NULL}' WHERE id = 42", "wide", DifferenceKind::Differs, &["42"]),
     ("UPDATE wide SET n = 7.5 WHERE id = 5", "wide", DifferenceKind::Differs, &["5"]),
     ("UPDATE wide SET j = '{\"a\": 1.00}' WHERE id = 5", "wide", DifferenceKind::Differs, &["5"]),
     ("UPDATE wide SET t = NULL WHERE id = 5", "wide", DifferenceKind::Differs, &["5"]),

@@ -1,6 +1,8 @@
 //! The validation after its first time: asked again while a migration streams and before its cutover, and mended where
 //! the operator asks for it.
 
+use std::time::Duration;
+
 use super::live::Live;
 use super::{Engine, EngineError};
 use crate::catalog::journal::Side;
@@ -9,6 +11,12 @@ use crate::config::Config;
 use crate::migration::preflight::{self, Apply, Asking, Definition, Level, Outcome, Preflight, RuleResult, Statement};
 use crate::migration::view::{FixReport, MigrationOption, Mode};
 use crate::postgres::Connector;
+
+/// Between two looks at a rule whose fix has a server read its configuration again.
+const RELOAD_WAIT: Duration = Duration::from_millis(200);
+
+/// So many: where a parameter takes a restart, it differs after that too.
+const RELOAD_ATTEMPTS: u32 = 25;
 
 /// Which rules are asked.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -146,6 +154,16 @@ impl Engine {
         }
         report.applied = true;
         report.found = self.answers(&live, rule).await;
+        // A server reads its configuration again when it gets to it.
+        let reloads = report.statements.iter().any(|statement| statement.sql.contains("pg_reload_conf("));
+        let still = |report: &FixReport| report.found.iter().any(|result| result.outcome != Outcome::Succeeded);
+        for _ in 0..RELOAD_ATTEMPTS {
+            if !reloads || !still(&report) {
+                break;
+            }
+            tokio::time::sleep(RELOAD_WAIT).await;
+            report.found = self.answers(&live, rule).await;
+        }
         keep(&catalog, &live, &report.found).await?;
         Ok(report)
     }

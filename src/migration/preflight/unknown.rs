@@ -1,6 +1,8 @@
 //! Rules about what a database uses and the target does not know: because of its version, or because of what it was built
 //! with. Locales have rules of their own.
 
+use tokio_postgres::error::SqlState;
+
 use super::database::{Database, Finding};
 use super::definition::{Apply, Definition};
 use super::{Outcome, RuleResult, column};
@@ -107,24 +109,40 @@ impl Database<'_> {
     }
 }
 
+/// What a server was built with.
+#[derive(Clone, Copy, Debug)]
+struct Features {
+    icu: bool,
+    lz4: bool,
+    xml: bool,
+}
+
+impl Features {
+    async fn of(target: &Control) -> Result<Self, tokio_postgres::Error> {
+        // initdb makes it where the programs were built with ICU; `unicode` is there in any case.
+        let icu = target.query_opt("SELECT FROM pg_collation WHERE collname = 'und-x-icu'", &[]).await?.is_some();
+        let compressions = "SELECT enumvals::text[] FROM pg_settings WHERE name = 'default_toast_compression'";
+        let compressions: Vec<String> =
+            target.query_opt(compressions, &[]).await?.map(|row| row.get(0)).unwrap_or_default();
+        let xml = match target.batch_execute("SELECT pg_catalog.xmlcomment('')").await {
+            Err(error) if error.code() == Some(&SqlState::FEATURE_NOT_SUPPORTED) => false,
+            tried => tried.map(|()| true)?,
+        };
+        Ok(Self { icu, lz4: compressions.iter().any(|name| name == "lz4"), xml })
+    }
+
+    /// What finds definitions on a source of this version that need what is not there.
+    fn queries(self, source_version: u32) -> Vec<&'static str> {
+        let lz4 = self.lz4 || source_version < 140_000;
+        let needed = [(self.icu, ICU), (lz4, LZ4), (self.xml, XML)];
+        needed.into_iter().filter(|(there, _)| !there).map(|(_, query)| query).collect()
+    }
+}
+
 async fn missing_features(session: &Control, target: &Control) -> Result<Vec<String>, tokio_postgres::Error> {
     let mut missing = Vec::new();
-    // initdb makes it where the programs were built with ICU; `unicode` is there in any case.
-    if target.query_opt("SELECT FROM pg_collation WHERE collname = 'und-x-icu'", &[]).await?.is_none() {
-        missing.extend(column(session, ICU, &[]).await?);
-    }
-    let compressions = "SELECT enumvals::text[] FROM pg_settings WHERE name = 'default_toast_compression'";
-    let compressions: Vec<String> =
-        target.query_opt(compressions, &[]).await?.map(|row| row.get(0)).unwrap_or_default();
-    if session.version_num() >= 140_000 && !compressions.iter().any(|name| name == "lz4") {
-        missing.extend(column(session, LZ4, &[]).await?);
-    }
-    match target.batch_execute("SELECT pg_catalog.xmlcomment('')").await {
-        // feature_not_supported
-        Err(error) if error.code().is_some_and(|code| code.code() == "0A000") => {
-            missing.extend(column(session, XML, &[]).await?);
-        }
-        tried => tried?,
+    for query in Features::of(target).await?.queries(session.version_num()) {
+        missing.extend(column(session, query, &[]).await?);
     }
     Ok(missing)
 }
@@ -134,4 +152,19 @@ async fn generated_children(session: &Control, target: &Control) -> Result<Vec<S
         return Ok(Vec::new());
     }
     column(session, GENERATED, &[]).await
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_is_not_there_is_looked_for() {
+        let all = Features { icu: true, lz4: true, xml: true };
+        assert_eq!(all.queries(180_000), [""; 0]);
+        assert_eq!(Features { icu: false, ..all }.queries(180_000), [ICU]);
+        assert_eq!(Features { lz4: false, ..all }.queries(140_000), [LZ4]);
+        assert_eq!(Features { lz4: false, ..all }.queries(130_000), [""; 0], "no column can be compressed by it yet");
+        assert_eq!(Features { xml: false, ..all }.queries(100_000), [XML]);
+    }
 }

@@ -174,7 +174,13 @@ mod tests {
     use super::*;
 
     fn column(name: &str, base: &str) -> Column {
-        Column { name: name.to_owned(), type_name: base.to_owned(), base: base.to_owned(), output: String::new() }
+        Column {
+            name: name.to_owned(),
+            type_name: base.to_owned(),
+            base: base.to_owned(),
+            output: String::new(),
+            shape: None,
+        }
     }
 
     fn begun(bounds: &[&[&str]]) -> Begun {

@@ -11,7 +11,7 @@
 //! large objects, rows of unlogged tables and of materialized views); the members of extensions, which belong to the
 //! extension's version, and that version between majors, of which each brings its own.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, HashSet};
 
 use serde::{Deserialize, Serialize};
 
@@ -41,8 +41,29 @@ pub async fn compare(sides: &Sides) -> Result<Vec<DefinitionDifference>, VerifyE
     let alike = source.version_num() / 10_000 == target.version_num() / 10_000;
     let mut found = differences(&read(&source, alike).await?, &read(&target, alike).await?);
     let cutover_to_come = sides.gate.is_some();
+    found.extend(tablespace_of_database(&source, &target, &sides.database).await?);
     found.extend(sequences::compare(&source, &target, cutover_to_come).await?);
     Ok(found)
+}
+
+/// A database is made in the tablespace of the source's where the target has one of that name.
+async fn tablespace_of_database(
+    source: &Control,
+    target: &Control,
+    database: &str,
+) -> Result<Option<DefinitionDifference>, VerifyError> {
+    let failed = VerifyError::query("reading the tablespace of the database");
+    let own = "SELECT t.spcname::text FROM pg_database d JOIN pg_tablespace t ON t.oid = d.dattablespace WHERE d.datname = current_database()";
+    let (here, there) = tokio::try_join!(source.query_one(own, &[]), target.query_one(own, &[])).map_err(&failed)?;
+    let (here, there): (&str, &str) = (here.get(0), there.get(0));
+    let known = target.query_opt("SELECT FROM pg_tablespace WHERE spcname::text = $1", &[&here]).await;
+    let differs = here != there && known.map_err(&failed)?.is_some();
+    let told = || DefinitionDifference {
+        kind: TABLESPACE.to_owned(),
+        name: format!("database {database}"),
+        difference: "differs".to_owned(),
+    };
+    Ok(differs.then(told))
 }
 
 /// Objects of one name (overloads are told apart by their arguments) stand side by side.
@@ -51,8 +72,14 @@ type Definitions = BTreeMap<(String, String), Vec<String>>;
 /// What each major brings in a version of its own.
 const VERSIONED: &str = "extension version";
 
+/// The columns of a table in their order.
+const ORDER: &str = "column order";
+
+/// Where a table or an index lies.
+const TABLESPACE: &str = "tablespace";
+
 /// Kinds in which nothing is a query: every major writes their expressions alike, parentheses included.
-const EXACT: [&str; 5] = ["column", "constraint", "index", "statistics", "trigger"];
+const EXACT: [&str; 7] = ["column", ORDER, "constraint", "index", "statistics", TABLESPACE, "trigger"];
 
 async fn read(server: &Control, alike: bool) -> Result<Definitions, VerifyError> {
     let rows = server.query(DEFINITIONS, &[]).await.map_err(VerifyError::query("reading definitions"))?;
@@ -79,11 +106,35 @@ fn differences(source: &Definitions, target: &Definitions) -> Vec<DefinitionDiff
     };
     let here = source.iter().filter_map(|(object, definition)| match target.get(object) {
         None => Some(told(object, "missing")),
-        Some(other) if other != definition => Some(told(object, "differs")),
+        Some(other) if !is_same(&object.0, definition, other) => Some(told(object, "differs")),
         Some(_) => None,
     });
     let there = target.keys().filter(|object| !source.contains_key(object)).map(|object| told(object, "extra"));
-    here.chain(there).collect()
+    let mut found: Vec<DefinitionDifference> = here.chain(there).collect();
+    // Of what is on one server only, or has other columns, that is told already.
+    let other_columns: HashSet<String> = found
+        .iter()
+        .filter(|one| one.kind == "column" && one.difference != "differs")
+        .map(|one| one.name.clone())
+        .collect();
+    let has_other_columns = |table: &str| {
+        other_columns.iter().any(|column| column.strip_prefix(table).is_some_and(|rest| rest.starts_with('.')))
+    };
+    found.retain(|one| match one.kind.as_str() {
+        ORDER => one.difference == "differs" && !has_other_columns(&one.name),
+        TABLESPACE => one.difference == "differs",
+        _ => true,
+    });
+    found
+}
+
+/// Whether two definitions of one kind come to the same. What is in the tablespace of its database, on both, is where it
+/// was asked to be: a database is made in the default one where the target has none of that name.
+fn is_same(kind: &str, source: &[String], target: &[String]) -> bool {
+    let places = |texts: &[String]| texts.first().map(|text| text.strip_prefix('*').unwrap_or(text).to_owned());
+    let of_database = |texts: &[String]| texts.first().is_some_and(|text| text.starts_with('*'));
+    source == target
+        || kind == TABLESPACE && (places(source) == places(target) || of_database(source) && of_database(target))
 }
 
 /// The text without the quotes around ordinary names, which are there where the name is a keyword. String constants stay
@@ -197,6 +248,34 @@ mod tests {
         {
             assert_eq!(unquoted(text), text);
         }
+    }
+
+    #[test]
+    fn order_and_place_are_told_by_themselves_alone() {
+        let set = |list: &[(&str, &str, &str)]| -> Definitions {
+            list.iter()
+                .map(|(kind, name, text)| (((*kind).to_owned(), (*name).to_owned()), vec![(*text).to_owned()]))
+                .collect()
+        };
+        let told = |source: &[(&str, &str, &str)], target: &[(&str, &str, &str)]| -> Vec<String> {
+            differences(&set(source), &set(target))
+                .into_iter()
+                .map(|one| format!("{} {}", one.kind, one.name))
+                .collect()
+        };
+        assert_eq!(told(&[(ORDER, "s.t", "a,b")], &[(ORDER, "s.t", "b,a")]), ["column order s.t"]);
+        let lacks = told(
+            &[(ORDER, "s.t", "a,b"), (ORDER, "s.t2", "a,b"), ("column", "s.t.b", "int")],
+            &[(ORDER, "s.t", "a"), (ORDER, "s.t2", "b,a")],
+        );
+        assert_eq!(lacks, ["column s.t.b", "column order s.t2"]);
+        assert_eq!(told(&[(ORDER, "s.t", "a"), (TABLESPACE, "s.t", "fast")], &[]), [""; 0], "the table is told");
+        let moved = |here: &str, there: &str| told(&[(TABLESPACE, "s.t", here)], &[(TABLESPACE, "s.t", there)]).len();
+        assert_eq!((moved("fast", "*pg_default"), moved("fast", "slow"), moved("*fast", "slow")), (1, 1, 1));
+        assert_eq!(
+            (moved("pg_default", "*pg_default"), moved("*fast", "*pg_default"), moved("fast", "fast")),
+            (0, 0, 0)
+        );
     }
 
     #[test]

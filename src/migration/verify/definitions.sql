@@ -7,7 +7,7 @@ namespace AS (
      WHERE nspname !~ '^pg_' AND nspname NOT IN ('information_schema', 'pgcutover')),
 relation AS (
     SELECT c.oid, c.relkind, c.relowner, c.relpersistence, c.relrowsecurity, c.relforcerowsecurity, c.reloptions, c.relpartbound,
-           c.relacl, c.reloftype, c.reltoastrelid,
+           c.relacl, c.reloftype, c.reltoastrelid, c.reltablespace,
            (SELECT a.amname FROM pg_am a WHERE a.oid = c.relam AND a.amname <> 'heap' AND c.relkind IN ('r', 'm')) AS method, format('%I.%I', n.nspname, c.relname) AS name
       FROM pg_class c JOIN namespace n ON n.oid = c.relnamespace
      WHERE c.relpersistence <> 't'
@@ -86,6 +86,19 @@ SELECT 'column', r.name || '.' || quote_ident(a.attname),
   JOIN pg_type t ON t.oid = a.atttypid
   LEFT JOIN pg_attrdef d ON d.adrelid = a.attrelid AND d.adnum = a.attnum
  WHERE r.relkind IN ('r', 'p', 'v', 'm', 'f', 'c') AND a.attnum > 0 AND NOT a.attisdropped
+UNION ALL
+-- Columns that are inherited stand where the parent has them: a dump makes those of a child first.
+SELECT 'column order', r.name, string_agg(quote_ident(a.attname), ',' ORDER BY a.attnum)
+  FROM relation r JOIN pg_attribute a ON a.attrelid = r.oid AND a.attnum > 0 AND NOT a.attisdropped
+ WHERE r.relkind IN ('r', 'p', 'f', 'c') AND (a.attinhcount = 0 OR r.relpartbound IS NOT NULL)
+ GROUP BY r.name
+UNION ALL
+-- With an asterisk: that of the database, whichever it is.
+SELECT 'tablespace', r.name, CASE r.reltablespace WHEN 0 THEN '*' ELSE '' END || t.spcname
+  FROM relation r JOIN pg_tablespace t
+    ON t.oid = coalesce(nullif(r.reltablespace, 0), (SELECT d.dattablespace FROM pg_database d WHERE d.datname = current_database()))
+ WHERE r.relkind IN ('r', 'm', 'i', 'p', 'I')
+   AND NOT EXISTS (SELECT FROM pg_index x WHERE x.indexrelid = r.oid AND NOT x.indisvalid AND r.relkind = 'i')
 UNION ALL
 SELECT 'index', i.name,
        concat_ws(' ', pg_get_indexdef(i.oid),

@@ -13,8 +13,9 @@
 //! all its 64 bits (`hash_bytes_uint32_extended`), so a number that is made one loses none; that saves writing it as text.
 //!
 //! PostgreSQL 12 began to show floating point numbers by their shortest form that reads back the same. Between servers
-//! before and after that, such columns are compared in binary form, and numbers inside composite types with 15 digits.
+//! before and after that, values that hold any are taken apart, and the numbers are compared in binary form ([`super::shape`]).
 
+use super::shape::Shape;
 use crate::ident::quote_ident;
 
 /// Columns that seed each other; further ones begin anew, because a server's parser goes only so deep.
@@ -32,6 +33,8 @@ pub struct Column {
     pub base: String,
     /// The base type's output function, quoted and with its schema.
     pub output: String,
+    /// What the base type is made of, where that holds floating point numbers and the servers write them differently.
+    pub shape: Option<Shape>,
 }
 
 /// How both servers hash.
@@ -101,10 +104,8 @@ impl Hasher {
     /// An expression of type `text` that is NULL where the column is.
     pub fn text(&self, column: &Column) -> String {
         let name = quote_ident(&column.name);
-        if self.floats == Floats::Apart
-            && let Some(sent) = sent(&column.base, &name)
-        {
-            return format!("encode({sent}, 'hex')");
+        if let (Floats::Apart, Some(shape)) = (self.floats, &column.shape) {
+            return shape.text(&name);
         }
         match column.base.as_str() {
             // No copy of the value is made.
@@ -134,23 +135,10 @@ fn whole_number(column: &Column) -> Option<String> {
     }
 }
 
-/// The binary form of types that hold floating point numbers. A number that is not one has a sign, which no text shows
-/// and no stream carries.
-fn sent(base: &str, name: &str) -> Option<String> {
-    match base {
-        "float4" | "float8" => {
-            Some(format!("{base}send(CASE WHEN {name} = 'NaN' THEN 'NaN'::{base} ELSE {name}::{base} END)"))
-        }
-        "_float4" | "_float8" => Some(format!("array_send({name})")),
-        "point" | "lseg" | "path" | "box" | "polygon" | "line" | "circle" => Some(format!("{base}_send({name})")),
-        _ => None,
-    }
-}
-
 /// Makes the columns that both have alike to those of the target: where the types are not the same, both go by their
 /// text alone.
 pub fn reconcile(source: &[Column], target: &[Column]) -> (Vec<Column>, Vec<Column>) {
-    let plain = |column: &Column| Column { base: String::new(), ..column.clone() };
+    let plain = |column: &Column| Column { base: String::new(), shape: None, ..column.clone() };
     source
         .iter()
         .filter_map(|from| {
@@ -162,6 +150,7 @@ pub fn reconcile(source: &[Column], target: &[Column]) -> (Vec<Column>, Vec<Colu
 
 #[cfg(test)]
 mod tests {
+    use super::super::shape::is_number;
     use super::*;
 
     fn column(name: &str, base: &str) -> Column {
@@ -170,6 +159,7 @@ mod tests {
             type_name: base.to_owned(),
             base: base.to_owned(),
             output: format!("\"pg_catalog\".\"{base}out\""),
+            shape: is_number(base).then(|| Shape::Number(base.to_owned())),
         }
     }
 

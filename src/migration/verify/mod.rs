@@ -27,7 +27,9 @@ mod expression;
 mod repair;
 mod round;
 mod sequences;
+mod shape;
 mod table;
+mod type_tree;
 
 use std::collections::{HashMap, VecDeque};
 use std::sync::{Arc, Mutex, PoisonError};

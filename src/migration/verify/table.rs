@@ -4,8 +4,10 @@ use std::collections::BTreeMap;
 
 use super::align::Pair;
 use super::chunks::{Begun, Pages, divide, sorted};
-use super::expression::{Column, Hasher, reconcile};
+use super::expression::{Column, Floats, Hasher, reconcile};
 use super::round::Readers;
+use super::shape::Shape;
+use super::type_tree::Types;
 use super::{VerifyContext, VerifyError};
 use crate::ident::{QualifiedName, quote_ident, quote_literal};
 use crate::postgres::Control;
@@ -31,7 +33,7 @@ WITH RECURSIVE base AS (
     SELECT b.attnum, b.name, b.shown, t.typbasetype FROM base b JOIN pg_type t ON t.oid = b.oid WHERE t.typtype = 'd')
 SELECT b.name, b.shown,
        CASE WHEN n.nspname = 'pg_catalog' THEN t.typname::text ELSE n.nspname || '.' || t.typname END,
-       format('%I.%I', m.nspname, p.proname)
+       format('%I.%I', m.nspname, p.proname), t.oid
   FROM base b JOIN pg_type t ON t.oid = b.oid AND t.typtype <> 'd' JOIN pg_namespace n ON n.oid = t.typnamespace
   JOIN pg_proc p ON p.oid = t.typoutput JOIN pg_namespace m ON m.oid = p.pronamespace
  ORDER BY b.attnum";
@@ -152,7 +154,8 @@ impl Plan {
         hasher: &Hasher,
         begun: Option<&Begun>,
     ) -> Result<Result<Self, String>, VerifyError> {
-        let (source, target) = (place(&pair.source, table).await?, place(&pair.target, table).await?);
+        let (source, target) =
+            (place(&pair.source, table, hasher.floats).await?, place(&pair.target, table, hasher.floats).await?);
         let (Some(mut source), Some(mut target)) = (source, target) else {
             return Ok(Err("the table is not on both servers".to_owned()));
         };
@@ -457,7 +460,7 @@ async fn identity(server: &Control, table: &QualifiedName) -> Result<Option<Iden
     Ok(row.map(|row| Identity { oid: row.get(0), file: row.get(1), columns: row.get(2) }))
 }
 
-async fn place(holder: &Control, table: &QualifiedName) -> Result<Option<Place>, VerifyError> {
+async fn place(holder: &Control, table: &QualifiedName, floats: Floats) -> Result<Option<Place>, VerifyError> {
     let Some(identity) = identity(holder, table).await? else { return Ok(None) };
     let oid = identity.oid;
     let row = holder
@@ -470,9 +473,19 @@ async fn place(holder: &Control, table: &QualifiedName) -> Result<Option<Place>,
         .await
         .map_err(VerifyError::query("looking a table up"))?;
     let columns = holder.query(COLUMNS, &[&oid]).await.map_err(VerifyError::query("reading columns"))?;
+    let types = match floats {
+        Floats::Alike => Types::default(),
+        Floats::Apart => Types::of_table(holder, oid).await?,
+    };
     let columns = columns
         .iter()
-        .map(|row| Column { name: row.get(0), type_name: row.get(1), base: row.get(2), output: row.get(3) })
+        .map(|row| Column {
+            name: row.get(0),
+            type_name: row.get(1),
+            base: row.get(2),
+            output: row.get(3),
+            shape: types.shape(row.get(4)).filter(Shape::holds_numbers),
+        })
         .collect();
     let unsigned = |number: Option<i64>| number.and_then(|number| u64::try_from(number).ok()).unwrap_or(0);
     #[expect(clippy::cast_possible_truncation, clippy::cast_sign_loss, reason = "an estimate")]
