@@ -205,6 +205,7 @@ fn refused(error: &CutoverError) -> AdminError {
         | CutoverError::Catalog(_)
         | CutoverError::Sequences(_)
         | CutoverError::Unstreamed(_)
+        | CutoverError::Late(_)
         | CutoverError::Synchronise(_)
         | CutoverError::Failpoint(_)
         | CutoverError::Unexpected(_) => ErrorKind::Failed,

@@ -122,7 +122,8 @@ fn refused(error: &EngineError) -> AdminError {
         | EngineError::Schema(_)
         | EngineError::Verify { .. }
         | EngineError::Unstreamed { .. }
-        | EngineError::Drift { .. } => (ErrorKind::Unavailable, None),
+        | EngineError::Drift { .. }
+        | EngineError::Late { .. } => (ErrorKind::Unavailable, None),
     };
     let refused = AdminError::from_chain(kind, error);
     match hint {

@@ -17,6 +17,9 @@
 //! switch    fence 1 decided                                                 switched
 //! ```
 //!
+//! Where foreign keys and triggers come with the cutover (`late`), the transaction that makes them is open from the drain on and
+//! committed first of all in the switch; whoever reads `decided` after a crash makes them before anybody is let in.
+//!
 //! # Rollback
 //!
 //! The same steps with source and target exchanged, fed by the stream that has carried everything back since the first
@@ -41,6 +44,7 @@ pub mod forecast;
 mod guardrails;
 pub mod hard_fence;
 mod home;
+mod late;
 mod leadership;
 pub mod parts;
 pub mod phase;
@@ -58,6 +62,7 @@ use self::hard_fence::Obstacle;
 use crate::catalog::RecordError;
 use crate::catalog::migrations::CatalogError;
 use crate::failpoint;
+use crate::migration::late::LateError;
 use crate::migration::sequences::SequenceError;
 use crate::migration::unstreamed::UnstreamedError;
 use crate::postgres::ConnectError;
@@ -88,6 +93,9 @@ pub enum CutoverError {
     /// Unlogged tables or large objects could not be carried.
     #[error("{}", chain(.0))]
     Unstreamed(#[from] UnstreamedError),
+    /// Definitions that come late could not be made.
+    #[error("{}", chain(.0))]
+    Late(#[from] LateError),
     /// Something that must hold before a cutover does not.
     #[error("{0}")]
     Guardrail(String),
@@ -138,6 +146,7 @@ impl CutoverError {
             | Self::Catalog(_)
             | Self::Sequences(_)
             | Self::Unstreamed(_)
+            | Self::Late(_)
             | Self::Synchronise(_) => {
                 Some("`pgcutover check` tests both connections and the rights; the server's log has the statement")
             }
@@ -172,6 +181,7 @@ impl CutoverError {
             | Self::Catalog(_)
             | Self::Sequences(_)
             | Self::Unstreamed(_)
+            | Self::Late(_)
             | Self::Synchronise(_)
             | Self::Guardrail(_)
             | Self::Sessions(_)

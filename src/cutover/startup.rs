@@ -6,6 +6,7 @@
 //! reverts a decided cutover and never stays paused. The engine is told the outcome of a cutover that it takes for open
 //! whenever its migrations change: the answer to its own note may have been lost, or another process have begun it.
 
+use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -13,6 +14,7 @@ use tokio::sync::{Mutex, MutexGuard};
 
 use super::CutoverError;
 use super::home;
+use super::late;
 use super::leadership::{claim_coordination, release_coordination};
 use super::parts::Engine;
 use super::settle;
@@ -166,7 +168,9 @@ impl Resolver {
         }
         let source_claims = source.as_ref().map(|server| &server.claims);
         let target_claims = target.as_ref().map(|server| &server.claims);
-        let published = self.publish(routes, source_claims, target_claims);
+        // They would write what foreign keys refuse, and no trigger would see it.
+        let unsettled = Box::pin(self.settle_late(routes, source_claims, target_claims)).await;
+        let published = self.publish(routes, source_claims, target_claims, &unsettled);
         if let Err(error) = Box::pin(self.tell_engine(source.as_ref(), target.as_ref())).await {
             tracing::warn!(%error, "the engine does not know yet how its cutover ended");
             settled = false;
@@ -255,8 +259,33 @@ impl Resolver {
         Ok(Some(outcome))
     }
 
-    /// Publishes what is known. Returns whether everything is.
-    fn publish(&self, routes: Routes, source: Option<&Claims>, target: Option<&Claims>) -> bool {
+    /// Makes the foreign keys and triggers of cutovers to the target that were interrupted before. Returns the databases
+    /// that lack them, with the reason.
+    async fn settle_late(
+        &self,
+        routes: Routes,
+        source: Option<&Claims>,
+        target: Option<&Claims>,
+    ) -> BTreeMap<String, String> {
+        let active = |name: &String| {
+            matches!(resolve::resolve(name, source, target), Verdict::Active { server: ServerRole::Target, .. })
+        };
+        let concerned = |name: &String| {
+            let database = self.switchboard.database(name);
+            routes == Routes::All || matches!(&*database.route(), Route::Unknown { .. })
+        };
+        let databases = resolve::covered(source, target).into_iter().filter(|name| active(name) && concerned(name));
+        late::settle(&self.target, databases).await
+    }
+
+    /// Publishes what is known, but for databases that nobody may be let into. Returns whether everything is.
+    fn publish(
+        &self,
+        routes: Routes,
+        source: Option<&Claims>,
+        target: Option<&Claims>,
+        unsettled: &BTreeMap<String, String>,
+    ) -> bool {
         // Databases that no cutover ever covered have no name in the claims; the empty name stands for them.
         let elsewhere = resolve::resolve("", source, target);
         let mut known = matches!(elsewhere, Verdict::Active { .. });
@@ -269,7 +298,10 @@ impl Resolver {
             if routes == Routes::OnlyUnknown && !is_unknown {
                 continue;
             }
-            let verdict = resolve::resolve(database.name(), source, target);
+            let verdict = match unsettled.get(database.name()) {
+                Some(reason) => Verdict::Refuse { reason: reason.clone() },
+                None => resolve::resolve(database.name(), source, target),
+            };
             known &= matches!(verdict, Verdict::Active { .. });
             apply(&database, &verdict);
         }

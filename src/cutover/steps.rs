@@ -27,7 +27,7 @@ use crate::catalog::fence::Fence;
 use crate::catalog::{Place, bootstrap};
 use crate::config::FencePolicy;
 use crate::migration::sequences::SequencePair;
-use crate::migration::unstreamed;
+use crate::migration::{late, unstreamed};
 use crate::postgres::Control;
 
 /// Every failpoint of a cutover, in the order in which one that goes well passes them, then those of an abort. Crash
@@ -286,6 +286,10 @@ impl Decided {
         let Self(mut work) = self;
         work.pass("decide.after_decision").await;
         work.pass("switch.before_open").await;
+        if let Err(error) = work.commit_late_definitions().await {
+            work.notes.push(format!("{error}; the next start makes them and lets sessions go on"));
+            return work.report(CutoverOutcome::Switched, None);
+        }
         let (to, epoch) = (work.to.role, work.case.epoch);
         work.open_gates(to, |_| epoch);
         work.pass("switch.after_open").await;
@@ -408,13 +412,23 @@ impl Work {
                 let from = self.from.connector.control(&line.name, "cutover-unstreamed").await?;
                 Some((from, self.to.connector.control(&line.name, "cutover-unstreamed").await?))
             };
+            let late = match late::waiting(&onward).await? {
+                0 => None,
+                definitions => {
+                    let name = &line.name;
+                    self.notes.push(format!(
+                        "{definitions} foreign keys, triggers, rules and policies of {name:?} come with the cutover, in its pause"
+                    ));
+                    Some(self.to.connector.control(name, "cutover-late").await?)
+                }
+            };
             // The boundary is durable with the decision, which follows it.
             onward.batch_execute("SET synchronous_commit = off").await.map_err(failed)?;
             let locks = self.from.connector.control(&line.name, "cutover-locks").await?;
             if !self.options.dry_run {
                 look_up(&locks, &tables).await.map_err(failed)?;
             }
-            line.sessions = Some(LineSessions { sequences, unstreamed, tables, locks, marker, onward });
+            line.sessions = Some(LineSessions { sequences, unstreamed, late, tables, locks, marker, onward });
         }
         Ok(())
     }
@@ -494,6 +508,9 @@ impl Work {
         let since = Instant::now();
         self.carry_unstreamed().await?;
         self.timings.step("what no stream carries is brought over", since);
+        if !self.options.dry_run {
+            self.make_late_definitions().await?;
+        }
         self.failpoint("drain.after_applied").await?;
         Ok(())
     }

@@ -71,6 +71,8 @@ pub(super) struct LineSessions {
     pub(super) sequences: SequencePair,
     /// From here to there, where there is something that no stream carries.
     pub(super) unstreamed: Option<(Control, Control)>,
+    /// There, where foreign keys and triggers come with the cutover. From the drain on in the transaction that makes them.
+    pub(super) late: Option<Control>,
     /// Quoted names of the tables that are brought over, by the stream or otherwise.
     pub(super) tables: Vec<String>,
 }

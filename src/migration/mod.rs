@@ -18,6 +18,7 @@ pub mod fenced_writes;
 pub mod gate;
 pub mod identity;
 pub mod lag;
+pub mod late;
 pub mod made;
 pub mod materialized;
 pub mod preflight;

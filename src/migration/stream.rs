@@ -246,6 +246,7 @@ impl StreamError {
                 ApplyError::Execute(
                     ExecuteError::WrongCount { .. }
                     | ExecuteError::Fenced
+                    | ExecuteError::WouldFire(_)
                     | ExecuteError::Decode(_)
                     | ExecuteError::Unsendable(_),
                 )
@@ -269,6 +270,7 @@ impl StreamError {
             Self::SlotAhead { .. } => "slot_ahead",
             Self::Apply(ApplyError::Execute(ExecuteError::WrongCount { .. })) => "target_differs",
             Self::Apply(ApplyError::Execute(ExecuteError::Command { .. })) => "ddl",
+            Self::Apply(ApplyError::Execute(ExecuteError::WouldFire(_))) => "would_fire",
             Self::Apply(ApplyError::Plan(_)) => "schema_differs",
             Self::Apply(_) => "apply",
             Self::Failpoint(_) => "failpoint",

@@ -27,9 +27,11 @@ use super::plan_table::{RowChange, Table};
 use crate::catalog::migrations::Generation;
 use crate::catalog::progress::{LANE, UPDATE_SQL};
 use crate::ident::QualifiedName;
+use crate::migration::late;
 use crate::migration::stream::transient_sqlstate;
 use crate::pgoutput::{self, Message};
-use crate::postgres::{EncodeError, Outcome, Pipeline, PipelineError, RawConnection, Sent, TextRows};
+use crate::postgres::{EncodeError, Outcome, Pipeline, PipelineError, RawConnection, RawError, Sent, TextRows};
+use crate::sqlstate;
 
 /// Changes that are executed one by one are sent when they come to this many bytes …
 const CHUNK_BYTES: usize = 256 * 1024;
@@ -42,9 +44,8 @@ const SMALL_PIECE: usize = 8;
 /// A buffer larger than this is not kept for the next piece.
 const KEPT_BYTES: usize = 16 << 20;
 
-/// What an applying session needs, besides what every session of ours has. Nothing fires: the source's triggers, rules
-/// and foreign keys have done so already, and their effects are in the stream. jit comes with PostgreSQL 11.
-const SESSION: &str = "SET session_replication_role = replica; \
+/// What an applying session needs, besides what every session of ours has. jit comes with PostgreSQL 11.
+const SESSION: &str = "\
     SET enable_seqscan = off; SET enable_hashjoin = off; SET enable_mergejoin = off; \
     SELECT pg_catalog.set_config(name, 'off', false) FROM pg_catalog.pg_settings WHERE name = 'jit'";
 
@@ -85,6 +86,11 @@ pub enum ExecuteError {
         /// Why.
         source: PipelineError,
     },
+    /// The role may not have its changes fire nothing, and something would.
+    #[error(
+        "the login role may not set session_replication_role, and changes that it applied would fire: {}", .0.join(", ")
+    )]
+    WouldFire(Vec<String>),
     /// Another engine has claimed the progress row.
     #[error("another pgcutover has taken over the apply; nothing was committed")]
     Fenced,
@@ -176,6 +182,7 @@ impl Executor {
         migration: &str,
         generation: Generation,
     ) -> Result<Self, ExecuteError> {
+        fire_nothing(&mut connection).await?;
         let set = connection.simple_query(SESSION).await;
         set.map_err(|error| failed("setting up the session", error.into()))?;
         let mut session = Session { connection, chunk: Chunk::default() };
@@ -243,12 +250,29 @@ impl Executor {
     }
 }
 
+/// Triggers, rules and foreign keys of the source have had their effects, which are in the stream. A role that may not keep
+/// the target's from firing applies to a server that has none ([`crate::migration::late`]).
+async fn fire_nothing(connection: &mut RawConnection) -> Result<(), ExecuteError> {
+    let failed = |error: RawError| failed("setting up the session", error.into());
+    match connection.simple_query(late::REPLICA).await {
+        Err(error) if error.sqlstate() == Some(sqlstate::INSUFFICIENT_PRIVILEGE) => {}
+        set => return set.map(|_| ()).map_err(failed),
+    }
+    let firing = connection.simple_query(late::FIRING).await.map_err(failed)?;
+    if firing.is_empty() {
+        tracing::info!("the role may not set session_replication_role; nothing that is there would fire");
+        return Ok(());
+    }
+    Err(ExecuteError::WouldFire(firing.into_iter().flatten().flatten().collect()))
+}
+
 /// Whether it can help to execute the changes of a piece one by one.
 fn other_way_may_help(error: &ExecuteError) -> bool {
     match error {
         ExecuteError::Refused { sqlstate, .. } => !transient_sqlstate(sqlstate),
         ExecuteError::WrongCount { .. } => true,
         ExecuteError::Fenced
+        | ExecuteError::WouldFire(_)
         | ExecuteError::Command { .. }
         | ExecuteError::Decode(_)
         | ExecuteError::Connection { .. }

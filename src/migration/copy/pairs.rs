@@ -6,10 +6,9 @@
 use std::sync::{Mutex, PoisonError};
 
 use super::{CopyContext, CopyError, SourceTable};
+use crate::migration::late;
 use crate::postgres::{Connector, RawConnection};
-
-/// `insufficient_privilege`
-const NOT_ALLOWED: &str = "42501";
+use crate::sqlstate::INSUFFICIENT_PRIVILEGE;
 
 /// Idle connections to both servers.
 #[derive(Default)]
@@ -34,8 +33,8 @@ impl Pairs {
             return Ok(connection);
         }
         let mut connection = open(&context.target, &context.database).await?;
-        match connection.simple_query("SET session_replication_role = replica").await {
-            Err(error) if error.sqlstate() != Some(NOT_ALLOWED) => {
+        match connection.simple_query(late::REPLICA).await {
+            Err(error) if error.sqlstate() != Some(INSUFFICIENT_PRIVILEGE) => {
                 let (table, source) = (table.name.clone(), Box::new(error));
                 Err(CopyError::Server { table, server: "target", doing: "setting session_replication_role", source })
             }

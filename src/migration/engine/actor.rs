@@ -11,6 +11,7 @@ use super::context::Context;
 use super::error::{EngineError, WorkError};
 use super::fence_watch;
 use super::gauges::Gauges;
+use super::late;
 use super::live::unix_now;
 use super::source_watch;
 use super::turn;
@@ -186,6 +187,9 @@ impl Actor {
 
     async fn complete(&mut self) -> Result<CancelReport, EngineError> {
         if self.context.live.state() != State::Closed {
+            if self.context.live.state() == State::Completed {
+                late::all_validated(&self.context).await?;
+            }
             self.ordered(Event::CompleteAsked).await?;
         }
         Ok(self.context.live.cancelled().unwrap_or_default())

@@ -104,15 +104,19 @@ impl DatabaseWork {
         }
         let tables = self.context.catalog.tables(self.migration(), &row.database).await?;
         self.live.load_tables(&tables);
+        if self.is_past_offline_stream().await? {
+            return self.end_offline().await;
+        }
         let stream = self.stream_context(&row, slot_start, &tables)?;
         let last = stream.hand_overs.values().map(|hand_over| hand_over.position).max().unwrap_or(Lsn::ZERO);
         let watch = Watch { context: &self.context, live: &self.live };
         // The stream never ends by itself; the work beside it ends when an offline copy is complete.
         tokio::select! {
-            error = stream::run(&stream, &self.live.stream) => Err(error.into()),
-            done = self.finish(row, last, archive) => done,
-            error = watch.run() => Err(error),
+            error = stream::run(&stream, &self.live.stream) => return Err(error.into()),
+            done = self.finish(row, last, archive) => done?,
+            error = watch.run() => return Err(error),
         }
+        self.end_offline().await
     }
 
     /// Rows that no stream can bring up to date are not worth copying.
@@ -299,6 +303,7 @@ impl DatabaseWork {
         let restored = schema::restore_pre_data(&self.restore_target(&guard), archive).await?;
         all_restored(restored.failures)?;
         self.restore_identities(&journal).await?;
+        self.nothing_would_fire().await?;
         self.context.failpoints.hit("engine.after_schema").await?;
         self.completed(row, Step::Restored).await
     }
@@ -449,8 +454,7 @@ impl DatabaseWork {
             // No lock on the progress row here: the stream needs it all the time.
             let guard = self.guard(Guard::Looking);
             let target = self.restore_target(&guard);
-            all_restored(schema::restore_foreign_keys(&target, archive).await?.failures)?;
-            all_restored(schema::restore_last(&target, archive).await?.failures)?;
+            all_restored(self.constrain(&target, &guard, archive).await?)?;
             let (from, to) = (&self.context.source, &self.context.target);
             all_restored(materialized::refresh(from, to, &row.database, None).await?.failures)?;
             schema::analyze(to, &row.database).await?;

@@ -8,6 +8,7 @@ use crate::migration::copy::CopyError;
 use crate::migration::ddl::DdlError;
 use crate::migration::drift::Drift;
 use crate::migration::identity::IdentityError;
+use crate::migration::late::LateError;
 use crate::migration::made::JournalError;
 use crate::migration::publication::PublicationError;
 use crate::migration::roles::RolesError;
@@ -92,6 +93,14 @@ pub enum EngineError {
         /// What.
         drift: Drift,
     },
+    /// Definitions that come late could not be tried out, or are in the way.
+    #[error("database {database}: {source}")]
+    Late {
+        /// The database.
+        database: String,
+        /// Why.
+        source: LateError,
+    },
     /// Roles could not be brought over again.
     #[error(transparent)]
     Roles(#[from] RolesError),
@@ -150,6 +159,10 @@ pub(super) enum WorkError {
     TableGone(String),
     #[error(transparent)]
     Stream(Box<StreamError>),
+    #[error("the target's login role may not set session_replication_role, and the target has: {}", .0.join(", "))]
+    WouldFire(Vec<String>),
+    #[error(transparent)]
+    Late(#[from] LateError),
     #[error(transparent)]
     Sequences(#[from] SequenceError),
     #[error(transparent)]
@@ -205,6 +218,7 @@ impl WorkError {
             | Self::PublicationTaken(_)
             | Self::Restore(_)
             | Self::TableGone(_)
+            | Self::WouldFire(_)
             | Self::Failpoint(_)
             | Self::Slot(_)
             | Self::Stopping => false,
@@ -219,6 +233,7 @@ impl WorkError {
             | Self::Schema(_)
             | Self::Copy(_)
             | Self::Unstreamed(_)
+            | Self::Late(_)
             | Self::Sequences(_) => chain(self).find_map(cause_is_transient).unwrap_or(false),
         }
     }
@@ -271,6 +286,8 @@ impl WorkError {
             Self::Copy(_) => ("copy", ""),
             Self::TableGone(_) => ("table_gone", "cancel the migration and create it again"),
             Self::Stream(error) => (error.code(), stream_hint(error)),
+            Self::WouldFire(_) => ("would_fire", WOULD_FIRE_HINT),
+            Self::Late(_) => ("late_definitions", ""),
             Self::Sequences(_) => ("sequences", ""),
             Self::Unstreamed(_) => ("unstreamed", ""),
             Self::Failpoint(_) => ("failpoint", ""),
@@ -290,11 +307,16 @@ impl WorkError {
     }
 }
 
+/// Triggers and foreign keys act on rows that are written for the second time.
+const WOULD_FIRE_HINT: &str = "let the server's login role set session_replication_role (GRANT SET ON PARAMETER, from \
+    PostgreSQL 15 on), then retry; where no service gives that right, leave out the extension that brings them";
+
 fn stream_hint(error: &StreamError) -> &'static str {
     match error.code() {
         "slot_missing" | "slot_lost" | "slot_ahead" | "source_history" => {
             "the target cannot catch up any more: cancel the migration and create it again with --overwrite-target"
         }
+        "would_fire" => WOULD_FIRE_HINT,
         "schema_differs" => "make the same change of definition on the target, then retry",
         "ddl" => "see to it that the target takes the command (an extension or a role that it lacks, say), then retry",
         "target_differs" => {

@@ -116,6 +116,8 @@ struct Inner {
     slot: Option<SlotLive>,
     /// What the gauges of full loads have of it.
     counted: Counted,
+    /// Foreign keys that a cutover has made without looking at rows, and that are not validated yet.
+    validating: usize,
 }
 
 impl Inner {
@@ -340,6 +342,7 @@ impl DatabaseLive {
                 lag: LagMeter::default(),
                 counted: Counted::default(),
                 slot: None,
+                validating: 0,
             }),
         }
     }
@@ -368,6 +371,11 @@ impl DatabaseLive {
         drop(inner);
         self.stream.applied.send_replace(Applied::default());
         self.stream.trouble.send_replace(None);
+    }
+
+    /// So many foreign keys are left to validate.
+    pub(super) fn set_validating(&self, foreign_keys: usize) {
+        self.lock().validating = foreign_keys;
     }
 
     pub(super) fn set_step(&self, step: Step) {
@@ -492,6 +500,7 @@ impl DatabaseLive {
             name: self.name.clone(),
             state: match (state.is_active(), inner.current.direction) {
                 (true, Direction::Forward) => inner.step.doing(),
+                (false, _) if inner.validating > 0 => "ValidatingForeignKeys",
                 (_, Direction::Reverse) if inner.current.flows() => "StreamingBack",
                 _ => state.substate(),
             }

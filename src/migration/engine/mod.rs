@@ -46,6 +46,7 @@ mod error;
 mod fence_watch;
 mod gauges;
 mod lag_watch;
+mod late;
 mod lease;
 mod live;
 mod recorder;
@@ -302,11 +303,15 @@ impl Engine {
 
     /// See [`CutoverLease::foresee_return`].
     async fn foresee_return(&self, live: &Live) -> Result<Option<String>, EngineError> {
-        let (_, to) = live.state().direction().ends(&self.deps.source, &self.deps.target);
-        let foreseen =
-            turn::cannot_send(to, &self.deps.config.control.database, live.databases.len(), &turn::watching(live))
-                .await;
-        foreseen.map_err(|error| EngineError::Return(describe(&error)))
+        let (from, to) = live.state().direction().ends(&self.deps.source, &self.deps.target);
+        let control = &self.deps.config.control.database;
+        let foreseen = async {
+            match late::cannot_apply([from, to], control).await? {
+                None => turn::cannot_send(to, control, live.databases.len(), &turn::watching(live)).await,
+                why => Ok(why),
+            }
+        };
+        foreseen.await.map_err(|error: error::WorkError| EngineError::Return(describe(&error)))
     }
 
     /// Tells what became of a cutover, also of one that an earlier life of this process has begun. A migration that is

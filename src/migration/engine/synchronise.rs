@@ -13,7 +13,7 @@ use crate::config::Ddl;
 use crate::migration::made::Mirrored;
 use crate::migration::roles::{self, RoleReport};
 use crate::migration::stream::describe;
-use crate::migration::{drift, materialized, schema, unstreamed, warm};
+use crate::migration::{drift, late, materialized, schema, unstreamed, warm};
 use crate::postgres::Connector;
 use crate::switch::Epoch;
 
@@ -128,6 +128,9 @@ impl Engine {
                 };
                 Box::pin(seen).await.map_err(|error| EngineError::Unavailable(describe(&error)))?;
             }
+            // What is kept for this cutover is compared as it will be; the end of the session takes it back.
+            let tried = late::rehearse(&target).await;
+            tried.map_err(|source| EngineError::Late { database: database.name.clone(), source })?;
             let publication = database.current().publication;
             let compared = drift::compare(&*source, &*target, &publication, &database.table_names()).await;
             let drift = compared.map_err(|source| EngineError::Drift { database: database.name.clone(), source })?;

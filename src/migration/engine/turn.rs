@@ -9,6 +9,7 @@ use super::context::Context;
 use super::definitions;
 use super::error::WorkError;
 use super::fence_watch;
+use super::late;
 use super::live::{Current, Live};
 use crate::catalog::fence::{self, Standing};
 use crate::catalog::journal::{Journal, MadeObject, Side};
@@ -32,7 +33,10 @@ pub(super) async fn prepare(context: &Context, epoch: Epoch) -> Result<Option<St
     for row in &rows {
         Box::pin(definitions::shut_for_cutover(context, row)).await?;
     }
-    let (_, to) = first.direction.ends(&context.source, &context.target);
+    let (from, to) = first.direction.ends(&context.source, &context.target);
+    if let Some(why) = late::cannot_apply([from, to], &context.config.control.database).await? {
+        return Ok(Some(why));
+    }
     let (spare, control_database) = (watching(&context.live), &context.config.control.database);
     if let Some(why) = cannot_send(to, control_database, rows.len(), &spare).await? {
         return Ok(Some(why));

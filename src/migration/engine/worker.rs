@@ -11,6 +11,7 @@ use super::back::BackWork;
 use super::context::Context;
 use super::database::DatabaseWork;
 use super::error::WorkError;
+use super::late;
 use super::live::Step;
 use super::validation::{self, Asked};
 use crate::catalog::journal::Journal;
@@ -61,7 +62,11 @@ impl Worker {
     async fn work(&self) -> Result<(Event, Option<Problem>), (WorkError, Option<String>)> {
         let plain = |error| (error, None);
         if self.state().direction() == Direction::Reverse {
-            return Err(self.follow_back().await);
+            return Err(tokio::select! {
+                // Never ends; what it has validated is kept.
+                never = late::validate(&self.context) => match never {},
+                error = self.follow_back() => error,
+            });
         }
         if self.state() == State::PerformingPreRequisiteSteps {
             self.patiently("prerequisites", || self.prerequisites()).await.map_err(plain)?;

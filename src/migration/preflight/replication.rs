@@ -7,6 +7,7 @@ use super::definition::{Apply, Definition, Hosted, When};
 use super::{Outcome, Rule, RuleResult, Servers, Statement};
 use crate::catalog::journal::Side;
 use crate::config::{FencePolicy, ServerKind};
+use crate::migration::late;
 
 /// What most rules here are.
 const STREAMED: Definition = Definition { when: When::Repeatedly, ..Definition::USUAL };
@@ -118,9 +119,11 @@ const WAY_BACK: Definition = Definition {
     worst: Outcome::Warning,
     why: "a rollback brings back what was written after the cutover, which is streamed from the target: without it the cutover \
           cannot be rolled back",
-    evidence: "what the target lacks: wal_level, replication slots, walsenders or the replication right",
+    evidence: "what the target lacks: wal_level, replication slots, walsenders or the replication right; or that the source's \
+               login role may not set session_replication_role",
     fix: "ALTER SYSTEM SET wal_level = logical, raise max_replication_slots and max_wal_senders of the target, and restart it; \
-          ALTER ROLE … REPLICATION for its login role",
+          ALTER ROLE … REPLICATION for its login role; GRANT SET ON PARAMETER session_replication_role TO the source's (from \
+          PostgreSQL 15 on)",
     on: Side::Target,
     hosted: Hosted::Words {
         amazon: "set rds.logical_replication = 1 in the target's parameter group, and reboot it; GRANT rds_replication TO its login role",
@@ -259,6 +262,14 @@ impl Servers<'_> {
                 let enough = used.saturating_add(needed).max(10);
                 statements.extend(self.on_target(format!("ALTER SYSTEM SET {parameter} = {enough}")));
             }
+        }
+        match late::may_replicate_silently(self.source).await {
+            Ok(true) => {}
+            Ok(false) => {
+                lacking.push("the source's login role may not set session_replication_role".to_owned());
+                statements.extend(self.on_source(self.replica_role_grant(Side::Source)));
+            }
+            Err(error) => return rule.unknown(&error),
         }
         rule.mended_by(statements).unless_any(Outcome::Warning, lacking)
     }

@@ -25,8 +25,9 @@ const CREATE_ROLES: Definition = Definition {
 /// Tried, because nothing else tells: superusers may, and from PostgreSQL 15 on who was granted it.
 const REPLICA_ROLE: Definition = Definition {
     code: "session_replication_role",
-    why: "triggers, rules and foreign keys of the target must not act a second time on what is copied and applied; an offline \
-          migration too applies what changes during its copy",
+    why: "triggers, rules and foreign keys of the target must not act a second time on what is copied and applied. Without the \
+          right they come with the cutover, inside its pause (foreign keys are validated after it), and it cannot be rolled \
+          back; with migration.ddl = \"apply\" it is a failure",
     evidence: "what the server answered",
     fix: "make the target's login role a superuser, or from PostgreSQL 15 on: GRANT SET ON PARAMETER \
           session_replication_role TO it",
@@ -128,19 +129,27 @@ impl Servers<'_> {
         }
     }
 
-    async fn replica_role(&self) -> RuleResult {
-        let login = self.login(Side::Target);
-        let grant = match self.preflight.kind(Side::Target) {
+    /// What lets a login role set `session_replication_role`.
+    pub(super) fn replica_role_grant(&self, side: Side) -> String {
+        let login = self.login(side);
+        let server = match side {
+            Side::Source => self.source,
+            Side::Target => self.target,
+        };
+        match self.preflight.kind(side) {
             ServerKind::AwsRds | ServerKind::AwsAurora => format!("GRANT rds_superuser TO {login}"),
             ServerKind::Azure => format!("GRANT azure_pg_admin TO {login}"),
             ServerKind::GcpCloudSql => format!("GRANT cloudsqlsuperuser TO {login}"),
             ServerKind::GcpAlloyDb => format!("GRANT alloydbsuperuser TO {login}"),
-            ServerKind::Postgres | ServerKind::Other if self.target.version_num() >= 150_000 => {
+            ServerKind::Postgres | ServerKind::Other if server.version_num() >= 150_000 => {
                 format!("GRANT SET ON PARAMETER session_replication_role TO {login}")
             }
             ServerKind::Postgres | ServerKind::Other => format!("ALTER ROLE {login} SUPERUSER"),
-        };
-        let rule = self.rule(&REPLICA_ROLE).mended_by(self.on_target(grant));
+        }
+    }
+
+    async fn replica_role(&self) -> RuleResult {
+        let rule = self.rule(&REPLICA_ROLE).mended_by(self.on_target(self.replica_role_grant(Side::Target)));
         let set = "BEGIN READ ONLY; SET LOCAL session_replication_role = replica; ROLLBACK";
         match self.target.batch_execute(set).await {
             Ok(()) => rule.succeeded(),
@@ -149,7 +158,10 @@ impl Servers<'_> {
                     error.as_db_error().map_or_else(|| error.to_string(), |refusal| refusal.message().to_owned());
                 // The rules that follow use the same session.
                 let _ended = self.target.batch_execute("ROLLBACK").await;
-                rule.failed(vec![evidence])
+                match self.preflight.config.migration.ddl {
+                    Ddl::Apply => rule.failed(vec![evidence]),
+                    Ddl::Refuse | Ddl::Detect => rule.answer(Outcome::Warning, vec![evidence]),
+                }
             }
         }
     }

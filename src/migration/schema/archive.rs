@@ -9,7 +9,7 @@ use tokio_postgres::{Error, Transaction};
 
 use super::toc::{Entry, Toc};
 use crate::ident::{QualifiedName, quote_ident};
-use crate::migration::ddl;
+use crate::migration::{ddl, late};
 
 /// A dump, cut into entries and sorted.
 #[derive(Clone, Debug)]
@@ -50,7 +50,51 @@ pub(super) enum Adding {
     },
 }
 
+impl ForeignKey {
+    /// The statements that add it to a server of this version without looking at rows, and then validate it; none: it is
+    /// added as it was dumped.
+    pub(super) fn in_two_steps(&self, version_num: u32) -> Option<(String, &str)> {
+        match &self.adding {
+            Adding::ThenValidate { partitioned: true, .. } if version_num < 180_000 => None,
+            Adding::ThenValidate { validate, .. } => {
+                let add = self.entry.sql.trim_end().strip_suffix(';')?;
+                Some((format!("{add} NOT VALID;"), validate))
+            }
+            Adding::AsDumped => None,
+        }
+    }
+}
+
 impl Archive {
+    /// What acts on rows that are written, for a server of this version on which it must not act before a cutover. It begins
+    /// with the settings that dumps are written for, and is empty where there is nothing of the kind.
+    pub(in crate::migration) fn late(&self, version_num: u32) -> Vec<late::Definition> {
+        let definition = |entry: &Entry, sql: &str, validate: Option<&str>| {
+            let settings = entry.settings.iter().map(|setting| setting.replacen("SET ", "SET LOCAL ", 1));
+            late::Definition {
+                kind: entry.kind.clone(),
+                object: entry.object(),
+                sql: settings.chain([sql.to_owned()]).collect::<Vec<_>>().join("\n"),
+                validate: validate.map(str::to_owned),
+            }
+        };
+        let foreign_keys = self.foreign_keys.iter().map(|key| match key.in_two_steps(version_num) {
+            Some((add, validate)) => definition(&key.entry, &add, Some(validate)),
+            None => definition(&key.entry, &key.entry.sql, None),
+        });
+        let mut late: Vec<_> = foreign_keys.chain(self.last.iter().map(|entry| definition(entry, &entry.sql, None))).collect();
+        if !late.is_empty() {
+            let settings = late::Definition {
+                kind: "SETTINGS".to_owned(),
+                object: "of the dump".to_owned(),
+                sql: super::restore::settings(self, "LOCAL "),
+                validate: None,
+            };
+            late.insert(0, settings);
+        }
+        late
+    }
+
     /// Indexes and constraints that belong to the table with this OID on the source.
     pub(in crate::migration) fn table_entries(&self, oid: u32) -> &[Entry] {
         self.by_table.get(&oid).map_or(&[], Vec::as_slice)

@@ -3,7 +3,7 @@
 use std::collections::HashSet;
 use std::time::Duration;
 
-use super::archive::{Adding, Archive, ForeignKey};
+use super::archive::{Archive, ForeignKey};
 use super::toc::Entry;
 use super::{RestoreFailure, RestoreReport, RestoreTarget, SchemaError};
 use crate::ident::quote_literal;
@@ -37,11 +37,7 @@ impl<'a> Restorer<'a> {
         purpose: &str,
     ) -> Result<Self, SchemaError> {
         let control = target.connector.control(target.database, purpose).await?;
-        let strings = if archive.standard_strings { "on" } else { "off" };
-        let settings = format!(
-            "SET search_path = ''; SET check_function_bodies = off; SET xmloption = content; \
-             SET client_min_messages = warning; SET standard_conforming_strings = {strings}"
-        );
+        let settings = settings(archive, "");
         let read = |error| SchemaError::Read { database: target.database.to_owned(), source: error };
         let exists = control.query_one("SELECT pg_catalog.to_regclass('pgcutover.restored_entry') IS NOT NULL", &[]);
         if !exists.await.map_err(read)?.get::<_, bool>(0) {
@@ -105,14 +101,7 @@ impl<'a> Restorer<'a> {
 
     async fn foreign_key(&mut self, key: &ForeignKey) -> Result<(), SchemaError> {
         let entry = &key.entry;
-        let in_two_steps = match &key.adding {
-            Adding::ThenValidate { partitioned: true, .. } if self.control.version_num() < 180_000 => None,
-            Adding::ThenValidate { validate, .. } => {
-                entry.sql.trim_end().strip_suffix(';').map(|add| (format!("{add} NOT VALID;"), validate))
-            }
-            Adding::AsDumped => None,
-        };
-        let Some((add, validate)) = in_two_steps else {
+        let Some((add, validate)) = key.in_two_steps(self.control.version_num()) else {
             return self.step(entry, &entry.key, &entry.sql, Locking::Brief).await.map(|_| ());
         };
         if self.step(entry, &entry.key, &add, Locking::Brief).await? {
@@ -203,6 +192,15 @@ impl<'a> Restorer<'a> {
             quote_literal(key),
         )
     }
+}
+
+/// Statements that set, with `scope` behind SET, what dumps are written for.
+pub(super) fn settings(archive: &Archive, scope: &str) -> String {
+    let strings = if archive.standard_strings { "on" } else { "off" };
+    format!(
+        "SET {scope}search_path = ''; SET {scope}check_function_bodies = off; SET {scope}xmloption = content; \
+         SET {scope}client_min_messages = warning; SET {scope}standard_conforming_strings = {strings}"
+    )
 }
 
 /// The mark of a foreign key's second step.

@@ -49,6 +49,7 @@ use crate::catalog::RecordError;
 use crate::catalog::door::DoorError;
 use crate::catalog::migrations::CatalogError;
 use crate::ident::QualifiedName;
+use crate::migration::late::LateError;
 use crate::migration::stream::{transient_query, transient_sqlstate};
 use crate::postgres::{ConnectError, Control};
 
@@ -206,6 +207,12 @@ pub enum VerifyError {
     /// The stream went on, or another one began, while it had to stand.
     #[error("the stream did not stand still for as long as it had to")]
     Moved,
+    /// Something would fire on what a repair writes, and the role may not prevent it.
+    #[error("the login role may not set session_replication_role, and a repair would fire: {}", .0.join(", "))]
+    WouldFire(Vec<String>),
+    /// Definitions that come late could not be tried out.
+    #[error(transparent)]
+    Late(#[from] LateError),
     /// The server that a cutover has left could not be entered.
     #[error(transparent)]
     Door(#[from] DoorError),
@@ -232,11 +239,13 @@ impl VerifyError {
             Self::Query { source, .. } => {
                 transient_query(source) || source.code().is_some_and(|code| matches!(code.code(), "22023" | "42704"))
             }
+            Self::Late(LateError { source, .. }) => transient_query(source),
             Self::Moved => true,
             Self::Door(DoorError::Connect(error)) => error.sqlstate().is_none_or(transient_sqlstate),
             Self::Door(_)
             | Self::NoCommonSnapshot { .. }
             | Self::Unreadable(_)
+            | Self::WouldFire(_)
             | Self::Catalog(_)
             | Self::Record(_) => false,
         }

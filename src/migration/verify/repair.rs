@@ -26,6 +26,7 @@ use super::expression::{Column, Hasher};
 use super::table::{Plan, Side};
 use super::{VerifyContext, VerifyError, streamed};
 use crate::ident::{quote_ident, quote_literal};
+use crate::migration::late;
 use crate::postgres::Control;
 
 /// Rows of a table that one round of repairs takes on.
@@ -162,8 +163,18 @@ const SIGNATURE: &str = "\
 
 /// Nobody else writes to the table from here on, and nobody has since the snapshot.
 async fn begin(plan: &Plan, still: &Still) -> Result<(), VerifyError> {
+    let failed = VerifyError::query("looking what a repair would fire");
+    let silently = if late::may_replicate_silently(&still.target).await.map_err(&failed)? {
+        "SET LOCAL session_replication_role = replica;"
+    } else {
+        let firing = late::firing(&still.target).await.map_err(failed)?;
+        if !firing.is_empty() {
+            return Err(VerifyError::WouldFire(firing));
+        }
+        ""
+    };
     let sql = format!(
-        "BEGIN; SET LOCAL session_replication_role = replica; SET LOCAL lock_timeout = {LOCK_TIMEOUT_MS}; \
+        "BEGIN; {silently} SET LOCAL lock_timeout = {LOCK_TIMEOUT_MS}; \
          LOCK TABLE ONLY {} IN SHARE ROW EXCLUSIVE MODE; {SIGNATURE}",
         plan.table
     );
