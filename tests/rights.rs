@@ -81,7 +81,8 @@ impl Profile {
         let statements = self.guide.split("```sql\n").nth(1).and_then(|rest| rest.split("```").next());
         let statements = statements.expect("the guide makes a role");
         assert!(statements.contains(&format!("CREATE ROLE {LOGIN} LOGIN PASSWORD '{PASSWORD}'")), "{statements}");
-        let sql = format!("{}; {}; {statements}{}", self.sql, self.silence, self.further).replace("{group}", self.group);
+        let sql =
+            format!("{}; {}; {statements}{}", self.sql, self.silence, self.further).replace("{group}", self.group);
         connect(cluster, "postgres").await.batch_execute(&sql).await.expect("a superuser may");
     }
 }

@@ -131,7 +131,8 @@ pub(in crate::migration) async fn keep(
     let check = format!("SELECT 1 / pg_catalog.count(*) FROM ({guard}) AS pgcutover_guard");
     transaction.query(&check, &[]).await.map_err(failed())?;
     transaction.batch_execute("DELETE FROM pgcutover.late_definition").await.map_err(failed())?;
-    let insert = "INSERT INTO pgcutover.late_definition (position, kind, object, sql, validate) VALUES ($1, $2, $3, $4, $5)";
+    let insert =
+        "INSERT INTO pgcutover.late_definition (position, kind, object, sql, validate) VALUES ($1, $2, $3, $4, $5)";
     for (position, Definition { kind, object, sql, validate }) in (0i32..).zip(&definitions) {
         transaction.execute(insert, &[&position, kind, object, sql, validate]).await.map_err(failed())?;
     }
@@ -238,7 +239,8 @@ async fn execute_in_transaction(control: &Control, lock_timeout: Duration, way: 
         lock_timeout.as_millis().max(1)
     );
     control.batch_execute(&begin).await.map_err(LateError::of_all("locking them"))?;
-    let read = "SELECT kind || ': ' || object, sql FROM pgcutover.late_definition WHERE state = 'waiting' ORDER BY position";
+    let read =
+        "SELECT kind || ': ' || object, sql FROM pgcutover.late_definition WHERE state = 'waiting' ORDER BY position";
     let rows = control.query(read, &[]).await.map_err(LateError::of_all("reading them"))?;
     match way {
         Way::Each => {

@@ -142,7 +142,12 @@ pub(super) async fn validate(context: &Context) -> Infallible {
                 }
                 Err(error) => {
                     let error = describe(&error);
-                    tracing::warn!(migration = context.live.name(), database = database.name, error, "not validated yet");
+                    tracing::warn!(
+                        migration = context.live.name(),
+                        database = database.name,
+                        error,
+                        "not validated yet"
+                    );
                     tokio::time::sleep(backoff.failed().1).await;
                 }
             }
@@ -159,7 +164,13 @@ async fn validate_one(context: &Context, database: &DatabaseLive) -> Result<Vec<
     let failures = late::validate(&control).await?;
     if waiting > 0 {
         let (migration, database) = (context.live.name(), &database.name);
-        tracing::info!(migration, database, foreign_keys = waiting, violated = failures.len(), "foreign keys validated");
+        tracing::info!(
+            migration,
+            database,
+            foreign_keys = waiting,
+            violated = failures.len(),
+            "foreign keys validated"
+        );
     }
     Ok(failures)
 }

@@ -82,7 +82,8 @@ impl Archive {
             Some((add, validate)) => definition(&key.entry, &add, Some(validate)),
             None => definition(&key.entry, &key.entry.sql, None),
         });
-        let mut late: Vec<_> = foreign_keys.chain(self.last.iter().map(|entry| definition(entry, &entry.sql, None))).collect();
+        let mut late: Vec<_> =
+            foreign_keys.chain(self.last.iter().map(|entry| definition(entry, &entry.sql, None))).collect();
         if !late.is_empty() {
             let settings = late::Definition {
                 kind: "SETTINGS".to_owned(),
