@@ -493,6 +493,25 @@ impl Stragglers {
     }
 }
 
+/// What happens in the pause to transactions that their clients have declared read-only.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Reads {
+    /// They wait like all others.
+    Pause,
+    /// They go on on the server that is left, until the decision is near.
+    Continue,
+}
+
+impl Reads {
+    /// The word of the configuration.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::Pause => "pause",
+            Self::Continue => "continue",
+        }
+    }
+}
+
 /// `[cutover]`
 #[derive(Clone, Debug)]
 pub struct Cutover {
@@ -508,6 +527,8 @@ pub struct Cutover {
     pub warm_target: Duration,
     /// Transactions that outlast the drain.
     pub stragglers: Stragglers,
+    /// Transactions that are declared read-only, in the pause.
+    pub reads: Reads,
     /// A cutover begins only when every table was found equal since it was last written to.
     pub require_verified: bool,
 }

@@ -60,6 +60,7 @@ impl Cutovers for CutoverDesk {
             max_pause: request.max_pause.unwrap_or(config.cutover.max_pause),
             drain_timeout: request.drain_timeout.unwrap_or(config.cutover.drain_timeout),
             stragglers: request.stragglers.unwrap_or(config.cutover.stragglers),
+            reads: config.cutover.reads,
             max_lag_at_start_bytes: config.cutover.max_lag_at_start_bytes,
             ..defaults
         };

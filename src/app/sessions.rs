@@ -67,7 +67,7 @@ fn client(view: SessionView, now: SystemTime) -> ClientView {
     let state = match view.state {
         SessionState::Login => "login",
         SessionState::Idle => "idle",
-        SessionState::Active => "active",
+        SessionState::Active | SessionState::Reading => "active",
         SessionState::Held | SessionState::Waiting => "waiting",
         SessionState::Orphan => "orphan",
         SessionState::Replication => "replication",

@@ -266,6 +266,7 @@ fn cutover(mut section: Section<'_>) -> Cutover {
         max_unstreamed_bytes: section.size("max_unstreamed", 64 * MB, 0..=u64::MAX),
         warm_target: section.duration("warm_target", Duration::from_secs(10)),
         require_verified: section.flag("require_verified", false),
+        reads: section.choice("reads", Reads::Pause, &[("pause", Reads::Pause), ("continue", Reads::Continue)]),
         stragglers: section.choice(
             "stragglers",
             Stragglers::Abort,

@@ -170,6 +170,7 @@ impl Config {
         add("cutover", "max_unstreamed", format_size(cutover.max_unstreamed_bytes), Restart);
         add("cutover", "warm_target", format_duration(cutover.warm_target), Restart);
         add("cutover", "require_verified", cutover.require_verified.to_string(), Restart);
+        add("cutover", "reads", cutover.reads.as_str().to_owned(), Reload);
         add("cutover", "stragglers", cutover.stragglers.as_str().to_owned(), Reload);
         add("admin", "address", address(self.admin.address), Restart);
         add("admin", "users", self.admin.users.join(","), Reload);

@@ -133,6 +133,7 @@ impl Coordinator {
             max_pause: cutover.max_pause,
             drain_timeout: cutover.drain_timeout,
             stragglers: cutover.stragglers,
+            reads: cutover.reads,
             max_lag_at_start_bytes: cutover.max_lag_at_start_bytes,
             fence: self.deps.config.control.fence,
         }
@@ -375,6 +376,7 @@ impl Coordinator {
             would: Vec::new(),
             sessions_moved: 0,
             sessions_ended: 0,
+            reads_before: 0,
         };
         work.publish();
         Ok(Box::new(work))

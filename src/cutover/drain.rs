@@ -14,10 +14,12 @@ use tokio_postgres::types::Type;
 use super::CutoverError;
 use super::decide::bring_sequences;
 use super::hard_fence::{self, Looking, Obstacle};
+use super::parts::Lease;
 use super::work::{Line, LineSessions, Unmoved, Work};
-use crate::config::{FencePolicy, Stragglers};
+use crate::config::{FencePolicy, Reads, Stragglers};
+use crate::failpoint::Failpoints;
 use crate::migration::unstreamed::{self, Carried};
-use crate::proxy::MoveReport;
+use crate::proxy::{MoveReport, SessionState, SessionView};
 use crate::sqlstate;
 
 /// Between two looks at the server.
@@ -26,24 +28,59 @@ const LOOK_AGAIN: Duration = Duration::from_millis(5);
 impl Work {
     /// Waits until nobody is inside and nobody works on the server; after `drain_timeout` the policy decides.
     pub(super) async fn drain_sessions(&mut self) -> Result<(), CutoverError> {
-        let deadline = Instant::now() + self.options.drain_timeout;
-        let closed = self.timings.closed();
+        let begun = Instant::now();
+        let deadline = begun + self.options.drain_timeout;
+        let (waits, since) = match self.options.reads {
+            Reads::Pause => ("running transactions end", self.timings.closed()),
+            Reads::Continue => ("the last reads end", begun),
+        };
         if timeout_at(deadline.into(), self.wait_empty()).await.is_ok() {
-            self.timings.step("running transactions end", closed);
+            self.timings.step(waits, since);
             let since = Instant::now();
             if timeout_at(deadline.into(), self.wait_quiet()).await.is_ok_and(|quiet| quiet.is_ok()) {
                 self.timings.step("nothing is left on the server", since);
                 return Ok(());
             }
         }
+        self.judge_stragglers().await?;
+        // Ordered is not ended: only the proof counts. max_pause bounds this wait.
+        self.wait_quiet().await
+    }
+
+    /// The drain while reads go on (`reads = "continue"`): who may write is waited for, and what was written arrives. From
+    /// then on reads are held as well, so that [`Work::drain_sessions`] finds a target that is close behind. It is the one
+    /// that counts: nothing that a "read" has written meanwhile is missed by it.
+    pub(super) async fn drain_writers(&mut self) -> Result<(), CutoverError> {
+        let deadline = Instant::now() + self.options.drain_timeout;
+        let closed = self.timings.closed();
+        if !timeout_at(deadline.into(), self.wait_writers()).await.is_ok_and(|left| left.is_ok()) {
+            self.judge_stragglers().await?;
+            self.wait_writers().await?;
+        }
+        self.timings.step("running transactions end, but for reads", closed);
+        let since = Instant::now();
+        let nonce = format!("{}-reads-{:016x}", self.case.epoch, rand::random::<u64>());
+        self.write_markers(&nonce).await?;
+        wait_applied(&*self.lease, &self.case.databases, &nonce, &self.failpoints).await?;
+        self.timings.step("what they wrote has arrived, while reads go on", since);
+        self.lines.iter().for_each(|line| line.gate.fence_reads());
+        Ok(())
+    }
+
+    /// Like [`Work::wait_quiet`], but does not wait for reads that go on.
+    async fn wait_writers(&self) -> Result<(), CutoverError> {
+        for line in &self.lines {
+            line.gate.wait_writers().await;
+        }
+        self.wait_nothing_left().await
+    }
+
+    /// `drain_timeout` is over: by policy, those who are in the way are ended or the cutover is.
+    async fn judge_stragglers(&mut self) -> Result<(), CutoverError> {
         let blockers = self.blockers().await?;
         match self.options.stragglers {
             // A dry run ends nobody, whatever the policy.
-            Stragglers::Terminate if !self.options.dry_run => {
-                self.end_stragglers(&blockers).await?;
-                // Ordered is not ended: only the proof counts. max_pause bounds this wait.
-                self.wait_quiet().await
-            }
+            Stragglers::Terminate if !self.options.dry_run => self.end_stragglers(&blockers).await,
             Stragglers::Abort | Stragglers::Terminate => {
                 let waited = self.options.drain_timeout;
                 let what = format!("transactions did not end within drain_timeout of {waited:?}");
@@ -62,6 +99,10 @@ impl Work {
     /// The same, and until nothing is left on the server that the gates know nothing of.
     async fn wait_quiet(&self) -> Result<(), CutoverError> {
         self.wait_empty().await;
+        self.wait_nothing_left().await
+    }
+
+    async fn wait_nothing_left(&self) -> Result<(), CutoverError> {
         loop {
             let looking = if self.options.dry_run { Looking::LeftOverOfSessions } else { Looking::LeftOver };
             let (left, prepared) = tokio::try_join!(self.backends(looking), self.prepared_transactions())?;
@@ -106,9 +147,16 @@ impl Work {
     /// Who keeps the drain from ending: what the server shows, and sessions that are inside without the server knowing.
     async fn blockers(&self) -> Result<Vec<Obstacle>, CutoverError> {
         let mut blockers = self.busy().await?;
+        if self.lines.iter().any(|line| line.gate.lets_reads_in()) {
+            // Sessions that read may be at work when the server is asked, and they are not in the way.
+            let waited: Vec<SessionView> = self.lines.iter().flat_map(|line| self.stragglers(line)).collect();
+            let ours = self.known().pids;
+            let is_waited = |pid: i32| waited.iter().any(|session| session.backend_pid == Some(pid));
+            blockers.retain(|blocker| !ours.contains(&blocker.pid) || is_waited(blocker.pid));
+        }
         blockers.extend(self.prepared_transactions().await?);
         for line in &self.lines {
-            for straggler in self.sessions.stragglers(&line.name) {
+            for straggler in self.stragglers(line) {
                 let pid = straggler.backend_pid.unwrap_or(0);
                 if pid == 0 || !blockers.iter().any(|blocker| blocker.pid == pid) {
                     blockers.push(Obstacle {
@@ -124,11 +172,18 @@ impl Work {
         Ok(blockers)
     }
 
+    /// Sessions that are waited for.
+    fn stragglers(&self, line: &Line) -> Vec<SessionView> {
+        let mut stragglers = self.sessions.stragglers(&line.name);
+        stragglers.retain(|session| !goes_on(line, session));
+        stragglers
+    }
+
     /// Tells stragglers that they are ended, and ends their backends.
     async fn end_stragglers(&mut self, blockers: &[Obstacle]) -> Result<(), CutoverError> {
         let mut ended = std::collections::HashSet::new();
         for line in &self.lines {
-            let stragglers = self.sessions.stragglers(&line.name);
+            let stragglers = self.stragglers(line);
             let sessions: Vec<u64> = stragglers.iter().map(|straggler| straggler.id).collect();
             self.sessions.end(
                 &sessions,
@@ -214,11 +269,7 @@ impl Work {
         let databases = self.case.databases.clone();
         let settled = async { Ok((sessions.settle_moves(&databases, in_time).await, since.elapsed())) };
         let applied = async {
-            // Tests show with it that their checker finds what a drain that does not wait would lose.
-            if !failpoints.skips("drain.wait_applied") {
-                let waits = databases.iter().map(|database| lease.wait_marker(database, nonce));
-                try_join_all(waits).await.map_err(CutoverError::Engine)?;
-            }
+            wait_applied(&*lease, &databases, nonce, &failpoints).await?;
             Ok(since.elapsed())
         };
         let lines = &mut self.lines;
@@ -262,4 +313,24 @@ impl Work {
         }
         Ok(())
     }
+}
+
+/// Waits until every database has durably applied the marker.
+async fn wait_applied(
+    lease: &dyn Lease,
+    databases: &[String],
+    nonce: &str,
+    failpoints: &Failpoints,
+) -> Result<(), CutoverError> {
+    // Tests show with it that their checker finds what a drain that does not wait would lose.
+    if failpoints.skips("drain.wait_applied") {
+        return Ok(());
+    }
+    let waits = databases.iter().map(|database| lease.wait_marker(database, nonce));
+    try_join_all(waits).await.map(drop).map_err(CutoverError::Engine)
+}
+
+/// Whether a session that is inside need not leave yet.
+fn goes_on(line: &Line, session: &SessionView) -> bool {
+    session.state == SessionState::Reading && line.gate.lets_reads_in()
 }

@@ -25,7 +25,7 @@ use super::work::{Line, LineSessions, Work, bounded};
 use crate::catalog::decision::Outcome;
 use crate::catalog::fence::Fence;
 use crate::catalog::{Place, bootstrap};
-use crate::config::FencePolicy;
+use crate::config::{FencePolicy, Reads};
 use crate::migration::sequences::SequencePair;
 use crate::migration::{late, unstreamed};
 use crate::postgres::Control;
@@ -457,9 +457,13 @@ impl Work {
 
     async fn pause(&mut self) -> Result<(), CutoverError> {
         self.undo.gates = true;
+        self.reads_before = self.sessions.reads_in_pauses();
         self.timings.gates_closed();
         for line in &self.lines {
-            line.gate.fence();
+            match self.options.reads {
+                Reads::Pause => line.gate.fence(),
+                Reads::Continue => line.gate.fence_writers(),
+            }
             line.gate.set_prepare_window(None);
         }
         self.publish();
@@ -492,7 +496,14 @@ impl Work {
     }
 
     async fn drain(&mut self, deadline: Instant) -> Result<(), CutoverError> {
+        if self.options.reads == Reads::Continue {
+            self.drain_writers().await?;
+        }
         self.drain_sessions().await?;
+        let reads = self.sessions.reads_in_pauses() - self.reads_before;
+        if reads > 0 {
+            self.notes.push(format!("{reads} read-only transactions went on during the pause (reads = \"continue\")"));
+        }
         self.failpoint("drain.after_sessions").await?;
         if !self.options.dry_run {
             let since = Instant::now();

@@ -17,7 +17,7 @@ use crate::catalog::claims::ServerIdentity;
 use crate::catalog::decision::Case;
 use crate::catalog::fence::Standing;
 use crate::catalog::streams::Direction;
-use crate::config::{FencePolicy, Stragglers};
+use crate::config::{FencePolicy, Reads, Stragglers};
 use crate::failpoint::{Failed, Failpoints};
 use crate::migration::sequences::SequencePair;
 use crate::postgres::{Connector, Control};
@@ -40,6 +40,8 @@ pub struct CutoverOptions {
     pub stragglers: Stragglers,
     /// Not begun with more than this to replay, in bytes.
     pub max_lag_at_start_bytes: u64,
+    /// Transactions that are declared read-only, in the pause.
+    pub reads: Reads,
     /// How strongly the server that is left is fenced.
     pub fence: FencePolicy,
 }
@@ -114,6 +116,8 @@ pub(super) struct Work {
     pub(super) would: Vec<Intention>,
     pub(super) sessions_moved: u64,
     pub(super) sessions_ended: u64,
+    /// Transactions that had gone on in pauses before this one.
+    pub(super) reads_before: u64,
 }
 
 impl std::fmt::Debug for Work {

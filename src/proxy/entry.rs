@@ -37,6 +37,8 @@ pub enum SessionState {
     Replication = 5,
     /// Waits for a connection of its pool.
     Waiting = 6,
+    /// Inside a transaction that its client has declared read-only, while a cutover holds everybody else.
+    Reading = 7,
 }
 
 impl SessionState {
@@ -48,6 +50,7 @@ impl SessionState {
             3 => Self::Held,
             4 => Self::Orphan,
             6 => Self::Waiting,
+            7 => Self::Reading,
             _ => Self::Replication,
         }
     }
@@ -304,7 +307,7 @@ impl Entry {
             state,
             for_time: connected_for.saturating_sub(since),
             connected_for,
-            in_transaction: matches!(state, SessionState::Active | SessionState::Orphan),
+            in_transaction: matches!(state, SessionState::Active | SessionState::Reading | SessionState::Orphan),
             tls: facts.tls,
             moving: facts.moving,
             blockers: facts.blockers.clone(),

@@ -48,6 +48,7 @@ mod moves;
 mod orphan;
 mod pool;
 mod pooled;
+mod reads;
 mod relay;
 mod session;
 mod sessions;

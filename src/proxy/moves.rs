@@ -303,6 +303,14 @@ impl Session {
                 .is_some_and(|moving| matches!(moving.stage, Stage::Filled { .. }) && moving.blockers.is_empty())
     }
 
+    /// The text of a named statement that the session had when its state was last captured.
+    pub(super) fn text_when_captured(&self, name: &[u8]) -> Option<&[u8]> {
+        match &self.moving.as_ref()?.stage {
+            Stage::Filled { state, .. } => state.statement_text(name),
+            Stage::Opening(_) | Stage::Open(_) | Stage::Filling(_) | Stage::Failed => None,
+        }
+    }
+
     /// Captures and replays at a safe point.
     pub(super) async fn advance_move(&mut self) -> Result<(), End> {
         let Some(moving) = &mut self.moving else { return Ok(()) };

@@ -290,6 +290,7 @@ impl Session {
                     Ok(Passage::Elsewhere(Step::Adopt(admission.epoch)))
                 }
             }
+            None if self.enter_to_read(header) => Ok(Passage::Free),
             None => {
                 self.hold()?;
                 Ok(Passage::Blocked)
@@ -333,13 +334,18 @@ impl Session {
         at_hand >= wanted || (self.up.buffer.is_full() && self.up.cleared == 0)
     }
 
+    #[inline]
     pub(super) fn enter(&mut self) {
+        self.enter_as(SessionState::Active);
+    }
+
+    pub(super) fn enter_as(&mut self, state: SessionState) {
         let now = Instant::now();
         if let Place::Held { since } = self.place {
             self.local.meters.waited(now - since);
         }
         self.entered_turn = self.ledger.readies();
-        self.go(Place::Inside { since: now }, SessionState::Active, now);
+        self.go(Place::Inside { since: now }, state, now);
     }
 
     /// The session stands elsewhere from now on.

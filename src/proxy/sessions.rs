@@ -48,6 +48,8 @@ pub struct Sessions {
     closing: AtomicBool,
     /// Sessions that could not follow their database and were ended.
     left_behind: AtomicU64,
+    /// Transactions that went on in a pause.
+    reads: AtomicU64,
     /// The last move that was ordered for each database.
     ordered: Mutex<HashMap<String, MoveOrder>>,
     /// In which sessions open a backend for their move.
@@ -169,7 +171,8 @@ impl Sessions {
 
     /// Sessions of `database` that are inside, orphans included.
     pub fn stragglers(&self, database: &str) -> Vec<SessionView> {
-        self.views(database, |state| matches!(state, SessionState::Active | SessionState::Orphan))
+        let inside = |state| matches!(state, SessionState::Active | SessionState::Reading | SessionState::Orphan);
+        self.views(database, inside)
     }
 
     fn views(&self, database: &str, wanted: impl Fn(SessionState) -> bool) -> Vec<SessionView> {
@@ -202,6 +205,15 @@ impl Sessions {
 
     pub(super) fn count_left_behind(&self) {
         self.left_behind.fetch_add(1, Ordering::Relaxed);
+    }
+
+    /// How many transactions since the start were let in because they read, while a cutover held everybody else.
+    pub fn reads_in_pauses(&self) -> u64 {
+        self.reads.load(Ordering::Relaxed)
+    }
+
+    pub(super) fn count_read(&self) {
+        self.reads.fetch_add(1, Ordering::Relaxed);
     }
 
     /// Reads what moves from `database` will need to know of its objects. `session` is one of the cutover's own, on the

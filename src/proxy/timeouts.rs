@@ -79,7 +79,7 @@ fn is_due(entry: &Entry, limits: &Limits, shortest: &Timeouts, step: Duration, n
         }
         SessionState::Held => has_passed(shortest.query_wait, in_state) && has_passed(own().query_wait, in_state),
         // What began after the last sweep can wait for the next one.
-        SessionState::Active => {
+        SessionState::Active | SessionState::Reading => {
             let (query, idle, whole) = (shortest.query, shortest.idle_transaction, shortest.transaction);
             in_state >= step && !(query.is_zero() && idle.is_zero() && whole.is_zero())
         }

@@ -1,4 +1,4 @@
-//! Databases by name: gate, route and the sessions that are registered.
+//! Databases by name: gates, route and the sessions that are registered.
 
 use std::collections::HashMap;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
@@ -7,7 +7,10 @@ use std::sync::{Arc, Mutex, PoisonError, RwLock};
 use arc_swap::{ArcSwap, ArcSwapOption};
 use tokio::sync::Notify;
 
-use super::gate::{Admission, Cell, Epoch, Gate};
+use self::reading::Cells;
+use super::gate::{Admission, Epoch, Gate};
+
+mod reading;
 
 /// Which of the two configured servers.
 #[derive(
@@ -95,11 +98,13 @@ pub struct CutoverUnderWay;
 pub struct Database {
     name: String,
     gate: Gate,
+    /// Open only in a pause in which reads go on: see [`reading`].
+    reads: Gate,
     route: ArcSwap<Route>,
     prepare: ArcSwapOption<PrepareWindow>,
     /// The same for the server that a rollback leads back to, whose fence stands until it has.
     returning: ArcSwapOption<(ServerRole, PrepareWindow)>,
-    members: Mutex<HashMap<u64, Arc<Cell>>>,
+    members: Mutex<HashMap<u64, Arc<Cells>>>,
     next_member: AtomicU64,
     /// DISABLE: new sessions are refused.
     disabled: AtomicBool,
@@ -115,7 +120,7 @@ pub struct Database {
 #[derive(Debug)]
 pub struct Member {
     database: Arc<Database>,
-    cell: Arc<Cell>,
+    cells: Arc<Cells>,
     id: u64,
 }
 
@@ -127,7 +132,7 @@ impl Member {
 
     /// Enters for one transaction, or `None` when the gate is fenced.
     pub fn try_enter(&self) -> Option<Admission> {
-        self.database.gate.enter(&self.cell)
+        self.database.gate.enter(&self.cells.any)
     }
 
     /// Enters, waiting while the gate is fenced. Cancel-safe: a dropped future leaves the cell idle.
@@ -146,14 +151,14 @@ impl Member {
     /// Leaves: the server has said `ReadyForQuery('I')`, or its process is known to be gone. Nothing else proves that
     /// a statement has ended.
     pub fn leave(&self) {
-        if self.cell.leave(&self.database.gate) {
+        if self.cells.leave(&self.database.gate, &self.database.reads) {
             self.database.left.notify_waiters();
         }
     }
 
     /// Whether this session is inside.
     pub fn is_inside(&self) -> bool {
-        self.cell.is_busy()
+        self.cells.is_busy()
     }
 }
 
@@ -173,6 +178,7 @@ impl Database {
         Self {
             name: name.to_owned(),
             gate: Gate::open_at(epoch),
+            reads: reading::closed(),
             route: ArcSwap::from_pointee(route),
             prepare: ArcSwapOption::empty(),
             returning: ArcSwapOption::empty(),
@@ -193,9 +199,9 @@ impl Database {
     /// Registers a session.
     pub fn join(self: &Arc<Self>) -> Member {
         let id = self.next_member.fetch_add(1, Ordering::Relaxed);
-        let cell = Arc::new(Cell::new());
-        self.lock_members().insert(id, cell.clone());
-        Member { database: self.clone(), cell, id }
+        let cells = Arc::<Cells>::default();
+        self.lock_members().insert(id, cells.clone());
+        Member { database: self.clone(), cells, id }
     }
 
     /// The route. Meaningful only between entering and leaving; before that it may change at any moment.
@@ -244,6 +250,7 @@ impl Database {
     pub fn fence(&self) {
         let mut closed_by = self.lock_closed_by();
         closed_by.cutover = true;
+        self.reads.fence();
         self.gate.fence();
         drop(closed_by);
         // Sessions between two statements of a pipeline look at the gate themselves; idle ones need no wake-up.
@@ -252,16 +259,21 @@ impl Database {
 
     /// How many sessions are inside.
     pub fn inside(&self) -> usize {
-        self.lock_members().values().filter(|cell| cell.is_busy()).count()
+        self.lock_members().values().filter(|cells| cells.is_busy()).count()
     }
 
     /// Waits until nobody is inside. The gate must be fenced.
     pub async fn wait_empty(&self) {
+        self.wait_until(|| self.inside() == 0).await;
+    }
+
+    /// Waits for something that is so only once somebody has left.
+    async fn wait_until(&self, is_so: impl Fn() -> bool) {
         loop {
             let left = self.left.notified();
             tokio::pin!(left);
             left.as_mut().enable();
-            if self.inside() == 0 {
+            if is_so() {
                 return;
             }
             left.await;
@@ -272,6 +284,7 @@ impl Database {
     /// A PAUSE stays in force: the gate then moves to `epoch` and opens at RESUME.
     pub fn open(&self, server: ServerRole, epoch: Epoch) {
         let mut closed_by = self.lock_closed_by();
+        self.reads.fence();
         self.route.store(Arc::new(Route::To { server, epoch }));
         closed_by.cutover = false;
         if closed_by.operator {
@@ -286,6 +299,7 @@ impl Database {
     /// Opens the gate where it stood: an abort. A PAUSE stays in force.
     pub fn reopen(&self) {
         let mut closed_by = self.lock_closed_by();
+        self.reads.fence();
         closed_by.cutover = false;
         if !closed_by.operator {
             self.gate.open(self.gate.epoch());
@@ -346,6 +360,7 @@ impl Database {
     pub fn set_unknown(&self, reason: String) {
         let mut closed_by = self.lock_closed_by();
         closed_by.cutover = true;
+        self.reads.fence();
         self.gate.fence();
         self.route.store(Arc::new(Route::Unknown { reason }));
         drop(closed_by);
@@ -361,7 +376,7 @@ impl Database {
         self.closed_by.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    fn lock_members(&self) -> std::sync::MutexGuard<'_, HashMap<u64, Arc<Cell>>> {
+    fn lock_members(&self) -> std::sync::MutexGuard<'_, HashMap<u64, Arc<Cells>>> {
         self.members.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
@@ -470,6 +485,7 @@ impl Switchboard {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::switch::Cell;
 
     #[test]
     fn a_fenced_gate_admits_nobody_and_keeps_its_epoch() {

@@ -185,6 +185,11 @@ impl Worker {
 
     /// Its own last entry is there, nothing that was seen is gone, and the accounts add up.
     async fn read(&mut self, client: &Client, written: i64) -> Result<(), Error> {
+        // Such reads go on while a cutover holds everything else.
+        let declared = self.dice.random_bool(0.5);
+        if declared {
+            client.batch_execute("BEGIN READ ONLY").await?;
+        }
         let row = client
             .query_one(
                 "SELECT coalesce(max(number), 0), (SELECT sum(balance)::bigint FROM account)
@@ -192,6 +197,9 @@ impl Worker {
                 &[&self.memory.seed, &self.memory.client],
             )
             .await?;
+        if declared {
+            client.batch_execute("COMMIT").await?;
+        }
         let (found, sum): (i64, i64) = (row.get(0), row.get(1));
         let violations = &mut self.memory.violations;
         violations.not_read += u64::from(found < written);

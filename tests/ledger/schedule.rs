@@ -102,7 +102,10 @@ impl Stage {
         connect(&source, LEDGER).await.batch_execute(TABLES).await.expect("new tables");
         let link = Link::to(target.address()).await;
         let options = DaemonOptions::default()
-            .section("cutover", "max_pause = \"60s\"\ndrain_timeout = \"30s\"\nmax_lag_at_start = \"1GB\"")
+            .section(
+                "cutover",
+                "max_pause = \"60s\"\ndrain_timeout = \"30s\"\nmax_lag_at_start = \"1GB\"\nreads = \"continue\"",
+            )
             .section(
                 "target",
                 &format!("host = \"127.0.0.1\"\nport = {}\nconnect_timeout = \"30s\"", link.address.port()),

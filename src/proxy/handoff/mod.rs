@@ -43,6 +43,7 @@ pub use delta::{Delta, delta};
 pub use error::HandoffError;
 pub use replay::{FailedStatement, ReplayReport, StatementFailure, apply_delta, replay};
 pub use scan::settings_used;
+pub(super) use scan::{is_name_byte, skip_space};
 pub use shared::Tie;
 pub use state::{SessionState, changed_parameters};
 pub use traces::{Deallocated, Traces, deallocated, traces};

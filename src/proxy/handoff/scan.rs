@@ -251,7 +251,7 @@ fn after_byte(text: &[u8], at: usize, byte: u8) -> Option<usize> {
 }
 
 /// Skips white space and comments.
-pub(super) fn skip_space(text: &[u8], mut at: usize) -> usize {
+pub(in crate::proxy) fn skip_space(text: &[u8], mut at: usize) -> usize {
     loop {
         match text.get(at) {
             Some(byte) if is_space(*byte) => at += 1,
@@ -290,7 +290,7 @@ pub(super) fn is_space(byte: u8) -> bool {
     matches!(byte, b' ' | b'\t' | b'\n' | b'\r' | 0x0b | 0x0c)
 }
 
-pub(super) fn is_name_byte(byte: u8) -> bool {
+pub(in crate::proxy) fn is_name_byte(byte: u8) -> bool {
     byte.is_ascii_alphanumeric() || byte == b'_' || byte == b'$' || byte >= 0x80
 }
 

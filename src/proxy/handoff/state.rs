@@ -120,6 +120,12 @@ impl SessionState {
         self.statements.len()
     }
 
+    /// The text of a named statement of the protocol.
+    pub fn statement_text(&self, name: &[u8]) -> Option<&[u8]> {
+        let statement = self.statements.get(name)?;
+        (statement.origin == Origin::Protocol).then_some(&statement.text[..])
+    }
+
     /// Whether it listens.
     pub fn listens(&self) -> bool {
         !self.channels.is_empty()

@@ -61,7 +61,7 @@ impl PooledSession {
     }
 
     /// What is at hand of the frame's body.
-    fn body(&self, header: Header) -> &[u8] {
+    pub(super) fn body(&self, header: Header) -> &[u8] {
         let frame = self.up.buffer.filled();
         &frame[HEADER_BYTES..frame.len().min(HEADER_BYTES + header.body_bytes as usize)]
     }

@@ -8,6 +8,7 @@ use crate::proxy::client_error::ClientError;
 use crate::proxy::entry::SessionState;
 use crate::proxy::handoff::{Traces, changed_parameters};
 use crate::proxy::pool::Link;
+use crate::proxy::reads::{ByDefault, declares_read_only};
 use crate::proxy::session::End;
 use crate::switch::Epoch;
 use crate::wire::frame::{self, FrameError, HEADER_BYTES, Header, frontend};
@@ -96,7 +97,7 @@ impl PooledSession {
             if let Some(done) = self.pass_without_server(header) {
                 return Ok(done);
             }
-            if self.admit()? == Passage::Blocked {
+            if self.admit(header)? == Passage::Blocked {
                 return Ok(Passage::Blocked);
             }
         } else if !self.may_pass_inside(header.tag) {
@@ -157,10 +158,11 @@ impl PooledSession {
     }
 
     /// A connection, and admission.
-    fn admit(&mut self) -> Result<Passage, Step> {
+    fn admit(&mut self, header: Header) -> Result<Passage, Step> {
         loop {
             let database = &self.local.database;
-            if database.is_fenced() {
+            let goes_on = database.is_fenced() && self.goes_on_reading(header);
+            if database.is_fenced() && !goes_on {
                 self.stop_waiting();
                 self.hold()?;
                 return Ok(Passage::Blocked);
@@ -187,13 +189,18 @@ impl PooledSession {
                 },
             };
             let now = Instant::now();
-            let Some(admission) = self.member.try_enter() else {
+            let entered = if goes_on { self.member.try_enter_reading() } else { self.member.try_enter() };
+            let Some(admission) = entered else {
                 self.pool.give_back(link, now);
                 self.hold()?;
                 return Ok(Passage::Blocked);
             };
             if self.pool.server_at(admission.epoch) == Some(link.server()) {
-                self.begin(link, admission.epoch, now)?;
+                let state = if goes_on { SessionState::Reading } else { SessionState::Active };
+                if goes_on {
+                    self.worker.shared.sessions.count_read();
+                }
+                self.begin(link, admission.epoch, state, now)?;
                 return Ok(Passage::Done);
             }
             // The database has moved since the connection was given.
@@ -201,6 +208,13 @@ impl PooledSession {
             link.close();
             self.place = Place::Outside;
         }
+    }
+
+    /// Whether the next frame begins a transaction that goes on in a pause because it reads.
+    fn goes_on_reading(&self, header: Header) -> bool {
+        let text_of = |name: &[u8]| self.names.get(name).map(|statement| &statement.tail[..]);
+        self.local.database.lets_reads_in()
+            && declares_read_only(header.tag, self.body(header), ByDefault::of(&self.told), text_of)
     }
 
     fn wait(&mut self) -> Result<(), Step> {
@@ -222,14 +236,14 @@ impl PooledSession {
         }
     }
 
-    fn begin(&mut self, link: Box<Link>, epoch: Epoch, now: Instant) -> Result<(), Step> {
+    fn begin(&mut self, link: Box<Link>, epoch: Epoch, state: SessionState, now: Instant) -> Result<(), Step> {
         if let Place::Held { since } | Place::Waiting { since } = self.place {
             self.local.meters.waited(now - since);
         }
         self.place = Place::Inside { since: now };
         self.epoch = epoch;
         self.entered_turn = self.ledger.readies();
-        self.entry.set_state_at(SessionState::Active, now);
+        self.entry.set_state_at(state, now);
         self.entry.set_backend_pid(link.pid());
         if self.server != Some(link.server()) {
             self.server = Some(link.server());
