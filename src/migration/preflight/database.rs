@@ -127,9 +127,11 @@ pub(super) async fn check(servers: &Servers<'_>, name: &str) -> Vec<RuleResult> 
     // Where it cannot be asked, every rule that needs the answer finds what it looks for.
     let target_superuser = servers.target.query_one(superuser, &[]).await.is_ok_and(|row| row.get(0));
     let database = Database { servers, name, session, target_superuser };
-    let mut results = Vec::new();
-    if servers.asks(&EXISTS) {
-        results.push(exists.succeeded());
+    if !servers.asks(&EXISTS) {
+        return database.findings().await;
+    }
+    let others = async {
+        let mut results = vec![exists.succeeded()];
         results.extend(database.target().await);
         results.push(database.collations().await);
         results.push(database.extensions().await);
@@ -137,20 +139,29 @@ pub(super) async fn check(servers: &Servers<'_>, name: &str) -> Vec<RuleResult> 
         results.extend(database.unknown().await);
         results.extend(database.unstreamed().await);
         results.push(database.scheduled_jobs().await);
-        results.push(database.forecast().await);
-    }
-    for finding in findings::FINDINGS.iter().chain(objects::FINDINGS) {
-        if servers.asks(&finding.definition) {
-            results.push(database.find(finding).await);
-        }
-    }
-    if servers.asks(&IDENTITY) {
-        results.push(database.identities().await);
-    }
+        (results, database.findings().await)
+    };
+    // It watches for a while, which is time enough for the others.
+    let (forecast, (mut results, findings)) = tokio::join!(database.forecast(), others);
+    results.push(forecast);
+    results.extend(findings);
     results
 }
 
 impl Database<'_> {
+    async fn findings(&self) -> Vec<RuleResult> {
+        let mut results = Vec::new();
+        for finding in findings::FINDINGS.iter().chain(objects::FINDINGS) {
+            if self.servers.asks(&finding.definition) {
+                results.push(self.find(finding).await);
+            }
+        }
+        if self.servers.asks(&IDENTITY) {
+            results.push(self.identities().await);
+        }
+        results
+    }
+
     pub(super) fn rule(&self, definition: &'static Definition) -> Rule {
         let kind = self.servers.preflight.kind(definition.on);
         Rule::new(definition, Level::Database(self.name.to_owned()), kind)

@@ -274,17 +274,18 @@ pub(super) const FINDINGS: &[Finding] = &[
             ..Finding::DEFINITION
         },
         to_superusers: Some(Outcome::Warning),
-        query: "SELECT format('%s to %s on %s', a.privilege_type || o.columns, g.grantee, o.name), \
-                format('REVOKE %s ON %s FROM %s', a.privilege_type || o.columns, o.name, g.grantee) FROM ( \
-                SELECT 'pg_class'::regclass AS class, c.oid, 0 AS part, c.oid::regclass::text AS name, '' AS columns, c.relowner AS owner, \
+        query: "SELECT format('%s to %s on %s', a.privilege_type || o.columns, g.grantee, g.name), \
+                format('REVOKE %s ON %s FROM %s', a.privilege_type || o.columns, g.name, g.grantee) FROM ( \
+                SELECT 'pg_class'::regclass AS class, c.oid, 0 AS part, '' AS columns, c.relowner AS owner, \
                 c.relacl AS acl, acldefault('r', c.relowner) AS usual FROM pg_class c \
                 WHERE c.relnamespace = 'pg_catalog'::regnamespace AND c.relkind <> 'S' UNION ALL \
-                SELECT 'pg_class'::regclass, c.oid, t.attnum, c.oid::regclass::text, format(' (%I)', t.attname), c.relowner, t.attacl, \
+                SELECT 'pg_class'::regclass, c.oid, t.attnum, format(' (%I)', t.attname), c.relowner, t.attacl, \
                 acldefault('c', c.relowner) FROM pg_attribute t JOIN pg_class c ON c.oid = t.attrelid WHERE c.relnamespace = 'pg_catalog'::regnamespace UNION ALL \
-                SELECT 'pg_proc'::regclass, p.oid, 0, 'FUNCTION ' || p.oid::regprocedure, '', p.proowner, p.proacl, acldefault('f', p.proowner) \
+                SELECT 'pg_proc'::regclass, p.oid, 0, '', p.proowner, p.proacl, acldefault('f', p.proowner) \
                 FROM pg_proc p WHERE p.pronamespace = 'pg_catalog'::regnamespace) o \
                 CROSS JOIN LATERAL aclexplode(o.acl) a \
-                CROSS JOIN LATERAL (SELECT CASE WHEN a.grantee = 0 THEN 'public' ELSE quote_ident(pg_get_userbyid(a.grantee)) END AS grantee) g \
+                CROSS JOIN LATERAL (SELECT CASE WHEN a.grantee = 0 THEN 'public' ELSE quote_ident(pg_get_userbyid(a.grantee)) END AS grantee, \
+                CASE o.class WHEN 'pg_proc'::regclass THEN 'FUNCTION ' || o.oid::regprocedure ELSE o.oid::regclass::text END AS name) g \
                 WHERE o.oid < 16384 AND a.grantee <> o.owner AND NOT EXISTS (SELECT FROM aclexplode(coalesce((SELECT i.initprivs \
                 FROM pg_init_privs i WHERE i.objoid = o.oid AND i.classoid = o.class AND i.objsubid = o.part), o.usual)) b \
                 WHERE b.grantee = a.grantee AND b.privilege_type = a.privilege_type) ORDER BY 1",
