@@ -21,7 +21,7 @@ use crate::migration::view::{
 use crate::switch::Epoch;
 
 /// After the start of the process the engine needs a moment to find its target; orders wait for it, but not longer.
-const TIME_TO_BEGIN: Duration = Duration::from_secs(10);
+const TIME_TO_BEGIN: Duration = Duration::from_secs(30);
 
 /// See the module.
 pub(super) struct EngineDesk {

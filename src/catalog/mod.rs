@@ -183,7 +183,7 @@ pub async fn bootstrap(control: &Control, place: Place) -> Result<(), RecordErro
 
 /// Whether a table of ours is there. A role with the right to create schemas can make one of our name, and a view, a
 /// trigger or a function in it would run with our rights: its owner must be somebody who may act as us in any case.
-async fn has_table(control: &impl GenericClient, table: &str) -> Result<bool, RecordError> {
+pub(crate) async fn has_table(control: &impl GenericClient, table: &str) -> Result<bool, RecordError> {
     let query = "SELECT pg_catalog.to_regclass($1::text) IS NOT NULL,
                         (SELECT pg_catalog.pg_get_userbyid(nspowner)::text FROM pg_catalog.pg_namespace
                           WHERE nspname = 'pgcutover' AND NOT pg_catalog.pg_has_role(nspowner, current_user, 'MEMBER'))";

@@ -18,6 +18,7 @@
 use std::time::Duration;
 
 use super::schema::{Archive, RestoreFailure};
+use crate::catalog::{self, RecordError};
 use crate::postgres::Control;
 use crate::sqlstate;
 
@@ -70,23 +71,30 @@ pub(in crate::migration) struct Definition {
 
 /// The definitions that come late could not be read or made.
 #[derive(Debug, thiserror::Error)]
-#[error("{object}: {doing} failed on the target")]
-pub struct LateError {
-    /// Which, or all of them.
-    pub object: String,
-    /// What was being done.
-    pub doing: &'static str,
-    /// Why.
-    pub source: tokio_postgres::Error,
+pub enum LateError {
+    /// One of them, or all.
+    #[error("{object}: {doing} failed on the target")]
+    Failed {
+        /// Which, or all of them.
+        object: String,
+        /// What was being done.
+        doing: &'static str,
+        /// Why.
+        source: tokio_postgres::Error,
+    },
+    /// The schema that they are kept in is not ours, or cannot be looked at.
+    #[error(transparent)]
+    Record(#[from] RecordError),
 }
 
 impl LateError {
     fn of_all(doing: &'static str) -> impl FnOnce(tokio_postgres::Error) -> Self {
-        move |source| Self { object: "definitions that come late".to_owned(), doing, source }
+        move |source| Self::Failed { object: "definitions that come late".to_owned(), doing, source }
     }
 
     fn waited_for_a_lock(&self) -> bool {
-        self.source.code().is_some_and(|code| [sqlstate::LOCK_NOT_AVAILABLE, "40P01"].contains(&code.code()))
+        let Self::Failed { source, .. } = self else { return false };
+        source.code().is_some_and(|code| [sqlstate::LOCK_NOT_AVAILABLE, "40P01"].contains(&code.code()))
     }
 }
 
@@ -143,7 +151,7 @@ pub(in crate::migration) async fn keep(
     }
     match tried {
         Ok(_) => Ok(Vec::new()),
-        Err(LateError { object, source, .. }) if source.as_db_error().is_some() => {
+        Err(LateError::Failed { object, source, .. }) if source.as_db_error().is_some() => {
             let refusal = source.as_db_error();
             let sqlstate = refusal.map_or_else(String::new, |refusal| refusal.code().code().to_owned());
             let message = refusal.map_or_else(String::new, |refusal| refusal.message().to_owned());
@@ -176,13 +184,12 @@ pub async fn unvalidated(control: &Control) -> Result<usize, LateError> {
 }
 
 async fn count(control: &Control, which: &str) -> Result<usize, LateError> {
-    let failed = || LateError::of_all("reading them");
-    let exists = control.query_one("SELECT pg_catalog.to_regclass('pgcutover.late_definition') IS NOT NULL", &[]);
-    if !exists.await.map_err(failed())?.get::<_, bool>(0) {
+    if !catalog::has_table(&**control, "late_definition").await? {
         return Ok(0);
     }
     let query = format!("SELECT pg_catalog.count(*) FROM pgcutover.late_definition WHERE {which}");
-    let counted: i64 = control.query_one(&query, &[]).await.map_err(failed())?.get(0);
+    let counted = control.query_one(&query, &[]).await.map_err(LateError::of_all("reading them"))?;
+    let counted: i64 = counted.get(0);
     Ok(usize::try_from(counted).unwrap_or(0))
 }
 
@@ -247,7 +254,7 @@ async fn execute_in_transaction(control: &Control, lock_timeout: Duration, way: 
             for row in &rows {
                 let (object, sql): (String, &str) = (row.get(0), row.get(1));
                 let made = control.batch_execute(sql).await;
-                made.map_err(|source| LateError { object, doing: "making it", source })?;
+                made.map_err(|source| LateError::Failed { object, doing: "making it", source })?;
             }
         }
         Way::Together => {
@@ -285,7 +292,7 @@ pub async fn validate(control: &Control) -> Result<Vec<RestoreFailure>, LateErro
                     Some((sqlstate, _)) if ["42704", "42P01", "3F000"].contains(&sqlstate.as_str()) => {
                         ("validated", None)
                     }
-                    _ => return Err(LateError { object, doing: "validating it", source: error }),
+                    _ => return Err(LateError::Failed { object, doing: "validating it", source: error }),
                 }
             }
         };

@@ -200,12 +200,14 @@ impl Browser {
         std::fs::write(file, bytes.unwrap_or_default()).expect("the target directory is writable");
     }
 
-    /// What the page has written to the console, errors and warnings.
+    /// What the page has written to the console, errors and warnings. An answer of 503 is none: a daemon says so that it
+    /// cannot tell just now, and the page asks again.
     pub fn complaints(&self) -> Vec<String> {
         let log = self.on("POST", "/se/log", &json!({ "type": "browser" })).expect("the console can be read");
         let entries = log.as_array().cloned().unwrap_or_default();
         let bad = entries.iter().filter(|entry| entry["level"] == "SEVERE" || entry["level"] == "WARNING");
-        bad.map(|entry| entry["message"].to_string()).collect()
+        let messages = bad.map(|entry| entry["message"].to_string());
+        messages.filter(|message| !message.contains("status of 503")).collect()
     }
 }
 

@@ -5,6 +5,7 @@ use std::time::Duration;
 
 use pgcutover::catalog::{Place, bootstrap};
 use pgcutover::config::{Config, Migration, Server, ServerKind, SslMode};
+use pgcutover::migration::late;
 use pgcutover::migration::preflight::{Mode, Outcome, Preflight, Statement};
 use pgcutover::postgres::Connector;
 
@@ -29,6 +30,7 @@ async fn nothing_of_anybodys_is_run_with_the_login_roles_rights() {
              'BEGIN ALTER ROLE mallory SUPERUSER; RETURN 1; END';
          CREATE VIEW cron.job AS SELECT evil.rise() AS jobid, true AS active, current_database()::text AS database;
          CREATE VIEW pgcutover.part AS SELECT 'marker'::text AS name, evil.rise()::int AS version;
+         CREATE VIEW pgcutover.late_definition AS SELECT 'waiting'::text AS state, 'k' AS kind WHERE evil.rise() = 1;
          CREATE FUNCTION evil.same(text, text) RETURNS boolean LANGUAGE plpgsql AS
              'BEGIN PERFORM evil.rise(); RETURN true; END';
          CREATE OPERATOR evil.= (LEFTARG = text, RIGHTARG = text, PROCEDURE = evil.same);
@@ -48,6 +50,8 @@ async fn nothing_of_anybodys_is_run_with_the_login_roles_rights() {
         let refused = bootstrap(&control, place).await.expect_err("not ours");
         assert!(refused.to_string().contains("belongs to mallory"), "{refused}");
     }
+    let refused = late::waiting(&control).await.expect_err("not ours");
+    assert!(refused.to_string().contains("belongs to mallory"), "{refused}");
     let risen = "SELECT rolsuper FROM pg_roles WHERE rolname = 'mallory'";
     assert!(!control.query_one(risen, &[]).await.unwrap().get::<_, bool>(0));
     // Once it is gone, ours is made.

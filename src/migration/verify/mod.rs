@@ -239,7 +239,7 @@ impl VerifyError {
             Self::Query { source, .. } => {
                 transient_query(source) || source.code().is_some_and(|code| matches!(code.code(), "22023" | "42704"))
             }
-            Self::Late(LateError { source, .. }) => transient_query(source),
+            Self::Late(LateError::Failed { source, .. }) => transient_query(source),
             Self::Moved => true,
             Self::Door(DoorError::Connect(error)) => error.sqlstate().is_none_or(transient_sqlstate),
             Self::Door(_)
@@ -247,7 +247,8 @@ impl VerifyError {
             | Self::Unreadable(_)
             | Self::WouldFire(_)
             | Self::Catalog(_)
-            | Self::Record(_) => false,
+            | Self::Record(_)
+            | Self::Late(LateError::Record(_)) => false,
         }
     }
 }
