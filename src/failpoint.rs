@@ -174,6 +174,7 @@ mod tests {
             assert!(Failpoints::parse(bad).is_err(), "{bad:?} must be refused");
         }
     }
+
     #[tokio::test]
     async fn a_test_sees_who_is_held_and_lets_one_at_a_time_go() {
         let points = Failpoints::parse("a=hold; b=hang").expect("valid");

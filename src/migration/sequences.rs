@@ -67,6 +67,12 @@ impl Reader {
         Ok(Self { names, statements })
     }
 
+    /// Plans how all sequences of the database are read.
+    async fn of(client: &Client) -> Result<Self, tokio_postgres::Error> {
+        let names = list(client).await?;
+        Self::prepare(client, names).await
+    }
+
     /// Reads them as they are now; sequences that were made or dropped meanwhile are noticed.
     async fn read(&mut self, client: &Client) -> Result<Vec<Position>, tokio_postgres::Error> {
         let names = list(client).await?;
@@ -92,7 +98,7 @@ async fn list(client: &Client) -> Result<Vec<QualifiedName>, tokio_postgres::Err
 
 /// Where every sequence of the database stands.
 pub async fn read(client: &Client) -> Result<Vec<Position>, tokio_postgres::Error> {
-    Reader::prepare(client, list(client).await?).await?.read(client).await
+    Reader::of(client).await?.read(client).await
 }
 
 /// The sequences of a database on both servers.
@@ -108,13 +114,9 @@ impl SequencePair {
     /// Plans the reading on both sides and brings the values over a first time, so that in the pause only those are set
     /// that have moved since. Where all of them stand then is noted, and what earlier attempts have set is forgotten.
     pub async fn prepare(from: &Client, to: &Client) -> Result<Self, SequenceError> {
-        let reader = async |client: &Client| {
-            let names = list(client).await.map_err(read_failed)?;
-            Reader::prepare(client, names).await.map_err(read_failed)
-        };
         let mut pair = Self {
-            from: reader(from).await?,
-            to: reader(to).await?,
+            from: Reader::of(from).await.map_err(read_failed)?,
+            to: Reader::of(to).await.map_err(read_failed)?,
             note: to.prepare(positions::NOTE_SQL).await.map_err(set_failed)?,
             set: to.prepare(SET).await.map_err(set_failed)?,
         };

@@ -251,9 +251,7 @@ impl VerifyError {
             | Self::Late(LateError::Record(_)) => false,
         }
     }
-}
 
-impl VerifyError {
     /// A table, a column or its type's output function is not there any more, or is something else: what was looked at was
     /// replaced since.
     fn is_about_a_definition(&self) -> bool {

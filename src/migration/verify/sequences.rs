@@ -18,6 +18,7 @@ use tokio_postgres::error::SqlState;
 
 use super::VerifyError;
 use super::definitions::{DefinitionDifference, unquoted};
+use crate::catalog::has_table;
 use crate::catalog::positions::{self, Position};
 use crate::ident::QualifiedName;
 use crate::migration::sequences;
@@ -110,12 +111,11 @@ async fn positions(server: &Control) -> Result<Vec<Position>, VerifyError> {
 }
 
 async fn was_restarted(source: &Control) -> Result<bool, VerifyError> {
-    let failed = VerifyError::query("reading which definitions were carried over");
-    let there = source.query_one("SELECT to_regclass('pgcutover.command') IS NOT NULL", &[]).await.map_err(&failed)?;
-    if !there.get::<_, bool>(0) {
+    if !has_table(&**source, "command").await? {
         return Ok(false);
     }
-    Ok(source.query_one(RESTARTED, &[]).await.map_err(&failed)?.get(0))
+    let restarted = source.query_one(RESTARTED, &[]).await;
+    Ok(restarted.map_err(VerifyError::query("reading which definitions were carried over"))?.get(0))
 }
 
 #[cfg(test)]
