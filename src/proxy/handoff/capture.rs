@@ -1,4 +1,4 @@
-//! Reads a session's state from its own backend, in one round trip.
+//! Reads a session's state from its own backend, in one round trip for almost every session.
 //!
 //! Everything is one implicit transaction, so that what is set for reading (an encoding of our own, no statement
 //! time-out) ends with it. The session may have any `search_path`, with operators and functions of its own in front:
@@ -58,20 +58,21 @@ const PREPARE_TO_READ: &str = "SELECT pg_catalog.set_config('client_encoding', $
 const IDENTITY: &str = "SELECT CASE WHEN session_user OPERATOR(pg_catalog.<>) pg_catalog.pg_get_userbyid(a.usesysid) \
     THEN session_user END, pg_catalog.current_setting('role'), \
     pg_catalog.current_setting('standard_conforming_strings'), \
-    (SELECT pg_catalog.count(*) FROM pg_catalog.pg_cursors WHERE is_holdable), \
-    CASE WHEN pg_catalog.pg_my_temp_schema() OPERATOR(pg_catalog.=) '0'::pg_catalog.oid THEN '0'::pg_catalog.int8 ELSE \
-    (SELECT pg_catalog.count(*) FROM pg_catalog.pg_class \
+    (SELECT pg_catalog.count(*) FROM pg_catalog.pg_cursor() c WHERE c.is_holdable), pg_catalog.pg_my_temp_schema() \
+    FROM pg_catalog.pg_stat_get_activity(pg_catalog.pg_backend_pid()) a";
+
+/// Asked of sessions that have a temporary schema only: planning it takes as long as planning all others.
+const TEMPORARY: &str = "SELECT (SELECT pg_catalog.count(*) FROM pg_catalog.pg_class \
         WHERE relnamespace OPERATOR(pg_catalog.=) pg_catalog.pg_my_temp_schema()) OPERATOR(pg_catalog.+) \
     (SELECT pg_catalog.count(*) FROM pg_catalog.pg_proc \
         WHERE pronamespace OPERATOR(pg_catalog.=) pg_catalog.pg_my_temp_schema()) OPERATOR(pg_catalog.+) \
     (SELECT pg_catalog.count(*) FROM pg_catalog.pg_type \
         WHERE typnamespace OPERATOR(pg_catalog.=) pg_catalog.pg_my_temp_schema() \
         AND typrelid OPERATOR(pg_catalog.=) '0'::pg_catalog.oid \
-        AND typelem OPERATOR(pg_catalog.=) '0'::pg_catalog.oid) END \
-    FROM pg_catalog.pg_stat_get_activity(pg_catalog.pg_backend_pid()) a";
+        AND typelem OPERATOR(pg_catalog.=) '0'::pg_catalog.oid)";
 
 const STATEMENTS: &str = "SELECT p.name, p.statement, p.from_sql, \
-    pg_catalog.array_to_string(p.parameter_types::pg_catalog.oid[], ',') FROM pg_catalog.pg_prepared_statements p \
+    pg_catalog.array_to_string(p.parameter_types::pg_catalog.oid[], ',') FROM pg_catalog.pg_prepared_statement() p \
     WHERE p.name OPERATOR(pg_catalog.<>) 'pgcutover_handoff'";
 
 /// Names of the parameter types whose OIDs differ between servers; `$1`: those of the unnamed statement. Most sessions
@@ -90,7 +91,7 @@ const TYPES: &str = "SELECT used.oid, named.* \
 
 const CHANNELS: &str = "SELECT c FROM pg_catalog.pg_listening_channels() c";
 
-const LOCKS: &str = "SELECT pg_catalog.count(*) FROM pg_catalog.pg_locks l \
+const LOCKS: &str = "SELECT pg_catalog.count(*) FROM pg_catalog.pg_lock_status() l \
     WHERE l.locktype OPERATOR(pg_catalog.=) 'advisory' AND l.pid OPERATOR(pg_catalog.=) pg_catalog.pg_backend_pid() \
     AND l.granted";
 
@@ -125,12 +126,16 @@ pub async fn capture(
     let sets = read(connection, &queries, for_client).await?;
     let odd = || HandoffError::Protocol { doing: READING, what: "a result of another shape than was asked for" };
     let unnamed_types: Vec<_> = unnamed_parameter_types(&unnamed).iter().map(u32::to_string).collect();
-    let mut state = read_state(sets, transport, unnamed).ok_or_else(odd)?;
+    let (mut state, temporary) = read_state(sets, transport, unnamed).ok_or_else(odd)?;
+    if temporary == Schema::Made {
+        let sets = read(connection, &[prepare_to_read.clone(), (TEMPORARY, Vec::new())], for_client).await?;
+        count_temporary(&mut state, sets).ok_or_else(odd)?;
+    }
     let unstable = |statement: &Statement| statement.parameter_types.iter().any(|oid| *oid >= FIRST_UNSTABLE_OID);
     // Hardly any session has them; planning that question takes longer than asking all others.
     if !unnamed_types.is_empty() || state.statements.values().any(unstable) {
         let unnamed_types = array_literal(unnamed_types.iter().map(String::as_bytes));
-        let queries = [prepare_to_read, (TYPES, vec![&unnamed_types[..]])];
+        let queries = [prepare_to_read.clone(), (TYPES, vec![&unnamed_types[..]])];
         let types = read(connection, &queries, for_client).await?.pop().ok_or_else(odd)?;
         read_types(&mut state, types).ok_or_else(odd)?;
     }
@@ -162,7 +167,23 @@ async fn read(
     answers.into_iter().next().unwrap_or(Answer::Done(Vec::new())).rows(READING)
 }
 
-fn read_state(sets: Vec<Vec<Row>>, transport: Transport, unnamed: Unnamed) -> Option<SessionState> {
+/// Whether a session has a schema for temporary objects, which stays when the last of them is gone.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Schema {
+    None,
+    Made,
+}
+
+fn count_temporary(state: &mut SessionState, mut sets: Vec<Vec<Row>>) -> Option<()> {
+    let [count] = columns(sets.pop()?.into_iter().next()?)?;
+    match number(&count?)? {
+        0 => {}
+        count => state.blockers.push(Blocker::TemporaryObjects { count }),
+    }
+    Some(())
+}
+
+fn read_state(sets: Vec<Vec<Row>>, transport: Transport, unnamed: Unnamed) -> Option<(SessionState, Schema)> {
     let [settings, _, identity, statements, channels, locks] = <[Vec<Row>; 6]>::try_from(sets).ok()?;
     let mut state = SessionState { transport, unnamed, ..SessionState::default() };
 
@@ -178,10 +199,7 @@ fn read_state(sets: Vec<Vec<Row>>, transport: Transport, unnamed: Unnamed) -> Op
         0 => {}
         count => state.blockers.push(Blocker::HoldableCursors { count }),
     }
-    match number(&temporary?)? {
-        0 => {}
-        count => state.blockers.push(Blocker::TemporaryObjects { count }),
-    }
+    let temporary = if number(&temporary?)? == 0 { Schema::None } else { Schema::Made };
 
     for row in statements {
         let [name, text, from_sql, parameter_types] = columns(row)?;
@@ -198,7 +216,7 @@ fn read_state(sets: Vec<Vec<Row>>, transport: Transport, unnamed: Unnamed) -> Op
         0 => {}
         count => state.blockers.push(Blocker::AdvisoryLocks { count }),
     }
-    Some(state)
+    Some((state, temporary))
 }
 
 fn read_types(state: &mut SessionState, types: Vec<Row>) -> Option<()> {
