@@ -424,3 +424,38 @@ async fn an_engine_that_takes_a_cutover_for_open_is_told_what_became_of_it() {
     assert_eq!(*life.engine.settled.lock().expect("not poisoned"), [Outcome::Aborted]);
     life.stop().await;
 }
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn force_goes_past_what_cannot_lose_data_and_past_nothing_else() {
+    let stage = Stage::set().await;
+    let life = stage.life("").resolved().await;
+    let forced = CutoverOptions { force: true, ..life.options() };
+    let behind = |bytes| *life.engine.lag_bytes.lock().expect("not poisoned") = bytes;
+    let refused = async |options: CutoverOptions, said: &str, forceable: bool| {
+        let report = life.cut_over_with(options).await;
+        assert_eq!((report.outcome, report.forceable), (CutoverOutcome::Aborted, forceable), "{report:?}");
+        assert!(report.reason.contains(said), "{report:?}");
+        let hint = report.hint.expect("a guardrail says what may be done");
+        assert!(
+            hint.contains(if forceable { "so --force goes past it" } else { "--force does not go past it" }),
+            "{hint}"
+        );
+        assert!(life.runs_on(ServerRole::Source, 0));
+        report.forced
+    };
+    // A target that would not take writes, which is found after the lag.
+    behind(Some(1 << 40));
+    let target = connect(&stage.target, "postgres").await;
+    target.batch_execute("ALTER DATABASE shop SET default_transaction_read_only = on").await.expect("a superuser may");
+    let passed = refused(forced, "read-only by default", false).await;
+    assert!(passed.len() == 1 && passed[0].contains("max_lag_at_start"), "{passed:?}");
+    behind(Some(0));
+    refused(life.options(), "read-only by default", false).await;
+    target.batch_execute("ALTER DATABASE shop RESET default_transaction_read_only").await.expect("a superuser may");
+
+    behind(Some(1 << 40));
+    assert_eq!(refused(life.options(), "max_lag_at_start", true).await, [""; 0]);
+    let report = life.cut_over_with(forced).await;
+    assert_eq!(report.outcome, CutoverOutcome::Switched, "{report:?}");
+    assert!(report.forced.len() == 1 && report.forced[0].contains("max_lag_at_start"), "{report:?}");
+}

@@ -272,6 +272,9 @@ pub struct CutoverRequest {
     /// What happens to transactions that outlast the drain.
     #[serde(default)]
     pub stragglers: Option<Stragglers>,
+    /// Go past guardrails that only guard time and connections, never past one that guards data.
+    #[serde(default)]
+    pub force: bool,
 }
 
 /// How to compare.

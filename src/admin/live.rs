@@ -244,12 +244,16 @@ impl Kept {
 
 fn of_cutover(cutover: &CutoverView) -> String {
     let order = if cutover.direction == Some(Direction::Reverse) { "rollback" } else { "cutover" };
-    match (&cutover.phase, cutover.outcome.as_str()) {
+    let ended = match (&cutover.phase, cutover.outcome.as_str()) {
         (Some(phase), _) => format!("{order}: {phase}"),
         (None, "switched") => format!("{order}: switched, paused for {} ms", cutover.pause_ms),
         (None, "dry-run") if cutover.reason.is_empty() => format!("dry run: would have paused {} ms", cutover.pause_ms),
         (None, "dry-run") => format!("dry run: would not have switched: {}", cutover.reason),
         (None, outcome) => format!("{order}: {outcome}: {}", cutover.reason),
+    };
+    match cutover.forced.as_slice() {
+        [] => ended,
+        forced => format!("{ended} (gone past by --force: {})", forced.join("; ")),
     }
 }
 
@@ -308,6 +312,8 @@ mod tests {
         };
         assert_eq!(of_cutover(&switched(Direction::Reverse)), "rollback: switched, paused for 60 ms");
         assert_eq!(of_cutover(&switched(Direction::Forward)), "cutover: switched, paused for 60 ms");
+        let forced = CutoverView { forced: vec!["a".to_owned(), "b".to_owned()], ..switched(Direction::Forward) };
+        assert_eq!(of_cutover(&forced), "cutover: switched, paused for 60 ms (gone past by --force: a; b)");
     }
 
     #[test]

@@ -131,6 +131,8 @@ const CUTOVER: &[Column] = &[
     ("longest_hold_ms", Float),
     ("would", Text),
     ("steps", Text),
+    ("forceable", Integer),
+    ("forced", Text),
 ];
 const BLOCKERS: &[Column] = &[
     ("database", Text),
@@ -430,6 +432,8 @@ fn cutover_row(cutover: &CutoverView) -> Vec<Cell> {
         cutover.longest_hold_ms.into(),
         would.into(),
         steps.collect::<Vec<_>>().join("; ").into(),
+        u64::from(cutover.forceable).into(),
+        cutover.forced.join("; ").into(),
     ]);
     row
 }

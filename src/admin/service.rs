@@ -298,6 +298,7 @@ impl Inner {
             max_pause: request.max_pause.or(Some(defaults.max_pause)),
             drain_timeout: request.drain_timeout.or(Some(defaults.drain_timeout)),
             stragglers: request.stragglers.or(Some(defaults.stragglers)),
+            force: request.force,
         }
     }
 

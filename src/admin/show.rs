@@ -164,7 +164,7 @@ const COMMANDS: [(&str, &str); 48] = [
         "begin a migration",
     ),
     (
-        "CUTOVER name [DRY RUN] [MAX PAUSE 5s] [DRAIN TIMEOUT 3s] [STRAGGLERS abort|terminate]",
+        "CUTOVER name [DRY RUN] [MAX PAUSE 5s] [DRAIN TIMEOUT 3s] [STRAGGLERS abort|terminate] [FORCE]",
         "switch its databases to the target, or measure the pause",
     ),
     ("ROLLBACK name [the same options]", "switch its databases back to the source, with everything written since"),

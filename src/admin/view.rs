@@ -22,6 +22,12 @@ pub struct CutoverView {
     /// What mends that; null: the reason says it, or it went well.
     #[serde(default)]
     pub hint: Option<String>,
+    /// Whether the same order with `--force` goes past what it was refused for.
+    #[serde(default)]
+    pub forceable: bool,
+    /// Guardrails that it went past because of `--force`.
+    #[serde(default)]
+    pub forced: Vec<String>,
     /// From the closing of the gates to their opening, in milliseconds; 0: they were never closed.
     pub pause_ms: u64,
     /// Each phase.

@@ -61,6 +61,7 @@ impl Cutovers for CutoverDesk {
             drain_timeout: request.drain_timeout.unwrap_or(config.cutover.drain_timeout),
             stragglers: request.stragglers.unwrap_or(config.cutover.stragglers),
             reads: config.cutover.reads,
+            force: request.force,
             max_lag_at_start_bytes: config.cutover.max_lag_at_start_bytes,
             ..defaults
         };
@@ -171,6 +172,8 @@ fn view(report: &CutoverReport) -> CutoverView {
         outcome: word(report.outcome).unwrap_or_default(),
         reason: report.reason.clone(),
         hint: report.hint.map(str::to_owned),
+        forceable: report.forceable,
+        forced: report.forced.clone(),
         pause_ms: report.pause_ms,
         phases_ms: phases(report),
         prepare_steps: steps(&report.prepare_steps),
@@ -197,6 +200,7 @@ fn refused(error: &CutoverError) -> AdminError {
     let kind = match error {
         CutoverError::Connect(_) | CutoverError::Stopped(_) => ErrorKind::Unavailable,
         CutoverError::Guardrail(_)
+        | CutoverError::Forceable(_)
         | CutoverError::Engine(_)
         | CutoverError::Blocked { .. }
         | CutoverError::Sessions(_)

@@ -148,6 +148,7 @@ async fn cutover(cutover: Cutover, order: &str, client: &Client, output: &Output
         max_pause: cutover.max_pause,
         drain_timeout: cutover.drain_timeout,
         stragglers: cutover.stragglers,
+        force: cutover.force,
     };
     let body = to_json(&request)?;
     let order = path(&cutover.name, order);

@@ -343,6 +343,7 @@ impl Output {
             report.would.iter().for_each(|one| output.line(&format!("would {one}")));
             output.line(&format!("sessions moved {}, ended {}", report.sessions_moved, report.sessions_ended));
             report.blockers.iter().for_each(|blocker| output.line(&format!("blocker: {blocker}")));
+            report.forced.iter().for_each(|passed| output.line(&format!("gone past by --force: {passed}")));
             report.notes.iter().for_each(|note| output.line(&format!("note: {note}")));
         })
     }

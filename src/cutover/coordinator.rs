@@ -134,6 +134,7 @@ impl Coordinator {
             drain_timeout: cutover.drain_timeout,
             stragglers: cutover.stragglers,
             reads: cutover.reads,
+            force: false,
             max_lag_at_start_bytes: cutover.max_lag_at_start_bytes,
             fence: self.deps.config.control.fence,
         }
@@ -373,6 +374,7 @@ impl Coordinator {
             progress,
             timings: Timings::start(),
             notes: Vec::new(),
+            forced: Vec::new(),
             would: Vec::new(),
             sessions_moved: 0,
             sessions_ended: 0,

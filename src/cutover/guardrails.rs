@@ -1,4 +1,8 @@
 //! What must hold before a cutover begins. Read-only; an operator who is refused here has lost nothing.
+//!
+//! Who orders it with `--force` goes past what can only cost time or connections: a lag that is known and too large, and too few
+//! connections or files. What a miss of theirs can come to is an abort, by `max_pause` or by sessions that could not be moved.
+//! Nothing else is gone past. A new guardrail is not either, unless it is put through [`Work::refuse_unless_forced`].
 
 use std::time::{Duration, Instant};
 
@@ -66,8 +70,18 @@ impl Work {
         self.note_long_transactions().await
     }
 
+    /// Refuses because of something that can cost time or connections and never data; `--force` notes it and goes on.
+    fn refuse_unless_forced(&mut self, refusal: String) -> Result<(), CutoverError> {
+        if !self.options.force {
+            return Err(CutoverError::Forceable(refusal));
+        }
+        tracing::warn!(migration = self.case.migration, refusal, "gone past a guardrail, by --force");
+        self.forced.push(refusal);
+        Ok(())
+    }
+
     /// Unknown lag is not zero lag. A stream that has just begun again gets a moment to say how far it is.
-    async fn check_lag(&self) -> Result<(), CutoverError> {
+    async fn check_lag(&mut self) -> Result<(), CutoverError> {
         let allowed = self.options.max_lag_at_start_bytes;
         let deadline = Instant::now() + self.from.connector.server().connect_timeout;
         loop {
@@ -79,7 +93,7 @@ impl Work {
                     if later <= allowed {
                         return Ok(());
                     }
-                    return Err(CutoverError::Guardrail(forecast(lag, later, allowed)));
+                    return self.refuse_unless_forced(forecast(lag, later, allowed));
                 }
                 None if Instant::now() < deadline => tokio::time::sleep(LOOK_AGAIN).await,
                 None => {
@@ -169,7 +183,7 @@ impl Work {
             ));
         }
         match (self.options.stragglers, lacking.is_empty()) {
-            (Stragglers::Abort, false) => Err(CutoverError::Guardrail(lacking.join("; "))),
+            (Stragglers::Abort, false) => self.refuse_unless_forced(lacking.join("; ")),
             (Stragglers::Abort | Stragglers::Terminate, _) => {
                 self.notes.extend(lacking);
                 Ok(())

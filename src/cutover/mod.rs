@@ -96,9 +96,12 @@ pub enum CutoverError {
     /// Definitions that come late could not be made.
     #[error("{}", chain(.0))]
     Late(#[from] LateError),
-    /// Something that must hold before a cutover does not.
+    /// Something that must hold before a cutover does not, whatever is ordered.
     #[error("{0}")]
     Guardrail(String),
+    /// The same of something that can cost time or connections, and never data: `--force` goes past it.
+    #[error("{0}")]
+    Forceable(String),
     /// Somebody is in the way.
     #[error("{what}: {}", list(obstacles))]
     Blocked {
@@ -151,7 +154,12 @@ impl CutoverError {
                 Some("`pgcutover check` tests both connections and the rights; the server's log has the statement")
             }
             Self::Guardrail(_) => Some(
-                "nothing has changed; `pgcutover migration show NAME` says where it stands, and --dry-run rehearses it",
+                "nothing has changed, and --force does not go past it: more than time and connections is at stake; `pgcutover \
+                 migration show NAME` says where it stands, and --dry-run rehearses it",
+            ),
+            Self::Forceable(_) => Some(
+                "nothing has changed; no data is at stake, so --force goes past it: the pause may then last as long as max_pause, \
+                 which aborts it, and sessions that get no connection keep it from switching",
             ),
             Self::Blocked { .. } => Some(
                 "wait until they have ended, end them (`pgcutover kill PID`), allow more with --drain-timeout, \
@@ -184,6 +192,7 @@ impl CutoverError {
             | Self::Late(_)
             | Self::Synchronise(_)
             | Self::Guardrail(_)
+            | Self::Forceable(_)
             | Self::Sessions(_)
             | Self::Engine(_)
             | Self::MaxPause(_)
@@ -191,6 +200,11 @@ impl CutoverError {
             | Self::Failpoint(_)
             | Self::Unexpected(_) => &[],
         }
+    }
+
+    /// Whether `--force` goes past it.
+    fn is_forceable(&self) -> bool {
+        matches!(self, Self::Forceable(_))
     }
 }
 

@@ -56,6 +56,10 @@ pub struct CutoverReport {
     pub reason: String,
     /// What mends that.
     pub hint: Option<&'static str>,
+    /// Whether the same order with `--force` goes past that.
+    pub forceable: bool,
+    /// Guardrails that it went past because of `--force`.
+    pub forced: Vec<String>,
     /// From the closing of the gates to their opening, in milliseconds; 0 when they were never closed.
     pub pause_ms: u64,
     /// Time by phase.
@@ -90,6 +94,8 @@ impl CutoverReport {
             outcome: CutoverOutcome::Aborted,
             reason: error.to_string(),
             hint: error.hint(),
+            forceable: error.is_forceable(),
+            forced: Vec::new(),
             pause_ms: 0,
             phases_ms: PhasesMs::default(),
             prepare_steps: Vec::new(),

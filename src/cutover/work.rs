@@ -42,6 +42,8 @@ pub struct CutoverOptions {
     pub max_lag_at_start_bytes: u64,
     /// Transactions that are declared read-only, in the pause.
     pub reads: Reads,
+    /// Guardrails that only guard time and connections are noted and gone past; all others are heeded all the same.
+    pub force: bool,
     /// How strongly the server that is left is fenced.
     pub fence: FencePolicy,
 }
@@ -112,6 +114,8 @@ pub(super) struct Work {
     pub(super) progress: watch::Sender<Option<CutoverProgress>>,
     pub(super) timings: Timings,
     pub(super) notes: Vec<String>,
+    /// Guardrails that were gone past.
+    pub(super) forced: Vec<String>,
     /// What a dry run leaves undone.
     pub(super) would: Vec<Intention>,
     pub(super) sessions_moved: u64,
@@ -216,6 +220,8 @@ impl Work {
             outcome,
             reason: error.map(ToString::to_string).unwrap_or_default(),
             hint: error.and_then(CutoverError::hint),
+            forceable: error.is_some_and(CutoverError::is_forceable),
+            forced: self.forced.clone(),
             pause_ms: self.timings.pause_ms(),
             phases_ms: self.timings.phases(),
             prepare_steps: self.timings.prepare_steps(),

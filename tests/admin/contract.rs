@@ -131,7 +131,7 @@ async fn every_call_of_the_document_is_answered_as_it_says() {
             let body = match operation["operationId"].as_str().unwrap() {
                 "createMigration" => json!({"name": "m2", "mode": "offline", "databases": ["shop"]}).to_string(),
                 "cutOver" | "rollBack" => {
-                    json!({"dry_run": true, "max_pause": "2s", "stragglers": "abort"}).to_string()
+                    json!({"dry_run": true, "max_pause": "2s", "stragglers": "abort", "force": true}).to_string()
                 }
                 "verifyMigration" => json!({"repair": true}).to_string(),
                 "fixRule" => json!({"rule": "always_triggers", "apply": true}).to_string(),

@@ -35,6 +35,8 @@ pub struct Instantly {
     pub finished: Arc<Mutex<Vec<Outcome>>>,
     pub settled: Arc<Mutex<Vec<Outcome>>>,
     pub changes: Arc<watch::Sender<u64>>,
+    /// How far the target is behind, in bytes; none: not known.
+    pub lag_bytes: Arc<Mutex<Option<u64>>>,
 }
 
 #[async_trait]
@@ -57,7 +59,7 @@ impl Lease for Instantly {
         self.databases.clone()
     }
     fn lag_bytes(&self) -> Option<u64> {
-        Some(0)
+        *self.lag_bytes.lock().expect("not poisoned")
     }
     async fn synchronise(&self) -> Result<Vec<String>, String> {
         Ok(Vec::new())
@@ -201,7 +203,11 @@ impl Stage {
         let target = Connector::new(&config.target, "target", &instance).expect("no certificates to read");
         let unresolved = Route::Unknown { reason: "starting".to_owned() };
         let switchboard = Arc::new(Switchboard::new(unresolved));
-        let engine = Instantly { databases: vec!["shop".to_owned()], ..Instantly::default() };
+        let engine = Instantly {
+            databases: vec!["shop".to_owned()],
+            lag_bytes: Arc::new(Mutex::new(Some(0))),
+            ..Instantly::default()
+        };
         let (tasks, config) = (Tasks::new(), Arc::new(config));
         let metrics = Arc::new(Metrics::new().expect("a fresh registry"));
         let proxy = match clients {

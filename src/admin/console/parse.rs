@@ -262,7 +262,8 @@ fn cutover(
                 let choices = [("abort", Stragglers::Abort), ("terminate", Stragglers::Terminate)];
                 request.stragglers = Some(rest.choice("STRAGGLERS", &choices)?);
             }
-            _ => return Err(unknown("option", &option, "DRY MAX DRAIN STRAGGLERS")),
+            "FORCE" => request.force = true,
+            _ => return Err(unknown("option", &option, "DRY MAX DRAIN STRAGGLERS FORCE")),
         }
     }
     Ok(order(name, request))
@@ -473,8 +474,9 @@ mod tests {
             max_pause: Some(Duration::from_secs(2)),
             drain_timeout: Some(Duration::from_millis(500)),
             stragglers: Some(Stragglers::Terminate),
+            force: true,
         };
-        let text = "CUTOVER shop DRY RUN MAX PAUSE '2s' DRAIN TIMEOUT 500ms STRAGGLERS terminate";
+        let text = "CUTOVER shop DRY RUN MAX PAUSE '2s' DRAIN TIMEOUT 500ms STRAGGLERS terminate FORCE";
         assert_eq!(command(text), Command::Cutover(name("shop"), request));
         assert_eq!(command("KILL 42"), Command::Kill(42));
         assert_eq!(command("KILL shop"), Command::KillDatabase("shop".to_owned()));

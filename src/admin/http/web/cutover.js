@@ -58,14 +58,17 @@ function notices(m, state) {
 
 /** What an order may say of itself; what is left empty is as configured. */
 function limits() {
-  return h('details', { id: 'limits' }, h('summary', {}, 'Time limits and stragglers'),
+  return h('details', { id: 'limits' }, h('summary', {}, 'Time limits, stragglers and force'),
     LIMITS.map(([, id, label, hint]) => h('div', { class: 'field' },
       h('label', { for: id }, label), h('p', { class: 'hint', id: `${id}-hint` }, `${hint} Empty: as configured.`),
       h('input', { id, type: 'text', autocomplete: 'off', spellcheck: 'false', placeholder: 'as configured', 'aria-describedby': `${id}-hint` }))),
     h('div', { class: 'field' },
       h('label', { for: 'stragglers' }, 'Stragglers'), h('p', { class: 'hint', id: 'stragglers-hint' }, 'What happens to transactions that outlast it.'),
       h('select', { id: 'stragglers', 'aria-describedby': 'stragglers-hint' },
-        h('option', { value: '' }, 'As configured'), h('option', { value: 'abort' }, 'Give up; nothing has changed'), h('option', { value: 'terminate' }, 'End their sessions'))));
+        h('option', { value: '' }, 'As configured'), h('option', { value: 'abort' }, 'Give up; nothing has changed'), h('option', { value: 'terminate' }, 'End their sessions'))),
+    h('div', { class: 'field' },
+      h('label', { for: 'force' }, h('input', { id: 'force', type: 'checkbox', 'aria-describedby': 'force-hint' }), ' Force'),
+      h('p', { class: 'hint', id: 'force-hint' }, 'Go past what can cost time or connections: a target that is far behind, or has too few connections. What guards data is never passed.')));
 }
 
 /** An order's body: what was typed into the limits, and `more`. */
@@ -74,7 +77,8 @@ function request(more = {}) {
     const field = document.getElementById(id);
     return [key, field ? field.value.trim() : ''];
   });
-  return { ...Object.fromEntries(typed.filter(([, value]) => value)), ...more };
+  const force = document.getElementById('force');
+  return { ...Object.fromEntries(typed.filter(([, value]) => value)), ...(force && force.checked ? { force: true } : {}), ...more };
 }
 
 function after(m, state) {
@@ -121,6 +125,7 @@ function report(run) {
     run.would.length ? [h('h3', {}, 'What it would do'), h('ul', { id: 'would' }, run.would.map((one) => h('li', {}, `${one.action.replaceAll('-', ' ')}${one.database ? ` ${one.database}` : ''}: ${one.detail}`)))] : null,
     steps.length ? h('details', { id: 'step-times' }, h('summary', {}, 'Time of each step'), h('ul', {}, steps.map((one) => h('li', {}, `${one.step}: ${number(one.ms)} ms`)))) : null,
     run.blockers.length ? [h('h3', {}, 'What stood in the way'), h('ul', {}, run.blockers.map((item) => h('li', {}, item)))] : null,
+    run.forced.length ? [h('h3', {}, 'Gone past by force'), h('ul', { id: 'forced' }, run.forced.map((item) => h('li', {}, item)))] : null,
     run.notes.length ? [h('h3', {}, 'Notes'), h('ul', {}, run.notes.map((item) => h('li', {}, item)))] : null);
 }
 
