@@ -27,6 +27,9 @@ const TABLE: &str = "CREATE SCHEMA IF NOT EXISTS pgcutover; \
         position int PRIMARY KEY, kind text NOT NULL, object text NOT NULL, sql text NOT NULL, validate text, \
         state text NOT NULL DEFAULT 'waiting' CHECK (state IN ('waiting', 'made', 'validated', 'violated')))";
 
+/// Forgets what a migration of this database has kept.
+pub(in crate::migration) const FORGET: &str = "DROP TABLE IF EXISTS pgcutover.late_definition";
+
 /// What a session does that writes rows which have had their effects: nothing fires.
 pub(super) const REPLICA: &str = "SET session_replication_role = replica";
 
@@ -164,8 +167,7 @@ pub(in crate::migration) async fn keep(
 
 /// Forgets what an earlier migration of this database has kept.
 pub(in crate::migration) async fn forget(control: &Control) -> Result<(), LateError> {
-    let dropped = control.batch_execute("DROP TABLE IF EXISTS pgcutover.late_definition").await;
-    dropped.map_err(LateError::of_all("forgetting them"))
+    control.batch_execute(FORGET).await.map_err(LateError::of_all("forgetting them"))
 }
 
 /// How many wait to be made.

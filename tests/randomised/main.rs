@@ -8,6 +8,7 @@
 #[path = "../support/mod.rs"]
 mod support;
 
+mod definitions;
 mod schema;
 mod workload;
 
@@ -15,12 +16,13 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
-use pgcutover::demo::cluster::{Cluster, Stop};
+use pgcutover::demo::cluster::{Cluster, ClusterOptions, Stop};
 use pgcutover::demo::compare;
 use rand::rngs::StdRng;
 use rand::{Rng as _, SeedableRng as _};
 use support::daemon::{Daemon, DaemonOptions};
-use support::{connect, two_clusters_with, wait_for, wait_for_within};
+use schema::Servers;
+use support::{connect, installations, two_clusters_with, wait_for, wait_for_within};
 use workload::Workload;
 
 /// A migration under load and kills on a busy machine.
@@ -38,27 +40,49 @@ async fn a_random_database_arrives_whole_whatever_is_killed() {
         Some(seed) => vec![seed],
         None => (0..from_environment("RANDOM_SEEDS").unwrap_or(2)).map(|_| u64::from(rand::random::<u32>())).collect(),
     };
-    let settings = |options: pgcutover::demo::cluster::ClusterOptions| {
+    let newer = installations().pair().is_some_and(|(source, _)| source.major >= 13);
+    let settings = |options: ClusterOptions| {
         options.setting("max_prepared_transactions", "10").setting("max_replication_slots", "20")
     };
-    let (mut source, mut target) = two_clusters_with(settings, settings);
+    // Most transactions with large values are sent while they run.
+    let streaming = |options: ClusterOptions| {
+        if newer { settings(options).setting("logical_decoding_work_mem", "64kB") } else { settings(options) }
+    };
+    let (mut source, mut target) = two_clusters_with(streaming, settings);
+    let servers = able(&source, &target).await;
     for (number, seed) in seeds.iter().enumerate() {
         println!("RANDOM_SEED={seed} ({} of {})", number + 1, seeds.len());
-        one(&mut source, &mut target, *seed).await;
+        one(&mut source, &mut target, &servers, *seed).await;
     }
 }
 
+/// What both can do that not every server can.
+async fn able(source: &Cluster, target: &Cluster) -> Servers {
+    let (from, to) = (connect(source, "postgres").await, connect(target, "postgres").await);
+    let extensions = async |client: &tokio_postgres::Client| -> Vec<String> {
+        let rows = client.query("SELECT name::text FROM pg_available_extensions ORDER BY 1", &[]).await;
+        rows.expect("listed").iter().map(|row| row.get(0)).collect()
+    };
+    let (mut here, there) = (extensions(&from).await, extensions(&to).await);
+    here.retain(|name| there.contains(name));
+    let xml = "SELECT '<a/>'::xml";
+    let xml = from.batch_execute(xml).await.is_ok() && to.batch_execute(xml).await.is_ok();
+    Servers { source_major: source.major(), extensions: here, xml }
+}
+
 /// One database from the first table to the comparison.
-async fn one(source: &mut Cluster, target: &mut Cluster, seed: u64) {
+async fn one(source: &mut Cluster, target: &mut Cluster, servers: &Servers, seed: u64) {
     let mut dice = StdRng::seed_from_u64(seed);
     let database = format!("seed_{seed}");
-    let (tables, sql) = schema::tables(&mut dice, source.major());
+    let (tables, sql) = schema::tables(&mut dice, servers);
+    let ddl = dice.random_ratio(1, 3);
     connect(source, "postgres").await.batch_execute(&format!("CREATE DATABASE {database}")).await.expect("made");
     let client = connect(source, &database).await;
     client.batch_execute(&sql).await.unwrap_or_else(|error| panic!("{error:?}\n{sql}"));
     drop(client);
     let workload = Arc::new(Workload {
         tables,
+        ddl,
         config: source.config(&database),
         stop: AtomicBool::new(false),
         committed: AtomicU64::new(0),
@@ -67,7 +91,9 @@ async fn one(source: &mut Cluster, target: &mut Cluster, seed: u64) {
         (0..WRITERS).map(|number| tokio::spawn(workload::write(workload.clone(), seed, number))).collect();
     wait_for("something to copy", || async { workload.committed.load(Ordering::Relaxed) > 100 }).await;
 
-    let mut daemon = Daemon::start(source, target, DaemonOptions::default());
+    let options = DaemonOptions::default();
+    let options = if ddl { options.section("migration", "ddl = \"apply\"") } else { options };
+    let mut daemon = Daemon::start(source, target, options);
     let name = format!("move-{seed}");
     daemon.must(&["migration", "create", &name, "--database", &database, "--option", "migrate"]);
     for _ in 0..dice.random_range(3..8) {
@@ -106,8 +132,17 @@ async fn one(source: &mut Cluster, target: &mut Cluster, seed: u64) {
         tokio::time::sleep(Duration::from_millis(100)).await;
     }
     assert_eq!(differences, Vec::<String>::new(), "\n{}\n{sql}", state(&daemon, &name));
-    println!("  {} transactions, equal", workload.committed.load(Ordering::Relaxed));
     drop((from, to));
+    // What the program finds by itself, definitions included.
+    let mut report = serde_json::Value::Null;
+    wait_for("a verification that no restart of the engine interrupts", || async {
+        let output = daemon.command(&["migration", "verify", &name, "--output", "json"]);
+        report = serde_json::from_slice(&output.stdout).unwrap_or_default();
+        report["differences"].is_u64()
+    })
+    .await;
+    assert_eq!(report["differences"], serde_json::json!(0), "{report}\n{sql}");
+    println!("  {} transactions, equal", workload.committed.load(Ordering::Relaxed));
     daemon.must(&["migration", "cancel", &name]);
     daemon.kill();
     for (cluster, database) in [(&*source, &database), (&*target, &database)] {

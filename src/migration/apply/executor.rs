@@ -133,8 +133,19 @@ pub(super) struct Encoding {
     generation: Generation,
     /// When what was encoded last has been executed, and committed where it ended.
     standing: Standing,
+    checks: Checks,
     /// Memory for the next piece.
     spare: Pipeline,
+}
+
+/// What becomes of deferrable constraints, which a statement of the source may have met only at its end, and one of ours,
+/// for a single row, would not.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Checks {
+    /// As replica, nobody checks them.
+    Never,
+    /// At the end of the transaction.
+    AtTheEnd,
 }
 
 /// How the target's transaction stands.
@@ -182,12 +193,13 @@ impl Executor {
         migration: &str,
         generation: Generation,
     ) -> Result<Self, ExecuteError> {
-        fire_nothing(&mut connection).await?;
+        let checks = fire_nothing(&mut connection).await?;
         let set = connection.simple_query(SESSION).await;
         set.map_err(|error| failed("setting up the session", error.into()))?;
         let mut session = Session { connection, chunk: Chunk::default() };
         for (name, sql) in [
             ("begin", "BEGIN"),
+            ("defer", "SET CONSTRAINTS ALL DEFERRED"),
             ("rollback", "ROLLBACK"),
             ("savepoint", "SAVEPOINT piece"),
             ("release", "RELEASE SAVEPOINT piece"),
@@ -203,6 +215,7 @@ impl Executor {
             migration: migration.to_owned(),
             generation,
             standing: Standing::Closed,
+            checks,
             spare: Pipeline::new(),
         };
         Ok(Self { session, encoding })
@@ -230,7 +243,7 @@ impl Executor {
         let (encoding, chunk) = (&mut self.encoding, &mut self.session.chunk);
         chunk.control(again, "undoing a piece")?;
         if undo == Undo::Transaction {
-            chunk.control("begin", "BEGIN")?;
+            encoding.begin(chunk)?;
         }
         // What was to be prepared in the piece may not have been.
         encoding.encoder.forget(chunk)?;
@@ -252,16 +265,16 @@ impl Executor {
 
 /// Triggers, rules and foreign keys of the source have had their effects, which are in the stream. A role that may not keep
 /// the target's from firing applies to a server that has none ([`crate::migration::late`]).
-async fn fire_nothing(connection: &mut RawConnection) -> Result<(), ExecuteError> {
+async fn fire_nothing(connection: &mut RawConnection) -> Result<Checks, ExecuteError> {
     let failed = |error: RawError| failed("setting up the session", error.into());
     match connection.simple_query(late::REPLICA).await {
         Err(error) if error.sqlstate() == Some(sqlstate::INSUFFICIENT_PRIVILEGE) => {}
-        set => return set.map(|_| ()).map_err(failed),
+        set => return set.map(|_| Checks::Never).map_err(failed),
     }
     let firing = connection.simple_query(late::FIRING).await.map_err(failed)?;
     if firing.is_empty() {
         tracing::info!("the role may not set session_replication_role; nothing that is there would fire");
-        return Ok(());
+        return Ok(Checks::AtTheEnd);
     }
     Err(ExecuteError::WouldFire(firing.into_iter().flatten().flatten().collect()))
 }
@@ -287,7 +300,7 @@ impl Encoding {
         let mut chunk = Chunk { pipeline: std::mem::take(&mut self.spare), ..Chunk::default() };
         let before = self.standing;
         if before == Standing::Closed {
-            chunk.control("begin", "BEGIN")?;
+            self.begin(&mut chunk)?;
             self.standing = Standing::Open;
         }
         let undo = if piece.messages.len() <= SMALL_PIECE {
@@ -307,6 +320,14 @@ impl Encoding {
             self.standing = Standing::Closed;
         }
         Ok(Ready { piece, chunk, undo, before })
+    }
+
+    fn begin(&self, chunk: &mut Chunk) -> Result<(), EncodeError> {
+        chunk.control("begin", "BEGIN")?;
+        match self.checks {
+            Checks::Never => Ok(()),
+            Checks::AtTheEnd => chunk.control("defer", "SET CONSTRAINTS"),
+        }
     }
 
     /// Sees to it that what follows can be undone.

@@ -6,7 +6,7 @@ use std::sync::Arc;
 use bytes::Bytes;
 
 use super::plan::{Operation, PlanError};
-use super::shape::{ColumnKind, TableShape, TargetColumn};
+use super::shape::{ColumnKind, KeyPart, TableShape, TargetColumn};
 use super::statement::{self, Match, Parameter};
 use crate::ident::QualifiedName;
 use crate::migration::snapshot::HandOver;
@@ -59,7 +59,7 @@ pub struct Table {
 #[derive(Clone, Debug, PartialEq, Eq)]
 enum Identity {
     /// Columns with unique values that are never null: those of the replica identity or, under REPLICA IDENTITY FULL,
-    /// those of the target's primary key.
+    /// those of the target's primary key, unless that is deferrable: rows may share it until the transaction ends.
     Key(Vec<u16>),
     /// All values; several rows may be alike.
     Whole,
@@ -149,7 +149,7 @@ impl Table {
         };
         let identity = match relation.replica_identity {
             ReplicaIdentity::Full => {
-                let keys = positions(&|index| columns[index].1.primary_key);
+                let keys = positions(&|index| columns[index].1.primary_key == KeyPart::Unique);
                 if !keys.is_empty() && keys.len() == shape.primary_key.len() {
                     Identity::Key(keys)
                 } else {

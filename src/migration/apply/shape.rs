@@ -9,7 +9,7 @@ use crate::ident::quote_ident;
 pub struct TableShape {
     /// Its columns by name.
     pub columns: HashMap<String, TargetColumn>,
-    /// Columns of its primary key; empty: none.
+    /// Columns of its primary key, where that is checked row by row; empty: none.
     pub primary_key: Vec<String>,
 }
 
@@ -23,11 +23,23 @@ pub struct TargetColumn {
     /// The equality operator of a unique index on the column, ready for `OPERATOR(…)`. Types such as citext have
     /// theirs outside pg_catalog, and with the wrong one the index is not used or the comparison is another.
     pub equality: Option<String>,
-    /// Part of the primary key.
-    pub primary_key: bool,
+    /// Its part in the primary key.
+    pub primary_key: KeyPart,
     /// A cast from text to the type is a function of its own: it may read a text otherwise than the type's input does
     /// (regclass takes no number, for one).
     pub cast_from_text: bool,
+}
+
+/// What a column is to the primary key.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum KeyPart {
+    /// Nothing.
+    #[default]
+    None,
+    /// Part of one that no two rows share at any time.
+    Unique,
+    /// Part of one that is deferrable: within a transaction two rows may share it.
+    Deferrable,
 }
 
 /// What may be written into a column.
@@ -42,8 +54,8 @@ pub enum ColumnKind {
     IdentityAlways,
 }
 
-/// Reads the shape of the table whose quoted name is `$1`: name, type, `attgenerated`, `attidentity`, equality, primary
-/// key, cast from text. No row: no table. Columns of the catalogue that older servers lack are read through jsonb.
+/// Reads the shape of the table whose quoted name is `$1`: name, type, `attgenerated`, `attidentity`, equality, part in the
+/// primary key, cast from text. No row: no table. Columns of the catalogue that older servers lack are read through jsonb.
 pub const SHAPE_SQL: &str = "
 SELECT a.attname::text,
        pg_catalog.format_type(a.atttypid, -1),
@@ -59,9 +71,9 @@ SELECT a.attname::text,
           JOIN pg_catalog.pg_namespace n ON n.oid = o.oprnamespace
          WHERE i.indrelid = a.attrelid AND i.indisunique AND k.attnum = a.attnum
          ORDER BY i.indisprimary DESC, i.indexrelid LIMIT 1),
-       EXISTS (SELECT FROM pg_catalog.pg_index i
+       coalesce((SELECT CASE WHEN i.indimmediate THEN 'unique' ELSE 'deferrable' END FROM pg_catalog.pg_index i
                 WHERE i.indrelid = a.attrelid AND i.indisprimary AND i.indisvalid
-                  AND a.attnum = ANY ((i.indkey::int2[])[0:coalesce((pg_catalog.to_jsonb(i) ->> 'indnkeyatts')::int, i.indnatts) - 1])),
+                  AND a.attnum = ANY ((i.indkey::int2[])[0:coalesce((pg_catalog.to_jsonb(i) ->> 'indnkeyatts')::int, i.indnatts) - 1])), ''),
        EXISTS (SELECT FROM pg_catalog.pg_cast k
                 WHERE k.castsource = 'pg_catalog.text'::pg_catalog.regtype AND k.castmethod = 'f'
                   AND k.casttarget IN (a.atttypid, (SELECT t.typbasetype FROM pg_catalog.pg_type t WHERE t.oid = a.atttypid)))
@@ -126,12 +138,23 @@ impl ColumnKind {
     }
 }
 
+impl KeyPart {
+    /// As [`SHAPE_SQL`] gives it.
+    pub fn from_catalogue(text: &str) -> Self {
+        match text {
+            "unique" => Self::Unique,
+            "deferrable" => Self::Deferrable,
+            _ => Self::None,
+        }
+    }
+}
+
 impl TableShape {
     /// A shape of these columns.
     pub fn new(columns: impl IntoIterator<Item = (String, TargetColumn)>) -> Self {
         let columns: HashMap<_, _> = columns.into_iter().collect();
-        let mut primary_key: Vec<String> =
-            columns.iter().filter(|(_, column)| column.primary_key).map(|(name, _)| name.clone()).collect();
+        let unique = columns.iter().filter(|(_, column)| column.primary_key == KeyPart::Unique);
+        let mut primary_key: Vec<String> = unique.map(|(name, _)| name.clone()).collect();
         primary_key.sort();
         Self { columns, primary_key }
     }
@@ -159,9 +182,13 @@ impl TargetColumn {
     }
 
     /// `column IS NOT DISTINCT FROM $n`, compared as text: every type has a text form, not every type has an equality,
-    /// and equality is not identity (1.0 and 1.00).
+    /// and equality is not identity (1.0 and 1.00). The index of a primary key, which is never null, narrows it down.
     pub(super) fn same_text(&self, name: &str, parameter: usize) -> String {
-        format!("{}::text IS NOT DISTINCT FROM (${parameter}::{})::text", quote_ident(name), self.type_sql)
+        let same = format!("{}::text IS NOT DISTINCT FROM (${parameter}::{})::text", quote_ident(name), self.type_sql);
+        match (self.primary_key, &self.equality) {
+            (KeyPart::Deferrable, Some(_)) => format!("{} AND {same}", self.equals(name, parameter)),
+            _ => same,
+        }
     }
 }
 

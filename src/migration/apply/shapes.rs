@@ -9,7 +9,7 @@ use std::collections::{HashMap, HashSet};
 use std::sync::Arc;
 
 use super::applier::{ApplyError, Link};
-use super::shape::{ColumnKind, SHAPE_SQL, TableShape, TargetColumn};
+use super::shape::{ColumnKind, KeyPart, SHAPE_SQL, TableShape, TargetColumn};
 use crate::ident::{QualifiedName, quote_literal};
 use crate::pgoutput::{Message, Relation};
 use crate::postgres::Control;
@@ -64,7 +64,7 @@ impl Shapes {
                 type_sql: row.get(1),
                 kind: ColumnKind::from_catalogue(row.get(2)),
                 equality: row.get(3),
-                primary_key: row.get(4),
+                primary_key: KeyPart::from_catalogue(row.get(4)),
                 cast_from_text: row.get(5),
             };
             (row.get(0), column)
@@ -79,7 +79,7 @@ fn column(row: Vec<Option<String>>) -> Option<(String, TargetColumn)> {
         type_sql: type_sql?,
         kind: ColumnKind::from_catalogue(&kind?),
         equality,
-        primary_key: primary_key? == "t",
+        primary_key: KeyPart::from_catalogue(&primary_key?),
         cast_from_text: cast_from_text? == "t",
     };
     Some((name?, column))
@@ -101,10 +101,10 @@ mod tests {
 
     #[test]
     fn a_row_of_text_says_what_a_row_of_values_does() {
-        let row = ["c", "integer", "/a", "pg_catalog.=", "t", "f"].map(|text| Some(text.to_owned()));
+        let row = ["c", "integer", "/a", "pg_catalog.=", "unique", "f"].map(|text| Some(text.to_owned()));
         let (name, read) = column(row.to_vec()).expect("whole");
         assert_eq!((name.as_str(), read.type_sql.as_str(), read.kind), ("c", "integer", ColumnKind::IdentityAlways));
-        assert!(read.primary_key && !read.cast_from_text && read.equality.is_some());
+        assert!(read.primary_key == KeyPart::Unique && !read.cast_from_text && read.equality.is_some());
         let mut row = row.to_vec();
         row[3] = None;
         assert!(column(row.clone()).is_some_and(|(_, read)| read.equality.is_none()));

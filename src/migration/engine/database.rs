@@ -32,7 +32,7 @@ use crate::migration::sequences::SequencePair;
 use crate::migration::snapshot::HandOver;
 use crate::migration::stream::{self, StreamContext, describe, history};
 use crate::migration::view::Mode;
-use crate::migration::{made, materialized, publication, unstreamed};
+use crate::migration::{late, made, materialized, publication, unstreamed};
 use crate::postgres::Control;
 use crate::postgres::walsender::ReplicationConnection;
 use crate::switch::Epoch;
@@ -291,7 +291,8 @@ impl DatabaseWork {
         let existing =
             if self.context.live.spec.overwrite_target && !is_control { Existing::Drop } else { Existing::Keep };
         schema::create_database(source, target, &row.database, existing, &journal).await?;
-        let forget = format!("DELETE FROM pgcutover.progress WHERE migration = {}", quote_literal(self.migration()));
+        let migration = quote_literal(self.migration());
+        let forget = format!("{}; DELETE FROM pgcutover.progress WHERE migration = {migration}", late::FORGET);
         let undo = self.context.undo_schema(&row.database, &forget, &[]);
         journal.record(&self.made(Side::Target, "schema", "pgcutover", undo)).await?;
         let control = target.control(&row.database, "restore").await?;
