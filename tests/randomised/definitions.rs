@@ -32,8 +32,12 @@ pub fn statement(tables: &[Table], dice: &mut StdRng) -> String {
         4 => format!("ALTER TABLE {name} ALTER COLUMN x{number} TYPE text"),
         5 => format!("UPDATE {name} SET x{number} = {value} WHERE k % 5 = {}", key % 5),
         6 => format!("CREATE TABLE made_{number} (k int PRIMARY KEY, v {kind})"),
-        7 => format!("INSERT INTO made_{number} SELECT g FROM generate_series({key}, {key} + 3) g ON CONFLICT DO NOTHING"),
-        8 => format!("CREATE TABLE made_{number} (k int, v {kind}); INSERT INTO made_{number} VALUES (1, {value}), (1, {value})"),
+        7 => format!(
+            "INSERT INTO made_{number} SELECT g FROM generate_series({key}, {key} + 3) g ON CONFLICT DO NOTHING"
+        ),
+        8 => format!(
+            "CREATE TABLE made_{number} (k int, v {kind}); INSERT INTO made_{number} VALUES (1, {value}), (1, {value})"
+        ),
         9 => format!("UPDATE made_{number} SET v = NULL WHERE k = {key}; DELETE FROM made_{number} WHERE k % 4 = 1"),
         10 => format!("DROP TABLE made_{number}"),
         11 => format!("CREATE INDEX made_index_{number} ON {name} (k)"),

@@ -20,8 +20,8 @@ use pgcutover::demo::cluster::{Cluster, ClusterOptions, Stop};
 use pgcutover::demo::compare;
 use rand::rngs::StdRng;
 use rand::{Rng as _, SeedableRng as _};
-use support::daemon::{Daemon, DaemonOptions};
 use schema::Servers;
+use support::daemon::{Daemon, DaemonOptions};
 use support::{connect, installations, two_clusters_with, wait_for, wait_for_within};
 use workload::Workload;
 

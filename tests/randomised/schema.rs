@@ -86,17 +86,8 @@ pub enum Key {
     Nothing,
 }
 
-const KEYS: [Key; 9] = [
-    Key::Int,
-    Key::Always,
-    Key::Pair,
-    Key::Numeric,
-    Key::Index,
-    Key::WholeRow,
-    Key::Full,
-    Key::Deferred,
-    Key::Nothing,
-];
+const KEYS: [Key; 9] =
+    [Key::Int, Key::Always, Key::Pair, Key::Numeric, Key::Index, Key::WholeRow, Key::Full, Key::Deferred, Key::Nothing];
 
 fn text(dice: &mut StdRng) -> String {
     const PARTS: [&str; 12] = ["a", "Z", "\\", "\t", "\n", "\r", "''", "\"", "é", "漢", "{,}", "\\N"];
@@ -173,7 +164,13 @@ const TYPES: &[Type] = &[
     ("\"Types\".short", |dice| one_of(dice, &["'x'", "'Größe'"])),
     ("\"Types\".floats", |_| "'[0.1,Infinity)'".to_owned()),
     ("\"Types\".nested", |dice| {
-        one_of(dice, &["ROW(ROW(1, '\\\"'), ARRAY[ROW(2, 'x')::\"Types\".pair], 'sad', '2024-01-01+00')", "ROW(NULL, NULL, NULL, NULL)"])
+        one_of(
+            dice,
+            &[
+                "ROW(ROW(1, '\\\"'), ARRAY[ROW(2, 'x')::\"Types\".pair], 'sad', '2024-01-01+00')",
+                "ROW(NULL, NULL, NULL, NULL)",
+            ],
+        )
     }),
     ("\"Types\".nested[]", |_| "ARRAY[ROW(ROW(1, 'é'), NULL, 'sad', 'infinity')::\"Types\".nested]".to_owned()),
     ("\"Types\".vacant", |_| "ROW()::\"Types\".vacant".to_owned()),
@@ -277,7 +274,11 @@ pub fn tables(dice: &mut StdRng, servers: &Servers) -> (Vec<Table>, String) {
          CREATE TABLE parts_1 PARTITION OF parts (PRIMARY KEY (k)) FOR VALUES IN (1);
          CREATE TABLE parts_2 PARTITION OF parts (PRIMARY KEY (k)) FOR VALUES IN (2);\n",
     );
-    sql.push_str(if servers.source_major >= 11 { RANGED_SQL } else { "CREATE TABLE ranged (k int, kt int, v text, PRIMARY KEY (k, kt));\n" });
+    sql.push_str(if servers.source_major >= 11 {
+        RANGED_SQL
+    } else {
+        "CREATE TABLE ranged (k int, kt int, v text, PRIMARY KEY (k, kt));\n"
+    });
     sql.push_str(AUDIT_SQL);
     let types = types(servers);
     let count = dice.random_range(3..7);
@@ -334,16 +335,19 @@ fn table(dice: &mut StdRng, number: usize, types: &[Type], servers: &Servers, sq
         columns.push((column_name, column));
     }
     let unique = if dice.random_ratio(1, 3) { UNIQUES[dice.random_range(0..UNIQUES.len())] } else { Unique::Not };
-    lines.extend(match unique {
-        Unique::Not => None,
-        Unique::Plain => Some("u int UNIQUE"),
-        Unique::Deferred => Some("u int UNIQUE DEFERRABLE INITIALLY DEFERRED"),
-        Unique::Deferrable => Some("u int UNIQUE DEFERRABLE"),
-        Unique::Partial | Unique::Expression => Some("u int"),
-        Unique::Exclusion => Some("u int, EXCLUDE (u WITH =)"),
-        Unique::Nulls if major >= 15 => Some("u int UNIQUE NULLS NOT DISTINCT"),
-        Unique::Nulls => Some("u int UNIQUE"),
-    }.map(str::to_owned));
+    lines.extend(
+        match unique {
+            Unique::Not => None,
+            Unique::Plain => Some("u int UNIQUE"),
+            Unique::Deferred => Some("u int UNIQUE DEFERRABLE INITIALLY DEFERRED"),
+            Unique::Deferrable => Some("u int UNIQUE DEFERRABLE"),
+            Unique::Partial | Unique::Expression => Some("u int"),
+            Unique::Exclusion => Some("u int, EXCLUDE (u WITH =)"),
+            Unique::Nulls if major >= 15 => Some("u int UNIQUE NULLS NOT DISTINCT"),
+            Unique::Nulls => Some("u int UNIQUE"),
+        }
+        .map(str::to_owned),
+    );
     if major >= 12 && dice.random_ratio(1, 4) && key != Key::Numeric {
         lines.push("g int GENERATED ALWAYS AS (k * 2) STORED".to_owned());
     }

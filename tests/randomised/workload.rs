@@ -138,8 +138,10 @@ fn statement(tables: &[Table], dice: &mut StdRng) -> String {
         ),
         13 => format!("UPDATE ranged SET k = (k + 20) % {KEYS}, v = v || '!' WHERE k = {key}"),
         14 => format!("UPDATE ranged SET kt = kt + 1 WHERE k % 9 = {}", key % 9),
-        15 => format!("WITH gone AS (DELETE FROM ranged WHERE k = {key} RETURNING *)
-             INSERT INTO parts SELECT k, kt % 3, v FROM gone ON CONFLICT DO NOTHING"),
+        15 => format!(
+            "WITH gone AS (DELETE FROM ranged WHERE k = {key} RETURNING *)
+             INSERT INTO parts SELECT k, kt % 3, v FROM gone ON CONFLICT DO NOTHING"
+        ),
         16 => "SELECT pg_catalog.pg_logical_emit_message(true, 'somebody', 'else''s')".to_owned(),
         _ => of_table(&tables[dice.random_range(0..tables.len())], dice),
     }
@@ -192,14 +194,9 @@ fn insert(table: &Table, dice: &mut StdRng, key: i32, rows: i32) -> String {
     let mut names = vec!["k".to_owned()];
     let mut values = vec![match table.key {
         Key::Numeric => format!("g{}", ["::numeric", " + 0.0", " + 0.00"][dice.random_range(0..3)]),
-        Key::Int
-        | Key::Always
-        | Key::Pair
-        | Key::Index
-        | Key::WholeRow
-        | Key::Full
-        | Key::Deferred
-        | Key::Nothing => "g".to_owned(),
+        Key::Int | Key::Always | Key::Pair | Key::Index | Key::WholeRow | Key::Full | Key::Deferred | Key::Nothing => {
+            "g".to_owned()
+        }
     }];
     if table.key == Key::Pair {
         names.push("kt".to_owned());

@@ -160,9 +160,12 @@ fn full_identity_matches_one_row_by_all_values_or_by_the_primary_key() {
     deferrable.columns.values_mut().filter(|column| column.primary_key == KeyPart::Unique).for_each(|column| {
         column.primary_key = KeyPart::Deferrable;
     });
-    planner.relation(relation(8, "f", ReplicaIdentity::Full, &full), Some(TableShape::new(deferrable.columns))).expect("mapped");
+    planner
+        .relation(relation(8, "f", ReplicaIdentity::Full, &full), Some(TableShape::new(deferrable.columns)))
+        .expect("mapped");
     let changed = change(&mut planner, update(8, Some(old()), &[text("1"), text("2")]));
-    let found = r#"WHERE "a" OPERATOR(pg_catalog.=) $3::integer AND "a"::text IS NOT DISTINCT FROM ($3::integer)::text AND "#;
+    let found =
+        r#"WHERE "a" OPERATOR(pg_catalog.=) $3::integer AND "a"::text IS NOT DISTINCT FROM ($3::integer)::text AND "#;
     assert!(changed.sql.contains(found) && changed.sql.ends_with("LIMIT 1)"), "{}", changed.sql);
 }
 
