@@ -1,7 +1,8 @@
 #!/usr/bin/env python3
 """Lets backlogs of changes be applied by native logical replication and by pgcutover, interleaved, and prints ratios.
 
-    tests/bench/apply.py [--rounds 3] [--changes 100000] [--cases CASE,CASE…] [--peers PEER,PEER…] [--binary FILE]
+    tests/bench/apply.py [--rounds 3] [--changes 100000] [--cases CASE,CASE…] [--peers PEER,PEER…] [--fsync on]
+                         [--binary FILE]
 
 Cases: tpcb (pgbench's transaction), insert (single rows, each its own transaction), insert1000 (transactions of 1,000 rows),
 update (single rows), update1000, mixed (inserts, updates and deletes, of a few rows each), live (a backlog of pgbench's
@@ -89,7 +90,7 @@ class Apply(proxy.Bench):
         args.cases_of_proxy, args.cases = args.cases, []
         super().__init__(args)
         args.cases = args.cases_of_proxy
-        self.max_connections = 100
+        self.max_connections, self.fsync = 100, args.fsync
         self.trees = {}
 
     def start(self, name, command, port):
@@ -201,10 +202,10 @@ class Apply(proxy.Bench):
                        check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=self.environment)
 
     def until_active(self, session, slot_sql):
-        """Returns for how many seconds the slot's walsender has been there."""
-        age = ("SELECT extract(epoch FROM clock_timestamp() - a.backend_start) FROM pg_replication_slots s JOIN pg_stat_activity a "
-               f"ON a.pid = s.active_pid WHERE s.active AND {slot_sql}")
-        while (seconds := answer(session, age)) is None:
+        """Returns when the slot's walsender was started. The answer itself may come late, on a machine that is busy by then."""
+        started = ("SELECT extract(epoch FROM a.backend_start) FROM pg_replication_slots s JOIN pg_stat_activity a "
+                   f"ON a.pid = s.active_pid WHERE s.active AND {slot_sql}")
+        while (seconds := answer(session, started)) is None:
             time.sleep(0.001)
         return float(seconds)
 
@@ -220,10 +221,9 @@ class Apply(proxy.Bench):
 
     def measured(self, trees, begin, wait, own=lambda: 0.0):
         before = [self.trees[name].cpu_seconds() for name in trees]
-        age = begin()
-        start = time.monotonic() - age
+        start = begin()
         wait()
-        seconds = time.monotonic() - start
+        seconds = time.time() - start
         used = [self.trees[name].cpu_seconds() - earlier for name, earlier in zip(trees, before)]
         return {"seconds": seconds, "source": used[0], "target": sum(used[1:]), "own": own()}
 
@@ -378,6 +378,7 @@ def main():
     parser.add_argument("--scale", type=int, default=10, help="of pgbench's tables")
     parser.add_argument("--cases", default=CASES, type=lambda text: text.split(","))
     parser.add_argument("--peers", default=PEERS, type=lambda text: text.split(","))
+    parser.add_argument("--fsync", choices=("on", "off"), default="off", help="on all servers; on: as operators run them")
     parser.add_argument("--binary", default="target/release/pgcutover")
     parser.add_argument("--bindir", help="where PostgreSQL's programs are")
     parser.add_argument("--keep", action="store_true", help="keep the temporary directory with the logs")

@@ -106,6 +106,7 @@ class Bench:
         self.max_clients = max([300, *idle]) + SPARE_CONNECTIONS
         # Pools of the peers before may not have been given up yet.
         self.max_connections = 2 * self.max_clients
+        self.fsync = "off"
         wanted = 3 * self.max_clients
         hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
         if hard != resource.RLIM_INFINITY and hard < wanted:
@@ -142,7 +143,7 @@ class Bench:
                                        "--locale=C"], check=True, stdout=subprocess.DEVNULL, cwd="/")
         with open(f"{data}/pg_hba.conf", "w") as hba:
             hba.write(f"host all {ROLE} 127.0.0.1/32 scram-sha-256\nhost all all 127.0.0.1/32 trust\nlocal all all trust\n")
-        settings = ["listen_addresses=127.0.0.1", f"max_connections={self.max_connections}", "fsync=off", "wal_level=logical",
+        settings = ["listen_addresses=127.0.0.1", f"max_connections={self.max_connections}", f"fsync={self.fsync}", "wal_level=logical",
                     "shared_buffers=256MB", "password_encryption=scram-sha-256"]
         command = [f"{self.bindir}/postgres", "-D", data, "-p", str(port), "-k", data]
         self.start(name, self.as_user + command + [word for setting in settings for word in ("-c", setting)], port)
