@@ -162,6 +162,59 @@ pub struct CopyOut<'a> {
     short: bool,
 }
 
+/// How far [`gather`] came, and why no further.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct Gathered {
+    /// Bytes that are done with.
+    used: usize,
+    stop: Stop,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Stop {
+    /// The message has no more room.
+    Full,
+    /// More is to be read first.
+    Empty,
+    /// A message follows that is no CopyData.
+    Other,
+    /// A CopyData cannot be so long.
+    Malformed(u32),
+}
+
+/// Moves the payload of CopyData messages from what was `read` into `message`, as far as there is any and it has room.
+/// `rest` is what the message in hand has left. There are millions of rows: this loop is most of what a copy costs us.
+fn gather(read: &[u8], rest: &mut usize, message: &mut BytesMut, moved: &mut Moved) -> Gathered {
+    let mut unused = read;
+    let stop = loop {
+        if *rest > 0 {
+            let room = (HEADER_BYTES + MESSAGE_BYTES).saturating_sub(message.len());
+            let (piece, later) = unused.split_at((*rest).min(unused.len()).min(room));
+            message.extend_from_slice(piece);
+            unused = later;
+            *rest -= piece.len();
+            moved.bytes += piece.len() as u64;
+            if *rest > 0 {
+                break if unused.is_empty() { Stop::Empty } else { Stop::Full };
+            }
+        }
+        match unused.split_first_chunk::<HEADER_BYTES>() {
+            Some(([b'd', length @ ..], later)) => {
+                let length = u32::from_be_bytes(*length);
+                match usize::try_from(length).ok().and_then(|length| length.checked_sub(4)) {
+                    Some(body) => *rest = body,
+                    None => break Stop::Malformed(length),
+                }
+                unused = later;
+                moved.messages += 1;
+            }
+            Some(_) => break Stop::Other,
+            None => break Stop::Empty,
+        }
+    };
+    Gathered { used: read.len() - unused.len(), stop }
+}
+
 /// Messages and bytes of data that were handed on.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Moved {
@@ -195,34 +248,22 @@ impl CopyOut<'_> {
         }
         let mut moved = Moved::default();
         while moved.bytes < most {
-            let buffer = &mut self.connection.read_buf;
-            if self.rest > 0 && !buffer.is_empty() {
-                let piece = self.rest.min(buffer.len());
-                writer.send(&buffer[..piece]).await?;
-                buffer.advance(piece);
-                self.rest -= piece;
-                moved.bytes += piece as u64;
-                continue;
-            }
-            match buffer.split_first_chunk::<HEADER_BYTES>() {
-                Some(([b'd', a, b, c, d], _)) if self.rest == 0 => {
-                    let length = u32::from_be_bytes([*a, *b, *c, *d]);
-                    let Some(body) = usize::try_from(length).ok().and_then(|length| length.checked_sub(4)) else {
-                        let error = self.connection.violation(format!("CopyData of length {length}"));
-                        return Err(CopyError::new(Direction::Out, self.connection, error));
-                    };
-                    self.rest = body;
-                    buffer.advance(HEADER_BYTES);
-                    moved.messages += 1;
+            let Gathered { used, stop } =
+                gather(&self.connection.read_buf, &mut self.rest, &mut writer.message, &mut moved);
+            self.connection.read_buf.advance(used);
+            match stop {
+                Stop::Full => writer.flush().await.map_err(|error| writer.guilty(error))?,
+                Stop::Empty => self.read_more().await.map_err(|error| self.guilty(error))?,
+                Stop::Malformed(length) => {
+                    let error = self.connection.violation(format!("CopyData of length {length}"));
+                    return Err(self.guilty(error));
                 }
-                Some(_) if self.rest == 0 => {
-                    // CopyDone, an error, or a notice in between.
-                    let more = self.after_data().await.map_err(|error| self.guilty(error))?;
-                    if !more {
+                // CopyDone, an error, or a notice in between.
+                Stop::Other => {
+                    if !self.after_data().await.map_err(|error| self.guilty(error))? {
                         break;
                     }
                 }
-                Some(_) | None => self.read_more().await.map_err(|error| self.guilty(error))?,
             }
         }
         Ok(Some(moved))
@@ -310,13 +351,13 @@ impl CopyIn<'_> {
             if rest.is_empty() {
                 return Ok(());
             }
-            self.flush().await.map_err(|error| CopyError::new(Direction::In, self.connection, error))?;
+            self.flush().await.map_err(|error| self.guilty(error))?;
         }
     }
 
     /// Ends the data, and returns the rows that the server has taken.
     pub async fn finish(mut self) -> Result<u64, CopyError> {
-        self.complete().await.map_err(|error| CopyError::new(Direction::In, self.connection, error))
+        self.complete().await.map_err(|error| self.guilty(error))
     }
 
     /// Gives up: the server rolls back what it had taken. `reason` goes to the server's log. The connection can be used
@@ -338,6 +379,10 @@ impl CopyIn<'_> {
                 Err(CopyError::new(Direction::In, connection, error))
             }
         }
+    }
+
+    fn guilty(&self, error: RawError) -> CopyError {
+        CopyError::new(Direction::In, self.connection, error)
     }
 
     async fn complete(&mut self) -> Result<u64, RawError> {
@@ -378,5 +423,69 @@ impl CopyIn<'_> {
             }
         }
         sent
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    fn copy_data(payload: &[u8]) -> Vec<u8> {
+        let length = u32::try_from(payload.len() + 4).expect("short");
+        [b"d", &length.to_be_bytes()[..], payload].concat()
+    }
+
+    /// Everything that comes of a stream that is read in pieces of these sizes.
+    fn gathered(stream: &[u8], mut pieces: impl Iterator<Item = usize>) -> (Vec<u8>, Moved, Stop) {
+        let (mut rest, mut moved, mut out) = (0, Moved::default(), Vec::new());
+        let (mut message, mut read, mut at) = (empty_message(), Vec::new(), 0);
+        loop {
+            let Gathered { used, stop } = gather(&read, &mut rest, &mut message, &mut moved);
+            read.drain(..used);
+            assert!(message.len() <= HEADER_BYTES + MESSAGE_BYTES, "{}", message.len());
+            match stop {
+                Stop::Empty if at < stream.len() => {
+                    let to = (at + pieces.next().unwrap_or(1).max(1)).min(stream.len());
+                    read.extend_from_slice(&stream[at..to]);
+                    at = to;
+                    continue;
+                }
+                Stop::Full => assert_eq!(message.len(), HEADER_BYTES + MESSAGE_BYTES),
+                Stop::Empty | Stop::Other | Stop::Malformed(_) => {}
+            }
+            out.extend_from_slice(&message[HEADER_BYTES..]);
+            message.truncate(HEADER_BYTES);
+            if stop != Stop::Full {
+                return (out, moved, stop);
+            }
+        }
+    }
+
+    proptest! {
+        #[test]
+        fn every_byte_is_handed_on_wherever_the_cuts_fall(
+            rows in prop::collection::vec(prop_oneof![8 => 0_usize..200, 1 => Just(MESSAGE_BYTES), 1 => Just(3 * MESSAGE_BYTES)], 0..20),
+            pieces in prop::collection::vec((1_usize..20, 10_000_usize..100_000), 1..5),
+        ) {
+            let payloads: Vec<Vec<u8>> = (1_u8..).zip(&rows).map(|(byte, &length)| vec![byte; length]).collect();
+            let mut stream: Vec<u8> = payloads.iter().flat_map(|payload| copy_data(payload)).collect();
+            stream.extend_from_slice(b"c\0\0\0\x04");
+            let (out, moved, stop) = gathered(&stream, pieces.into_iter().flat_map(|(few, many)| [few, many]).cycle());
+            prop_assert_eq!(stop, Stop::Other);
+            prop_assert!(out == payloads.concat());
+            let bytes = rows.iter().sum::<usize>() as u64;
+            prop_assert_eq!(moved, Moved { messages: rows.len() as u64, bytes });
+        }
+    }
+
+    #[test]
+    fn a_length_that_cannot_be_is_told() {
+        let stream = [copy_data(b"row"), b"d\0\0\0\x03".to_vec()].concat();
+        assert_eq!(
+            gathered(&stream, std::iter::repeat(4)),
+            (b"row".to_vec(), Moved { messages: 1, bytes: 3 }, Stop::Malformed(3))
+        );
     }
 }
