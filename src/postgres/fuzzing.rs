@@ -146,8 +146,9 @@ pub fn control_answers(runtime: &Runtime, data: &[u8]) {
 pub fn walsender_messages(data: &[u8]) {
     use walsender::ReplicationMessage::{Keepalive, XLogData};
     match walsender::read_message(Bytes::copy_from_slice(data)) {
-        Some(XLogData { start, end, data: payload }) => {
-            let written = [&b"w"[..], &start.0.to_be_bytes(), &end.0.to_be_bytes()].concat();
+        Some(XLogData { start, end, sent_at_us, data: payload }) => {
+            let header = [start.0.to_be_bytes(), end.0.to_be_bytes(), sent_at_us.to_be_bytes()];
+            let written = [&b"w"[..], &header.concat()].concat();
             assert!(data.starts_with(&written) && data[25..] == payload);
         }
         Some(Keepalive { end, reply_requested }) => {

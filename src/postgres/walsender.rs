@@ -73,7 +73,7 @@ use crate::sqlstate;
 
 #[cfg(any(test, fuzzing))]
 pub(super) use stream::replication_message as read_message;
-pub use stream::{Feedback, ReplicationMessage, ReplicationStream};
+pub use stream::{Age, Feedback, ReplicationMessage, ReplicationStream};
 
 /// Longest time between two statuses.
 const MAX_PERIOD: Duration = Duration::from_secs(10);

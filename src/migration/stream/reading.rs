@@ -14,9 +14,10 @@ use tokio::task::JoinHandle;
 use super::{PERMIT_BYTES, StreamContext};
 use crate::lsn::Lsn;
 use crate::migration::apply::applier::Received;
+use crate::pgoutput::{self, Message};
 use crate::postgres::RawError;
 use crate::postgres::walsender::{
-    Feedback, ReplicationConnection, ReplicationMessage, ReplicationStream, WalsenderError,
+    Age, Feedback, ReplicationConnection, ReplicationMessage, ReplicationStream, WalsenderError,
 };
 
 /// Messages that have come together go through the queue together, up to this size.
@@ -24,6 +25,9 @@ const TOGETHER_BYTES: usize = 32 * 1024;
 
 /// What a message costs beside its bytes.
 const MESSAGE_OVERHEAD_BYTES: usize = 128;
+
+/// A transaction that the source sends so much later than it was committed belongs to a backlog.
+const BACKLOG_US: i64 = 1_000_000;
 
 /// A stream that is being read. Dropping it ends the reading; the socket to the source is then closed.
 #[derive(Debug)]
@@ -129,18 +133,25 @@ async fn into_queue(
             None => stream.next().await?,
         };
         let (item, position) = match message {
-            ReplicationMessage::XLogData { mut end, data, .. } => {
+            ReplicationMessage::XLogData { mut end, sent_at_us, data, .. } => {
+                let mut age = age_of(&data, sent_at_us);
                 let mut together = Together::of(data);
                 // What has come with it goes with it.
                 while together.cost < TOGETHER_BYTES && next.is_none() {
                     match stream.at_hand().await? {
-                        Some(ReplicationMessage::XLogData { end: later, data, .. }) if data.len() < TOGETHER_BYTES => {
+                        Some(ReplicationMessage::XLogData { end: later, sent_at_us, data, .. })
+                            if data.len() < TOGETHER_BYTES =>
+                        {
+                            age = age_of(&data, sent_at_us).or(age);
                             end = end.max(later);
                             together.add(&data);
                         }
                         Some(other) => next = Some(other),
                         None => break,
                     }
+                }
+                if let Some(age) = age {
+                    stream.is_of_age(age);
                 }
                 // A message as large as the queue must not wait for all of it: what came before it in its transaction keeps
                 // some until that ends.
@@ -155,6 +166,18 @@ async fn into_queue(
         if queue.send(item).await.is_err() {
             return Ok(());
         }
+    }
+}
+
+/// How old a transaction is that begins here, by the source's own clock.
+fn age_of(data: &Bytes, sent_at_us: i64) -> Option<Age> {
+    if data.first() != Some(&b'B') {
+        return None;
+    }
+    match pgoutput::decode(data, false) {
+        Ok(Message::Begin(begin)) if sent_at_us.saturating_sub(begin.timestamp.0) > BACKLOG_US => Some(Age::Old),
+        // What cannot be read is reported where it is applied.
+        Ok(_) | Err(_) => Some(Age::Fresh),
     }
 }
 
@@ -201,6 +224,17 @@ fn cost_of(data: &Bytes) -> usize {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_transaction_is_as_old_as_its_commit_when_it_is_sent() {
+        let begin = |committed_us: i64| {
+            Bytes::from([&b"B"[..], &[0; 8], &committed_us.to_be_bytes(), &[0, 0, 2, 230]].concat())
+        };
+        assert_eq!(age_of(&begin(5_000_000), 5_000_000 + BACKLOG_US), Some(Age::Fresh));
+        assert_eq!(age_of(&begin(5_000_000), 5_000_001 + BACKLOG_US), Some(Age::Old));
+        assert_eq!(age_of(&begin(5_000_000), 0), Some(Age::Fresh), "a clock that was set back");
+        assert_eq!(age_of(&Bytes::from_static(b"I"), i64::MAX), None);
+    }
 
     #[test]
     fn messages_come_out_as_they_went_in() {

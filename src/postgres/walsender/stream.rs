@@ -36,6 +36,10 @@ const NAP: Duration = Duration::from_millis(1);
 /// How much after the last nap makes the next one long, and how long: until the walsender has filled what it may.
 const LONG_NAP: (usize, Duration) = (6 * 1024, Duration::from_millis(4));
 
+/// How long that one is while what comes is history: whatever comes while the reader sleeps costs the walsender least, and
+/// nobody waits for an old change.
+const BACKLOG_NAP: Duration = Duration::from_millis(10);
+
 /// Microseconds from 1970-01-01 to 2000-01-01, PostgreSQL's epoch.
 const POSTGRES_EPOCH_US: u128 = 946_684_800_000_000;
 
@@ -51,6 +55,8 @@ pub enum ReplicationMessage {
         start: Lsn,
         /// The same again, in logical replication.
         end: Lsn,
+        /// When it was sent, in microseconds since 2000-01-01 00:00:00 UTC by the source's clock.
+        sent_at_us: i64,
         /// The plugin's message, for `pgoutput::decode`.
         data: Bytes,
     },
@@ -108,6 +114,24 @@ impl Feedback {
     }
 }
 
+/// What the source sends now.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Age {
+    /// Changes that were made a moment ago.
+    Fresh,
+    /// A backlog.
+    Old,
+}
+
+/// How long to sleep when so much has come since the last nap.
+fn nap_for(bytes: usize, age: Age) -> Duration {
+    match age {
+        _ if bytes < LONG_NAP.0 => NAP,
+        Age::Fresh => LONG_NAP.1,
+        Age::Old => BACKLOG_NAP,
+    }
+}
+
 /// A running stream. Dropping it closes the connection; the server then releases the slot when it notices.
 pub struct ReplicationStream {
     socket: ReadHalf<Stream>,
@@ -117,6 +141,7 @@ pub struct ReplicationStream {
     own_thread: bool,
     /// When the last nap ended, or little came, and the bytes that have come since.
     window: (Instant, usize),
+    age: Age,
     /// Holds the writing half; ended by [`Self::stop`] or by dropping.
     writer: JoinHandle<io::Result<()>>,
 }
@@ -136,7 +161,8 @@ impl ReplicationStream {
         let writer = tokio::spawn(write_statuses(write_half, said, period));
         let feedback = Feedback { outgoing: Arc::new(outgoing) };
         let window = (Instant::now(), 0);
-        Self { socket, read_buf: connection.read_buf, label, feedback, own_thread: false, window, writer }
+        let age = Age::Fresh;
+        Self { socket, read_buf: connection.read_buf, label, feedback, own_thread: false, window, age, writer }
     }
 
     /// A handle to report positions with.
@@ -148,6 +174,11 @@ impl ReplicationStream {
     /// spares the server the waking.
     pub fn has_own_thread(&mut self) {
         self.own_thread = true;
+    }
+
+    /// Says how old what comes is. Only on a thread of its own it makes a difference.
+    pub fn is_of_age(&mut self, age: Age) {
+        self.age = age;
     }
 
     /// See [`Feedback::send_status`].
@@ -227,7 +258,7 @@ impl ReplicationStream {
         let (since, bytes) = self.window;
         let passed = since.elapsed();
         if bytes >= BUSY.0 && passed < BUSY.1 {
-            std::thread::sleep(if bytes >= LONG_NAP.0 { LONG_NAP.1 } else { NAP });
+            std::thread::sleep(nap_for(bytes, self.age));
         } else if passed < BUSY.1 {
             return;
         }
@@ -374,8 +405,8 @@ pub(in crate::postgres) fn replication_message(mut body: Bytes) -> Option<Replic
     match kind {
         b'w' if header.len() >= 24 => {
             body.advance(1);
-            let (start, end, _sent_at) = (Lsn(body.get_u64()), Lsn(body.get_u64()), body.get_u64());
-            Some(ReplicationMessage::XLogData { start, end, data: body })
+            let (start, end, sent_at_us) = (Lsn(body.get_u64()), Lsn(body.get_u64()), body.get_i64());
+            Some(ReplicationMessage::XLogData { start, end, sent_at_us, data: body })
         }
         b'k' if header.len() == 17 => {
             body.advance(1);
@@ -391,6 +422,16 @@ mod tests {
     use super::*;
 
     #[test]
+    fn only_a_backlog_is_slept_through() {
+        let ms = Duration::from_millis;
+        for (bytes, age, nap) in
+            [(4 * 1024, Age::Fresh, 1), (4 * 1024, Age::Old, 1), (6 * 1024, Age::Fresh, 4), (6 * 1024, Age::Old, 10)]
+        {
+            assert_eq!(nap_for(bytes, age), ms(nap), "{bytes} bytes, {age:?}");
+        }
+    }
+
+    #[test]
     fn status_is_laid_out_as_documented() {
         let outgoing = Outgoing { written: Lsn(3), flushed: Lsn(2), applied: Lsn(1), ..Outgoing::default() };
         let now = SystemTime::UNIX_EPOCH + Duration::from_secs(946_684_801);
@@ -404,8 +445,9 @@ mod tests {
 
     #[test]
     fn messages_are_read_and_malformed_ones_refused() {
-        let data = [&[b'w'][..], &[0; 7], &[5], &[0; 7], &[6], &[0; 8], b"B"].concat();
-        let expected = ReplicationMessage::XLogData { start: Lsn(5), end: Lsn(6), data: Bytes::from_static(b"B") };
+        let data = [&[b'w'][..], &[0; 7], &[5], &[0; 7], &[6], &[0; 7], &[7], b"B"].concat();
+        let body = Bytes::from_static(b"B");
+        let expected = ReplicationMessage::XLogData { start: Lsn(5), end: Lsn(6), sent_at_us: 7, data: body };
         assert_eq!(replication_message(Bytes::from(data)), Some(expected));
         let keepalive = [&[b'k'][..], &[0; 7], &[9], &[0; 8], &[1]].concat();
         let expected = ReplicationMessage::Keepalive { end: Lsn(9), reply_requested: true };
