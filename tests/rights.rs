@@ -4,6 +4,8 @@
 //! What a service gives in a way of its own is given here in PostgreSQL's: `rds_replication` by REPLICATION, the right to set
 //! `session_replication_role` by GRANT SET ON PARAMETER. A role cannot imitate what a service takes from everybody.
 
+#[path = "rights/late.rs"]
+mod late;
 mod support;
 
 use pgcutover::demo::cluster::{Cluster, ClusterAuth, ClusterOptions};
@@ -124,7 +126,10 @@ async fn furnish(source: &Cluster) -> Size {
 
 /// The shop on a server of one service, ready to be moved to another's.
 async fn begin(from: Profile, to: Profile, auth: ClusterAuth, further: DaemonOptions) -> Option<World> {
-    let (source, target) = clusters(&auth)?;
+    Some(begin_on(clusters(&auth)?, from, to, further).await)
+}
+
+async fn begin_on((source, target): (Cluster, Cluster), from: Profile, to: Profile, further: DaemonOptions) -> World {
     from.make(&source).await;
     to.make(&target).await;
     let size = furnish(&source).await;
@@ -133,7 +138,7 @@ async fn begin(from: Profile, to: Profile, auth: ClusterAuth, further: DaemonOpt
         .section("source", &format!("user = \"{LOGIN}\""))
         .section("target", &format!("user = \"{LOGIN}\""));
     let daemon = Daemon::start(&source, &target, options);
-    Some(World { source, target, daemon, size })
+    World { source, target, daemon, size }
 }
 
 /// There and back and there again under load, and both servers hold the same.
@@ -239,122 +244,4 @@ async fn where_no_verifier_can_be_read_passwords_are_set_by_hand() {
     let outcomes = application.finish().await;
     shop::nobody_noticed(&outcomes);
     shop::nothing_lost(&outcomes, &world.source, &world.target).await;
-}
-
-/// More of what acts on rows that are written, and of what hangs on it.
-const ACTING: &str = "
-    COMMENT ON CONSTRAINT rental_customer_id_fkey ON shop.rental IS 'whose';
-    COMMENT ON TRIGGER rental_noted ON shop.rental IS 'noted';
-    CREATE TRIGGER never BEFORE DELETE ON shop.film FOR EACH ROW EXECUTE PROCEDURE shop.note_rental();
-    ALTER TABLE shop.film DISABLE TRIGGER never;
-    CREATE RULE kept AS ON DELETE TO shop.film_stats DO ALSO NOTHING;
-    CREATE POLICY everybody ON shop.film USING (true);
-    ALTER TABLE shop.film ENABLE ROW LEVEL SECURITY";
-
-/// What there is of that on a server, with all that is said of it.
-async fn acting(cluster: &Cluster) -> Vec<String> {
-    let sql = "
-        SELECT format('foreign key %s of %s: %s, valid %s, %s', conname, conrelid::regclass, pg_get_constraintdef(oid),
-                      convalidated, obj_description(oid, 'pg_constraint'))
-          FROM pg_constraint WHERE contype = 'f' AND connamespace = 'shop'::regnamespace
-        UNION ALL
-        SELECT format('%s, enabled %s, %s', pg_get_triggerdef(t.oid), tgenabled, obj_description(t.oid, 'pg_trigger'))
-          FROM pg_trigger t JOIN pg_class c ON c.oid = tgrelid
-         WHERE NOT tgisinternal AND c.relnamespace = 'shop'::regnamespace
-        UNION ALL
-        SELECT definition FROM pg_rules WHERE schemaname = 'shop'
-        UNION ALL
-        SELECT format('policy %s: %s', policyname, qual) FROM pg_policies
-        UNION ALL
-        SELECT format('row security of %s', oid::regclass) FROM pg_class WHERE relrowsecurity
-        ORDER BY 1";
-    let rows = connect(cluster, SHOP).await.query(sql, &[]).await.expect("readable");
-    rows.iter().map(|row| row.get(0)).collect()
-}
-
-impl World {
-    async fn make_acting(&self) {
-        connect_with(&application_login(&self.source)).await.batch_execute(ACTING).await.expect("the owner may");
-    }
-
-    /// Until nothing is left of a cutover that made foreign keys without looking at rows.
-    async fn wait_validated(&self) {
-        wait_for("foreign keys to be validated", || async {
-            let state = &self.view()["databases"][0]["state"];
-            self.state() == COMPLETED && state == "Completed"
-        })
-        .await;
-    }
-}
-
-#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn without_session_replication_role_foreign_keys_and_triggers_come_with_the_cutover() {
-    let Some(world) = begin(RDS, RESERVED, ClusterAuth::Trust, DaemonOptions::default()).await else { return };
-    world.make_acting().await;
-    let application = world.application(6);
-    world.migrate().await;
-    let view = world.view();
-    let rules = view["validation"].as_array().expect("rules");
-    let warned = rules.iter().find(|rule| rule["code"] == "session_replication_role").expect("a rule");
-    assert_eq!(warned["outcome"], "Warning", "{warned}");
-    world.wait_for_writes(&application, 100).await;
-    assert_eq!(acting(&world.target).await, Vec::<String>::new());
-    // Compared is what the cutover will make, and that takes it back.
-    let report = world.daemon.json(&["migration", "verify", NAME]);
-    assert_eq!(report["differences"], serde_json::json!(0), "{report}");
-    let report = world.daemon.json(&["migration", "cutover", NAME, "--dry-run"]);
-    assert!(report["would"].to_string().contains("lose-way-back"), "{report}");
-    assert_eq!(acting(&world.target).await, Vec::<String>::new());
-
-    world.wait_for_writes(&application, 100).await;
-    let report = world.daemon.json(&["migration", "cutover", NAME]);
-    assert_eq!(report["outcome"], "switched", "{report}");
-    assert!(report["notes"].to_string().contains("may not set session_replication_role"), "{report}");
-    world.wait_for_writes(&application, 100).await;
-    world.wait_validated().await;
-    let refused = world.daemon.command(&["migration", "rollback", NAME]);
-    assert!(!refused.status.success());
-    world.wait_for_writes(&application, 100).await;
-    let outcomes = application.finish().await;
-    shop::nobody_noticed(&outcomes);
-    shop::nothing_lost(&outcomes, &world.source, &world.target).await;
-    assert_eq!(acting(&world.source).await, acting(&world.target).await);
-    world.daemon.must(&["migration", "complete", NAME]);
-}
-
-/// Nobody is let in before they are there, whatever happens between the decision and their commit.
-#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn who_is_killed_before_they_are_committed_makes_them_at_the_next_start() {
-    let Some(mut world) = begin(RESERVED, RESERVED, ClusterAuth::Trust, DaemonOptions::default()).await else { return };
-    world.make_acting().await;
-    let application = world.application(4);
-    world.migrate().await;
-    let here = acting(&world.source).await;
-    let report = world.daemon.json(&["migration", "cutover", NAME, "--dry-run"]);
-    assert!(report["would"].to_string().contains("the source's login role may not set"), "{report}");
-    world.crash_at(READY, "cutover", "drain.after_applied=hang", "drain.after_applied").await;
-    assert_eq!(world.serving_port().await, world.source.port());
-    world.wait_until(READY).await;
-    assert_eq!(acting(&world.target).await, Vec::<String>::new());
-    world.wait_for_writes(&application, 50).await;
-
-    world.crash_at(READY, "cutover", "switch.before_open=hang", "switch.before_open").await;
-    assert_eq!(world.serving_port().await, world.target.port());
-    assert_eq!(acting(&world.target).await.len(), here.len());
-    world.wait_validated().await;
-    assert_eq!(acting(&world.target).await, here);
-    world.wait_for_writes(&application, 50).await;
-    let outcomes = application.finish().await;
-    shop::nothing_lost(&outcomes, &world.source, &world.target).await;
-}
-
-#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn an_offline_migration_ends_with_them() {
-    let Some(world) = begin(RDS, RESERVED, ClusterAuth::Trust, DaemonOptions::default()).await else { return };
-    world.make_acting().await;
-    world.daemon.must(&["migration", "create", NAME, "--database", SHOP, "--mode", "offline", "--wait"]);
-    assert_eq!(world.state(), COMPLETED);
-    assert_eq!(acting(&world.source).await, acting(&world.target).await);
-    let (source, target) = (connect(&world.source, SHOP).await, connect(&world.target, SHOP).await);
-    assert_eq!(compare::differences(&source, &target).await.expect("both can be read"), Vec::<String>::new());
 }

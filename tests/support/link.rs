@@ -20,12 +20,20 @@ pub enum Cut {
     After(&'static str),
 }
 
+/// An order to cut one connection.
+#[derive(Clone, Debug)]
+struct Order {
+    /// It has carried this text before.
+    behind: Option<&'static str>,
+    cut: Cut,
+}
+
 /// A running link. Ends with the runtime.
 #[derive(Clone)]
 pub struct Link {
     /// Where to connect instead of the server.
     pub address: SocketAddr,
-    cut: Arc<Mutex<Option<Cut>>>,
+    cut: Arc<Mutex<Option<Order>>>,
     cuts: Arc<AtomicU64>,
     /// Cut the next connection that has carried so much in answers, or in requests.
     answers_left: Arc<AtomicI64>,
@@ -65,7 +73,12 @@ impl Link {
 
     /// Cuts the next connection that carries the text, once.
     pub fn cut_once(&self, cut: Cut) {
-        *self.cut.lock().expect("not poisoned") = Some(cut);
+        *self.cut.lock().expect("not poisoned") = Some(Order { behind: None, cut });
+    }
+
+    /// The same of a connection that has carried another text in an earlier message.
+    pub fn cut_once_behind(&self, behind: &'static str, cut: Cut) {
+        *self.cut.lock().expect("not poisoned") = Some(Order { behind: Some(behind), cut });
     }
 
     /// Cuts, once, the connection on which the server's answers come to so many bytes from now on, all connections together:
@@ -110,13 +123,18 @@ impl Link {
         self.cuts.load(Ordering::SeqCst)
     }
 
-    fn triggered(&self, bytes: &[u8]) -> Option<Cut> {
-        let mut cut = self.cut.lock().expect("not poisoned");
-        let text = match cut.as_ref()? {
-            Cut::Before(text) | Cut::After(text) => text.as_bytes(),
-        };
-        let found = bytes.windows(text.len()).any(|window| window == text);
-        if found { cut.take() } else { None }
+    /// Whether these bytes are to be cut at; `passed` is what the connection has carried of the order's first text.
+    fn triggered(&self, bytes: &[u8], passed: &mut Option<&'static str>) -> Option<Cut> {
+        let mut order = self.cut.lock().expect("not poisoned");
+        let Order { behind, cut: Cut::Before(text) | Cut::After(text) } = order.as_ref()?;
+        let has = |text: &str| bytes.windows(text.len()).any(|window| window == text.as_bytes());
+        if *behind == *passed && has(text) {
+            return order.take().map(|order| order.cut);
+        }
+        if behind.is_some_and(has) {
+            *passed = *behind;
+        }
+        None
     }
 
     async fn carry(&self, client: TcpStream, server: TcpStream) {
@@ -147,6 +165,7 @@ impl Link {
         });
         let mut passing = self.stalled.subscribe();
         let mut buffer = vec![0; 64 * 1024];
+        let mut passed = None;
         loop {
             // Both are ends of the connection, so nothing is lost that was not to be.
             let read = tokio::select! {
@@ -162,7 +181,7 @@ impl Link {
                 let _ = to_server.write_all(&buffer[..passes]).await;
                 break;
             }
-            match self.triggered(&buffer[..read]) {
+            match self.triggered(&buffer[..read], &mut passed) {
                 Some(Cut::Before(_)) => {
                     self.cuts.fetch_add(1, Ordering::SeqCst);
                     break;
