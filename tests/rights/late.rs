@@ -180,7 +180,10 @@ async fn rows_that_violate_a_foreign_key_are_told_after_the_cutover_until_they_a
     assert_eq!(report["outcome"], "switched", "{report}");
     wait_for("the violation to be told", || async { error_code(&world.view()) == "not_valid" }).await;
     let view = world.view();
-    assert!(view["error"]["object"].as_str().is_some_and(|object| object.contains("rental_customer_id_fkey")), "{view}");
+    assert!(
+        view["error"]["object"].as_str().is_some_and(|object| object.contains("rental_customer_id_fkey")),
+        "{view}"
+    );
     assert!(view["error"]["hint"].as_str().is_some_and(|hint| hint.contains("retry")), "{view}");
     let target = connect(&world.target, SHOP).await;
     let validated = async || target.query_one(VALIDATED, &[]).await.expect("it is there").get::<_, bool>(0);
