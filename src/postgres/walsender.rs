@@ -61,6 +61,7 @@
 //! A server that is asked to stop (`fast`) waits until all it has written is confirmed, and then ends the stream. So
 //! positions of keepalives are to be reported too, or the source cannot be shut down while we are connected.
 
+mod nap;
 mod stream;
 
 use std::pin::pin;
@@ -71,9 +72,10 @@ use crate::lsn::Lsn;
 use crate::postgres::{ConnectError, Connector, RawConnection, RawError};
 use crate::sqlstate;
 
+pub use nap::Age;
 #[cfg(any(test, fuzzing))]
 pub(super) use stream::replication_message as read_message;
-pub use stream::{Age, Feedback, ReplicationMessage, ReplicationStream};
+pub use stream::{Feedback, ReplicationMessage, ReplicationStream};
 
 /// Longest time between two statuses.
 const MAX_PERIOD: Duration = Duration::from_secs(10);

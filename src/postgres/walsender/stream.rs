@@ -13,6 +13,7 @@ use tokio::task::JoinHandle;
 use tokio::time::Instant;
 
 use super::WalsenderError;
+use super::nap::{Age, Naps};
 use crate::lsn::Lsn;
 use crate::postgres::frame::{MAX_FRAME_BYTES, take_frame};
 use crate::postgres::{Frame, RawConnection, RawError, Stream};
@@ -26,19 +27,6 @@ const READ_BYTES: usize = 256 * 1024;
 
 /// Read from the socket at a time, at least.
 const MIN_ROOM_BYTES: usize = 32 * 1024;
-
-/// When so much has come within so short a time, more will come: worth a nap.
-const BUSY: (usize, Duration) = (4096, Duration::from_millis(10));
-
-/// How long the reading thread sleeps then.
-const NAP: Duration = Duration::from_millis(1);
-
-/// How much after the last nap makes the next one long, and how long: until the walsender has filled what it may.
-const LONG_NAP: (usize, Duration) = (6 * 1024, Duration::from_millis(4));
-
-/// How long that one is while what comes is history: whatever comes while the reader sleeps costs the walsender least, and
-/// nobody waits for an old change.
-const BACKLOG_NAP: Duration = Duration::from_millis(10);
 
 /// Microseconds from 1970-01-01 to 2000-01-01, PostgreSQL's epoch.
 const POSTGRES_EPOCH_US: u128 = 946_684_800_000_000;
@@ -114,34 +102,13 @@ impl Feedback {
     }
 }
 
-/// What the source sends now.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Age {
-    /// Changes that were made a moment ago.
-    Fresh,
-    /// A backlog.
-    Old,
-}
-
-/// How long to sleep when so much has come since the last nap.
-fn nap_for(bytes: usize, age: Age) -> Duration {
-    match age {
-        _ if bytes < LONG_NAP.0 => NAP,
-        Age::Fresh => LONG_NAP.1,
-        Age::Old => BACKLOG_NAP,
-    }
-}
-
 /// A running stream. Dropping it closes the connection; the server then releases the slot when it notices.
 pub struct ReplicationStream {
     socket: ReadHalf<Stream>,
     read_buf: BytesMut,
     label: String,
     feedback: Feedback,
-    own_thread: bool,
-    /// When the last nap ended, or little came, and the bytes that have come since.
-    window: (Instant, usize),
-    age: Age,
+    naps: Naps,
     /// Holds the writing half; ended by [`Self::stop`] or by dropping.
     writer: JoinHandle<io::Result<()>>,
 }
@@ -160,9 +127,8 @@ impl ReplicationStream {
         let (outgoing, said) = watch::channel(Outgoing::default());
         let writer = tokio::spawn(write_statuses(write_half, said, period));
         let feedback = Feedback { outgoing: Arc::new(outgoing) };
-        let window = (Instant::now(), 0);
-        let age = Age::Fresh;
-        Self { socket, read_buf: connection.read_buf, label, feedback, own_thread: false, window, age, writer }
+        let naps = Naps::new();
+        Self { socket, read_buf: connection.read_buf, label, feedback, naps, writer }
     }
 
     /// A handle to report positions with.
@@ -173,12 +139,12 @@ impl ReplicationStream {
     /// Says that nothing else runs on this thread: while changes come without end, it then sleeps between two reads, which
     /// spares the server the waking.
     pub fn has_own_thread(&mut self) {
-        self.own_thread = true;
+        self.naps.own_thread = true;
     }
 
     /// Says how old what comes is. Only on a thread of its own it makes a difference.
     pub fn is_of_age(&mut self, age: Age) {
-        self.age = age;
+        self.naps.age = age;
     }
 
     /// See [`Feedback::send_status`].
@@ -204,7 +170,7 @@ impl ReplicationStream {
                     return Ok(Some(message));
                 }
             }
-            if !self.read_at_once().await? {
+            if self.naps.due() || !self.read_at_once().await? {
                 return Ok(None);
             }
         }
@@ -253,18 +219,6 @@ impl ReplicationStream {
         Ok(())
     }
 
-    /// Sleeps, with the whole thread, while changes come without end.
-    fn nap(&mut self) {
-        let (since, bytes) = self.window;
-        let passed = since.elapsed();
-        if bytes >= BUSY.0 && passed < BUSY.1 {
-            std::thread::sleep(nap_for(bytes, self.age));
-        } else if passed < BUSY.1 {
-            return;
-        }
-        self.window = (Instant::now(), 0);
-    }
-
     fn frame_at_hand(&mut self) -> Result<Option<Frame>, RawError> {
         take_frame(&mut self.read_buf, MAX_FRAME_BYTES).map_err(|what| self.violation(what))
     }
@@ -274,12 +228,12 @@ impl ReplicationStream {
             if let Some(frame) = self.frame_at_hand()? {
                 return Ok(frame);
             }
-            if self.read_at_once().await? {
+            if !self.naps.due() && self.read_at_once().await? {
                 continue;
             }
             // The rest of a long message is on its way.
-            if self.own_thread && self.read_buf.len() < MIN_ROOM_BYTES {
-                self.nap();
+            if self.naps.own_thread && self.read_buf.len() < MIN_ROOM_BYTES {
+                self.naps.take();
             }
             self.make_room();
             match tokio::time::timeout(MAX_SILENCE, self.socket.read_buf(&mut self.read_buf)).await {
@@ -315,7 +269,7 @@ impl ReplicationStream {
         match read {
             Ok(0) => Err(self.lost(io::ErrorKind::UnexpectedEof.into())),
             Ok(count) => {
-                self.window.1 += count;
+                self.naps.read(count);
                 Ok(())
             }
             Err(error) => Err(self.lost(error)),
@@ -421,14 +375,33 @@ pub(in crate::postgres) fn replication_message(mut body: Bytes) -> Option<Replic
 mod tests {
     use super::*;
 
-    #[test]
-    fn only_a_backlog_is_slept_through() {
-        let ms = Duration::from_millis;
-        for (bytes, age, nap) in
-            [(4 * 1024, Age::Fresh, 1), (4 * 1024, Age::Old, 1), (6 * 1024, Age::Fresh, 4), (6 * 1024, Age::Old, 10)]
-        {
-            assert_eq!(nap_for(bytes, age), ms(nap), "{bytes} bytes, {age:?}");
+    #[tokio::test]
+    async fn naps_lose_nothing_of_a_backlog() {
+        let (ours, mut server) = tokio::net::UnixStream::pair().expect("a pair");
+        let connection = RawConnection::before_login(Stream::Unix(ours), "source");
+        let mut stream = ReplicationStream::new(connection, Duration::from_secs(10));
+        stream.has_own_thread();
+        stream.is_of_age(Age::Old);
+        let total = 3000;
+        let sending = tokio::spawn(async move {
+            for number in 0..total {
+                let message = [&b"d\0\0\0\x26w"[..], &[0; 24], format!("{number:09}").as_bytes()].concat();
+                server.write_all(&message).await.expect("somebody reads");
+            }
+            server
+        });
+        let (mut received, mut next) = (0, Some(stream.next().await.expect("a message")));
+        while let Some(message) = next {
+            let ReplicationMessage::XLogData { data, .. } = message else { panic!("{message:?}") };
+            assert_eq!(data, format!("{received:09}"));
+            received += 1;
+            next = match stream.at_hand().await.expect("the stream is whole") {
+                None if received < total => Some(stream.next().await.expect("a message")),
+                at_hand => at_hand,
+            };
         }
+        assert_eq!(received, total);
+        drop(sending.await.expect("sent"));
     }
 
     #[test]
