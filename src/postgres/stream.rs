@@ -34,16 +34,31 @@ impl Stream {
     /// of an hour, because keepalive probes wait until everything sent is acknowledged. Only for peers that always
     /// read: a full receive window counts as silence too. Does nothing for Unix sockets and those of a ring, nor where the system cannot.
     pub(super) fn limit_unacknowledged(&self, limit: Duration) -> io::Result<()> {
-        let tcp = match self {
-            Self::Tcp(stream) => stream,
-            Self::Tls(stream) => stream.get_ref().0,
-            Self::Unix(_) | Self::Ring(_) => return Ok(()),
-        };
+        let Some(tcp) = self.as_tcp() else { return Ok(()) };
         #[cfg(target_os = "linux")]
         socket2::SockRef::from(tcp).set_tcp_user_timeout(Some(limit))?;
         #[cfg(not(target_os = "linux"))]
         let _unsupported = (tcp, limit);
         Ok(())
+    }
+
+    /// Lets the kernel take no more from us once `bytes` of what it has cannot be sent yet, because the other side does not
+    /// read as fast. Does nothing where the one above does nothing.
+    pub fn limit_unsent(&self, bytes: u32) -> io::Result<()> {
+        let Some(tcp) = self.as_tcp() else { return Ok(()) };
+        #[cfg(target_os = "linux")]
+        socket2::SockRef::from(tcp).set_tcp_notsent_lowat(bytes)?;
+        #[cfg(not(target_os = "linux"))]
+        let _unsupported = (tcp, bytes);
+        Ok(())
+    }
+
+    fn as_tcp(&self) -> Option<&TcpStream> {
+        match self {
+            Self::Tcp(stream) => Some(stream),
+            Self::Tls(stream) => Some(stream.get_ref().0),
+            Self::Unix(_) | Self::Ring(_) => None,
+        }
     }
 }
 

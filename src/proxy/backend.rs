@@ -18,6 +18,11 @@ use crate::wire::message;
 /// The setting that a soft fence changes for a database.
 const READ_ONLY: &str = "default_transaction_read_only";
 
+/// So many bytes wait here for the server to take them, not the megabytes that the kernel would gather. A client that sends
+/// without a pause must feel that the server is slow, as if it were connected to it: only then it looks for answers, and
+/// learns of an error before it has sent everything.
+const UNSENT_BYTES: u32 = 128 << 10;
+
 /// How long a connection that is of no use may take to close.
 const CLOSING: Duration = Duration::from_secs(5);
 
@@ -148,6 +153,8 @@ async fn log_in(
         Err(error) if is_full(&error) && shared.vacancies.make_room(server).await => connector.raw(login).await?,
         opened => opened?,
     };
+    // Where the system cannot, more waits here; that is no reason to refuse the client.
+    let _limited = connection.stream.limit_unsent(UNSENT_BYTES);
     if connection.read_buf.is_empty() {
         // Its capacity is of no use any more: the relay has buffers of its own.
         connection.read_buf = bytes::BytesMut::new();

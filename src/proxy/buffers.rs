@@ -63,11 +63,19 @@ pub(super) struct Buffer {
     end: usize,
     /// What to borrow next: large after a read filled a whole block.
     size: Size,
+    may_be_large: bool,
 }
 
 impl Buffer {
     pub(super) fn new(pool: Rc<Pool>) -> Self {
-        Self { pool, block: None, start: 0, end: 0, size: Size::Small }
+        Self { pool, block: None, start: 0, end: 0, size: Size::Small, may_be_large: true }
+    }
+
+    /// One that borrows the usual blocks only.
+    pub(super) fn small(pool: Rc<Pool>) -> Self {
+        let mut buffer = Self::new(pool);
+        buffer.may_be_large = false;
+        buffer
     }
 
     /// Bytes held.
@@ -121,7 +129,7 @@ impl Buffer {
     pub(super) fn fill(&mut self, count: usize) {
         self.end += count;
         let capacity = self.capacity();
-        if count == capacity {
+        if count == capacity && self.may_be_large {
             self.size = Size::Large;
         } else if count < self.pool.small_bytes / 2 {
             self.size = Size::Small;
@@ -249,5 +257,12 @@ mod tests {
         buffer.consume(10);
         buffer.release();
         assert_eq!(buffer.room().len(), 1024);
+
+        let mut small = Buffer::small(Pool::new(1024));
+        small.room();
+        small.fill(1024);
+        small.consume(1024);
+        small.release();
+        assert_eq!(small.room().len(), 1024);
     }
 }

@@ -1,5 +1,6 @@
 //! Reading into a buffer and writing out of one, as far as a socket goes now: what every relay does in either direction.
 
+use std::future::Future as _;
 use std::io;
 use std::pin::Pin;
 use std::task::{Context, Poll};
@@ -9,11 +10,26 @@ use tokio::io::{AsyncRead as _, AsyncWrite as _, ReadBuf};
 use super::buffers::Buffer;
 use crate::postgres::Stream;
 
+/// So many blocks in each direction, then others have their turn: an error must reach a client that sends without a pause.
+pub(super) const BLOCKS_AT_ONCE: usize = 4;
+
+/// Wakes the task once the poller has been asked. Who only wakes itself is run again before that, and does not learn that
+/// its other socket has something to say.
+pub(super) fn go_on_after_poller(cx: &mut Context<'_>) {
+    let _pending = std::pin::pin!(tokio::task::yield_now()).poll(cx);
+}
+
 /// What was done in one direction.
 #[derive(Clone, Copy, PartialEq, Eq)]
 pub(super) enum Progress {
     Some,
     None,
+}
+
+impl Progress {
+    pub(super) fn or(self, other: Self) -> Self {
+        if self == Self::Some { self } else { other }
+    }
 }
 
 /// Reads once into the buffer's room, which must not be empty, and says how much came; it counts once [`Buffer::fill`] is

@@ -30,6 +30,8 @@ use crate::wire::startup::{self, SessionStartup, Startup, StartupError};
 /// First byte of a TLS record that carries a handshake; as the first byte of a startup packet it would be a length of
 /// hundreds of megabytes.
 const TLS_HANDSHAKE: u8 = 0x16;
+/// Room for what a client sends at a time during a login.
+const LOGIN_MESSAGE_BYTES: usize = 512;
 
 /// Who is at the other end, as far as it is known before it says so itself.
 #[derive(Clone, Debug, Default)]
@@ -99,6 +101,8 @@ impl ClientChannel {
 
     /// Reads what there is. Cancel-safe.
     pub(super) async fn read_some(&mut self) -> io::Result<()> {
+        // Room for any message of a login: one read each.
+        self.input.reserve(LOGIN_MESSAGE_BYTES);
         if self.stream.read_buf(&mut self.input).await? == 0 {
             return Err(io::ErrorKind::UnexpectedEof.into());
         }

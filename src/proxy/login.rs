@@ -422,10 +422,8 @@ impl LoginInProgress<'_> {
             tracing::info!(%error, "a client asks for a database that was not asked for before, and is not let in");
             Refused::With(backend::refusal(&error))
         })?;
-        tokio::task::spawn_local(async move {
-            // Best effort: the server notices a closed socket too.
-            let _closed = tokio::time::timeout(CLOSING, connection.terminate()).await;
-        });
+        // Waited for: it may be the only one that the role may have. Best effort: the server notices a closed socket too.
+        let _closed = tokio::time::timeout(CLOSING, connection.terminate()).await;
         Ok(())
     }
 

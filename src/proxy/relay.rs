@@ -55,6 +55,7 @@ impl Session {
             return Poll::Ready(step);
         }
         (self.up.is_drained, self.down.is_drained) = (false, false);
+        let mut rounds = 0;
         loop {
             let up = match self.pump_up(cx) {
                 Ok(up) => up,
@@ -68,6 +69,11 @@ impl Session {
             if up == Progress::None && down == Progress::None {
                 break;
             }
+            rounds += 1;
+            if rounds == flow::BLOCKS_AT_ONCE {
+                flow::go_on_after_poller(cx);
+                break;
+            }
         }
         if self.cancelled {
             self.answer_cancel();
@@ -78,6 +84,9 @@ impl Session {
         }
         if let Some(step) = self.ready_to_move() {
             return Poll::Ready(step);
+        }
+        if self.is_to_board() {
+            return Poll::Ready(Step::Board);
         }
         self.up.buffer.release();
         self.down.buffer.release();
@@ -115,28 +124,22 @@ impl Session {
         Some(Step::Adopt(admission.epoch))
     }
 
-    /// Client to backend.
+    /// Client to backend, at most a block.
     fn pump_up(&mut self, cx: &mut Context<'_>) -> Result<Progress, Step> {
-        let mut progress = Progress::None;
-        loop {
-            let read = self.read_client(cx)?;
-            self.clear()?;
-            let written = self.write_backend(cx)?;
-            if self.up.terminated {
-                // Only the end of the stream is of interest now.
-                self.up.buffer.consume(self.up.buffer.len());
-                if !self.ledger.awaits_ready() && self.down.buffer.is_empty() {
-                    return Err(Step::End(End::ClientLeft));
-                }
-            }
-            if self.up.ended && self.up.cleared == 0 {
+        let read = self.read_client(cx)?;
+        self.clear()?;
+        let written = self.write_backend(cx)?;
+        if self.up.terminated {
+            // Only the end of the stream is of interest now.
+            self.up.buffer.consume(self.up.buffer.len());
+            if !self.ledger.awaits_ready() && self.down.buffer.is_empty() {
                 return Err(Step::End(End::ClientLeft));
             }
-            if read == Progress::None && written == Progress::None {
-                return Ok(progress);
-            }
-            progress = Progress::Some;
         }
+        if self.up.ended && self.up.cleared == 0 {
+            return Err(Step::End(End::ClientLeft));
+        }
+        Ok(read.or(written))
     }
 
     fn read_client(&mut self, cx: &mut Context<'_>) -> Result<Progress, Step> {
@@ -368,17 +371,11 @@ impl Session {
         }
     }
 
-    /// Backend to client.
+    /// Backend to client, at most a block.
     fn pump_down(&mut self, cx: &mut Context<'_>) -> Result<Progress, End> {
-        let mut progress = Progress::None;
-        loop {
-            let read = self.read_backend(cx)?;
-            let written = self.write_client(cx)?;
-            if read == Progress::None && written == Progress::None {
-                return Ok(progress);
-            }
-            progress = Progress::Some;
-        }
+        let read = self.read_backend(cx)?;
+        let written = self.write_client(cx)?;
+        Ok(read.or(written))
     }
 
     fn read_backend(&mut self, cx: &mut Context<'_>) -> Result<Progress, End> {

@@ -33,6 +33,8 @@ use crate::wire::scanner::Scanner;
 
 /// How long a client may take to read its last words.
 const FAREWELL: Duration = Duration::from_secs(5);
+/// Who has had so many answers stays for longer.
+const READIES_BEFORE_RING: u32 = 3;
 /// How long the backend of an idle session may take to close.
 const CLOSING: Duration = Duration::from_secs(5);
 
@@ -135,6 +137,8 @@ pub(super) struct Session {
     pub(super) waited_too_long: bool,
     /// Which statement it was when the gate was entered.
     pub(super) entered_turn: u32,
+    /// Its sockets are served by the worker's ring, as far as they can be.
+    is_aboard: bool,
     /// What the sweep of time-outs last saw.
     pub(super) seen: Option<Seen>,
     /// When a held client with a full buffer is looked at again.
@@ -167,6 +171,8 @@ pub(super) struct TakenOver {
 pub(super) enum Step {
     /// The mailbox is not empty.
     Orders,
+    /// It has asked often enough for its sockets to be worth a place in the ring.
+    Board,
     /// The backend is not on the active server, and the session has been admitted for the exchange.
     Adopt(Epoch),
     /// A move can go on at this safe point.
@@ -207,7 +213,8 @@ impl Session {
     /// A session whose client waits for ReadyForQuery, which stands in its channel's output.
     pub(super) fn start(worker: Rc<Worker>, client: LoggedIn, link: Link) -> Self {
         let LoggedIn { channel, registration, slot } = client;
-        let mut up = Buffer::new(worker.pool.clone());
+        // A server that has much to do is not to have much more from here than it reads: see [`super::backend`].
+        let mut up = Buffer::small(worker.pool.clone());
         let mut down = Buffer::new(worker.pool.clone());
         if !channel.input.is_empty() {
             up.append(&channel.input);
@@ -233,6 +240,7 @@ impl Session {
             cancelled: false,
             waited_too_long: false,
             entered_turn: 0,
+            is_aboard: false,
             seen: None,
             look_again: None,
             _key: link.key,
@@ -266,6 +274,7 @@ impl Session {
             cancelled: false,
             waited_too_long: false,
             entered_turn: 0,
+            is_aboard: false,
             seen: None,
             look_again: None,
             _key: taken.key,
@@ -298,12 +307,17 @@ impl Session {
             return end;
         }
         loop {
-            if self.board_ring().is_err() {
+            // A backend may be a new one.
+            if self.is_aboard && self.board_ring().is_err() {
                 return End::ServerLost;
             }
             let step = std::future::poll_fn(|cx| self.poll_relay(cx)).await;
             let outcome = match step {
                 Step::Orders => Box::pin(self.obey()).await,
+                Step::Board => {
+                    self.is_aboard = true;
+                    Ok(())
+                }
                 Step::Adopt(epoch) => Box::pin(self.adopt(epoch)).await,
                 Step::Move => Box::pin(self.advance_move()).await,
                 Step::End(end) => Err(end),
@@ -314,7 +328,14 @@ impl Session {
         }
     }
 
-    /// The worker's ring serves both sockets while they are plain ones; a backend may be a new one.
+    /// Whether the ring is to serve its sockets from now on. Getting there and back takes a dozen system calls, more than a
+    /// client that connects for each statement saves.
+    #[inline]
+    pub(super) fn is_to_board(&self) -> bool {
+        !self.is_aboard && self.ledger.readies() >= READIES_BEFORE_RING && self.worker.ring.is_some()
+    }
+
+    /// The worker's ring serves both sockets while they are plain ones.
     fn board_ring(&mut self) -> std::io::Result<()> {
         let Some(ring) = &self.worker.ring else { return Ok(()) };
         if let Some(backend) = &mut self.backend {

@@ -1,12 +1,14 @@
 //! How many clients there may be, and that an operator gets in all the same.
 
+use std::time::Duration;
+
 use futures_util::StreamExt as _;
 use pgcutover::config::limits::Override;
 use pgcutover::config::{self, PoolMode};
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 use tokio::net::{TcpListener, TcpStream};
 
-use crate::rig::{Rig, server};
+use crate::rig::{Rig, server, text};
 use crate::support::{self, one_cluster, wait_for};
 use crate::wire_client::{WireClient, frame, parse, query, sync};
 
@@ -43,6 +45,26 @@ async fn roles_and_databases_have_their_limits_and_places_are_given_back() {
     wait_for("places to be given back", || async { rig.sessions.list().len() == 1 }).await;
     support::connect_with(&ann).await;
     rig.connect("template1").await;
+    rig.stop().await;
+}
+
+/// A server's own limit leaves no place for a connection beside the client's, not even where its database is new to us.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_role_with_one_connection_gets_in_where_nobody_was_before() {
+    let cluster = one_cluster("single");
+    let direct = support::connect(&cluster, "postgres").await;
+    direct.batch_execute("CREATE ROLE single LOGIN NOSUPERUSER CONNECTION LIMIT 1").await.expect("created");
+    let rig = Rig::start(server(&cluster), server(&cluster), |config| config.pool.server_linger = Duration::ZERO);
+    for database in ["one", "two", "three", "four"] {
+        direct.batch_execute(&format!("CREATE DATABASE {database}")).await.expect("created");
+        let mut single = rig.client(database);
+        single.user("single");
+        drop(support::connect_with(&single).await);
+        wait_for("it to be gone", || async {
+            text(&direct, "SELECT count(*) FROM pg_stat_activity WHERE usename = 'single'").await == "0"
+        })
+        .await;
+    }
     rig.stop().await;
 }
 

@@ -186,6 +186,40 @@ async fn a_slow_reader_holds_the_server_back_and_gets_everything(sockets: Socket
     rig.stop().await;
 }
 
+/// What a server does not read yet stays with the client, but for little: a client that sends without a pause would
+/// otherwise have sent everything before it looks for an error.
+async fn a_slow_server_holds_the_client_back_and_gets_everything(sockets: Sockets) {
+    const QUERIES: usize = 32;
+    let cluster = one_cluster("slow-server");
+    let rig = Rig::on(&cluster, sockets);
+    let direct = connect(&cluster, "postgres").await;
+    direct.batch_execute("SELECT pg_advisory_lock(1)").await.expect("locked");
+    let mut client = rig.wire("postgres").await;
+    let (reader, mut writer) = client.stream.into_split();
+    let flood = tokio::spawn(async move {
+        let large = query(&format!("SELECT length('{}')", "x".repeat(1 << 20)));
+        for message in std::iter::once(query("SELECT pg_advisory_xact_lock(1)")).chain(vec![large; QUERIES]) {
+            tokio::io::AsyncWriteExt::write_all(&mut writer, &message).await.expect("sent");
+        }
+        writer
+    });
+    let sent = || rig.metrics.bytes.with_label_values(&["postgres", "from_client"]).get();
+    // Counters are handed over once a second.
+    let (mut before, mut unchanged) = (0, 0);
+    while unchanged < 3 {
+        tokio::time::sleep(Duration::from_millis(1100)).await;
+        unchanged = if before > 0 && sent() == before { unchanged + 1 } else { 0 };
+        before = sent();
+    }
+    assert!(before < 1 << 20, "{before} bytes went on to a server that does not read");
+    direct.batch_execute("SELECT pg_advisory_unlock(1)").await.expect("unlocked");
+    client.stream = reader.reunite(flood.await.expect("everything was sent")).expect("one stream");
+    for _ in 0..=QUERIES {
+        assert_eq!(client.tags_until_ready().await, "TDCZI");
+    }
+    rig.stop().await;
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn the_handshake_answers_as_postgresql_does() {
     let cluster = one_cluster("handshake");
@@ -329,5 +363,6 @@ on_both! {
     copy_goes_both_ways_and_fails_in_every_way,
     notifications_reach_an_idle_session,
     a_slow_reader_holds_the_server_back_and_gets_everything,
+    a_slow_server_holds_the_client_back_and_gets_everything,
     a_backend_that_is_ended_says_so_to_its_client,
 }

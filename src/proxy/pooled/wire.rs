@@ -12,6 +12,7 @@ impl PooledSession {
         if self.entry.has_orders() {
             return Poll::Ready(Step::Orders);
         }
+        let mut rounds = 0;
         loop {
             let up = match self.pump_up(cx) {
                 Ok(up) => up,
@@ -22,6 +23,11 @@ impl PooledSession {
                 Err(step) => return Poll::Ready(step),
             };
             if up == Progress::None && down == Progress::None {
+                break;
+            }
+            rounds += 1;
+            if rounds == flow::BLOCKS_AT_ONCE {
+                flow::go_on_after_poller(cx);
                 break;
             }
         }
@@ -38,28 +44,22 @@ impl PooledSession {
         Poll::Pending
     }
 
-    /// Client to server.
+    /// Client to server, at most a block.
     fn pump_up(&mut self, cx: &mut Context<'_>) -> Result<Progress, Step> {
-        let mut progress = Progress::None;
-        loop {
-            let read = self.read_client(cx)?;
-            self.pass_frames()?;
-            let written = self.write_server(cx)?;
-            if self.up.terminated {
-                // Only the end of the stream is of interest now.
-                self.up.buffer.consume(self.up.buffer.len());
-                if self.link.is_none() && self.down.buffer.is_empty() {
-                    return Err(Step::End(End::ClientLeft));
-                }
-            }
-            if self.up.ended && self.up.out.is_empty() {
+        let read = self.read_client(cx)?;
+        self.pass_frames()?;
+        let written = self.write_server(cx)?;
+        if self.up.terminated {
+            // Only the end of the stream is of interest now.
+            self.up.buffer.consume(self.up.buffer.len());
+            if self.link.is_none() && self.down.buffer.is_empty() {
                 return Err(Step::End(End::ClientLeft));
             }
-            if read == Progress::None && written == Progress::None {
-                return Ok(progress);
-            }
-            progress = Progress::Some;
         }
+        if self.up.ended && self.up.out.is_empty() {
+            return Err(Step::End(End::ClientLeft));
+        }
+        Ok(read.or(written))
     }
 
     fn read_client(&mut self, cx: &mut Context<'_>) -> Result<Progress, Step> {
@@ -106,25 +106,19 @@ impl PooledSession {
         Err(Step::End(End::ServerLost))
     }
 
-    /// Server to client.
+    /// Server to client, at most a block.
     fn pump_down(&mut self, cx: &mut Context<'_>) -> Result<Progress, Step> {
-        let mut progress = Progress::None;
-        loop {
-            let read = match self.read_server(cx) {
-                Ok(read) => read,
-                Err(step @ (Step::Settle | Step::Mend)) => {
-                    // The client need not wait for what is done after its transaction.
-                    self.write_client(cx)?;
-                    return Err(step);
-                }
-                Err(step) => return Err(step),
-            };
-            let written = self.write_client(cx)?;
-            if read == Progress::None && written == Progress::None {
-                return Ok(progress);
+        let read = match self.read_server(cx) {
+            Ok(read) => read,
+            Err(step @ (Step::Settle | Step::Mend)) => {
+                // The client need not wait for what is done after its transaction.
+                self.write_client(cx)?;
+                return Err(step);
             }
-            progress = Progress::Some;
-        }
+            Err(step) => return Err(step),
+        };
+        let written = self.write_client(cx)?;
+        Ok(read.or(written))
     }
 
     fn read_server(&mut self, cx: &mut Context<'_>) -> Result<Progress, Step> {
