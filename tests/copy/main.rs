@@ -2,6 +2,7 @@
 #![expect(clippy::unwrap_used, reason = "a test fails by panicking")]
 
 mod dump;
+mod grants;
 #[path = "../support/objects.rs"]
 mod objects;
 mod parameter_rights;

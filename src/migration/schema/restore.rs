@@ -1,5 +1,6 @@
 //! Executing entries on the target: each in a transaction of its own, together with the mark that it is done.
 
+use std::borrow::Cow;
 use std::collections::HashSet;
 use std::time::Duration;
 
@@ -125,7 +126,7 @@ impl<'a> Restorer<'a> {
             Locking::Patient => Duration::ZERO,
             Locking::Brief => BRIEF_LOCK_TIMEOUT,
         };
-        let text = self.transaction_text(entry, key, sql, lock_timeout);
+        let text = self.transaction_text(entry, key, &by_members(&entry.kind, sql), lock_timeout);
         let mut attempts = 0;
         loop {
             attempts += 1;
@@ -203,6 +204,22 @@ pub(super) fn settings(archive: &Archive, scope: &str) -> String {
     )
 }
 
+/// pg_dump becomes whoever has granted something that he does not own, which only a superuser may. A member may act as that
+/// role, and what he then grants is granted by it.
+fn by_members<'a>(kind: &str, sql: &'a str) -> Cow<'a, str> {
+    const BECOME: &str = "SET SESSION AUTHORIZATION ";
+    if !kind.ends_with("ACL") || !sql.contains(BECOME) {
+        return Cow::Borrowed(sql);
+    }
+    let lines = sql.lines().map(|line| match line.strip_prefix(BECOME) {
+        Some(role) if role != "DEFAULT;" => format!("SET ROLE {role}\n"),
+        Some(_) => "RESET ROLE;\n".to_owned(),
+        None if line == "RESET SESSION AUTHORIZATION;" => "RESET ROLE;\n".to_owned(),
+        None => format!("{line}\n"),
+    });
+    Cow::Owned(lines.collect())
+}
+
 /// The mark of a foreign key's second step.
 fn validated(entry: &Entry) -> String {
     format!("{}/validated", entry.key)
@@ -215,4 +232,18 @@ pub(in crate::migration) enum Locking {
     Patient,
     /// A moment, again and again: an applier is at work.
     Brief,
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_others_have_granted_is_granted_as_them() {
+        let dumped = "SET SESSION AUTHORIZATION \"it's\";\nGRANT SELECT ON TABLE s.t TO r;\nRESET SESSION AUTHORIZATION;\n";
+        let acted = "SET ROLE \"it's\";\nGRANT SELECT ON TABLE s.t TO r;\nRESET ROLE;\n";
+        assert_eq!(by_members("ACL", dumped), acted);
+        assert_eq!(by_members("FUNCTION", dumped), dumped, "what a function does is its own business");
+        assert!(matches!(by_members("ACL", "GRANT SELECT ON TABLE s.t TO r;\n"), Cow::Borrowed(_)));
+    }
 }

@@ -257,8 +257,10 @@ SELECT 'user mapping', quote_ident(u.srvname) || ' for ' || coalesce(u.usename, 
   FROM pg_user_mappings u
 UNION ALL
 SELECT g.kind, g.name,
-       string_agg(concat_ws(' ', CASE WHEN x.grantee = 0 THEN 'public' ELSE pg_get_userbyid(x.grantee)::text END, x.privilege_type, x.is_grantable),
-                  ',' ORDER BY x.grantee = 0, pg_get_userbyid(x.grantee)::text COLLATE "C", x.privilege_type COLLATE "C")
+       string_agg(concat_ws(' ', CASE WHEN x.grantee = 0 THEN 'public' ELSE pg_get_userbyid(x.grantee)::text END, x.privilege_type, x.is_grantable,
+                            CASE WHEN x.grantor <> g.owner THEN 'by ' || pg_get_userbyid(x.grantor) END),
+                  ',' ORDER BY x.grantee = 0, pg_get_userbyid(x.grantee)::text COLLATE "C", x.privilege_type COLLATE "C",
+                               pg_get_userbyid(x.grantor)::text COLLATE "C")
   FROM granted g CROSS JOIN LATERAL aclexplode(g.acl) x WHERE x.privilege_type <> 'MAINTAIN' GROUP BY g.kind, g.name
 UNION ALL
 SELECT 'default privileges', format('%s %s %s', pg_get_userbyid(d.defaclrole), n.nspname, d.defaclobjtype),
