@@ -5,7 +5,8 @@ use pgcutover::migration::roles;
 use crate::rig::{DATABASE, Rig};
 use crate::support;
 
-const ROLES: &str = "CREATE ROLE owner; CREATE ROLE \"Middle \"\"man\"\"\"; CREATE ROLE last; CREATE ROLE migrator LOGIN REPLICATION;
+const ROLES: &str =
+    "CREATE ROLE owner; CREATE ROLE \"Middle \"\"man\"\"\"; CREATE ROLE last; CREATE ROLE migrator LOGIN REPLICATION;
      GRANT owner, \"Middle \"\"man\"\"\" TO migrator";
 
 const OBJECTS: &str = "
@@ -70,7 +71,10 @@ async fn arrive(rig: &Rig) {
     rig.assert_same_definitions().await;
     let (here, there) = (given(&rig.source_cluster).await, given(&rig.target_cluster).await);
     assert_eq!(here, there);
-    assert!(here.len() > GIVEN.len() && here.iter().all(|line| line.ends_with("by \"Middle \"\"man\"\"\"")), "{here:?}");
+    assert!(
+        here.len() > GIVEN.len() && here.iter().all(|line| line.ends_with("by \"Middle \"\"man\"\"\"")),
+        "{here:?}"
+    );
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -99,7 +103,8 @@ async fn members_of_the_granting_roles_need_be_no_superusers() {
     let database = format!("ALTER DATABASE \"{}\" OWNER TO owner", DATABASE.replace('"', "\"\""));
     admin.batch_execute(&database).await.unwrap();
     let there = support::connect(&rig.target_cluster, "postgres").await;
-    let login = "CREATE ROLE migrator LOGIN CREATEDB CREATEROLE; GRANT SET ON PARAMETER session_replication_role TO migrator";
+    let login =
+        "CREATE ROLE migrator LOGIN CREATEDB CREATEROLE; GRANT SET ON PARAMETER session_replication_role TO migrator";
     there.batch_execute(login).await.unwrap();
     rig.log_in_as("migrator");
     roles::copy_roles(&rig.source, &rig.target, &rig.journal).await.unwrap();

@@ -240,7 +240,8 @@ mod tests {
 
     #[test]
     fn what_others_have_granted_is_granted_as_them() {
-        let dumped = "SET SESSION AUTHORIZATION \"it's\";\nGRANT SELECT ON TABLE s.t TO r;\nRESET SESSION AUTHORIZATION;\n";
+        let dumped =
+            "SET SESSION AUTHORIZATION \"it's\";\nGRANT SELECT ON TABLE s.t TO r;\nRESET SESSION AUTHORIZATION;\n";
         let acted = "SET ROLE \"it's\";\nGRANT SELECT ON TABLE s.t TO r;\nRESET ROLE;\n";
         assert_eq!(by_members("ACL", dumped), acted);
         assert_eq!(by_members("FUNCTION", dumped), dumped, "what a function does is its own business");
