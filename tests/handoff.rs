@@ -10,7 +10,7 @@ use pgcutover::demo::cluster::{Cluster, ClusterOptions, Installation};
 use pgcutover::postgres::{Connector, Credential, InstanceId, Login, RawConnection};
 use pgcutover::proxy::handoff::{
     Blocker, ReplayReport, SessionState, StatementFailure, Tracked, apply_delta, capture, catalogue_settings,
-    changed_parameters, delta, replay,
+    changed_parameters, delta, replay, replay_and_plan,
 };
 use postgres_protocol::message::frontend;
 use support::{connect, installations};
@@ -394,6 +394,35 @@ async fn bytes_of_a_database_without_encoding_arrive() {
         new.text(ask).await.as_deref(),
         Some("e420ffe47353454c45435420 27ff273a3a74657874".replace(' ', "").as_str())
     );
+}
+
+#[tokio::test]
+async fn statements_that_are_planned_ahead_have_not_run() {
+    let (source, target) = oldest_to_newest(&["CREATE TABLE t (a int)", "CREATE SEQUENCE s"]).await;
+    let mut old = Session::open(&source, "postgres", &[]).await;
+    for (name, sql) in [
+        ("add", "INSERT INTO t VALUES (nextval('s') + $1) RETURNING a"),
+        ("begin", "BEGIN"),
+        ("fails", "SELECT 1 / 0"),
+        ("find", "SELECT a, nextval('s') FROM t WHERE a = $1 FOR UPDATE"),
+    ] {
+        old.parse(name, sql, &[]).await;
+    }
+    old.query("PREPARE remove(int) AS DELETE FROM t WHERE a = $1").await;
+    let state = old.capture().await;
+    let mut new = Session::open(&target, "postgres", &[]).await;
+    let report = replay_and_plan(&mut new.backend, &state).await.expect("replayed");
+    assert_eq!(report, ReplayReport::default());
+
+    assert_eq!(new.text("SELECT count(*)::text || (SELECT is_called FROM s) FROM t").await.as_deref(), Some("0false"));
+    let settings = "SELECT current_setting('plan_cache_mode') || ' ' || current_setting('lock_timeout')";
+    assert_eq!(new.text(settings).await.as_deref(), Some("auto 0"));
+    // Majors before 14 do not say how often a statement was planned.
+    let plans = "SELECT string_agg(name || coalesce(to_jsonb(p) ->> 'generic_plans', '1'), ' ' ORDER BY name) \
+        FROM pg_prepared_statements p WHERE name NOT IN ('test', 'begin')";
+    assert_eq!(new.text(plans).await.as_deref(), Some("add1 fails0 find1 remove1"));
+    assert_eq!(new.execute("add", &["4"]).await, "2DCZ");
+    assert_eq!(new.execute("find", &["5"]).await, "2DCZ");
 }
 
 #[tokio::test]

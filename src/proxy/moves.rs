@@ -25,7 +25,8 @@ use super::backend::{self, Backend};
 use super::client_error::ClientError;
 use super::entry::{MoveOrder, MoveOutcome, MoveState};
 use super::handoff::{
-    Blocker, HandoffError, ReplayReport, SessionState as State, apply_delta, capture, changed_parameters, delta, replay,
+    Blocker, HandoffError, ReplayReport, SessionState as State, apply_delta, capture, changed_parameters, delta,
+    replay, replay_and_plan,
 };
 use super::session::{End, Session, Step};
 use crate::postgres::{ConnectError, Frame, RawConnection, RawError};
@@ -243,7 +244,7 @@ impl Session {
             return Ok(());
         }
         let filling = tokio::task::spawn_local(async move {
-            let replayed = replay(&mut opened.backend.connection, &state).await;
+            let replayed = replay_and_plan(&mut opened.backend.connection, &state).await;
             replayed.map(|report| (opened, state, report)).map_err(|error| error.to_string())
         });
         if let Some(moving) = &mut self.moving {

@@ -69,6 +69,15 @@ impl Pipeline {
 
     /// Bind to the unnamed portal, which no client has outside a transaction, and Execute. Text in, text out.
     pub(super) fn execute(&mut self, name: &[u8], parameters: &[Option<&[u8]>]) {
+        self.bind(name, parameters);
+        self.message(b'E', |body| {
+            put_cstr(body, b"");
+            body.put_u32(0);
+        });
+    }
+
+    /// Bind to the unnamed portal: the server plans the statement and runs nothing.
+    pub(super) fn bind(&mut self, name: &[u8], parameters: &[Option<&[u8]>]) {
         self.message(b'B', |body| {
             put_cstr(body, b"");
             put_cstr(body, name);
@@ -84,10 +93,6 @@ impl Pipeline {
                 }
             }
             body.put_u16(0);
-        });
-        self.message(b'E', |body| {
-            put_cstr(body, b"");
-            body.put_u32(0);
         });
     }
 

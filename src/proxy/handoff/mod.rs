@@ -14,7 +14,7 @@
 //!
 //! What must never happen here: a simple Query on the client's backend (it would destroy the client's unnamed
 //! statement), a name without its schema (the session's `search_path` is hostile), a statement text of the client
-//! executed rather than parsed (`PREPARE` excepted, which runs nothing), a value or a text in a log or an error.
+//! executed rather than parsed or planned (`PREPARE` excepted, which runs nothing), a value or a text in a log or an error.
 //!
 //! Not seen and not moved: `currval`/`lastval`, variables of procedural languages, loaded libraries, `setseed`. A
 //! custom setting is moved when its name can be learned from a literal `SET` or `set_config` that the session sent, or
@@ -41,7 +41,7 @@ pub use capture::capture;
 pub use catalogue::catalogue_settings;
 pub use delta::{Delta, delta};
 pub use error::HandoffError;
-pub use replay::{FailedStatement, ReplayReport, StatementFailure, apply_delta, replay};
+pub use replay::{FailedStatement, ReplayReport, StatementFailure, apply_delta, replay, replay_and_plan};
 pub use scan::settings_used;
 pub(super) use scan::{is_name_byte, skip_space};
 pub use shared::Tie;

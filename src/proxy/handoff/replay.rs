@@ -22,6 +22,14 @@ const REPLAYING: &str = "replaying a session's state";
 
 const SET: &str = "SELECT pg_catalog.set_config($1::pg_catalog.text, $2::pg_catalog.text, false)";
 
+/// Until the transaction ends: a plan for any parameters, which does not count among those that the server compares later,
+/// and no waiting for whoever changes a table.
+const PLAN_GENERICALLY: &str = "SELECT pg_catalog.set_config('plan_cache_mode', 'force_generic_plan', true), \
+    pg_catalog.set_config('lock_timeout', '100ms', true)";
+
+/// So many of a session's statements are planned ahead: each costs the server that is not in use yet some time, and memory.
+const PLANNED_AHEAD: usize = 64;
+
 /// `$1` schemas, `$2` names, `$3` whether the array type over it is meant.
 const TYPES: &str = "SELECT w.position, CASE WHEN w.is_array THEN t.typarray ELSE t.oid END \
     FROM ROWS FROM (pg_catalog.unnest($1::pg_catalog.text[]), pg_catalog.unnest($2::pg_catalog.text[]), \
@@ -150,9 +158,29 @@ pub async fn replay(connection: &mut RawConnection, state: &SessionState) -> Res
     apply_delta(connection, &delta(&SessionState::default(), state)).await
 }
 
+/// The same while there is time: the backend also plans what was prepared, so that it does not look up everything that the
+/// statements name when they are first used, with all other sessions doing so at the same moment.
+pub async fn replay_and_plan(
+    connection: &mut RawConnection,
+    state: &SessionState,
+) -> Result<ReplayReport, HandoffError> {
+    bring(connection, &delta(&SessionState::default(), state), Plans::Now).await
+}
+
 /// Brings a backend from one state to another. No round trip when there is nothing to do. The first state must have
 /// been replayed there: see [`replay`], also for what an error means.
 pub async fn apply_delta(connection: &mut RawConnection, delta: &Delta) -> Result<ReplayReport, HandoffError> {
+    bring(connection, delta, Plans::AtFirstUse).await
+}
+
+/// When statements are planned.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Plans {
+    AtFirstUse,
+    Now,
+}
+
+async fn bring(connection: &mut RawConnection, delta: &Delta, plans: Plans) -> Result<ReplayReport, HandoffError> {
     let mut report = ReplayReport::default();
     if delta.is_empty() {
         return Ok(report);
@@ -171,6 +199,9 @@ pub async fn apply_delta(connection: &mut RawConnection, delta: &Delta) -> Resul
     }
     script.statements(delta, &translated, &mut report);
     script.channels(delta);
+    if plans == Plans::Now {
+        script.plan(delta);
+    }
     script.end(delta, &translated, &mut report);
     script.run(connection, &mut report).await?;
     Ok(report)
@@ -326,6 +357,20 @@ impl Script {
         }
         self.sync(Step::Statement(name.clone()));
         Ok(())
+    }
+
+    /// Has statements planned, none of them run. What cannot be planned now fails at its first use, if ever.
+    fn plan(&mut self, delta: &Delta) {
+        let name = b"pgcutover_handoff_plan";
+        self.pipeline.parse(name, PLAN_GENERICALLY.as_bytes(), &[]);
+        self.sync(Step::Ignored);
+        for (statement, Statement { parameter_types, .. }) in delta.prepare.iter().take(PLANNED_AHEAD) {
+            self.pipeline.execute(name, &[]);
+            self.pipeline.bind(statement, &vec![None; parameter_types.len()]);
+            self.sync(Step::Ignored);
+        }
+        self.pipeline.close(name);
+        self.sync(Step::Ignored);
     }
 
     fn channels(&mut self, delta: &Delta) {
