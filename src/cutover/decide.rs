@@ -4,7 +4,7 @@ use futures_util::future::try_join_all;
 
 use super::CutoverError;
 use super::settle::{self, Answer};
-use super::work::{Line, LineSessions, Work};
+use super::work::{LineSessions, Work};
 use crate::catalog::decision::{self, Outcome};
 
 impl Work {
@@ -13,6 +13,26 @@ impl Work {
         let epoch = self.case.epoch;
         let sessions = self.lines.iter().filter_map(|line| line.sessions.as_ref());
         try_join_all(sessions.map(|sessions| decision::write_boundary(&*sessions.onward, epoch))).await?;
+        Ok(())
+    }
+
+    /// Brings over where the sequences of every database stand. The other server is not active yet, so a retry sets
+    /// everything again and nobody has seen it.
+    pub(super) async fn bring_sequences(&mut self) -> Result<(), CutoverError> {
+        let sessions = self.lines.iter_mut().filter_map(|line| line.sessions.as_mut());
+        let brought = sessions
+            .map(|LineSessions { marker, onward, sequences, .. }| async { sequences.bring_over(marker, onward).await });
+        try_join_all(brought).await?;
+        Ok(())
+    }
+
+    /// The same for those that have moved since they were brought over last.
+    pub(super) async fn bring_moved_sequences(&self) -> Result<(), CutoverError> {
+        let sessions = self.lines.iter().filter_map(|line| line.sessions.as_ref());
+        let brought = sessions.map(|LineSessions { marker, onward, sequences, .. }| async {
+            sequences.bring_moved(marker, onward).await
+        });
+        try_join_all(brought).await?;
         Ok(())
     }
 
@@ -36,14 +56,4 @@ impl Work {
             Err(_) => Answer::Lost(CutoverError::Unexpected(format!("no answer within {limit:?}"))),
         }
     }
-}
-
-/// Brings over where the sequences of every database stand. The other server is not active yet, so a retry sets everything
-/// again and nobody has seen it.
-pub(super) async fn bring_sequences(lines: &mut [Line]) -> Result<(), CutoverError> {
-    let sessions = lines.iter_mut().filter_map(|line| line.sessions.as_mut());
-    let brought = sessions
-        .map(|LineSessions { marker, onward, sequences, .. }| async { sequences.bring_over(marker, onward).await });
-    try_join_all(brought).await?;
-    Ok(())
 }

@@ -12,8 +12,7 @@ use tokio::time::timeout_at;
 use tokio_postgres::types::Type;
 
 use super::CutoverError;
-use super::decide::bring_sequences;
-use super::hard_fence::{self, Looking, Obstacle};
+use super::hard_fence::{self, Looking, Obstacle, Shutting};
 use super::parts::Lease;
 use super::work::{Line, LineSessions, Unmoved, Work};
 use crate::config::{FencePolicy, Reads, Stragglers};
@@ -24,6 +23,9 @@ use crate::sqlstate;
 
 /// Between two looks at the server.
 const LOOK_AGAIN: Duration = Duration::from_millis(5);
+
+/// Locks on tables are not waited for any longer while it is still being looked who might hold others.
+const LOCKS_AT_ONCE: Duration = Duration::from_millis(50);
 
 impl Work {
     /// Waits until nobody is inside and nobody works on the server; after `drain_timeout` the policy decides.
@@ -36,15 +38,63 @@ impl Work {
         };
         if timeout_at(deadline.into(), self.wait_empty()).await.is_ok() {
             self.timings.step(waits, since);
+            if self.is_secured_at_once().await? {
+                return Ok(());
+            }
             let since = Instant::now();
             if timeout_at(deadline.into(), self.wait_quiet()).await.is_ok_and(|quiet| quiet.is_ok()) {
                 self.timings.step("nothing is left on the server", since);
-                return Ok(());
+                return self.secure().await;
             }
         }
         self.judge_stragglers().await?;
         // Ordered is not ended: only the proof counts. max_pause bounds this wait.
-        self.wait_quiet().await
+        self.wait_quiet().await?;
+        self.secure().await
+    }
+
+    /// With nobody inside, behind a hard fence: looks whether anything is left on the server that the gates know nothing
+    /// of, locks the tables and brings sequences over, all at the same time. That is the usual case. Where anything is in
+    /// the way, nothing stays locked, and it is done one after the other.
+    async fn is_secured_at_once(&mut self) -> Result<bool, CutoverError> {
+        if self.options.fence != FencePolicy::Hard || self.options.dry_run {
+            return Ok(false);
+        }
+        let since = Instant::now();
+        let look = async { (self.is_quiet().await, since.elapsed()) };
+        let lock = async { (self.lock_tables(LOCKS_AT_ONCE).await, since.elapsed()) };
+        let bring = async { (self.bring_moved_sequences().await, since.elapsed()) };
+        let ((quiet, looked), (locked, locking), (brought, bringing)) = match self.shutting {
+            Shutting::Everybody => tokio::join!(look, lock, bring),
+            // A superuser may come in even now: only behind the locks can no row take a number that is not brought over.
+            Shutting::AllButSuperusers => {
+                let (looked, locked) = tokio::join!(look, lock);
+                (looked, locked, bring.await)
+            }
+        };
+        let (Ok(true), Ok(notes), Ok(())) = (quiet, locked, brought) else {
+            self.release_tables().await?;
+            return Ok(false);
+        };
+        self.notes.extend(notes);
+        self.timings.took("nothing is left on the server", looked);
+        self.timings.took("tables are locked", locking);
+        self.timings.took("sequences are brought over", bringing);
+        Ok(true)
+    }
+
+    /// Locks the tables and then brings sequences over: whoever gets round a soft fence takes no number in between.
+    async fn secure(&mut self) -> Result<(), CutoverError> {
+        if !self.options.dry_run {
+            let since = Instant::now();
+            let notes = self.lock_tables(self.options.drain_timeout).await?;
+            self.notes.extend(notes);
+            self.timings.step("tables are locked", since);
+        }
+        let since = Instant::now();
+        self.bring_sequences().await?;
+        self.timings.step("sequences are brought over", since);
+        Ok(())
     }
 
     /// The drain while reads go on (`reads = "continue"`): who may write is waited for, and what was written arrives. From
@@ -103,14 +153,17 @@ impl Work {
     }
 
     async fn wait_nothing_left(&self) -> Result<(), CutoverError> {
-        loop {
-            let looking = if self.options.dry_run { Looking::LeftOverOfSessions } else { Looking::LeftOver };
-            let (left, prepared) = tokio::try_join!(self.backends(looking), self.prepared_transactions())?;
-            if left.is_empty() && prepared.is_empty() {
-                return Ok(());
-            }
+        while !self.is_quiet().await? {
             tokio::time::sleep(LOOK_AGAIN).await;
         }
+        Ok(())
+    }
+
+    /// Whether nothing is left on the server, as of now.
+    async fn is_quiet(&self) -> Result<bool, CutoverError> {
+        let looking = if self.options.dry_run { Looking::LeftOverOfSessions } else { Looking::LeftOver };
+        let (left, prepared) = tokio::try_join!(self.backends(looking), self.prepared_transactions())?;
+        Ok(left.is_empty() && prepared.is_empty())
     }
 
     /// Backends that are at work, or have written and not committed.
@@ -202,21 +255,28 @@ impl Work {
     }
 
     /// Takes our own lock on every migrated table, kept until the decision: whoever got round the fence waits here.
-    /// A dry run takes none, because it must not keep anybody waiting but the proxy's own sessions.
-    pub(super) async fn lock_tables(&mut self) -> Result<(), CutoverError> {
-        let taken = self.lines.iter().map(|line| self.lock_tables_of(line));
-        let notes = try_join_all(taken).await?;
-        self.notes.extend(notes.into_iter().flatten());
+    /// A dry run takes none, because it must not keep anybody waiting but the proxy's own sessions. Waits at most `wait`
+    /// for each. Returns what the operator should know.
+    async fn lock_tables(&self, wait: Duration) -> Result<Vec<String>, CutoverError> {
+        let taken = self.lines.iter().map(|line| self.lock_tables_of(line, wait));
+        Ok(try_join_all(taken).await?.into_iter().flatten().collect())
+    }
+
+    /// Lets go of all tables again.
+    async fn release_tables(&self) -> Result<(), CutoverError> {
+        let sessions = self.lines.iter().filter_map(|line| line.sessions.as_ref());
+        let released = sessions.map(|sessions| sessions.locks.batch_execute("ROLLBACK"));
+        try_join_all(released).await.map_err(|source| CutoverError::query("release the tables", source))?;
         Ok(())
     }
 
-    async fn lock_tables_of(&self, line: &Line) -> Result<Option<String>, CutoverError> {
+    async fn lock_tables_of(&self, line: &Line, wait: Duration) -> Result<Option<String>, CutoverError> {
         let Some(LineSessions { locks, tables, .. }) = &line.sessions else { return Ok(None) };
         if tables.is_empty() {
             return Ok(None);
         }
         // ONLY: partitions are published, and so locked, by themselves.
-        let wait = self.options.drain_timeout.as_millis().max(1);
+        let wait = wait.as_millis().max(1);
         let script = format!(
             "BEGIN; SET LOCAL lock_timeout = {wait}; LOCK TABLE ONLY {} IN EXCLUSIVE MODE",
             tables.join(", ONLY ")
@@ -258,9 +318,8 @@ impl Work {
         Ok(())
     }
 
-    /// Waits until every database has durably applied its marker. Meanwhile sequences are brought over and held sessions
-    /// bring their other backend up to date: nobody writes any more, and neither needs the other. Sessions that cannot are
-    /// ended or stop the cutover.
+    /// Waits until every database has durably applied its marker. Meanwhile held sessions bring their other backend up to
+    /// date: nobody writes any more, and neither needs the other. Sessions that cannot are ended or stop the cutover.
     pub(super) async fn arrive(&mut self, nonce: &str, deadline: Instant) -> Result<(), CutoverError> {
         // Half of what is left of the pause, so that a session which does not answer is named, not max_pause.
         let since = Instant::now();
@@ -270,17 +329,11 @@ impl Work {
         let settled = async { Ok((sessions.settle_moves(&databases, in_time).await, since.elapsed())) };
         let applied = async {
             wait_applied(&*lease, &databases, nonce, &failpoints).await?;
-            Ok(since.elapsed())
-        };
-        let lines = &mut self.lines;
-        let sequences = async {
-            bring_sequences(lines).await?;
             Ok::<_, CutoverError>(since.elapsed())
         };
-        let ((reports, settled), applied, sequences) = tokio::try_join!(settled, applied, sequences)?;
+        let ((reports, settled), applied) = tokio::try_join!(settled, applied)?;
         self.timings.took("sessions are up to date", settled);
         self.timings.took("everything has arrived", applied);
-        self.timings.took("sequences are brought over", sequences);
         self.judge_moves(&reports)
     }
 

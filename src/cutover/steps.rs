@@ -353,6 +353,10 @@ impl Work {
         let since = Instant::now();
         self.raise_soft_fence().await?;
         self.timings.step("the soft fence", since);
+        let since = Instant::now();
+        // What has moved since they were brought over first need not be set in the pause.
+        self.bring_sequences().await?;
+        self.timings.step("sequences once more", since);
         self.failpoint("prepare.after_fence").await?;
         Ok(())
     }
@@ -505,11 +509,6 @@ impl Work {
             self.notes.push(format!("{reads} read-only transactions went on during the pause (reads = \"continue\")"));
         }
         self.failpoint("drain.after_sessions").await?;
-        if !self.options.dry_run {
-            let since = Instant::now();
-            self.lock_tables().await?;
-            self.timings.step("tables are locked", since);
-        }
         let nonce = format!("{}-{:016x}", self.case.epoch, rand::random::<u64>());
         let since = Instant::now();
         self.write_markers(&nonce).await?;

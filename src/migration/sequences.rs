@@ -5,11 +5,11 @@
 //! target's sequences, and setting them again is setting them. Where they were set is noted ([`positions`]), so that it is
 //! known whether somebody has used them after all.
 
-use std::collections::HashMap;
+use std::collections::HashSet;
 
 use futures_util::future::{try_join, try_join_all};
 use tokio_postgres::types::ToSql;
-use tokio_postgres::{Client, Statement};
+use tokio_postgres::{Client, Row, Statement};
 
 use crate::catalog::positions::{self, Position};
 use crate::ident::QualifiedName;
@@ -25,6 +25,15 @@ const NAMES: &str = "
     WHERE c.relkind = 'S' AND c.relpersistence <> 't' AND n.nspname !~ '^pg_'
       AND n.nspname NOT IN ('information_schema', 'pgcutover')
     ORDER BY 1, 2";
+
+/// Something that changes when [`NAMES`] does.
+const DIGEST: &str = "
+    SELECT pg_catalog.md5(pg_catalog.string_agg(
+        pg_catalog.quote_ident(n.nspname) || '.' || pg_catalog.quote_ident(c.relname), ',' ORDER BY c.oid))
+    FROM pg_catalog.pg_class c
+    JOIN pg_catalog.pg_namespace n ON n.oid = c.relnamespace
+    WHERE c.relkind = 'S' AND c.relpersistence <> 't' AND n.nspname !~ '^pg_'
+      AND n.nspname NOT IN ('information_schema', 'pgcutover')";
 
 /// Sets the sequences of the same names, all by one statement; answers with those that are not there.
 const SET: &str = "
@@ -54,51 +63,61 @@ pub enum SequenceError {
 struct Reader {
     names: Vec<QualifiedName>,
     statements: Vec<Statement>,
+    /// Answers whether the names are still these: listing a thousand of them takes as long as reading where they stand.
+    digest: Statement,
+    /// Its answer, from before the names were listed.
+    expected: Option<String>,
 }
 
 impl Reader {
-    async fn prepare(client: &Client, names: Vec<QualifiedName>) -> Result<Self, tokio_postgres::Error> {
+    /// Plans how all sequences of the database are read.
+    async fn of(client: &Client) -> Result<Self, tokio_postgres::Error> {
+        let digest = client.prepare(DIGEST).await?;
+        let expected = client.query_one(&digest, &[]).await?.get(0);
+        let rows = client.query(NAMES, &[]).await?;
+        let name = |row: &Row| QualifiedName::new(row.get::<_, String>(0), row.get::<_, String>(1));
+        let names: Vec<QualifiedName> = rows.iter().map(name).collect();
         let select = |(index, name)| format!("SELECT {index}, last_value, is_called FROM {name}");
         let texts = names.chunks(READ_AT_ONCE).map(|chunk| {
             let selects: Vec<String> = chunk.iter().enumerate().map(select).collect();
             selects.join(" UNION ALL ")
         });
         let statements = try_join_all(texts.map(|text| async move { client.prepare(&text).await })).await?;
-        Ok(Self { names, statements })
+        Ok(Self { names, statements, digest, expected })
     }
 
-    /// Plans how all sequences of the database are read.
-    async fn of(client: &Client) -> Result<Self, tokio_postgres::Error> {
-        let names = list(client).await?;
-        Self::prepare(client, names).await
-    }
-
-    /// Reads them as they are now; sequences that were made or dropped meanwhile are noticed.
-    async fn read(&mut self, client: &Client) -> Result<Vec<Position>, tokio_postgres::Error> {
-        let names = list(client).await?;
-        if names != self.names {
-            *self = Self::prepare(client, names).await?;
+    /// Reads them as they are now, or `None` when some were made, renamed or dropped meanwhile.
+    async fn read(&self, client: &Client) -> Result<Option<Vec<Position>>, tokio_postgres::Error> {
+        let answers = try_join_all(self.statements.iter().map(|statement| client.query(statement, &[])));
+        // Sent together. One that was dropped fails its statement, which is no failure of ours.
+        let (found, answers) = tokio::join!(client.query_one(&self.digest, &[]), answers);
+        if found?.get::<_, Option<String>>(0) != self.expected {
+            return Ok(None);
         }
-        let answers = try_join_all(self.statements.iter().map(|statement| client.query(statement, &[]))).await?;
-        let chunks = self.names.chunks(READ_AT_ONCE).zip(answers);
+        let chunks = self.names.chunks(READ_AT_ONCE).zip(answers?);
         let values = chunks.flat_map(|(names, rows)| {
             rows.into_iter().filter_map(|row| {
                 let name = names.get(usize::try_from(row.get::<_, i32>(0)).ok()?)?;
                 Some(Position { name: name.clone(), last_value: row.get(1), is_called: row.get(2) })
             })
         });
-        Ok(values.collect())
+        Ok(Some(values.collect()))
     }
-}
 
-async fn list(client: &Client) -> Result<Vec<QualifiedName>, tokio_postgres::Error> {
-    let rows = client.query(NAMES, &[]).await?;
-    Ok(rows.iter().map(|row| QualifiedName::new(row.get::<_, String>(0), row.get::<_, String>(1))).collect())
+    /// Reads them as they are now, whichever there are.
+    async fn read_all(&mut self, client: &Client) -> Result<Vec<Position>, tokio_postgres::Error> {
+        loop {
+            if let Some(positions) = self.read(client).await? {
+                return Ok(positions);
+            }
+            *self = Self::of(client).await?;
+        }
+    }
 }
 
 /// Where every sequence of the database stands.
 pub async fn read(client: &Client) -> Result<Vec<Position>, tokio_postgres::Error> {
-    Reader::of(client).await?.read(client).await
+    Reader::of(client).await?.read_all(client).await
 }
 
 /// The sequences of a database on both servers.
@@ -108,20 +127,24 @@ pub struct SequencePair {
     to: Reader,
     note: Statement,
     set: Statement,
+    /// Where those of the second server have stood since they were last brought over.
+    standing: HashSet<Position>,
 }
 
 impl SequencePair {
     /// Plans the reading on both sides and brings the values over a first time, so that in the pause only those are set
     /// that have moved since. Where all of them stand then is noted, and what earlier attempts have set is forgotten.
     pub async fn prepare(from: &Client, to: &Client) -> Result<Self, SequenceError> {
+        let (from_reader, to_reader) = try_join(Reader::of(from), Reader::of(to)).await.map_err(read_failed)?;
         let mut pair = Self {
-            from: Reader::of(from).await.map_err(read_failed)?,
-            to: Reader::of(to).await.map_err(read_failed)?,
+            from: from_reader,
+            to: to_reader,
             note: to.prepare(positions::NOTE_SQL).await.map_err(set_failed)?,
             set: to.prepare(SET).await.map_err(set_failed)?,
+            standing: HashSet::new(),
         };
-        let (wanted, _) = pair.carry(from, to).await?;
-        let columns = Columns::of(&wanted);
+        pair.bring_over(from, to).await?;
+        let columns = Columns::of(&pair.standing);
         to.execute(positions::NOTE_ONLY_SQL, &columns.parameters()).await.map_err(set_failed)?;
         Ok(pair)
     }
@@ -134,29 +157,36 @@ impl SequencePair {
     /// Sets the sequences of `to` that stand elsewhere than those of `from`. Returns how many that were. Both are the
     /// sessions that this was prepared with.
     pub async fn bring_over(&mut self, from: &Client, to: &Client) -> Result<usize, SequenceError> {
-        self.carry(from, to).await.map(|(_, moved)| moved)
+        let (wanted, found) = try_join(self.from.read_all(from), self.to.read_all(to)).await.map_err(read_failed)?;
+        self.standing = found.into_iter().collect();
+        let moved = self.set_moved(&wanted, to).await?;
+        self.standing = wanted.into_iter().collect();
+        Ok(moved)
     }
 
-    /// The same; also returns where they stand now.
-    async fn carry(&mut self, from: &Client, to: &Client) -> Result<(Vec<Position>, usize), SequenceError> {
-        let (wanted, found) = tokio::try_join!(self.from.read(from), self.to.read(to)).map_err(read_failed)?;
-        let found: HashMap<&QualifiedName, &Position> = found.iter().map(|value| (&value.name, value)).collect();
-        let moved = wanted.iter().filter(|value| found.get(&value.name) != Some(value));
-        let moved = Columns::of(moved);
-        if !moved.names.is_empty() {
-            // Two transactions, sent in this order and answered by one round trip.
-            let parameters = moved.parameters();
-            let (_, missing) = try_join(to.execute(&self.note, &parameters), to.query(&self.set, &parameters))
-                .await
-                .map_err(set_failed)?;
-            let name = |row: &tokio_postgres::Row| format!("{}.{}", row.get::<_, &str>(0), row.get::<_, &str>(1));
-            let missing: Vec<String> = missing.iter().map(name).collect();
-            if !missing.is_empty() {
-                return Err(SequenceError::Missing(missing.join(", ")));
-            }
+    /// The same in the pause, which begins right after [`Self::bring_over`]: `to`, which nobody uses, is not asked again
+    /// where its sequences stand. Once only: what it has set is not remembered.
+    pub async fn bring_moved(&self, from: &Client, to: &Client) -> Result<usize, SequenceError> {
+        let wanted = match self.from.read(from).await.map_err(read_failed)? {
+            Some(wanted) => wanted,
+            None => read(from).await.map_err(read_failed)?,
+        };
+        self.set_moved(&wanted, to).await
+    }
+
+    async fn set_moved(&self, wanted: &[Position], to: &Client) -> Result<usize, SequenceError> {
+        let moved = Columns::of(wanted.iter().filter(|position| !self.standing.contains(position)));
+        if moved.names.is_empty() {
+            return Ok(0);
         }
-        let moved = moved.names.len();
-        Ok((wanted, moved))
+        // Two transactions, sent in this order and answered by one round trip.
+        let parameters = moved.parameters();
+        let (_, missing) = try_join(to.execute(&self.note, &parameters), to.query(&self.set, &parameters))
+            .await
+            .map_err(set_failed)?;
+        let name = |row: &Row| format!("{}.{}", row.get::<_, &str>(0), row.get::<_, &str>(1));
+        let missing: Vec<String> = missing.iter().map(name).collect();
+        if missing.is_empty() { Ok(moved.names.len()) } else { Err(SequenceError::Missing(missing.join(", "))) }
     }
 }
 
