@@ -28,7 +28,12 @@ const PLAN_GENERICALLY: &str = "SELECT pg_catalog.set_config('plan_cache_mode', 
     pg_catalog.set_config('lock_timeout', '100ms', true)";
 
 /// So many of a session's statements are planned ahead: each costs the server that is not in use yet some time, and memory.
-const PLANNED_AHEAD: usize = 64;
+const PLANNED_AHEAD: usize = 32;
+
+/// Foreign tables, whose servers may not be in reach, and tables with many children, whose plans for any parameters are large:
+/// where there are such, statements are planned when they are used.
+const FAR_OR_MANY: &str =
+    "SELECT 1 WHERE EXISTS (SELECT FROM pg_catalog.pg_foreign_table) OR EXISTS (SELECT FROM pg_catalog.pg_inherits)";
 
 /// `$1` schemas, `$2` names, `$3` whether the array type over it is meant.
 const TYPES: &str = "SELECT w.position, CASE WHEN w.is_array THEN t.typarray ELSE t.oid END \
@@ -185,6 +190,10 @@ async fn bring(connection: &mut RawConnection, delta: &Delta, plans: Plans) -> R
     if delta.is_empty() {
         return Ok(report);
     }
+    let plans = match plans {
+        Plans::Now if !delta.prepare.is_empty() => plans_ahead(connection, &mut report).await?,
+        plans => plans,
+    };
     let mut script = Script::default();
     script.begin(delta);
     let wanted = wanted_types(delta);
@@ -205,6 +214,18 @@ async fn bring(connection: &mut RawConnection, delta: &Delta, plans: Plans) -> R
     script.end(delta, &translated, &mut report);
     script.run(connection, &mut report).await?;
     Ok(report)
+}
+
+/// Planning looks at everything that a statement names, and starting a query connects to other servers.
+async fn plans_ahead(connection: &mut RawConnection, report: &mut ReplayReport) -> Result<Plans, HandoffError> {
+    let mut script = Script::default();
+    script.pipeline.run(b"pgcutover_handoff_plan", FAR_OR_MANY.as_bytes(), &[]);
+    script.sync(Step::Types);
+    match script.run(connection, report).await {
+        Ok(found) if found.as_ref().is_some_and(Vec::is_empty) => Ok(Plans::Now),
+        Ok(_) | Err(HandoffError::Refused { .. }) => Ok(Plans::AtFirstUse),
+        Err(error) => Err(error),
+    }
 }
 
 /// Types among the parameters of what is to be prepared whose OIDs are not the same everywhere.
