@@ -135,10 +135,10 @@ async fn one(source: &mut Cluster, target: &mut Cluster, servers: &Servers, seed
     drop((from, to));
     // What the program finds by itself, definitions included.
     let mut report = serde_json::Value::Null;
-    wait_for("a verification that no restart of the engine interrupts", || async {
+    wait_for("a verification that no restart of the engine interrupts", || {
         let output = daemon.command(&["migration", "verify", &name, "--output", "json"]);
         report = serde_json::from_slice(&output.stdout).unwrap_or_default();
-        report["differences"].is_u64()
+        std::future::ready(report["differences"].is_u64())
     })
     .await;
     assert_eq!(report["differences"], serde_json::json!(0), "{report}\n{sql}");
