@@ -521,6 +521,10 @@ pub struct Cutover {
     pub drain_timeout: Duration,
     /// A cutover is not begun with more than this to replay, in bytes.
     pub max_lag_at_start_bytes: u64,
+    /// The largest delay of a writing transaction while a cutover is prepared and the lag is large; zero: none.
+    pub throttle_writes: Duration,
+    /// How long writes may be slowed down until a cutover goes on, or is refused.
+    pub throttle_for: Duration,
     /// Unlogged tables and large objects may be so large in all, in bytes: they are carried inside the pause.
     pub max_unstreamed_bytes: u64,
     /// How long the server that a cutover leads to may be warmed before the pause; zero: not at all.

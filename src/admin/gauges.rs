@@ -15,6 +15,7 @@ pub(super) fn set_sessions(metrics: &Metrics, switchboard: &Switchboard, clients
     metrics.client_connections.reset();
     metrics.server_connections.reset();
     metrics.held_sessions.reset();
+    metrics.write_delay_seconds.reset();
     for database in switchboard.all() {
         let name = database.name();
         let own: Vec<&ClientView> = clients.iter().filter(|client| client.database == name).collect();
@@ -38,6 +39,7 @@ pub(super) fn set_sessions(metrics: &Metrics, switchboard: &Switchboard, clients
             metrics.server_connections.with_label_values(&labels).set(count(&there));
         }
         metrics.held_sessions.with_label_values(&[name]).set(count(&|client| client.held));
+        metrics.write_delay_seconds.with_label_values(&[name]).set(database.write_delay().as_secs_f64());
         metrics.route_epoch.with_label_values(&[name]).set(i64::try_from(database.epoch().0).unwrap_or(i64::MAX));
         let route = database.route();
         for server in [ServerRole::Source, ServerRole::Target] {

@@ -60,6 +60,8 @@ enum Subject {
     FenceWatch(String, String),
     Cutover(String),
     Route(String),
+    /// Writes are slowed down.
+    WriteDelay(String),
 }
 
 impl Live {
@@ -130,6 +132,7 @@ impl Live {
             let server = route.server.map_or_else(|| "nowhere".to_owned(), |server| format!("on the {server}"));
             let text = format!("database {} runs {server} (epoch {})", route.database, route.epoch);
             kept.note_change(at, Subject::Route(route.database.clone()), text, route.server.is_none());
+            kept.note_delay(at, route);
         }
         kept.looks += 1;
         if kept.looks % LOOKS_PER_SAMPLE == 1 {
@@ -191,6 +194,19 @@ impl Kept {
         self.note_change(at, Subject::FenceWatch(migration.to_owned(), name.clone()), text, !watch.watched);
     }
 
+    /// One event when it begins, and one when it ends.
+    fn note_delay(&mut self, at: f64, route: &RouteView) {
+        let subject = Subject::WriteDelay(route.database.clone());
+        let text = match route.write_delay_ms > 0.0 {
+            true => format!("database {}: writes are slowed down until the target has caught up", route.database),
+            false if self.seen.contains_key(&subject) => {
+                format!("database {}: writes are not slowed down any more", route.database)
+            }
+            false => return,
+        };
+        self.note_change(at, subject, text, false);
+    }
+
     fn note_change(&mut self, at: f64, subject: Subject, text: String, failed: bool) {
         if self.seen.get(&subject) == Some(&text) {
             return;
@@ -200,7 +216,7 @@ impl Kept {
             Subject::Database(name, _) => (Some(name.clone()), "database"),
             Subject::Cutover(name) => (Some(name.clone()), "cutover"),
             Subject::FencedWrite(name, _) | Subject::FenceWatch(name, _) => (Some(name.clone()), "fence"),
-            Subject::Route(_) => (None, "route"),
+            Subject::Route(_) | Subject::WriteDelay(_) => (None, "route"),
         };
         self.note(at, migration, kind, text.clone(), failed);
         self.seen.insert(subject, text);
@@ -314,6 +330,22 @@ mod tests {
         assert_eq!(of_cutover(&switched(Direction::Forward)), "cutover: switched, paused for 60 ms");
         let forced = CutoverView { forced: vec!["a".to_owned(), "b".to_owned()], ..switched(Direction::Forward) };
         assert_eq!(of_cutover(&forced), "cutover: switched, paused for 60 ms (gone past by --force: a; b)");
+    }
+
+    #[test]
+    fn writes_that_are_slowed_down_are_an_event_when_it_begins_and_when_it_ends() {
+        let live = Live::new();
+        for write_delay_ms in [0.0, 0.0, 2.5, 7.0, 0.0, 0.0] {
+            let route = serde_json::json!({
+                "database": "shop", "server": "source", "epoch": 0, "held": false, "reason": null, "sessions": 1, "inside": 0,
+                "write_delay_ms": write_delay_ms,
+            });
+            live.observe(&[], &BTreeMap::new(), &[serde_json::from_value(route).expect("a view")], (0, 0));
+        }
+        let texts: Vec<String> = live.events().into_iter().map(|event| event.text).collect();
+        let of_writes = texts.iter().filter(|text| text.contains("slowed down")).collect::<Vec<_>>();
+        assert_eq!(of_writes.len(), 2, "{texts:?}");
+        assert!(of_writes[0].ends_with("not slowed down any more"), "{texts:?}");
     }
 
     #[test]

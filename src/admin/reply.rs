@@ -178,6 +178,7 @@ const STATUS: &[Column] = &[
     ("sessions", Integer),
     ("inside", Integer),
     ("reason", Text),
+    ("write_delay_ms", Float),
 ];
 
 /// The columns that `command` is answered with; `None`: it is answered with a tag alone.
@@ -293,6 +294,7 @@ fn route_row(route: &super::view::RouteView) -> Vec<Cell> {
         route.sessions.into(),
         route.inside.into(),
         route.reason.clone().into(),
+        route.write_delay_ms.into(),
     ]
 }
 

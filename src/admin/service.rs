@@ -396,6 +396,7 @@ impl Inner {
                 server,
                 epoch: database.epoch().0,
                 held: database.is_fenced(),
+                write_delay_ms: database.write_delay().as_secs_f64() * 1000.0,
                 reason,
                 sessions: own,
                 inside: sessions.map_or(0, |_| database.inside()),

@@ -218,6 +218,9 @@ pub struct RouteView {
     pub epoch: u64,
     /// Whether new transactions are held.
     pub held: bool,
+    /// By how much each writing transaction is slowed down while a cutover is prepared, in milliseconds; 0: not at all.
+    #[serde(default)]
+    pub write_delay_ms: f64,
     /// Why nobody is known to be active.
     pub reason: Option<String>,
     /// Client sessions.

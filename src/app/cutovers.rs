@@ -61,6 +61,8 @@ impl Cutovers for CutoverDesk {
             drain_timeout: request.drain_timeout.unwrap_or(config.cutover.drain_timeout),
             stragglers: request.stragglers.unwrap_or(config.cutover.stragglers),
             reads: config.cutover.reads,
+            throttle_writes: config.cutover.throttle_writes,
+            throttle_for: config.cutover.throttle_for,
             force: request.force,
             max_lag_at_start_bytes: config.cutover.max_lag_at_start_bytes,
             ..defaults

@@ -125,10 +125,14 @@ impl Output {
             output.line("");
             let routes = status.routes.iter().map(|route| {
                 let server = route.server.map_or("unknown".to_owned(), |server| server.to_string());
-                let held = if route.held { "held" } else { "" };
+                let held = match route.write_delay_ms {
+                    _ if route.held => "held".to_owned(),
+                    0.0 => String::new(),
+                    delay => format!("writes delayed by {delay:.1} ms"),
+                };
                 let counts = [route.epoch.to_string(), route.sessions.to_string(), route.inside.to_string()];
                 let [epoch, sessions, inside] = counts;
-                vec![route.database.clone(), server, epoch, sessions, inside, held.to_owned()]
+                vec![route.database.clone(), server, epoch, sessions, inside, held]
             });
             if status.routes.is_empty() {
                 output.line("no client has asked for a database yet");

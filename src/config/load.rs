@@ -258,11 +258,16 @@ fn migration(mut section: Section<'_>) -> Migration {
     }
 }
 
+/// Of `throttle_writes`.
+const LARGEST_WRITE_DELAY: Duration = Duration::from_secs(1);
+
 fn cutover(mut section: Section<'_>) -> Cutover {
     let cutover = Cutover {
         max_pause: section.duration("max_pause", Duration::from_secs(5)),
         drain_timeout: section.duration("drain_timeout", Duration::from_secs(3)),
         max_lag_at_start_bytes: section.size("max_lag_at_start", 16 * MB, 0..=u64::MAX),
+        throttle_writes: section.duration("throttle_writes", Duration::ZERO),
+        throttle_for: section.duration("throttle_for", Duration::from_secs(60)),
         max_unstreamed_bytes: section.size("max_unstreamed", 64 * MB, 0..=u64::MAX),
         warm_target: section.duration("warm_target", Duration::from_secs(10)),
         require_verified: section.flag("require_verified", false),
@@ -273,6 +278,10 @@ fn cutover(mut section: Section<'_>) -> Cutover {
             &[("abort", Stragglers::Abort), ("terminate", Stragglers::Terminate)],
         ),
     };
+    if cutover.throttle_writes > LARGEST_WRITE_DELAY {
+        let origin = section.origin("throttle_writes").unwrap_or(Origin::Whole);
+        section.bad("throttle_writes", origin, "is longer than a second, which applications take for a failure");
+    }
     if cutover.drain_timeout > cutover.max_pause {
         let origin = section.origin("drain_timeout").or(section.origin("max_pause")).unwrap_or(Origin::Whole);
         section.bad("drain_timeout", origin, "is longer than max_pause, which would end the cutover before it");

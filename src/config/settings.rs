@@ -167,6 +167,8 @@ impl Config {
         add("cutover", "max_pause", format_duration(cutover.max_pause), Reload);
         add("cutover", "drain_timeout", format_duration(cutover.drain_timeout), Reload);
         add("cutover", "max_lag_at_start", format_size(cutover.max_lag_at_start_bytes), Reload);
+        add("cutover", "throttle_writes", format_duration(cutover.throttle_writes), Reload);
+        add("cutover", "throttle_for", format_duration(cutover.throttle_for), Reload);
         add("cutover", "max_unstreamed", format_size(cutover.max_unstreamed_bytes), Restart);
         add("cutover", "warm_target", format_duration(cutover.warm_target), Restart);
         add("cutover", "require_verified", cutover.require_verified.to_string(), Restart);

@@ -66,6 +66,8 @@ fn the_smallest_file_works_and_has_the_documented_defaults() {
     assert_eq!(config.cutover.max_pause, Duration::from_secs(5));
     assert_eq!(config.cutover.drain_timeout, Duration::from_secs(3));
     assert_eq!(config.cutover.max_lag_at_start_bytes, 16 << 20);
+    assert_eq!(config.cutover.throttle_writes, Duration::ZERO);
+    assert_eq!(config.cutover.throttle_for, Duration::from_secs(60));
     assert_eq!(config.cutover.max_unstreamed_bytes, 64 << 20);
     assert_eq!(config.cutover.warm_target, Duration::from_secs(10));
     assert_eq!(config.cutover.stragglers, Stragglers::Abort);

@@ -83,19 +83,36 @@ impl Work {
     /// Unknown lag is not zero lag. A stream that has just begun again gets a moment to say how far it is.
     async fn check_lag(&mut self) -> Result<(), CutoverError> {
         let allowed = self.options.max_lag_at_start_bytes;
-        let deadline = Instant::now() + self.from.connector.server().connect_timeout;
+        let patience = self.from.connector.server().connect_timeout;
+        let mut unknown_until = None;
+        let slowdown = Some(self.options.throttle_for).filter(|_| !self.options.throttle_writes.is_zero());
+        let slowed_until = Instant::now() + slowdown.unwrap_or_default();
         loop {
-            match self.lease.lag_bytes() {
+            let lag = self.lease.lag_bytes();
+            if lag.is_some() {
+                unknown_until = None;
+            }
+            match lag {
                 Some(lag) if lag <= allowed => return Ok(()),
+                Some(_) if Instant::now() < slowed_until => tokio::time::sleep(LOOK_AGAIN).await,
                 Some(lag) => {
                     tokio::time::sleep(TREND).await;
                     let later = self.lease.lag_bytes().unwrap_or(lag);
                     if later <= allowed {
                         return Ok(());
                     }
-                    return self.refuse_unless_forced(forecast(lag, later, allowed));
+                    let mut refusal = forecast(lag, later, allowed);
+                    if let Some(time) = slowdown {
+                        let delay = self.options.throttle_writes;
+                        refusal = format!(
+                            "{refusal}; {time:?} of writes slowed down by up to {delay:?} each were not enough"
+                        );
+                    }
+                    return self.refuse_unless_forced(refusal);
                 }
-                None if Instant::now() < deadline => tokio::time::sleep(LOOK_AGAIN).await,
+                None if Instant::now() < *unknown_until.get_or_insert_with(|| Instant::now() + patience) => {
+                    tokio::time::sleep(LOOK_AGAIN).await;
+                }
                 None => {
                     let message =
                         "how far the target is behind is not known: `migration show` says what the stream does";

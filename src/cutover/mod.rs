@@ -50,6 +50,7 @@ pub mod parts;
 pub mod phase;
 pub mod report;
 mod settle;
+mod slowdown;
 mod soft_fence;
 pub mod startup;
 pub mod steps;

@@ -20,6 +20,7 @@ use super::home;
 use super::phase::Event;
 use super::report::{CutoverOutcome, CutoverReport};
 use super::settle::{self, Answer};
+use super::slowdown::Slowdown;
 use super::soft_fence::{self, Before};
 use super::work::{Line, LineSessions, Work, bounded};
 use crate::catalog::decision::Outcome;
@@ -143,7 +144,7 @@ impl Ready {
     /// Checks the guardrails, lets sessions prepare their move, and fences softly.
     pub(super) async fn prepare(self) -> Result<Prepared, Stopped> {
         let Self(mut work) = self;
-        attempt!(work, None, work.prepare());
+        attempt!(work, None, Slowdown::of(&work).beside(work.prepare()));
         match work.advance(Event::StepDone) {
             Ok(()) => Ok(Prepared(work)),
             Err(error) => Err(Stopped(work, error)),

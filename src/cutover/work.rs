@@ -12,6 +12,7 @@ use super::hard_fence::{Known, Shutting};
 use super::parts::Lease;
 use super::phase::{Event, Phase};
 use super::report::{CutoverOutcome, CutoverProgress, CutoverReport, Timings};
+use super::slowdown::Slowed;
 use super::undo::Undo;
 use crate::catalog::claims::ServerIdentity;
 use crate::catalog::decision::Case;
@@ -40,6 +41,10 @@ pub struct CutoverOptions {
     pub stragglers: Stragglers,
     /// Not begun with more than this to replay, in bytes.
     pub max_lag_at_start_bytes: u64,
+    /// The largest delay of a writing transaction while it is prepared; zero: none is slowed down.
+    pub throttle_writes: Duration,
+    /// How long that may take to bring a lag below `max_lag_at_start`.
+    pub throttle_for: Duration,
     /// Transactions that are declared read-only, in the pause.
     pub reads: Reads,
     /// Guardrails that only guard time and connections are noted and gone past; all others are heeded all the same.
@@ -114,6 +119,8 @@ pub(super) struct Work {
     pub(super) progress: watch::Sender<Option<CutoverProgress>>,
     pub(super) timings: Timings,
     pub(super) notes: Vec<String>,
+    /// By how much writes were slowed down.
+    pub(super) slowed: Arc<Slowed>,
     /// Guardrails that were gone past.
     pub(super) forced: Vec<String>,
     /// What a dry run leaves undone.
@@ -213,6 +220,11 @@ impl Work {
         unmoved
     }
 
+    fn slowed_note(&self) -> Option<String> {
+        let largest = self.slowed.largest()?;
+        Some(format!("while it was prepared, each writing transaction was delayed by up to {} ms", largest.as_millis()))
+    }
+
     /// The report, as things stand.
     pub(super) fn report(&self, outcome: CutoverOutcome, error: Option<&CutoverError>) -> CutoverReport {
         CutoverReport {
@@ -233,7 +245,7 @@ impl Work {
             sessions_ended: self.sessions_ended,
             epoch: self.case.epoch.0,
             blockers: error.map(|error| error.obstacles().to_vec()).unwrap_or_default(),
-            notes: self.notes.clone(),
+            notes: self.notes.iter().cloned().chain(self.slowed_note()).collect(),
         }
     }
 }

@@ -25,6 +25,7 @@
 mod access;
 mod auth;
 mod backend;
+mod brake;
 mod buffers;
 mod cancel;
 mod catalogue_names;

@@ -20,6 +20,7 @@
 use std::task::{Context, Poll};
 use std::time::Instant;
 
+use super::brake::Brake;
 use super::client_error::ClientError;
 use super::entry::{Entry, SessionState};
 use super::flow::{self, Progress};
@@ -281,6 +282,9 @@ impl Session {
             return Ok(if self.up.cleared > 0 { Passage::Blocked } else { Passage::Pointless });
         }
         let Some(member) = &self.member else { return Ok(Passage::Free) };
+        if self.brake.is_on() {
+            return Ok(Passage::Blocked);
+        }
         match member.try_enter() {
             Some(admission) => {
                 self.enter();
@@ -306,7 +310,7 @@ impl Session {
         if self.up.cleared > 0 {
             return Ok(Passage::Blocked);
         }
-        if !self.ledger.awaits_ready() {
+        if !self.ledger.awaits_ready() && !self.brake.is_on() {
             return Err(Step::End(End::ClientLeft));
         }
         self.up.terminated = true;
@@ -318,7 +322,8 @@ impl Session {
             return Passage::Blocked;
         }
         let is_copy = matches!(tag, frontend::COPY_DATA | frontend::COPY_DONE | frontend::COPY_FAIL);
-        if self.ledger.awaits_ready() && self.local.database.is_fenced() && !is_copy && !self.ledger.is_copying_in() {
+        let is_to_wait = || self.local.database.is_fenced() || self.brake.is_on();
+        if self.ledger.awaits_ready() && is_to_wait() && !is_copy && !self.ledger.is_copying_in() {
             return Passage::Blocked;
         }
         Passage::Free
@@ -415,6 +420,8 @@ impl Session {
             reported: &mut backend.connection.parameters,
             entry: &self.entry,
             last_was_error: &mut self.down.last_was_error,
+            brake: &mut self.brake,
+            slows: !self.local.database.write_delay().is_zero(),
         };
         if self.down.scanner.scan(&filled[filled.len() - count..], &mut answers).is_err() {
             tracing::error!(session = self.entry.id(), "the server does not speak the protocol; the session is ended");
@@ -425,6 +432,9 @@ impl Session {
     }
 
     fn write_client(&mut self, cx: &mut Context<'_>) -> Result<Progress, End> {
+        if self.brake.is_on() && self.brake.holds(self.local.database.write_delay(), cx) {
+            return Ok(Progress::None);
+        }
         let mut most = self.down.buffer.len();
         match flow::write(&mut self.client, &mut self.down.buffer, &mut most, cx) {
             Err(_) => Err(End::ClientLeft),
@@ -461,6 +471,9 @@ struct Answers<'a> {
     reported: &'a mut Vec<(String, String)>,
     entry: &'a Entry,
     last_was_error: &'a mut bool,
+    brake: &'a mut Brake,
+    /// Writes are slowed down.
+    slows: bool,
 }
 
 impl Sink for Answers<'_> {
@@ -472,7 +485,16 @@ impl Sink for Answers<'_> {
                 self.tracked.on_server_frame(tag);
                 if let Ok(status) = message::read_ready_for_query(body) {
                     self.ledger.ready(status);
+                    self.brake.ready(status, self.slows);
                 }
+            }
+            server::COMMAND_COMPLETE if self.slows => {
+                self.brake.completed(body);
+                self.ledger.answered(tag);
+            }
+            server::COPY_IN_RESPONSE if self.slows => {
+                self.brake.copies_in();
+                self.ledger.answered(tag);
             }
             server::PARAMETER_STATUS => self.note_parameter(body),
             server::PARSE_COMPLETE => {
@@ -481,6 +503,11 @@ impl Sink for Answers<'_> {
             }
             _ => self.ledger.answered(tag),
         }
+    }
+
+    #[inline]
+    fn reads_commands(&self) -> bool {
+        self.slows
     }
 }
 

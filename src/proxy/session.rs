@@ -12,6 +12,7 @@ use futures_util::FutureExt as _;
 use tokio::io::AsyncWriteExt as _;
 
 use super::backend::Backend;
+use super::brake::Brake;
 use super::buffers::Buffer;
 use super::cancel::CancelKey;
 use super::client_error::ClientError;
@@ -139,6 +140,8 @@ pub(super) struct Session {
     pub(super) entered_turn: u32,
     /// Its sockets are served by the worker's ring, as far as they can be.
     is_aboard: bool,
+    /// Holds answers back while writes are slowed down.
+    pub(super) brake: Brake,
     /// What the sweep of time-outs last saw.
     pub(super) seen: Option<Seen>,
     /// When a held client with a full buffer is looked at again.
@@ -241,6 +244,7 @@ impl Session {
             waited_too_long: false,
             entered_turn: 0,
             is_aboard: false,
+            brake: Brake::default(),
             seen: None,
             look_again: None,
             _key: link.key,
@@ -275,6 +279,7 @@ impl Session {
             waited_too_long: false,
             entered_turn: 0,
             is_aboard: false,
+            brake: Brake::default(),
             seen: None,
             look_again: None,
             _key: taken.key,

@@ -1,7 +1,7 @@
 //! Databases by name: gates, route and the sessions that are registered.
 
 use std::collections::HashMap;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError, RwLock};
 
 use arc_swap::{ArcSwap, ArcSwapOption};
@@ -10,6 +10,7 @@ use tokio::sync::Notify;
 use self::reading::Cells;
 use super::gate::{Admission, Epoch, Gate};
 
+mod delay;
 mod reading;
 
 /// Which of the two configured servers.
@@ -106,6 +107,8 @@ pub struct Database {
     returning: ArcSwapOption<(ServerRole, PrepareWindow)>,
     members: Mutex<HashMap<u64, Arc<Cells>>>,
     next_member: AtomicU64,
+    /// See [`delay`]; zero: writes are not slowed down.
+    write_delay_us: AtomicU32,
     /// DISABLE: new sessions are refused.
     disabled: AtomicBool,
     /// A session left while the gate was fenced.
@@ -184,6 +187,7 @@ impl Database {
             returning: ArcSwapOption::empty(),
             members: Mutex::new(HashMap::new()),
             next_member: AtomicU64::new(0),
+            write_delay_us: AtomicU32::new(0),
             disabled: AtomicBool::new(false),
             left: Notify::new(),
             closed_by: Mutex::default(),

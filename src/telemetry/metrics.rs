@@ -206,6 +206,8 @@ pub struct Metrics {
     pub active_server: IntGaugeVec,
     /// `held_sessions{database}`: held by a fence; who waits for a connection of a pool is not counted.
     pub held_sessions: IntGaugeVec,
+    /// `write_delay_seconds{database}`
+    pub write_delay_seconds: GaugeVec,
     /// `auth_failures_total{reason}`, see [`AuthFailure`].
     pub auth_failures: IntCounterVec,
     /// `tls_certificate_not_after_seconds`: end of validity of the certificate that clients are shown, in seconds since
@@ -367,6 +369,13 @@ impl Metrics {
                 &["database", "server"],
             )?,
             held_sessions: r.gauges("held_sessions", "Sessions that a cutover is holding.", &["database"])?,
+            write_delay_seconds: r.add(GaugeVec::new(
+                Opts::new(
+                    format!("{PREFIX}write_delay_seconds"),
+                    "By how much each writing transaction is slowed down while a cutover is prepared.",
+                ),
+                &["database"],
+            )?)?,
             auth_failures: r.counters("auth_failures_total", "Clients that were not let in.", &["reason"])?,
             tls_certificate_not_after_seconds: r.gauge(
                 "tls_certificate_not_after_seconds",
@@ -505,7 +514,7 @@ mod tests {
     const PROMISED: &str = "ready max_client_connections clients_refused_total migration_database \
         cutover_pauses_above_budget_total cutover_max_pause_seconds client_connections server_connections transactions_total bytes_total client_wait_seconds \
         queries_total transaction_time_seconds_total client_wait_time_seconds_total \
-        transaction_seconds route_epoch active_server held_sessions auth_failures_total \
+        transaction_seconds route_epoch active_server held_sessions write_delay_seconds auth_failures_total \
         tls_certificate_not_after_seconds migration_state \
         copy_rows_total copy_bytes_total copy_tables index_builds replication_lag_bytes replication_latency_seconds \
         apply_transactions_total apply_rows_total slot_retained_wal_bytes slot_safe_wal_bytes slot_wal_limit_bytes fence_watched fenced_writes cutover_phase_seconds \

@@ -1,7 +1,7 @@
 //! Follows the server's stream of frames in whatever pieces it arrives, keeping only what must be looked at.
 //!
 //! Bytes are never held back or copied, except the bodies of the few small messages that the proxy reads
-//! (ReadyForQuery, ParameterStatus) when they arrive cut in two.
+//! (ReadyForQuery, ParameterStatus, CommandComplete where it is asked for) when they arrive cut in two.
 
 use super::frame::{FrameError, HEADER_BYTES, Header, backend};
 
@@ -23,12 +23,23 @@ pub struct Scanner {
 pub trait Sink {
     /// A frame has begun; for a kept one: has come whole, with its body.
     fn frame(&mut self, tag: u8, body: &[u8]);
+
+    /// Whether it is to be given the body of CommandComplete too.
+    #[inline]
+    fn reads_commands(&self) -> bool {
+        false
+    }
 }
 
 /// Whether frames of this kind are given to the sink with their body.
 #[inline]
-fn is_kept(header: Header) -> bool {
-    matches!(header.tag, backend::READY_FOR_QUERY | backend::PARAMETER_STATUS) && header.body_bytes <= KEPT_MAX
+fn is_kept(header: Header, sink: &impl Sink) -> bool {
+    let is_read = match header.tag {
+        backend::READY_FOR_QUERY | backend::PARAMETER_STATUS => true,
+        backend::COMMAND_COMPLETE => sink.reads_commands(),
+        _ => false,
+    };
+    is_read && header.body_bytes <= KEPT_MAX
 }
 
 impl Scanner {
@@ -70,7 +81,7 @@ impl Scanner {
     #[inline]
     fn begin<'a>(&mut self, header: Header, rest: &'a [u8], sink: &mut impl Sink) -> &'a [u8] {
         let body_bytes = header.body_bytes as usize;
-        if !is_kept(header) {
+        if !is_kept(header, sink) {
             sink.frame(header.tag, &[]);
             let passing = body_bytes.min(rest.len());
             self.body_left = header.body_bytes - passing as u32;

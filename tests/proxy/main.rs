@@ -22,6 +22,7 @@ mod protocol;
 mod replication;
 mod rig;
 mod scripted;
+mod slowed;
 mod timeouts;
 mod tls;
 mod vacant;

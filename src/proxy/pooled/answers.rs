@@ -90,6 +90,10 @@ impl PooledSession {
     fn answered(&mut self, header: Header, is_whole: bool) -> Shown {
         let tag = header.tag;
         self.down.last_was_error = tag == backend::ERROR_RESPONSE;
+        if tag == backend::COMMAND_COMPLETE && is_whole && self.slows() {
+            let body = &self.down.buffer.filled()[self.down.looked_at + HEADER_BYTES..];
+            self.brake.completed(&body[..header.body_bytes as usize]);
+        }
         match tag {
             backend::READY_FOR_QUERY => return self.ready(),
             backend::PARAMETER_STATUS => {
@@ -102,6 +106,7 @@ impl PooledSession {
                 }
                 return Shown::Yes;
             }
+            backend::COPY_IN_RESPONSE if self.slows() => self.brake.copies_in(),
             backend::ERROR_RESPONSE if is_whole => self.look_at_error(header),
             backend::COMMAND_COMPLETE if is_whole && self.traces.outlive() => self.look_at_command(header),
             _ => {}
@@ -130,10 +135,17 @@ impl PooledSession {
         shown
     }
 
+    /// Whether writes are slowed down.
+    fn slows(&self) -> bool {
+        !self.local.database.write_delay().is_zero()
+    }
+
     fn ready(&mut self) -> Shown {
         let status = self.down.buffer.filled().get(self.down.looked_at + HEADER_BYTES).copied();
         if let Some(status) = status.and_then(TransactionStatus::from_byte) {
             self.ledger.ready(status);
+            let slows = self.slows();
+            self.brake.ready(status, slows);
         }
         self.expected.answered(backend::READY_FOR_QUERY);
         if self.mending == Mending::Batch { Shown::No } else { Shown::Yes }

@@ -46,6 +46,7 @@ use tokio::io::AsyncWriteExt as _;
 
 use self::expected::Expected;
 pub(super) use self::login::{known, learn, settings_of};
+use super::brake::Brake;
 use super::buffers::Buffer;
 use super::cancel::CancelKey;
 use super::client_error::ClientError;
@@ -206,6 +207,8 @@ pub(super) struct PooledSession {
     waited_too_long: bool,
     /// Which statement it was when the gate was entered.
     entered_turn: u32,
+    /// Holds answers back while writes are slowed down.
+    brake: Brake,
     /// What the sweep of time-outs last saw.
     seen: Option<Seen>,
     look_again: crate::proxy::hold::LookAgain,
@@ -282,6 +285,7 @@ impl PooledSession {
             cancelled: false,
             waited_too_long: false,
             entered_turn: 0,
+            brake: Brake::default(),
             seen: None,
             look_again: None,
             key: parts.key,

@@ -94,6 +94,9 @@ impl PooledSession {
             return Ok(Passage::Blocked);
         }
         if self.link.is_none() {
+            if self.brake.is_on() {
+                return Ok(Passage::Blocked);
+            }
             if let Some(done) = self.pass_without_server(header) {
                 return Ok(done);
             }
@@ -111,7 +114,7 @@ impl PooledSession {
         if !self.up.out.is_empty() {
             return Ok(Passage::Blocked);
         }
-        if !self.ledger.awaits_ready() {
+        if !self.ledger.awaits_ready() && !self.brake.is_on() {
             return Err(Step::End(End::ClientLeft));
         }
         self.up.terminated = true;
@@ -125,7 +128,7 @@ impl PooledSession {
             return false;
         }
         let is_copy = matches!(tag, frontend::COPY_DATA | frontend::COPY_DONE | frontend::COPY_FAIL);
-        let is_wanted = || self.pool.central.is_waited_for() || self.local.database.is_fenced();
+        let is_wanted = || self.pool.central.is_waited_for() || self.local.database.is_fenced() || self.brake.is_on();
         !self.ledger.awaits_ready() || is_copy || self.ledger.is_copying_in() || !is_wanted()
     }
 

@@ -138,6 +138,9 @@ impl PooledSession {
     }
 
     fn write_client(&mut self, cx: &mut Context<'_>) -> Result<Progress, Step> {
+        if self.brake.is_on() && self.brake.holds(self.local.database.write_delay(), cx) {
+            return Ok(Progress::None);
+        }
         match flow::write(&mut self.client, &mut self.down.buffer, &mut self.down.looked_at, cx) {
             Err(_) => Err(Step::End(End::ClientLeft)),
             Ok(0) => Ok(Progress::None),
