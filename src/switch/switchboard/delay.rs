@@ -1,7 +1,7 @@
 //! How long the answers of writing transactions are held back, while a cutover waits for the other server to catch up.
 //!
 //! A value beside the gate that sessions read with what the server sends, without an order: who sees it late is slowed down
-//! late. Nothing rests on it. It is never closed or opened by anybody but the cutover that has begun it, and zero otherwise.
+//! late. Nothing rests on it: it must never decide who may pass. Only a cutover that is being prepared sets it, and sets it back.
 
 use std::sync::atomic::Ordering;
 use std::time::Duration;
