@@ -87,7 +87,7 @@ pub(super) async fn dump(
 ) -> Result<Archive, SchemaError> {
     for _ in 1..LOCK_ATTEMPTS {
         match attempt(pg_dump, source, database, lock_timeout).await {
-            Err(SchemaError::Dump { why, .. }) if why.contains("lock timeout") => {
+            Err(SchemaError::Dump { why, .. }) if is_about_locks(&why) => {
                 // What queued behind pg_dump gets its turn.
                 tokio::time::sleep(lock_timeout.min(Duration::from_secs(1))).await;
             }
@@ -95,6 +95,12 @@ pub(super) async fn dump(
         }
     }
     attempt(pg_dump, source, database, lock_timeout).await
+}
+
+/// Whether pg_dump failed because of what somebody else had locked: it waited for too long, or, since it locks table by table
+/// and a TRUNCATE of several does so in another order, each waited for the other.
+fn is_about_locks(why: &str) -> bool {
+    why.contains("lock timeout") || why.contains("deadlock detected")
 }
 
 async fn attempt(
@@ -281,6 +287,18 @@ mod tests {
         assert_eq!(chosen(13, 14), Some(15), "the oldest above, when none fits");
         assert_eq!(chosen(17, 17), Some(18));
         assert_eq!(chosen(19, 19), None);
+    }
+
+    #[test]
+    fn what_was_locked_is_tried_again() {
+        let error = |text: &str| {
+            complaints(&format!("pg_dump: reading schemas\npg_dump: error: query failed: ERROR:  {text}\n"))
+        };
+        assert!(is_about_locks(&error("canceling statement due to lock timeout")));
+        assert!(is_about_locks(&error(
+            "deadlock detected\nDETAIL:  Process 2 waits for AccessShareLock on relation 7"
+        )));
+        assert!(!is_about_locks(&error("permission denied for table t")));
     }
 
     #[test]
