@@ -584,7 +584,9 @@ async fn ordinary_rights_suffice() {
          CREATE TABLE s.u (id int REFERENCES s.t); INSERT INTO s.u VALUES (1); GRANT SELECT ON s.t TO reader;
          CREATE FUNCTION s.f() RETURNS trigger LANGUAGE plpgsql AS 'BEGIN RETURN NEW; END';
          CREATE TRIGGER tr BEFORE INSERT ON s.t FOR EACH ROW EXECUTE PROCEDURE s.f();
-         CREATE MATERIALIZED VIEW s.m AS SELECT count(*) FROM s.t; RESET ROLE;",
+         CREATE MATERIALIZED VIEW s.m AS SELECT count(*) FROM s.t; RESET ROLE;
+         -- As up to PostgreSQL 14.
+         ALTER SCHEMA public OWNER TO postgres;",
     )
     .await;
     let database = format!("\"{}\"", DATABASE.replace('"', "\"\""));

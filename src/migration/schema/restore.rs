@@ -126,7 +126,8 @@ impl<'a> Restorer<'a> {
             Locking::Patient => Duration::ZERO,
             Locking::Brief => BRIEF_LOCK_TIMEOUT,
         };
-        let text = self.transaction_text(entry, key, &by_members(&entry.kind, sql), lock_timeout);
+        let mut text = self.transaction_text(entry, key, &by_members(&entry.kind, sql), lock_timeout);
+        let mut may_be_left_out = gives_public_away(entry);
         let mut attempts = 0;
         loop {
             attempts += 1;
@@ -142,6 +143,11 @@ impl<'a> Restorer<'a> {
                 self.done.insert(key.to_owned());
                 self.report.already_done += 1;
                 return Ok(true);
+            }
+            if std::mem::take(&mut may_be_left_out) && code == sqlstate::INSUFFICIENT_PRIVILEGE {
+                tracing::warn!(database = self.target.database, message, "schema public keeps the owner that it has");
+                text = self.transaction_text(entry, key, "", lock_timeout);
+                continue;
             }
             let may_wait = [sqlstate::LOCK_NOT_AVAILABLE, "40P01"].contains(&code.as_str());
             if locking == Locking::Brief && may_wait && attempts < LOCK_ATTEMPTS {
@@ -218,6 +224,15 @@ fn by_members<'a>(kind: &str, sql: &'a str) -> Cow<'a, str> {
         None => format!("{line}\n"),
     });
     Cow::Owned(lines.collect())
+}
+
+/// Whether all that the entry does is to say whose schema public is. Every database has one, and up to PostgreSQL 14 it
+/// belongs to who made the cluster: nothing that an application needs, and not everybody may give it away.
+fn gives_public_away(entry: &Entry) -> bool {
+    let mut statements = entry.sql.lines().filter(|line| !line.is_empty() && !line.starts_with("--"));
+    entry.kind == "SCHEMA"
+        && statements.next().is_some_and(|first| first.starts_with("ALTER SCHEMA public OWNER TO "))
+        && statements.next().is_none()
 }
 
 /// The mark of a foreign key's second step.
