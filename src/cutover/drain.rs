@@ -54,25 +54,34 @@ impl Work {
     }
 
     /// With nobody inside, behind a hard fence: looks whether anything is left on the server that the gates know nothing
-    /// of, locks the tables and brings sequences over, all at the same time. That is the usual case. Where anything is in
-    /// the way, nothing stays locked, and it is done one after the other.
+    /// of, and locks the tables at the same time; sequences are read once the look has found nobody, who could have taken a
+    /// number behind the reading. That is the usual case. Where anything is in the way, nothing stays locked, and it is done
+    /// one after the other.
     async fn is_secured_at_once(&mut self) -> Result<bool, CutoverError> {
         if self.options.fence != FencePolicy::Hard || self.options.dry_run {
             return Ok(false);
         }
         let since = Instant::now();
-        let look = async { (self.is_quiet().await, since.elapsed()) };
+        let look = async { (matches!(self.is_quiet().await, Ok(true)), since.elapsed()) };
         let lock = async { (self.lock_tables(LOCKS_AT_ONCE).await, since.elapsed()) };
         let bring = async { (self.bring_moved_sequences().await, since.elapsed()) };
-        let ((quiet, looked), (locked, locking), (brought, bringing)) = match self.shutting {
-            Shutting::Everybody => tokio::join!(look, lock, bring),
+        let ((is_quiet, looked), (locked, locking), (brought, bringing)) = match self.shutting {
+            Shutting::Everybody => {
+                let look_then_bring = async {
+                    let looked = look.await;
+                    let brought = if looked.0 { bring.await } else { (Ok(()), looked.1) };
+                    (looked, brought)
+                };
+                let ((looked, brought), locked) = tokio::join!(look_then_bring, lock);
+                (looked, locked, brought)
+            }
             // A superuser may come in even now: only behind the locks can no row take a number that is not brought over.
             Shutting::AllButSuperusers => {
                 let (looked, locked) = tokio::join!(look, lock);
                 (looked, locked, bring.await)
             }
         };
-        let (Ok(true), Ok(notes), Ok(())) = (quiet, locked, brought) else {
+        let (true, Ok(notes), Ok(())) = (is_quiet, locked, brought) else {
             self.release_tables().await?;
             return Ok(false);
         };
