@@ -139,6 +139,7 @@ impl Coordinator {
             force: false,
             max_lag_at_start_bytes: cutover.max_lag_at_start_bytes,
             fence: self.deps.config.control.fence,
+            ddl: self.deps.config.migration.ddl,
         }
     }
 

@@ -15,7 +15,7 @@ use super::CutoverError;
 use super::hard_fence::{self, Looking, Obstacle, Shutting};
 use super::parts::Lease;
 use super::work::{Line, LineSessions, Unmoved, Work};
-use crate::config::{FencePolicy, Reads, Stragglers};
+use crate::config::{Ddl, FencePolicy, Reads, Stragglers};
 use crate::failpoint::Failpoints;
 use crate::migration::unstreamed::{self, Carried};
 use crate::proxy::{MoveReport, SessionState, SessionView};
@@ -64,7 +64,10 @@ impl Work {
         let since = Instant::now();
         let look = async { (matches!(self.is_quiet().await, Ok(true)), since.elapsed()) };
         let lock = async { (self.lock_tables(LOCKS_AT_ONCE).await, since.elapsed()) };
-        let bring = async { (self.bring_moved_sequences().await, since.elapsed()) };
+        let bring = async {
+            let brought = if self.sequences_need_not_wait() { self.bring_moved_sequences().await } else { Ok(()) };
+            (brought, since.elapsed())
+        };
         let ((is_quiet, looked), (locked, locking), (brought, bringing)) = match self.shutting {
             Shutting::Everybody => {
                 let look_then_bring = async {
@@ -88,8 +91,16 @@ impl Work {
         self.notes.extend(notes);
         self.timings.took("nothing is left on the server", looked);
         self.timings.took("tables are locked", locking);
-        self.timings.took("sequences are brought over", bringing);
+        if self.sequences_need_not_wait() {
+            self.timings.took("sequences are brought over", bringing);
+        }
         Ok(true)
+    }
+
+    /// Whether sequences can be brought over before everything has arrived, so that nothing waits for them. Where definitions
+    /// are applied, one that is still on its way may make a sequence or set it.
+    fn sequences_need_not_wait(&self) -> bool {
+        self.options.ddl != Ddl::Apply
     }
 
     /// Locks the tables and then brings sequences over: whoever gets round a soft fence takes no number in between.
@@ -100,6 +111,13 @@ impl Work {
             self.notes.extend(notes);
             self.timings.step("tables are locked", since);
         }
+        if self.sequences_need_not_wait() {
+            self.bring_sequences_now().await?;
+        }
+        Ok(())
+    }
+
+    async fn bring_sequences_now(&mut self) -> Result<(), CutoverError> {
         let since = Instant::now();
         self.bring_sequences().await?;
         self.timings.step("sequences are brought over", since);
@@ -343,7 +361,8 @@ impl Work {
         let ((reports, settled), applied) = tokio::try_join!(settled, applied)?;
         self.timings.took("sessions are up to date", settled);
         self.timings.took("everything has arrived", applied);
-        self.judge_moves(&reports)
+        self.judge_moves(&reports)?;
+        if self.sequences_need_not_wait() { Ok(()) } else { self.bring_sequences_now().await }
     }
 
     /// Unlogged tables and large objects, now that nobody writes.

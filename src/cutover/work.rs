@@ -18,7 +18,7 @@ use crate::catalog::claims::ServerIdentity;
 use crate::catalog::decision::Case;
 use crate::catalog::fence::Standing;
 use crate::catalog::streams::Direction;
-use crate::config::{FencePolicy, Reads, Stragglers};
+use crate::config::{Ddl, FencePolicy, Reads, Stragglers};
 use crate::failpoint::{Failed, Failpoints};
 use crate::migration::sequences::SequencePair;
 use crate::postgres::{Connector, Control};
@@ -51,6 +51,8 @@ pub struct CutoverOptions {
     pub force: bool,
     /// How strongly the server that is left is fenced.
     pub fence: FencePolicy,
+    /// What becomes of definitions that change: those that are applied may make sequences, and set them.
+    pub ddl: Ddl,
 }
 
 /// One of the two servers of a cutover.

@@ -243,8 +243,14 @@ impl Session {
             self.tell_filled(Stage::Open(opened), blockers);
             return Ok(());
         }
+        // In a pause, and after it, somebody waits.
+        let has_time = !self.local.database.is_fenced() && self.local.database.epoch() == self.epoch;
         let filling = tokio::task::spawn_local(async move {
-            let replayed = replay_and_plan(&mut opened.backend.connection, &state).await;
+            let connection = &mut opened.backend.connection;
+            let replayed = match has_time {
+                true => replay_and_plan(connection, &state).await,
+                false => replay(connection, &state).await,
+            };
             replayed.map(|report| (opened, state, report)).map_err(|error| error.to_string())
         });
         if let Some(moving) = &mut self.moving {

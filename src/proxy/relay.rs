@@ -175,6 +175,10 @@ impl Session {
             Ok(0) => Ok(Progress::None),
             Ok(count) => {
                 self.local.meters.sent_up(count);
+                if self.up.cleared == 0 && !self.ledger.awaits_ready() {
+                    // The rest of a COPY that had failed before all of it was sent: no answer will end our stay inside.
+                    self.leave_if_quiet();
+                }
                 Ok(Progress::Some)
             }
         }

@@ -312,9 +312,11 @@ impl Session {
             return end;
         }
         loop {
-            // A backend may be a new one.
-            if self.is_aboard && self.board_ring().is_err() {
-                return End::ServerLost;
+            // A backend may be a new one. What cannot board is polled as before.
+            if self.is_aboard
+                && let Err(error) = self.board_ring()
+            {
+                tracing::debug!(session = self.entry.id(), %error, "a socket is not served by the ring");
             }
             let step = std::future::poll_fn(|cx| self.poll_relay(cx)).await;
             let outcome = match step {

@@ -134,6 +134,13 @@ async fn copy_goes_both_ways_and_fails_in_every_way(sockets: Sockets) {
     client.send(&query("SELECT 1")).await;
     assert_eq!(client.tags_until_ready().await, "TDCZI");
     rig.until(SessionState::Idle).await;
+    // Much of it: the server is done with the statement while the data is still on its way, and nothing answers that.
+    client.send(&query("COPY t FROM STDIN")).await;
+    assert_eq!(client.next().await.map(|message| message.tag), Some('G'));
+    let much = frame(b'd', &vec![b'1'; 1 << 20]).repeat(8);
+    client.send(&[frame(b'd', b"no number\n"), much, frame(b'c', &[])].concat()).await;
+    assert_eq!(client.tags_until_ready().await, "EZI");
+    rig.until(SessionState::Idle).await;
     // Extended protocol, as libpq does it: Sync behind Execute, then bad data, then CopyDone and Sync.
     client.send(&[extended("COPY t FROM STDIN"), sync()].concat()).await;
     for expected in "12G".chars() {

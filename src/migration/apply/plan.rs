@@ -368,7 +368,7 @@ impl Planner {
         }
         open.changes += 1;
         let names: Vec<&QualifiedName> = tables.iter().map(|table| &*table.name).collect();
-        let sql = statement::truncate(&names, truncate.restart_identity);
+        let sql = statement::truncate(&names);
         Ok(Planned::Truncate(Truncation { sql, tables }))
     }
 }

@@ -108,11 +108,11 @@ pub(super) fn copy_in(table: &QualifiedName, columns: &[Parameter<'_>]) -> Strin
 }
 
 /// One statement for all tables, so that foreign keys among them do not hinder. Never CASCADE: what the source's
-/// cascade reached is in the list already.
-pub(super) fn truncate(tables: &[&QualifiedName], restart_identity: bool) -> String {
+/// cascade reached is in the list already. Sequences are left alone, whatever the source's did: rows come with their values,
+/// and a cutover brings sequences over, which a TRUNCATE that is applied behind that must not undo.
+pub(super) fn truncate(tables: &[&QualifiedName]) -> String {
     let tables = tables.iter().map(|table| format!("ONLY {table}")).collect::<Vec<_>>().join(", ");
-    let identity = if restart_identity { "RESTART" } else { "CONTINUE" };
-    format!("TRUNCATE {tables} {identity} IDENTITY")
+    format!("TRUNCATE {tables} CONTINUE IDENTITY")
 }
 
 fn condition(table: &QualifiedName, matched: &Match<'_>, first: usize) -> String {

@@ -15,6 +15,8 @@ use crate::migration::{ddl, late};
 #[derive(Clone, Debug)]
 pub struct Archive {
     pub(super) standard_strings: bool,
+    /// Schema public is owned by who made the cluster, as it is by default up to PostgreSQL 14.
+    pub(super) public_is_the_makers: bool,
     /// Everything before the rows.
     pub(super) pre_data: Vec<Entry>,
     /// Indexes and constraints of ordinary tables, by the table's OID on the source.
@@ -142,15 +144,22 @@ struct Owner {
     partitioned: bool,
 }
 
+/// Schema public, if it belongs to the role that initdb has made.
+const MAKERS_PUBLIC: &str =
+    "SELECT FROM pg_catalog.pg_namespace WHERE nspname = 'public' AND nspowner = '10'::pg_catalog.oid";
+
 /// Sorts the entries; `source` is the transaction that the dump shared its snapshot with.
 pub(super) async fn build(source: &Transaction<'_>, toc: Toc) -> Result<Archive, Error> {
     let owners = owners(source, &toc.entries).await?;
-    Ok(sort(toc, &owners))
+    let mut archive = sort(toc, &owners);
+    archive.public_is_the_makers = !source.query(MAKERS_PUBLIC, &[]).await?.is_empty();
+    Ok(archive)
 }
 
 fn sort(toc: Toc, owners: &HashMap<(u32, u32), Owner>) -> Archive {
     let mut archive = Archive {
         standard_strings: toc.standard_strings,
+        public_is_the_makers: false,
         pre_data: Vec::new(),
         by_table: HashMap::new(),
         after_copy: Vec::new(),

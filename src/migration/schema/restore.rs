@@ -27,6 +27,8 @@ pub(in crate::migration) struct Restorer<'a> {
     control: Control,
     target: RestoreTarget<'a>,
     done: HashSet<String>,
+    /// See [`Archive::public_is_the_makers`].
+    public_is_the_makers: bool,
     report: RestoreReport,
 }
 
@@ -52,7 +54,8 @@ impl<'a> Restorer<'a> {
         {
             tracing::debug!(%error, "the target does not watch over its clients");
         }
-        Ok(Self { control, target, done: HashSet::new(), report: RestoreReport::default() })
+        let public_is_the_makers = archive.public_is_the_makers;
+        Ok(Self { control, target, done: HashSet::new(), public_is_the_makers, report: RestoreReport::default() })
     }
 
     /// Reads which of these entries an earlier run executed.
@@ -127,7 +130,7 @@ impl<'a> Restorer<'a> {
             Locking::Brief => BRIEF_LOCK_TIMEOUT,
         };
         let mut text = self.transaction_text(entry, key, &by_members(&entry.kind, sql), lock_timeout);
-        let mut may_be_left_out = gives_public_away(entry);
+        let mut may_be_left_out = self.public_is_the_makers && gives_public_away(entry);
         let mut attempts = 0;
         loop {
             attempts += 1;
@@ -226,8 +229,8 @@ fn by_members<'a>(kind: &str, sql: &'a str) -> Cow<'a, str> {
     Cow::Owned(lines.collect())
 }
 
-/// Whether all that the entry does is to say whose schema public is. Every database has one, and up to PostgreSQL 14 it
-/// belongs to who made the cluster: nothing that an application needs, and not everybody may give it away.
+/// Whether all that the entry does is to say whose schema public is. Every database has one; that it belongs to who made the
+/// cluster is nothing that an application needs, and not everybody may give it away.
 fn gives_public_away(entry: &Entry) -> bool {
     let mut statements = entry.sql.lines().filter(|line| !line.is_empty() && !line.starts_with("--"));
     entry.kind == "SCHEMA"

@@ -91,6 +91,10 @@ impl PooledSession {
             Ok(0) => Ok(Progress::None),
             Ok(count) => {
                 self.local.meters.sent_up(count);
+                if self.up.out.is_empty() && self.ledger.readies() != self.entered_turn {
+                    // The rest of a COPY that had failed before all of it was sent: no answer will end our stay inside.
+                    self.leave_if_quiet()?;
+                }
                 Ok(Progress::Some)
             }
         }
