@@ -252,6 +252,10 @@ async fn a_cancel_forgets_them_in_the_control_database_too() {
          INSERT INTO kept.one VALUES (1); INSERT INTO kept.other VALUES (1)"
     );
     connect(&world.source, "postgres").await.batch_execute(&make).await.expect("a superuser may");
+    for cluster in [&world.source, &world.target] {
+        let own = "ALTER DATABASE postgres OWNER TO pgcutover";
+        connect(cluster, "postgres").await.batch_execute(own).await.expect("a superuser may");
+    }
     world.daemon.must(&["migration", "create", NAME, "--database", "postgres"]);
     world.wait_until(READY).await;
     let target = connect(&world.target, "postgres").await;
