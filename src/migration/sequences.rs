@@ -164,8 +164,9 @@ impl SequencePair {
         Ok(moved)
     }
 
-    /// The same in the pause, which begins right after [`Self::bring_over`]: `to`, which nobody uses, is not asked again
-    /// where its sequences stand. Once only: what it has set is not remembered.
+    /// The same in the pause, which begins right after [`Self::bring_over`]: `to` is not asked again where its sequences
+    /// stand. Nobody uses it but the applier, which must not have moved any since: it never does, unless it applies
+    /// definitions. Once only: what this sets is not remembered.
     pub async fn bring_moved(&self, from: &Client, to: &Client) -> Result<usize, SequenceError> {
         let wanted = match self.from.read(from).await.map_err(read_failed)? {
             Some(wanted) => wanted,
