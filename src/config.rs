@@ -101,6 +101,7 @@ impl Server {
             sslrootcert: None,
             client_certificate: None,
             connect_timeout: Duration::from_secs(10),
+            stall_timeout: Duration::from_secs(30),
             tcp: Tcp::OF_SERVERS,
             kind: ServerKind::Postgres,
         }
@@ -258,6 +259,8 @@ pub struct Server {
     pub client_certificate: Option<(PathBuf, PathBuf)>,
     /// Bound on TCP connect, TLS and login together.
     pub connect_timeout: Duration,
+    /// Silence after which the server is asked whether it waits for us; zero: never.
+    pub stall_timeout: Duration,
     /// How the kernel watches links to it.
     pub tcp: Tcp,
     /// Which product or service it is; shown, and used where services differ.

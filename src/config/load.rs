@@ -151,6 +151,7 @@ fn server(mut section: Section<'_>) -> Server {
     let sslrootcert = section.path("sslrootcert");
     let client_certificate = client_certificate(&mut section);
     let connect_timeout = section.duration("connect_timeout", Duration::from_secs(10));
+    let stall_timeout = section.duration("stall_timeout", Duration::from_secs(30));
     let tcp = Tcp::read(&mut section, Tcp::OF_SERVERS);
     let kind = section.choice("kind", ServerKind::Postgres, &ServerKind::WORDS);
     if matches!(sslmode, SslMode::VerifyCa | SslMode::VerifyFull) && sslrootcert.is_none() && !host.starts_with('/') {
@@ -162,7 +163,19 @@ fn server(mut section: Section<'_>) -> Server {
         );
     }
     let port = u16::try_from(port).unwrap_or(5432);
-    Server { host, port, user, password, sslmode, sslrootcert, client_certificate, connect_timeout, tcp, kind }
+    Server {
+        host,
+        port,
+        user,
+        password,
+        sslmode,
+        sslrootcert,
+        client_certificate,
+        connect_timeout,
+        stall_timeout,
+        tcp,
+        kind,
+    }
 }
 
 fn client_certificate(section: &mut Section<'_>) -> Option<(PathBuf, PathBuf)> {

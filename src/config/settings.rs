@@ -80,6 +80,7 @@ impl Config {
             add(section, "sslcert", path(certificate.map(|(certificate, _)| certificate)), Restart);
             add(section, "sslkey", path(certificate.map(|(_, key)| key)), Restart);
             add(section, "connect_timeout", format_duration(server.connect_timeout), Restart);
+            add(section, "stall_timeout", format_duration(server.stall_timeout), Restart);
             for (key, value) in server.tcp.pairs() {
                 add(section, key, value, Restart);
             }

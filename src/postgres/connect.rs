@@ -15,6 +15,7 @@ use crate::config::{self, SslMode};
 use crate::postgres::derived_keys::DerivedKeys;
 use crate::postgres::dial::{self, Encryption, Unread};
 use crate::postgres::login::{LoginError, cancel_request, log_in};
+use crate::postgres::stall::{Departed, Metered, StallWatch};
 use crate::postgres::{Credential, Login, RawConnection, RawError, Stream, settings, tls};
 use crate::sqlstate;
 
@@ -79,6 +80,7 @@ struct Inner {
     tls: Option<(TlsConnector, ServerName<'static>)>,
     /// Keys of the passwords that were used here.
     derived: DerivedKeys,
+    departed: Departed,
 }
 
 impl fmt::Debug for Connector {
@@ -96,7 +98,14 @@ impl Connector {
             server_message: None,
         })?;
         let derived = DerivedKeys::new();
-        let inner = Inner { server: server.clone(), label: label.to_owned(), instance: instance.clone(), tls, derived };
+        let inner = Inner {
+            server: server.clone(),
+            label: label.to_owned(),
+            instance: instance.clone(),
+            tls,
+            derived,
+            departed: Departed::default(),
+        };
         Ok(Self { inner: Arc::new(inner) })
     }
 
@@ -108,6 +117,10 @@ impl Connector {
     /// `source` or `target`.
     pub fn label(&self) -> &str {
         &self.inner.label
+    }
+
+    pub(super) fn departed(&self) -> &Departed {
+        &self.inner.departed
     }
 
     /// Who we are.
@@ -197,15 +210,25 @@ impl Connector {
             config.password(password.expose());
         }
         let refused = |error: tokio_postgres::Error| self.control_error(database, &error);
+        let (stream, meter) = Metered::new(stream);
         let (client, connection) = config.connect_raw(stream, NoTls).await.map_err(refused)?;
         let version_num = connection.parameter("server_version").and_then(settings::version_num).unwrap_or(0);
-        let driver = tokio::spawn(drive(connection, self.place()));
+        let (place, patience, watching) = (self.place(), self.inner.server.stall_timeout, meter.clone());
+        let driver = tokio::spawn(async move {
+            tokio::select! {
+                () = drive(connection, place) => {}
+                // The socket is dropped, and whoever uses the session is told that it is closed.
+                () = watching.stalled(patience) => {}
+            }
+        });
         let mut control = Control { client, version_num, pid: 0, driver };
         if let Some(statement) = settings::after_login(version_num) {
             control.client.batch_execute(&statement).await.map_err(refused)?;
         }
         let row = control.client.query_one("SELECT pg_catalog.pg_backend_pid()", &[]).await.map_err(refused)?;
         control.pid = row.get(0);
+        let name = self.inner.instance.application_name(purpose);
+        meter.watched_by(StallWatch::over(self, database, &name, control.pid));
         Ok(control)
     }
 
@@ -216,6 +239,9 @@ impl Connector {
         let mut connection = RawConnection::before_login(stream, &self.inner.label);
         log_in(&mut connection, login, &self.inner.derived).await.map_err(|error| self.login_error(login, &error))?;
         if self.is_own(login) {
+            let name = login.parameters.iter().find(|(name, _)| name == "application_name").map(|(_, value)| value);
+            let name = name.map_or("", String::as_str);
+            connection.watched_by(StallWatch::over(self, &login.database, name, connection.pid));
             let unconverted = connection.parameter("server_encoding").and_then(settings::unconverted);
             let later = settings::after_login(connection.version_num());
             let statements: Vec<&str> = later.as_deref().into_iter().chain(unconverted).collect();
@@ -339,7 +365,7 @@ impl Connector {
 }
 
 /// Runs the driver of a control session until the session is dropped or the link breaks.
-async fn drive(connection: tokio_postgres::Connection<Stream, NoTlsStream>, place: String) {
+async fn drive(connection: tokio_postgres::Connection<Metered, NoTlsStream>, place: String) {
     if let Err(error) = connection.await {
         // Whoever uses the session gets the error and handles it; here it only helps to find the reason.
         tracing::debug!(server = place, %error, "control session ended");

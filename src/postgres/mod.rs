@@ -24,6 +24,7 @@ mod raw;
 pub mod ring;
 mod scram;
 mod settings;
+mod stall;
 mod stream;
 mod tls;
 pub mod walsender;

@@ -14,6 +14,7 @@ use tokio_util::io::poll_read_buf;
 
 use crate::config::Secret;
 use crate::postgres::frame::{LOGIN_FRAME_MAX, MAX_FRAME_BYTES, data_row, parameter_status, take_frame};
+use crate::postgres::stall::StallWatch;
 use crate::postgres::stream::Parked;
 use crate::postgres::{Frame, RawError, Stream, settings};
 use crate::wire::message;
@@ -119,6 +120,8 @@ pub struct RawConnection {
     /// ReadyForQuery that our own queries still await. Not 0 between calls: one of them was dropped half-way, and
     /// whatever is read next answers that one.
     awaited: u32,
+    /// Notices that the link has stalled; only our own connections have one.
+    watch: Option<StallWatch>,
 }
 
 /// A connection between two threads: see [`RawConnection::park`].
@@ -161,13 +164,35 @@ impl RawConnection {
             status: b'I',
             notifications: Vec::new(),
             awaited: 0,
+            watch: None,
         }
+    }
+
+    /// From now on a link that stalls while an answer is awaited is given up.
+    pub(super) fn watched_by(&mut self, watch: Option<StallWatch>) {
+        self.watch = watch;
+    }
+
+    /// Takes the watch out, for who goes on with the stream alone.
+    pub(super) fn take_watch(&mut self) -> Option<StallWatch> {
+        self.watch.take()
     }
 
     /// Takes the connection from its runtime, so that another thread can go on with it.
     pub fn park(self) -> io::Result<ParkedConnection> {
-        let Self { stream, read_buf, pid, cancel_key, parameters, label, status, notifications, awaited, frame_max } =
-            self;
+        let Self {
+            stream,
+            read_buf,
+            pid,
+            cancel_key,
+            parameters,
+            label,
+            status,
+            notifications,
+            awaited,
+            frame_max,
+            watch,
+        } = self;
         let stream = stream.park()?;
         let rest = Box::new(move |stream| Self {
             stream,
@@ -180,6 +205,7 @@ impl RawConnection {
             notifications,
             awaited,
             frame_max,
+            watch,
         });
         Ok(ParkedConnection { stream, rest })
     }
@@ -217,11 +243,13 @@ impl RawConnection {
 
     /// Writes `bytes` and flushes.
     pub async fn send(&mut self, bytes: &[u8]) -> Result<(), RawError> {
-        let written = match self.stream.write_all(bytes).await {
-            Ok(()) => self.stream.flush().await,
-            Err(error) => Err(error),
-        };
-        written.map_err(|error| self.lost("sending", error))
+        let watch = self.watch.as_ref().filter(|_| self.awaited > 0);
+        let stream = &mut self.stream;
+        let written = StallWatch::wait_for(watch, async {
+            stream.write_all(bytes).await?;
+            stream.flush().await
+        });
+        written.await.map_err(|error| self.lost("sending", error))
     }
 
     /// Announces a query of our own, whose ReadyForQuery is then awaited. An error where an earlier one was abandoned:
@@ -239,24 +267,25 @@ impl RawConnection {
     /// neither side waits for the other to read. Flushing is the caller's.
     pub(super) async fn write_or_read(&mut self, bytes: &[u8]) -> Result<usize, RawError> {
         self.read_buf.reserve(READ_BYTES);
+        let watch = self.watch.as_ref().filter(|_| self.awaited > 0);
+        let (stream, read_buf) = (&mut self.stream, &mut self.read_buf);
         let step = poll_fn(|cx| {
-            let refused = match Pin::new(&mut self.stream).poll_write(cx, bytes) {
+            let refused = match Pin::new(&mut *stream).poll_write(cx, bytes) {
                 Poll::Ready(Ok(count)) if count > 0 => return Poll::Ready(Ok(count)),
                 Poll::Ready(Ok(_)) => Some(io::ErrorKind::WriteZero.into()),
                 Poll::Ready(Err(error)) => Some(error),
                 Poll::Pending => None,
             };
             // A server that takes no more may still have said why: that is read before the failure is reported.
-            match (poll_read_buf(Pin::new(&mut self.stream), cx, &mut self.read_buf), refused) {
+            match (poll_read_buf(Pin::new(&mut *stream), cx, read_buf), refused) {
                 (Poll::Ready(Ok(count)), _) if count > 0 => Poll::Ready(Ok(0)),
                 (_, Some(error)) => Poll::Ready(Err(error)),
                 (Poll::Ready(Ok(_)), None) => Poll::Ready(Err(io::ErrorKind::UnexpectedEof.into())),
                 (Poll::Ready(Err(error)), None) => Poll::Ready(Err(error)),
                 (Poll::Pending, None) => Poll::Pending,
             }
-        })
-        .await;
-        step.map_err(|error| self.lost("sending", error))
+        });
+        StallWatch::wait_for(watch, step).await.map_err(|error| self.lost("sending", error))
     }
 
     /// Writes all of `bytes`, reading whatever comes meanwhile into `read_buf`, and takes what has arrived by the end.
@@ -296,7 +325,8 @@ impl RawConnection {
     /// Waits for more bytes, with room for `room` of them.
     pub(super) async fn read_more(&mut self, room: usize) -> Result<(), RawError> {
         self.read_buf.reserve(room);
-        match self.stream.read_buf(&mut self.read_buf).await {
+        let watch = self.watch.as_ref().filter(|_| self.awaited > 0);
+        match StallWatch::wait_for(watch, self.stream.read_buf(&mut self.read_buf)).await {
             Ok(0) => Err(self.lost("reading", io::ErrorKind::UnexpectedEof.into())),
             Ok(_) => Ok(()),
             Err(error) => Err(self.lost("reading", error)),

@@ -1,4 +1,4 @@
-//! What goes wrong on the way: links that break in the middle of a row or fall silent, servers that stand still, time-outs of
+//! What goes wrong on the way: links that break in the middle of a row, fall silent or stall, servers that stand still, time-outs of
 //! roles and walsenders, a full disk. Each is tried again by itself until the cause is gone, and nothing is lost.
 
 use std::process::Command;
@@ -127,6 +127,49 @@ async fn a_walsender_that_gives_up_is_asked_again() {
     link.stall(false);
     wait_for("another walsender", || async { walsenders().await.iter().any(|pid| !first.contains(pid)) }).await;
     drain(&running, "silent").await;
+    world.assert_equal("shop").await;
+    running.stop().await;
+}
+
+/// Nothing passes any more on the links that are there, and neither end is told; those that are opened later are well. Only
+/// the servers know that their processes wait for us.
+#[tokio::test(flavor = "multi_thread")]
+async fn links_that_stall_for_ever_are_opened_anew() {
+    let world = World::same_major();
+    let (source, target) = (Link::to(world.source.address()).await, Link::to(world.target.address()).await);
+    let world = world.with(|config| {
+        config.source.port = source.address.port();
+        config.target.port = target.address.port();
+        config.source.stall_timeout = Duration::from_secs(1);
+        config.target.stall_timeout = Duration::from_secs(1);
+        // About ten seconds for the largest table.
+        config.migration.copy_rate_bytes = Some(2_500_000);
+    });
+    furnish(&world).await;
+    let running = world.engine("");
+    create(&running, spec("stalled", &["shop"])).await;
+    let copying = connect(&world.target, "postgres").await;
+    for link in [&target, &source] {
+        let copies = async || {
+            let sql = "SELECT count(*) FROM pg_stat_progress_copy WHERE datname = 'shop' AND bytes_processed > 1000000";
+            copying.query_one(sql, &[]).await.expect("readable").get::<_, i64>(0) > 0
+        };
+        wait_for("rows on their way", copies).await;
+        link.stall_those_there();
+    }
+    reach(&running, "stalled", "WaitingForCutoverTrigger").await;
+
+    // While changes stream.
+    let load = Load::start(&world.source, "shop", 2).await;
+    for link in [&target, &source] {
+        load.writes(30).await;
+        link.stall_those_there();
+        load.writes(30).await;
+        drain(&running, "stalled").await;
+    }
+    load.stop().await;
+    drain(&running, "stalled").await;
+    reach(&running, "stalled", "WaitingForCutoverTrigger").await;
     world.assert_equal("shop").await;
     running.stop().await;
 }

@@ -40,7 +40,9 @@ pub struct Link {
     requests_left: Arc<AtomicI64>,
     /// Counts up with every order to cut what is there.
     cut_all: watch::Sender<u64>,
-    stalled: watch::Sender<bool>,
+    /// Connections with a lower number carry nothing.
+    stalled_below: watch::Sender<u64>,
+    connections: Arc<AtomicU64>,
 }
 
 impl Link {
@@ -55,7 +57,8 @@ impl Link {
             answers_left: Arc::new(AtomicI64::new(i64::MAX)),
             requests_left: Arc::new(AtomicI64::new(i64::MAX)),
             cut_all: watch::Sender::new(0),
-            stalled: watch::Sender::new(false),
+            stalled_below: watch::Sender::new(0),
+            connections: Arc::default(),
         };
         let inner = link.clone();
         tokio::spawn(async move {
@@ -115,7 +118,12 @@ impl Link {
 
     /// From now on nothing passes, in either direction, or everything does again. No connection is lost by it.
     pub fn stall(&self, stalled: bool) {
-        self.stalled.send_replace(stalled);
+        self.stalled_below.send_replace(if stalled { u64::MAX } else { 0 });
+    }
+
+    /// Nothing ever passes again on the connections that are there, and neither end learns of it; new ones are well.
+    pub fn stall_those_there(&self) {
+        self.stalled_below.send_replace(self.connections.load(Ordering::SeqCst));
     }
 
     /// How many connections have been cut.
@@ -140,7 +148,8 @@ impl Link {
     async fn carry(&self, client: TcpStream, server: TcpStream) {
         let (mut from_client, mut to_client) = client.into_split();
         let (mut from_server, mut to_server) = server.into_split();
-        let mut passing = self.stalled.subscribe();
+        let number = self.connections.fetch_add(1, Ordering::SeqCst);
+        let mut passing = self.stalled_below.subscribe();
         let mut cut_all = self.cut_all.subscribe();
         cut_all.mark_unchanged();
         let link = self.clone();
@@ -150,7 +159,7 @@ impl Link {
             let mut buffer = vec![0; 64 * 1024];
             while let Ok(read) = from_server.read(&mut buffer).await
                 && read > 0
-                && passing.wait_for(|stalled| !stalled).await.is_ok()
+                && passing.wait_for(|below| number >= *below).await.is_ok()
             {
                 let passes = link.passing(&link.answers_left, read);
                 let written = to_client.write_all(&buffer[..passes]).await;
@@ -163,7 +172,7 @@ impl Link {
                 }
             }
         });
-        let mut passing = self.stalled.subscribe();
+        let mut passing = self.stalled_below.subscribe();
         let mut buffer = vec![0; 64 * 1024];
         let mut passed = None;
         loop {
@@ -173,7 +182,7 @@ impl Link {
                 _ = cut_all.changed() => 0,
                 () = break_off.notified() => 0,
             };
-            if read == 0 || passing.wait_for(|stalled| !stalled).await.is_err() {
+            if read == 0 || passing.wait_for(|below| number >= *below).await.is_err() {
                 break;
             }
             let passes = self.passing(&self.requests_left, read);

@@ -16,10 +16,12 @@ use super::WalsenderError;
 use super::nap::{Age, Naps};
 use crate::lsn::Lsn;
 use crate::postgres::frame::{MAX_FRAME_BYTES, take_frame};
+use crate::postgres::stall::StallWatch;
 use crate::postgres::{Frame, RawConnection, RawError, Stream};
 
 /// Every status asks for a keepalive in return, so a stream this silent is dead. Generous: old servers answer nothing
-/// while they decode a long transaction of which nothing is published.
+/// while they decode a long transaction of which nothing is published. Where the server can be asked what its walsender
+/// does, a dead link is noticed earlier ([`StallWatch`]).
 const MAX_SILENCE: Duration = Duration::from_secs(600);
 
 /// Memory that messages are read into, piece by piece.
@@ -109,6 +111,7 @@ pub struct ReplicationStream {
     label: String,
     feedback: Feedback,
     naps: Naps,
+    watch: Option<StallWatch>,
     /// Holds the writing half; ended by [`Self::stop`] or by dropping.
     writer: JoinHandle<io::Result<()>>,
 }
@@ -121,14 +124,15 @@ impl fmt::Debug for ReplicationStream {
 }
 
 impl ReplicationStream {
-    pub(super) fn new(connection: RawConnection, period: Duration) -> Self {
+    pub(super) fn new(mut connection: RawConnection, period: Duration) -> Self {
         let label = connection.label().to_owned();
+        let watch = connection.take_watch();
         let (socket, write_half) = tokio::io::split(connection.stream);
         let (outgoing, said) = watch::channel(Outgoing::default());
         let writer = tokio::spawn(write_statuses(write_half, said, period));
         let feedback = Feedback { outgoing: Arc::new(outgoing) };
         let naps = Naps::new();
-        Self { socket, read_buf: connection.read_buf, label, feedback, naps, writer }
+        Self { socket, read_buf: connection.read_buf, label, feedback, naps, watch, writer }
     }
 
     /// A handle to report positions with.
@@ -236,7 +240,8 @@ impl ReplicationStream {
                 self.naps.take();
             }
             self.make_room();
-            match tokio::time::timeout(MAX_SILENCE, self.socket.read_buf(&mut self.read_buf)).await {
+            let read = StallWatch::wait_for(self.watch.as_ref(), self.socket.read_buf(&mut self.read_buf));
+            match tokio::time::timeout(MAX_SILENCE, read).await {
                 Ok(read) => self.has_read(read)?,
                 Err(_) => return Err(self.lost(io::ErrorKind::TimedOut.into())),
             }
