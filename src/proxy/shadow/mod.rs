@@ -44,6 +44,9 @@ use crate::telemetry::metrics::Metrics;
 /// Samples that are being taken, wait or run, at the most: what bounds the memory of a run.
 const IN_FLIGHT: usize = 128;
 
+/// Sessions whose state is kept, at the most; no transaction of further ones is sampled.
+const SESSIONS: usize = 512;
+
 /// Answers that differ and wait to be looked at again, at the most.
 const DOUBTS: usize = 32;
 
@@ -148,8 +151,16 @@ struct Doubt {
     _slot: Slot,
 }
 
-/// A place among those that are in flight; given up when dropped.
+/// A place among a number of them; given up when dropped.
 struct Slot(Arc<AtomicUsize>);
+
+impl Slot {
+    fn among(places: &Arc<AtomicUsize>, most: usize) -> Option<Self> {
+        let taken = places.fetch_add(1, Ordering::AcqRel);
+        let slot = Self(places.clone());
+        (taken < most).then_some(slot)
+    }
+}
 
 impl Drop for Slot {
     fn drop(&mut self) {
@@ -179,6 +190,7 @@ struct Run {
     doubts: Mutex<VecDeque<Doubt>>,
     doubted: Notify,
     in_flight: Arc<AtomicUsize>,
+    sessions: Arc<AtomicUsize>,
     /// Why it has ended.
     over: watch::Sender<Option<&'static str>>,
     /// Its connections are closed.
@@ -234,9 +246,11 @@ impl Run {
     }
 
     fn slot(&self) -> Option<Slot> {
-        let taken = self.in_flight.fetch_add(1, Ordering::AcqRel);
-        let slot = Slot(self.in_flight.clone());
-        (taken < IN_FLIGHT).then_some(slot)
+        Slot::among(&self.in_flight, IN_FLIGHT)
+    }
+
+    fn seat(&self) -> Option<Slot> {
+        Slot::among(&self.sessions, SESSIONS)
     }
 
     fn sampled(&self) {
@@ -394,6 +408,7 @@ impl ShadowReads {
             doubts: Mutex::default(),
             doubted: Notify::new(),
             in_flight: Arc::default(),
+            sessions: Arc::default(),
             over: watch::Sender::new(None),
             closed: watch::Sender::new(false),
         });

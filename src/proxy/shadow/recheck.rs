@@ -103,7 +103,7 @@ async fn decide(shared: &Shared, doubt: &Doubt, target: &mut Link, source: &mut 
     let theirs = match ask(shared, ServerRole::Target, doubt, target).await {
         Ok(answer) => answer,
         Err(Unanswered::TooMuch) => Answer::default(),
-        Err(Unanswered::Closed(_) | Unanswered::Lost) => return Outcome::Undecided,
+        Err(Unanswered::Closed(_) | Unanswered::Unlike | Unanswered::Lost) => return Outcome::Undecided,
     };
     if theirs.failure.is_some() {
         return Outcome::Undecided;

@@ -175,8 +175,10 @@ struct Open {
 
 /// Why a server has not answered.
 pub(super) enum Unanswered {
-    /// It cannot be reached, or it refuses the login or the session's settings; then with SQLSTATE, where there is one.
+    /// It cannot be reached, or it refuses the login; then with SQLSTATE.
     Closed(Option<String>),
+    /// It cannot be given what the session has set up.
+    Unlike,
     /// It was lost or too slow.
     Lost,
     /// It said more than is kept.
@@ -254,7 +256,7 @@ impl Link {
         open.is_busy = false;
         open.state = wanted;
         // Nobody may read with other settings, or as another role, than the session has.
-        if report.blockers().is_empty() { Ok(()) } else { Err(Unanswered::Closed(Some("22023".to_owned()))) }
+        if report.blockers().is_empty() { Ok(()) } else { Err(Unanswered::Unlike) }
     }
 
     /// Closes the connection; what may still run there is cancelled first.
@@ -409,6 +411,7 @@ async fn one(shared: &Shared, run: &Run, link: &mut Link) -> bool {
             drop(tally);
             doubt(run, Doubt { login, state, call, answer, _slot });
         }
+        Err(Unanswered::Unlike) => tally.skipped(Skip::Session, &run.metrics),
         Err(Unanswered::Closed(Some(sqlstate))) => {
             tally.failed(call.text(), &sqlstate);
             tally.ended(Outcome::Failed, &run.metrics);

@@ -30,7 +30,7 @@ pub(super) const REQUEST_BYTES: usize = 16 << 10;
 pub(super) const ANSWER_BYTES: usize = 64 << 10;
 
 /// Named statements that a session has prepared since its state was read, in bytes of their Parse messages.
-const PARSES_BYTES: usize = 64 << 10;
+const PARSES_BYTES: usize = 32 << 10;
 
 /// A session is not asked for its state again before this has passed.
 const BETWEEN_LOOKS: Duration = Duration::from_secs(1);
@@ -59,6 +59,7 @@ pub(in crate::proxy) struct Shadowing {
     wanted: bool,
     looked: Option<Instant>,
     has_failed: bool,
+    _seat: Slot,
 }
 
 /// A sample that is being taken.
@@ -71,7 +72,7 @@ struct Taking {
 }
 
 impl Shadowing {
-    fn new(run: Arc<Run>, login: Arc<Login>) -> Self {
+    fn new(run: Arc<Run>, login: Arc<Login>, seat: Slot) -> Self {
         Self {
             run,
             login,
@@ -82,6 +83,7 @@ impl Shadowing {
             wanted: false,
             looked: None,
             has_failed: false,
+            _seat: seat,
         }
     }
 
@@ -223,14 +225,15 @@ impl Session {
         if self.backend.as_ref().is_none_or(|own| own.server != ServerRole::Source) || !run.is_chosen() {
             return;
         }
-        let database = self.local.database.name();
-        if self.shadow.as_ref().is_none_or(|shadow| !Arc::ptr_eq(&shadow.run, &run)) {
-            self.shadow = Some(Box::new(Shadowing::new(run.clone(), run.login(&self.login))));
-        }
-        if !run.covers(database) {
+        if !run.covers(self.local.database.name()) {
             return;
         }
         run.sampled();
+        if self.shadow.as_ref().is_none_or(|shadow| !Arc::ptr_eq(&shadow.run, &run)) {
+            self.shadow = None;
+            let Some(seat) = run.seat() else { return run.skipped(Skip::Busy) };
+            self.shadow = Some(Box::new(Shadowing::new(run.clone(), run.login(&self.login), seat)));
+        }
         let Some(shadow) = &mut self.shadow else { return };
         match run.slot() {
             Some(slot) => {
