@@ -118,7 +118,8 @@ pub(super) fn normalised(text: &[u8]) -> String {
     let mut tokens = Tokens { text, at: 0 };
     while let Some(token) = tokens.next() {
         let is_name = !matches!(token, Token::Other(_) | Token::Semicolon);
-        if is_name && needs_space {
+        let is_operator = matches!(token, Token::Other(b'=' | b'<' | b'>' | b'*' | b'+' | b'-' | b'/' | b'|'));
+        if (is_name || is_operator) && needs_space {
             out.push(' ');
         }
         match token {

@@ -189,6 +189,8 @@ struct Run {
     queued: Notify,
     doubts: Mutex<VecDeque<Doubt>>,
     doubted: Notify,
+    /// Those that wait and those that are looked at.
+    in_doubt: AtomicUsize,
     in_flight: Arc<AtomicUsize>,
     sessions: Arc<AtomicUsize>,
     /// Why it has ended.
@@ -309,7 +311,7 @@ impl Run {
             skipped: tally.skips(),
             outcomes: tally.outcomes(),
             failed: tally.sqlstates(),
-            waiting: lock(&self.doubts).len(),
+            waiting: self.in_doubt.load(Ordering::Acquire),
             source_ms,
             target_ms,
             statements: tally.listed(),
@@ -407,6 +409,7 @@ impl ShadowReads {
             queued: Notify::new(),
             doubts: Mutex::default(),
             doubted: Notify::new(),
+            in_doubt: AtomicUsize::new(0),
             in_flight: Arc::default(),
             sessions: Arc::default(),
             over: watch::Sender::new(None),

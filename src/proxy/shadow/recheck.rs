@@ -14,6 +14,7 @@
 
 use std::collections::HashMap;
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use super::compare::{Answer, Match};
@@ -79,6 +80,7 @@ async fn batch(shared: &Shared, run: &Run, target: &mut Link, source: &mut Link)
             tally.different(doubt.call.text());
         }
         tally.ended(outcome, &run.metrics);
+        run.in_doubt.fetch_sub(1, Ordering::AcqRel);
     }
 }
 

@@ -9,6 +9,7 @@
 
 use std::collections::HashSet;
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
 use bytes::Bytes;
@@ -344,6 +345,7 @@ pub(super) async fn drive(shared: Arc<Shared>, run: Arc<Run>) {
     }
     lock(&run.queue).clear();
     lock(&run.doubts).clear();
+    run.in_doubt.store(0, Ordering::Release);
     run.closed.send_replace(true);
 }
 
@@ -429,6 +431,7 @@ fn doubt(run: &Run, doubt: Doubt) {
     let mut doubts = lock(&run.doubts);
     if doubts.len() < DOUBTS {
         doubts.push_back(doubt);
+        run.in_doubt.fetch_add(1, Ordering::AcqRel);
         run.doubted.notify_one();
     } else {
         drop(doubts);
