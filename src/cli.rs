@@ -262,6 +262,20 @@ enum MigrationCommand {
         #[arg(long)]
         repair: bool,
     },
+    /// Run a share of the clients' reads on the target too, and compare answers and latencies; alone: what was found
+    Shadow {
+        /// Its name
+        name: MigrationName,
+        /// Percent of the transactions, such as 5%
+        #[arg(long, value_name = "N%", value_parser = percent)]
+        share: Option<u8>,
+        /// For how long, such as 10min [default: 10min]
+        #[arg(long = "for", value_name = "T", value_parser = units::parse_duration)]
+        lasts: Option<Duration>,
+        /// End it
+        #[arg(long, conflicts_with_all = ["share", "lasts"])]
+        stop: bool,
+    },
     /// Go on after a failure whose cause is mended
     Retry {
         /// Its name
@@ -315,6 +329,11 @@ struct Cutover {
     /// Go past what can cost time or connections and never data: a target that is known to be far behind, too few connections
     #[arg(long)]
     force: bool,
+}
+
+fn percent(text: &str) -> Result<u8, String> {
+    let number = text.trim_end_matches('%').parse().ok().filter(|share| (1..=100).contains(share));
+    number.ok_or_else(|| "1% to 100% are possible".to_owned())
 }
 
 /// One of the words that serde knows for `T`.

@@ -401,6 +401,8 @@ pub struct Limits {
     pub client_login_timeout: Duration,
     /// Time-outs of sessions, unless `users` or `databases` say otherwise.
     pub timeouts: limits::Timeouts,
+    /// Connections to the target that shadow reads have at one time.
+    pub shadow_connections: usize,
     /// Held sessions that are let in each 10 ms after a resume; 0: all at once.
     pub resume_rate: usize,
     /// What is said otherwise for roles.

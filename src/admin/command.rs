@@ -66,6 +66,8 @@ pub enum Command {
     Validation(MigrationName),
     /// What its last verification found.
     Verification(MigrationName),
+    /// What its shadow reads have found, running or last.
+    ShadowOf(MigrationName),
     /// Its cutover: the one that runs, or the last.
     CutoverOf(MigrationName),
     /// How far it was behind, and how much had been copied, over the last minutes.
@@ -88,6 +90,8 @@ pub enum Command {
     Retry(MigrationName),
     /// Compare source and target.
     Verify(MigrationName, VerifyRequest),
+    /// Run a share of the reads on the target too, or no more.
+    Shadow(MigrationName, ShadowRequest),
     /// Show, or run, what mends a rule of its premigration validation.
     Fix(MigrationName, FixRequest),
     /// Read the configuration again.
@@ -146,6 +150,7 @@ impl Command {
                 | Self::Cancel(_)
                 | Self::Retry(_)
                 | Self::Verify(..)
+                | Self::Shadow(..)
                 | Self::Fix(..)
                 | Self::Check
                 | Self::Reload
@@ -170,6 +175,7 @@ impl Command {
             | Self::Tables(name)
             | Self::Validation(name)
             | Self::Verification(name)
+            | Self::ShadowOf(name)
             | Self::CutoverOf(name)
             | Self::History(name)
             | Self::Cutover(name, _)
@@ -178,6 +184,7 @@ impl Command {
             | Self::Cancel(name)
             | Self::Retry(name)
             | Self::Verify(name, _)
+            | Self::Shadow(name, _)
             | Self::Fix(name, _) => Some(name),
             Self::Create(spec) => Some(&spec.name),
             _ => None,
@@ -226,6 +233,8 @@ impl Command {
             Self::Cancel(_) => "cancel",
             Self::Retry(_) => "retry",
             Self::Verify(..) => "verify",
+            Self::Shadow(..) => "shadow",
+            Self::ShadowOf(_) => "shadow reads",
             Self::Fix(..) => "fix",
             Self::Reload => "reload",
             Self::Pause(_) => "pause",
@@ -284,6 +293,35 @@ pub struct VerifyRequest {
     /// Write the source's rows over those of the target that differ, and compare these tables again.
     #[serde(default)]
     pub repair: bool,
+}
+
+/// Which reads run on the target too.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, schemars::JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct ShadowRequest {
+    /// Percent of the transactions that are looked at.
+    #[serde(default = "ShadowRequest::usual_share")]
+    #[schemars(range(min = 1, max = 100))]
+    pub share: u8,
+    /// For how long; ten minutes unless told otherwise.
+    #[serde(default, rename = "for", with = "duration_text")]
+    #[schemars(schema_with = "duration_text::schema")]
+    pub lasts: Option<Duration>,
+    /// End those that are on.
+    #[serde(default)]
+    pub stop: bool,
+}
+
+impl ShadowRequest {
+    fn usual_share() -> u8 {
+        5
+    }
+}
+
+impl Default for ShadowRequest {
+    fn default() -> Self {
+        Self { share: Self::usual_share(), lasts: None, stop: false }
+    }
 }
 
 /// What to mend.

@@ -13,6 +13,7 @@ use crate::migration::preflight::RuleResult;
 use crate::migration::view::{
     CancelReport, FixReport, MigrationName, MigrationSpec, MigrationView, TableView, VerifyReport,
 };
+use crate::proxy::shadow::{ShadowError, ShadowOrder, ShadowView};
 
 /// The engine's side.
 #[async_trait]
@@ -63,6 +64,7 @@ pub trait Cutovers: Send + Sync {
 }
 
 /// The proxy's side.
+#[async_trait]
 pub trait Clients: Send + Sync {
     /// Every client session.
     fn list(&self) -> Vec<ClientView>;
@@ -78,6 +80,18 @@ pub trait Clients: Send + Sync {
     fn end_client(&self, id: u64) -> bool;
     /// Ends every session of a database, with 57P01. Returns how many there were.
     fn end_database(&self, database: &str) -> usize;
+    /// Begins shadow reads.
+    async fn shadow(&self, _order: ShadowOrder) -> Result<ShadowView, ShadowError> {
+        Err(ShadowError::NoProxy)
+    }
+    /// Ends those of a migration.
+    async fn end_shadow(&self, migration: &str, _why: &'static str) -> Result<ShadowView, ShadowError> {
+        Err(ShadowError::IsOff(migration.to_owned()))
+    }
+    /// What they have found, running or last.
+    fn shadow_of(&self, _migration: &str) -> Option<ShadowView> {
+        None
+    }
 }
 
 /// The daemon's side.

@@ -12,6 +12,7 @@ use crate::migration::preflight::{Level, RuleResult, Statement};
 use crate::migration::view::{
     CancelReport, DatabaseView, FencedWriteView, FixReport, MigrationView, TableView, VerifyReport,
 };
+use crate::proxy::shadow::ShadowView;
 
 /// An answer.
 #[derive(Clone, Debug, PartialEq)]
@@ -39,6 +40,8 @@ pub enum Reply {
     Verified(Box<VerifyReport>),
     /// What the last verification found; `None`: there was none.
     Verification(Option<Box<VerifyReport>>),
+    /// What shadow reads have found; `None`: there were none.
+    Shadow(Option<Box<ShadowView>>),
     /// What mends a rule.
     Fixed(FixReport),
     /// What a cancel removed and left.
@@ -168,6 +171,7 @@ const VERIFY: &[Column] = &[
     ("difference", Text),
     ("key", Text),
 ];
+const SHADOW: &[Column] = &[("what", Text), ("name", Text), ("value", Text)];
 const FIX: &[Column] = &[("server", Text), ("database", Text), ("statement", Text), ("result", Text)];
 const RELOAD: &[Column] = &[("key", Text), ("result", Text)];
 const STATUS: &[Column] = &[
@@ -214,6 +218,7 @@ pub fn columns(command: &Command) -> Option<&'static [Column]> {
         Command::Events => Some(EVENTS),
         Command::Check => Some(CHECK),
         Command::Verify(..) | Command::Verification(_) => Some(VERIFY),
+        Command::Shadow(..) | Command::ShadowOf(_) => Some(SHADOW),
         Command::Fix(..) => Some(FIX),
         Command::Reload => Some(RELOAD),
         Command::Create(_)
@@ -247,6 +252,7 @@ impl Reply {
             Self::Members(members) => serde_json::to_value(members),
             Self::Verified(report) => serde_json::to_value(report),
             Self::Verification(report) => serde_json::to_value(report),
+            Self::Shadow(view) => serde_json::to_value(view),
             Self::Fixed(report) => serde_json::to_value(report),
             Self::Cancelled(report) => serde_json::to_value(report),
             Self::History(samples) => serde_json::to_value(samples),
@@ -274,6 +280,7 @@ impl Reply {
             Self::Verification(report) => {
                 filled(VERIFY, report.iter().flat_map(|report| verify_rows(report)).collect())
             }
+            Self::Shadow(view) => filled(SHADOW, view.iter().flat_map(|view| shadow_rows(view)).collect()),
             Self::Fixed(report) => filled(FIX, fix_rows(&report)),
             Self::Cancelled(report) => filled(CANCEL, cancel_rows(&report)),
             Self::History(samples) => filled(HISTORY, samples.into_iter().map(sample_row).collect()),
@@ -468,6 +475,11 @@ fn fix_rows(report: &FixReport) -> Vec<Vec<Cell>> {
         vec![server.into(), statement.database.clone().into(), statement.sql.clone().into(), result.clone().into()]
     };
     report.statements.iter().map(row).collect()
+}
+
+/// What it is about, its name, its value.
+fn shadow_rows(view: &ShadowView) -> Vec<Vec<Cell>> {
+    view.lines().into_iter().map(|line| line.map(Cell::from).to_vec()).collect()
 }
 
 /// A first row with the counts, then one for each difference that is listed.

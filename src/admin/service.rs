@@ -8,7 +8,7 @@ use std::time::Instant;
 
 use arc_swap::ArcSwap;
 
-use super::command::{Command, CutoverRequest, Filter};
+use super::command::{Command, CutoverRequest, Filter, ShadowRequest};
 use super::error::{AdminError, ErrorKind};
 use super::live::{self, Live};
 use super::parts::{Clients, Cutovers, Daemon, Migrations};
@@ -21,12 +21,19 @@ use crate::catalog::streams::Direction;
 use crate::config::{Config, Server};
 use crate::migration::preflight::{Level, Outcome, RuleResult};
 use crate::migration::view::{MigrationName, MigrationView, Problem};
+use crate::proxy::shadow::{ShadowError, ShadowOrder};
 use crate::shutdown::Tasks;
 use crate::switch::{Route, Switchboard};
 use crate::telemetry::metrics::Metrics;
 
 /// How long a scrape waits for the engine's answer.
 const SCRAPE_BOUND: std::time::Duration = std::time::Duration::from_secs(1);
+
+/// How long shadow reads last unless told otherwise.
+const SHADOW_LASTS: std::time::Duration = std::time::Duration::from_secs(600);
+
+/// The state in which a migration can be cut over.
+const READY: &str = "WaitingForUserAction";
 
 /// What the service works with.
 pub struct ServiceDeps {
@@ -190,6 +197,10 @@ impl Inner {
             Command::Verification(name) => {
                 Ok(Reply::Verification(deps.migrations.verification(&name).await?.map(Box::new)))
             }
+            Command::ShadowOf(name) => {
+                deps.migrations.show(&name).await?;
+                Ok(Reply::Shadow(deps.clients.shadow_of(name.as_str()).map(Box::new)))
+            }
             Command::CutoverOf(name) => {
                 deps.migrations.show(&name).await?;
                 Ok(Reply::Cutover(deps.cutovers.progress(&name).await?))
@@ -207,6 +218,7 @@ impl Inner {
             | Command::Cancel(_)
             | Command::Retry(_)
             | Command::Verify(..)
+            | Command::Shadow(..)
             | Command::Fix(..)
             | Command::Reload
             | Command::Pause(_)
@@ -243,11 +255,14 @@ impl Inner {
             Command::Complete(name) => Ok(Reply::Cancelled(deps.migrations.complete(&name).await?)),
             Command::Cancel(name) => {
                 deps.cutovers.stop(&name).await?;
+                // Most often there are none.
+                let _ended = deps.clients.end_shadow(name.as_str(), "the migration is cancelled").await;
                 Ok(Reply::Cancelled(deps.migrations.cancel(&name).await?))
             }
             Command::Verify(name, request) => {
                 Ok(Reply::Verified(Box::new(deps.migrations.verify(&name, request).await?)))
             }
+            Command::Shadow(name, request) => self.shadow(name, request).await,
             Command::Fix(name, request) => {
                 let report = deps.migrations.fix(&name, request).await?;
                 if report.applied {
@@ -327,6 +342,33 @@ impl Inner {
         }
     }
 
+    /// Shadow reads begin where a cutover could.
+    async fn shadow(&self, name: MigrationName, request: ShadowRequest) -> Result<Reply, AdminError> {
+        let clients = &self.deps.clients;
+        let migration = self.deps.migrations.show(&name).await?;
+        let view = if request.stop {
+            clients.end_shadow(name.as_str(), "stopped by an operator").await
+        } else if !(1..=100).contains(&request.share) {
+            return Err(AdminError::new(ErrorKind::Invalid, "the share of shadow reads is 1 to 100 percent"));
+        } else if migration.state != READY {
+            let message = format!("migration {name} is not ready to cut over");
+            return Err(
+                AdminError::new(ErrorKind::Conflict, message).hint("before that the target has no rows to read")
+            );
+        } else {
+            let databases = migration.databases.into_iter().map(|database| database.name).collect();
+            let (migration, lasts) = (name.to_string(), request.lasts.unwrap_or(SHADOW_LASTS));
+            clients.shadow(ShadowOrder { migration, databases, share: request.share, lasts }).await
+        };
+        let kind = |error: &ShadowError| match error {
+            ShadowError::IsOn(_) | ShadowError::IsOff(_) | ShadowError::NotOnSource(_) => ErrorKind::Conflict,
+            ShadowError::Pooled => ErrorKind::Unsupported,
+            ShadowError::NoProxy | ShadowError::Unknown { .. } => ErrorKind::Unavailable,
+        };
+        let view = view.map_err(|error| AdminError::from_chain(kind(&error), &error))?;
+        Ok(Reply::Shadow(Some(Box::new(view))))
+    }
+
     /// Looks at everything until the tasks are told to stop.
     async fn observe(&self) {
         let deps = &self.deps;
@@ -349,6 +391,11 @@ impl Inner {
                 && let Ok(Some(cutover)) = deps.cutovers.progress(&name).await
             {
                 cutovers.insert(migration.name.clone(), cutover);
+            }
+        }
+        for migration in migrations.iter().flatten().filter(|migration| migration.state != READY) {
+            if deps.clients.shadow_of(&migration.name).is_some_and(|shadow| shadow.running) {
+                let _ended = deps.clients.end_shadow(&migration.name, "the migration has gone on").await;
             }
         }
         let is_active = migrations.as_ref().is_none_or(|migrations| migrations.iter().any(is_active));

@@ -130,7 +130,7 @@ pub(super) const USERS: &[Column] = &[
     ("current_client_connections", Integer),
 ];
 
-const COMMANDS: [(&str, &str); 48] = [
+const COMMANDS: [(&str, &str); 49] = [
     ("SHOW HELP", "this list"),
     ("SHOW VERSION", "the program's version"),
     ("SHOW CONFIG", "every key of the configuration, and whether RELOAD applies a change"),
@@ -173,6 +173,10 @@ const COMMANDS: [(&str, &str); 48] = [
     (
         "VERIFY name [REPAIR]",
         "compare source and target, row by row and definition by definition, and write the source's rows over those that differ",
+    ),
+    (
+        "SHADOW name [SHARE 5%] [FOR 10min] | SHADOW name STOP",
+        "run a share of the clients' reads on the target too and compare the answers; SHOW SHADOW name: what was found",
     ),
     ("FIX name rule [APPLY]", "show what mends a rule of its validation, or run it where that costs nothing"),
     ("RETRY name", "go on with a migration that failed"),

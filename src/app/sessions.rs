@@ -5,12 +5,14 @@ use std::time::{SystemTime, UNIX_EPOCH};
 
 use crate::admin::parts::Clients;
 use crate::admin::view::ClientView;
+use crate::proxy::shadow::{ShadowError, ShadowOrder, ShadowView};
 use crate::proxy::{self, MoveState, PooledBackend, SessionState, SessionView};
 use crate::sqlstate;
 
 /// See the module.
 pub(super) struct SessionDesk(pub(super) Arc<proxy::Sessions>);
 
+#[async_trait::async_trait]
 impl Clients for SessionDesk {
     fn list(&self) -> Vec<ClientView> {
         let now = SystemTime::now();
@@ -53,6 +55,18 @@ impl Clients for SessionDesk {
     fn end_database(&self, database: &str) -> usize {
         let ids: Vec<u64> = self.0.list().iter().filter(|view| view.database == database).map(|view| view.id).collect();
         self.end_all(&ids)
+    }
+
+    async fn shadow(&self, order: ShadowOrder) -> Result<ShadowView, ShadowError> {
+        self.0.shadow_reads().ok_or(ShadowError::NoProxy)?.start(order).await
+    }
+
+    async fn end_shadow(&self, migration: &str, why: &'static str) -> Result<ShadowView, ShadowError> {
+        self.0.shadow_reads().ok_or(ShadowError::NoProxy)?.stop(migration, why).await
+    }
+
+    fn shadow_of(&self, migration: &str) -> Option<ShadowView> {
+        self.0.shadow_reads()?.view(migration)
     }
 }
 

@@ -5,7 +5,7 @@ use serde_json::{Value, json};
 use super::client::Client;
 use super::output::{Output, typed};
 use super::{CliError, Create, Cutover, MigrationCommand, Verdict, properties, watch};
-use crate::admin::command::{CutoverRequest, Filter, FixRequest, VerifyRequest};
+use crate::admin::command::{CutoverRequest, Filter, FixRequest, ShadowRequest, VerifyRequest};
 use crate::admin::view::CutoverView;
 use crate::migration::preflight::{Level, Outcome, RuleResult};
 use crate::migration::view::{FixReport, MigrationName, MigrationOption, MigrationSpec, Mode, VerifyReport};
@@ -69,6 +69,16 @@ pub(super) async fn run(command: MigrationCommand, client: &Client, output: &Out
             output.verified(&answer)?;
             let report: VerifyReport = typed(&answer)?;
             Ok(if report.differences == 0 { Verdict::Good } else { Verdict::Bad })
+        }
+        MigrationCommand::Shadow { name, share: None, lasts: None, stop: false } => {
+            output.shadow(&client.get(&path(&name, "/shadow")).await?)?;
+            Ok(Verdict::Good)
+        }
+        MigrationCommand::Shadow { name, share, lasts, stop } => {
+            let usual = ShadowRequest::default();
+            let body = to_json(&ShadowRequest { share: share.unwrap_or(usual.share), lasts, stop })?;
+            output.shadow(&client.post(&path(&name, "/shadow"), Some(&body)).await?)?;
+            Ok(Verdict::Good)
         }
         MigrationCommand::Retry { name } => {
             output.done(&client.post(&path(&name, "/retry"), None).await?, "going on")?;

@@ -13,6 +13,7 @@ use crate::config::units::format_size;
 use crate::migration::view::{
     CancelReport, DatabaseView, FenceWatchView, FencedWriteView, FixReport, MigrationView, TableView, VerifyReport,
 };
+use crate::proxy::shadow::ShadowView;
 
 /// Prints.
 pub(super) struct Output {
@@ -394,6 +395,16 @@ impl Output {
                     output.line(&format!("{}: {kind} {name}: {difference}", found.database));
                 }
             }
+        })
+    }
+
+    pub(super) fn shadow(&self, answer: &Value) -> Result<(), CliError> {
+        if answer.is_null() && !self.is_json() {
+            self.line("no reads have run on the target yet: `pgcutover migration shadow NAME --share 5%` begins it");
+            return Ok(());
+        }
+        self.either(answer, |output, view: ShadowView| {
+            view.lines().iter().for_each(|[what, name, value]| output.line(&format!("{what}: {name}: {value}")));
         })
     }
 

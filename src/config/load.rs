@@ -229,6 +229,7 @@ fn limits(reader: &mut Reader) -> Limits {
         max_address_connections: section.number("max_address_connections", 0, 0..=1_000_000),
         client_login_timeout: section.duration("client_login_timeout", Duration::from_secs(15)),
         timeouts: limits::Timeouts::read(&mut section),
+        shadow_connections: section.number("shadow_connections", 2, 2..=100),
         resume_rate: section.number("resume_rate", 0, 0..=1_000_000),
         users,
         databases,

@@ -131,6 +131,7 @@ impl Config {
         for (key, value) in limits.timeouts.pairs() {
             add("limits", key, format_duration(value), Reload);
         }
+        add("limits", "shadow_connections", limits.shadow_connections.to_string(), Reload);
         add("limits", "resume_rate", limits.resume_rate.to_string(), Reload);
         add("limits", "user", limits::describe(&limits.users), Reload);
         add("limits", "database", limits::describe(&limits.databases), Reload);

@@ -14,8 +14,9 @@
 //! 5. [`hold`]: a session whose next frame may not pass keeps reading into its one buffer, so that Terminate, a lost
 //!    client and a cancel are noticed.
 //! 6. [`moves`] takes a session to the other server at a cutover, with the help of [`handoff`].
-//! 7. [`vacant`]: a connection that its client has left waits a little for another one.
-//! 8. [`orphan`] stays behind when a client vanishes in the middle of something: the gate is left only when the server
+//! 7. [`shadow`] runs a share of the reads on the target too, where it was ordered.
+//! 8. [`vacant`]: a connection that its client has left waits a little for another one.
+//! 9. [`orphan`] stays behind when a client vanishes in the middle of something: the gate is left only when the server
 //!    has said that it is over, or its process is gone.
 //!
 //! A process is replaced without a refused connection: [`takeover`].
@@ -53,6 +54,7 @@ mod reads;
 mod relay;
 mod session;
 mod sessions;
+pub mod shadow;
 pub mod takeover;
 mod timeouts;
 mod tls;
@@ -284,6 +286,7 @@ impl Proxy {
             complaints: complaints::Complaints::default(),
             tasks: deps.tasks.clone(),
         });
+        shared.sessions.shadow.belongs_to(&shared);
         let (senders, workers) = start_workers(&shared)?;
         let listening = deps.tasks.child();
         let (waiting, handles) = (Mutex::new(Some((listeners, senders))), Mutex::new(handles));

@@ -93,7 +93,7 @@ impl Moving {
 }
 
 /// Why a capture or a replay came to nothing.
-enum Unmoved {
+pub(super) enum Unmoved {
     /// The session's own backend is gone: the session ends.
     OwnLost,
     /// Anything else.
@@ -378,7 +378,7 @@ impl Session {
     }
 
     /// Reads the state of the session's own backend. What arrives for the client meanwhile is kept for it.
-    async fn capture(&mut self, names: &[String]) -> Result<State, Unmoved> {
+    pub(super) async fn capture(&mut self, names: &[String]) -> Result<State, Unmoved> {
         self.expect_stray_answers().await.map_err(|_| Unmoved::OwnLost)?;
         let Some(own) = &mut self.backend else { return Err(Unmoved::OwnLost) };
         self.tracked.at_safe_point();

@@ -26,6 +26,7 @@ use super::entry::{Entry, SessionState};
 use super::flow::{self, Progress};
 use super::handoff::Tracked;
 use super::session::{End, Place, Session, Step};
+use super::shadow::Shadowing;
 use crate::wire::frame::{self, FrameError, HEADER_BYTES, Header, backend as server, frontend};
 use crate::wire::ledger::Ledger;
 use crate::wire::message;
@@ -85,6 +86,9 @@ impl Session {
         }
         if let Some(step) = self.ready_to_move() {
             return Poll::Ready(step);
+        }
+        if self.shadow.is_some() && self.is_to_be_looked_at() {
+            return Poll::Ready(Step::Look);
         }
         if self.is_to_board() {
             return Poll::Ready(Step::Board);
@@ -260,6 +264,10 @@ impl Session {
             let body = &frame[HEADER_BYTES..frame.len().min(HEADER_BYTES + body_bytes)];
             self.tracked.on_client_frame(header.tag, body, body_bytes);
         }
+        if let Some(shadow) = &mut self.shadow {
+            let frame = &self.up.buffer.filled()[self.up.cleared + HEADER_BYTES..];
+            shadow.on_client_frame(header, &frame[..frame.len().min(body_bytes)]);
+        }
         self.ledger.forwarded(header.tag);
         self.touched = true;
         self.up.cleared += HEADER_BYTES;
@@ -296,6 +304,9 @@ impl Session {
                     return Err(Step::End(End::ServerLost));
                 }
                 if admission.epoch == self.epoch {
+                    if self.local.is_shadowed.get() {
+                        self.begin_sample();
+                    }
                     Ok(Passage::Free)
                 } else {
                     Ok(Passage::Elsewhere(Step::Adopt(admission.epoch)))
@@ -378,6 +389,9 @@ impl Session {
         if let Some(member) = &self.member {
             member.leave();
         }
+        if self.shadow.is_some() {
+            self.end_sample(now - since);
+        }
     }
 
     /// Backend to client, at most a block.
@@ -426,10 +440,14 @@ impl Session {
             last_was_error: &mut self.down.last_was_error,
             brake: &mut self.brake,
             slows: !self.local.database.write_delay().is_zero(),
+            shadow: &mut self.shadow,
         };
         if self.down.scanner.scan(&filled[filled.len() - count..], &mut answers).is_err() {
             tracing::error!(session = self.entry.id(), "the server does not speak the protocol; the session is ended");
             return Err(End::ServerLost);
+        }
+        if let Some(shadow) = &mut self.shadow {
+            shadow.on_server_bytes(&filled[filled.len() - count..]);
         }
         self.leave_if_quiet();
         Ok(())
@@ -478,6 +496,7 @@ struct Answers<'a> {
     brake: &'a mut Brake,
     /// Writes are slowed down.
     slows: bool,
+    shadow: &'a mut Option<Box<Shadowing>>,
 }
 
 impl Sink for Answers<'_> {
@@ -498,6 +517,12 @@ impl Sink for Answers<'_> {
             }
             server::COPY_IN_RESPONSE if self.slows => {
                 self.brake.copies_in();
+                self.ledger.answered(tag);
+            }
+            server::ERROR_RESPONSE => {
+                if let Some(shadow) = self.shadow {
+                    shadow.on_server_error();
+                }
                 self.ledger.answered(tag);
             }
             server::PARAMETER_STATUS => self.note_parameter(body),

@@ -24,6 +24,7 @@ use super::moves::Moving;
 use super::orphan;
 use super::pool::Seat;
 use super::sessions::Registration;
+use super::shadow::Shadowing;
 use super::timeouts::Seen;
 use super::vacant::Origin;
 use super::worker::{LocalDatabase, Watch, Worker};
@@ -142,6 +143,8 @@ pub(super) struct Session {
     is_aboard: bool,
     /// Holds answers back while writes are slowed down.
     pub(super) brake: Brake,
+    /// While some of its transactions run on the target too.
+    pub(super) shadow: Option<Box<Shadowing>>,
     /// What the sweep of time-outs last saw.
     pub(super) seen: Option<Seen>,
     /// When a held client with a full buffer is looked at again.
@@ -180,6 +183,8 @@ pub(super) enum Step {
     Adopt(Epoch),
     /// A move can go on at this safe point.
     Move,
+    /// Its backend is to say what the session has set up, for shadow reads.
+    Look,
     /// The session ends.
     End(End),
 }
@@ -245,6 +250,7 @@ impl Session {
             entered_turn: 0,
             is_aboard: false,
             brake: Brake::default(),
+            shadow: None,
             seen: None,
             look_again: None,
             _key: link.key,
@@ -280,6 +286,7 @@ impl Session {
             entered_turn: 0,
             is_aboard: false,
             brake: Brake::default(),
+            shadow: None,
             seen: None,
             look_again: None,
             _key: taken.key,
@@ -326,6 +333,7 @@ impl Session {
                     Ok(())
                 }
                 Step::Adopt(epoch) => Box::pin(self.adopt(epoch)).await,
+                Step::Look => Box::pin(self.look_for_shadow()).await,
                 Step::Move => Box::pin(self.advance_move()).await,
                 Step::End(end) => Err(end),
             };

@@ -13,6 +13,7 @@ use tokio::sync::{oneshot, watch};
 use super::catalogue_names::CatalogueNames;
 use super::client_error::ClientError;
 use super::entry::{Entry, MoveOrder, MoveOutcome, Order, SessionState, SessionView, lock};
+use super::shadow::{Desk, ShadowReads};
 use super::turns::Turns;
 use crate::switch::ServerRole;
 
@@ -55,6 +56,8 @@ pub struct Sessions {
     /// In which sessions open a backend for their move.
     pub(super) turns: Turns,
     pub(super) catalogue_names: CatalogueNames,
+    /// Reads that run on the target too.
+    pub(super) shadow: Desk,
     /// Backends of pools by database, whether a session has them now or none.
     pooled: Mutex<HashMap<i32, PooledBackend>>,
     /// When RECONNECT was last ordered, by database.
@@ -198,6 +201,11 @@ impl Sessions {
         }
     }
 
+    /// Orders for shadow reads; `None`: there is no proxy yet.
+    pub fn shadow_reads(&self) -> Option<ShadowReads> {
+        self.shadow.reads()
+    }
+
     /// How many sessions were ended since the start because they could not follow their database.
     pub fn left_behind(&self) -> u64 {
         self.left_behind.load(Ordering::Relaxed)
@@ -230,6 +238,8 @@ impl Sessions {
     /// Lets every session of these databases open a backend on the other server, with its state, at its next safe
     /// point. Returns at the deadline at the latest; busy sessions go on trying until [`Sessions::discard_moves`].
     pub async fn prepare_moves(&self, databases: &[String], order: MoveOrder, deadline: Instant) -> Vec<MoveReport> {
+        // Its connections are closed before anything is counted or looked for.
+        self.shadow.end("a cutover is prepared").await;
         for database in databases {
             lock(&self.ordered).insert(database.clone(), order);
         }

@@ -44,6 +44,8 @@ pub(super) struct LocalDatabase {
     pub(super) database: Arc<Database>,
     /// Counted without contention, handed to the metrics once a second.
     pub(super) meters: DatabaseMeters,
+    /// Some transactions are sampled for shadow reads; looked up once a second.
+    pub(super) is_shadowed: Cell<bool>,
     /// Sessions to be woken when gate or route change.
     sessions: RefCell<HashMap<u64, Arc<Entry>>>,
     /// `limits.resume_rate` as far as this worker goes, and when the next login that was held may be let in.
@@ -99,6 +101,7 @@ impl Worker {
         let database = self.shared.switchboard.database(name);
         let local = Rc::new(LocalDatabase {
             meters: DatabaseMeters::new(&self.shared.metrics, name),
+            is_shadowed: Cell::new(self.shared.sessions.shadow.is_on_for(name)),
             sessions: RefCell::default(),
             shared: self.shared.clone(),
             next_turn: Cell::new(tokio::time::Instant::now()),
@@ -152,7 +155,10 @@ impl Worker {
                 }
             };
             if !called {
-                self.databases.borrow().values().for_each(|local| local.meters.flush());
+                for local in self.databases.borrow().values() {
+                    local.meters.flush();
+                    local.is_shadowed.set(self.shared.sessions.shadow.is_on_for(local.database.name()));
+                }
                 if self.number == 0 {
                     self.shared.vacancies.look_after();
                 }

@@ -256,6 +256,12 @@ pub struct Metrics {
     /// `cutover_blockers`: sessions that could not be moved now. A series exists only while a migration is active and the
     /// servers can be asked.
     pub cutover_blockers: IntGaugeVec,
+    /// `shadow_reads_total{outcome}`.
+    pub shadow_reads: IntCounterVec,
+    /// `shadow_reads_skipped_total{reason}`.
+    pub shadow_reads_skipped: IntCounterVec,
+    /// `shadow_read_seconds{server}`.
+    pub shadow_read_seconds: HistogramVec,
     /// `verify_rows_total`.
     pub verify_rows: IntCounter,
     /// `verify_mismatches_total`.
@@ -454,6 +460,20 @@ impl Metrics {
                 "Sessions that a cutover could not move now; absent while unknown or without an active migration.",
                 &[],
             )?,
+            shadow_reads: r.counters("shadow_reads_total", "Reads that also ran on the target.", &["outcome"])?,
+            shadow_reads_skipped: r.counters(
+                "shadow_reads_skipped_total",
+                "Sampled transactions that were not run on the target.",
+                &["reason"],
+            )?,
+            shadow_read_seconds: r.add(HistogramVec::new(
+                HistogramOpts::new(
+                    format!("{PREFIX}shadow_read_seconds"),
+                    "Length of reads that both servers have answered.",
+                )
+                .buckets(CLIENT_SECONDS.to_vec()),
+                &["server"],
+            )?)?,
             verify_rows: r.counter("verify_rows_total", "Rows compared by verification.")?,
             verify_mismatches: r.counter("verify_mismatches_total", "Rows that verification found to differ.")?,
             registry: r.registry.clone(),
@@ -518,7 +538,7 @@ mod tests {
         tls_certificate_not_after_seconds migration_state \
         copy_rows_total copy_bytes_total copy_tables index_builds replication_lag_bytes replication_latency_seconds \
         apply_transactions_total apply_rows_total slot_retained_wal_bytes slot_safe_wal_bytes slot_wal_limit_bytes fence_watched fenced_writes cutover_phase_seconds \
-        cutover_pause_seconds cutovers_total cutover_blockers verify_rows_total verify_mismatches_total";
+        cutover_pause_seconds cutovers_total cutover_blockers shadow_reads_total shadow_reads_skipped_total shadow_read_seconds verify_rows_total verify_mismatches_total";
 
     #[test]
     fn every_promised_name_exists() {

@@ -133,6 +133,7 @@ async fn every_call_of_the_document_is_answered_as_it_says() {
                 "cutOver" | "rollBack" => {
                     json!({"dry_run": true, "max_pause": "2s", "stragglers": "abort", "force": true}).to_string()
                 }
+                "shadowMigration" => json!({"share": 5, "for": "1min"}).to_string(),
                 "verifyMigration" => json!({"repair": true}).to_string(),
                 "fixRule" => json!({"rule": "always_triggers", "apply": true}).to_string(),
                 "set" => json!({"value": "5s"}).to_string(),

@@ -4,7 +4,7 @@
 
 use std::time::Duration;
 
-use crate::admin::command::{Command, CutoverRequest, Filter, FixRequest, ShutdownWhen, VerifyRequest};
+use crate::admin::command::{Command, CutoverRequest, Filter, FixRequest, ShadowRequest, ShutdownWhen, VerifyRequest};
 use crate::admin::error::{AdminError, ErrorKind};
 use crate::admin::pgbouncer;
 use crate::admin::service::migration_name;
@@ -62,10 +62,10 @@ struct Word {
 }
 
 const VERBS: &str = "SHOW CHECK CREATE CUTOVER CANCEL RETRY RELOAD KILL KILL_CLIENT SHUTDOWN PAUSE RESUME RECONNECT WAIT_CLOSE \
-    DISABLE ENABLE SUSPEND ROLLBACK COMPLETE VERIFY BEGIN COMMIT SET RESET DISCARD DEALLOCATE";
+    DISABLE ENABLE SUSPEND ROLLBACK COMPLETE VERIFY SHADOW BEGIN COMMIT SET RESET DISCARD DEALLOCATE";
 const SHOWN: &str = "HELP VERSION CONFIG DATABASES POOLS CLIENTS SERVERS STATS STATS_TOTALS STATS_AVERAGES TOTALS LISTS USERS \
     SOCKETS ACTIVE_SOCKETS MEM STATE DNS_HOSTS DNS_ZONES PEERS STATUS MEMBERS BLOCKERS \
-    MIGRATIONS MIGRATION TABLES VALIDATION VERIFICATION CUTOVER HISTORY EVENTS";
+    MIGRATIONS MIGRATION TABLES VALIDATION VERIFICATION SHADOW CUTOVER HISTORY EVENTS";
 const OPTIONS: [(&str, MigrationOption); 3] = [
     ("validate", MigrationOption::Validate),
     ("migrate", MigrationOption::Migrate),
@@ -109,6 +109,7 @@ pub fn parse(text: &str) -> Result<Statement, AdminError> {
         "CANCEL" => Command::Cancel(rest.named_migration()?),
         "RETRY" => Command::Retry(rest.named_migration()?),
         "VERIFY" => verify(&mut rest)?,
+        "SHADOW" => shadow(&mut rest)?,
         "FIX" => fix(&mut rest)?,
         "RELOAD" => Command::Reload,
         "SHUTDOWN" => shutdown(&mut rest)?,
@@ -178,6 +179,7 @@ fn show(rest: &mut Words<'_>) -> Result<Command, AdminError> {
         "TABLES" => Command::Tables(rest.migration()?),
         "VALIDATION" => Command::Validation(rest.migration()?),
         "VERIFICATION" => Command::Verification(rest.migration()?),
+        "SHADOW" => Command::ShadowOf(rest.migration()?),
         "CUTOVER" => Command::CutoverOf(rest.migration()?),
         "HISTORY" => Command::History(rest.migration()?),
         "EVENTS" => Command::Events,
@@ -227,6 +229,24 @@ fn verify(rest: &mut Words<'_>) -> Result<Command, AdminError> {
         Some(word) if word == "REPAIR" => Ok(Command::Verify(name, VerifyRequest { repair: true })),
         Some(word) => Err(unknown("option", &word, "REPAIR")),
     }
+}
+
+fn shadow(rest: &mut Words<'_>) -> Result<Command, AdminError> {
+    let name = rest.named_migration()?;
+    let mut request = ShadowRequest::default();
+    while let Some(option) = rest.keyword() {
+        match option.as_str() {
+            "SHARE" => {
+                let share = rest.text("a percentage")?;
+                let number = share.trim_end_matches('%').parse();
+                request.share = number.map_err(|_| syntax(format!("{share:?} is not a percentage")))?;
+            }
+            "FOR" => request.lasts = Some(rest.duration()?),
+            "STOP" => request.stop = true,
+            _ => return Err(unknown("option", &option, "SHARE FOR STOP")),
+        }
+    }
+    Ok(Command::Shadow(name, request))
 }
 
 fn fix(rest: &mut Words<'_>) -> Result<Command, AdminError> {
@@ -465,6 +485,11 @@ mod tests {
         assert_eq!(command("SHOW TABLES shop-1"), Command::Tables(name("shop-1")));
         assert_eq!(command("SHOW CUTOVER 'shop'"), Command::CutoverOf(name("shop")));
         assert_eq!(command("show verification shop"), Command::Verification(name("shop")));
+        assert_eq!(command("show shadow shop"), Command::ShadowOf(name("shop")));
+        let request = ShadowRequest { share: 7, lasts: Some(Duration::from_secs(60)), stop: false };
+        assert_eq!(command("shadow shop share 7% for 1min"), Command::Shadow(name("shop"), request));
+        let stop = ShadowRequest { stop: true, ..ShadowRequest::default() };
+        assert_eq!(command("shadow shop stop"), Command::Shadow(name("shop"), stop));
         assert_eq!(command("CUTOVER shop"), Command::Cutover(name("shop"), CutoverRequest::default()));
         assert_eq!(command("rollback shop"), Command::Rollback(name("shop"), CutoverRequest::default()));
         assert_eq!(command("COMPLETE shop"), Command::Complete(name("shop")));

@@ -15,7 +15,9 @@ use super::extract::{Body, Named};
 use super::operation::{Answers, Operation, Taken};
 use super::problem::Problem;
 use super::{Answer, Shared, Site, events, guard, idempotency, openapi};
-use crate::admin::command::{Command, CutoverRequest, Filter, FixRequest, SetRequest, ShutdownWhen, VerifyRequest};
+use crate::admin::command::{
+    Command, CutoverRequest, Filter, FixRequest, SetRequest, ShadowRequest, ShutdownWhen, VerifyRequest,
+};
 use crate::admin::error::{AdminError, ErrorKind};
 use crate::admin::reply::{self, Reply};
 use crate::admin::service::migration_name;
@@ -25,6 +27,7 @@ use crate::admin::view::{
 use crate::config::Changes;
 use crate::migration::preflight::RuleResult;
 use crate::migration::view::{CancelReport, FixReport, MigrationSpec, MigrationView, TableView, VerifyReport};
+use crate::proxy::shadow::ShadowView;
 
 fn shape<T: JsonSchema>(generator: &mut SchemaGenerator) -> Schema {
     generator.subschema_for::<T>()
@@ -225,6 +228,14 @@ fn migrations() -> Vec<Operation> {
             get_named(Command::Verification),
         ),
         of_one(
+            "/api/v1/migrations/{name}/shadow",
+            "shadowReads",
+            "What its shadow reads have found, running or last; null: it had none",
+            Answers::Json(shape::<Option<ShadowView>>),
+            &[400, 404, 503],
+            get_named(Command::ShadowOf),
+        ),
+        of_one(
             "/api/v1/migrations/{name}/history",
             "migrationHistory",
             "How far it was behind over the last minutes, oldest first",
@@ -282,6 +293,16 @@ fn migrations() -> Vec<Operation> {
                 "Compare source and target, and repair rows if asked to; answered when all of it was compared",
                 Answers::Json(shape::<VerifyReport>),
                 post(verify),
+            )
+        },
+        Operation {
+            body: takes::<ShadowRequest>(),
+            ..order_one(
+                "/api/v1/migrations/{name}/shadow",
+                "shadowMigration",
+                "Run a share of the reads on the target too, or end that; answers at once",
+                Answers::Json(shape::<Option<ShadowView>>),
+                post(shadow),
             )
         },
         Operation {
@@ -543,6 +564,11 @@ async fn rollback(caller: Caller, state: Shared, Named(name): Named, Body(body):
 async fn verify(caller: Caller, state: Shared, Named(name): Named, Body(body): Body) -> Answer {
     let request = if body.is_empty() { VerifyRequest::default() } else { parse(&body)? };
     change(state, caller, Command::Verify(migration_name(&name)?, request)).await
+}
+
+async fn shadow(caller: Caller, state: Shared, Named(name): Named, Body(body): Body) -> Answer {
+    let request = if body.is_empty() { ShadowRequest::default() } else { parse(&body)? };
+    change(state, caller, Command::Shadow(migration_name(&name)?, request)).await
 }
 
 async fn fix(caller: Caller, state: Shared, Named(name): Named, Body(body): Body) -> Answer {

@@ -126,6 +126,20 @@ impl SessionState {
         (statement.origin == Origin::Protocol).then_some(&statement.text[..])
     }
 
+    /// A named statement of the protocol as its Parse has it after the name; none where a parameter's type has another
+    /// number on another server.
+    pub fn parse_of(&self, name: &[u8]) -> Option<Bytes> {
+        let statement = self.statements.get(name).filter(|statement| statement.origin == Origin::Protocol)?;
+        let types = &statement.parameter_types;
+        if types.iter().any(|oid| *oid >= super::capture::FIRST_UNSTABLE_OID) {
+            return None;
+        }
+        let mut parse = [&statement.text[..], b"\0"].concat();
+        parse.extend(u16::try_from(types.len()).ok()?.to_be_bytes());
+        parse.extend(types.iter().flat_map(|oid| oid.to_be_bytes()));
+        Some(parse.into())
+    }
+
     /// Whether it listens.
     pub fn listens(&self) -> bool {
         !self.channels.is_empty()

@@ -78,6 +78,7 @@ function overview(m, state) {
           figure('Latency', over(m) && sum('latency_bytes') === null ? '–' : bytes(sum('latency_bytes'))), figure('Pending changes', over(m) && sum('pending_changes') === null ? '–' : number(sum('pending_changes'))))),
       cutover.panel(m, state)),
     mend.panel(m, state),
+    mend.shadow(state),
     h('section', { class: 'card', 'aria-labelledby': 'dbs' }, h('h2', { id: 'dbs' }, 'Databases'), databases(m)),
     fence(m),
     h('div', { class: 'grid' },
@@ -238,11 +239,11 @@ export async function refresh(state, draw) {
     try {
       kept[key] = await get(path);
     } catch (error) {
-      kept[key] = key === 'blockers' ? null : kept[key] ?? (key === 'verified' ? null : []);
+      kept[key] = key === 'blockers' ? null : kept[key] ?? (['verified', 'shadow'].includes(key) ? null : []);
     }
   };
   const wanted = {
-    overview: [['history', of(name, '/history')], ['blockers', '/api/v1/blockers'], ['verified', of(name, '/verification')]],
+    overview: [['history', of(name, '/history')], ['blockers', '/api/v1/blockers'], ['verified', of(name, '/verification')], ['shadow', of(name, '/shadow')]],
     tables: [['tables', of(name, '/tables')]],
     validation: [['validation', of(name, '/validation')]],
     sessions: [['clients', '/api/v1/clients'], ['blockers', '/api/v1/blockers']],

@@ -19,6 +19,24 @@ export function panel(m, state) {
     m.verification ? going(m.verification) : found(report));
 }
 
+/** What reads that also ran on the target have found; nothing where none were ordered. */
+export function shadow(state) {
+  const view = state.detail.shadow;
+  if (!view) return null;
+  const counts = (of) => Object.entries(of).filter(([, count]) => count > 0).map(([name, count]) => `${number(count)} ${name.replaceAll('_', ' ')}`).join(', ') || 'none';
+  const latency = (ms) => (ms ? `p50 ${ms.p50.toFixed(2)} ms, p95 ${ms.p95.toFixed(2)} ms, p99 ${ms.p99.toFixed(2)} ms` : '–');
+  const wrong = view.statements.filter((one) => one.different > 0 || Object.keys(one.failed).length > 0);
+  return h('section', { class: 'card', 'aria-labelledby': 'shadow' }, h('h2', { id: 'shadow' }, 'Shadow reads'),
+    h('dl', { class: 'facts' },
+      h('dt', {}, 'State'), h('dd', {}, view.running ? `${view.share} % of the transactions, ${seconds(view.seconds_left)} left` : `ended: ${view.ended}`),
+      h('dt', {}, 'Sampled'), h('dd', {}, number(view.sampled)),
+      h('dt', {}, 'Answers'), h('dd', {}, counts(view.outcomes)),
+      h('dt', {}, 'Not run'), h('dd', {}, counts(view.skipped)),
+      h('dt', {}, 'Source'), h('dd', {}, latency(view.source_ms)),
+      h('dt', {}, 'Target'), h('dd', {}, latency(view.target_ms))),
+    wrong.length ? h('ul', {}, wrong.map((one) => h('li', {}, `${number(one.different)} different, failed: ${counts(one.failed)}: `, h('code', {}, one.statement)))) : null);
+}
+
 function going(at) {
   const share = at.bytes_total ? Math.min(at.bytes_compared, at.bytes_total) : at.tables_compared;
   return h('div', { role: 'status' },
