@@ -77,7 +77,8 @@ pub(super) struct Line {
 /// Control sessions in one database, opened by prepare.
 pub(super) struct LineSessions {
     pub(super) marker: Control,
-    pub(super) locks: Control,
+    /// Each locks its share of the tables, see [`LineSessions::lock_shares`].
+    pub(super) locks: Vec<Control>,
     pub(super) onward: Control,
     pub(super) sequences: SequencePair,
     /// From here to there, where there is something that no stream carries.
@@ -86,6 +87,14 @@ pub(super) struct LineSessions {
     pub(super) late: Option<Control>,
     /// Quoted names of the tables that are brought over, by the stream or otherwise.
     pub(super) tables: Vec<String>,
+}
+
+impl LineSessions {
+    /// Which session locks which tables.
+    pub(super) fn lock_shares(&self) -> impl Iterator<Item = (&Control, &[String])> {
+        let share = self.tables.len().div_ceil(self.locks.len().max(1)).max(1);
+        self.locks.iter().zip(self.tables.chunks(share))
+    }
 }
 
 /// Who may tell a cutover to give up.
