@@ -22,7 +22,7 @@ use crate::config::{Ddl, FencePolicy, Reads, Stragglers};
 use crate::failpoint::{Failed, Failpoints};
 use crate::migration::sequences::SequencePair;
 use crate::postgres::{Connector, Control};
-use crate::proxy::{MoveOrder, MoveOutcome, MoveReport, SessionState, SessionView, Sessions};
+use crate::proxy::{MoveOrder, MoveOutcome, MoveReport, SessionView, Sessions};
 use crate::shutdown::Tasks;
 use crate::switch::{Database, Epoch, ServerRole};
 
@@ -193,11 +193,7 @@ impl Work {
 
     /// Opens the gates to `server`, having noted for how long they have kept sessions waiting.
     pub(super) fn open_gates(&mut self, server: ServerRole, epoch_of: impl Fn(&Line) -> Epoch) {
-        let waiting = |session: &SessionView| {
-            session.state == SessionState::Held && self.case.databases.contains(&session.database)
-        };
-        let waits: Vec<Duration> =
-            self.sessions.list().iter().filter(|session| waiting(session)).map(|session| session.for_time).collect();
+        let waits = self.sessions.holds(&self.case.databases);
         for line in &self.lines {
             line.gate.open(server, epoch_of(line));
         }
