@@ -52,6 +52,21 @@ async fn a_cutover_switches_and_leaves_the_old_server_fenced() {
     assert!(again.reason.contains("runs on the target already"), "{}", again.reason);
 }
 
+/// Whoever writes, in whichever database of the server, is given a transaction id: with others at it, the marker that was
+/// written before the last look proves nothing.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_marker_with_writers_beside_it_is_written_again() {
+    let stage = Stage::set().await;
+    let life = stage.life("").resolved().await;
+    let elsewhere = connect(&stage.source, "postgres").await;
+    elsewhere.batch_execute("BEGIN; CREATE TABLE being_written ()").await.expect("written");
+    let report = life.cut_over().await;
+    assert_eq!(report.outcome, CutoverOutcome::Switched, "{report:?}");
+    let steps: Vec<&str> = report.pause_steps.iter().map(|one| one.step).collect();
+    assert!(steps.contains(&"marker is written, with nobody left"), "{steps:?}");
+    elsewhere.batch_execute("ROLLBACK").await.expect("another database is none of a cutover's business");
+}
+
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn an_abort_restores_every_setting_exactly() {
     let stage = Stage::set().await;

@@ -18,6 +18,7 @@
 //! ```
 
 use tokio_postgres::GenericClient;
+use tokio_postgres::error::SqlState;
 use tokio_postgres::types::Type;
 
 use super::RecordError;
@@ -141,16 +142,21 @@ pub enum Ended {
     Before,
 }
 
-/// Whether the fence of `epoch` stands without an outcome; if so, nobody can note one before the transaction ends.
+/// Whether the fence of `epoch` stands without an outcome; if so, nobody can note one before the transaction ends. If not,
+/// the transaction has failed, so that what was sent behind this is not carried out.
 pub async fn hold_open(transaction: &impl GenericClient, epoch: Epoch) -> Result<bool, RecordError> {
-    let row = transaction
-        .query_typed_opt(
-            "SELECT FROM pgcutover.fence WHERE epoch = $1 AND outcome IS NULL FOR UPDATE",
+    let held = transaction
+        .query_typed(
+            "SELECT 1 / pg_catalog.count(*)
+             FROM (SELECT FROM pgcutover.fence WHERE epoch = $1 AND outcome IS NULL FOR UPDATE) AS held",
             &[(&super::epoch_to_sql(epoch), Type::INT8)],
         )
-        .await
-        .map_err(|source| RecordError::query("hold a fence row", source))?;
-    Ok(row.is_some())
+        .await;
+    match held {
+        Ok(_) => Ok(true),
+        Err(error) if error.code() == Some(&SqlState::DIVISION_BY_ZERO) => Ok(false),
+        Err(source) => Err(RecordError::query("hold a fence row", source)),
+    }
 }
 
 /// Whether the fence of `epoch` stands without an outcome, at this moment.

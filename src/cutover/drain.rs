@@ -1,9 +1,15 @@
 //! The drain: everything that was let in ends, and everything that was written arrives.
 //!
-//! "Arrived" is proven by a row of ours: its update is committed after the last write, goes the same way as every other
-//! change, and is seen by the applier when everything before it is durable on the other side. There is no arithmetic
-//! with WAL positions: an insert position can stand behind a page header that nothing ever flushes, and who waits for it
-//! waits for ever.
+//! ```text
+//! the gates are empty ─┬─ a marker is written ───────────────────────────────────┬─▶ it has arrived
+//!                      ├─ nobody is left on the server ─▶ sequences are read, set ┤
+//!                      └─ the tables are locked ─────────────────────────────────┘
+//!                                             nothing was written behind the marker?
+//! ```
+//!
+//! That is the usual case. Where somebody is in the way, or the server is not shut, each waits for the one before: nobody is
+//! left, the tables are locked, the marker is written, it has arrived, sequences are brought over. What a marker is and what
+//! it proves: [`super::marker`].
 
 use std::time::{Duration, Instant};
 
@@ -13,11 +19,13 @@ use tokio_postgres::types::Type;
 
 use super::CutoverError;
 use super::hard_fence::{self, Looking, Obstacle, Shutting};
+use super::marker::Marker;
 use super::parts::Lease;
-use super::work::{Line, LineSessions, Unmoved, Work};
+use super::work::{Line, Unmoved, Work};
 use crate::config::{Ddl, FencePolicy, Reads, Stragglers};
 use crate::failpoint::Failpoints;
 use crate::migration::unstreamed::{self, Carried};
+use crate::postgres::Control;
 use crate::proxy::{MoveReport, SessionState, SessionView};
 use crate::sqlstate;
 
@@ -27,9 +35,26 @@ const LOOK_AGAIN: Duration = Duration::from_millis(5);
 /// Locks on tables are not waited for any longer while it is still being looked who might hold others.
 const LOCKS_AT_ONCE: Duration = Duration::from_millis(50);
 
+/// What the drain leaves: nobody can write any more, and this stands behind everything that was written.
+#[derive(Debug)]
+pub(super) struct LastWord {
+    marker: Marker,
+    sequences: Sequences,
+}
+
+/// Whether sequences stand on the other server where they stand here.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Sequences {
+    /// They do.
+    Brought,
+    /// They are brought over when everything has arrived.
+    Due,
+}
+
 impl Work {
-    /// Waits until nobody is inside and nobody works on the server; after `drain_timeout` the policy decides.
-    pub(super) async fn drain_sessions(&mut self) -> Result<(), CutoverError> {
+    /// Waits until nobody is inside and nobody works on the server; after `drain_timeout` the policy decides. Then nobody can
+    /// write any more, and a marker stands behind everything that was written.
+    pub(super) async fn drain_sessions(&mut self) -> Result<LastWord, CutoverError> {
         let begun = Instant::now();
         let deadline = begun + self.options.drain_timeout;
         let (waits, since) = match self.options.reads {
@@ -38,8 +63,9 @@ impl Work {
         };
         if timeout_at(deadline.into(), self.wait_empty()).await.is_ok() {
             self.timings.step(waits, since);
-            if self.is_secured_at_once().await? {
-                return Ok(());
+            self.failpoint("drain.after_sessions").await?;
+            if let Some(drained) = self.secure_at_once().await? {
+                return Ok(drained);
             }
             let since = Instant::now();
             if timeout_at(deadline.into(), self.wait_quiet()).await.is_ok_and(|quiet| quiet.is_ok()) {
@@ -50,78 +76,77 @@ impl Work {
         self.judge_stragglers().await?;
         // Ordered is not ended: only the proof counts. max_pause bounds this wait.
         self.wait_quiet().await?;
+        self.failpoint("drain.after_sessions").await?;
         self.secure().await
     }
 
-    /// With nobody inside, behind a hard fence: looks whether anything is left on the server that the gates know nothing
-    /// of, and locks the tables at the same time; sequences are read once the look has found nobody, who could have taken a
-    /// number behind the reading. That is the usual case. Where anything is in the way, nothing stays locked, and it is done
-    /// one after the other.
-    async fn is_secured_at_once(&mut self) -> Result<bool, CutoverError> {
+    /// With nobody inside, behind a hard fence: all that is to be done on the server that is left, at the same time. None:
+    /// somebody is in the way, nothing is locked, and it is to be done one after the other.
+    async fn secure_at_once(&mut self) -> Result<Option<LastWord>, CutoverError> {
         if self.options.fence != FencePolicy::Hard || self.options.dry_run {
-            return Ok(false);
+            return Ok(None);
         }
         let since = Instant::now();
+        // Where definitions are applied, one that is still on its way may make a sequence or set it.
+        let sequences = if self.options.ddl == Ddl::Apply { Sequences::Due } else { Sequences::Brought };
         let look = async { (matches!(self.is_quiet().await, Ok(true)), since.elapsed()) };
         let lock = async { (self.lock_tables(LOCKS_AT_ONCE).await, since.elapsed()) };
+        let mark = async { (self.write_marker("").await, since.elapsed()) };
         let bring = async {
-            let brought = if self.sequences_need_not_wait() { self.bring_moved_sequences().await } else { Ok(()) };
+            let brought = if sequences == Sequences::Brought { self.bring_moved_sequences().await } else { Ok(()) };
             (brought, since.elapsed())
         };
-        let ((is_quiet, looked), (locked, locking), (brought, bringing)) = match self.shutting {
+        let ((is_quiet, looked), (locked, locking), (marker, marking), (brought, bringing)) = match self.shutting {
+            // Who is not found now cannot have taken a number behind the reading.
             Shutting::Everybody => {
                 let look_then_bring = async {
                     let looked = look.await;
                     let brought = if looked.0 { bring.await } else { (Ok(()), looked.1) };
                     (looked, brought)
                 };
-                let ((looked, brought), locked) = tokio::join!(look_then_bring, lock);
-                (looked, locked, brought)
+                let (marked, (looked, brought), locked) = tokio::join!(mark, look_then_bring, lock);
+                (looked, locked, marked, brought)
             }
             // A superuser may come in even now: only behind the locks can no row take a number that is not brought over.
             Shutting::AllButSuperusers => {
-                let (looked, locked) = tokio::join!(look, lock);
-                (looked, locked, bring.await)
+                let (marked, looked, locked) = tokio::join!(mark, look, lock);
+                (looked, locked, marked, bring.await)
             }
         };
-        let (true, Ok(notes), Ok(())) = (is_quiet, locked, brought) else {
+        let (true, Ok(notes), Ok(marker), Ok(())) = (is_quiet, locked, marker, brought) else {
             self.release_tables().await?;
-            return Ok(false);
+            return Ok(None);
         };
         self.notes.extend(notes);
+        self.timings.took("marker is written", marking);
         self.timings.took("nothing is left on the server", looked);
         self.timings.took("tables are locked", locking);
-        if self.sequences_need_not_wait() {
+        if sequences == Sequences::Brought {
             self.timings.took("sequences are brought over", bringing);
         }
-        Ok(true)
+        let since = Instant::now();
+        let is_last = self.is_last(&marker).await?;
+        self.timings.step("nothing was written behind the marker", since);
+        let marker = if is_last { marker } else { self.write_last_marker().await? };
+        Ok(Some(LastWord { marker, sequences }))
     }
 
-    /// Whether sequences can be brought over before everything has arrived, so that nothing waits for them. Where definitions
-    /// are applied, one that is still on its way may make a sequence or set it.
-    fn sequences_need_not_wait(&self) -> bool {
-        self.options.ddl != Ddl::Apply
-    }
-
-    /// Locks the tables and then brings sequences over: whoever gets round a soft fence takes no number in between.
-    async fn secure(&mut self) -> Result<(), CutoverError> {
+    /// Locks the tables and writes the marker behind everything, with nobody left on the server.
+    async fn secure(&mut self) -> Result<LastWord, CutoverError> {
         if !self.options.dry_run {
             let since = Instant::now();
             let notes = self.lock_tables(self.options.drain_timeout).await?;
             self.notes.extend(notes);
             self.timings.step("tables are locked", since);
         }
-        if self.sequences_need_not_wait() {
-            self.bring_sequences_now().await?;
-        }
-        Ok(())
+        Ok(LastWord { marker: self.write_last_marker().await?, sequences: Sequences::Due })
     }
 
-    async fn bring_sequences_now(&mut self) -> Result<(), CutoverError> {
+    async fn write_last_marker(&mut self) -> Result<Marker, CutoverError> {
         let since = Instant::now();
-        self.bring_sequences().await?;
-        self.timings.step("sequences are brought over", since);
-        Ok(())
+        let marker = self.write_marker("").await?;
+        self.timings.step("marker is written, with nobody left", since);
+        Ok(marker)
     }
 
     /// The drain while reads go on (`reads = "continue"`): who may write is waited for, and what was written arrives. From
@@ -136,9 +161,8 @@ impl Work {
         }
         self.timings.step("running transactions end, but for reads", closed);
         let since = Instant::now();
-        let nonce = format!("{}-reads-{:016x}", self.case.epoch, rand::random::<u64>());
-        self.write_markers(&nonce).await?;
-        wait_applied(&*self.lease, &self.case.databases, &nonce, &self.failpoints).await?;
+        let marker = self.write_marker("-reads").await?;
+        wait_applied(&*self.lease, &self.case.databases, &marker.nonce, &self.failpoints).await?;
         self.timings.step("what they wrote has arrived, while reads go on", since);
         self.lines.iter().for_each(|line| line.gate.fence_reads());
         Ok(())
@@ -208,8 +232,9 @@ impl Work {
             .from
             .control
             .query_typed(
-                "SELECT database, gid, extract(epoch FROM clock_timestamp() - prepared)::float8
-                 FROM pg_catalog.pg_prepared_xacts WHERE database = ANY($1)",
+                "SELECT d.datname, gid, extract(epoch FROM clock_timestamp() - prepared)::float8
+                 FROM pg_catalog.pg_prepared_xact() p JOIN pg_catalog.pg_database d ON d.oid = p.dbid
+                 WHERE d.datname = ANY($1)",
                 &[(&self.case.databases, Type::TEXT_ARRAY)],
             )
             .await
@@ -285,69 +310,55 @@ impl Work {
     /// A dry run takes none, because it must not keep anybody waiting but the proxy's own sessions. Waits at most `wait`
     /// for each. Returns what the operator should know.
     async fn lock_tables(&self, wait: Duration) -> Result<Vec<String>, CutoverError> {
-        let taken = self.lines.iter().map(|line| self.lock_tables_of(line, wait));
+        let shares = self.lines.iter().flat_map(|line| Some((line, line.sessions.as_ref()?.lock_shares())));
+        let taken = shares.flat_map(|(line, shares)| {
+            shares.map(move |(session, tables)| self.lock_share(&line.name, session, tables, wait))
+        });
         Ok(try_join_all(taken).await?.into_iter().flatten().collect())
     }
 
     /// Lets go of all tables again.
     async fn release_tables(&self) -> Result<(), CutoverError> {
         let sessions = self.lines.iter().filter_map(|line| line.sessions.as_ref());
-        let released = sessions.map(|sessions| sessions.locks.batch_execute("ROLLBACK"));
+        let released = sessions.flat_map(|sessions| &sessions.locks).map(|locks| locks.batch_execute("ROLLBACK"));
         try_join_all(released).await.map_err(|source| CutoverError::query("release the tables", source))?;
         Ok(())
     }
 
-    async fn lock_tables_of(&self, line: &Line, wait: Duration) -> Result<Option<String>, CutoverError> {
-        let Some(LineSessions { locks, tables, .. }) = &line.sessions else { return Ok(None) };
-        if tables.is_empty() {
-            return Ok(None);
-        }
+    async fn lock_share(
+        &self,
+        database: &str,
+        session: &Control,
+        tables: &[String],
+        wait: Duration,
+    ) -> Result<Option<String>, CutoverError> {
         // ONLY: partitions are published, and so locked, by themselves.
         let wait = wait.as_millis().max(1);
         let script = format!(
             "BEGIN; SET LOCAL lock_timeout = {wait}; LOCK TABLE ONLY {} IN EXCLUSIVE MODE",
             tables.join(", ONLY ")
         );
-        let Err(error) = locks.batch_execute(&script).await else { return Ok(None) };
+        let Err(error) = session.batch_execute(&script).await else { return Ok(None) };
         let code = error.code().map_or("", |code| code.code());
         match code {
             // 53200: more tables than the lock table holds. The hard fence has proven already that nobody is there.
             sqlstate::INSUFFICIENT_PRIVILEGE | "53200" if self.options.fence == FencePolicy::Hard => {
-                locks.batch_execute("ROLLBACK").await.map_err(|source| CutoverError::query("roll back", source))?;
-                Ok(Some(format!("the tables of {:?} were not locked: {}", line.name, super::explain(&error))))
+                session.batch_execute("ROLLBACK").await.map_err(|source| CutoverError::query("roll back", source))?;
+                Ok(Some(format!("tables of {database:?} were not locked: {}", super::explain(&error))))
             }
             sqlstate::LOCK_NOT_AVAILABLE => {
-                let what = format!("the tables of {:?} could not be locked within drain_timeout", line.name);
+                let what = format!("the tables of {database:?} could not be locked within drain_timeout");
                 Err(CutoverError::Blocked { what, obstacles: self.blockers().await? })
             }
             _ => Err(CutoverError::query("lock the migrated tables", error)),
         }
     }
 
-    /// Commits the marker in every database.
-    pub(super) async fn write_markers(&self, nonce: &str) -> Result<(), CutoverError> {
-        let written = self.lines.iter().filter_map(|line| line.sessions.as_ref()).map(|sessions| async move {
-            // synchronous_commit is pinned on for our sessions, so the answer means durable.
-            let updated = sessions
-                .marker
-                .query_typed(
-                    "UPDATE pgcutover.marker SET nonce = $1 WHERE id = 1 RETURNING id",
-                    &[(&nonce, Type::TEXT)],
-                )
-                .await
-                .map_err(|source| CutoverError::query("write the marker", source))?;
-            match updated.len() {
-                1 => Ok(()),
-                _ => Err(CutoverError::Unexpected("the marker row is missing".to_owned())),
-            }
-        });
-        try_join_all(written).await?;
-        Ok(())
-    }
-
     /// Waits until every database has durably applied its marker. Meanwhile held sessions bring their other backend up to
-    /// date: nobody writes any more, and neither needs the other. Sessions that cannot are ended or stop the cutover.
-    pub(super) async fn arrive(&mut self, nonce: &str, deadline: Instant) -> Result<(), CutoverError> {
+    /// date: nobody writes any more, and neither needs the other. Sessions that cannot are ended or stop the cutover. Then
+    /// come the sequences that could not be brought over before.
+    pub(super) async fn arrive(&mut self, last: LastWord, deadline: Instant) -> Result<(), CutoverError> {
+        let LastWord { marker: Marker { nonce, .. }, sequences } = last;
         // Half of what is left of the pause, so that a session which does not answer is named, not max_pause.
         let since = Instant::now();
         let in_time = since + deadline.saturating_duration_since(since) / 2;
@@ -355,14 +366,19 @@ impl Work {
         let databases = self.case.databases.clone();
         let settled = async { Ok((sessions.settle_moves(&databases, in_time).await, since.elapsed())) };
         let applied = async {
-            wait_applied(&*lease, &databases, nonce, &failpoints).await?;
+            wait_applied(&*lease, &databases, &nonce, &failpoints).await?;
             Ok::<_, CutoverError>(since.elapsed())
         };
         let ((reports, settled), applied) = tokio::try_join!(settled, applied)?;
         self.timings.took("sessions are up to date", settled);
         self.timings.took("everything has arrived", applied);
         self.judge_moves(&reports)?;
-        if self.sequences_need_not_wait() { Ok(()) } else { self.bring_sequences_now().await }
+        if sequences == Sequences::Due {
+            let since = Instant::now();
+            self.bring_sequences().await?;
+            self.timings.step("sequences are brought over", since);
+        }
+        Ok(())
     }
 
     /// Unlogged tables and large objects, now that nobody writes.

@@ -14,7 +14,7 @@
 //! A backend that read the row before our commit still holds the lock when it enters pg_stat_activity
 //! (`InitPostgres` in `postinit.c`), so reading pg_locks first and pg_stat_activity second misses nobody.
 
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use tokio_postgres::types::Type;
 
@@ -109,42 +109,41 @@ pub(super) enum Looking {
     LeftOverOfSessions,
 }
 
-/// Shuts the databases of a cutover whose fence stands; they are open again when the fence is lifted
-/// (`soft_fence::lift`). A coordinator that was stopped for a while may find that another one has aborted in its place
-/// and lifted the fence: what it shut now, nobody would open again. The lock on the row keeps the two apart.
-pub(super) async fn shut(control: &mut Control, case: &Case, shutting: Shutting) -> Result<(), CutoverError> {
-    let failed = |source| CutoverError::query("shut the databases", source);
-    let script: String = case.databases.iter().map(|database| shutting.statement(database)).collect();
-    let transaction = control.transaction().await.map_err(failed)?;
-    // Sent together, carried out in this order. What is not committed has not happened.
-    let (held, (), ()) = tokio::try_join!(
-        async { fence::hold_open(&transaction, case.epoch).await.map_err(CutoverError::from) },
-        async { fence::note_hard(&transaction, case.epoch).await.map_err(CutoverError::from) },
-        async { transaction.batch_execute(&script).await.map_err(failed) },
-    )?;
-    if !held {
-        return Err(OVERTAKEN);
-    }
-    transaction.commit().await.map_err(failed)
+/// What shutting the databases came to.
+#[derive(Debug)]
+pub(super) struct Shut {
+    /// Strangers that were ended.
+    pub(super) ended: u64,
+    /// How long shutting took; what is left of the whole is what strangers took to leave.
+    pub(super) within: Duration,
 }
 
-/// Terminates strangers until there are none and none can be starting. Bounded by the caller. `known` is asked before
-/// each look, because the proxy may still be opening backends of sessions that were let in before the gates closed.
-pub(super) async fn expel(control: &Control, case: &Case, known: impl Fn() -> Known) -> Result<u64, CutoverError> {
+/// Shuts the databases of a cutover whose fence stands; they are open again when the fence is lifted
+/// (`soft_fence::lift`). Then terminates strangers until there are none and none can be starting. Bounded by the caller.
+/// `known` is asked again before anybody is terminated, because the proxy may still be opening backends of sessions that
+/// were let in before the gates closed.
+pub(super) async fn shut(
+    control: &Control,
+    case: &Case,
+    shutting: Shutting,
+    known: impl Fn() -> Known,
+) -> Result<Shut, CutoverError> {
+    let since = Instant::now();
+    let shut = async { shut_doors(control, case, shutting).await.map(|()| since.elapsed()) };
+    // Sent together, carried out in this order: it is looked behind the shut doors.
+    let (within, found) = tokio::join!(shut, look_outside(control, case, known()));
+    let (within, mut found) = (within?, found?);
     let mut ended = std::collections::HashSet::new();
     loop {
-        // Sent together, answered in this order.
-        let (known_to_start, known_to_be_there) = (known(), known());
-        let (starting, strangers) = tokio::try_join!(
-            starting(control, &case.databases, &known_to_start),
-            backends(control, &case.databases, &known_to_be_there, Looking::Strangers)
-        )?;
+        let Outside { starting, mut strangers } = found;
         if starting == 0 && strangers.is_empty() {
-            return Ok(ended.len() as u64);
+            return Ok(Shut { ended: ended.len() as u64, within });
         }
         if !fence::is_open(&**control, case.epoch).await? {
             return Err(OVERTAKEN);
         }
+        let known_by_now = known().pids;
+        strangers.retain(|stranger| !known_by_now.contains(&stranger.pid));
         for stranger in strangers {
             if ended.insert(stranger.pid) {
                 let Obstacle { pid, database, application_name, .. } = &stranger;
@@ -153,7 +152,46 @@ pub(super) async fn expel(control: &Control, case: &Case, known: impl Fn() -> Kn
             terminate(control, stranger.pid).await?;
         }
         tokio::time::sleep(LOOK_AGAIN).await;
+        found = look_outside(control, case, known()).await?;
     }
+}
+
+/// One transaction in one round trip, while the server is busy with those who are still inside. A coordinator that was
+/// stopped for a while may find that another one has aborted in its place and lifted the fence: what it shut now, nobody
+/// would open again. The lock on the row keeps the two apart, and a row that is not to be held fails the transaction.
+async fn shut_doors(control: &Control, case: &Case, shutting: Shutting) -> Result<(), CutoverError> {
+    let failed = |source| CutoverError::query("shut the databases", source);
+    let script: String = case.databases.iter().map(|database| shutting.statement(database)).collect();
+    let (begun, held, noted, shut, committed) = tokio::join!(
+        control.batch_execute("BEGIN"),
+        fence::hold_open(&**control, case.epoch),
+        fence::note_hard(&**control, case.epoch),
+        control.batch_execute(&script),
+        control.batch_execute("COMMIT"),
+    );
+    begun.map_err(failed)?;
+    // After a failure the rest has failed as well, and COMMIT was a ROLLBACK: the first one says why.
+    if !held? {
+        return Err(OVERTAKEN);
+    }
+    noted?;
+    shut.map_err(failed)?;
+    committed.map_err(failed)
+}
+
+/// Who may be inside the databases without our knowing.
+struct Outside {
+    starting: i64,
+    strangers: Vec<Obstacle>,
+}
+
+async fn look_outside(control: &Control, case: &Case, known: Known) -> Result<Outside, CutoverError> {
+    // Sent together, answered in this order.
+    let (starting, strangers) = tokio::try_join!(
+        starting(control, &case.databases, &known),
+        backends(control, &case.databases, &known, Looking::Strangers)
+    )?;
+    Ok(Outside { starting, strangers })
 }
 
 /// Ends one backend: it sees 57P01. Its end is not proven by this call.
@@ -169,7 +207,7 @@ pub(super) async fn terminate(control: &Control, pid: i32) -> Result<(), Cutover
 async fn starting(control: &Control, databases: &[String], known: &Known) -> Result<i64, CutoverError> {
     let row = control
         .query_typed_one(
-            "SELECT count(*) FROM pg_catalog.pg_locks l JOIN pg_catalog.pg_database d ON d.oid = l.objid
+            "SELECT count(*) FROM pg_catalog.pg_lock_status() l JOIN pg_catalog.pg_database d ON d.oid = l.objid
              WHERE l.locktype = 'object' AND l.classid = 'pg_catalog.pg_database'::regclass
                AND d.datname = ANY($1) AND l.pid <> ALL($2) AND l.pid <> pg_catalog.pg_backend_pid()",
             &[(&databases, Type::TEXT_ARRAY), (&known.pids, Type::INT4_ARRAY)],
@@ -186,7 +224,8 @@ pub(super) async fn backends(
     known: &Known,
     looking: Looking,
 ) -> Result<Vec<Obstacle>, CutoverError> {
-    // What a role without pg_monitor may not see is NULL, and NULL counts as being in the way.
+    // The functions behind the views, which take a fraction of the time with a thousand backends. What a role without
+    // pg_monitor may not see is NULL, and NULL counts as being in the way.
     let condition = match looking {
         Looking::Strangers => "pid <> ALL($2)",
         Looking::Work => "(state IS DISTINCT FROM 'idle' OR backend_xid IS NOT NULL) AND $2::int[] IS NOT NULL",
@@ -197,15 +236,15 @@ pub(super) async fn backends(
     let rows = control
         .query_typed(
             &format!(
-                "SELECT pid, datname, coalesce(application_name, ''), coalesce(state, 'state not visible'),
+                "SELECT a.pid, d.datname, coalesce(application_name, ''), coalesce(state, 'state not visible'),
                         coalesce(extract(epoch FROM clock_timestamp() - coalesce(xact_start, query_start, backend_start)),
                                  0)::float8
-                 FROM pg_catalog.pg_stat_activity a
-                 WHERE datname = ANY($1) AND pid <> pg_catalog.pg_backend_pid()
+                 FROM pg_catalog.pg_stat_get_activity(NULL) a JOIN pg_catalog.pg_database d ON d.oid = a.datid
+                 WHERE d.datname = ANY($1) AND pid <> pg_catalog.pg_backend_pid()
                    AND {condition}
                    AND left(application_name, length($3)) IS DISTINCT FROM $3
                    AND coalesce(backend_type, '') NOT IN ('autovacuum worker', 'parallel worker')
-                   AND NOT EXISTS (SELECT FROM pg_catalog.pg_replication_slots s
+                   AND NOT EXISTS (SELECT FROM pg_catalog.pg_get_replication_slots() s
                                    WHERE s.active_pid = a.pid AND s.slot_name = ANY($4))
                  ORDER BY 5 DESC"
             ),

@@ -46,6 +46,7 @@ pub mod hard_fence;
 mod home;
 mod late;
 mod leadership;
+mod marker;
 pub mod parts;
 pub mod phase;
 pub mod report;

@@ -66,6 +66,13 @@ const PREPARES_WITHIN: Duration = Duration::from_millis(50);
 /// A lock that conflicts with no writer is not waited for any longer.
 const WARMING_LOCK_TIMEOUT: Duration = Duration::from_millis(100);
 
+/// A session locks so many tables, and then another one locks as well: with thousands of connections each takes the server tens
+/// of microseconds.
+const TABLES_PER_SESSION: usize = 250;
+
+/// At most so many sessions lock the tables of a database.
+const MOST_LOCK_SESSIONS: usize = 4;
+
 /// After the gates have opened.
 const BREATH: Duration = Duration::from_millis(250);
 
@@ -429,11 +436,16 @@ impl Work {
             };
             // The boundary is durable with the decision, which follows it.
             onward.batch_execute("SET synchronous_commit = off").await.map_err(failed)?;
-            let locks = self.from.connector.control(&line.name, "cutover-locks").await?;
+            let mut sessions = LineSessions { sequences, unstreamed, late, tables, locks: Vec::new(), marker, onward };
             if !self.options.dry_run {
-                look_up(&locks, &tables).await.map_err(failed)?;
+                for _ in 0..sessions.tables.len().div_ceil(TABLES_PER_SESSION).min(MOST_LOCK_SESSIONS) {
+                    sessions.locks.push(self.from.connector.control(&line.name, "cutover-locks").await?);
+                }
+                for (session, tables) in sessions.lock_shares() {
+                    look_up(session, tables).await.map_err(failed)?;
+                }
             }
-            line.sessions = Some(LineSessions { sequences, unstreamed, late, tables, locks, marker, onward });
+            line.sessions = Some(sessions);
         }
         Ok(())
     }
@@ -480,11 +492,10 @@ impl Work {
         self.timings.step("logins end", since);
         if self.options.fence == FencePolicy::Hard && !self.options.dry_run {
             let since = Instant::now();
-            hard_fence::shut(&mut self.from.control, &self.case, self.shutting).await?;
-            self.timings.step("the server is shut", since);
-            let since = Instant::now();
-            self.sessions_ended += hard_fence::expel(&self.from.control, &self.case, || self.known()).await?;
-            self.timings.step("strangers have left", since);
+            let shut = hard_fence::shut(&self.from.control, &self.case, self.shutting, || self.known()).await?;
+            self.sessions_ended += shut.ended;
+            self.timings.took("the server is shut", shut.within);
+            self.timings.took("strangers have left", since.elapsed().saturating_sub(shut.within));
         }
         self.failpoint("pause.after_hard_fence").await?;
         Ok(())
@@ -504,18 +515,13 @@ impl Work {
         if self.options.reads == Reads::Continue {
             self.drain_writers().await?;
         }
-        self.drain_sessions().await?;
+        let last = self.drain_sessions().await?;
         let reads = self.sessions.reads_in_pauses() - self.reads_before;
         if reads > 0 {
             self.notes.push(format!("{reads} read-only transactions went on during the pause (reads = \"continue\")"));
         }
-        self.failpoint("drain.after_sessions").await?;
-        let nonce = format!("{}-{:016x}", self.case.epoch, rand::random::<u64>());
-        let since = Instant::now();
-        self.write_markers(&nonce).await?;
-        self.timings.step("marker is written", since);
         self.failpoint("drain.after_marker").await?;
-        self.arrive(&nonce, deadline).await?;
+        self.arrive(last, deadline).await?;
         let since = Instant::now();
         self.carry_unstreamed().await?;
         self.timings.step("what no stream carries is brought over", since);
@@ -530,9 +536,6 @@ impl Work {
 /// Has the session look up now what it would look up in the pause to lock these tables; with a thousand of them that takes
 /// longer than the locks do. Nothing is kept, and where it does not succeed it is done then.
 async fn look_up(locks: &Control, tables: &[String]) -> Result<(), tokio_postgres::Error> {
-    if tables.is_empty() {
-        return Ok(());
-    }
     let script = format!(
         "BEGIN; SET LOCAL lock_timeout = {}; LOCK TABLE ONLY {} IN ACCESS SHARE MODE",
         WARMING_LOCK_TIMEOUT.as_millis(),

@@ -22,7 +22,7 @@ use crate::config::{Ddl, FencePolicy, Reads, Stragglers};
 use crate::failpoint::{Failed, Failpoints};
 use crate::migration::sequences::SequencePair;
 use crate::postgres::{Connector, Control};
-use crate::proxy::{MoveOrder, MoveOutcome, MoveReport, SessionState, SessionView, Sessions};
+use crate::proxy::{MoveOrder, MoveOutcome, MoveReport, SessionView, Sessions};
 use crate::shutdown::Tasks;
 use crate::switch::{Database, Epoch, ServerRole};
 
@@ -77,7 +77,8 @@ pub(super) struct Line {
 /// Control sessions in one database, opened by prepare.
 pub(super) struct LineSessions {
     pub(super) marker: Control,
-    pub(super) locks: Control,
+    /// Each locks its share of the tables, see [`LineSessions::lock_shares`].
+    pub(super) locks: Vec<Control>,
     pub(super) onward: Control,
     pub(super) sequences: SequencePair,
     /// From here to there, where there is something that no stream carries.
@@ -86,6 +87,14 @@ pub(super) struct LineSessions {
     pub(super) late: Option<Control>,
     /// Quoted names of the tables that are brought over, by the stream or otherwise.
     pub(super) tables: Vec<String>,
+}
+
+impl LineSessions {
+    /// Which session locks which tables.
+    pub(super) fn lock_shares(&self) -> impl Iterator<Item = (&Control, &[String])> {
+        let share = self.tables.len().div_ceil(self.locks.len().max(1)).max(1);
+        self.locks.iter().zip(self.tables.chunks(share))
+    }
 }
 
 /// Who may tell a cutover to give up.
@@ -184,11 +193,7 @@ impl Work {
 
     /// Opens the gates to `server`, having noted for how long they have kept sessions waiting.
     pub(super) fn open_gates(&mut self, server: ServerRole, epoch_of: impl Fn(&Line) -> Epoch) {
-        let waiting = |session: &SessionView| {
-            session.state == SessionState::Held && self.case.databases.contains(&session.database)
-        };
-        let waits: Vec<Duration> =
-            self.sessions.list().iter().filter(|session| waiting(session)).map(|session| session.for_time).collect();
+        let waits = self.sessions.holds(&self.case.databases);
         for line in &self.lines {
             line.gate.open(server, epoch_of(line));
         }

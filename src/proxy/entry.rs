@@ -179,6 +179,8 @@ pub struct Entry {
     /// Milliseconds from `connected` to the last change of state.
     since_ms: AtomicU64,
     backend_pid: AtomicI32,
+    /// Epoch of the move whose other backend has the session's state as it is now; 0: none.
+    settled_for: AtomicU64,
     /// None: the session takes no orders any more.
     mailbox: Mutex<Option<Vec<Order>>>,
     /// Looked at in every poll of the relay, so that an empty mailbox costs one load.
@@ -200,6 +202,7 @@ impl Entry {
             state: AtomicU8::new(SessionState::Login as u8),
             since_ms: AtomicU64::new(0),
             backend_pid: AtomicI32::new(0),
+            settled_for: AtomicU64::new(0),
             mailbox: Mutex::new(Some(Vec::new())),
             has_orders: AtomicBool::new(false),
             waker: Mutex::default(),
@@ -283,6 +286,17 @@ impl Entry {
         let mut facts = lock(&self.facts);
         facts.moving = moving;
         facts.blockers = blockers;
+    }
+
+    /// Set by the session's own task, which takes it back before it lets anything more pass.
+    pub(super) fn set_settled_for(&self, epoch: Option<Epoch>) {
+        self.settled_for.store(epoch.map_or(0, |epoch| epoch.0), Ordering::Release);
+    }
+
+    /// Whether it has nothing to bring over for the move of `epoch`. What is read while the gate is closed, and after
+    /// everybody has left it, stays so.
+    pub(super) fn is_settled_for(&self, epoch: Epoch) -> bool {
+        epoch.0 != 0 && self.settled_for.load(Ordering::Acquire) == epoch.0
     }
 
     pub(super) fn backend_pid(&self) -> Option<i32> {

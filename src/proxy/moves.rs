@@ -179,6 +179,7 @@ impl Session {
     /// Closes what was prepared.
     pub(super) fn discard_move(&mut self) {
         let Some(moving) = self.moving.take() else { return };
+        self.entry.set_settled_for(None);
         self.entry.set_moving(MoveState::None, Vec::new());
         // Who waits for an answer learns that there is nothing to move: an abort, or a client that has left.
         drop(moving.replies);
@@ -278,6 +279,8 @@ impl Session {
         };
         self.entry.set_moving(seen, blockers.clone());
         if let Some(moving) = &mut self.moving {
+            let is_settled = blockers.is_empty() && !self.touched;
+            self.entry.set_settled_for(is_settled.then_some(moving.order.epoch));
             moving.stage = stage;
             moving.blockers = blockers;
             moving.answer(&outcome);
@@ -286,6 +289,7 @@ impl Session {
 
     fn fail_move(&mut self, failure: String) {
         tracing::warn!(session = self.entry.id(), failure, "a session cannot be prepared for the other server");
+        self.entry.set_settled_for(None);
         self.entry.set_moving(MoveState::Failed, Vec::new());
         if let Some(moving) = &mut self.moving {
             moving.stage = Stage::Failed;
@@ -321,6 +325,7 @@ impl Session {
     /// Captures and replays at a safe point.
     pub(super) async fn advance_move(&mut self) -> Result<(), End> {
         let Some(moving) = &mut self.moving else { return Ok(()) };
+        self.entry.set_settled_for(None);
         moving.wanted = false;
         let stage = match std::mem::replace(&mut moving.stage, Stage::Failed) {
             Stage::Open(opened) => return self.begin_filling(opened).await,
@@ -443,6 +448,7 @@ impl Session {
         self.exchange(opened.backend, listens).await?;
         self.epoch = epoch;
         self.moving = None;
+        self.entry.set_settled_for(None);
         self.entry.set_moving(MoveState::Moved, Vec::new());
         self.leave_if_quiet();
         Ok(())

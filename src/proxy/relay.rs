@@ -368,6 +368,9 @@ impl Session {
             self.local.meters.waited(now - since);
         }
         self.entered_turn = self.ledger.readies();
+        if self.moving.is_some() {
+            self.entry.set_settled_for(None);
+        }
         self.go(Place::Inside { since: now }, state, now);
     }
 

@@ -5,7 +5,7 @@
 use std::collections::{HashMap, HashSet};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use futures_util::future::join_all;
 use tokio::sync::{oneshot, watch};
@@ -254,16 +254,26 @@ impl Sessions {
         let ordered = lock(&self.ordered).clone();
         for entry in self.of(databases).into_iter().filter(is_movable) {
             let Some(order) = ordered.get(&entry.database()).copied() else { continue };
+            if entry.is_settled_for(order.epoch) {
+                continue;
+            }
             // Nobody hears this answer; the one that counts is asked for later.
             let (reply, _) = oneshot::channel();
             entry.order(Order::Settle { order, reply });
         }
     }
 
-    /// In the pause: brings over what changed since [`Sessions::prepare_moves`], or everything where nothing was
-    /// prepared, as with sessions that logged in meanwhile.
+    /// In the pause, with nobody inside: brings over what changed since [`Sessions::prepare_moves`], or everything where
+    /// nothing was prepared, as with sessions that logged in meanwhile. Who has been idle is not woken for it.
     pub async fn settle_moves(&self, databases: &[String], deadline: Instant) -> Vec<MoveReport> {
         self.ask(databases, deadline, |order, reply| Order::Settle { order, reply }).await
+    }
+
+    /// For how long each session of these databases has been held that is.
+    pub fn holds(&self, databases: &[String]) -> Vec<Duration> {
+        let now = Instant::now();
+        let held = self.of(databases).into_iter().filter(|entry| entry.state() == SessionState::Held);
+        held.map(|entry| entry.ages(now).0).collect()
     }
 
     /// An abort: prepared backends are closed.
@@ -282,9 +292,17 @@ impl Sessions {
         let ordered = lock(&self.ordered).clone();
         let asked = self.of(databases).into_iter().filter(is_movable).filter_map(|entry| {
             let wanted = *ordered.get(&entry.database())?;
-            let (reply, answer) = oneshot::channel();
-            entry.order(order(wanted, reply));
+            let answer = if entry.is_settled_for(wanted.epoch) {
+                None
+            } else {
+                let (reply, answer) = oneshot::channel();
+                entry.order(order(wanted, reply));
+                Some(answer)
+            };
             Some(async move {
+                let Some(answer) = answer else {
+                    return Some(MoveReport { session: entry.view(), outcome: MoveOutcome::Ready });
+                };
                 match tokio::time::timeout_at(deadline.into(), answer).await {
                     Ok(Ok(outcome)) => Some(MoveReport { session: entry.view(), outcome }),
                     // The session has ended meanwhile: nothing to move.
@@ -305,8 +323,6 @@ fn is_movable(entry: &Arc<Entry>) -> bool {
 
 #[cfg(test)]
 mod tests {
-    use std::time::Duration;
-
     use super::*;
     use crate::switch::Epoch;
 
@@ -330,6 +346,32 @@ mod tests {
         assert_eq!((reports[0].session.id, &reports[0].outcome), (id, &MoveOutcome::Busy));
         assert!(silent.has_orders());
         assert_eq!(silent.take_orders().len(), 1);
+    }
+
+    #[tokio::test]
+    async fn who_has_nothing_to_bring_over_is_not_woken_in_the_pause() {
+        let sessions = Arc::new(Sessions::default());
+        let session = sessions.register("a".to_owned());
+        session.set_identity("ann", "shop", "", 1, false);
+        session.set_state(SessionState::Idle);
+        let order = MoveOrder { to: ServerRole::Target, epoch: Epoch(7) };
+        let databases = ["shop".to_owned()];
+        lock(&sessions.ordered).insert("shop".to_owned(), order);
+
+        session.set_settled_for(Some(Epoch(7)));
+        sessions.begin_settling(&databases);
+        let reports = sessions.settle_moves(&databases, Instant::now()).await;
+        assert_eq!(reports.iter().map(|report| &report.outcome).collect::<Vec<_>>(), [&MoveOutcome::Ready]);
+        assert!(!session.has_orders());
+
+        // It has run something since, or was settled for another cutover.
+        for settled_for in [None, Some(Epoch(6))] {
+            session.set_settled_for(settled_for);
+            let reports = sessions.settle_moves(&databases, Instant::now()).await;
+            assert_eq!(reports.iter().map(|report| &report.outcome).collect::<Vec<_>>(), [&MoveOutcome::Busy]);
+            assert!(session.has_orders());
+            drop(session.take_orders());
+        }
     }
 
     #[tokio::test]

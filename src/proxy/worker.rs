@@ -10,6 +10,7 @@ use std::pin::Pin;
 use std::rc::Rc;
 use std::sync::Arc;
 use std::task::{Context, Poll};
+use std::time::Duration;
 
 use futures_util::task::noop_waker_ref;
 use tokio::sync::mpsc;
@@ -140,7 +141,7 @@ impl Worker {
     /// Hands idle connections to who waits elsewhere. Once a second looks through all of them, and hands over what was
     /// counted: one timer for both, because a thread that has nothing else to do pays for each time it is woken.
     async fn keep_up(self: Rc<Self>) {
-        let mut every_second = tokio::time::interval(std::time::Duration::from_secs(1));
+        let mut every_second = tokio::time::interval(Duration::from_secs(1));
         every_second.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
         let mut retirements = self.shared.sessions.retirements();
         loop {
@@ -231,21 +232,24 @@ async fn watch(local: Rc<LocalDatabase>, mut change: Change) {
         }
         let mut entries: Vec<_> = local.sessions.borrow().values().cloned().collect();
         entries.sort_by_key(|entry| (entry.state() != SessionState::Held, entry.id()));
-        let groups = match local.resume_rate() {
-            Some(rate) => (entries, rate),
+        let (first, groups) = match local.resume_rate() {
+            Some(rate) => (Duration::ZERO, (entries, rate)),
             None => {
                 let waits = |entry: &Arc<Entry>| matches!(entry.state(), SessionState::Held | SessionState::Login);
                 let (waiting, others): (Vec<_>, Vec<_>) = entries.into_iter().partition(waits);
                 waiting.iter().for_each(|entry| entry.wake());
-                (others, IDLE_AT_ONCE)
+                (AFTER_THE_HELD, (others, IDLE_AT_ONCE))
             }
         };
-        tokio::task::spawn_local(wake_gradually(groups));
+        tokio::task::spawn_local(wake_gradually(first, groups));
     }
 }
 
 /// How long passes between two groups of sessions that are let in gradually.
-const LET_IN_EVERY: std::time::Duration = std::time::Duration::from_millis(10);
+const LET_IN_EVERY: Duration = Duration::from_millis(10);
+
+/// How long those that were held have the processors to themselves.
+const AFTER_THE_HELD: Duration = Duration::from_millis(50);
 
 /// Sessions that nobody waits for follow so many at a time: hundreds that exchange their backends at once would hold up those
 /// that were held.
@@ -253,7 +257,8 @@ const IDLE_AT_ONCE: usize = 32;
 
 /// Wakes sessions, so many at a time. Waking admits nobody: each still asks the gate itself, so one that is woken late, or by
 /// its client before its turn, breaks nothing.
-async fn wake_gradually((entries, at_once): (Vec<Arc<Entry>>, usize)) {
+async fn wake_gradually(first: Duration, (entries, at_once): (Vec<Arc<Entry>>, usize)) {
+    tokio::time::sleep(first).await;
     for group in entries.chunks(at_once) {
         group.iter().for_each(|entry| entry.wake());
         tokio::time::sleep(LET_IN_EVERY).await;

@@ -379,14 +379,19 @@ async fn roles_settings_and_sequences_of_the_last_moment_are_brought_over() {
     }
     source.batch_execute("SELECT nextval('late')").await.expect("called");
     assert_eq!(sequences.bring_moved(&from, &to).await.expect("brought over"), 3);
+    for side in [&source, &target] {
+        side.batch_execute("ALTER SEQUENCE late RENAME TO later").await.expect("renamed");
+    }
+    source.batch_execute("SELECT nextval('later')").await.expect("called");
+    assert_eq!(sequences.bring_moved(&from, &to).await.expect("brought over"), 3);
     lease.finish(Outcome::Aborted).await.expect("given back");
 
     let stand = "SELECT (SELECT (last_value, is_called)::text FROM called), (SELECT (last_value, is_called)::text FROM set_back),
         (SELECT (last_value, is_called)::text FROM idle), (SELECT (last_value, is_called)::text FROM newest),
-        (SELECT (last_value, is_called)::text FROM late)";
+        (SELECT (last_value, is_called)::text FROM later)";
     let row = target.query_one(stand, &[]).await.expect("sequences");
     let stands: Vec<String> = (0..5).map(|column| row.get(column)).collect();
-    assert_eq!(stands, ["(3,t)", "(37,t)", "(6,f)", "(3,t)", "(8,t)"]);
+    assert_eq!(stands, ["(3,t)", "(37,t)", "(6,f)", "(3,t)", "(9,t)"]);
     let shared = "SELECT r.rolconnlimit, r.rolpassword LIKE 'SCRAM-SHA-256$%',
             (SELECT string_agg(c, ',' ORDER BY c) FROM pg_db_role_setting, unnest(setconfig) c WHERE setrole = r.oid),
             (SELECT string_agg(c, ',' ORDER BY c) FROM pg_db_role_setting s, unnest(setconfig) c, pg_database d
