@@ -244,7 +244,7 @@ fn migration(mut section: Section<'_>) -> Migration {
     Migration {
         copy_workers: section.number("copy_workers", 4, 1..=256),
         index_workers: section.number("index_workers", 4, 1..=256),
-        part_bytes: section.size("part_size", 2 * GB, MB..=u64::MAX),
+        part_bytes: section.size("part_size", 128 * MB, MB..=u64::MAX),
         maintenance_work_mem: units::format_size(memory),
         without_identity: section.choice(
             "without_identity",

@@ -95,8 +95,11 @@ impl DatabaseWork {
         }
         let mut archive = None;
         if self.live.step() < Step::Restored {
-            let archive = self.archive(&mut archive).await?;
-            Box::pin(self.restore(&mut row, slot_start, archive)).await?;
+            // The one keeps the source busy, the other the target. Both are waited for: neither is left half-way.
+            let (dumped, made) =
+                tokio::join!(self.archive(&mut archive), Box::pin(self.make_database(&row, slot_start)));
+            made?;
+            Box::pin(self.restore(&mut row, dumped?)).await?;
         }
         if self.live.step() < Step::Copied {
             let archive = self.archive(&mut archive).await?;
@@ -283,8 +286,8 @@ impl DatabaseWork {
         Ok(kept.as_ref().expect("just filled"))
     }
 
-    /// The database, our progress row in it, and everything that comes before the rows.
-    async fn restore(&self, row: &mut DatabaseRow, slot_start: Lsn, archive: &Archive) -> Result<(), WorkError> {
+    /// The database, and our progress row in it.
+    async fn make_database(&self, row: &DatabaseRow, slot_start: Lsn) -> Result<(), WorkError> {
         let journal = self.journal();
         let (source, target) = (&self.context.source, &self.context.target);
         let is_control = row.database == self.context.config.control.database;
@@ -300,10 +303,15 @@ impl DatabaseWork {
         progress::claim(&*control, self.migration(), self.context.catalog.generation(), slot_start).await?;
         drop(control);
         self.context.failpoints.hit("engine.after_database").await?;
+        Ok(())
+    }
+
+    /// Everything that comes before the rows.
+    async fn restore(&self, row: &mut DatabaseRow, archive: &Archive) -> Result<(), WorkError> {
         let guard = self.guard(Guard::Locking);
         let restored = schema::restore_pre_data(&self.restore_target(&guard), archive).await?;
         all_restored(restored.failures)?;
-        self.restore_identities(&journal).await?;
+        self.restore_identities(&self.journal()).await?;
         self.nothing_would_fire().await?;
         self.context.failpoints.hit("engine.after_schema").await?;
         self.completed(row, Step::Restored).await

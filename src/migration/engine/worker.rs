@@ -3,7 +3,7 @@
 
 use std::sync::Arc;
 
-use futures_util::future::try_join_all;
+use futures_util::future::{try_join, try_join_all};
 use tokio::sync::{mpsc, oneshot, watch};
 
 use super::actor::Command;
@@ -78,10 +78,13 @@ impl Worker {
             }
             self.report(Event::ValidationPassed).await.map_err(plain)?;
         }
-        if self.live_steps().any(|step| step < Step::Copied) {
-            self.patiently("roles", || self.roles()).await.map_err(plain)?;
-        }
-        let pg_dump = self.patiently("pg_dump", || self.pg_dump()).await.map_err(plain)?;
+        let roles = async {
+            if self.live_steps().any(|step| step < Step::Copied) {
+                self.patiently("roles", || self.roles()).await?;
+            }
+            Ok(())
+        };
+        let (pg_dump, ()) = try_join(self.patiently("pg_dump", || self.pg_dump()), roles).await.map_err(plain)?;
         let mut ready = Vec::new();
         let works: Vec<DatabaseWork> = self
             .context

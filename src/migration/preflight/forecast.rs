@@ -35,8 +35,14 @@ const SAMPLE_BYTES: u64 = 8 << 20;
 /// Answers of a server to which the sample does without a table. The last two: it is gone, or is no table any more.
 const REFUSALS: [&str; 4] = [sqlstate::INSUFFICIENT_PRIVILEGE, sqlstate::LOCK_NOT_AVAILABLE, "42P01", "42809"];
 
-/// The log is watched for at least so long.
+/// The log is watched for at least so long,
 const WATCH: Duration = Duration::from_millis(500);
+
+/// or for this part of the time that reading every table will take, where that is less,
+const WATCH_SHARE: u32 = 16;
+
+/// but not for less than this.
+const LEAST_WATCH: Duration = Duration::from_millis(100);
 
 /// Bytes of all tables and of their indexes, then the name of the largest table, if any has rows. What is stored beside
 /// a table counts: a small heap may point at gigabytes.
@@ -95,7 +101,7 @@ impl Database<'_> {
         if let Some(table) = row.get::<_, Option<String>>(2) {
             seen.sample = self.read(&table).await?;
         }
-        tokio::time::sleep(WATCH.saturating_sub(began.elapsed())).await;
+        tokio::time::sleep(watch(&seen).saturating_sub(began.elapsed())).await;
         if let (Some(before), Some(after)) = (before, position().await?) {
             seen.log = Some((after.0.saturating_sub(before.0), began.elapsed()));
         }
@@ -138,6 +144,13 @@ impl Database<'_> {
         }
         Ok((bytes > 0).then(|| (table.to_owned(), bytes, began.elapsed())))
     }
+}
+
+/// How long the log is watched: who moves little need not wait for as long as that takes.
+fn watch(seen: &Seen) -> Duration {
+    let Some((_, bytes, took)) = &seen.sample else { return LEAST_WATCH };
+    let seconds = seen.table_bytes / per_second(*bytes, *took).max(1);
+    (Duration::from_secs(seconds) / WATCH_SHARE).clamp(LEAST_WATCH, WATCH)
 }
 
 /// The forecast, with what it rests on. Pure.
@@ -206,6 +219,9 @@ mod tests {
         assert_eq!(outcome, Outcome::Succeeded, "{evidence:#?}");
         assert!(evidence[2].contains("1MB a second") && evidence.len() == 4, "{evidence:#?}");
         assert_eq!(judge(&Seen { limit: Some(2 << 30), ..seen.clone() }).0, Outcome::Warning);
+        assert_eq!(watch(&seen), WATCH);
+        assert_eq!(watch(&Seen { table_bytes: 320 << 20, ..seen.clone() }), Duration::from_millis(250), "4 seconds");
+        assert_eq!(watch(&Seen { table_bytes: 0, ..seen.clone() }), LEAST_WATCH);
         assert_eq!(judge(&Seen { log: None, ..seen.clone() }).1.len(), 2, "nothing is kept");
         assert_eq!(judge(&Seen { sample: None, ..seen }).0, Outcome::Succeeded, "nothing to copy");
     }

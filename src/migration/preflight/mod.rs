@@ -186,18 +186,30 @@ enum Round {
 }
 
 async fn evaluate(preflight: &Preflight<'_>, round: Round) -> Vec<RuleResult> {
-    let mut results = Vec::new();
     let control = &preflight.config.control.database;
-    let source = connect(preflight, &instance::CONNECT_SOURCE, control, &mut results).await;
-    let target = connect(preflight, &instance::CONNECT_TARGET, control, &mut results).await;
+    let ((source, first), (target, second)) = tokio::join!(
+        connect(preflight, &instance::CONNECT_SOURCE, control),
+        connect(preflight, &instance::CONNECT_TARGET, control),
+    );
+    let mut results = vec![first, second];
     let (Some(source), Some(target)) = (source, target) else { return results };
     let servers = Servers { preflight, source: &source, target: &target, round };
-    results.extend(servers.instance().await);
-    results.extend(servers.rights().await);
-    results.extend(servers.replication().await);
-    for name in preflight.databases {
-        results.extend(database::check(&servers, name).await);
-    }
+    let about_instances = async {
+        let mut results = servers.instance().await;
+        results.extend(servers.rights().await);
+        results.extend(servers.replication().await);
+        results
+    };
+    let about_databases = async {
+        let mut results = Vec::new();
+        for name in preflight.databases {
+            results.extend(database::check(&servers, name).await);
+        }
+        results
+    };
+    // The latter ask in sessions of their own, mostly, and watch the source for a while.
+    let (instances, databases) = tokio::join!(Box::pin(about_instances), Box::pin(about_databases));
+    results.extend(instances.into_iter().chain(databases));
     results
 }
 
@@ -248,8 +260,7 @@ async fn connect(
     preflight: &Preflight<'_>,
     definition: &'static Definition,
     database: &str,
-    results: &mut Vec<RuleResult>,
-) -> Option<Control> {
+) -> (Option<Control>, RuleResult) {
     let rule = Rule::new(definition, Level::Instance, preflight.kind(definition.on));
     let encryption = "SELECT version FROM pg_stat_ssl WHERE pid = pg_backend_pid() AND ssl";
     match preflight.session(definition.on, database).await {
@@ -258,13 +269,10 @@ async fn connect(
                 Ok(found) => found.into_iter().next().unwrap_or_else(|| "not encrypted".to_owned()),
                 Err(_) => "encryption not known".to_owned(),
             };
-            results.push(rule.noted(vec![format!("server_version_num {}, {tls}", control.version_num())]));
-            Some(control)
+            let result = rule.noted(vec![format!("server_version_num {}, {tls}", control.version_num())]);
+            (Some(control), result)
         }
-        Err(error) => {
-            results.push(rule.not_connected(&error));
-            None
-        }
+        Err(error) => (None, rule.not_connected(&error)),
     }
 }
 

@@ -150,14 +150,13 @@ impl Servers<'_> {
 
     async fn replica_role(&self) -> RuleResult {
         let rule = self.rule(&REPLICA_ROLE).mended_by(self.on_target(self.replica_role_grant(Side::Target)));
-        let set = "BEGIN READ ONLY; SET LOCAL session_replication_role = replica; ROLLBACK";
+        // For this statement alone, and in no transaction block: other rules use the same session meanwhile.
+        let set = "SELECT pg_catalog.set_config('session_replication_role', 'replica', true)";
         match self.target.batch_execute(set).await {
             Ok(()) => rule.succeeded(),
             Err(error) => {
                 let evidence =
                     error.as_db_error().map_or_else(|| error.to_string(), |refusal| refusal.message().to_owned());
-                // The rules that follow use the same session.
-                let _ended = self.target.batch_execute("ROLLBACK").await;
                 match self.preflight.config.migration.ddl {
                     Ddl::Apply => rule.failed(vec![evidence]),
                     Ddl::Refuse | Ddl::Detect => rule.answer(Outcome::Warning, vec![evidence]),
