@@ -451,15 +451,15 @@ mod tests {
 
     #[test]
     fn one_statement_is_taken_from_either_protocol() {
-        let query = Call::of(&frames(&[(b'Q', b"SELECT 1\0")]), None).ok().expect("one");
+        let query = Call::of(&frames(&[(b'Q', b"SELECT 1\0")]), None).expect("one");
         assert_eq!((query.text(), &query.parse[..]), (&b"SELECT 1"[..], &b"SELECT 1\0\0\0"[..]));
         let (bind, execute) = ((b'B', &b"\0s\0\0\0\0\0\0\0"[..]), (b'E', &b"\0\0\0\0\0"[..]));
         let parse = (b'P', &b"s\0SELECT $1\0\0\x01\0\0\0\x17"[..]);
         let sync = (b'S', &b""[..]);
-        let all = Call::of(&frames(&[parse, bind, (b'D', b"P\0"), execute, sync]), None).ok().expect("one");
+        let all = Call::of(&frames(&[parse, bind, (b'D', b"P\0"), execute, sync]), None).expect("one");
         assert_eq!((all.text(), all.was_prepared), (&b"SELECT $1"[..], false));
         let known = Bytes::from_static(b"SELECT 7\0\0\0");
-        let later = Call::of(&frames(&[bind, execute, sync]), Some(&known)).ok().expect("one");
+        let later = Call::of(&frames(&[bind, execute, sync]), Some(&known)).expect("one");
         assert_eq!((later.text(), later.was_prepared), (&b"SELECT 7"[..], true));
         let refused = |list: &[(u8, &[u8])], prepared| Call::of(&frames(list), prepared).err();
         assert_eq!(refused(&[bind, execute, sync], None), Some(Skip::NotKnown));
