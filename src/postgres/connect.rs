@@ -81,6 +81,8 @@ struct Inner {
     /// Keys of the passwords that were used here.
     derived: DerivedKeys,
     departed: Departed,
+    /// Outlives whoever closes a connection: streams have short-lived runtimes of their own.
+    runtime: Option<tokio::runtime::Handle>,
 }
 
 impl fmt::Debug for Connector {
@@ -105,6 +107,7 @@ impl Connector {
             tls,
             derived,
             departed: Departed::default(),
+            runtime: tokio::runtime::Handle::try_current().ok(),
         };
         Ok(Self { inner: Arc::new(inner) })
     }
@@ -121,6 +124,11 @@ impl Connector {
 
     pub(super) fn departed(&self) -> &Departed {
         &self.inner.departed
+    }
+
+    /// The runtime that it was made on; none: there was none.
+    pub(super) fn runtime(&self) -> Option<&tokio::runtime::Handle> {
+        self.inner.runtime.as_ref()
     }
 
     /// Who we are.

@@ -306,7 +306,10 @@ impl RawConnection {
     }
 
     pub(super) async fn flush(&mut self) -> Result<(), RawError> {
-        self.stream.flush().await.map_err(|error| self.lost("sending", error))
+        let watch = self.watch.as_ref().filter(|_| self.awaited > 0);
+        // Behind TLS it is here that what was written waits.
+        let flushed = StallWatch::wait_for(watch, self.stream.flush());
+        flushed.await.map_err(|error| self.lost("sending", error))
     }
 
     /// A whole frame that has been read already.
@@ -412,7 +415,7 @@ impl RawConnection {
         self.send(&[b'X', 0, 0, 0, 4]).await?;
         loop {
             self.read_buf.clear();
-            match self.stream.read_buf(&mut self.read_buf).await {
+            match StallWatch::wait_for(self.watch.as_ref(), self.stream.read_buf(&mut self.read_buf)).await {
                 Ok(0) => return Ok(()),
                 Ok(_) => {}
                 // A peer that has closed and still finds our bytes unread resets the connection: closed all the same.

@@ -20,11 +20,15 @@ use std::time::Duration;
 
 use futures_util::future::BoxFuture;
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
+use tokio::time::Instant;
 
-use super::{Connector, Stream};
+use super::{Connector, Control, Stream};
 
 /// What looks are for, in their `application_name`. Nobody looks after those.
 const LOOK: &str = "link";
+
+/// Looks try this database first: that of a connection may be shut or gone, and every database shows all processes.
+const ANY_DATABASE: &str = "postgres";
 
 /// So often a process that is still there is looked for.
 const TRIES: u32 = 20;
@@ -68,37 +72,54 @@ impl StallWatch {
     pub(super) async fn wait_for<T>(watch: Option<&Self>, step: impl Future<Output = io::Result<T>>) -> io::Result<T> {
         match watch {
             // Boxed, because sessions wait here too, and have no watch.
-            Some(watch) => Box::pin(watch.watch(step)).await,
+            Some(watch) => Box::pin(watch.wait_in(&mut Silence::default(), step)).await,
             None => step.await,
         }
     }
 
-    async fn watch<T>(&self, step: impl Future<Output = io::Result<T>>) -> io::Result<T> {
+    /// The same, of a silence that lasts longer than one wait: who waits may turn to something else in between.
+    pub(super) async fn wait_in<T>(
+        &self,
+        silence: &mut Silence,
+        step: impl Future<Output = io::Result<T>>,
+    ) -> io::Result<T> {
         let mut step = pin!(step);
-        let mut looks = Looks::default();
         loop {
+            let due = *silence.since.get_or_insert_with(Instant::now) + self.patience;
             tokio::select! {
                 // What is there is not kept waiting for a look; a look that is dropped has only asked.
                 biased;
-                done = &mut step => return done,
-                () = tokio::time::sleep(self.patience) => {}
+                done = &mut step => {
+                    *silence = Silence::default();
+                    return done;
+                }
+                () = tokio::time::sleep_until(due) => {}
             }
             tokio::select! {
                 biased;
-                done = &mut step => return done,
-                has_stalled = looks.look(self) => {
+                done = &mut step => {
+                    *silence = Silence::default();
+                    return done;
+                }
+                has_stalled = silence.looks.look(self) => {
                     if has_stalled {
                         return Err(io::ErrorKind::TimedOut.into());
                     }
+                    silence.since = Some(Instant::now());
                 }
             }
         }
     }
 
+    /// Does not look more often than this: a server that has nothing to say is silent for that long.
+    pub(super) fn looks_at_most_every(&mut self, period: Duration) {
+        self.patience = self.patience.max(period);
+    }
+
     /// A type of its own, because a control session is itself watched by this.
     fn ask(&self, and_end_it: bool) -> BoxFuture<'_, Doing> {
         let asked = async move {
-            let control = Box::pin(self.connector.control(&self.database, LOOK)).await.ok()?;
+            let control = self.connector.to_look(&self.database).await?;
             let rows = control
                 .query(
                     "SELECT a.wait_event_type IN ('Client', 'Activity') FROM pg_catalog.pg_stat_activity a
@@ -159,8 +180,7 @@ struct Gone {
 
 impl Departed {
     fn note(&self, connector: &Connector, gone: Gone, patience: Duration) {
-        // Without a runtime the program ends.
-        let Ok(runtime) = tokio::runtime::Handle::try_current() else { return };
+        let Some(runtime) = connector.runtime() else { return };
         let mut list = self.list();
         list.gone.push(gone);
         if !std::mem::replace(&mut list.is_looked_after, true) {
@@ -174,6 +194,15 @@ impl Departed {
 }
 
 impl Connector {
+    async fn to_look(&self, database: &str) -> Option<Control> {
+        for database in [ANY_DATABASE, database] {
+            if let Ok(control) = Box::pin(self.control(database, LOOK)).await {
+                return Some(control);
+            }
+        }
+        None
+    }
+
     /// Ends, after `patience`, the processes of closed connections that still wait for us, until none is left.
     async fn look_for_departed(self, patience: Duration) {
         loop {
@@ -196,7 +225,7 @@ impl Connector {
     /// Which of them are still there; those that wait for us are told to end. None: the server could not be asked.
     async fn end_departed(&self, gone: &[Gone]) -> Option<Vec<i32>> {
         let database = &gone.first()?.database;
-        let control = Box::pin(self.control(database, LOOK)).await.ok()?;
+        let control = self.to_look(database).await?;
         let pids: Vec<i32> = gone.iter().map(|gone| gone.pid).collect();
         let names: Vec<&str> = gone.iter().map(|gone| gone.application_name.as_str()).collect();
         let rows = control
@@ -214,8 +243,16 @@ impl Connector {
     }
 }
 
+/// How long nothing has come, and what looks have found meanwhile.
+#[derive(Debug, Default)]
+pub(super) struct Silence {
+    /// Its beginning, or the last look.
+    since: Option<Instant>,
+    looks: Looks,
+}
+
 /// Looks that follow one another while nothing comes.
-#[derive(Default)]
+#[derive(Debug, Default)]
 struct Looks {
     /// The last one found the server waiting for us.
     found_waiting: bool,

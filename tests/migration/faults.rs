@@ -146,6 +146,9 @@ async fn links_that_stall_for_ever_are_opened_anew() {
         config.migration.copy_rate_bytes = Some(2_500_000);
     });
     furnish(&world).await;
+    // Walsenders are asked for a sign of life the more often, the less of them this allows.
+    world.source.configure(&[("wal_sender_timeout", "6s")]).expect("configured");
+    world.source.reload();
     let running = world.engine("");
     create(&running, spec("stalled", &["shop"])).await;
     let copying = connect(&world.target, "postgres").await;

@@ -95,6 +95,10 @@ impl DatabaseWork {
         }
         let mut archive = None;
         if self.live.step() < Step::Restored {
+            if self.context.live.spec.overwrite_target {
+                // What is there is not dropped for definitions that nobody has.
+                self.archive(&mut archive).await?;
+            }
             // The one keeps the source busy, the other the target. Both are waited for: neither is left half-way.
             let (dumped, made) =
                 tokio::join!(self.archive(&mut archive), Box::pin(self.make_database(&row, slot_start)));

@@ -16,7 +16,7 @@ use super::WalsenderError;
 use super::nap::{Age, Naps};
 use crate::lsn::Lsn;
 use crate::postgres::frame::{MAX_FRAME_BYTES, take_frame};
-use crate::postgres::stall::StallWatch;
+use crate::postgres::stall::{Silence, StallWatch};
 use crate::postgres::{Frame, RawConnection, RawError, Stream};
 
 /// Every status asks for a keepalive in return, so a stream this silent is dead. Generous: old servers answer nothing
@@ -112,6 +112,7 @@ pub struct ReplicationStream {
     feedback: Feedback,
     naps: Naps,
     watch: Option<StallWatch>,
+    silence: Silence,
     /// Holds the writing half; ended by [`Self::stop`] or by dropping.
     writer: JoinHandle<io::Result<()>>,
 }
@@ -126,13 +127,24 @@ impl fmt::Debug for ReplicationStream {
 impl ReplicationStream {
     pub(super) fn new(mut connection: RawConnection, period: Duration) -> Self {
         let label = connection.label().to_owned();
-        let watch = connection.take_watch();
+        let mut watch = connection.take_watch();
+        // The server answers statuses, and says nothing else while it has nothing to say.
+        watch.iter_mut().for_each(|watch| watch.looks_at_most_every(2 * period));
         let (socket, write_half) = tokio::io::split(connection.stream);
         let (outgoing, said) = watch::channel(Outgoing::default());
         let writer = tokio::spawn(write_statuses(write_half, said, period));
         let feedback = Feedback { outgoing: Arc::new(outgoing) };
         let naps = Naps::new();
-        Self { socket, read_buf: connection.read_buf, label, feedback, naps, watch, writer }
+        Self {
+            socket,
+            read_buf: connection.read_buf,
+            label,
+            feedback,
+            naps,
+            watch,
+            silence: Silence::default(),
+            writer,
+        }
     }
 
     /// A handle to report positions with.
@@ -240,7 +252,13 @@ impl ReplicationStream {
                 self.naps.take();
             }
             self.make_room();
-            let read = StallWatch::wait_for(self.watch.as_ref(), self.socket.read_buf(&mut self.read_buf));
+            let read = self.socket.read_buf(&mut self.read_buf);
+            let read = async {
+                match &self.watch {
+                    Some(watch) => watch.wait_in(&mut self.silence, read).await,
+                    None => read.await,
+                }
+            };
             match tokio::time::timeout(MAX_SILENCE, read).await {
                 Ok(read) => self.has_read(read)?,
                 Err(_) => return Err(self.lost(io::ErrorKind::TimedOut.into())),
