@@ -23,7 +23,13 @@ const ADDED: [&str; 3] = ["instance", "job", "le"];
 /// Names of every series, with the labels that each can have.
 fn known() -> BTreeMap<String, BTreeSet<String>> {
     let metrics = Metrics::new().unwrap();
-    let histograms = ["client_wait_seconds", "transaction_seconds", "cutover_phase_seconds", "cutover_pause_seconds"];
+    let histograms = [
+        "client_wait_seconds",
+        "transaction_seconds",
+        "cutover_phase_seconds",
+        "cutover_pause_seconds",
+        "shadow_read_seconds",
+    ];
     let mut known = BTreeMap::new();
     for name in metrics.names() {
         let is_histogram = histograms.iter().any(|histogram| *name == format!("pgcutover_{histogram}"));
