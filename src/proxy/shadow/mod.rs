@@ -32,6 +32,7 @@ use tokio::sync::{Notify, watch};
 use self::compare::Answer;
 use self::judge::{Avoided, judge};
 use self::runner::Call;
+use self::taking::Learned;
 pub(super) use self::taking::Shadowing;
 pub use self::tally::{LatencyView, ShadowStatementView};
 use self::tally::{Skip, Tally};
@@ -46,6 +47,10 @@ const IN_FLIGHT: usize = 128;
 
 /// Sessions whose state is kept, at the most; no transaction of further ones is sampled.
 const SESSIONS: usize = 512;
+
+/// Sessions whose backends are asked for their state, in a second and at one time, at the most.
+const LOOKS: u32 = 20;
+const LOOKS_AT_ONCE: usize = 2;
 
 /// Answers that differ and wait to be looked at again, at the most.
 const DOUBTS: usize = 32;
@@ -193,6 +198,11 @@ struct Run {
     in_doubt: AtomicUsize,
     in_flight: Arc<AtomicUsize>,
     sessions: Arc<AtomicUsize>,
+    /// What they have learned; `None` once the run is over.
+    learned: Mutex<Option<Vec<Weak<Mutex<Learned>>>>>,
+    looking: Arc<AtomicUsize>,
+    /// Looks in the second that began then.
+    looks: Mutex<(Instant, u32)>,
     /// Why it has ended.
     over: watch::Sender<Option<&'static str>>,
     /// Its connections are closed.
@@ -253,6 +263,38 @@ impl Run {
 
     fn seat(&self) -> Option<Slot> {
         Slot::among(&self.sessions, SESSIONS)
+    }
+
+    /// What a session learns, until the run is over.
+    fn learner(&self) -> Arc<Mutex<Learned>> {
+        let learner = Arc::new(Mutex::new(Learned::default()));
+        match &mut *lock(&self.learned) {
+            Some(all) => {
+                if all.len() >= 2 * SESSIONS {
+                    all.retain(|one| one.strong_count() > 0);
+                }
+                all.push(Arc::downgrade(&learner));
+            }
+            None => lock(&learner).forget(),
+        }
+        learner
+    }
+
+    /// Nothing of any session is kept any more.
+    fn forget(&self) {
+        let all = lock(&self.learned).take();
+        all.iter().flatten().filter_map(Weak::upgrade).for_each(|one| lock(&one).forget());
+    }
+
+    /// Leave to ask one backend, if not too many are asked.
+    fn look(&self) -> Option<Slot> {
+        let slot = Slot::among(&self.looking, LOOKS_AT_ONCE)?;
+        let mut looks = lock(&self.looks);
+        if looks.0.elapsed() >= Duration::from_secs(1) {
+            *looks = (Instant::now(), 0);
+        }
+        looks.1 += 1;
+        (looks.1 <= LOOKS).then_some(slot)
     }
 
     fn sampled(&self) {
@@ -412,6 +454,9 @@ impl ShadowReads {
             in_doubt: AtomicUsize::new(0),
             in_flight: Arc::default(),
             sessions: Arc::default(),
+            learned: Mutex::new(Some(Vec::new())),
+            looking: Arc::default(),
+            looks: Mutex::new((Instant::now(), 0)),
             over: watch::Sender::new(None),
             closed: watch::Sender::new(false),
         });

@@ -345,6 +345,7 @@ pub(super) async fn drive(shared: Arc<Shared>, run: Arc<Run>) {
     }
     lock(&run.queue).clear();
     lock(&run.doubts).clear();
+    run.forget();
     run.in_doubt.store(0, Ordering::Release);
     run.closed.send_replace(true);
 }
