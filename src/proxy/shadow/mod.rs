@@ -55,6 +55,11 @@ const LOOKS_AT_ONCE: usize = 2;
 /// Answers that differ and wait to be looked at again, at the most.
 const DOUBTS: usize = 32;
 
+/// For how long the target is not asked again for a login that it has refused, or not given a setting of, and how many of
+/// them are remembered.
+const REFUSED: Duration = Duration::from_secs(10);
+const REFUSED_LOGINS: usize = 64;
+
 /// How long the end of a run may take.
 const ENDING: Duration = Duration::from_secs(2);
 
@@ -198,6 +203,8 @@ struct Run {
     in_doubt: AtomicUsize,
     in_flight: Arc<AtomicUsize>,
     sessions: Arc<AtomicUsize>,
+    /// Logins that the target has refused, and when.
+    refusals: Mutex<VecDeque<(Arc<Login>, Instant)>>,
     /// What they have learned; `None` once the run is over.
     learned: Mutex<Option<Vec<Weak<Mutex<Learned>>>>>,
     looking: Arc<AtomicUsize>,
@@ -282,6 +289,7 @@ impl Run {
 
     /// Nothing of any session is kept any more.
     fn forget(&self) {
+        lock(&self.refusals).clear();
         let all = lock(&self.learned).take();
         all.iter().flatten().filter_map(Weak::upgrade).for_each(|one| lock(&one).forget());
     }
@@ -295,6 +303,20 @@ impl Run {
         }
         looks.1 += 1;
         (looks.1 <= LOOKS).then_some(slot)
+    }
+
+    fn refused(&self, login: &Arc<Login>) {
+        let mut refusals = lock(&self.refusals);
+        if refusals.len() >= REFUSED_LOGINS {
+            refusals.pop_front();
+        }
+        refusals.push_back((login.clone(), Instant::now()));
+    }
+
+    fn is_refused(&self, login: &Login) -> bool {
+        let mut refusals = lock(&self.refusals);
+        refusals.retain(|(_, at)| at.elapsed() < REFUSED);
+        refusals.iter().any(|(refused, _)| refused.is_same_as(login))
     }
 
     fn sampled(&self) {
@@ -454,6 +476,7 @@ impl ShadowReads {
             in_doubt: AtomicUsize::new(0),
             in_flight: Arc::default(),
             sessions: Arc::default(),
+            refusals: Mutex::default(),
             learned: Mutex::new(Some(Vec::new())),
             looking: Arc::default(),
             looks: Mutex::new((Instant::now(), 0)),
