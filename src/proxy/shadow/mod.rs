@@ -124,6 +124,9 @@ pub enum ShadowError {
     /// Clients are served by the target.
     #[error("database {0} is not served by the source")]
     NotOnSource(String),
+    /// Its clients are about to leave the source.
+    #[error("a cutover of database {0} is under way")]
+    Leaving(String),
     /// Sessions of the pool are not sampled.
     #[error("in transaction pooling no reads are sampled")]
     Pooled,
@@ -435,6 +438,18 @@ impl Desk {
     }
 }
 
+/// Whether a database is served by the source, and no cutover of it is under way.
+fn stays(shared: &Shared, name: &str) -> Result<(), ShadowError> {
+    let database = shared.switchboard.database(name);
+    if !matches!(&*database.route(), Route::To { server: ServerRole::Source, .. }) {
+        return Err(ShadowError::NotOnSource(name.to_owned()));
+    }
+    if database.is_fenced() || shared.sessions.is_to_move(name, database.epoch()) {
+        return Err(ShadowError::Leaving(name.to_owned()));
+    }
+    Ok(())
+}
+
 /// Begins shadow reads, shows and ends them.
 #[derive(Clone)]
 pub struct ShadowReads(Arc<Shared>);
@@ -452,13 +467,12 @@ impl ShadowReads {
         let mut facts = HashMap::new();
         for name in &order.databases {
             let database = shared.switchboard.database(name);
-            if !matches!(&*database.route(), Route::To { server: ServerRole::Source, .. }) {
-                return Err(ShadowError::NotOnSource(name.clone()));
-            }
+            stays(shared, name)?;
             let unknown = |reason| ShadowError::Unknown { database: name.clone(), reason };
             let avoided = runner::avoided(&shared.target, name).await.map_err(unknown)?;
-            let names = shared.sessions.catalogue_names.of(ServerRole::Source, &shared.source, name, database.epoch());
-            let names = names.await.map_err(unknown)?;
+            let known = &shared.sessions.catalogue_names;
+            let names =
+                known.aside(ServerRole::Source, &shared.source, name, database.epoch()).await.map_err(unknown)?;
             facts.insert(name.clone(), Facts { avoided, names });
         }
         let run = Arc::new(Run {
@@ -488,6 +502,8 @@ impl ShadowReads {
             if let Some(other) = last.as_ref().filter(|other| !other.is_over()) {
                 return Err(ShadowError::IsOn(other.order.migration.clone()));
             }
+            // A cutover that is prepared from here on ends this run: it looks under the same lock.
+            run.order.databases.iter().try_for_each(|name| stays(shared, name))?;
             *last = Some(run.clone());
         }
         tracing::info!(migration = run.order.migration, share = run.order.share, "shadow reads begin");
