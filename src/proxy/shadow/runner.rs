@@ -247,6 +247,12 @@ impl Link {
         if self.0.as_ref().is_some_and(|open| !open.login.is_same_as(login)) {
             self.close(shared).await;
         }
+        let wanted = state.clone().into_settings().with_settings([("application_name", APPLICATION)]);
+        // RESET leaves a custom setting empty, and to the session it is unknown.
+        let names = wanted.custom_names();
+        if self.0.as_ref().is_some_and(|open| open.state.custom_names().iter().any(|name| !names.contains(name))) {
+            self.close(shared).await;
+        }
         if self.0.is_none() {
             let database = shared.switchboard.database(&login.database);
             let opened = backend::open_aside(shared, login, &database, server).await;
@@ -256,7 +262,6 @@ impl Link {
             self.0 = Some(Open { login, state, backend, is_busy: false });
         }
         let Some(open) = &mut self.0 else { return Err(Unanswered::Lost) };
-        let wanted = state.clone().into_settings().with_settings([("application_name", APPLICATION)]);
         if open.state == wanted {
             return Ok(());
         }

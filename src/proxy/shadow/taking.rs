@@ -121,7 +121,7 @@ impl Learned {
     }
 
     /// What was known need not hold any more.
-    fn is_stale(&mut self) {
+    fn distrust(&mut self) {
         self.known = Known::Nothing;
         self.parses.clear();
         self.settled = 0;
@@ -131,13 +131,13 @@ impl Learned {
     fn on_client_frame(&mut self, header: Header, body: &[u8]) {
         let length = header.body_bytes as usize;
         match header.tag {
-            frontend::QUERY if may_set(body, length) => self.is_stale(),
+            frontend::QUERY if may_set(body, length) => self.distrust(),
             frontend::PARSE => {
                 let mut text = body;
                 let name = take_cstr(&mut text).unwrap_or_default();
                 let before = body.len() - text.len();
                 if may_set(before_zero(text), if body.len() < length { length } else { 0 }) {
-                    self.is_stale();
+                    self.distrust();
                     self.setters.note(name);
                 }
                 if !name.is_empty() && body.len() == length {
@@ -148,13 +148,13 @@ impl Learned {
                 let mut rest = body;
                 let name = take_cstr(&mut rest).and_then(|_portal| take_cstr(&mut rest));
                 if name.is_none_or(|name| self.setters.has(name)) {
-                    self.is_stale();
+                    self.distrust();
                 }
             }
             // A function is not looked up by its number.
-            frontend::FUNCTION_CALL => self.is_stale(),
+            frontend::FUNCTION_CALL => self.distrust(),
             frontend::CLOSE if body.first() == Some(&b'S') => {
-                let Some(name) = take_cstr(&mut &body[1..]) else { return self.is_stale() };
+                let Some(name) = take_cstr(&mut &body[1..]) else { return self.distrust() };
                 if let Some(at) = self.parses.iter().position(|(known, _)| known == name) {
                     self.parses.remove(at);
                     self.settled -= usize::from(at < self.settled);
@@ -179,7 +179,7 @@ impl Learned {
 
     /// The session's state has been read. `is_fit`: another backend can be given it.
     fn learn(&mut self, state: &SessionState, is_fit: bool) {
-        self.is_stale();
+        self.distrust();
         self.setters = Setters::default();
         if self.is_over {
             return;
@@ -426,7 +426,7 @@ impl Session {
         match state {
             Some(state) => learned.learn(&state, is_plain && state.blockers().is_empty()),
             None => {
-                learned.is_stale();
+                learned.distrust();
                 learned.known = Known::Unfit;
             }
         }
