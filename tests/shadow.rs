@@ -208,6 +208,57 @@ async fn each_role_reads_what_it_may_read_with_its_own_settings() {
     reads(&life).stop(NAME, "the test").await.expect("they are on");
 }
 
+/// What sets something is prepared once and run again by its name alone.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn what_a_prepared_statement_sets_is_there_for_the_next_sample() {
+    let stage = Stage::set().await;
+    for cluster in [&stage.source, &stage.target] {
+        let admin = connect(cluster, "postgres").await;
+        admin.batch_execute("CREATE ROLE ann LOGIN; CREATE ROLE bob; GRANT bob TO ann").await.expect("new roles");
+    }
+    on_both(
+        &stage,
+        "CREATE TABLE note (owner text, tenant text, body text); GRANT SELECT ON note TO ann, bob; \
+         INSERT INTO note VALUES ('ann', 't1', 'a1'), ('ann', 't2', 'a2'), ('bob', 't1', 'b1'), ('bob', 't2', 'b2'); \
+         ALTER TABLE note ENABLE ROW LEVEL SECURITY; \
+         CREATE POLICY own ON note USING (owner = current_user AND tenant = current_setting('app.tenant', true))",
+    )
+    .await;
+    let life = stage.life_with_proxy("").resolved().await;
+    let mut config = life.client("app");
+    let client = connect_with(config.user("ann")).await;
+    let tenant = client.prepare("SELECT set_config('app.tenant', $1, false)").await.expect("prepared");
+    let bob = client.prepare("SET ROLE bob").await.expect("prepared");
+    let ann = client.prepare("RESET ROLE").await.expect("prepared");
+    let sql = "PREPARE tenant (text) AS SELECT set_config('app.tenant', $1, false)";
+    client.batch_execute(sql).await.expect("prepared");
+    // From here on nothing is parsed but the reads.
+    reads(&life).start(order()).await.expect("both servers answer");
+    for round in 0..2 {
+        for (step, expected) in
+            [("bind t1", "a1"), ("bind t2", "a2"), ("t1", "a1"), ("t2", "a2"), ("bob", "b2"), ("ann", "a2")]
+        {
+            match step {
+                "bind t1" => drop(client.query(&tenant, &[&"t1"]).await.expect("set")),
+                "bind t2" => drop(client.query(&tenant, &[&"t2"]).await.expect("set")),
+                "bob" => drop(client.execute(&bob, &[]).await.expect("set")),
+                "ann" => drop(client.execute(&ann, &[]).await.expect("set")),
+                by_name => client.batch_execute(&format!("EXECUTE tenant('{by_name}')")).await.expect("set"),
+            }
+            let before = outcome(&life, "equal");
+            until(&life, &client, "SELECT body FROM note", |view| view.outcomes["equal"] > before).await;
+            let rows = client.query("SELECT body FROM note", &[]).await.expect("answers");
+            let bodies: Vec<String> = rows.iter().map(|row| row.get(0)).collect();
+            assert_eq!(bodies, [expected], "{step} in round {round}");
+        }
+    }
+    wait_for("everything to be settled", || async { view(&life).sampled == settled(&life) }).await;
+    let view = view(&life);
+    let run: u64 = view.outcomes.values().sum();
+    assert_eq!((view.outcomes["equal"], view.waiting), (run, 0), "every one is equal: {view:?}");
+    reads(&life).stop(NAME, "the test").await.expect("they are on");
+}
+
 /// Every process of a server, held.
 struct Held(Vec<String>);
 

@@ -361,7 +361,9 @@ impl Inner {
             clients.shadow(ShadowOrder { migration, databases, share: request.share, lasts }).await
         };
         let kind = |error: &ShadowError| match error {
-            ShadowError::IsOn(_) | ShadowError::IsOff(_) | ShadowError::NotOnSource(_) => ErrorKind::Conflict,
+            ShadowError::IsOn(_) | ShadowError::IsOff(_) | ShadowError::NotOnSource(_) | ShadowError::Leaving(_) => {
+                ErrorKind::Conflict
+            }
             ShadowError::Pooled => ErrorKind::Unsupported,
             ShadowError::NoProxy | ShadowError::Unknown { .. } => ErrorKind::Unavailable,
         };

@@ -215,6 +215,11 @@ impl RawConnection {
         self.frame_max = MAX_FRAME_BYTES;
     }
 
+    /// Longer messages than that are not held from now on: they are errors.
+    pub fn bound_frames(&mut self, bytes: usize) {
+        self.frame_max = bytes;
+    }
+
     /// `source` or `target`.
     pub fn label(&self) -> &str {
         &self.label

@@ -111,16 +111,43 @@ pub(super) async fn open(
     open_noting(shared, login, database, server).await.map(|(backend, _given)| backend)
 }
 
-/// The same, with the read-only default that the backend was given.
+/// Logs in on behalf of nobody who waits: where the server is full, connections that wait for clients stay.
+pub(super) async fn open_aside(
+    shared: &Shared,
+    login: &Login,
+    database: &Database,
+    server: ServerRole,
+) -> Result<Backend, ConnectError> {
+    open_with(shared, login, database, server, Room::AsItIs).await.map(|(backend, _given)| backend)
+}
+
+/// Whether connections that wait for clients are closed where the server is full.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Room {
+    Made,
+    AsItIs,
+}
+
+/// As [`open`], with the read-only default that the backend was given.
 pub(super) async fn open_noting(
     shared: &Shared,
     login: &Login,
     database: &Database,
     server: ServerRole,
 ) -> Result<(Backend, Option<String>), ConnectError> {
+    open_with(shared, login, database, server, Room::Made).await
+}
+
+async fn open_with(
+    shared: &Shared,
+    login: &Login,
+    database: &Database,
+    server: ServerRole,
+    room: Room,
+) -> Result<(Backend, Option<String>), ConnectError> {
     loop {
         let given = given_read_only(login, database, server);
-        let connection = log_in(shared, login, given.as_deref(), server).await?;
+        let connection = log_in(shared, login, given.as_deref(), server, room).await?;
         // A fence may have been raised or lifted since it was looked at. The window is opened before its fence can be felt
         // and closed after that, so what it is now tells what the server started with.
         if given_read_only(login, database, server) == given {
@@ -141,6 +168,7 @@ async fn log_in(
     login: &Login,
     read_only: Option<&str>,
     server: ServerRole,
+    room: Room,
 ) -> Result<RawConnection, ConnectError> {
     let connector = shared.connector(server);
     let in_window = read_only.map(|default| {
@@ -150,7 +178,9 @@ async fn log_in(
     });
     let login = in_window.as_ref().unwrap_or(login);
     let mut connection = match connector.raw(login).await {
-        Err(error) if is_full(&error) && shared.vacancies.make_room(server).await => connector.raw(login).await?,
+        Err(error) if room == Room::Made && is_full(&error) && shared.vacancies.make_room(server).await => {
+            connector.raw(login).await?
+        }
         opened => opened?,
     };
     // Where the system cannot, more waits here; that is no reason to refuse the client.

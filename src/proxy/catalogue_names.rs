@@ -34,6 +34,24 @@ impl CatalogueNames {
         Ok(())
     }
 
+    /// The names of `database`, for who has time: nobody waits for what is read here.
+    pub(super) async fn aside(
+        &self,
+        server: ServerRole,
+        connector: &Connector,
+        database: &str,
+        epoch: Epoch,
+    ) -> Result<Arc<Vec<String>>, String> {
+        let key = (server, database.to_owned());
+        if let Some((_, names)) = self.0.lock().await.get(&key).filter(|(at, _)| *at == epoch) {
+            return Ok(names.clone());
+        }
+        let control = connector.control(database, "shadow").await.map_err(|error| error.to_string())?;
+        let names = catalogue_settings(&control).await.map_err(|error| error.to_string());
+        control.close().await;
+        names.map(Arc::new)
+    }
+
     /// The names of `database`. Of many sessions that ask at once, one reads and the others wait.
     pub(super) async fn of(
         &self,

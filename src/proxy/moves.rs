@@ -392,8 +392,9 @@ impl Session {
         self.down.buffer.append(&for_client);
         self.absorb_leftovers().map_err(|_| Unmoved::OwnLost)?;
         captured.map_err(|error| match error {
-            HandoffError::Lost { .. } => Unmoved::OwnLost,
-            other => Unmoved::Because(other.to_string()),
+            HandoffError::Refused { .. } | HandoffError::TooLarge { .. } => Unmoved::Because(error.to_string()),
+            // What is left of our answers there must not become the client's.
+            HandoffError::Lost { .. } | HandoffError::Protocol { .. } | HandoffError::NotIdle => Unmoved::OwnLost,
         })
     }
 

@@ -15,7 +15,7 @@ use super::client_error::ClientError;
 use super::entry::{Entry, MoveOrder, MoveOutcome, Order, SessionState, SessionView, lock};
 use super::shadow::{Desk, ShadowReads};
 use super::turns::Turns;
-use crate::switch::ServerRole;
+use crate::switch::{Epoch, ServerRole};
 
 /// A session's answer to an order.
 #[derive(Clone, Debug)]
@@ -238,13 +238,18 @@ impl Sessions {
     /// Lets every session of these databases open a backend on the other server, with its state, at its next safe
     /// point. Returns at the deadline at the latest; busy sessions go on trying until [`Sessions::discard_moves`].
     pub async fn prepare_moves(&self, databases: &[String], order: MoveOrder, deadline: Instant) -> Vec<MoveReport> {
-        // Its connections are closed before anything is counted or looked for.
-        self.shadow.end("a cutover is prepared").await;
         for database in databases {
             lock(&self.ordered).insert(database.clone(), order);
         }
+        // Its connections are closed before anything is counted or looked for. Who begins later finds the order.
+        self.shadow.end("a cutover is prepared").await;
         self.turns.begin(self.of(databases).len());
         self.ask(databases, deadline, |order, reply| Order::Prepare { order, reply }).await
+    }
+
+    /// Whether a move has been ordered that the database, at this epoch, has not seen yet.
+    pub(super) fn is_to_move(&self, database: &str, epoch: Epoch) -> bool {
+        lock(&self.ordered).get(database).is_some_and(|order| order.epoch > epoch)
     }
 
     /// The gates have just been closed: sessions at a safe point bring over at once what changed since
@@ -324,7 +329,6 @@ fn is_movable(entry: &Arc<Entry>) -> bool {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::switch::Epoch;
 
     #[tokio::test]
     async fn a_session_that_does_not_answer_is_busy_and_one_that_ends_is_not_reported() {

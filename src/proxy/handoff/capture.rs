@@ -101,7 +101,8 @@ const LOCKS: &str = "SELECT pg_catalog.count(*) FROM pg_catalog.pg_lock_status()
 ///
 /// Notifications that arrive meanwhile are appended to `for_client` as whole messages, also when this fails. The future
 /// must not be dropped before it ends: the backend's answers would be left for the client to read. After
-/// [`HandoffError::Refused`] the backend serves its client as before; after any other error it is to be closed.
+/// [`HandoffError::Refused`] and [`HandoffError::TooLarge`] the backend serves its client as before; after any other error
+/// it is to be closed.
 pub async fn capture(
     connection: &mut RawConnection,
     tracked: &Tracked,

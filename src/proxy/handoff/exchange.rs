@@ -16,6 +16,9 @@ use super::HandoffError;
 /// not moved.
 const ANSWER_LIMIT_BYTES: usize = 64 << 20;
 
+/// PostgreSQL makes no longer ones (`MaxAllocSize`).
+const MESSAGE_MOST_BYTES: usize = 0x4000_0000;
+
 /// Room that is made at a time for what is read.
 const READ_BYTES: usize = 64 << 10;
 
@@ -127,7 +130,9 @@ impl Pipeline {
     }
 
     /// Sends everything and reads one answer for each unit. Notifications that arrive meanwhile are the client's:
-    /// they are appended to `for_client` as they came, also when an error is returned.
+    /// they are appended to `for_client` as they came, also when an error is returned. What is too large is read to its
+    /// end too, and dropped: only [`HandoffError::Lost`], [`HandoffError::Protocol`] and [`HandoffError::NotIdle`] leave
+    /// answers of ours behind.
     pub(super) async fn exchange(
         self,
         connection: &mut RawConnection,
@@ -145,9 +150,20 @@ impl Pipeline {
         };
         let mut answers = Answers { expected: self.units, ..Answers::default() };
         let read = async {
+            let mut skipped = 0;
             loop {
-                while let Some((tag, body)) = next_frame(read_buf, doing)? {
-                    answers.take(tag, body, parameters, for_client, doing)?;
+                loop {
+                    let now = read_buf.len().min(skipped);
+                    read_buf.advance(now);
+                    skipped -= now;
+                    match next_frame(read_buf, doing)? {
+                        Next::Message(tag, body) => answers.take(tag, body, parameters, for_client, doing)?,
+                        Next::Partial => break,
+                        Next::TooLarge(bytes) => {
+                            answers.give_up();
+                            skipped = bytes;
+                        }
+                    }
                 }
                 if answers.done.len() == answers.expected {
                     return Ok(());
@@ -158,12 +174,15 @@ impl Pipeline {
                     return Err(HandoffError::Lost { doing, source: std::io::ErrorKind::UnexpectedEof.into() });
                 }
                 if answers.bytes > ANSWER_LIMIT_BYTES {
-                    return Err(HandoffError::TooLarge { limit_bytes: ANSWER_LIMIT_BYTES });
+                    answers.give_up();
                 }
             }
         };
         let write = async { write.await.map_err(|source| HandoffError::Lost { doing, source }) };
         tokio::try_join!(write, read)?;
+        if answers.is_too_large {
+            return Err(HandoffError::TooLarge { limit_bytes: ANSWER_LIMIT_BYTES });
+        }
         Ok(answers.done)
     }
 }
@@ -174,12 +193,24 @@ struct Answers {
     done: Vec<Answer>,
     expected: usize,
     bytes: usize,
+    /// What comes is read and dropped.
+    is_too_large: bool,
     sets: Vec<Vec<Row>>,
     rows: Vec<Row>,
     refused: Option<String>,
 }
 
 impl Answers {
+    /// Keeps nothing of them, and only counts.
+    fn give_up(&mut self) {
+        self.is_too_large = true;
+        self.rows.clear();
+        self.sets.clear();
+        for done in &mut self.done {
+            *done = Answer::Done(Vec::new());
+        }
+    }
+
     fn take(
         &mut self,
         tag: u8,
@@ -191,6 +222,7 @@ impl Answers {
         match tag {
             // ParseComplete, BindComplete, CloseComplete, NoData, RowDescription, ParameterDescription, NoticeResponse.
             b'1' | b'2' | b'3' | b'n' | b'T' | b't' | b'N' => {}
+            b'D' | b'C' | b'I' if self.is_too_large => {}
             b'D' => self.rows.push(data_row(&mut body).ok_or(HandoffError::Protocol { doing, what: "a bad DataRow" })?),
             b'C' | b'I' => self.sets.push(std::mem::take(&mut self.rows)),
             b'E' => self.refused = Some(sqlstate(&body)),
@@ -220,25 +252,37 @@ impl Answers {
     }
 }
 
-/// The next whole message of `buffer`, if it is there.
-fn next_frame(buffer: &mut BytesMut, doing: &'static str) -> Result<Option<(u8, Bytes)>, HandoffError> {
-    let Some(header) = buffer.get(..5) else { return Ok(None) };
+/// What stands next in a buffer.
+#[derive(Debug)]
+enum Next {
+    Message(u8, Bytes),
+    Partial,
+    /// A message that is not held whole, of so many bytes from here.
+    TooLarge(usize),
+}
+
+fn next_frame(buffer: &mut BytesMut, doing: &'static str) -> Result<Next, HandoffError> {
+    let Some(header) = buffer.get(..5) else { return Ok(Next::Partial) };
     let tag = header[0];
     let length = u32::from_be_bytes([header[1], header[2], header[3], header[4]]) as usize;
     if length < 4 {
         return Err(HandoffError::Protocol { doing, what: "a message shorter than its own length" });
     }
     if length > ANSWER_LIMIT_BYTES {
-        return Err(HandoffError::TooLarge { limit_bytes: ANSWER_LIMIT_BYTES });
+        // Only rows are that long.
+        return match tag {
+            b'D' if length <= MESSAGE_MOST_BYTES => Ok(Next::TooLarge(length + 1)),
+            _ => Err(HandoffError::Protocol { doing, what: "a message that is too long" }),
+        };
     }
     if buffer.len() < length + 1 {
         // Room for what comes next, not for what the length promises: it may lie.
         buffer.reserve((length + 1 - buffer.len()).min(READ_BYTES));
-        return Ok(None);
+        return Ok(Next::Partial);
     }
     let mut message = buffer.split_to(length + 1);
     message.advance(5);
-    Ok(Some((tag, message.freeze())))
+    Ok(Next::Message(tag, message.freeze()))
 }
 
 fn data_row(body: &mut Bytes) -> Option<Row> {
@@ -334,6 +378,21 @@ mod tests {
         assert!(matches!(take(&mut answers, b'Z', b"T"), Err(HandoffError::NotIdle)));
         assert!(next_frame(&mut BytesMut::from(&b"Z\0\0\0\x01"[..]), "testing").is_err());
         assert!(next_frame(&mut BytesMut::from(&b"Z\xff\xff\xff\xff"[..]), "testing").is_err());
-        assert!(matches!(next_frame(&mut BytesMut::from(&b"Z\0\0\0\x05"[..]), "testing"), Ok(None)));
+        assert!(matches!(next_frame(&mut BytesMut::from(&b"Z\0\0\0\x05"[..]), "testing"), Ok(Next::Partial)));
+    }
+
+    #[test]
+    fn what_is_too_large_is_read_to_its_end() {
+        let mut answers = Answers { expected: 1, ..Answers::default() };
+        take(&mut answers, b'D', b"\0\x01\0\0\0\x01x").expect("a row");
+        answers.give_up();
+        take(&mut answers, b'D', b"\0\x01\0\0\0\x01y").expect("a row");
+        take(&mut answers, b'C', b"SELECT 2\0").expect("complete");
+        assert!(answers.rows.is_empty() && answers.sets.is_empty());
+        take(&mut answers, b'Z', b"I").expect("ready");
+        assert_eq!(answers.done.len(), answers.expected);
+        let long = next_frame(&mut BytesMut::from(&b"D\x04\0\0\x01"[..]), "testing");
+        assert!(matches!(long, Ok(Next::TooLarge(0x0400_0002))), "{long:?}");
+        assert!(next_frame(&mut BytesMut::from(&b"T\x04\0\0\x01"[..]), "testing").is_err());
     }
 }

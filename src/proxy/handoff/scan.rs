@@ -256,7 +256,7 @@ pub(in crate::proxy) fn skip_space(text: &[u8], mut at: usize) -> usize {
         match text.get(at) {
             Some(byte) if is_space(*byte) => at += 1,
             Some(b'-') if text.get(at + 1) == Some(&b'-') => {
-                at = (at..text.len()).find(|end| text[*end] == b'\n').unwrap_or(text.len());
+                at = (at..text.len()).find(|end| matches!(text[*end], b'\n' | b'\r')).unwrap_or(text.len());
             }
             Some(b'/') if text.get(at + 1) == Some(&b'*') => {
                 at = end_of_comment(text, at);

@@ -140,6 +140,37 @@ impl SessionState {
         Some(parse.into())
     }
 
+    /// Names and texts of all its statements, of PREPARE too; the unnamed one is "". `None`: a text that is not at hand.
+    pub fn texts(&self) -> impl Iterator<Item = (&[u8], Option<&[u8]>)> {
+        let unnamed = match &self.unnamed {
+            Unnamed::Absent => None,
+            Unnamed::Body(body) => Some(body.get(1..).and_then(|text| text.split(|byte| *byte == 0).next())),
+            Unnamed::TooLong => Some(None),
+        };
+        let named = self.statements.iter().map(|(name, statement)| (&name[..], Some(&statement.text[..])));
+        named.chain(unnamed.map(|text| (&b""[..], text)))
+    }
+
+    /// What its settings take, in bytes.
+    pub fn settings_bytes(&self) -> usize {
+        self.settings.iter().map(|(name, value)| name.len() + value.len()).sum()
+    }
+
+    /// Settings and role, holding nothing of the buffer that they were read into.
+    #[must_use]
+    pub fn detached_settings(&self) -> Self {
+        let copy = |bytes: &Bytes| Bytes::copy_from_slice(bytes);
+        Self {
+            transport: self.transport,
+            settings: self.settings.iter().map(|(name, value)| (name.clone(), copy(value))).collect(),
+            identity: Identity {
+                session_authorization: self.identity.session_authorization.as_ref().map(copy),
+                role: self.identity.role.as_ref().map(copy),
+            },
+            ..Self::default()
+        }
+    }
+
     /// Whether it listens.
     pub fn listens(&self) -> bool {
         !self.channels.is_empty()

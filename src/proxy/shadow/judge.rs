@@ -67,7 +67,7 @@ pub(super) struct Avoided {
 
 /// Whether a statement can be run again and compared.
 pub(super) fn judge(text: &[u8], avoided: &Avoided) -> Result<(), Skip> {
-    let mut tokens = Tokens { text, at: 0 };
+    let mut tokens = Tokens::of(text);
     let mut is_first = true;
     let mut before: Cow<'_, str> = Cow::Borrowed("");
     while let Some(token) = tokens.next() {
@@ -88,6 +88,10 @@ pub(super) fn judge(text: &[u8], avoided: &Avoided) -> Result<(), Skip> {
                 return Err(Skip::NotARead);
             }
             Token::Quoted(name) => name,
+            Token::Other(b'.') => {
+                before = Cow::Borrowed(".");
+                continue;
+            }
             Token::Other(_) | Token::Number | Token::Parameter(_) => {
                 before = Cow::Borrowed("");
                 continue;
@@ -97,11 +101,18 @@ pub(super) fn judge(text: &[u8], avoided: &Avoided) -> Result<(), Skip> {
         if (is_first && !READS.contains(&&*name)) || WRITES.contains(&&*name) || locks {
             return Err(Skip::NotARead);
         }
+        // A name in Unicode escapes is not read here.
+        if name == "u" && tokens.text.get(tokens.at) == Some(&b'&') {
+            return Err(Skip::NotComparable);
+        }
         let is_call = tokens.peeks(b'(');
+        // A function of a row may be written as if it were one of its columns.
+        let may_call = is_call || before == ".";
         if CHANGING.contains(&&*name)
             || OWN.iter().any(|prefix| name.starts_with(prefix))
             || avoided.relations.contains(&*name)
-            || (is_call && (CHANGING_CALLS.contains(&&*name) || avoided.functions.contains(&*name)))
+            || (is_call && CHANGING_CALLS.contains(&&*name))
+            || (may_call && avoided.functions.contains(&*name))
         {
             return Err(Skip::NotComparable);
         }
@@ -115,7 +126,7 @@ pub(super) fn judge(text: &[u8], avoided: &Avoided) -> Result<(), Skip> {
 pub(super) fn normalised(text: &[u8]) -> String {
     let mut out = String::new();
     let mut needs_space = false;
-    let mut tokens = Tokens { text, at: 0 };
+    let mut tokens = Tokens::of(text);
     while let Some(token) = tokens.next() {
         let is_name = !matches!(token, Token::Other(_) | Token::Semicolon);
         let is_operator = matches!(token, Token::Other(b'=' | b'<' | b'>' | b'*' | b'+' | b'-' | b'/' | b'|'));
@@ -169,19 +180,27 @@ enum Token<'a> {
 struct Tokens<'a> {
     text: &'a [u8],
     at: usize,
+    /// The last one was a literal with escapes. One that follows it is its continuation, and has them too.
+    escapes: bool,
 }
 
 impl<'a> Tokens<'a> {
+    fn of(text: &'a [u8]) -> Self {
+        Self { text, at: 0, escapes: false }
+    }
+
     fn next(&mut self) -> Option<Token<'a>> {
         let text = self.text;
         self.at = skip_space(text, self.at);
         let start = self.at;
         let byte = *text.get(start)?;
         self.at += 1;
+        let continues = std::mem::take(&mut self.escapes);
         Some(match byte {
             // The end of a text in a message.
             0 => return None,
             b';' => Token::Semicolon,
+            b'\'' if continues => self.escaped(),
             b'\'' => self.literal(b'\'', Backslash::Plain),
             b'"' => {
                 let Token::Literal(name) = self.literal(b'"', Backslash::Plain) else { return None };
@@ -202,7 +221,7 @@ impl<'a> Tokens<'a> {
                 let prefixed = text.get(self.at) == Some(&b'\'');
                 if prefixed && matches!(word, b"e" | b"E") {
                     self.at += 1;
-                    return Some(self.literal(b'\'', Backslash::Escapes));
+                    return Some(self.escaped());
                 }
                 if prefixed && matches!(word, b"b" | b"B" | b"x" | b"X" | b"n" | b"N") {
                     self.at += 1;
@@ -212,6 +231,11 @@ impl<'a> Tokens<'a> {
             }
             _ => Token::Other(byte),
         })
+    }
+
+    fn escaped(&mut self) -> Token<'a> {
+        self.escapes = true;
+        self.literal(b'\'', Backslash::Escapes)
     }
 
     /// Up to the closing quote; one that does not close goes to the end.
@@ -285,6 +309,8 @@ mod tests {
             "SELECT substring(name FOR 3), version, random FROM item",
             "SELECT $$delete$$, $a$ $$ nextval $a$, $1",
             "SELECT E'it\\'s; delete'",
+            "SELECT E'a'\n'b\\'; delete ' -- ; delete",
+            "SELECT u & 1, touch FROM item",
             "SELECT 1\0",
         ] {
             assert_eq!(judge(text.as_bytes(), &avoided()), Ok(()), "{text}");
@@ -303,6 +329,7 @@ mod tests {
             "SELECT * FROM t FOR NO KEY UPDATE",
             "select * from t for/**/share",
             "SELECT E'\\'; DELETE FROM t; --'; DELETE FROM t",
+            "SELECT 'a' -- why\r; DELETE FROM t",
             "EXECUTE s",
             "SHOW all",
             "1",
@@ -317,6 +344,9 @@ mod tests {
             "SELECT \"touch\" (1)",
             "SELECT public . \"Touch Me\"()",
             "SELECT random()",
+            "SELECT item.touch FROM item",
+            "SELECT (item) . \"Touch Me\" FROM item",
+            "SELECT U&\"\\0074ouch\"(1)",
             "SELECT * FROM recent",
             "SELECT * FROM pg_class",
             "SELECT ctid FROM item",
@@ -334,6 +364,9 @@ mod tests {
             ("SELECT * FROM t WHERE a IN (1, 2, 3)", "select * from t where a in(?)"),
             ("SELECT $1::int, E'se\\'cret', $$se'cret$$, X'5e', 1.5e3", "select $1::int, ?"),
             ("SELECT 'secret", "select ?"),
+            ("SELECT E'a'\n'b\\' secret', c", "select ? ?, c"),
+            ("SELECT E'a' -- why\r'b\\' secret'", "select ? ?"),
+            ("SELECT E'a', 'b\\', c", "select ?, c"),
             ("SELECT \"Name\" /* secret */ FROM \"T\"", "select \"Name\" from \"T\""),
         ] {
             assert_eq!(normalised(text.as_bytes()), shown);

@@ -32,6 +32,7 @@ use tokio::sync::{Notify, watch};
 use self::compare::Answer;
 use self::judge::{Avoided, judge};
 use self::runner::Call;
+use self::taking::Learned;
 pub(super) use self::taking::Shadowing;
 pub use self::tally::{LatencyView, ShadowStatementView};
 use self::tally::{Skip, Tally};
@@ -47,8 +48,17 @@ const IN_FLIGHT: usize = 128;
 /// Sessions whose state is kept, at the most; no transaction of further ones is sampled.
 const SESSIONS: usize = 512;
 
+/// Sessions whose backends are asked for their state, in a second and at one time, at the most.
+const LOOKS: u32 = 20;
+const LOOKS_AT_ONCE: usize = 2;
+
 /// Answers that differ and wait to be looked at again, at the most.
 const DOUBTS: usize = 32;
+
+/// For how long the target is not asked again for a login that it has refused, or not given a setting of, and how many of
+/// them are remembered.
+const REFUSED: Duration = Duration::from_secs(10);
+const REFUSED_LOGINS: usize = 64;
 
 /// How long the end of a run may take.
 const ENDING: Duration = Duration::from_secs(2);
@@ -114,6 +124,9 @@ pub enum ShadowError {
     /// Clients are served by the target.
     #[error("database {0} is not served by the source")]
     NotOnSource(String),
+    /// Its clients are about to leave the source.
+    #[error("a cutover of database {0} is under way")]
+    Leaving(String),
     /// Sessions of the pool are not sampled.
     #[error("in transaction pooling no reads are sampled")]
     Pooled,
@@ -193,6 +206,13 @@ struct Run {
     in_doubt: AtomicUsize,
     in_flight: Arc<AtomicUsize>,
     sessions: Arc<AtomicUsize>,
+    /// Logins that the target has refused, and when.
+    refusals: Mutex<VecDeque<(Arc<Login>, Instant)>>,
+    /// What they have learned; `None` once the run is over.
+    learned: Mutex<Option<Vec<Weak<Mutex<Learned>>>>>,
+    looking: Arc<AtomicUsize>,
+    /// Looks in the second that began then.
+    looks: Mutex<(Instant, u32)>,
     /// Why it has ended.
     over: watch::Sender<Option<&'static str>>,
     /// Its connections are closed.
@@ -253,6 +273,53 @@ impl Run {
 
     fn seat(&self) -> Option<Slot> {
         Slot::among(&self.sessions, SESSIONS)
+    }
+
+    /// What a session learns, until the run is over.
+    fn learner(&self) -> Arc<Mutex<Learned>> {
+        let learner = Arc::new(Mutex::new(Learned::default()));
+        match &mut *lock(&self.learned) {
+            Some(all) => {
+                if all.len() >= 2 * SESSIONS {
+                    all.retain(|one| one.strong_count() > 0);
+                }
+                all.push(Arc::downgrade(&learner));
+            }
+            None => lock(&learner).forget(),
+        }
+        learner
+    }
+
+    /// Nothing of any session is kept any more.
+    fn forget(&self) {
+        lock(&self.refusals).clear();
+        let all = lock(&self.learned).take();
+        all.iter().flatten().filter_map(Weak::upgrade).for_each(|one| lock(&one).forget());
+    }
+
+    /// Leave to ask one backend, if not too many are asked.
+    fn look(&self) -> Option<Slot> {
+        let slot = Slot::among(&self.looking, LOOKS_AT_ONCE)?;
+        let mut looks = lock(&self.looks);
+        if looks.0.elapsed() >= Duration::from_secs(1) {
+            *looks = (Instant::now(), 0);
+        }
+        looks.1 += 1;
+        (looks.1 <= LOOKS).then_some(slot)
+    }
+
+    fn refused(&self, login: &Arc<Login>) {
+        let mut refusals = lock(&self.refusals);
+        if refusals.len() >= REFUSED_LOGINS {
+            refusals.pop_front();
+        }
+        refusals.push_back((login.clone(), Instant::now()));
+    }
+
+    fn is_refused(&self, login: &Login) -> bool {
+        let mut refusals = lock(&self.refusals);
+        refusals.retain(|(_, at)| at.elapsed() < REFUSED);
+        refusals.iter().any(|(refused, _)| refused.is_same_as(login))
     }
 
     fn sampled(&self) {
@@ -371,6 +438,18 @@ impl Desk {
     }
 }
 
+/// Whether a database is served by the source, and no cutover of it is under way.
+fn stays(shared: &Shared, name: &str) -> Result<(), ShadowError> {
+    let database = shared.switchboard.database(name);
+    if !matches!(&*database.route(), Route::To { server: ServerRole::Source, .. }) {
+        return Err(ShadowError::NotOnSource(name.to_owned()));
+    }
+    if database.is_fenced() || shared.sessions.is_to_move(name, database.epoch()) {
+        return Err(ShadowError::Leaving(name.to_owned()));
+    }
+    Ok(())
+}
+
 /// Begins shadow reads, shows and ends them.
 #[derive(Clone)]
 pub struct ShadowReads(Arc<Shared>);
@@ -388,13 +467,12 @@ impl ShadowReads {
         let mut facts = HashMap::new();
         for name in &order.databases {
             let database = shared.switchboard.database(name);
-            if !matches!(&*database.route(), Route::To { server: ServerRole::Source, .. }) {
-                return Err(ShadowError::NotOnSource(name.clone()));
-            }
+            stays(shared, name)?;
             let unknown = |reason| ShadowError::Unknown { database: name.clone(), reason };
             let avoided = runner::avoided(&shared.target, name).await.map_err(unknown)?;
-            let names = shared.sessions.catalogue_names.of(ServerRole::Source, &shared.source, name, database.epoch());
-            let names = names.await.map_err(unknown)?;
+            let known = &shared.sessions.catalogue_names;
+            let names =
+                known.aside(ServerRole::Source, &shared.source, name, database.epoch()).await.map_err(unknown)?;
             facts.insert(name.clone(), Facts { avoided, names });
         }
         let run = Arc::new(Run {
@@ -412,6 +490,10 @@ impl ShadowReads {
             in_doubt: AtomicUsize::new(0),
             in_flight: Arc::default(),
             sessions: Arc::default(),
+            refusals: Mutex::default(),
+            learned: Mutex::new(Some(Vec::new())),
+            looking: Arc::default(),
+            looks: Mutex::new((Instant::now(), 0)),
             over: watch::Sender::new(None),
             closed: watch::Sender::new(false),
         });
@@ -420,6 +502,8 @@ impl ShadowReads {
             if let Some(other) = last.as_ref().filter(|other| !other.is_over()) {
                 return Err(ShadowError::IsOn(other.order.migration.clone()));
             }
+            // A cutover that is prepared from here on ends this run: it looks under the same lock.
+            run.order.databases.iter().try_for_each(|name| stays(shared, name))?;
             *last = Some(run.clone());
         }
         tracing::info!(migration = run.order.migration, share = run.order.share, "shadow reads begin");

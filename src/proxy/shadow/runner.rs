@@ -36,6 +36,9 @@ const STATEMENT_MOST: Duration = Duration::from_secs(60);
 /// What everything around it may take.
 const AROUND: Duration = Duration::from_secs(5);
 
+/// The longest answer that is read: the source's was shorter by as much as the target describes of what it sends.
+const ANSWERED_BYTES: usize = 2 * ANSWER_BYTES;
+
 /// Between two attempts to reach a target that is not to be had.
 const BACK_OFF: Duration = Duration::from_secs(1);
 const BACK_OFF_MOST: Duration = Duration::from_secs(30);
@@ -43,9 +46,14 @@ const BACK_OFF_MOST: Duration = Duration::from_secs(30);
 /// Types below this have the same OID on both servers.
 const FIRST_UNSTABLE_OID: u32 = 10_000;
 
-/// Volatile functions, then what views and policies say.
+/// Volatile functions; then what views and policies say, and without a text what no replication brings: foreign tables,
+/// sequences, unlogged tables, and tables that have one of them as a part.
 const FUNCTIONS: &str = "SELECT DISTINCT p.proname::text FROM pg_catalog.pg_proc p WHERE p.provolatile = 'v'";
-const RELATIONS: &str = "SELECT c.relname::text, pg_catalog.pg_get_viewdef(c.oid) FROM pg_catalog.pg_class c \
+const RELATIONS: &str = "WITH RECURSIVE away(oid) AS ( \
+        SELECT c.oid FROM pg_catalog.pg_class c WHERE c.relkind IN ('f', 'S') OR c.relpersistence = 'u' \
+        UNION SELECT i.inhparent FROM pg_catalog.pg_inherits i JOIN away ON away.oid = i.inhrelid) \
+    SELECT c.relname::text, NULL::text FROM away JOIN pg_catalog.pg_class c ON c.oid = away.oid \
+    UNION ALL SELECT c.relname::text, pg_catalog.pg_get_viewdef(c.oid) FROM pg_catalog.pg_class c \
         JOIN pg_catalog.pg_namespace n ON n.oid = c.relnamespace \
         WHERE c.relkind = 'v' AND n.nspname NOT IN ('pg_catalog', 'information_schema') \
     UNION ALL SELECT c.relname::text, 'SELECT ' || pg_catalog.pg_get_expr(p.polqual, p.polrelid) \
@@ -239,15 +247,21 @@ impl Link {
         if self.0.as_ref().is_some_and(|open| !open.login.is_same_as(login)) {
             self.close(shared).await;
         }
+        let wanted = state.clone().into_settings().with_settings([("application_name", APPLICATION)]);
+        // RESET leaves a custom setting empty, and to the session it is unknown.
+        let names = wanted.custom_names();
+        if self.0.as_ref().is_some_and(|open| open.state.custom_names().iter().any(|name| !names.contains(name))) {
+            self.close(shared).await;
+        }
         if self.0.is_none() {
             let database = shared.switchboard.database(&login.database);
-            let opened = backend::open(shared, login, &database, server).await;
-            let backend = opened.map_err(|error| Unanswered::Closed(error.sqlstate().map(str::to_owned)))?;
+            let opened = backend::open_aside(shared, login, &database, server).await;
+            let mut backend = opened.map_err(|error| Unanswered::Closed(error.sqlstate().map(str::to_owned)))?;
+            backend.connection.bound_frames(ANSWERED_BYTES);
             let (login, state) = (login.clone(), SessionState::default());
             self.0 = Some(Open { login, state, backend, is_busy: false });
         }
         let Some(open) = &mut self.0 else { return Err(Unanswered::Lost) };
-        let wanted = state.clone().into_settings().with_settings([("application_name", APPLICATION)]);
         if open.state == wanted {
             return Ok(());
         }
@@ -312,9 +326,12 @@ impl Open {
     async fn answer(&mut self) -> Result<Answer, Unanswered> {
         let mut bytes = Vec::new();
         loop {
-            let frame = self.backend.connection.next_frame().await?;
-            // The source's answer was no longer than that, and the target describes what it sends.
-            if bytes.len() + frame.body.len() > 2 * ANSWER_BYTES {
+            let frame = self.backend.connection.next_frame().await.map_err(|error| match error {
+                // A message that is longer than any that is held.
+                RawError::Protocol { .. } => Unanswered::TooMuch,
+                error => error.into(),
+            })?;
+            if bytes.len() + frame.body.len() > ANSWERED_BYTES {
                 return Err(Unanswered::TooMuch);
             }
             if frame.tag == tags::READY_FOR_QUERY {
@@ -345,6 +362,7 @@ pub(super) async fn drive(shared: Arc<Shared>, run: Arc<Run>) {
     }
     lock(&run.queue).clear();
     lock(&run.doubts).clear();
+    run.forget();
     run.in_doubt.store(0, Ordering::Release);
     run.closed.send_replace(true);
 }
@@ -389,6 +407,10 @@ async fn one(shared: &Shared, run: &Run, link: &mut Link) -> bool {
         run.skipped(Skip::NotARead);
         return false;
     };
+    if run.is_refused(&login) {
+        run.skipped(Skip::Session);
+        return false;
+    }
     let answered = link.run(shared, ServerRole::Target, &login, &state, &call, took).await;
     let mut tally = lock(&run.tally);
     match answered {
@@ -413,10 +435,14 @@ async fn one(shared: &Shared, run: &Run, link: &mut Link) -> bool {
             drop(tally);
             doubt(run, Doubt { login, state, call, answer, _slot });
         }
-        Err(Unanswered::Unlike) => tally.skipped(Skip::Session, &run.metrics),
+        Err(Unanswered::Unlike) => {
+            tally.skipped(Skip::Session, &run.metrics);
+            run.refused(&login);
+        }
         Err(Unanswered::Closed(Some(sqlstate))) => {
             tally.failed(call.text(), &sqlstate);
             tally.ended(Outcome::Failed, &run.metrics);
+            run.refused(&login);
         }
         Err(Unanswered::Closed(None) | Unanswered::Lost) => {
             tally.ended(Outcome::Unreachable, &run.metrics);
