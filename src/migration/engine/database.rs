@@ -363,7 +363,9 @@ impl DatabaseWork {
         let rows = self.context.catalog.tables(migration, &row.database).await?;
         self.live.load_tables(&rows);
         let source = self.context.source_control(&row.database, "copy-list").await?;
-        let reached = rows.iter().filter_map(|row| row.hand_over).max().unwrap_or(start).max(start);
+        // Of tables that are copied, the source has flushed what their snapshots saw; those in hand are copied anew.
+        let copied = rows.iter().filter(|row| matches!(row.state, TableState::Copied | TableState::Ready));
+        let reached = copied.filter_map(|row| row.hand_over).max().unwrap_or(start).max(start);
         history::check(&self.context.source, &source, &control, migration, generation, reached).await?;
         drop(control);
         let listed = copy::list_tables(&source).await?;
