@@ -248,7 +248,7 @@ impl RawConnection {
 
     /// Writes `bytes` and flushes.
     pub async fn send(&mut self, bytes: &[u8]) -> Result<(), RawError> {
-        let watch = self.watch.as_ref().filter(|_| self.awaited > 0);
+        let watch = while_awaited(&self.watch, self.awaited);
         let stream = &mut self.stream;
         let written = StallWatch::wait_for(watch, async {
             stream.write_all(bytes).await?;
@@ -272,7 +272,7 @@ impl RawConnection {
     /// neither side waits for the other to read. Flushing is the caller's.
     pub(super) async fn write_or_read(&mut self, bytes: &[u8]) -> Result<usize, RawError> {
         self.read_buf.reserve(READ_BYTES);
-        let watch = self.watch.as_ref().filter(|_| self.awaited > 0);
+        let watch = while_awaited(&self.watch, self.awaited);
         let (stream, read_buf) = (&mut self.stream, &mut self.read_buf);
         let step = poll_fn(|cx| {
             let refused = match Pin::new(&mut *stream).poll_write(cx, bytes) {
@@ -311,7 +311,7 @@ impl RawConnection {
     }
 
     pub(super) async fn flush(&mut self) -> Result<(), RawError> {
-        let watch = self.watch.as_ref().filter(|_| self.awaited > 0);
+        let watch = while_awaited(&self.watch, self.awaited);
         // Behind TLS it is here that what was written waits.
         let flushed = StallWatch::wait_for(watch, self.stream.flush());
         flushed.await.map_err(|error| self.lost("sending", error))
@@ -333,7 +333,7 @@ impl RawConnection {
     /// Waits for more bytes, with room for `room` of them.
     pub(super) async fn read_more(&mut self, room: usize) -> Result<(), RawError> {
         self.read_buf.reserve(room);
-        let watch = self.watch.as_ref().filter(|_| self.awaited > 0);
+        let watch = while_awaited(&self.watch, self.awaited);
         match StallWatch::wait_for(watch, self.stream.read_buf(&mut self.read_buf)).await {
             Ok(0) => Err(self.lost("reading", io::ErrorKind::UnexpectedEof.into())),
             Ok(_) => Ok(()),
@@ -488,6 +488,11 @@ impl RawConnection {
     pub(super) fn violation(&self, what: String) -> RawError {
         RawError::Protocol { label: self.label.to_string(), what }
     }
+}
+
+/// Only where the server owes an answer its silence may be a stalled link's: who listens is silent too.
+fn while_awaited(watch: &Option<StallWatch>, awaited: u32) -> Option<&StallWatch> {
+    watch.as_ref().filter(|_| awaited > 0)
 }
 
 /// Parse, Bind, Describe, Execute, Close of portal and statement, Sync.

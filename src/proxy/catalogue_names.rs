@@ -46,10 +46,7 @@ impl CatalogueNames {
         if let Some((_, names)) = self.0.lock().await.get(&key).filter(|(at, _)| *at == epoch) {
             return Ok(names.clone());
         }
-        let control = connector.control(database, "shadow").await.map_err(|error| error.to_string())?;
-        let names = catalogue_settings(&control).await.map_err(|error| error.to_string());
-        control.close().await;
-        names.map(Arc::new)
+        read(connector, database, "shadow").await
     }
 
     /// The names of `database`. Of many sessions that ask at once, one reads and the others wait.
@@ -65,10 +62,15 @@ impl CatalogueNames {
         if let Some((_, names)) = known.get(&key).filter(|(at, _)| *at == epoch) {
             return Ok(names.clone());
         }
-        let control = connector.control(database, "handoff").await.map_err(|error| error.to_string())?;
-        let names = Arc::new(catalogue_settings(&control).await.map_err(|error| error.to_string())?);
-        control.close().await;
+        let names = read(connector, database, "handoff").await?;
         known.insert(key, (epoch, names.clone()));
         Ok(names)
     }
+}
+
+async fn read(connector: &Connector, database: &str, purpose: &str) -> Result<Arc<Vec<String>>, String> {
+    let control = connector.control(database, purpose).await.map_err(|error| error.to_string())?;
+    let names = catalogue_settings(&control).await.map_err(|error| error.to_string());
+    control.close().await;
+    names.map(Arc::new)
 }

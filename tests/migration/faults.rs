@@ -213,33 +213,41 @@ async fn a_target_that_stands_still_is_waited_for() {
 }
 
 /// Settings of the login role that would end or refuse whatever is done here.
+const HURRIED: [(&str, &str); 7] = [
+    ("statement_timeout", "20ms"),
+    ("lock_timeout", "1ms"),
+    ("idle_in_transaction_session_timeout", "5ms"),
+    ("idle_session_timeout", "200ms"),
+    ("transaction_timeout", "300ms"),
+    ("default_transaction_read_only", "on"),
+    ("default_transaction_isolation", "serializable"),
+];
+
 #[tokio::test(flavor = "multi_thread")]
 async fn time_outs_of_the_role_reach_nothing() {
     let world = World::same_major();
     furnish(&world).await;
+    // Both are of one major, and know the same settings.
+    let sql = "SELECT name FROM pg_settings WHERE name = ANY ($1)";
+    let names: Vec<&str> = HURRIED.iter().map(|(name, _)| *name).collect();
+    let known = connect(&world.source, "postgres").await.query(sql, &[&names]).await.expect("readable");
+    let known: Vec<String> = known.iter().map(|row| row.get(0)).collect();
     for cluster in [&world.source, &world.target] {
         let admin = connect(cluster, "postgres").await;
-        for (name, value) in [
-            ("statement_timeout", "20ms"),
-            ("lock_timeout", "1ms"),
-            ("idle_in_transaction_session_timeout", "5ms"),
-            ("idle_session_timeout", "200ms"),
-            ("transaction_timeout", "300ms"),
-            ("default_transaction_read_only", "on"),
-            ("default_transaction_isolation", "serializable"),
-        ] {
-            let sql = "SELECT count(*) FROM pg_settings WHERE name = $1";
-            if admin.query_one(sql, &[&name]).await.expect("readable").get::<_, i64>(0) == 1 {
-                let alter = format!("ALTER ROLE postgres SET {name} = '{value}'");
-                admin.batch_execute(&alter).await.expect("a superuser may");
-            }
+        for (name, value) in HURRIED.iter().filter(|(name, _)| known.iter().any(|known| known == name)) {
+            let alter = format!("ALTER ROLE postgres SET {name} = '{value}'");
+            admin.batch_execute(&alter).await.expect("a superuser may");
         }
     }
     // The tests' own sessions, too, are the role's.
-    let unbounded = "-c statement_timeout=0 -c lock_timeout=0 -c idle_in_transaction_session_timeout=0 \
-                     -c idle_session_timeout=0 -c default_transaction_read_only=off";
+    let unbounded: String = known
+        .iter()
+        .filter(|name| name.ends_with("_timeout"))
+        .map(|name| format!("-c {name}=0 "))
+        .chain(["-c default_transaction_read_only=off".to_owned()])
+        .collect();
     let mut login = world.source.config("shop");
-    let direct = connect_with(login.options(unbounded)).await;
+    let direct = connect_with(login.options(&unbounded)).await;
     let running = world.engine("");
     create(&running, spec("hurried", &["shop"])).await;
     reach(&running, "hurried", "WaitingForCutoverTrigger").await;
@@ -249,7 +257,7 @@ async fn time_outs_of_the_role_reach_nothing() {
     assert!(view.error.is_none() && view.databases[0].last_error.is_none(), "{view:?}");
     for cluster in [&world.source, &world.target] {
         let mut login = cluster.config("postgres");
-        let admin = connect_with(login.options(unbounded)).await;
+        let admin = connect_with(login.options(&unbounded)).await;
         admin.batch_execute("ALTER ROLE postgres RESET ALL").await.expect("a superuser may");
     }
     world.assert_equal("shop").await;

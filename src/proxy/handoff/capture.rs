@@ -19,7 +19,7 @@ pub(super) const OWN_STATEMENT: &[u8] = b"pgcutover_handoff";
 
 /// Types with OIDs below this have the same one on every server and in every major (`src/include/access/transam.h`:
 /// from 10000 on initdb assigns them, from 16384 on the running server).
-pub(super) const FIRST_UNSTABLE_OID: u32 = 10_000;
+pub const FIRST_UNSTABLE_OID: u32 = 10_000;
 
 const READING: &str = "reading a session's state";
 

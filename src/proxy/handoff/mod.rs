@@ -37,6 +37,7 @@ mod traces;
 mod tracked;
 
 pub use blocker::Blocker;
+pub(super) use capture::FIRST_UNSTABLE_OID;
 pub use capture::capture;
 pub use catalogue::catalogue_settings;
 pub use delta::{Delta, delta};

@@ -3,14 +3,12 @@
 //! Rows are compared as the bytes that were sent. Where the order differs and the rows do not, that is said: a statement
 //! without ORDER BY may answer so. Values that name something by a number of one server are not compared.
 
+use crate::proxy::handoff::FIRST_UNSTABLE_OID;
 use crate::wire::frame::{self, HEADER_BYTES, backend as tags};
 
 /// DataRow and ParameterDescription, which nobody else looks for.
 const DATA_ROW: u8 = b'D';
 const PARAMETER_DESCRIPTION: u8 = b't';
-
-/// `src/include/access/transam.h`: types below this have the same OID everywhere.
-const FIRST_UNSTABLE_OID: u32 = 10_000;
 
 /// `oid`, `tid`, `xid`, `cid`, `xid8` and `pg_lsn` with their arrays: numbers of one server in any format.
 const OF_ONE_SERVER: [u32; 12] = [26, 27, 28, 29, 5069, 3220, 1028, 1010, 1011, 1012, 271, 3221];

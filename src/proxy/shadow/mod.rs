@@ -23,7 +23,7 @@ mod tally;
 
 use std::collections::{BTreeMap, HashMap, VecDeque};
 use std::sync::atomic::{AtomicUsize, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, Weak};
+use std::sync::{Arc, Mutex, OnceLock, Weak};
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use bytes::Bytes;
@@ -37,6 +37,7 @@ pub(super) use self::taking::Shadowing;
 pub use self::tally::{LatencyView, ShadowStatementView};
 use self::tally::{Skip, Tally};
 use super::Shared;
+use super::entry::lock;
 use super::handoff::SessionState;
 use crate::postgres::Login;
 use crate::switch::{Route, ServerRole};
@@ -217,10 +218,6 @@ struct Run {
     over: watch::Sender<Option<&'static str>>,
     /// Its connections are closed.
     closed: watch::Sender<bool>,
-}
-
-fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
-    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 impl Run {

@@ -23,7 +23,7 @@ use super::{APPLICATION, DOUBTS, Doubt, ENDING, Run, Sample, lock};
 use crate::postgres::{Connector, Login, RawError};
 use crate::proxy::Shared;
 use crate::proxy::backend::{self, Backend};
-use crate::proxy::handoff::{SessionState, apply_delta, delta};
+use crate::proxy::handoff::{FIRST_UNSTABLE_OID, SessionState, apply_delta, delta};
 use crate::switch::ServerRole;
 use crate::wire::frame::{self, backend as tags, frontend, take_cstr};
 use crate::wire::message;
@@ -42,9 +42,6 @@ const ANSWERED_BYTES: usize = 2 * ANSWER_BYTES;
 /// Between two attempts to reach a target that is not to be had.
 const BACK_OFF: Duration = Duration::from_secs(1);
 const BACK_OFF_MOST: Duration = Duration::from_secs(30);
-
-/// Types below this have the same OID on both servers.
-const FIRST_UNSTABLE_OID: u32 = 10_000;
 
 /// Volatile functions; then what views and policies say, and without a text what no replication brings: foreign tables,
 /// sequences, unlogged tables, and tables that have one of them as a part.
