@@ -1,18 +1,28 @@
-//! The forward publication and slot of one database, and the visibility barrier behind them.
+//! The publication and slot of one database, where its stream begins, and the visibility barrier behind that.
 //!
 //! The order is everything:
 //!
 //! ```text
 //! publication   a slot decodes with the catalogue of its time: one made before the publication does not find it
-//! slot          from here on every commit is streamed
-//! barrier       a transaction of ours with xid B commits
-//! snapshots     only with xmin > B: whatever committed before the slot has then become visible. (Its commit record can
+//! slot          from here on every commit could be streamed
+//! catalogue     a transaction of ours changes the catalogue, and whatever ran beside it ends
+//! start         S: what committed before is not streamed
+//! barrier       a transaction of ours with xid B commits, and is flushed
+//! snapshots     only with xmin > B: whatever committed before S has then become visible. (Its commit record can
 //!               be written long before it is visible: with synchronous replication until the standby answers.)
 //! ```
+//!
+//! The catalogue is changed because a slot may begin with one that is too old. The changes that a transaction makes to the
+//! catalogue while the slot is being made are not noticed before SNAPBUILD_FULL_SNAPSHOT (`DecodeHeap2Op` passes over them),
+//! nor is the transaction then counted among those that the next catalogue snapshot sees (`SnapBuildCommitTxn`). Rows that
+//! are written afterwards are decoded as if it had not been: after a TRUNCATE that ends in "could not map filenode", after
+//! an ADD COLUMN the column is missing, and nothing says so. The next transaction that changes the catalogue gives everybody
+//! a new snapshot, which is whole. Seen with PostgreSQL 15.20 and 18.4.
 
 use std::time::Duration;
 
 use crate::ident::{QualifiedName, quote_ident, quote_literal};
+use crate::lsn::Lsn;
 use crate::postgres::Control;
 use crate::sqlstate;
 
@@ -33,6 +43,27 @@ pub enum PublicationError {
         /// Why.
         source: tokio_postgres::Error,
     },
+    /// Transactions that had to end first did not.
+    #[error(
+        "transactions that were open when {what} was made were still running after {waited:?}: {blockers}; end them and retry"
+    )]
+    StillRunning {
+        /// What has to come after them.
+        what: &'static str,
+        /// How long.
+        waited: Duration,
+        /// Who.
+        blockers: String,
+    },
+}
+
+/// What a new slot is followed from.
+#[derive(Clone, Copy, Debug)]
+pub struct Start {
+    /// Flushed; what committed before it is not streamed.
+    pub position: Lsn,
+    /// An xid, with epoch: a snapshot whose xmin is greater sees all that committed before [`Self::position`].
+    pub barrier: u64,
 }
 
 fn failed(doing: &'static str) -> impl Fn(tokio_postgres::Error) -> PublicationError {
@@ -150,6 +181,8 @@ pub async fn drop_slot(source: &Control, name: &str) -> Result<(), PublicationEr
             .map_err(failed(doing))?;
         match source.batch_execute(&drop_slot_sql(name)).await {
             Ok(()) => return Ok(()),
+            // One that was being made goes with the session that was making it.
+            Err(error) if error.code().is_some_and(|code| code.code() == "42704") => return Ok(()),
             Err(error) if error.code().is_some_and(|code| code.code() == "55006") => {
                 tokio::time::sleep(Duration::from_millis(200)).await;
             }
@@ -159,11 +192,68 @@ pub async fn drop_slot(source: &Control, name: &str) -> Result<(), PublicationEr
     source.batch_execute(&drop_slot_sql(name)).await.map_err(failed(doing))
 }
 
-/// Commits a transaction of our own and returns its xid, with epoch. It writes nothing, so it waits for no standby.
-pub async fn barrier(source: &mut Control) -> Result<u64, PublicationError> {
+/// Where the stream of a slot that was made on `server` just now begins. Waits up to `limit` for transactions that are open.
+pub async fn start(server: &mut Control, limit: Duration) -> Result<Start, PublicationError> {
+    let doing = "changing the catalogue behind the slot";
+    let change = "SET LOCAL synchronous_commit = local; COMMENT ON TABLE pgcutover.marker IS 'Positions of the stream'";
+    let transaction = server.transaction().await.map_err(failed(doing))?;
+    transaction.batch_execute(change).await.map_err(failed(doing))?;
+    transaction.commit().await.map_err(failed(doing))?;
+    // They may have written before the change, and be decoded without it.
+    outlast(server, "the slot", limit).await?;
+    let position = "SELECT pg_catalog.pg_current_wal_insert_lsn()";
+    let position = server.query_one(position, &[]).await.map_err(failed("reading where the stream begins"))?.get(0);
+    Ok(Start { position, barrier: barrier(server).await? })
+}
+
+/// Waits until every transaction that is open on `server` and has changed something has ended, and every statement of this
+/// database that waits for a lock: it may be about to change something.
+pub async fn outlast(server: &mut Control, what: &'static str, limit: Duration) -> Result<(), PublicationError> {
+    let doing = "waiting for transactions";
+    let began = tokio::time::Instant::now();
+    let mut pause = Duration::from_millis(20);
+    let now = "SELECT pg_catalog.txid_current(), pg_catalog.clock_timestamp()::text";
+    let row = server.query_one(now, &[]).await.map_err(failed(doing))?;
+    let (xid, at): (i64, String) = (row.get(0), row.get(1));
+    loop {
+        let row = server.query_one(STILL_RUNNING, &[&xid, &at]).await.map_err(failed(doing))?;
+        let (xids, blockers): (bool, Option<String>) = (row.get(0), row.get(1));
+        if !xids && blockers.is_none() {
+            return Ok(());
+        }
+        if began.elapsed() > limit {
+            let blockers = blockers.unwrap_or_else(|| "somebody who is not shown to the role".to_owned());
+            return Err(PublicationError::StillRunning { what, waited: began.elapsed(), blockers });
+        }
+        tokio::time::sleep(pause).await;
+        pause = (pause * 2).min(Duration::from_secs(1));
+    }
+}
+
+/// Whether a transaction from before $1 runs, with names for them and for statements that have waited for a lock since $2.
+const STILL_RUNNING: &str = "
+    WITH old AS (SELECT pg_catalog.txid_snapshot_xmin(pg_catalog.txid_current_snapshot()) <= $1 AS xids)
+    SELECT old.xids, (SELECT pg_catalog.string_agg(who, ', ') FROM (
+        SELECT 'pid ' || a.pid || ' (' || coalesce(nullif(a.application_name, ''), 'no name') || ')' AS who
+          FROM pg_catalog.pg_stat_activity a
+         WHERE a.pid <> pg_catalog.pg_backend_pid()
+           AND (old.xids AND a.backend_xid IS NOT NULL AND a.xact_start < $2::text::timestamptz
+                OR a.datname = pg_catalog.current_database() AND a.state = 'active' AND a.wait_event_type = 'Lock'
+                   AND a.query_start < $2::text::timestamptz)
+        UNION ALL
+        SELECT 'prepared transaction ' || x.gid FROM pg_catalog.pg_prepared_xacts x
+         WHERE old.xids AND x.prepared < $2::text::timestamptz
+        LIMIT 5) AS waited_for)
+      FROM old";
+
+/// Commits a transaction of our own and returns its xid, with epoch. It is flushed, with all that was written before, so a
+/// source that crashes does not give the same positions to others. No standby is waited for.
+async fn barrier(source: &mut Control) -> Result<u64, PublicationError> {
     let doing = "the visibility barrier";
     let transaction = source.transaction().await.map_err(failed(doing))?;
-    let row = transaction.query_one("SELECT pg_catalog.txid_current()", &[]).await.map_err(failed(doing))?;
+    transaction.batch_execute("SET LOCAL synchronous_commit = local").await.map_err(failed(doing))?;
+    let write = "SELECT pg_catalog.txid_current() FROM pg_catalog.pg_logical_emit_message(true, 'pgcutover', 'start')";
+    let row = transaction.query_one(write, &[]).await.map_err(failed(doing))?;
     transaction.commit().await.map_err(failed(doing))?;
     Ok(row.get::<_, i64>(0).cast_unsigned())
 }

@@ -19,6 +19,9 @@ use crate::sqlstate;
 /// `undefined_table`
 const UNDEFINED_TABLE: &str = "42P01";
 
+/// `invalid_parameter_value` or, from 17 on, [`sqlstate::UNDEFINED_OBJECT`]: a snapshot that nobody holds any more.
+const INVALID_PARAMETER_VALUE: &str = "22023";
+
 /// Attempts at the lock, each `lock_timeout` long.
 const LOCK_ATTEMPTS: u32 = 60;
 
@@ -132,7 +135,12 @@ pub(super) async fn join(
         quote_literal(snapshot),
         context.config.lock_timeout.as_millis().max(1),
     );
-    query(table, connection, "joining its snapshot", &sql).await?;
+    connection.simple_query(&sql).await.map_err(|error| match error.sqlstate() {
+        Some(INVALID_PARAMETER_VALUE | sqlstate::UNDEFINED_OBJECT) => {
+            CopyError::HolderGone { table: table.name.clone() }
+        }
+        _ => source_error(table, "joining its snapshot", error),
+    })?;
     let lock = format!("LOCK TABLE ONLY {} IN ACCESS SHARE MODE", table.name);
     query(table, connection, "locking it once more", &lock).await?;
     Ok(())

@@ -228,6 +228,12 @@ pub enum CopyError {
         /// Who.
         blockers: String,
     },
+    /// A source that restarts ends it, too.
+    #[error("{table}: the transaction with the snapshot that its readers share has ended")]
+    HolderGone {
+        /// The table.
+        table: QualifiedName,
+    },
     /// The table is gone.
     #[error(
         "{table} was dropped, or dropped and made again, while the migration ran; cancel it and start it again, with no change of definitions meanwhile"
@@ -305,6 +311,7 @@ impl CopyError {
     /// Whether another attempt may succeed: a link broke, a server is restarting, a lock was in the way.
     fn may_pass(&self) -> bool {
         let sqlstate = match self {
+            Self::HolderGone { .. } => return true,
             Self::Connect(error) => match error.sqlstate() {
                 None => return true,
                 Some(code) => code,

@@ -175,7 +175,7 @@ impl DatabaseWork {
         }
     }
 
-    /// Replica identities, publication, slot, barrier; in this order.
+    /// Event triggers, replica identities, publication, slot, start of the stream, barrier; in this order.
     async fn publish(&self, row: &mut DatabaseRow) -> Result<(), WorkError> {
         let journal = self.journal();
         let mut source = self.context.source_control(&row.database, "publish").await?;
@@ -189,6 +189,11 @@ impl DatabaseWork {
             Ddl::Refuse => self.refuse_ddl(&source, &journal).await?,
             Ddl::Apply => self.record_ddl(&mut source, &journal, &row.publication).await?,
             Ddl::Detect => {}
+        }
+        let slot_timeout = self.context.config.migration.slot_timeout;
+        if self.context.config.migration.ddl != Ddl::Detect {
+            // What they have changed is in no list yet, and no trigger has seen it.
+            publication::outlast(&mut source, "the event triggers", slot_timeout).await?;
         }
         let identities = identity::plan(&source, self.context.config.migration.without_identity).await?;
         let refused = identities.iter().filter(|table| table.remedy == Remedy::Refuse);
@@ -227,11 +232,11 @@ impl DatabaseWork {
         self.context.failpoints.hit("engine.after_publication").await?;
 
         let mut replication = ReplicationConnection::connect(&self.context.source, &row.database).await?;
-        let created = replication.create_logical_slot(&row.slot, self.context.config.migration.slot_timeout).await?;
+        replication.create_logical_slot(&row.slot, slot_timeout).await?;
         replication.terminate().await?;
         self.context.failpoints.hit("engine.after_slot").await?;
-        row.slot_start = Some(created.consistent_point);
-        row.barrier = Some(publication::barrier(&mut source).await?);
+        let start = publication::start(&mut source, slot_timeout).await?;
+        (row.slot_start, row.barrier) = (Some(start.position), Some(start.barrier));
         self.context.failpoints.hit("engine.after_barrier").await?;
         self.completed(row, Step::Published).await
     }

@@ -213,6 +213,7 @@ impl WorkError {
             Self::Catalog(error) => catalog_is_transient(error),
             Self::Stream(error) => error.is_transient(),
             Self::Schema(error) if matches!(**error, SchemaError::DumpLost { .. }) => true,
+            Self::Copy(error) if matches!(**error, CopyError::HolderGone { .. }) => true,
             Self::Slot(WalsenderError::Raw(error)) => transient_raw(error),
             Self::NoIdentity(_)
             | Self::PublicationTaken(_)
@@ -249,6 +250,10 @@ impl WorkError {
             },
             Self::Copy(error) => match &**error {
                 CopyError::Connect(error) => Some(error),
+                CopyError::Indexes { source, .. } => match &**source {
+                    SchemaError::Connect(error) => Some(error),
+                    _ => None,
+                },
                 _ => None,
             },
             _ => None,
@@ -270,11 +275,12 @@ impl WorkError {
                 "give each table a primary key, or set REPLICA IDENTITY, or set migration.without_identity = \"full\"",
             ),
             Self::Identity(_) => ("replica_identity", "end the transactions that lock the table, then retry"),
+            Self::Slot(WalsenderError::SlotTimeout { .. })
+            | Self::Publication(PublicationError::StillRunning { .. }) => {
+                ("slot_timeout", "end the transactions that have been open for long on the source, then retry")
+            }
             Self::Publication(_) | Self::PublicationTaken(_) => {
                 ("publication", "the configured role must own the tables or be a superuser")
-            }
-            Self::Slot(WalsenderError::SlotTimeout { .. }) => {
-                ("slot_timeout", "end the transactions that have been open for long on the source, then retry")
             }
             Self::Slot(_) => ("slot", "wal_level must be logical, with free replication slots and walsenders"),
             Self::Ddl(_) => {

@@ -141,10 +141,11 @@ async fn prepare_one(context: &Context, row: &DatabaseRow, epoch: Epoch) -> Resu
     context.failpoints.hit("return.after_publication").await?;
     // Waits for every transaction that is open there.
     let mut replication = ReplicationConnection::connect(to, &row.database).await?;
-    let created = replication.create_logical_slot(&next.slot, context.config.migration.slot_timeout).await?;
+    let slot_timeout = context.config.migration.slot_timeout;
+    replication.create_logical_slot(&next.slot, slot_timeout).await?;
     replication.terminate().await?;
     context.failpoints.hit("return.after_slot").await?;
-    next.slot_start = Some(created.consistent_point);
+    next.slot_start = Some(publication::start(&mut control, slot_timeout).await?.position);
     context.catalog.set_next(context.live.name(), &row.database, &next).await?;
     context.failpoints.hit("return.after_prepared").await?;
     // What is applied to the server that is left, once it is shut, is applied through these.

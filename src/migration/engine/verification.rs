@@ -108,7 +108,7 @@ impl Engine {
     }
 
     async fn compare(&self, name: &str, scope: Scope, damaged: Damaged) -> Result<VerifyReport, EngineError> {
-        let (catalog, _actors) = self.owned()?;
+        let (catalog, actors) = self.owned()?;
         let live = self.entry(name)?.live;
         let Ok(_alone) = live.verifying.try_lock() else {
             return Err(EngineError::BadRequest(format!("migration {name:?} is being verified already")));
@@ -143,7 +143,11 @@ impl Engine {
                 live.set_verification(None);
                 Err(EngineError::Unavailable(format!("migration {name:?} is {} now", live.state())))
             }
-            () = self.deps.tasks.stopping() => Err(EngineError::Unavailable("it is stopping".to_owned())),
+            // With them goes the stream whose gate this holds; another engine, or this one later on, begins with new ones.
+            () = actors.stopping() => {
+                live.set_verification(None);
+                Err(EngineError::Unavailable("it is stopping, or has lost its lock".to_owned()))
+            }
         }
     }
 

@@ -97,10 +97,11 @@ pub(super) async fn dump(
     attempt(pg_dump, source, database, lock_timeout).await
 }
 
-/// Whether pg_dump failed because of what somebody else had locked: it waited for too long, or, since it locks table by table
-/// and a TRUNCATE of several does so in another order, each waited for the other.
+/// Whether pg_dump failed because of what somebody else had locked: it waited for too long (it bounds its LOCK TABLE by
+/// statement_timeout, and nothing else), or, since it locks table by table and a TRUNCATE of several does so in another
+/// order, each waited for the other.
 fn is_about_locks(why: &str) -> bool {
-    why.contains("lock timeout") || why.contains("deadlock detected")
+    why.contains("statement timeout") || why.contains("deadlock detected")
 }
 
 async fn attempt(
@@ -294,7 +295,9 @@ mod tests {
         let error = |text: &str| {
             complaints(&format!("pg_dump: reading schemas\npg_dump: error: query failed: ERROR:  {text}\n"))
         };
-        assert!(is_about_locks(&error("canceling statement due to lock timeout")));
+        assert!(is_about_locks(&error(
+            "canceling statement due to statement timeout\npg_dump: detail: Query was: LOCK TABLE public.t IN ACCESS SHARE MODE"
+        )));
         assert!(is_about_locks(&error(
             "deadlock detected\nDETAIL:  Process 2 waits for AccessShareLock on relation 7"
         )));

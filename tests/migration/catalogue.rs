@@ -1,0 +1,67 @@
+//! Slots that begin with a catalogue that is too old.
+
+use std::time::Duration;
+
+use pgcutover::config::Ddl;
+use tokio_postgres::Client;
+
+use crate::support::{connect, wait_for};
+use crate::world::{World, create, drain, reach, spec};
+
+/// Begins a transaction, and tells its xid.
+async fn begin(client: &Client) -> String {
+    client.batch_execute("BEGIN").await.expect("begun");
+    client.query_one("SELECT txid_current()::text", &[]).await.expect("an xid").get(0)
+}
+
+/// Waits until the slot that is being made waits for the transaction.
+async fn awaited(client: &Client, xid: &str) {
+    let sql = "SELECT count(*) FROM pg_locks l JOIN pg_stat_activity a USING (pid)
+               WHERE l.locktype = 'transactionid' AND NOT l.granted AND l.transactionid::text = $1
+                 AND a.backend_type = 'walsender'";
+    wait_for("the slot to wait", || async { client.query_one(sql, &[&xid]).await.expect("read").get::<_, i64>(0) > 0 })
+        .await;
+}
+
+/// What a transaction changes in the catalogue between the first and the second step of making a slot, PostgreSQL's decoding
+/// forgets: rows written afterwards cannot be decoded, or are decoded without the new column.
+#[tokio::test(flavor = "multi_thread")]
+async fn what_was_changed_while_the_slot_was_made_is_known_to_the_stream() {
+    let world = World::same_major().with(|config| config.migration.ddl = Ddl::Detect);
+    world.furnish("shop").await;
+    let writer = connect(&world.source, "shop").await;
+    let tables = "CREATE TABLE emptied (k serial PRIMARY KEY); INSERT INTO emptied DEFAULT VALUES;
+                  CREATE TABLE wider (k serial PRIMARY KEY); CREATE TABLE other (k serial PRIMARY KEY)";
+    writer.batch_execute(tables).await.expect("made");
+    let (first, second) = (connect(&world.source, "shop").await, connect(&world.source, "shop").await);
+
+    let xid = begin(&first).await;
+    let running = world.engine("");
+    create(&running, spec("young", &["shop"])).await;
+    awaited(&writer, &xid).await;
+    let xid = begin(&second).await;
+    second.batch_execute("TRUNCATE emptied; ALTER TABLE wider ADD COLUMN late int").await.expect("changed");
+    first.batch_execute("COMMIT").await.expect("committed");
+    awaited(&writer, &xid).await;
+    // The first row that is decoded settles what of the catalogue is seen from then on.
+    writer.batch_execute("INSERT INTO other DEFAULT VALUES").await.expect("written");
+    second.batch_execute("COMMIT").await.expect("committed");
+
+    let stop = tokio_util::sync::CancellationToken::new();
+    let writing = tokio::spawn({
+        let stop = stop.clone();
+        async move {
+            let write = "INSERT INTO emptied DEFAULT VALUES; INSERT INTO wider (late) VALUES (7)";
+            while !stop.is_cancelled() {
+                writer.batch_execute(write).await.expect("written");
+                tokio::time::sleep(Duration::from_millis(5)).await;
+            }
+        }
+    });
+    reach(&running, "young", "WaitingForCutoverTrigger").await;
+    stop.cancel();
+    writing.await.expect("no panic");
+    drain(&running, "young").await;
+    world.assert_equal("shop").await;
+    running.stop().await;
+}
