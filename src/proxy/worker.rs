@@ -235,7 +235,8 @@ async fn watch(local: Rc<LocalDatabase>, mut change: Change) {
         let (first, groups) = match local.resume_rate() {
             Some(rate) => (Duration::ZERO, (entries, rate)),
             None => {
-                let waits = |entry: &Arc<Entry>| matches!(entry.state(), SessionState::Held | SessionState::Login);
+                // One that answers still may have read what its client wants next.
+                let waits = |entry: &Arc<Entry>| entry.state() != SessionState::Idle;
                 let (waiting, others): (Vec<_>, Vec<_>) = entries.into_iter().partition(waits);
                 waiting.iter().for_each(|entry| entry.wake());
                 (AFTER_THE_HELD, (others, IDLE_AT_ONCE))

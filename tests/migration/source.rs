@@ -1,5 +1,7 @@
 //! What a migration asks of the source, and what it does when that is too much.
 
+use std::collections::BTreeSet;
+use std::sync::Mutex;
 use std::time::Duration;
 
 use pgcutover::demo::cluster::Stop;
@@ -96,6 +98,33 @@ async fn a_slow_copy_says_how_long_it_will_take() {
     reach(&running, "slow", "WaitingForCutoverTrigger").await;
     let tables = running.engine.tables("slow").expect("known");
     assert!(tables.iter().all(|table| table.full_load.seconds_left.is_none()), "nothing is left");
+    world.assert_equal("shop").await;
+    running.stop().await;
+}
+
+/// pg_dump gives up, in words of its own, and is begun again.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_table_that_is_locked_under_pg_dump_is_waited_for() {
+    let world = World::same_major().with(|config| config.migration.lock_timeout = Duration::from_millis(300));
+    world.furnish("shop").await;
+    let running = world.engine("engine.after_barrier=hold");
+    create(&running, spec("locked", &["shop"])).await;
+    wait_for("the publication", || std::future::ready(running.failpoints.is_held("engine.after_barrier"))).await;
+    let (holder, looker) = (connect(&world.source, "shop").await, connect(&world.source, "shop").await);
+    holder.batch_execute("BEGIN; LOCK TABLE customer IN ACCESS EXCLUSIVE MODE").await.expect("locked");
+    running.failpoints.release("engine.after_barrier");
+    let waiting =
+        "SELECT pid FROM pg_stat_activity WHERE application_name LIKE '%pg_dump%' AND wait_event_type = 'Lock'";
+    let seen = Mutex::new(BTreeSet::new());
+    wait_for("a second pg_dump", || async {
+        let rows = looker.query(waiting, &[]).await.expect("readable");
+        let mut seen = seen.lock().expect("no panic");
+        seen.extend(rows.iter().map(|row| row.get::<_, i32>(0)));
+        seen.len() > 1
+    })
+    .await;
+    holder.batch_execute("ROLLBACK").await.expect("released");
+    reach(&running, "locked", "WaitingForCutoverTrigger").await;
     world.assert_equal("shop").await;
     running.stop().await;
 }

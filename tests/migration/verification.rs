@@ -2,10 +2,11 @@
 
 use pgcutover::catalog::decision::Outcome;
 use pgcutover::demo::cluster::Installation;
+use pgcutover::migration::engine::EngineError;
 use pgcutover::migration::verify::DifferenceKind;
 use pgcutover::migration::view::VerifyReport;
 
-use crate::support::{connect, installations, wait_for};
+use crate::support::{PATIENCE, connect, installations, wait_for};
 use crate::world::{Load, Running, World, create, reach, spec};
 
 /// Objects of most kinds, beside those of the shop. Nothing may differ after a migration.
@@ -128,6 +129,35 @@ async fn whole(source: &Installation, target: &Installation) {
     assert!(tables.iter().any(|table| table.verification.as_deref() == Some("1 difference")));
     let kept = running.engine.verification("checked").await.expect("readable");
     assert_eq!(kept.as_ref(), Some(&report), "rows and definitions, as they were told");
+    running.stop().await;
+}
+
+/// The stream that a verification would go on beside ends with the lock.
+#[tokio::test(flavor = "multi_thread")]
+async fn an_engine_that_loses_its_lock_gives_up_its_verification() {
+    let found = installations();
+    let major = found.newest_with_client_tools().expect("checked by installations()");
+    let (world, running) = ready(major, major).await;
+    let (holder, looker) = (connect(&world.target, "shop").await, connect(&world.target, "shop").await);
+    holder.batch_execute("BEGIN; LOCK TABLE orders IN ACCESS EXCLUSIVE MODE").await.expect("locked");
+    let verifying = tokio::spawn({
+        let engine = running.engine.clone();
+        async move { engine.verify("checked").await }
+    });
+    wait_for("the verification to wait for the table", || async {
+        let waiting = "SELECT FROM pg_locks WHERE NOT granted AND relation = 'orders'::regclass LIMIT 1";
+        looker.query_opt(waiting, &[]).await.expect("readable").is_some()
+    })
+    .await;
+    let kill = "SELECT pg_terminate_backend(pid) FROM pg_locks WHERE locktype = 'advisory' AND granted";
+    connect(&world.target, "postgres").await.batch_execute(kill).await.expect("a superuser may");
+    let ended = tokio::time::timeout(PATIENCE, verifying).await.expect("given up").expect("no panic");
+    assert!(matches!(ended, Err(EngineError::Unavailable(_))), "{ended:?}");
+    holder.batch_execute("ROLLBACK").await.expect("released");
+    wait_for("the engine to verify again", || async {
+        running.engine.verify("checked").await.is_ok_and(|report| report.differences == 0)
+    })
+    .await;
     running.stop().await;
 }
 

@@ -59,6 +59,7 @@ pub struct Running {
     pub engine: Arc<Engine>,
     pub tasks: Tasks,
     pub metrics: Arc<Metrics>,
+    pub failpoints: Failpoints,
 }
 
 impl Running {
@@ -113,15 +114,16 @@ impl World {
         let connector = |server, label| Connector::new(server, label, &instance).expect("connector");
         let tasks = Tasks::new();
         let metrics = Arc::new(Metrics::new().expect("metrics"));
+        let failpoints = Failpoints::parse(failpoints).expect("valid");
         let engine = Engine::start(EngineDeps {
             config: self.config.clone(),
             source: connector(&self.config.source, "source"),
             target: connector(&self.config.target, "target"),
             metrics: metrics.clone(),
             tasks: tasks.clone(),
-            failpoints: Failpoints::parse(failpoints).expect("valid"),
+            failpoints: failpoints.clone(),
         });
-        Running { engine, tasks, metrics }
+        Running { engine, tasks, metrics, failpoints }
     }
 
     pub async fn furnish(&self, database: &str) {
