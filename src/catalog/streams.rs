@@ -87,7 +87,7 @@ pub struct NextStream {
     pub slot: String,
     /// Its publication there.
     pub publication: String,
-    /// Where the slot became consistent; none: it may not have been made.
+    /// Where the stream of the slot begins; none: the slot may not have been made.
     pub slot_start: Option<Lsn>,
 }
 

@@ -18,7 +18,7 @@ pub struct DatabaseRow {
     pub slot: String,
     /// Name of its publication on the source.
     pub publication: String,
-    /// Where the slot became consistent; none: it may not have been made.
+    /// Where the stream of the slot begins; none: the slot may not have been made.
     pub slot_start: Option<Lsn>,
     /// `B`: snapshots for copies must have `xmin` above it. 64 bits, with epoch.
     pub barrier: Option<u64>,

@@ -170,7 +170,9 @@ pub fn drop_slot_sql(name: &str) -> String {
 /// Ends a walsender that holds the slot, then removes the slot; nothing when it is not there.
 pub async fn drop_slot(source: &Control, name: &str) -> Result<(), PublicationError> {
     let doing = "dropping the replication slot";
-    for _ in 0..ATTEMPTS {
+    let mut attempts = 0;
+    loop {
+        attempts += 1;
         source
             .execute(
                 "SELECT pg_catalog.pg_terminate_backend(active_pid) FROM pg_catalog.pg_replication_slots
@@ -179,17 +181,14 @@ pub async fn drop_slot(source: &Control, name: &str) -> Result<(), PublicationEr
             )
             .await
             .map_err(failed(doing))?;
-        match source.batch_execute(&drop_slot_sql(name)).await {
-            Ok(()) => return Ok(()),
+        let Err(error) = source.batch_execute(&drop_slot_sql(name)).await else { return Ok(()) };
+        match error.code().map(tokio_postgres::error::SqlState::code) {
             // One that was being made goes with the session that was making it.
-            Err(error) if error.code().is_some_and(|code| code.code() == "42704") => return Ok(()),
-            Err(error) if error.code().is_some_and(|code| code.code() == "55006") => {
-                tokio::time::sleep(Duration::from_millis(200)).await;
-            }
-            Err(error) => return Err(failed(doing)(error)),
+            Some(sqlstate::UNDEFINED_OBJECT) => return Ok(()),
+            Some("55006") if attempts <= ATTEMPTS => tokio::time::sleep(Duration::from_millis(200)).await,
+            _ => return Err(failed(doing)(error)),
         }
     }
-    source.batch_execute(&drop_slot_sql(name)).await.map_err(failed(doing))
 }
 
 /// Where the stream of a slot that was made on `server` just now begins. Waits up to `limit` for transactions that are open.
@@ -200,29 +199,48 @@ pub async fn start(server: &mut Control, limit: Duration) -> Result<Start, Publi
     transaction.batch_execute(change).await.map_err(failed(doing))?;
     transaction.commit().await.map_err(failed(doing))?;
     // They may have written before the change, and be decoded without it.
-    outlast(server, "the slot", limit).await?;
+    outlast(server, Outlast::Writers, "the slot", limit).await?;
     let position = "SELECT pg_catalog.pg_current_wal_insert_lsn()";
     let position = server.query_one(position, &[]).await.map_err(failed("reading where the stream begins"))?.get(0);
     Ok(Start { position, barrier: barrier(server).await? })
 }
 
-/// Waits until every transaction that is open on `server` and has changed something has ended, and every statement of this
-/// database that waits for a lock: it may be about to change something.
-pub async fn outlast(server: &mut Control, what: &'static str, limit: Duration) -> Result<(), PublicationError> {
+/// Whose end is waited for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Outlast {
+    /// Transactions that have changed something, which are those that have an xid.
+    Writers,
+    /// And statements of this database that wait for a lock of a table: a definition that they are about to change is
+    /// changed as if nothing had been made since. (Seen only by roles that are shown others' statements.)
+    WritersAndWaiters,
+}
+
+/// Waits up to `limit` until those have ended that run on `server` now, in any database. `what` was made just before.
+pub async fn outlast(
+    server: &mut Control,
+    whom: Outlast,
+    what: &'static str,
+    limit: Duration,
+) -> Result<(), PublicationError> {
     let doing = "waiting for transactions";
     let began = tokio::time::Instant::now();
     let mut pause = Duration::from_millis(20);
     let now = "SELECT pg_catalog.txid_current(), pg_catalog.clock_timestamp()::text";
     let row = server.query_one(now, &[]).await.map_err(failed(doing))?;
     let (xid, at): (i64, String) = (row.get(0), row.get(1));
+    let waiters = whom == Outlast::WritersAndWaiters;
     loop {
-        let row = server.query_one(STILL_RUNNING, &[&xid, &at]).await.map_err(failed(doing))?;
-        let (xids, blockers): (bool, Option<String>) = (row.get(0), row.get(1));
-        if !xids && blockers.is_none() {
+        let row = server.query_one(STILL_RUNNING, &[&xid, &at, &waiters]).await.map_err(failed(doing))?;
+        let (writers, blockers): (bool, Option<String>) = (row.get(0), row.get(1));
+        if !writers && blockers.is_none() {
             return Ok(());
         }
         if began.elapsed() > limit {
             let blockers = blockers.unwrap_or_else(|| "somebody who is not shown to the role".to_owned());
+            if !writers {
+                tracing::warn!(blockers, "these have waited for locks since {what} was made, and are not waited for");
+                return Ok(());
+            }
             return Err(PublicationError::StillRunning { what, waited: began.elapsed(), blockers });
         }
         tokio::time::sleep(pause).await;
@@ -230,7 +248,8 @@ pub async fn outlast(server: &mut Control, what: &'static str, limit: Duration) 
     }
 }
 
-/// Whether a transaction from before $1 runs, with names for them and for statements that have waited for a lock since $2.
+/// Whether a transaction with an xid up to $1 runs, with names for such; where $3, with those of who has waited for a lock
+/// since $2.
 const STILL_RUNNING: &str = "
     WITH old AS (SELECT pg_catalog.txid_snapshot_xmin(pg_catalog.txid_current_snapshot()) <= $1 AS xids)
     SELECT old.xids, (SELECT pg_catalog.string_agg(who, ', ') FROM (
@@ -238,7 +257,8 @@ const STILL_RUNNING: &str = "
           FROM pg_catalog.pg_stat_activity a
          WHERE a.pid <> pg_catalog.pg_backend_pid()
            AND (old.xids AND a.backend_xid IS NOT NULL AND a.xact_start < $2::text::timestamptz
-                OR a.datname = pg_catalog.current_database() AND a.state = 'active' AND a.wait_event_type = 'Lock'
+                OR $3 AND a.datname = pg_catalog.current_database() AND a.backend_type = 'client backend'
+                   AND a.state = 'active' AND a.wait_event_type = 'Lock' AND a.wait_event = 'relation'
                    AND a.query_start < $2::text::timestamptz)
         UNION ALL
         SELECT 'prepared transaction ' || x.gid FROM pg_catalog.pg_prepared_xacts x

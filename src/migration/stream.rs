@@ -68,7 +68,7 @@ pub struct StreamContext {
     pub generation: Generation,
     /// The slot to read.
     pub slot: String,
-    /// Where the slot became consistent: the progress of a stream that has not begun.
+    /// Where it begins: the progress of a stream that has not begun.
     pub slot_start: Lsn,
     /// The publication.
     pub publication: String,

@@ -75,3 +75,25 @@ async fn what_was_changed_while_the_slot_was_made_is_known_to_the_stream() {
     }
     running.stop().await;
 }
+
+/// A session that waits to become the leader, say, changes nothing while it waits, and may do so for weeks.
+#[tokio::test(flavor = "multi_thread")]
+async fn who_only_waits_for_a_lock_keeps_no_slot_from_its_start() {
+    let world = World::same_major().with(|config| config.migration.slot_timeout = Duration::from_secs(30));
+    world.furnish("shop").await;
+    let (leader, other) = (connect(&world.source, "shop").await, connect(&world.source, "shop").await);
+    let lead = "SELECT pg_advisory_lock(77)";
+    leader.batch_execute(lead).await.expect("granted");
+    let waiting = tokio::spawn(async move { other.batch_execute(lead).await });
+    wait_for("the other to wait", || async {
+        let sql = "SELECT FROM pg_locks WHERE locktype = 'advisory' AND NOT granted";
+        leader.query_opt(sql, &[]).await.expect("readable").is_some()
+    })
+    .await;
+    let running = world.engine("");
+    create(&running, spec("led", &["shop"])).await;
+    reach(&running, "led", "WaitingForCutoverTrigger").await;
+    assert!(!waiting.is_finished(), "it waited all the while");
+    waiting.abort();
+    running.stop().await;
+}

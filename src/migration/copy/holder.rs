@@ -19,7 +19,8 @@ use crate::sqlstate;
 /// `undefined_table`
 const UNDEFINED_TABLE: &str = "42P01";
 
-/// `invalid_parameter_value` or, from 17 on, [`sqlstate::UNDEFINED_OBJECT`]: a snapshot that nobody holds any more.
+/// `invalid_parameter_value` or, from 17 on, [`sqlstate::UNDEFINED_OBJECT`]: a snapshot that nobody holds any more. One whose
+/// holder ends at that moment is [`sqlstate::OBJECT_NOT_IN_PREREQUISITE_STATE`].
 const INVALID_PARAMETER_VALUE: &str = "22023";
 
 /// Attempts at the lock, each `lock_timeout` long.
@@ -50,9 +51,8 @@ impl Holder {
                 Some(barrier) if snapshot.xmin <= barrier => {}
                 Some(_) | None => break snapshot,
             }
-            // Something from before the slot is still running, or committed and not yet visible. Or the source has crashed
-            // since: it gives xids out once more that nothing durable used, such as the barrier's own, and where nobody
-            // writes the barrier would never be reached.
+            // Something from before the barrier is still running, or committed and not yet visible. Or this is a standby that
+            // was promoted without the barrier: where nobody writes, it would never be reached.
             if context.barrier_xid.is_some_and(|barrier| snapshot.xmax <= barrier) {
                 query(table, &mut connection, "using up an xid", "SELECT txid_current()").await?;
             }

@@ -193,7 +193,8 @@ impl DatabaseWork {
         let slot_timeout = self.context.config.migration.slot_timeout;
         if self.context.config.migration.ddl != Ddl::Detect {
             // What they have changed is in no list yet, and no trigger has seen it.
-            publication::outlast(&mut source, "the event triggers", slot_timeout).await?;
+            let whom = publication::Outlast::WritersAndWaiters;
+            publication::outlast(&mut source, whom, "the event triggers", slot_timeout).await?;
         }
         let identities = identity::plan(&source, self.context.config.migration.without_identity).await?;
         let refused = identities.iter().filter(|table| table.remedy == Remedy::Refuse);

@@ -213,7 +213,6 @@ impl WorkError {
             Self::Catalog(error) => catalog_is_transient(error),
             Self::Stream(error) => error.is_transient(),
             Self::Schema(error) if matches!(**error, SchemaError::DumpLost { .. }) => true,
-            Self::Copy(error) if matches!(**error, CopyError::HolderGone { .. }) => true,
             Self::Slot(WalsenderError::Raw(error)) => transient_raw(error),
             Self::NoIdentity(_)
             | Self::PublicationTaken(_)
@@ -277,7 +276,7 @@ impl WorkError {
             Self::Identity(_) => ("replica_identity", "end the transactions that lock the table, then retry"),
             Self::Slot(WalsenderError::SlotTimeout { .. })
             | Self::Publication(PublicationError::StillRunning { .. }) => {
-                ("slot_timeout", "end the transactions that have been open for long on the source, then retry")
+                ("slot_timeout", "end the transactions that have been open for long, then retry")
             }
             Self::Publication(_) | Self::PublicationTaken(_) => {
                 ("publication", "the configured role must own the tables or be a superuser")
