@@ -69,15 +69,18 @@ BEGIN
         RETURN;
     END IF;
     IF TG_EVENT = 'ddl_command_start' THEN
-        -- Refused at its end, it would leave an invalid index behind.
-        SELECT 'CONCURRENTLY' INTO what WHERE pg_catalog.current_query() ~* '\\mconcurrently\\M';
+        -- Refused at its end, it would leave an invalid index behind. Inside a REFRESH … CONCURRENTLY the server alters
+        -- temporary tables of its own.
+        SELECT 'CONCURRENTLY' INTO what WHERE pg_catalog.current_query() ~* '\\mconcurrently\\M'
+           AND pg_catalog.current_query() !~* '\\mrefresh\\s+materialized\\s+view\\M';
     ELSIF TG_EVENT = 'sql_drop' THEN
         SELECT d.object_type || ' ' || d.object_identity INTO what
           FROM pg_catalog.pg_event_trigger_dropped_objects() d WHERE d.original AND NOT d.is_temporary LIMIT 1;
     ELSE
         SELECT coalesce(d.object_type || ' ' || d.object_identity, '') INTO what
           FROM pg_catalog.pg_event_trigger_ddl_commands() d
-         WHERE d.command_tag <> 'REFRESH MATERIALIZED VIEW' AND d.schema_name IS DISTINCT FROM 'pg_temp' LIMIT 1;
+         WHERE d.command_tag NOT IN ('REFRESH MATERIALIZED VIEW', 'REINDEX') AND pg_catalog.lower(d.object_type) <> 'large object'
+           AND d.schema_name IS DISTINCT FROM 'pg_temp' LIMIT 1;
     END IF;
     IF FOUND THEN
         RAISE EXCEPTION '% is refused while the database is being moved: %', TG_TAG, what

@@ -101,7 +101,9 @@ pub async fn plan(source: &Control, policy: WithoutIdentity) -> Result<Vec<Table
         SELECT n.nspname::text, c.relname::text, c.oid, c.relreplident::text, \
                EXISTS (SELECT FROM pg_index i WHERE i.indrelid = c.oid AND i.indisprimary AND i.indimmediate AND i.indisvalid), \
                (SELECT x.relname::text FROM pg_index i JOIN pg_class x ON x.oid = i.indexrelid \
-                WHERE i.indrelid = c.oid AND i.indisreplident AND i.indimmediate AND i.indisvalid LIMIT 1) \
+                WHERE i.indrelid = c.oid AND i.indisreplident AND i.indimmediate AND i.indisvalid LIMIT 1), \
+               EXISTS (SELECT FROM pg_attribute a WHERE a.attrelid = c.oid AND NOT a.attisdropped \
+                          AND to_jsonb(a) ->> 'attgenerated' = 'v') \
         FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace \
         WHERE c.oid = ANY ($1) ORDER BY 1, 2";
     let tables = copy::list_tables(source).await.map_err(Box::new)?;
@@ -113,7 +115,14 @@ pub async fn plan(source: &Control, policy: WithoutIdentity) -> Result<Vec<Table
             let table = QualifiedName::new(row.get::<_, String>(0), row.get::<_, String>(1));
             let (chosen, index): (String, Option<String>) = (row.get(3), row.get(5));
             let identity = identity(&chosen, row.get(4), index);
-            let remedy = remedy(&table, &identity, &chosen, policy);
+            // From PostgreSQL 18 on no publication has such columns, and FULL would be all of them: UPDATE and DELETE of
+            // the application would fail.
+            let is_virtual: bool = row.get(6);
+            let remedy = match remedy(&table, &identity, &chosen, policy) {
+                Remedy::SetFull { .. } if is_virtual => Remedy::Refuse,
+                Remedy::Nothing if is_virtual && identity == Identity::Full => Remedy::Refuse,
+                other => other,
+            };
             TableIdentity { table, oid: row.get(2), identity, remedy }
         })
         .collect())

@@ -85,8 +85,10 @@ pub async fn create(
     let publication = quote_ident(name);
     let ours = OURS.map(|name| QualifiedName::new("pgcutover", name));
     let list: Vec<String> = tables.iter().chain(&ours).map(|table| format!("ONLY {table}")).collect();
+    // Where rows are identified as a whole, the application's UPDATE would fail without (`pub_contains_invalid_column`).
+    let generated = if source.version_num() >= 180_000 { " WITH (publish_generated_columns = stored)" } else { "" };
     let script = format!(
-        "SET LOCAL lock_timeout = {}; CREATE PUBLICATION {publication} FOR TABLE {}",
+        "SET LOCAL lock_timeout = {}; CREATE PUBLICATION {publication} FOR TABLE {}{generated}",
         lock_timeout.as_millis().max(1),
         list.join(", ")
     );

@@ -21,6 +21,7 @@ CREATE TABLE a (id int PRIMARY KEY, v text, n int);
 CREATE TABLE b (id int PRIMARY KEY, a int);
 CREATE TYPE mood AS ENUM ('sad', 'glad');
 CREATE TABLE moods (id int PRIMARY KEY, m mood);
+CREATE TABLE ranged (at timestamptz) PARTITION BY RANGE (at);
 CREATE DOMAIN stamped AS timestamptz DEFAULT now();
 CREATE FUNCTION nothing() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN RETURN new; END $$;
 ";
@@ -291,6 +292,9 @@ async fn what_cannot_be_carried_is_refused_by_name() {
         ("CREATE TABLE c (id int) /* outer /* inner */ */", "cannot be told what the command consists of"),
         ("DO $$ BEGIN CREATE TABLE c (id int); END $$", "it was run by another command"),
         ("CREATE INDEX CONCURRENTLY i ON a (n)", "CONCURRENTLY"),
+        ("GRANT SELECT ON a TO SESSION_USER", "SESSION_USER is another role"),
+        ("CREATE TABLE bounded PARTITION OF ranged FOR VALUES FROM (now()) TO ('2999-01-01')", "the bounds may differ"),
+        ("ALTER TYPE mood RENAME VALUE 'sad' TO 'low'", "transactions that are open"),
         ("ALTER TABLE a ADD COLUMN r float8 DEFAULT random()", "random()"),
         ("ALTER TABLE a ADD COLUMN r timestamptz DEFAULT now()", "now"),
         ("ALTER TABLE a ADD COLUMN r timestamptz DEFAULT CURRENT_TIMESTAMP", "current_timestamp"),

@@ -9,6 +9,7 @@ mod history;
 mod source;
 #[path = "../support/mod.rs"]
 mod support;
+mod tables;
 mod verification;
 mod world;
 

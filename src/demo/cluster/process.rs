@@ -6,9 +6,8 @@ use std::os::unix::fs::MetadataExt as _;
 use std::os::unix::process::CommandExt as _;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
+use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::Duration;
-
-use rand::Rng as _;
 
 /// Another account, for root, whom PostgreSQL refuses to serve.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -120,9 +119,12 @@ pub(super) fn tail(text: &str) -> String {
 /// Below the range that Linux gives to outgoing connections (32768 and up), so that a stopped server's port is still
 /// free when it comes back.
 pub fn free_port() -> std::io::Result<u16> {
-    let mut rng = rand::rng();
+    // Never the same twice in a process: who asked before may not have bound it yet. Processes begin at places of their own.
+    static TRIED: AtomicU32 = AtomicU32::new(0);
+    let first = std::process::id().wrapping_mul(7919);
     for _ in 0..200 {
-        let port = rng.random_range(15_000..32_000);
+        let tried = TRIED.fetch_add(1, Ordering::Relaxed);
+        let port = 15_000 + u16::try_from(first.wrapping_add(tried) % 17_000).unwrap_or_default();
         if TcpListener::bind((Ipv4Addr::LOCALHOST, port)).is_ok() {
             return Ok(port);
         }

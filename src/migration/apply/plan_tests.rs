@@ -209,7 +209,7 @@ fn what_the_copy_has_is_skipped_table_by_table() {
     assert_eq!(change(&mut planner, insert(8, &[text("1")])).table.name.name, "later");
     let truncate = Truncate { xid: None, cascade: true, restart_identity: true, relations: vec![7, 8] };
     let truncate = truncated(&mut planner, truncate);
-    assert_eq!(truncate.sql, r#"TRUNCATE ONLY "s"."later" CONTINUE IDENTITY"#);
+    assert!(truncate.sql.contains(r#"BEGIN TRUNCATE ONLY "s"."later" CONTINUE IDENTITY;"#), "{}", truncate.sql);
     assert_eq!(commit(&mut planner, 0x1A0).changes, 2);
     begin(&mut planner, 0x1F0, 741);
     assert_eq!(change(&mut planner, insert(7, &[text("2")])).table.name.name, "t");

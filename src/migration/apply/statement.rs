@@ -4,7 +4,7 @@
 //! `pg_catalog` while we apply.
 
 use super::shape::TargetColumn;
-use crate::ident::{QualifiedName, quote_ident};
+use crate::ident::{QualifiedName, quote_ident, quote_literal};
 
 /// A column and its type on the target, in the order of the parameters.
 pub(super) type Parameter<'a> = (&'a str, &'a TargetColumn);
@@ -109,10 +109,14 @@ pub(super) fn copy_in(table: &QualifiedName, columns: &[Parameter<'_>]) -> Strin
 
 /// One statement for all tables, so that foreign keys among them do not hinder. Never CASCADE: what the source's
 /// cascade reached is in the list already. Sequences are left alone, whatever the source's did: rows come with their values,
-/// and a cutover brings sequences over, which a TRUNCATE that is applied behind that must not undo.
+/// and a cutover brings sequences over, which a TRUNCATE that is applied behind that must not undo. Rows are deleted one by
+/// one where a foreign key comes from a table that no stream names: the root of a partitioned one, or an unlogged one.
 pub(super) fn truncate(tables: &[&QualifiedName]) -> String {
-    let tables = tables.iter().map(|table| format!("ONLY {table}")).collect::<Vec<_>>().join(", ");
-    format!("TRUNCATE {tables} CONTINUE IDENTITY")
+    let list = tables.iter().map(|table| format!("ONLY {table}")).collect::<Vec<_>>().join(", ");
+    let deletes: String = tables.iter().map(|table| format!("DELETE FROM ONLY {table}; ")).collect();
+    let body =
+        format!("BEGIN TRUNCATE {list} CONTINUE IDENTITY; EXCEPTION WHEN feature_not_supported THEN {deletes}END");
+    format!("DO {}", quote_literal(&body))
 }
 
 fn condition(table: &QualifiedName, matched: &Match<'_>, first: usize) -> String {

@@ -127,7 +127,8 @@ BEGIN
         bare := pgcutover.bare(query, backslashes);
     END IF;
     IF event = 'ddl_command_start' THEN
-        IF bare ~* '\mconcurrently\M' THEN
+        -- Inside a REFRESH … CONCURRENTLY the server alters temporary tables of its own.
+        IF bare ~* '\mconcurrently\M' AND bare !~* '\mrefresh\s+materialized\s+view\M' THEN
             refusal := 'what is done CONCURRENTLY cannot be done in a transaction of its own kind on the target; leave the word out';
         END IF;
     ELSIF event = 'table_rewrite' THEN
@@ -158,7 +159,9 @@ BEGIN
         SELECT bool_or(d.is_temporary), bool_or(NOT d.is_temporary) INTO temporary, kept
           FROM pg_event_trigger_dropped_objects() d WHERE d.original;
     ELSE
-        SELECT bool_or(c.schema_name IS NOT DISTINCT FROM 'pg_temp'), bool_or(c.schema_name IS DISTINCT FROM 'pg_temp')
+        -- Large objects are brought over whole, with their owner, rights and comment.
+        SELECT bool_or(c.schema_name IS NOT DISTINCT FROM 'pg_temp'),
+               bool_or(c.schema_name IS DISTINCT FROM 'pg_temp' AND lower(c.object_type) <> 'large object')
           INTO temporary, kept FROM pg_event_trigger_ddl_commands() c;
     END IF;
     IF kept IS NOT TRUE THEN
@@ -196,6 +199,14 @@ BEGIN
             THEN 'the stream does not tell that tables have moved to a schema of another name'
         WHEN tag = 'ALTER TYPE' AND gate.target_version < 120000 AND bare ~* '\madd\s+value\M'
             THEN 'a target older than PostgreSQL 12 adds no values in a transaction'
+        WHEN tag = 'ALTER TYPE' AND bare ~* '\m(rename\s+value|(add|drop|alter)\s+attribute)\M'
+          OR tag = 'ALTER DOMAIN' AND bare ~* '\mnot\s+valid\M'
+            THEN 'what transactions that are open have written would not fit the target any more'
+        WHEN bare ~* '\m(to|authorization|role|user|by|from|for)\s+session_user\M|,\s*session_user\M'
+            THEN 'SESSION_USER is another role on the target; name the role'
+        WHEN tag IN ('CREATE TABLE', 'ALTER TABLE') AND bare ~* '\mfor\s+values\M' AND pgcutover.unsettled(query) IS NOT NULL
+            THEN format('the bounds may differ on another server because of %s; write them as constants',
+                        pgcutover.unsettled(query))
         WHEN tag = 'ALTER TABLE' AND bare ~* '\madd\M' AND bare ~* '\mdefault\M' AND pgcutover.unsettled(query) IS NOT NULL
             THEN format('the value that rows are given may differ on another server because of %s; add the column without a default, then set that, and UPDATE the rows',
                         pgcutover.unsettled(query))
