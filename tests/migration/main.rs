@@ -452,12 +452,18 @@ async fn a_verdict_that_nobody_could_take_note_of_is_told_before_the_next_cutove
     let lease = running.engine.begin_cutover("untold").await.expect("ready");
     let target = connect(&world.target, "postgres").await;
     let gone = "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE application_name LIKE 'pgcutover/%'";
+    // The engine gets its lock back when the test lets go of it, and not before.
+    let lock =
+        "SELECT classid::bigint << 32 | objid::bigint FROM pg_locks WHERE locktype = 'advisory' AND objsubid = 1";
+    let lock: i64 = target.query_one(lock, &[]).await.expect("one engine").get(0);
     target.batch_execute(gone).await.expect("terminated");
+    target.execute("SELECT pg_advisory_lock($1)", &[&lock]).await.expect("locked");
     wait_for("the engine to notice", || async {
         matches!(running.engine.create(spec("other", &["other"])).await, Err(EngineError::Unavailable(_)))
     })
     .await;
     lease.finish(Outcome::Aborted).await.expect_err("nobody takes note");
+    target.execute("SELECT pg_advisory_unlock($1)", &[&lock]).await.expect("released");
     wait_for("the next cutover", || async { running.engine.begin_cutover("untold").await.is_ok() }).await;
     running.stop().await;
 }
