@@ -145,9 +145,7 @@ impl Worker {
                 }
                 Err(error) => {
                     self.memory.errors += 1;
-                    // A server that says no has done nothing. One that was ended, or does not answer, may have.
-                    let refused = error.code().is_some_and(|code| !code.code().starts_with("57"));
-                    if refused { &mut self.memory.refused } else { &mut self.memory.in_doubt }.push(number);
+                    if is_refused(&error) { &mut self.memory.refused } else { &mut self.memory.in_doubt }.push(number);
                     continue;
                 }
             }
@@ -207,6 +205,17 @@ impl Worker {
         violations.sums += u64::from(sum != ACCOUNTS * BALANCE);
         self.seen = self.seen.max(found);
         Ok(())
+    }
+}
+
+/// A server that says no has done nothing. One that was ended, or whose connection was lost in the middle, may have.
+fn is_refused(error: &Error) -> bool {
+    let Some(told) = error.as_db_error() else { return false };
+    match told.code().code().get(..2) {
+        Some("57") => false,
+        // The proxy says whether something was under way.
+        Some("08") => told.detail().is_none(),
+        _ => true,
     }
 }
 
