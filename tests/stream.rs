@@ -7,6 +7,7 @@ use pgcutover::lsn::Lsn;
 use pgcutover::migration::stream::{StreamError, StreamStatus};
 use support::streamed::Streamed as Bench;
 use support::{connect, installations, wait_for};
+use tokio_postgres::error::SqlState;
 
 /// One table of every kind that needs care, the same on both servers.
 const TABLES: &str = r#"
@@ -30,6 +31,7 @@ CREATE TABLE swapped (id int PRIMARY KEY, u int UNIQUE);
 CREATE TABLE numbers (s smallint, b bigint, i int, v numeric, PRIMARY KEY (s, b));
 CREATE TABLE parent (id int PRIMARY KEY);
 CREATE TABLE child (id int PRIMARY KEY, parent int REFERENCES parent);
+CREATE TABLE lists (id int PRIMARY KEY, items text[]);
 CREATE FUNCTION fail() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN RAISE EXCEPTION 'trigger fired'; END $$;
 "#;
 
@@ -65,12 +67,13 @@ INSERT INTO numbers VALUES (32767, 9223372036854775807, 2147483647, 1.10), (-327
     (0, 0, NULL, NULL), (1, 1, 1, 1), (2, 2, 2, 2), (3, 3, 3, 3), (4, 4, 4, 4), (5, 5, 5, 5);
 INSERT INTO parent VALUES (1), (2);
 INSERT INTO child VALUES (1, 1), (2, 2);
+INSERT INTO lists VALUES (1, ARRAY['a', NULL, 'NULL']);
 TRUNCATE parent CASCADE;
 INSERT INTO parent VALUES (3);
 INSERT INTO child VALUES (3, 3);
 "#;
 
-const ALL: [&str; 15] = [
+const ALL: [&str; 16] = [
     "plain",
     "\"Odd \"\"Name\"",
     "toasted",
@@ -86,6 +89,7 @@ const ALL: [&str; 15] = [
     "numbers",
     "parent",
     "child",
+    "lists",
 ];
 
 impl Bench {
@@ -93,7 +97,9 @@ impl Bench {
         let found = installations();
         let major = |major| found.major(major).unwrap_or_else(|| panic!("PostgreSQL {major} is not there"));
         let bench = Self::between((major(majors.0), major(majors.1)), TABLES, &ALL).await;
-        let triggers = "CREATE TRIGGER t BEFORE INSERT ON plain FOR EACH ROW EXECUTE FUNCTION fail()";
+        // Neither a trigger nor a setting of the database changes what is applied.
+        let triggers = "CREATE TRIGGER t BEFORE INSERT ON plain FOR EACH ROW EXECUTE FUNCTION fail();
+                        ALTER DATABASE shop SET array_nulls = off; ALTER DATABASE shop SET bytea_output = escape";
         connect(&bench.target, "shop").await.batch_execute(triggers).await.expect("trigger");
         bench
     }
@@ -276,6 +282,41 @@ async fn what_cannot_be_applied_at_once_is_applied_in_order() {
     source.batch_execute(&long).await.expect("in the middle");
     bench.drain(&status, "long").await;
     bench.assert_equal().await;
+    running.abort();
+}
+
+/// Two texts that the collation of their column takes for one are two rows all the same.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_row_is_found_by_what_it_says_and_not_by_what_its_collation_makes_of_it() {
+    let major = any_major();
+    let found = installations();
+    let major = found.major(15).or_else(|| found.major(major)).expect("checked by any_major()");
+    let tables = "CREATE TABLE names (name text, n int); ALTER TABLE names REPLICA IDENTITY FULL";
+    let bench = Bench::between((major, major), tables, &["names"]).await;
+    for cluster in [&bench.source, &bench.target] {
+        let collate = "CREATE COLLATION nocase (provider = icu, locale = 'und-u-ks-level2', deterministic = false);
+                       ALTER TABLE names ALTER name TYPE text COLLATE nocase";
+        if let Err(error) = connect(cluster, "shop").await.batch_execute(collate).await {
+            assert_eq!(error.code().map(SqlState::code), Some("0A000"), "{error:?}");
+            eprintln!("not tested: this server was built without ICU");
+            return;
+        }
+    }
+    let (status, running) = bench.run();
+    let source = connect(&bench.source, "shop").await;
+    source
+        .batch_execute(
+            "INSERT INTO names VALUES ('Bob', 1), ('bob', 1), ('BOB', 1);
+             DELETE FROM names WHERE name = 'bob' COLLATE \"C\"; UPDATE names SET name = 'Rob' WHERE name = 'BOB' COLLATE \"C\"",
+        )
+        .await
+        .expect("written");
+    bench.drain(&status, "deleted").await;
+    let left = "SELECT string_agg(name, ' ' ORDER BY name COLLATE \"C\") FROM names";
+    for cluster in [&bench.source, &bench.target] {
+        let left: String = connect(cluster, "shop").await.query_one(left, &[]).await.expect("read").get(0);
+        assert_eq!(left, "Bob Rob");
+    }
     running.abort();
 }
 

@@ -21,6 +21,9 @@ const PINNED: &[(&str, &str)] = &[
     ("bytea_output", "hex"),
     ("TimeZone", "UTC"),
     ("xmloption", "content"),
+    // The text of `money`, and of NULL in an array.
+    ("lc_monetary", "C"),
+    ("array_nulls", "on"),
     ("standard_conforming_strings", "on"),
     ("search_path", "pg_catalog"),
     ("row_security", "off"),

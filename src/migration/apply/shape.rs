@@ -182,9 +182,12 @@ impl TargetColumn {
     }
 
     /// `column IS NOT DISTINCT FROM $n`, compared as text: every type has a text form, not every type has an equality,
-    /// and equality is not identity (1.0 and 1.00). The index of a primary key, which is never null, narrows it down.
+    /// and equality is not identity (1.0 and 1.00, or two texts that a nondeterministic collation takes for one). The index
+    /// of a primary key, which is never null, narrows it down.
     pub(super) fn same_text(&self, name: &str, parameter: usize) -> String {
-        let same = format!("{}::text IS NOT DISTINCT FROM (${parameter}::{})::text", quote_ident(name), self.type_sql);
+        let (column, type_sql) = (quote_ident(name), &self.type_sql);
+        let same =
+            format!("{column}::text COLLATE \"C\" IS NOT DISTINCT FROM (${parameter}::{type_sql})::text COLLATE \"C\"");
         match (self.primary_key, &self.equality) {
             (KeyPart::Deferrable, Some(_)) => format!("{} AND {same}", self.equals(name, parameter)),
             _ => same,

@@ -110,12 +110,13 @@ pub(super) fn copy_in(table: &QualifiedName, columns: &[Parameter<'_>]) -> Strin
 /// One statement for all tables, so that foreign keys among them do not hinder. Never CASCADE: what the source's
 /// cascade reached is in the list already. Sequences are left alone, whatever the source's did: rows come with their values,
 /// and a cutover brings sequences over, which a TRUNCATE that is applied behind that must not undo. Rows are deleted one by
-/// one where a foreign key comes from a table that no stream names: the root of a partitioned one, or an unlogged one.
+/// one where a foreign key comes from a table that no stream names (the root of a partitioned one, or an unlogged one), and
+/// where checks of rows that were applied before are still to be made.
 pub(super) fn truncate(tables: &[&QualifiedName]) -> String {
     let list = tables.iter().map(|table| format!("ONLY {table}")).collect::<Vec<_>>().join(", ");
     let deletes: String = tables.iter().map(|table| format!("DELETE FROM ONLY {table}; ")).collect();
-    let body =
-        format!("BEGIN TRUNCATE {list} CONTINUE IDENTITY; EXCEPTION WHEN feature_not_supported THEN {deletes}END");
+    let refused = "feature_not_supported OR object_in_use";
+    let body = format!("BEGIN TRUNCATE {list} CONTINUE IDENTITY; EXCEPTION WHEN {refused} THEN {deletes}END");
     format!("DO {}", quote_literal(&body))
 }
 

@@ -279,6 +279,7 @@ BEGIN
             'bytea_output', pg_catalog.current_setting('bytea_output'),
             'extra_float_digits', pg_catalog.current_setting('extra_float_digits'),
             'xmloption', pg_catalog.current_setting('xmloption'),
+            'array_nulls', pg_catalog.current_setting('array_nulls'),
             'transform_null_equals', pg_catalog.current_setting('transform_null_equals'),
             'default_tablespace', pg_catalog.current_setting('default_tablespace'),
             'default_table_access_method', pg_catalog.current_setting('default_table_access_method', true)));
