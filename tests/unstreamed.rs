@@ -23,6 +23,11 @@ CREATE UNLOGGED TABLE none ();
 INSERT INTO none DEFAULT VALUES;
 INSERT INTO counter SELECT g, 1 + g % 10, CASE WHEN g % 7 > 0 THEN E'a\tb\\n' || g END, '' FROM generate_series(1, 2000) g;
 INSERT INTO of_counter SELECT id FROM counter;
+CREATE UNLOGGED TABLE up (id int PRIMARY KEY, n int); INSERT INTO up SELECT g, g FROM generate_series(1, 5) g;
+CREATE UNLOGGED TABLE down (up int REFERENCES up, pad text); INSERT INTO down SELECT 1 + g % 5, repeat('p', 100) FROM generate_series(1, 900) g;
+CREATE TABLE heard (id bigserial PRIMARY KEY, what text);
+CREATE FUNCTION hear() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN INSERT INTO heard (what) VALUES (TG_OP); RETURN NEW; END $$;
+CREATE TRIGGER hear AFTER INSERT OR DELETE ON up FOR EACH ROW EXECUTE FUNCTION hear();
 CREATE SEQUENCE of_nobody; SELECT setval('of_nobody', 41);
 CREATE MATERIALIZED VIEW parents AS SELECT count(*) AS n FROM parent;
 SELECT lo_from_bytea(5000 + g, convert_to(repeat('l', g), 'UTF8')) FROM generate_series(1, 700) g;
@@ -36,6 +41,8 @@ GRANT SELECT ON LARGE OBJECT 9002 TO reader WITH GRANT OPTION; GRANT UPDATE ON L
 /// Everything of the kind, as text.
 const STATE: &str = "
 SELECT 'counter ' || c::text FROM counter c UNION ALL SELECT 'of ' || c::text FROM of_counter c
+UNION ALL SELECT 'up ' || u::text FROM up u UNION ALL SELECT 'down ' || d::text FROM down d
+UNION ALL SELECT 'heard ' || h::text FROM heard h
 UNION ALL SELECT 'none' FROM none UNION ALL SELECT 'nobody ' || last_value FROM of_nobody
 UNION ALL SELECT 'view ' || n FROM parents
 UNION ALL SELECT format('%s %s %s %s %s', m.oid, m.lomowner::regrole, md5(lo_get(m.oid)), obj_description(m.oid, 'pg_largeobject'),
@@ -83,6 +90,7 @@ async fn what_no_stream_carries_goes_there_and_back() {
     source
         .batch_execute(
             "UPDATE counter SET t = 'new' WHERE id % 100 = 0; DELETE FROM parent WHERE id = 3; TRUNCATE none;
+             UPDATE up SET n = -n; INSERT INTO up VALUES (6, 6);
              SELECT lo_put(9001, 2000000, 'changed'), lo_unlink(9003), lo_from_bytea(0, 'another'), setval('of_nobody', 99);
              ALTER LARGE OBJECT 9001 OWNER TO reader; REFRESH MATERIALIZED VIEW parents",
         )
@@ -105,6 +113,7 @@ async fn what_no_stream_carries_goes_there_and_back() {
     target
         .batch_execute(
             "DELETE FROM of_counter; DELETE FROM counter WHERE id % 2 = 0; INSERT INTO counter VALUES (-2);
+             UPDATE up SET n = 0 WHERE id = 5; INSERT INTO up VALUES (7, 7);
              SELECT lo_unlink(oid) FROM pg_largeobject_metadata WHERE oid < 5300; SELECT lo_from_bytea(77, 'there');
              DELETE FROM parent WHERE id = 4; REFRESH MATERIALIZED VIEW parents",
         )

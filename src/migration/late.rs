@@ -115,11 +115,23 @@ enum Way {
 pub async fn may_replicate_silently(control: &Control) -> Result<bool, tokio_postgres::Error> {
     let tried = format!("BEGIN READ ONLY; {}; ROLLBACK", REPLICA.replacen("SET ", "SET LOCAL ", 1));
     let Err(error) = control.batch_execute(&tried).await else { return Ok(true) };
-    if error.code().is_none_or(|code| code.code() != sqlstate::INSUFFICIENT_PRIVILEGE) {
+    if !is_refused(&error) {
         return Err(error);
     }
     control.batch_execute("ROLLBACK").await?;
     Ok(false)
+}
+
+/// Has what the session writes from now on fire nothing, where its role may. In no transaction.
+pub(in crate::migration) async fn write_silently(control: &Control) -> Result<(), tokio_postgres::Error> {
+    match control.batch_execute(REPLICA).await {
+        Err(error) if !is_refused(&error) => Err(error),
+        Ok(()) | Err(_) => Ok(()),
+    }
+}
+
+fn is_refused(error: &tokio_postgres::Error) -> bool {
+    error.code().is_some_and(|code| code.code() == sqlstate::INSUFFICIENT_PRIVILEGE)
 }
 
 /// What would fire, in words; a few of them.

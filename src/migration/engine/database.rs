@@ -31,10 +31,12 @@ use crate::migration::schema::{self, Archive, Existing, PgDump, RestoreFailure, 
 use crate::migration::sequences::SequencePair;
 use crate::migration::snapshot::HandOver;
 use crate::migration::stream::{self, StreamContext, describe, history};
+use crate::migration::verify::align::{self, Sides, Still};
 use crate::migration::view::Mode;
 use crate::migration::{late, made, materialized, publication, unstreamed};
 use crate::postgres::Control;
 use crate::postgres::walsender::ReplicationConnection;
+use crate::sqlstate;
 use crate::switch::Epoch;
 
 /// How often it is looked whether the target has caught up.
@@ -420,6 +422,20 @@ impl DatabaseWork {
         Ok(())
     }
 
+    /// The same while nothing is applied: until what is returned is dropped, the target is what a snapshot of the source shows.
+    async fn carry_unstreamed_and_stand(&self, database: &str) -> Result<Still, WorkError> {
+        let sides = Sides {
+            source: self.context.source.clone(),
+            target: self.context.target.clone(),
+            database: database.to_owned(),
+            gate: Some(self.live.stream.gate.clone()),
+            door: None,
+        };
+        let still = align::still(&sides).await.map_err(|error| WorkError::Still(Box::new(error)))?;
+        unstreamed::carry(&still.source, &still.target).await?;
+        Ok(still)
+    }
+
     fn stream_context(
         &self,
         row: &DatabaseRow,
@@ -472,10 +488,18 @@ impl DatabaseWork {
             let archive = self.archive(&mut archive).await?;
             // As near as can be to the rows that their foreign keys refer to.
             self.carry_unstreamed(&row.database).await?;
+            self.context.failpoints.hit("engine.before_constraints").await?;
             // No lock on the progress row here: the stream needs it all the time.
             let guard = self.guard(Guard::Looking);
             let target = self.restore_target(&guard);
-            all_restored(self.constrain(&target, &guard, archive).await?)?;
+            let mut failures = self.constrain(&target, &guard, archive).await?;
+            if failures.iter().any(|failure| failure.sqlstate == sqlstate::FOREIGN_KEY_VIOLATION) {
+                // Rows of an unlogged table, perhaps, whose parents the stream has removed since.
+                let still = self.carry_unstreamed_and_stand(&row.database).await?;
+                failures = self.constrain(&target, &guard, archive).await?;
+                drop(still);
+            }
+            all_restored(failures)?;
             let (from, to) = (&self.context.source, &self.context.target);
             all_restored(materialized::refresh(from, to, &row.database, None).await?.failures)?;
             schema::analyze(to, &row.database).await?;

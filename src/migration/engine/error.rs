@@ -139,6 +139,9 @@ pub(super) enum WorkError {
     Identity(#[from] IdentityError),
     #[error(transparent)]
     Publication(#[from] PublicationError),
+    /// The apply could not be held where a snapshot of the source looks.
+    #[error(transparent)]
+    Still(Box<VerifyError>),
     #[error("publication {0} exists on the source already and is not this migration's")]
     PublicationTaken(String),
     #[error(transparent)]
@@ -214,6 +217,7 @@ impl WorkError {
             Self::Stream(error) => error.is_transient(),
             Self::Schema(error) if matches!(**error, SchemaError::DumpLost { .. }) => true,
             Self::Slot(WalsenderError::Raw(error)) => transient_raw(error),
+            Self::Still(error) => matches!(**error, VerifyError::NoCommonSnapshot { .. }) || error.is_transient(),
             Self::NoIdentity(_)
             | Self::PublicationTaken(_)
             | Self::Restore(_)
@@ -294,7 +298,7 @@ impl WorkError {
             Self::WouldFire(_) => ("would_fire", WOULD_FIRE_HINT),
             Self::Late(_) => ("late_definitions", ""),
             Self::Sequences(_) => ("sequences", ""),
-            Self::Unstreamed(_) => ("unstreamed", ""),
+            Self::Unstreamed(_) | Self::Still(_) => ("unstreamed", ""),
             Self::Failpoint(_) => ("failpoint", ""),
             Self::Stopping => ("stopping", ""),
         };

@@ -15,6 +15,7 @@ mod unlogged;
 
 use crate::config::units::format_size;
 use crate::ident::QualifiedName;
+use crate::migration::late;
 use crate::postgres::Control;
 
 /// Largest tables that are named when there is too much.
@@ -130,7 +131,20 @@ pub struct Carried {
 pub async fn bring_over(from: &Control, to: &Control) -> Result<Carried, UnstreamedError> {
     let snapshot = "BEGIN ISOLATION LEVEL REPEATABLE READ READ ONLY";
     from.batch_execute(snapshot).await.map_err(UnstreamedError::query("unlogged tables", "taking a snapshot"))?;
+    let carried = carry(from, to).await;
+    let ended = from.batch_execute("ROLLBACK").await;
+    let carried = carried?;
+    ended.map_err(UnstreamedError::query("unlogged tables", "ending the snapshot"))?;
+    Ok(carried)
+}
+
+/// The same under the snapshot that `from` is in already, and stays in.
+pub(in crate::migration) async fn carry(from: &Control, to: &Control) -> Result<Carried, UnstreamedError> {
     let carried = async {
+        // What triggers and foreign keys have done on the one server is carried, and not done again. Where the role may not
+        // keep them from firing there are none yet.
+        let silently = late::write_silently(to).await;
+        silently.map_err(UnstreamedError::query("unlogged tables", "preparing the other server"))?;
         let tables = unlogged::bring_over(from, to).await?;
         let large_objects = large_objects::bring_over(from, to).await?;
         Ok(Carried { tables, large_objects })
@@ -140,10 +154,7 @@ pub async fn bring_over(from: &Control, to: &Control) -> Result<Carried, Unstrea
     if carried.is_err() {
         let _ = to.batch_execute("ROLLBACK").await;
     }
-    let ended = from.batch_execute("ROLLBACK").await;
-    let carried = carried?;
-    ended.map_err(UnstreamedError::query("unlogged tables", "ending the snapshot"))?;
-    Ok(carried)
+    carried
 }
 
 #[cfg(test)]

@@ -83,17 +83,17 @@ impl Sides {
 
 /// The apply stands, and nothing is on the target that the source's snapshot does not see. Dropping it lets it go on.
 #[derive(Debug)]
-pub(super) struct Still {
+pub(in crate::migration) struct Still {
     /// In a transaction under the snapshot.
-    pub(super) source: Control,
+    pub(in crate::migration) source: Control,
     /// In no transaction.
-    pub(super) target: Control,
+    pub(in crate::migration) target: Control,
     hold: Hold,
 }
 
 impl Still {
     /// Whether it still does.
-    pub(super) fn stands(&self) -> bool {
+    pub(in crate::migration) fn stands(&self) -> bool {
         self.hold.stands()
     }
 }
@@ -124,7 +124,7 @@ pub async fn align(sides: &Sides, locked: &[QualifiedName]) -> Result<Pair, Veri
 }
 
 /// Has the apply stand where a snapshot of the source looks.
-pub(super) async fn still(sides: &Sides) -> Result<Still, VerifyError> {
+pub(in crate::migration) async fn still(sides: &Sides) -> Result<Still, VerifyError> {
     let Some(gate) = &sides.gate else { return Err(VerifyError::Moved) };
     let source = sides.enter_source("repair").await?;
     let target = sides.enter_target("repair").await?;

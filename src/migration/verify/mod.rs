@@ -232,7 +232,7 @@ impl VerifyError {
         move |source| Self::Query { doing, source }
     }
 
-    fn is_transient(&self) -> bool {
+    pub(in crate::migration) fn is_transient(&self) -> bool {
         match self {
             Self::Connect(error) => error.sqlstate().is_none_or(transient_sqlstate),
             // 22023 and 58P01: the snapshot of a holder that has gone.
