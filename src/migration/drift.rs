@@ -7,8 +7,10 @@
 //! A table that was dropped and made again has its name and its columns, and is in no publication all the same: every
 //! table of the migration must still be published.
 //!
-//! Compared are names, columns with their types, indexes, constraints and functions; objects of extensions belong to the
-//! extension's version and are left out.
+//! Compared is what a session would miss, or be kept from without it: names, columns with their types, NOT NULL, whether a
+//! column has a default or is generated, partitions and children, indexes, constraints, functions, types with the labels of enums, triggers with
+//! their state, rules, policies and row security. What they say in detail is compared by verification. Objects of
+//! extensions belong to the extension's version and are left out.
 
 use std::collections::BTreeSet;
 
@@ -22,24 +24,63 @@ const NAMED: usize = 5;
 /// One line for each thing that must be there on both servers. The types are written the same by every major.
 /// Constraints that partitions have from their parents are left out: the server names them, each major its own way.
 const DEFINITIONS: &str = "
-WITH namespace AS (
+WITH member AS (
+    SELECT classid, objid FROM pg_catalog.pg_depend WHERE deptype = 'e'),
+namespace AS (
     SELECT oid, nspname FROM pg_catalog.pg_namespace
      WHERE nspname !~ '^pg_' AND nspname NOT IN ('information_schema', 'pgcutover')),
 relation AS (
-    SELECT c.oid, c.relkind, c.relpersistence, pg_catalog.format('%I.%I', n.nspname, c.relname) AS name
+    SELECT c.oid, c.relkind, c.relpersistence, c.relrowsecurity, c.relforcerowsecurity, c.relpartbound,
+           pg_catalog.format('%I.%I', n.nspname, c.relname) AS name
       FROM pg_catalog.pg_class c JOIN namespace n ON n.oid = c.relnamespace
      WHERE c.relpersistence <> 't'
-       AND NOT EXISTS (SELECT FROM pg_catalog.pg_depend d
-                        WHERE d.classid = 'pg_catalog.pg_class'::regclass AND d.objid = c.oid AND d.deptype = 'e'))
+       AND NOT EXISTS (SELECT FROM member m WHERE m.classid = 'pg_catalog.pg_class'::regclass AND m.objid = c.oid)),
+col AS (
+    SELECT r.name || '.' || pg_catalog.quote_ident(a.attname) AS name, a.attnotnull, a.atthasdef, a.attidentity,
+           pg_catalog.format_type(a.atttypid, a.atttypmod) AS type
+      FROM relation r JOIN pg_catalog.pg_attribute a ON a.attrelid = r.oid
+     WHERE r.relkind IN ('r', 'p', 'v', 'm', 'f') AND a.attnum > 0 AND NOT a.attisdropped),
+type AS (
+    SELECT t.oid, pg_catalog.format('%I.%I', n.nspname, t.typname) AS name
+      FROM pg_catalog.pg_type t JOIN namespace n ON n.oid = t.typnamespace
+     WHERE t.typtype IN ('e', 'd', 'r')
+       AND NOT EXISTS (SELECT FROM member m WHERE m.classid = 'pg_catalog.pg_type'::regclass AND m.objid = t.oid))
 SELECT CASE relkind WHEN 'v' THEN 'view' WHEN 'm' THEN 'materialized view' WHEN 'S' THEN 'sequence'
                     WHEN 'f' THEN 'foreign table'
                     ELSE CASE relpersistence WHEN 'u' THEN 'unlogged table' ELSE 'table' END END || ' ' || name
   FROM relation WHERE relkind IN ('r', 'p', 'v', 'm', 'S', 'f')
 UNION ALL
-SELECT 'column ' || r.name || '.' || pg_catalog.quote_ident(a.attname) || ' '
-       || pg_catalog.format_type(a.atttypid, a.atttypmod)
-  FROM relation r JOIN pg_catalog.pg_attribute a ON a.attrelid = r.oid
- WHERE r.relkind IN ('r', 'p', 'v', 'm', 'f') AND a.attnum > 0 AND NOT a.attisdropped
+SELECT 'column ' || name || ' ' || type FROM col
+UNION ALL
+SELECT 'partition or child ' || c.name || ' of ' || p.name
+       || coalesce(' ' || pg_catalog.regexp_replace(pg_catalog.pg_get_expr(c.relpartbound, c.oid), '\\s', '', 'g'), '')
+  FROM pg_catalog.pg_inherits i JOIN relation c ON c.oid = i.inhrelid JOIN relation p ON p.oid = i.inhparent
+ WHERE c.relkind IN ('r', 'p', 'f')
+UNION ALL
+SELECT 'NOT NULL of column ' || name FROM col WHERE attnotnull
+UNION ALL
+SELECT 'default of column ' || name FROM col WHERE atthasdef OR attidentity <> ''
+UNION ALL
+SELECT 'row security of ' || name FROM relation WHERE relrowsecurity
+UNION ALL
+SELECT 'forced row security of ' || name FROM relation WHERE relforcerowsecurity
+UNION ALL
+SELECT 'policy ' || pg_catalog.quote_ident(p.polname) || ' on ' || r.name
+  FROM pg_catalog.pg_policy p JOIN relation r ON r.oid = p.polrelid
+UNION ALL
+SELECT CASE g.tgenabled WHEN 'D' THEN 'disabled ' WHEN 'R' THEN 'replica ' WHEN 'A' THEN 'always enabled ' ELSE '' END
+       || 'trigger ' || pg_catalog.quote_ident(g.tgname) || ' on ' || r.name
+  FROM pg_catalog.pg_trigger g JOIN relation r ON r.oid = g.tgrelid
+ WHERE NOT g.tgisinternal AND coalesce(pg_catalog.to_jsonb(g) ->> 'tgparentid', '0') = '0'
+UNION ALL
+SELECT 'rule ' || pg_catalog.quote_ident(w.rulename) || ' on ' || r.name
+  FROM pg_catalog.pg_rewrite w JOIN relation r ON r.oid = w.ev_class
+ WHERE w.rulename <> '_RETURN'
+UNION ALL
+SELECT 'type ' || name FROM type
+UNION ALL
+SELECT 'label ' || pg_catalog.quote_literal(e.enumlabel) || ' of type ' || t.name
+  FROM type t JOIN pg_catalog.pg_enum e ON e.enumtypid = t.oid
 UNION ALL
 SELECT 'index ' || i.name || ' on ' || r.name
   FROM pg_catalog.pg_index x JOIN relation i ON i.oid = x.indexrelid JOIN relation r ON r.oid = x.indrelid
@@ -52,8 +93,10 @@ UNION ALL
 SELECT 'function ' || pg_catalog.format('%I.%I', n.nspname, p.proname)
        || '(' || pg_catalog.pg_get_function_identity_arguments(p.oid) || ')'
   FROM pg_catalog.pg_proc p JOIN namespace n ON n.oid = p.pronamespace
- WHERE NOT EXISTS (SELECT FROM pg_catalog.pg_depend d
-                    WHERE d.classid = 'pg_catalog.pg_proc'::regclass AND d.objid = p.oid AND d.deptype = 'e')";
+ WHERE NOT EXISTS (SELECT FROM member m WHERE m.classid = 'pg_catalog.pg_proc'::regclass AND m.objid = p.oid)
+   -- The constructors of a range come with it, and since version 14 there are more of them.
+   AND NOT EXISTS (SELECT FROM pg_catalog.pg_depend d
+                    WHERE d.classid = 'pg_catalog.pg_proc'::regclass AND d.objid = p.oid AND d.deptype = 'i')";
 
 /// What the target lacks.
 #[derive(Clone, Debug, PartialEq, Eq)]

@@ -24,6 +24,41 @@ use pgcutover::migration::view::{MigrationOption, Mode};
 use support::{connect, installations, wait_for};
 use world::{Load, World, create, drain, reach, spec, try_drain};
 
+/// What defines something, what takes it back, and the words that name what the target lacks.
+const DEFINED_MEANWHILE: [(&str, &str, &[&str]); 7] = [
+    (
+        "CREATE TABLE late (id int); ALTER TABLE log ADD COLUMN later int",
+        "DROP TABLE late; ALTER TABLE log DROP COLUMN later",
+        &["table public.late", "column public.log.later integer"],
+    ),
+    (
+        "CREATE POLICY mine ON log USING (true); ALTER TABLE log ENABLE ROW LEVEL SECURITY, FORCE ROW LEVEL SECURITY",
+        "DROP POLICY mine ON log; ALTER TABLE log DISABLE ROW LEVEL SECURITY, NO FORCE ROW LEVEL SECURITY",
+        &["policy mine on public.log", ", row security of public.log", "forced row security of public.log"],
+    ),
+    (
+        "ALTER TABLE orders DISABLE TRIGGER remember",
+        "ALTER TABLE orders ENABLE TRIGGER remember",
+        &["lacks disabled trigger remember on public.orders"],
+    ),
+    (
+        "CREATE TRIGGER again AFTER DELETE ON event FOR EACH STATEMENT EXECUTE FUNCTION remember()",
+        "DROP TRIGGER again ON event",
+        &["lacks trigger again on public.event,"],
+    ),
+    ("CREATE RULE quiet AS ON DELETE TO log DO ALSO NOTHING", "DROP RULE quiet ON log", &["rule quiet on public.log"]),
+    (
+        "CREATE TYPE taste AS ENUM ('sweet', 'it''s sour')",
+        "DROP TYPE taste",
+        &["type public.taste", "label 'it''s sour' of type public.taste"],
+    ),
+    (
+        "ALTER TABLE orders ALTER note SET DEFAULT 'none', ALTER total SET NOT NULL",
+        "ALTER TABLE orders ALTER note DROP DEFAULT, ALTER total DROP NOT NULL",
+        &["default of column public.orders.note", "NOT NULL of column public.orders.total"],
+    ),
+];
+
 async fn whole_run(source: &Installation, target: &Installation) {
     let world = World::start(source, target);
     world.furnish("shop").await;
@@ -51,10 +86,12 @@ async fn whole_run(source: &Installation, target: &Installation) {
 
     // What was defined on the source meanwhile would be missing without a word.
     let source = connect(&world.source, "shop").await;
-    source.batch_execute("CREATE TABLE late (id int); ALTER TABLE log ADD COLUMN later int").await.expect("defined");
-    let refused = running.engine.begin_cutover("whole").await.expect_err("refused").to_string();
-    assert!(refused.contains("late") && refused.contains("later"), "{refused}");
-    source.batch_execute("DROP TABLE late; ALTER TABLE log DROP COLUMN later").await.expect("taken back");
+    for (define, take_back, named) in DEFINED_MEANWHILE {
+        source.batch_execute(define).await.expect("defined");
+        let refused = running.engine.begin_cutover("whole").await.expect_err("refused").to_string();
+        assert!(named.iter().all(|name| refused.contains(name)), "{define}: {refused}");
+        source.batch_execute(take_back).await.expect("taken back");
+    }
 
     // The verdict 'decided' ends the stream. Its slot watches the server that was left, until nobody needs that any more.
     let lease = running.engine.begin_cutover("whole").await.expect("ready");
@@ -465,5 +502,35 @@ async fn a_verdict_that_nobody_could_take_note_of_is_told_before_the_next_cutove
     lease.finish(Outcome::Aborted).await.expect_err("nobody takes note");
     target.execute("SELECT pg_advisory_unlock($1)", &[&lock]).await.expect("released");
     wait_for("the next cutover", || async { running.engine.begin_cutover("untold").await.is_ok() }).await;
+    running.stop().await;
+}
+
+/// While the rows of an unlogged table are carried and its foreign key is made, the stream removes the parents of some.
+#[tokio::test(flavor = "multi_thread")]
+async fn parents_of_unlogged_rows_go_while_their_foreign_key_is_made() {
+    let world = World::same_major();
+    world.furnish("shop").await;
+    let source = connect(&world.source, "shop").await;
+    source
+        .batch_execute(
+            "CREATE TABLE person (id int PRIMARY KEY); INSERT INTO person SELECT generate_series(1, 10);
+             CREATE UNLOGGED TABLE visit (id serial PRIMARY KEY, person int REFERENCES person ON DELETE CASCADE);
+             INSERT INTO visit (person) SELECT id FROM person",
+        )
+        .await
+        .expect("tables");
+    let running = world.engine("engine.before_constraints=hold");
+    create(&running, spec("visited", &["shop"])).await;
+    wait_for("the rows to be carried", || async { running.failpoints.is_held("engine.before_constraints") }).await;
+    source.batch_execute("DELETE FROM person WHERE id = 3").await.expect("deleted");
+    let target = connect(&world.target, "shop").await;
+    let count = async |sql: &str| target.query_one(sql, &[]).await.expect("counted").get::<_, i64>(0);
+    wait_for("the parent to go", || async { count("SELECT count(*) FROM person").await == 9 }).await;
+    assert_eq!(count("SELECT count(*) FROM visit").await, 10, "this row has no parent any more");
+    running.failpoints.release("engine.before_constraints");
+    reach(&running, "visited", "WaitingForCutoverTrigger").await;
+    assert_eq!(count("SELECT count(*) FROM visit").await, 9);
+    let valid = "SELECT count(*) FROM pg_constraint WHERE conname = 'visit_person_fkey' AND convalidated";
+    assert_eq!(count(valid).await, 1);
     running.stop().await;
 }
