@@ -27,6 +27,12 @@ pub const UNDO_SQL: &str = "DROP EVENT TRIGGER IF EXISTS pgcutover_ddl_end; \
     DROP FUNCTION IF EXISTS pgcutover.bare(text, boolean); \
     DROP TABLE IF EXISTS pgcutover.ddl_gate; DROP TABLE IF EXISTS pgcutover.command";
 
+/// The part of it that must come first, in a transaction of its own: a command that waits for one of the tables would find
+/// it gone.
+pub const DISARM_SQL: &str = "DROP EVENT TRIGGER IF EXISTS pgcutover_ddl_end; \
+    DROP EVENT TRIGGER IF EXISTS pgcutover_ddl_drop; DROP EVENT TRIGGER IF EXISTS pgcutover_ddl_start; \
+    DROP EVENT TRIGGER IF EXISTS pgcutover_ddl_rewrite";
+
 /// Whether an event trigger is one of ours.
 pub fn is_own_trigger(name: &str) -> bool {
     name.starts_with(TRIGGER)

@@ -7,7 +7,7 @@ use pgcutover::demo::compare;
 use pgcutover::ident::QualifiedName;
 use tokio_postgres::Client;
 
-use crate::support::{connect, wait_for};
+use crate::support::{PATIENCE, connect, wait_for};
 use crate::world::{World, create, drain, reach, spec};
 
 /// Begins a transaction, and tells its xid.
@@ -95,5 +95,41 @@ async fn who_only_waits_for_a_lock_keeps_no_slot_from_its_start() {
     reach(&running, "led", "WaitingForCutoverTrigger").await;
     assert!(!waiting.is_finished(), "it waited all the while");
     waiting.abort();
+    running.stop().await;
+}
+
+/// Somebody reads a table whose identity is set back, and somebody else has a definition open: the cancel waits for them, and
+/// the application does not wait for the cancel.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_cancel_that_waits_for_locks_holds_nobody_up() {
+    let world = World::same_major().with(|config| {
+        config.migration.ddl = Ddl::Apply;
+        config.migration.lock_timeout = Duration::from_millis(300);
+    });
+    world.furnish("shop").await;
+    let running = world.engine("");
+    create(&running, spec("busy", &["shop"])).await;
+    reach(&running, "busy", "WaitingForCutoverTrigger").await;
+    let session = async || connect(&world.source, "shop").await;
+    let (defining, reading, other) = (session().await, session().await, session().await);
+    defining.batch_execute("BEGIN").await.expect("begun");
+    defining.batch_execute("ALTER TABLE orders ADD meanwhile int").await.expect("carried over");
+    reading.batch_execute("BEGIN; SELECT count(*) FROM log").await.expect("read");
+    let engine = running.engine.clone();
+    let cancel = tokio::spawn(async move { engine.cancel("busy").await });
+    let is = async |sql: &str| other.query_one(sql, &[]).await.expect("asked").get::<_, bool>(0);
+    let disarmed = "SELECT NOT EXISTS (SELECT FROM pg_event_trigger WHERE evtname LIKE 'pgcutover%')";
+    wait_for("the event triggers to go", || async { is(disarmed).await }).await;
+    let defined = other.batch_execute("ALTER TABLE customer ADD meanwhile int");
+    tokio::time::timeout(PATIENCE, defined).await.expect("nobody is in the way").expect("defined");
+    defining.batch_execute("COMMIT").await.expect("committed");
+    let waits = "SELECT EXISTS (SELECT FROM pg_locks WHERE relation = 'log'::regclass AND NOT granted)";
+    wait_for("the cancel to wait for the reader", || async { is(waits).await }).await;
+    let written = other.batch_execute("INSERT INTO log (what) VALUES ('meanwhile')");
+    tokio::time::timeout(PATIENCE, written).await.expect("in its turn").expect("written");
+    reading.batch_execute("COMMIT").await.expect("read");
+    let report = cancel.await.expect("no panic").expect("cancelled");
+    assert!(report.left.iter().all(|left| left.object.undo.is_none()), "{report:?}");
+    world.assert_clean("shop").await;
     running.stop().await;
 }

@@ -4,22 +4,31 @@
 //! every removal succeeds when there is nothing to remove, so a cancel that was interrupted is simply done again.
 
 use std::collections::HashMap;
+use std::time::Duration;
 
 use super::context::Context;
 use super::error::WorkError;
 use crate::catalog::door::Door;
 use crate::catalog::journal::{Journal, MadeObject, Side};
+use crate::migration::ddl;
 use crate::migration::publication;
 use crate::migration::stream::describe;
 use crate::migration::view::{CancelReport, Left};
 use crate::postgres::Control;
+use crate::sqlstate;
+
+/// What keeps definitions as they are, or records them.
+const EVENT_TRIGGER: &str = "event_trigger";
+
+/// Attempts at a lock that somebody of the application holds, each `lock_timeout` long. After them the object is left.
+const LOCK_ATTEMPTS: u32 = 12;
 
 /// Kinds that are removed first, because they hold WAL back or hinder the application; the rest in reverse order.
 fn rank(object: &MadeObject) -> u8 {
     match object.kind.as_str() {
         "slot" => 0,
         // Before anything else of ours is changed there.
-        "event_trigger" => 1,
+        EVENT_TRIGGER => 1,
         "publication" => 2,
         "replica_identity" => 3,
         _ => 4,
@@ -88,6 +97,22 @@ pub(super) struct Undone {
     pub(super) complete: bool,
 }
 
+/// Executes what undoes something, in one transaction. Statements of the application queue behind a lock that is waited for, so
+/// it is not waited for long at a time.
+async fn patiently(session: &Control, sql: &str, lock_timeout: Duration) -> Result<(), WorkError> {
+    let mut attempts = 0;
+    loop {
+        attempts += 1;
+        let Err(source) = session.batch_execute(sql).await else { return Ok(()) };
+        let is_locked = source.code().is_some_and(|code| code.code() == sqlstate::LOCK_NOT_AVAILABLE);
+        if !is_locked || attempts == LOCK_ATTEMPTS {
+            return Err(WorkError::Query { doing: "removing it", source });
+        }
+        // What queued behind us gets its turn.
+        tokio::time::sleep(lock_timeout.min(Duration::from_secs(1))).await;
+    }
+}
+
 /// One session for each database of each server.
 struct Sessions<'a> {
     context: &'a Context,
@@ -100,11 +125,12 @@ impl Sessions<'_> {
         let control = self.context.config.control.database.clone();
         let database = object.database.clone().unwrap_or_else(|| control.clone());
         let is_slot = object.kind == "slot";
+        let lock_timeout = self.context.config.migration.lock_timeout;
         let session = match self.session(object.side, &database).await {
             Ok(session) => session,
             // A database that refuses connections still lets its slots be dropped from elsewhere.
             Err(_) if is_slot && database != control => self.session(object.side, &control).await?,
-            Err(WorkError::Connect(error)) if error.sqlstate() == Some(crate::sqlstate::INVALID_CATALOG_NAME) => {
+            Err(WorkError::Connect(error)) if error.sqlstate() == Some(sqlstate::INVALID_CATALOG_NAME) => {
                 // The database is gone, and with it what was in it.
                 return Ok(());
             }
@@ -116,8 +142,10 @@ impl Sessions<'_> {
         if object.kind == "publication" {
             return Ok(publication::drop_publication(session, &object.name).await?);
         }
-        let removed = session.batch_execute(sql).await;
-        removed.map_err(|source| WorkError::Query { doing: "removing it", source })
+        if object.kind == EVENT_TRIGGER {
+            patiently(session, ddl::DISARM_SQL, lock_timeout).await?;
+        }
+        patiently(session, sql, lock_timeout).await
     }
 
     async fn session(&mut self, side: Side, database: &str) -> Result<&Control, WorkError> {
@@ -144,6 +172,9 @@ impl Sessions<'_> {
                 }
                 other => other?,
             };
+            let bound = self.context.config.migration.lock_timeout.as_millis().max(1);
+            let set = session.batch_execute(&format!("SET lock_timeout = {bound}")).await;
+            set.map_err(|source| WorkError::Query { doing: "bounding the wait for locks", source })?;
             self.open.insert(key.clone(), session);
         }
         Ok(self.open.get(&key).expect("just opened"))
