@@ -7,7 +7,7 @@ use pgcutover::cutover::steps::{ALL_FAILPOINTS, ROLLBACK_FAILPOINTS};
 use pgcutover::demo::compare;
 use pgcutover::demo::shop::SHOP;
 use support::world::{COMPLETED, NAME, READY, World};
-use support::{connect, shop, wait_for};
+use support::{connect, shop, try_connect, wait_for};
 
 /// Five times there and back while 16 clients write; then nobody writes any more, and both servers hold the same.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -120,5 +120,33 @@ async fn a_completed_migration_leaves_what_it_lists() {
     }
     let refused = world.daemon.command(&["migration", "rollback", NAME]);
     assert!(!refused.status.success(), "there is no way back any more");
+    assert_eq!(world.serving_port().await, world.target.port());
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_migration_that_is_cancelled_after_a_rollback_leaves_no_fence() {
+    let world = World::begin(0.01).await;
+    world.migrate().await;
+    for (order, then) in [("cutover", COMPLETED), ("rollback", READY)] {
+        let report = world.daemon.json(&["migration", order, NAME]);
+        assert_eq!(report["outcome"], "switched", "{report}");
+        world.wait_until(then).await;
+    }
+    world.must_be_shut(&world.target).await;
+    world.daemon.must(&["migration", "cancel", NAME]);
+    wait_for("the target to be open again", || async { try_connect(&world.target.config(SHOP)).await.is_ok() }).await;
+    let target = connect(&world.target, SHOP).await;
+    let settings = "SELECT count(*) FROM pg_db_role_setting WHERE array_to_string(setconfig, ',') ~ 'read_only'";
+    assert_eq!(target.query_one(settings, &[]).await.expect("readable").get::<_, i64>(0), 0);
+    drop(target);
+    // Nothing of it is in the way of another one.
+    let again = ["migration", "create", "again", "--database", SHOP, "--overwrite-target"];
+    world.daemon.must(&again);
+    wait_for("the other migration to be ready", || async {
+        world.daemon.json(&["migration", "show", "again"])["substate"] == "WaitingForCutoverTrigger"
+    })
+    .await;
+    let report = world.daemon.json(&["migration", "cutover", "again"]);
+    assert_eq!(report["outcome"], "switched", "{report}");
     assert_eq!(world.serving_port().await, world.target.port());
 }

@@ -4,6 +4,7 @@
 //! it: every write names the generation and must hit its row, so an engine that was replaced without noticing changes
 //! nothing.
 
+use std::collections::HashSet;
 use std::sync::Arc;
 
 use tokio::sync::Mutex;
@@ -374,15 +375,29 @@ pub struct Completing {
     pub databases: Vec<String>,
 }
 
+/// Names of the migrations that were cancelled. A target without our schema has none.
+pub async fn cancelled(control: &Control) -> Result<HashSet<String>, CatalogError> {
+    if !is_there(control).await? {
+        return Ok(HashSet::new());
+    }
+    let rows = control.query("SELECT name FROM pgcutover.migration WHERE state = 'Cancelled'", &[]).await;
+    let rows = rows.map_err(|source| CatalogError::query("read the migrations that were cancelled", source))?;
+    Ok(rows.iter().map(|row| row.get(0)).collect())
+}
+
+async fn is_there(control: &Control) -> Result<bool, CatalogError> {
+    super::has_table(&**control, "migration").await.map_err(|error| match error {
+        RecordError::Query { what, source } => CatalogError::Query { what, source },
+        error => CatalogError::Unreadable { what: error.to_string() },
+    })
+}
+
 /// The migrations that are being cut over or rolled back. Needs no generation: it only reads. A target without our
 /// schema has none.
 pub async fn completing(control: &Control) -> Result<Vec<Completing>, CatalogError> {
     let failed = |source| CatalogError::query("read the migrations that are being cut over", source);
-    match super::has_table(&**control, "migration").await {
-        Ok(true) => {}
-        Ok(false) => return Ok(Vec::new()),
-        Err(RecordError::Query { what, source }) => return Err(CatalogError::Query { what, source }),
-        Err(error) => return Err(CatalogError::Unreadable { what: error.to_string() }),
+    if !is_there(control).await? {
+        return Ok(Vec::new());
     }
     let rows = control
         .query(

@@ -6,7 +6,7 @@
 //! reverts a decided cutover and never stays paused. The engine is told the outcome of a cutover that it takes for open
 //! whenever its migrations change: the answer to its own note may have been lost, or another process have begun it.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, HashSet};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -110,7 +110,8 @@ impl Resolver {
         });
     }
 
-    /// Until the process stops: tells the engine what became of cutovers that it takes for open and nobody works on.
+    /// Until the process stops: tells the engine what became of cutovers that it takes for open and nobody works on, and
+    /// lifts the fences of migrations that were cancelled.
     pub(super) async fn keep_engine_informed(self: Arc<Self>, tasks: Tasks) {
         let mut changes = self.engine.changes();
         // A watch that is kept, a sleep and a token: nothing is lost by dropping a wait for them.
@@ -128,14 +129,20 @@ impl Resolver {
         }
     }
 
-    /// Returns whether nothing remains to be told.
+    /// Returns whether nothing remains to be told or done.
     async fn inform_engine(&self) -> bool {
         let _turn = self.turn().await;
         let (source, target) = tokio::join!(self.read(ServerRole::Source), self.read(ServerRole::Target));
         let told = Box::pin(self.tell_engine(source.as_ref(), target.as_ref())).await;
         let told =
             told.inspect_err(|error| tracing::debug!(%error, "the engine does not know yet how its cutover ended"));
-        target.is_some() && told.is_ok_and(|of| of == Told::Everything)
+        // A migration that was cancelled after a rollback leaves a fence that nobody needs any more.
+        let (mut source, mut target) = (source, target);
+        let in_order = Box::pin(self.settle_homes(&mut source, &mut target)).await;
+        let in_order = in_order.inspect_err(
+            |error| tracing::debug!(%error, "a server that was left, or led back to, is not in order yet"),
+        );
+        target.is_some() && told.is_ok_and(|of| of == Told::Everything) && in_order.is_ok_and(|in_order| in_order)
     }
 
     /// Reads, settles, publishes. Returns whether nothing remains to be done.
@@ -308,8 +315,9 @@ impl Resolver {
         known
     }
 
-    /// Fences that stand since a decision: lifted where a later one has brought the databases back, shut where a rollback
-    /// that came to nothing has left them ajar. Returns whether nothing remains.
+    /// Fences that stand since a decision: lifted where a later one has brought the databases back, or the migration was
+    /// cancelled after a rollback; shut where a rollback that came to nothing has left them ajar. Returns whether nothing
+    /// remains.
     async fn settle_homes(
         &self,
         source: &mut Option<Readable>,
@@ -318,6 +326,10 @@ impl Resolver {
         let mut in_order = true;
         let claims = |server: &Option<Readable>| server.as_ref().map(|server| server.claims.clone());
         let (of_source, of_target) = (claims(source), claims(target));
+        let cancelled = match &*target {
+            Some(server) => migrations::cancelled(&server.control).await?,
+            None => HashSet::new(),
+        };
         for (role, server) in [(ServerRole::Source, source), (ServerRole::Target, target)] {
             let Some(server) = server else { continue };
             for standing in fence::standing(&*server.control).await? {
@@ -327,7 +339,8 @@ impl Resolver {
                     continue;
                 };
                 let came_back = active == role && since > *epoch;
-                if !came_back && !standing.ajar {
+                let given_up = active != role && cancelled.contains(migration);
+                if !came_back && !given_up && !standing.ajar {
                     continue;
                 }
                 // A rollback under way has opened it, or is about to lift it.
@@ -335,15 +348,21 @@ impl Resolver {
                     in_order = false;
                     continue;
                 }
-                if came_back {
-                    home::give_back(&mut server.control, &standing.fence, since).await?;
+                if came_back || given_up {
+                    let by = server.claims.decisions.iter().find(|decision| decision.epoch == since);
+                    if came_back && by.is_some_and(|decision| decision.migration != *migration) {
+                        // Somebody has opened it since for another migration: what was saved then is not what is wanted now.
+                        fence::note_returned(&*server.control, *epoch, since).await?;
+                    } else {
+                        home::give_back(&mut server.control, &standing.fence, since).await?;
+                    }
                     for name in databases {
                         self.switchboard.database(name).set_return_window(None);
                     }
                 } else {
                     home::shut_again(self.connector(role), &self.control_database, &standing).await?;
                 }
-                tracing::info!(epoch = epoch.0, server = %role, came_back, "the fence of an earlier cutover is in order");
+                tracing::info!(epoch = epoch.0, server = %role, came_back, given_up, "the fence of an earlier cutover is in order");
                 release_coordination(&server.control, migration).await?;
             }
         }
