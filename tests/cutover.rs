@@ -150,9 +150,19 @@ async fn writers_that_bypass_the_proxy_are_ended_and_kept_out() {
         acknowledged: AtomicU64,
         refused: AtomicU64,
     }
+    // One is a role that calls itself what our sessions are called: everybody can read that.
+    let owner = connect(&stage.source, "shop").await;
+    let role = "CREATE ROLE mimic LOGIN; GRANT ALL ON ALL TABLES IN SCHEMA public TO mimic;
+                GRANT ALL ON ALL SEQUENCES IN SCHEMA public TO mimic";
+    owner.batch_execute(role).await.expect("made");
+    let ours = life.source.instance().application_name("mimic");
+    drop(owner);
     let (mut tasks, mut writers) = (Vec::new(), Vec::new());
-    for _ in 0..3 {
-        let (config, writer) = (stage.source.config("shop"), Arc::new(Writer::default()));
+    for number in 0..3 {
+        let (mut config, writer) = (stage.source.config("shop"), Arc::new(Writer::default()));
+        if number == 0 {
+            config.user("mimic").application_name(&*ours);
+        }
         writers.push(writer.clone());
         tasks.push(tokio::spawn(async move {
             while !writer.stop.load(Ordering::SeqCst) {

@@ -79,13 +79,14 @@ impl Door {
         loop {
             let row = control
                 .query_one(
-                    "SELECT (SELECT count(*) FROM pg_catalog.pg_locks l JOIN pg_catalog.pg_database d ON d.oid = l.objid
+                    &format!("SELECT (SELECT count(*) FROM pg_catalog.pg_locks l JOIN pg_catalog.pg_database d ON d.oid = l.objid
                               WHERE l.locktype = 'object' AND l.classid = 'pg_catalog.pg_database'::regclass
                                 AND d.datname = $1 AND l.pid <> pg_catalog.pg_backend_pid()),
                             (SELECT count(*) FROM
                                (SELECT pg_catalog.pg_terminate_backend(pid) FROM pg_catalog.pg_stat_activity
-                                 WHERE datname = $1 AND left(application_name, length($2)) IS DISTINCT FROM $2
-                                   AND coalesce(backend_type, '') NOT IN ('autovacuum worker', 'parallel worker')) ended)",
+                                 WHERE datname = $1
+                                   AND (left(application_name, length($2)) = $2 AND usesysid = {OWN_ROLE}) IS NOT TRUE
+                                   AND coalesce(backend_type, '') NOT IN ('autovacuum worker', 'parallel worker')) ended)"),
                     &[&self.database, &own],
                 )
                 .await
@@ -97,6 +98,10 @@ impl Door {
         }
     }
 }
+
+/// The number of the role that a session of ours has logged in as. The name by which our sessions are known can be read and
+/// taken by everybody; it counts only together with this.
+pub const OWN_ROLE: &str = "(SELECT r.oid FROM pg_catalog.pg_roles r WHERE r.rolname = session_user)";
 
 /// Opens or shuts one database, if a hard fence stands over it and is not ajar. Returns whether one does.
 async fn turn(control: &mut Control, database: &str, turn: Turn) -> Result<bool, RecordError> {

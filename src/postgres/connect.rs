@@ -262,10 +262,15 @@ impl Connector {
         Ok(connection)
     }
 
-    /// Whether `login` is one of [`Self::own_login`]: no proxied session carries this process's name.
+    /// Whether `login` is one of [`Self::own_login`]. A client may have read this process's name and call itself by it.
     fn is_own(&self, login: &Login) -> bool {
         let ours = self.inner.instance.application_name("");
-        login.parameters.iter().any(|(name, value)| name == "application_name" && value.starts_with(&ours))
+        let has = |wanted: &str, is: &dyn Fn(&str) -> bool| {
+            login.parameters.iter().any(|(name, value)| name == wanted && is(value))
+        };
+        login.user == self.inner.server.user
+            && has("application_name", &|value| value.starts_with(&ours))
+            && has("options", &|value| value == settings::startup_options())
     }
 
     async fn open(&self, encryption: Encryption, unread: Unread) -> Result<Stream, ConnectError> {
