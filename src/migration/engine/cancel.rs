@@ -3,7 +3,7 @@
 //! The journal is the list; nothing else is touched. An object is struck out only after its removal has succeeded, and
 //! every removal succeeds when there is nothing to remove, so a cancel that was interrupted is simply done again.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::time::Duration;
 
 use super::context::Context;
@@ -11,6 +11,7 @@ use super::error::WorkError;
 use crate::catalog::door::Door;
 use crate::catalog::journal::{Journal, MadeObject, Side};
 use crate::migration::ddl;
+use crate::migration::made::REPLICA_IDENTITY;
 use crate::migration::publication;
 use crate::migration::stream::describe;
 use crate::migration::view::{CancelReport, Left};
@@ -19,6 +20,9 @@ use crate::sqlstate;
 
 /// What keeps definitions as they are, or records them.
 const EVENT_TRIGGER: &str = "event_trigger";
+
+/// What tables are published by.
+const PUBLICATION: &str = "publication";
 
 /// Attempts at a lock that somebody of the application holds, each `lock_timeout` long. After them the object is left.
 const LOCK_ATTEMPTS: u32 = 12;
@@ -29,8 +33,8 @@ fn rank(object: &MadeObject) -> u8 {
         "slot" => 0,
         // Before anything else of ours is changed there.
         EVENT_TRIGGER => 1,
-        "publication" => 2,
-        "replica_identity" => 3,
+        PUBLICATION => 2,
+        REPLICA_IDENTITY => 3,
         _ => 4,
     }
 }
@@ -48,7 +52,15 @@ pub(super) async fn undo(
     objects.sort_by_key(rank);
     let mut sessions = Sessions { context, shut, open: HashMap::new() };
     let mut undone = Undone { report: CancelReport::default(), complete: true };
+    // Where tables are still published, updates of those without an identity would fail.
+    let mut published: HashSet<(Side, Option<String>)> = HashSet::new();
     for object in objects {
+        if object.kind == REPLICA_IDENTITY && published.contains(&(object.side, object.database.clone())) {
+            undone.complete = false;
+            let reason = "its publication could not be removed, and the application's updates need it".to_owned();
+            undone.report.left.push(Left { object, reason });
+            continue;
+        }
         let Some(sql) = object.undo.clone() else {
             let reason = if object.note.is_empty() { "stays on purpose".to_owned() } else { object.note.clone() };
             undone.report.left.push(Left { object, reason });
@@ -69,6 +81,9 @@ pub(super) async fn undo(
             }
             Err(error) => {
                 undone.complete = false;
+                if object.kind == PUBLICATION {
+                    published.insert((object.side, object.database.clone()));
+                }
                 undone.report.left.push(Left { object, reason: describe(&error) });
             }
         }
@@ -139,7 +154,7 @@ impl Sessions<'_> {
         if is_slot {
             return Ok(publication::drop_slot(session, &object.name).await?);
         }
-        if object.kind == "publication" {
+        if object.kind == PUBLICATION {
             return Ok(publication::drop_publication(session, &object.name).await?);
         }
         if object.kind == EVENT_TRIGGER {
