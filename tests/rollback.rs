@@ -121,6 +121,19 @@ async fn a_completed_migration_leaves_what_it_lists() {
     let refused = world.daemon.command(&["migration", "rollback", NAME]);
     assert!(!refused.status.success(), "there is no way back any more");
     assert_eq!(world.serving_port().await, world.target.port());
+    // What is in use is not replaced by what was left, not even on request.
+    let database = "SELECT oid::text FROM pg_database WHERE datname = current_database()";
+    let oid = async || {
+        let target = connect(&world.target, SHOP).await;
+        target.query_one(database, &[]).await.expect("readable").get::<_, String>(0)
+    };
+    let before = oid().await;
+    world.daemon.must(&["migration", "create", "again", "--database", SHOP, "--overwrite-target"]);
+    wait_for("it to be refused", || async {
+        world.daemon.json(&["migration", "show", "again"])["error"]["code"] == "not_the_source"
+    })
+    .await;
+    assert_eq!(oid().await, before);
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

@@ -7,11 +7,14 @@ use tokio::sync::watch;
 use super::error::WorkError;
 use super::live::Live;
 use super::validation::Servers;
+use crate::catalog::claims;
 use crate::catalog::migrations::MigrationCatalog;
+use crate::catalog::resolve::{self, Verdict};
 use crate::config::Config;
 use crate::failpoint::Failpoints;
 use crate::migration::copy::Workers;
 use crate::postgres::{Connector, Control};
+use crate::switch::ServerRole;
 use crate::telemetry::metrics::Metrics;
 
 pub(super) struct Context {
@@ -56,4 +59,18 @@ impl Context {
         let parts = parts.join("', '");
         format!("DO $$ BEGIN {ours}; DELETE FROM pgcutover.part WHERE name IN ('{parts}'); END $$")
     }
+}
+
+/// A migration leads away from the server that is in use: what the other one holds is somebody's only copy, or stale.
+pub(super) async fn must_lead_away(database: &str, source: &Control, target: &Control) -> Result<(), WorkError> {
+    let (from, to) = (claims::read(&**source).await?, claims::read(&**target).await?);
+    let reason = match resolve::resolve(database, Some(&from), Some(&to)) {
+        Verdict::Active { server: ServerRole::Source, .. } => return Ok(()),
+        Verdict::Active { server: ServerRole::Target, epoch } => {
+            format!("it is in use on the target since cutover {}", epoch.0)
+        }
+        Verdict::Undecided { epoch, .. } => format!("cutover {} is not settled", epoch.0),
+        Verdict::Refuse { reason } => reason,
+    };
+    Err(WorkError::NotTheSource { database: database.to_owned(), reason })
 }

@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use tokio::sync::watch;
 
-use super::context::Context;
+use super::context::{Context, must_lead_away};
 use super::definitions;
 use super::error::WorkError;
 use super::lag_watch::Watch;
@@ -305,6 +305,11 @@ impl DatabaseWork {
         let is_control = row.database == self.context.config.control.database;
         let existing =
             if self.context.live.spec.overwrite_target && !is_control { Existing::Drop } else { Existing::Keep };
+        if existing == Existing::Drop {
+            let home = &self.context.config.control.database;
+            let (from, to) = (source.control(home, "overwrite").await?, target.control(home, "overwrite").await?);
+            must_lead_away(&row.database, &from, &to).await?;
+        }
         schema::create_database(source, target, &row.database, existing, &journal).await?;
         let migration = quote_literal(self.migration());
         let forget = format!("{}; DELETE FROM pgcutover.progress WHERE migration = {migration}", late::FORGET);

@@ -164,6 +164,8 @@ pub(super) enum WorkError {
     Stream(Box<StreamError>),
     #[error("the target's login role may not set session_replication_role, and the target has: {}", .0.join(", "))]
     WouldFire(Vec<String>),
+    #[error("database {database:?} of the source is not the one in use, and must not replace the target's: {reason}")]
+    NotTheSource { database: String, reason: String },
     #[error(transparent)]
     Late(#[from] LateError),
     #[error(transparent)]
@@ -223,6 +225,7 @@ impl WorkError {
             | Self::Restore(_)
             | Self::TableGone(_)
             | Self::WouldFire(_)
+            | Self::NotTheSource { .. }
             | Self::Failpoint(_)
             | Self::Slot(_)
             | Self::Stopping => false,
@@ -296,6 +299,9 @@ impl WorkError {
             Self::TableGone(_) => ("table_gone", "cancel the migration and create it again"),
             Self::Stream(error) => (error.code(), stream_hint(error)),
             Self::WouldFire(_) => ("would_fire", WOULD_FIRE_HINT),
+            Self::NotTheSource { .. } => {
+                ("not_the_source", "cancel it; `pgcutover status` says which server is in use")
+            }
             Self::Late(_) => ("late_definitions", ""),
             Self::Sequences(_) => ("sequences", ""),
             Self::Unstreamed(_) | Self::Still(_) => ("unstreamed", ""),

@@ -8,7 +8,7 @@ use tokio::sync::{mpsc, oneshot, watch};
 
 use super::actor::Command;
 use super::back::BackWork;
-use super::context::Context;
+use super::context::{Context, must_lead_away};
 use super::database::DatabaseWork;
 use super::error::WorkError;
 use super::late;
@@ -171,6 +171,9 @@ impl Worker {
         let source = self.context.source.control(database, "prerequisites").await?;
         let target = self.context.target.control(database, "prerequisites").await?;
         bootstrap(&target, Place::TargetControl).await?;
+        for database in &self.context.live.databases {
+            must_lead_away(&database.name, &source, &target).await?;
+        }
         tracing::info!(
             migration = self.context.live.name(),
             source = source.version_num(),
