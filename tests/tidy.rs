@@ -143,7 +143,13 @@ fn purity_findings(path: &str, text: &str) -> Vec<String> {
     findings
 }
 
-fn static_findings(_path: &str, text: &str) -> Vec<String> {
+/// The one file with such a static: a port that was given out may not be bound yet, and nothing but the process knows.
+const GIVES_OUT_PORTS: &str = "src/demo/cluster/process.rs";
+
+fn static_findings(path: &str, text: &str) -> Vec<String> {
+    if path == GIVES_OUT_PORTS {
+        return Vec::new();
+    }
     let code = code_only(text);
     let mut findings = Vec::new();
     for (index, line) in code.lines().enumerate() {

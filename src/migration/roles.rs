@@ -72,6 +72,9 @@ pub enum RolesError {
     Journal(#[from] JournalError),
 }
 
+/// Waits until nobody else brings roles over.
+const ONE_AT_A_TIME: &str = "SELECT pg_catalog.pg_advisory_lock(pg_catalog.hashtext('pgcutover roles'))";
+
 /// Brings the target's roles in line with the source's: every role whose name does not start with `pg_`, its attributes,
 /// verifier (where it can be read), memberships, settings and rights on parameters. Settings of a role in a database come with
 /// [`super::schema::create_database`]. Idempotent.
@@ -87,6 +90,8 @@ pub async fn copy_roles(
         move |source| RolesError::Read { server, source }
     };
     let wanted = Roles::read(&from).await.map_err(read(source))?;
+    // Roles are the server's, and several migrations may begin at the same time. Held until the session ends.
+    to.batch_execute(ONE_AT_A_TIME).await.map_err(read(target))?;
     let found = Roles::read(&to).await.map_err(read(target))?;
     let superuser = "SELECT rolsuper FROM pg_roles WHERE rolname = current_user";
     let superuser: bool = to.query_one(superuser, &[]).await.map_err(read(target))?.get(0);

@@ -46,7 +46,12 @@ const LATER: &[(u16, &str)] = &[
          CREATE TABLE app.multi (a int4multirange, b app.many_spans, c text COMPRESSION pglz);
          INSERT INTO app.multi VALUES ('{[1,2), [5,6)}', '{[1,3)}', repeat('x', 5000));
          CREATE STATISTICS app.expr_st ON (a + b) FROM app.computed;
-         CREATE FUNCTION app.sub(s jsonb) RETURNS jsonb LANGUAGE sql AS 'SELECT s';",
+         CREATE FUNCTION app.sub(s jsonb) RETURNS jsonb LANGUAGE sql AS 'SELECT s';
+         CREATE TABLE app.looked_up (id int PRIMARY KEY, b int); INSERT INTO app.looked_up VALUES (1, 10), (2, 20);
+         CREATE FUNCTION app.by_key(x int) RETURNS int LANGUAGE sql IMMUTABLE
+             BEGIN ATOMIC SELECT k.b FROM app.looked_up k WHERE k.id = x GROUP BY k.id; END;
+         CREATE TABLE app.by_keys (x int); INSERT INTO app.by_keys VALUES (1), (2), (3);
+         CREATE INDEX by_keys_b ON app.by_keys (app.by_key(x)); COMMENT ON INDEX app.by_keys_b IS 'needs a function that needs a key';",
     ),
     (
         15,

@@ -151,12 +151,32 @@ const MAKERS_PUBLIC: &str =
 /// Sorts the entries; `source` is the transaction that the dump shared its snapshot with.
 pub(super) async fn build(source: &Transaction<'_>, toc: Toc) -> Result<Archive, Error> {
     let owners = owners(source, &toc.entries).await?;
-    let mut archive = sort(toc, &owners);
+    let held_up = held_up(source, &toc.entries).await?;
+    let mut archive = sort(toc, &owners, &held_up);
     archive.public_is_the_makers = !source.query(MAKERS_PUBLIC, &[]).await?.is_empty();
     Ok(archive)
 }
 
-fn sort(toc: Toc, owners: &HashMap<(u32, u32), Owner>) -> Archive {
+/// Where what comes behind the rows begins.
+fn boundary(entries: &[Entry]) -> usize {
+    entries.iter().position(|entry| POST_DATA.contains(&entry.kind.as_str())).unwrap_or(entries.len())
+}
+
+/// Indexes and constraints that use a function which itself needs a primary key, and so comes behind the keys. A dump in
+/// plain text does not say so.
+async fn held_up(source: &Transaction<'_>, entries: &[Entry]) -> Result<HashSet<(u32, u32)>, Error> {
+    let postponed = entries[boundary(entries)..].iter().filter(|entry| entry.class_oid == PG_PROC);
+    let postponed: Vec<u32> = postponed.map(|entry| entry.oid).collect();
+    if postponed.is_empty() {
+        return Ok(HashSet::new());
+    }
+    let dependents = "SELECT d.classid, d.objid FROM pg_catalog.pg_depend d \
+        WHERE d.refclassid = 'pg_catalog.pg_proc'::pg_catalog.regclass AND d.refobjid = ANY($1)";
+    let rows = source.query(dependents, &[&postponed]).await?;
+    Ok(rows.iter().map(|row| (row.get(0), row.get(1))).collect())
+}
+
+fn sort(toc: Toc, owners: &HashMap<(u32, u32), Owner>, held_up: &HashSet<(u32, u32)>) -> Archive {
     let mut archive = Archive {
         standard_strings: toc.standard_strings,
         public_is_the_makers: false,
@@ -166,8 +186,7 @@ fn sort(toc: Toc, owners: &HashMap<(u32, u32), Owner>) -> Archive {
         foreign_keys: Vec::new(),
         last: Vec::new(),
     };
-    let boundary =
-        toc.entries.iter().position(|entry| POST_DATA.contains(&entry.kind.as_str())).unwrap_or(toc.entries.len());
+    let boundary = boundary(&toc.entries);
     let mut late: HashSet<u32> = HashSet::new();
     for (at, entry) in toc.entries.into_iter().enumerate() {
         // Refuses changes of the source's definitions, and only there.
@@ -183,7 +202,9 @@ fn sort(toc: Toc, owners: &HashMap<(u32, u32), Owner>) -> Archive {
         } else if is_last(&entry) || entry.dependencies.iter().any(|id| late.contains(id)) {
             late.insert(entry.dump_id);
             archive.last.push(entry);
-        } else if let Some(owner) = owner.filter(|owner| owner.relkind == "r" && entry.kind != "STATISTICS") {
+        } else if let Some(owner) = owner.filter(|owner| owner.relkind == "r" && entry.kind != "STATISTICS")
+            && !held_up.contains(&(entry.class_oid, entry.oid))
+        {
             archive.by_table.entry(owner.table_oid).or_default().push(entry);
         } else {
             archive.after_copy.push(entry);
@@ -209,6 +230,7 @@ fn adding(owner: Option<&Owner>) -> Adding {
 
 const PG_CLASS: u32 = 1259;
 const PG_CONSTRAINT: u32 = 2606;
+const PG_PROC: u32 = 1255;
 
 async fn owners(source: &Transaction<'_>, entries: &[Entry]) -> Result<HashMap<(u32, u32), Owner>, Error> {
     let oids = |class: u32| -> Vec<u32> {
@@ -285,22 +307,25 @@ mod tests {
             entry(11, "FK CONSTRAINT", 2606, 24, &[]),
             entry(12, "COMMENT", 0, 0, &[3]),
             entry(13, "ACL", 0, 0, &[1]),
+            entry(14, "FUNCTION", 1255, 40, &[]),
+            entry(15, "INDEX", 1259, 25, &[]),
         ];
         let owners = HashMap::from([
             ((1259, 20), owner(10, "r", None)),
             ((1259, 21), owner(11, "p", None)),
+            ((1259, 25), owner(10, "r", None)),
             ((2606, 22), owner(10, "r", Some(("pk", true)))),
             ((2606, 23), owner(10, "r", Some(("fk", true)))),
             ((2606, 24), owner(10, "r", Some(("old", false)))),
         ]);
-        let archive = sort(Toc { standard_strings: true, entries }, &owners);
+        let archive = sort(Toc { standard_strings: true, entries }, &owners, &HashSet::from([(1259, 25)]));
         assert_eq!(ids(&archive.pre_data), [1, 2]);
         assert_eq!(ids(archive.table_entries(10)), [3, 5]);
-        assert_eq!(ids(&archive.after_copy), [4, 6, 12, 13]);
+        assert_eq!(ids(&archive.after_copy), [4, 6, 12, 13, 14, 15]);
         assert_eq!(ids(&archive.last), [7, 8, 10]);
         let validate = "ALTER TABLE \"s\".\"t\" VALIDATE CONSTRAINT \"fk\"".to_owned();
         assert_eq!(archive.foreign_keys[0].adding, Adding::ThenValidate { validate, partitioned: false });
         assert_eq!(archive.foreign_keys[1].adding, Adding::AsDumped, "what is not validated stays so");
-        assert_eq!(archive.len(), 13);
+        assert_eq!(archive.len(), 15);
     }
 }

@@ -157,18 +157,18 @@ fn without_attribute_versions<'a>(kind: &str, sql: &'a str) -> Cow<'a, str> {
     if !has_columns || !sql.contains("pg_attver=") {
         return Cow::Borrowed(sql);
     }
-    Cow::Owned(sql.split_inclusive('\n').filter_map(without_attribute_version).collect())
+    // Not by lines: there may be ends of lines in names.
+    sql.split_inclusive(";\n").filter_map(without_attribute_version).collect::<String>().into()
 }
 
-/// The line as it stays; none: it sets nothing else.
-fn without_attribute_version(line: &str) -> Option<Cow<'_, str>> {
-    let statement = line.trim_end_matches('\n');
-    let parts = statement.strip_suffix(");").and_then(|rest| rest.rsplit_once(" SET ("));
-    let Some((before, options)) = parts.filter(|_| statement.starts_with("ALTER ")) else {
-        return Some(Cow::Borrowed(line));
+/// The statement as it stays; none: it sets nothing else.
+fn without_attribute_version(statement: &str) -> Option<Cow<'_, str>> {
+    let parts = statement.trim_end_matches('\n').strip_suffix(");").and_then(|rest| rest.rsplit_once(" SET ("));
+    let Some((before, options)) = parts.filter(|_| statement.trim_start().starts_with("ALTER ")) else {
+        return Some(Cow::Borrowed(statement));
     };
     if !before.contains(" ALTER COLUMN ") || !options.contains("pg_attver=") {
-        return Some(Cow::Borrowed(line));
+        return Some(Cow::Borrowed(statement));
     }
     let kept: Vec<&str> = options.split(", ").filter(|option| !option.starts_with("pg_attver=")).collect();
     (!kept.is_empty()).then(|| Cow::Owned(format!("{before} SET ({});\n", kept.join(", "))))
@@ -401,6 +401,7 @@ mod tests {
     fn versions_that_a_server_notes_of_columns_are_left_out() {
         let table = "CREATE TABLE public.t (\n    a integer DEFAULT 'SET (pg_attver=1);'\n);\n\
                      ALTER TABLE ONLY public.t ALTER COLUMN a SET (pg_attver=26520280);\n\
+                     \nALTER TABLE ONLY public.\"two\nlines\" ALTER COLUMN a SET (pg_attver=26520280);\n\
                      ALTER TABLE ONLY public.t ALTER COLUMN b SET (n_distinct=5, pg_attver=1);\n";
         let left = "CREATE TABLE public.t (\n    a integer DEFAULT 'SET (pg_attver=1);'\n);\n\
                     ALTER TABLE ONLY public.t ALTER COLUMN b SET (n_distinct=5);\n";

@@ -264,7 +264,7 @@ SELECT g.kind, g.name,
   FROM granted g CROSS JOIN LATERAL aclexplode(g.acl) x WHERE x.privilege_type <> 'MAINTAIN' GROUP BY g.kind, g.name
 UNION ALL
 SELECT 'default privileges', format('%s %s %s', pg_get_userbyid(d.defaclrole), n.nspname, d.defaclobjtype),
-       (SELECT string_agg(concat_ws(' ', CASE WHEN x.grantee = 0 THEN 'public' ELSE pg_get_userbyid(x.grantee)::text END, x.privilege_type),
+       (SELECT string_agg(concat_ws(' ', CASE WHEN x.grantee = 0 THEN 'public' ELSE pg_get_userbyid(x.grantee)::text END, x.privilege_type, x.is_grantable),
                           ',' ORDER BY x.grantee = 0, pg_get_userbyid(x.grantee), x.privilege_type)
           FROM (SELECT x.* FROM aclexplode(d.defaclacl) x) x WHERE x.privilege_type <> 'MAINTAIN')
   FROM pg_default_acl d LEFT JOIN pg_namespace n ON n.oid = d.defaclnamespace
