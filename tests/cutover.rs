@@ -484,3 +484,54 @@ async fn force_goes_past_what_cannot_lose_data_and_past_nothing_else() {
     assert_eq!(report.outcome, CutoverOutcome::Switched, "{report:?}");
     assert!(report.forced.len() == 1 && report.forced[0].contains("max_lag_at_start"), "{report:?}");
 }
+
+/// Definitions were compared before; what is made behind that is in no stream and on no other server.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn definitions_that_change_while_a_cutover_is_prepared_stop_it() {
+    let stage = Stage::set().await;
+    let shop = connect(&stage.source, "shop").await;
+    let view = "CREATE MATERIALIZED VIEW seen AS SELECT count(*) FROM item; CREATE UNIQUE INDEX ON seen (count)";
+    shop.batch_execute(view).await.expect("made");
+    let life = stage.life("prepare.before_fence=hold").resolved().await;
+    for made in [
+        "BEGIN; CREATE TABLE n (id int); INSERT INTO n VALUES (1); COMMIT",
+        "ALTER TABLE item ADD more int",
+        "ALTER TABLE item RENAME name TO label",
+        "ALTER TABLE item ALTER label TYPE varchar",
+        "DROP TABLE n; CREATE TABLE n (id int)",
+        "CREATE FUNCTION f() RETURNS int LANGUAGE sql AS 'SELECT 1'",
+        "ALTER TABLE n ADD CHECK (id > 0)",
+    ] {
+        let running = life.cut_over_up_to("prepare.before_fence", life.options()).await;
+        connect(&stage.source, "shop")
+            .await
+            .batch_execute(made)
+            .await
+            .unwrap_or_else(|error| panic!("{made}: {error:?}"));
+        life.failpoints.release("prepare.before_fence");
+        let report = running.await.expect("no panic");
+        assert_eq!(report.outcome, CutoverOutcome::Aborted, "{made}: {report:?}");
+        assert!(report.reason.contains("definitions of database \"shop\" were changed"), "{made}: {}", report.reason);
+        assert!(life.runs_on(ServerRole::Source, 0), "{made}");
+        connect(&stage.target, "shop").await.batch_execute(made).await.expect("the same there");
+    }
+    let shop = connect(&stage.source, "shop").await;
+    // These change the catalogue too, and nothing that anybody would miss.
+    let running = life.cut_over_up_to("prepare.before_fence", life.options()).await;
+    for other in [
+        "CREATE TEMP TABLE t (id serial PRIMARY KEY, v text)",
+        "CREATE INDEX ON t (v)",
+        "TRUNCATE item",
+        "VACUUM FULL item",
+        "ANALYZE item",
+        "REFRESH MATERIALIZED VIEW seen",
+        "REFRESH MATERIALIZED VIEW CONCURRENTLY seen",
+        "REINDEX TABLE item",
+        "REINDEX TABLE CONCURRENTLY item",
+    ] {
+        shop.batch_execute(other).await.unwrap_or_else(|error| panic!("{other}: {error:?}"));
+    }
+    life.failpoints.release("prepare.before_fence");
+    let report = running.await.expect("no panic");
+    assert_eq!(report.outcome, CutoverOutcome::Switched, "{report:?}");
+}

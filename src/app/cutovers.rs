@@ -203,6 +203,7 @@ fn refused(error: &CutoverError) -> AdminError {
         CutoverError::Connect(_) | CutoverError::Stopped(_) => ErrorKind::Unavailable,
         CutoverError::Guardrail(_)
         | CutoverError::Forceable(_)
+        | CutoverError::Definitions(_)
         | CutoverError::Engine(_)
         | CutoverError::Blocked { .. }
         | CutoverError::Sessions(_)

@@ -175,6 +175,11 @@ impl parts::Lease for Lease {
         self.with(CutoverLease::lag).flatten().map(|lag| lag.bytes)
     }
 
+    async fn compare_definitions(&self) -> Result<(), String> {
+        let Some(lease) = self.with(CutoverLease::clone) else { return Ok(()) };
+        lease.compare_definitions().await.map_err(|error| refused(&error).message)
+    }
+
     async fn synchronise(&self) -> Result<Vec<String>, String> {
         let Some(lease) = self.with(CutoverLease::clone) else { return Ok(Vec::new()) };
         lease.synchronise().await.map_err(|error| refused(&error).message)

@@ -355,7 +355,7 @@ impl Work {
     }
 
     /// Waits until every database has durably applied its marker. Meanwhile held sessions bring their other backend up to
-    /// date: nobody writes any more, and neither needs the other. Sessions that cannot are ended or stop the cutover. Then
+    /// date, and it is looked whether definitions were changed: nobody writes any more, and none needs the other. Sessions that cannot are ended or stop the cutover. Then
     /// come the sequences that could not be brought over before.
     pub(super) async fn arrive(&mut self, last: LastWord, deadline: Instant) -> Result<(), CutoverError> {
         let LastWord { marker: Marker { nonce, .. }, sequences } = last;
@@ -369,7 +369,7 @@ impl Work {
             wait_applied(&*lease, &databases, &nonce, &failpoints).await?;
             Ok::<_, CutoverError>(since.elapsed())
         };
-        let ((reports, settled), applied) = tokio::try_join!(settled, applied)?;
+        let ((reports, settled), applied, ()) = tokio::try_join!(settled, applied, self.stands_still())?;
         self.timings.took("sessions are up to date", settled);
         self.timings.took("everything has arrived", applied);
         self.judge_moves(&reports)?;
@@ -379,6 +379,26 @@ impl Work {
             self.timings.step("sequences are brought over", since);
         }
         Ok(())
+    }
+
+    /// Whether the definitions are still those that were compared, now that nobody can change any.
+    async fn stands_still(&self) -> Result<(), CutoverError> {
+        if self.options.dry_run && self.options.ddl == Ddl::Apply {
+            // Nothing keeps commands from being carried over while it runs.
+            return Ok(());
+        }
+        let looks = self.lines.iter().filter_map(|line| Some((line, line.sessions.as_ref()?))).map(async |(line, sessions)| {
+            let holds = sessions.standstill.holds(&sessions.marker).await;
+            if holds.map_err(|source| CutoverError::query("look at definitions once more", source))? {
+                return Ok(());
+            }
+            let (name, role) = (&line.name, self.from.role);
+            Err(CutoverError::Definitions(format!(
+                "definitions of database {name:?} were changed on the {role} while the cutover was being prepared, behind \
+                 their comparison"
+            )))
+        });
+        try_join_all(looks).await.map(drop)
     }
 
     /// Unlogged tables and large objects, now that nobody writes.

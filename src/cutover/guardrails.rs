@@ -226,6 +226,11 @@ impl Work {
         Ok(())
     }
 
+    /// What the engine compares: all that a session would miss on the other server.
+    pub(super) async fn compare_definitions(&self) -> Result<(), CutoverError> {
+        self.lease.compare_definitions().await.map_err(CutoverError::Definitions)
+    }
+
     /// Compares what the two servers hold, through the sessions that prepare has opened.
     pub(super) async fn check_fingerprints(&self) -> Result<(), CutoverError> {
         for line in &self.lines {

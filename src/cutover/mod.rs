@@ -121,6 +121,9 @@ pub enum CutoverError {
     /// What no stream carries could not be brought over before the pause.
     #[error("what no stream carries: {0}")]
     Synchronise(String),
+    /// Definitions that the other server lacks, or that were changed after they had been compared.
+    #[error("{0}")]
+    Definitions(String),
     /// The pause would have become longer than allowed.
     #[error("max_pause of {0:?} reached")]
     MaxPause(Duration),
@@ -155,6 +158,10 @@ impl CutoverError {
             | Self::Synchronise(_) => {
                 Some("`pgcutover check` tests both connections and the rights; the server's log has the statement")
             }
+            Self::Definitions(_) => Some(
+                "nothing has changed, and --force does not go past it: rows would be lost, or what sessions need be missing; define \
+                 the same on both servers, or undo it, then order it again",
+            ),
             Self::Guardrail(_) => Some(
                 "nothing has changed, and --force does not go past it: more than time and connections is at stake; `pgcutover \
                  migration show NAME` says where it stands, and --dry-run rehearses it",
@@ -193,6 +200,7 @@ impl CutoverError {
             | Self::Unstreamed(_)
             | Self::Late(_)
             | Self::Synchronise(_)
+            | Self::Definitions(_)
             | Self::Guardrail(_)
             | Self::Forceable(_)
             | Self::Sessions(_)

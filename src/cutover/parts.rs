@@ -18,6 +18,9 @@ pub trait Lease: Send + Sync {
     /// How far the target is behind, in bytes; none when unknown.
     fn lag_bytes(&self) -> Option<u64>;
 
+    /// Compares the definitions of both servers; `Err` says what is missing on the one that the cutover leads to.
+    async fn compare_definitions(&self) -> Result<(), String>;
+
     /// Brings over once more what no stream carries: roles and settings. Returns notes for the operator.
     async fn synchronise(&self) -> Result<Vec<String>, String>;
 

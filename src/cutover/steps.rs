@@ -28,6 +28,7 @@ use crate::catalog::fence::Fence;
 use crate::catalog::{Place, bootstrap};
 use crate::config::{FencePolicy, Reads};
 use crate::migration::sequences::SequencePair;
+use crate::migration::standstill::Standstill;
 use crate::migration::{late, unstreamed};
 use crate::postgres::Control;
 
@@ -327,6 +328,10 @@ impl Work {
         let since = Instant::now();
         self.check_guardrails().await?;
         self.enter_home().await?;
+        if self.home.is_some() {
+            // For a first cutover it was compared before it began; a fenced server could not be entered until now.
+            self.compare_definitions().await?;
+        }
         self.timings.step("guardrails", since);
         let since = Instant::now();
         let notes = self.lease.synchronise().await.map_err(CutoverError::Synchronise)?;
@@ -342,6 +347,8 @@ impl Work {
         }
         let since = Instant::now();
         self.open_sessions().await?;
+        // Until now anybody may have made others; from now on the standstills tell.
+        self.compare_definitions().await?;
         self.check_fingerprints().await?;
         self.timings.step("our own sessions and a last comparison", since);
         let sessions = u32::try_from(self.sessions.list().len()).unwrap_or(u32::MAX);
@@ -415,6 +422,7 @@ impl Work {
             self.sessions.learn_names(&line.name, order, &marker).await.map_err(failed)?;
             // What is set here need not be set in the pause, and the statements are planned.
             let sequences = SequencePair::prepare(&marker, &onward).await?;
+            let standstill = Standstill::begin(&marker).await.map_err(failed)?;
             let weight = unstreamed::weigh(&marker).await?;
             let mut tables = published_tables(&marker, &self.lease.replication(&line.name).publication).await?;
             tables.extend(weight.tables.iter().map(|(table, _)| table.to_string()));
@@ -436,7 +444,8 @@ impl Work {
             };
             // The boundary is durable with the decision, which follows it.
             onward.batch_execute("SET synchronous_commit = off").await.map_err(failed)?;
-            let mut sessions = LineSessions { sequences, unstreamed, late, tables, locks: Vec::new(), marker, onward };
+            let locks = Vec::new();
+            let mut sessions = LineSessions { sequences, standstill, unstreamed, late, tables, locks, marker, onward };
             if !self.options.dry_run {
                 for _ in 0..sessions.tables.len().div_ceil(TABLES_PER_SESSION).min(MOST_LOCK_SESSIONS) {
                     sessions.locks.push(self.from.connector.control(&line.name, "cutover-locks").await?);

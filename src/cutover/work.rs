@@ -21,6 +21,7 @@ use crate::catalog::streams::Direction;
 use crate::config::{Ddl, FencePolicy, Reads, Stragglers};
 use crate::failpoint::{Failed, Failpoints};
 use crate::migration::sequences::SequencePair;
+use crate::migration::standstill::Standstill;
 use crate::postgres::{Connector, Control};
 use crate::proxy::{MoveOrder, MoveOutcome, MoveReport, SessionView, Sessions};
 use crate::shutdown::Tasks;
@@ -81,6 +82,8 @@ pub(super) struct LineSessions {
     pub(super) locks: Vec<Control>,
     pub(super) onward: Control,
     pub(super) sequences: SequencePair,
+    /// Of the definitions that were compared; asked through `marker`.
+    pub(super) standstill: Standstill,
     /// From here to there, where there is something that no stream carries.
     pub(super) unstreamed: Option<(Control, Control)>,
     /// There, where foreign keys and triggers come with the cutover. From the drain on in the transaction that makes them.

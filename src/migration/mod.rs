@@ -28,6 +28,7 @@ pub mod schema;
 pub mod sequences;
 mod settings;
 pub mod snapshot;
+pub mod standstill;
 pub mod state;
 pub mod stream;
 pub mod unstreamed;

@@ -86,3 +86,23 @@ async fn a_table_that_was_made_again_stops_the_cutover() {
     let told = format!("{}{}", String::from_utf8_lossy(&output.stdout), String::from_utf8_lossy(&output.stderr));
     assert!(!output.status.success() && told.contains("changes of table public.b"), "{told}");
 }
+
+/// A cutover compares again when it has made everything that takes long.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_table_that_is_made_while_a_cutover_is_prepared_stops_it() {
+    let (source, target) = two_clusters();
+    connect(&source, "postgres").await.batch_execute("CREATE DATABASE shop").await.expect("made");
+    let client = connect(&source, "shop").await;
+    client.batch_execute(TABLES).await.expect("tables");
+    let options = DaemonOptions::default().failpoints("prepare.after_return=sleep:5000ms");
+    let daemon = Daemon::start(&source, &target, options);
+    daemon.must(&["migration", "create", NAME, "--database", "shop"]);
+    ready(&daemon).await;
+    let mut order = daemon.begin(&["migration", "cutover", NAME]);
+    wait_for("the cutover to be prepared", || async { daemon.log().contains("failpoint=\"prepare.after_return\"") })
+        .await;
+    client.batch_execute("CREATE TABLE n AS SELECT 1 AS id").await.expect("made");
+    let ended = order.wait().expect("it ends");
+    let log = daemon.log();
+    assert!(!ended.success() && log.contains("table public.n, defined on the source"), "{ended}: {log}");
+}

@@ -61,6 +61,9 @@ impl Lease for Instantly {
     fn lag_bytes(&self) -> Option<u64> {
         *self.lag_bytes.lock().expect("not poisoned")
     }
+    async fn compare_definitions(&self) -> Result<(), String> {
+        Ok(())
+    }
     async fn synchronise(&self) -> Result<Vec<String>, String> {
         Ok(Vec::new())
     }

@@ -59,6 +59,11 @@ impl CutoverLease {
         Some(DatabaseHandle { live, source, target })
     }
 
+    /// Compares the definitions of both servers: what the one that the cutover leads to lacks is an error.
+    pub async fn compare_definitions(&self) -> Result<(), EngineError> {
+        Box::pin(self.engine.check_drift(&self.live, self.live.state().direction())).await
+    }
+
     /// Brings over once more what no stream carries and may have changed since the copy: roles with their passwords,
     /// memberships and settings, and the settings of the databases. Returns what an operator should know.
     pub async fn synchronise(&self) -> Result<Vec<String>, EngineError> {

@@ -3,10 +3,10 @@
 
 use std::time::Instant;
 
+use super::Engine;
 use super::definitions;
 use super::error::EngineError;
 use super::live::Live;
-use super::{Engine, has_come_back};
 use crate::catalog::journal::Journal;
 use crate::catalog::streams::Direction;
 use crate::config::Ddl;
@@ -26,10 +26,6 @@ impl Engine {
         let (catalog, _actors) = self.owned()?;
         let journal = Journal::new(catalog, live.name());
         let direction = live.state().direction();
-        if direction == Direction::Reverse || has_come_back(live) {
-            // For a first cutover it was compared before it began; a fenced server could not be entered until now.
-            self.check_drift(live, direction).await?;
-        }
         let (from, to) = direction.ends(&self.deps.source, &self.deps.target);
         let reports = match direction {
             Direction::Forward => roles::copy_roles(from, to, &journal).await?,
