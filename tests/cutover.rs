@@ -535,3 +535,18 @@ async fn definitions_that_change_while_a_cutover_is_prepared_stop_it() {
     let report = running.await.expect("no panic");
     assert_eq!(report.outcome, CutoverOutcome::Switched, "{report:?}");
 }
+
+/// There was nothing for which sessions would have been kept.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn the_first_large_object_comes_with_the_pause() {
+    let stage = Stage::set().await;
+    let life = stage.life("prepare.before_fence=hold").resolved().await;
+    let running = life.cut_over_up_to("prepare.before_fence", life.options()).await;
+    let made = "SELECT lo_from_bytea(4711, 'first')";
+    connect(&stage.source, "shop").await.batch_execute(made).await.expect("made");
+    life.failpoints.release("prepare.before_fence");
+    let report = running.await.expect("no panic");
+    assert_eq!(report.outcome, CutoverOutcome::Switched, "{report:?}");
+    let there = connect(&stage.target, "shop").await.query_one("SELECT lo_get(4711)", &[]).await.expect("it came");
+    assert_eq!(there.get::<_, &[u8]>(0), b"first");
+}

@@ -21,7 +21,7 @@ use super::CutoverError;
 use super::hard_fence::{self, Looking, Obstacle, Shutting};
 use super::marker::Marker;
 use super::parts::Lease;
-use super::work::{Line, Unmoved, Work};
+use super::work::{Line, LineSessions, Unmoved, Work};
 use crate::config::{Ddl, FencePolicy, Reads, Stragglers};
 use crate::failpoint::Failpoints;
 use crate::migration::unstreamed::{self, Carried};
@@ -355,7 +355,8 @@ impl Work {
     }
 
     /// Waits until every database has durably applied its marker. Meanwhile held sessions bring their other backend up to
-    /// date, and it is looked whether definitions were changed: nobody writes any more, and none needs the other. Sessions that cannot are ended or stop the cutover. Then
+    /// date, and it is looked whether definitions were changed and large objects made: nobody writes any more, and none needs the
+    /// other. Sessions that cannot are ended or stop the cutover. Then
     /// come the sequences that could not be brought over before.
     pub(super) async fn arrive(&mut self, last: LastWord, deadline: Instant) -> Result<(), CutoverError> {
         let LastWord { marker: Marker { nonce, .. }, sequences } = last;
@@ -369,7 +370,11 @@ impl Work {
             wait_applied(&*lease, &databases, &nonce, &failpoints).await?;
             Ok::<_, CutoverError>(since.elapsed())
         };
-        let ((reports, settled), applied, ()) = tokio::try_join!(settled, applied, self.stands_still())?;
+        let ((reports, settled), applied, (), first_large_objects) =
+            tokio::try_join!(settled, applied, self.stands_still(), self.first_large_objects())?;
+        for (line, are_there) in self.lines.iter_mut().zip(first_large_objects) {
+            line.sessions.iter_mut().for_each(|sessions| sessions.first_large_objects = are_there);
+        }
         self.timings.took("sessions are up to date", settled);
         self.timings.took("everything has arrived", applied);
         self.judge_moves(&reports)?;
@@ -387,7 +392,8 @@ impl Work {
             // Nothing keeps commands from being carried over while it runs.
             return Ok(());
         }
-        let looks = self.lines.iter().filter_map(|line| Some((line, line.sessions.as_ref()?))).map(async |(line, sessions)| {
+        let look = async |line: &Line| {
+            let Some(sessions) = &line.sessions else { return Ok(()) };
             let holds = sessions.standstill.holds(&sessions.marker).await;
             if holds.map_err(|source| CutoverError::query("look at definitions once more", source))? {
                 return Ok(());
@@ -397,15 +403,28 @@ impl Work {
                 "definitions of database {name:?} were changed on the {role} while the cutover was being prepared, behind \
                  their comparison"
             )))
-        });
-        try_join_all(looks).await.map(drop)
+        };
+        try_join_all(self.lines.iter().map(look)).await.map(drop)
+    }
+
+    /// For each database, whether there are large objects now and there was nothing to carry when prepare looked.
+    async fn first_large_objects(&self) -> Result<Vec<bool>, CutoverError> {
+        let look = async |line: &Line| match &line.sessions {
+            Some(LineSessions { unstreamed: None, marker, .. }) => unstreamed::has_large_objects(marker).await,
+            Some(_) | None => Ok(false),
+        };
+        Ok(try_join_all(self.lines.iter().map(look)).await?)
     }
 
     /// Unlogged tables and large objects, now that nobody writes.
     pub(super) async fn carry_unstreamed(&mut self) -> Result<(), CutoverError> {
         for line in &self.lines {
-            let Some((from, to)) = line.sessions.as_ref().and_then(|sessions| sessions.unstreamed.as_ref()) else {
-                continue;
+            let Some(sessions) = &line.sessions else { continue };
+            let (from, to) = match &sessions.unstreamed {
+                Some((from, to)) => (from, to),
+                // The server is shut: these two are what there is.
+                None if sessions.first_large_objects => (&sessions.marker, &sessions.onward),
+                None => continue,
             };
             let Carried { tables, large_objects } = unstreamed::bring_over(from, to).await?;
             if tables + large_objects > 0 {

@@ -444,8 +444,17 @@ impl Work {
             };
             // The boundary is durable with the decision, which follows it.
             onward.batch_execute("SET synchronous_commit = off").await.map_err(failed)?;
-            let locks = Vec::new();
-            let mut sessions = LineSessions { sequences, standstill, unstreamed, late, tables, locks, marker, onward };
+            let mut sessions = LineSessions {
+                sequences,
+                standstill,
+                unstreamed,
+                first_large_objects: false,
+                late,
+                tables,
+                locks: Vec::new(),
+                marker,
+                onward,
+            };
             if !self.options.dry_run {
                 for _ in 0..sessions.tables.len().div_ceil(TABLES_PER_SESSION).min(MOST_LOCK_SESSIONS) {
                     sessions.locks.push(self.from.connector.control(&line.name, "cutover-locks").await?);

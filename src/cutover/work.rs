@@ -84,8 +84,10 @@ pub(super) struct LineSessions {
     pub(super) sequences: SequencePair,
     /// Of the definitions that were compared; asked through `marker`.
     pub(super) standstill: Standstill,
-    /// From here to there, where there is something that no stream carries.
+    /// From here to there, where there was something that no stream carries when prepare looked.
     pub(super) unstreamed: Option<(Control, Control)>,
+    /// The first large objects were made after that.
+    pub(super) first_large_objects: bool,
     /// There, where foreign keys and triggers come with the cutover. From the drain on in the transaction that makes them.
     pub(super) late: Option<Control>,
     /// Quoted names of the tables that are brought over, by the stream or otherwise.

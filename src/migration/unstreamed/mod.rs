@@ -117,6 +117,13 @@ pub async fn weigh(server: &Control) -> Result<Weight, UnstreamedError> {
     Ok(Weight { tables, large_objects: unsigned(row.get(0)), large_object_bytes: unsigned(row.get(1)) })
 }
 
+/// Whether there are large objects. A new unlogged table is a definition, the first large object is none.
+pub async fn has_large_objects(server: &Control) -> Result<bool, UnstreamedError> {
+    let any = "SELECT EXISTS (SELECT FROM pg_catalog.pg_largeobject_metadata)";
+    let row = server.query_typed_one(any, &[]).await;
+    Ok(row.map_err(UnstreamedError::query("large objects", "looking for the first"))?.get(0))
+}
+
 /// What a run has carried.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Carried {
