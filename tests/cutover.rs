@@ -550,3 +550,22 @@ async fn the_first_large_object_comes_with_the_pause() {
     let there = connect(&stage.target, "shop").await.query_one("SELECT lo_get(4711)", &[]).await.expect("it came");
     assert_eq!(there.get::<_, &[u8]>(0), b"first");
 }
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn rows_that_come_to_a_table_of_no_stream_stop_a_cutover() {
+    let stage = Stage::set().await;
+    for cluster in [&stage.source, &stage.target] {
+        connect(cluster, "shop").await.batch_execute("CREATE TABLE apart (id int)").await.expect("made");
+    }
+    let life = stage.life("prepare.before_fence=hold").resolved().await;
+    let running = life.cut_over_up_to("prepare.before_fence", life.options()).await;
+    connect(&stage.source, "shop").await.batch_execute("INSERT INTO apart VALUES (1)").await.expect("written");
+    life.failpoints.release("prepare.before_fence");
+    let report = running.await.expect("no panic");
+    assert_eq!(report.outcome, CutoverOutcome::Aborted, "{report:?}");
+    assert!(report.reason.starts_with("rows of public.apart in database \"shop\""), "{}", report.reason);
+    connect(&stage.source, "shop").await.batch_execute("TRUNCATE apart").await.expect("emptied");
+    life.failpoints.release("prepare.before_fence");
+    let report = life.cut_over().await;
+    assert_eq!(report.outcome, CutoverOutcome::Switched, "{report:?}");
+}

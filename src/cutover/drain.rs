@@ -24,6 +24,7 @@ use super::parts::Lease;
 use super::work::{Line, LineSessions, Unmoved, Work};
 use crate::config::{Ddl, FencePolicy, Reads, Stragglers};
 use crate::failpoint::Failpoints;
+use crate::migration::standstill::Broken;
 use crate::migration::unstreamed::{self, Carried};
 use crate::postgres::Control;
 use crate::proxy::{MoveReport, SessionState, SessionView};
@@ -386,7 +387,8 @@ impl Work {
         Ok(())
     }
 
-    /// Whether the definitions are still those that were compared, now that nobody can change any.
+    /// Whether the definitions are still those that were compared, and tables that no stream carries empty, now that nobody
+    /// can change that.
     async fn stands_still(&self) -> Result<(), CutoverError> {
         if self.options.dry_run && self.options.ddl == Ddl::Apply {
             // Nothing keeps commands from being carried over while it runs.
@@ -394,15 +396,21 @@ impl Work {
         }
         let look = async |line: &Line| {
             let Some(sessions) = &line.sessions else { return Ok(()) };
-            let holds = sessions.standstill.holds(&sessions.marker).await;
-            if holds.map_err(|source| CutoverError::query("look at definitions once more", source))? {
-                return Ok(());
-            }
+            let broken = sessions.standstill.broken(&sessions.marker).await;
+            let broken = broken.map_err(|source| CutoverError::query("look at definitions once more", source))?;
             let (name, role) = (&line.name, self.from.role);
-            Err(CutoverError::Definitions(format!(
-                "definitions of database {name:?} were changed on the {role} while the cutover was being prepared, behind \
-                 their comparison"
-            )))
+            match broken {
+                None => Ok(()),
+                Some(Broken::Definitions) => Err(CutoverError::Definitions(format!(
+                    "definitions of database {name:?} were changed on the {role} while the cutover was being prepared, \
+                     behind their comparison"
+                ))),
+                Some(Broken::Rows(tables)) => Err(CutoverError::Definitions(format!(
+                    "rows of {} in database {name:?} were written on the {role} while the cutover was being prepared; these \
+                     tables were made since the migration began, and are in no stream",
+                    tables.join(", ")
+                ))),
+            }
         };
         try_join_all(self.lines.iter().map(look)).await.map(drop)
     }

@@ -278,16 +278,9 @@ fn forecast(lag: u64, later: u64, allowed: u64) -> String {
 
 /// Quoted names of the tables that the stream carries, ours left out.
 pub(super) async fn published_tables(control: &Control, publication: &str) -> Result<Vec<String>, CutoverError> {
-    let rows = control
-        .query(
-            "SELECT DISTINCT format('\"%s\".\"%s\"', replace(schemaname, '\"', '\"\"'), replace(tablename, '\"', '\"\"'))
-             FROM pg_catalog.pg_publication_tables
-             WHERE pubname = $1 AND schemaname <> 'pgcutover' ORDER BY 1",
-            &[&publication],
-        )
-        .await
-        .map_err(|source| CutoverError::query("list the published tables", source))?;
-    Ok(rows.iter().map(|row| row.get(0)).collect())
+    let tables = crate::migration::publication::published(control, publication).await;
+    let tables = tables.map_err(|source| CutoverError::query("list the published tables", source))?;
+    Ok(tables.iter().map(ToString::to_string).collect())
 }
 
 async fn check_fingerprint(database: &str, sessions: &LineSessions, tables: &[String]) -> Result<(), CutoverError> {

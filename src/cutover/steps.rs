@@ -422,9 +422,10 @@ impl Work {
             self.sessions.learn_names(&line.name, order, &marker).await.map_err(failed)?;
             // What is set here need not be set in the pause, and the statements are planned.
             let sequences = SequencePair::prepare(&marker, &onward).await?;
-            let standstill = Standstill::begin(&marker).await.map_err(failed)?;
+            let publication = self.lease.replication(&line.name).publication;
+            let standstill = Standstill::begin(&marker, &publication).await.map_err(failed)?;
             let weight = unstreamed::weigh(&marker).await?;
-            let mut tables = published_tables(&marker, &self.lease.replication(&line.name).publication).await?;
+            let mut tables = published_tables(&marker, &publication).await?;
             tables.extend(weight.tables.iter().map(|(table, _)| table.to_string()));
             let unstreamed = if weight.is_nothing() {
                 None

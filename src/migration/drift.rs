@@ -5,18 +5,22 @@
 //! the definitions of both servers are compared before a cutover begins, and what the target lacks is named.
 //!
 //! A table that was dropped and made again has its name and its columns, and is in no publication all the same: every
-//! table of the migration must still be published.
+//! table of the migration must still be published. And a table that was made on both servers by hand is in none either: it
+//! may be there, and hold no rows.
 //!
 //! Compared is what a session would miss, or be kept from without it: names, columns with their types, NOT NULL, whether a
 //! column has a default or is generated, partitions and children, indexes, constraints, functions, types with the labels of enums, triggers with
 //! their state, rules, policies and row security. What they say in detail is compared by verification. Objects of
 //! extensions belong to the extension's version and are left out.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeSet, HashSet};
 
 use tokio_postgres::GenericClient;
 
-use crate::ident::QualifiedName;
+use super::copy::{self, SourceTable};
+use super::publication;
+use crate::ident::{QualifiedName, quote_literal};
+use crate::postgres::Control;
 
 /// Differences that are named; the rest is counted.
 const NAMED: usize = 5;
@@ -117,30 +121,51 @@ impl std::fmt::Display for Drift {
     }
 }
 
-/// Compares the definitions of one database; none when the target has everything, and `tables` are all in `publication`.
+/// Compares the definitions of one database; none when the target has everything, `tables` are all in `publication`, and no
+/// other table holds rows.
 pub async fn compare(
-    source: &impl GenericClient,
-    target: &impl GenericClient,
+    source: &Control,
+    target: &Control,
     publication: &str,
     tables: &[QualifiedName],
 ) -> Result<Option<Drift>, tokio_postgres::Error> {
-    let mut wanted = definitions(source).await?;
-    let found = definitions(target).await?;
-    let (schemas, names): (Vec<&str>, Vec<&str>) =
-        tables.iter().map(|table| (table.schema.as_str(), table.name.as_str())).unzip();
-    for row in source.query(UNPUBLISHED, &[&schemas, &names, &publication]).await? {
-        // The target lacks their rows, whatever its definitions are.
-        wanted.insert(format!("changes of table {}", row.get::<_, &str>(0)));
+    let mut wanted = definitions(&**source).await?;
+    let found = definitions(&**target).await?;
+    let published = publication::published(source, publication).await?;
+    // The target lacks their rows, whatever its definitions are.
+    let unpublished = tables.iter().filter(|table| !published.contains(table));
+    wanted.extend(unpublished.map(|table| format!("changes of table {}", plain(table))));
+    if let Some(held) = rows_apart(&apart(source, &published).await?) {
+        let rows = source.query(&held, &[]).await?;
+        wanted.extend(rows.iter().map(|row| format!("rows of table {}", row.get::<_, &str>(0))));
     }
     Ok(missing(&wanted, &found))
 }
 
-/// Those of the tables `$1.$2` that are not in publication `$3` any more.
-const UNPUBLISHED: &str = "
-SELECT pg_catalog.format('%I.%I', t.s, t.n)
-  FROM ROWS FROM (pg_catalog.unnest($1::text[]), pg_catalog.unnest($2::text[])) AS t (s, n)
- WHERE NOT EXISTS (SELECT FROM pg_catalog.pg_publication_tables p
-                    WHERE p.pubname = $3 AND p.schemaname = t.s AND p.tablename = t.n)";
+/// Tables that a migration would bring over and that are in no publication of its: they were made since, on both servers.
+/// Nothing brings their rows over.
+pub(in crate::migration) async fn apart(
+    server: &Control,
+    published: &[QualifiedName],
+) -> Result<Vec<SourceTable>, tokio_postgres::Error> {
+    let published: HashSet<&QualifiedName> = published.iter().collect();
+    let mut tables = copy::list_tables_unmeasured(server).await?;
+    tables.retain(|table| !published.contains(&table.name));
+    Ok(tables)
+}
+
+/// A statement that returns the names of those that hold rows; none: there are no tables.
+pub(in crate::migration) fn rows_apart(tables: &[SourceTable]) -> Option<String> {
+    let one = |table: &SourceTable| {
+        let (name, filter) = (&table.name, table.filter.as_deref().unwrap_or_default());
+        format!("SELECT {} WHERE EXISTS (SELECT FROM ONLY {name} {filter})", quote_literal(&plain(name)))
+    };
+    (!tables.is_empty()).then(|| tables.iter().map(one).collect::<Vec<_>>().join(" UNION ALL "))
+}
+
+fn plain(table: &QualifiedName) -> String {
+    format!("{}.{}", table.schema, table.name)
+}
 
 /// Without quotes: what is a keyword, and so needs them, differs between majors (`json` since PostgreSQL 16).
 async fn definitions(client: &impl GenericClient) -> Result<BTreeSet<String>, tokio_postgres::Error> {

@@ -108,6 +108,23 @@ pub async fn create(
     }
 }
 
+/// The tables of a publication that [`create`] has made, ours left out. Read where they are written down: the view
+/// `pg_publication_tables` of PostgreSQL 18 waits for whoever has locked one of them exclusively.
+pub async fn published(server: &Control, name: &str) -> Result<Vec<QualifiedName>, tokio_postgres::Error> {
+    let rows = server
+        .query(
+            "SELECT n.nspname::text, c.relname::text
+               FROM pg_catalog.pg_publication p
+               JOIN pg_catalog.pg_publication_rel r ON r.prpubid = p.oid
+               JOIN pg_catalog.pg_class c ON c.oid = r.prrelid
+               JOIN pg_catalog.pg_namespace n ON n.oid = c.relnamespace
+              WHERE p.pubname = $1 AND n.nspname <> 'pgcutover' ORDER BY 1, 2",
+            &[&name],
+        )
+        .await?;
+    Ok(rows.iter().map(|row| QualifiedName::new(row.get::<_, String>(0), row.get::<_, String>(1))).collect())
+}
+
 /// The statement that removes it and succeeds when it is not there.
 pub fn drop_publication_sql(name: &str) -> String {
     format!("DROP PUBLICATION IF EXISTS {}", quote_ident(name))

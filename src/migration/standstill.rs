@@ -1,4 +1,4 @@
-//! Whether the definitions of a server are still those that were compared.
+//! Whether the definitions of a server are still those that were compared, and tables that no stream carries still empty.
 //!
 //! Definitions are compared before a cutover fences anything, and until its pause anybody may make others: a table that is
 //! made meanwhile is in no stream, and its rows would be missing without an error anywhere. So what the catalogue shows is
@@ -11,6 +11,7 @@
 
 use tokio_postgres::Statement;
 
+use super::{drift, publication};
 use crate::postgres::Control;
 
 const SUM: &str = "
@@ -64,19 +65,45 @@ type Sum = (i64, i64);
 pub struct Standstill {
     statement: Statement,
     begun_at: Sum,
+    /// Asks which of the tables that no stream carries hold rows; none: there are no such tables.
+    rows_apart: Option<String>,
+}
+
+/// What has come in between.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Broken {
+    /// Something was defined, changed or dropped.
+    Definitions,
+    /// Rows of these tables, which are in no stream.
+    Rows(Vec<String>),
 }
 
 impl Standstill {
     /// Sums up what there is in the database of this session. Definitions that are compared from now on are those.
-    pub async fn begin(server: &Control) -> Result<Self, tokio_postgres::Error> {
+    pub async fn begin(server: &Control, publication: &str) -> Result<Self, tokio_postgres::Error> {
         let statement = server.prepare(SUM).await?;
         let begun_at = sum(server, &statement).await?;
-        Ok(Self { statement, begun_at })
+        let published = publication::published(server, publication).await?;
+        let rows_apart = drift::rows_apart(&drift::apart(server, &published).await?);
+        Ok(Self { statement, begun_at, rows_apart })
     }
 
-    /// Whether nothing was defined, changed or dropped since; asked through the same session.
-    pub async fn holds(&self, server: &Control) -> Result<bool, tokio_postgres::Error> {
-        Ok(sum(server, &self.statement).await? == self.begun_at)
+    /// What has come since; asked through the same session.
+    pub async fn broken(&self, server: &Control) -> Result<Option<Broken>, tokio_postgres::Error> {
+        let rows = async {
+            match &self.rows_apart {
+                Some(select) => server.query_typed(select, &[]).await,
+                None => Ok(Vec::new()),
+            }
+        };
+        let sum = sum(server, &self.statement);
+        // A table that is gone is no failure to be told: what was defined has changed.
+        let (sum, rows) = tokio::join!(sum, rows);
+        if sum? != self.begun_at {
+            return Ok(Some(Broken::Definitions));
+        }
+        let tables: Vec<String> = rows?.iter().map(|row| row.get(0)).collect();
+        Ok(if tables.is_empty() { None } else { Some(Broken::Rows(tables)) })
     }
 }
 

@@ -106,3 +106,30 @@ async fn a_table_that_is_made_while_a_cutover_is_prepared_stops_it() {
     let log = daemon.log();
     assert!(!ended.success() && log.contains("table public.n, defined on the source"), "{ended}: {log}");
 }
+
+/// One that was made on both servers by hand is in no stream: it may be there, and must be empty, there and back.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_table_that_was_made_on_both_servers_must_be_empty() {
+    let (source, target) = two_clusters();
+    connect(&source, "postgres").await.batch_execute("CREATE DATABASE shop").await.expect("made");
+    connect(&source, "shop").await.batch_execute(TABLES).await.expect("tables");
+    let daemon = Daemon::start(&source, &target, DaemonOptions::default());
+    daemon.must(&["migration", "create", NAME, "--database", "shop"]);
+    ready(&daemon).await;
+    for cluster in [&source, &target] {
+        connect(cluster, "shop").await.batch_execute("CREATE TABLE n (id int)").await.expect("made");
+    }
+    for (order, here, then) in [("cutover", &source, "Completed"), ("rollback", &target, "WaitingForCutoverTrigger")] {
+        connect(here, "shop").await.batch_execute("INSERT INTO n VALUES (1)").await.expect("written");
+        let output = daemon.command(&["migration", order, NAME]);
+        let told = format!("{}{}", String::from_utf8_lossy(&output.stdout), String::from_utf8_lossy(&output.stderr));
+        assert!(!output.status.success() && told.contains("lacks rows of table public.n"), "{order}: {told}");
+        connect(here, "shop").await.batch_execute("TRUNCATE n").await.expect("emptied");
+        let report = daemon.json(&["migration", order, NAME]);
+        assert_eq!(report["outcome"], "switched", "{order}: {report}");
+        wait_for("the streams to be turned", || async {
+            daemon.json(&["migration", "show", NAME])["substate"] == then
+        })
+        .await;
+    }
+}

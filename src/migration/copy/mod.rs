@@ -337,7 +337,12 @@ impl CopyError {
 /// Ordinary tables of the database that are migrated (leaves of partitioned tables, not their parents), largest first.
 /// Both the publication and the copy are made from this list.
 pub async fn list_tables(source: &Control) -> Result<Vec<SourceTable>, CopyError> {
-    tables::list(source).await.map_err(CopyError::List)
+    tables::list(source, tables::MEASURED).await.map_err(CopyError::List)
+}
+
+/// The same by name, with no sizes: whoever asks does not wait for somebody who has locked a table.
+pub async fn list_tables_unmeasured(source: &Control) -> Result<Vec<SourceTable>, tokio_postgres::Error> {
+    tables::list(source, tables::UNMEASURED).await
 }
 
 /// Copies `tables` and builds their indexes, as many at a time as [`Workers`] allows. Dropping the future stops

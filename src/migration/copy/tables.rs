@@ -6,9 +6,7 @@ use crate::postgres::{Control, RawConnection, RawError, TextRows};
 
 /// Ordinary, permanent, not of the system, not ours; of an extension's tables only those that it has marked as holding
 /// the user's data (`pg_extension_config_dump`), which is what pg_dump does.
-const LIST: &str = "\
-SELECT n.nspname::text, c.relname::text, c.oid, coalesce(pg_table_size(c.oid), 0), c.reltuples::float8, c.relpages,
-       e.condition
+const LISTED: &str = "\
 FROM pg_class c
 JOIN pg_namespace n ON n.oid = c.relnamespace
 LEFT JOIN (SELECT u.relation, u.condition FROM pg_extension x
@@ -20,9 +18,18 @@ WHERE c.relkind = 'r' AND c.relpersistence = 'p'
                       WHERE d.classid = 'pg_class'::regclass AND d.objid = c.oid AND d.deptype = 'e'))
 ORDER BY 4 DESC, 1, 2";
 
-/// See [`super::list_tables`].
-pub(super) async fn list(source: &Control) -> Result<Vec<SourceTable>, tokio_postgres::Error> {
-    let rows = source.query(LIST, &[]).await?;
+/// Waits for whoever has locked a table exclusively.
+pub(super) const MEASURED: &str = "coalesce(pg_table_size(c.oid), 0)";
+
+/// Waits for nobody.
+pub(super) const UNMEASURED: &str = "0::bigint";
+
+/// See [`super::list_tables`]; `size` is one of the above.
+pub(super) async fn list(source: &Control, size: &str) -> Result<Vec<SourceTable>, tokio_postgres::Error> {
+    let select = format!(
+        "SELECT n.nspname::text, c.relname::text, c.oid, {size}, c.reltuples::float8, c.relpages, e.condition\n{LISTED}"
+    );
+    let rows = source.query(&select, &[]).await?;
     Ok(rows
         .iter()
         .map(|row| {

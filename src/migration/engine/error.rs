@@ -85,7 +85,7 @@ pub enum EngineError {
     },
     /// Something was defined on the source after the migration began.
     #[error(
-        "database {database}: the target lacks {drift}, defined on the source since the migration began; cancel the migration and create it again, or define the same on the target (not for tables that hold rows)"
+        "database {database}: the target lacks {drift}, defined on the source since the migration began; cancel the migration and create it again, or define the same on the target and empty tables that were made since: no stream carries their rows"
     )]
     Drifted {
         /// The database.

@@ -128,13 +128,13 @@ impl Engine {
             let tried = late::rehearse(&target).await;
             tried.map_err(|source| EngineError::Late { database: database.name.clone(), source })?;
             let publication = database.current().publication;
-            let compared = drift::compare(&*source, &*target, &publication, &database.table_names()).await;
+            let compared = drift::compare(&source, &target, &publication, &database.table_names()).await;
             let drift = compared.map_err(|source| EngineError::Drift { database: database.name.clone(), source })?;
             if let Some(drift) = drift {
                 if direction == Direction::Reverse {
                     return Err(EngineError::Return(format!(
                         "database {}: the source lacks {drift}, defined on the target since the cutover; define the same \
-                         on the source (not for tables that hold rows)",
+                         on the source, and empty tables that were made since: no stream carries their rows",
                         database.name
                     )));
                 }

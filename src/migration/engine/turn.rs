@@ -17,7 +17,6 @@ use crate::catalog::streams::{Direction, NextStream};
 use crate::catalog::tables::DatabaseRow;
 use crate::catalog::watches::OldSlot;
 use crate::catalog::{Place, bootstrap};
-use crate::ident::QualifiedName;
 use crate::migration::identity::{self, Remedy};
 use crate::migration::view::{FencedWriteView, Left, MigrationOption, Mode};
 use crate::migration::{made, publication};
@@ -107,7 +106,8 @@ async fn prepare_one(context: &Context, row: &DatabaseRow, epoch: Epoch) -> Resu
     let server_left = from;
     let (from, mut control) = (own(from).await?, own(to).await?);
 
-    let tables = published(&from, &row.publication).await?;
+    let tables = publication::published(&from, &row.publication).await;
+    let tables = tables.map_err(|source| WorkError::Query { doing: "listing the published tables", source })?;
     let lock_timeout = context.config.migration.lock_timeout;
     for table in identity::plan(&control, context.config.migration.without_identity).await? {
         if !tables.contains(&table.table) {
@@ -156,19 +156,6 @@ async fn prepare_one(context: &Context, row: &DatabaseRow, epoch: Epoch) -> Resu
         live.fenced.keep(watcher.ok());
     }
     Ok(())
-}
-
-/// The tables that the present stream carries, ours left out.
-async fn published(from: &Control, publication: &str) -> Result<Vec<QualifiedName>, WorkError> {
-    let rows = from
-        .query(
-            "SELECT schemaname::text, tablename::text FROM pg_catalog.pg_publication_tables
-             WHERE pubname = $1 AND schemaname <> 'pgcutover' ORDER BY 1, 2",
-            &[&publication],
-        )
-        .await
-        .map_err(|source| WorkError::Query { doing: "listing the published tables", source })?;
-    Ok(rows.iter().map(|row| QualifiedName::new(row.get::<_, String>(0), row.get::<_, String>(1))).collect())
 }
 
 /// A slot that was followed to a cutover's drain can watch what it left; that of a copy alone, or of none, cannot.
