@@ -10,7 +10,7 @@ use std::time::Duration;
 
 use pgcutover::catalog::decision::Outcome;
 use pgcutover::config::{FencePolicy, Stragglers};
-use pgcutover::cutover::coordinator::CutoverOptions;
+use pgcutover::cutover::coordinator::{CutoverOptions, CutoverState};
 use pgcutover::cutover::report::CutoverOutcome;
 use pgcutover::switch::{Route, ServerRole};
 use support::link::{Cut, Link};
@@ -566,6 +566,24 @@ async fn rows_that_come_to_a_table_of_no_stream_stop_a_cutover() {
     assert!(report.reason.starts_with("rows of public.apart in database \"shop\""), "{}", report.reason);
     connect(&stage.source, "shop").await.batch_execute("TRUNCATE apart").await.expect("emptied");
     life.failpoints.release("prepare.before_fence");
+    let report = life.cut_over().await;
+    assert_eq!(report.outcome, CutoverOutcome::Switched, "{report:?}");
+}
+
+/// An order that waits is shown as running, and what it waited for does not bring it about after it was stopped.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_cutover_that_waits_to_begin_can_be_stopped() {
+    let stage = Stage::set().await;
+    let life = stage.life("").resolved().await;
+    life.engine.is_waiting.store(true, Ordering::SeqCst);
+    let (coordinator, options) = (life.coordinator.clone(), life.options());
+    let waiting = tokio::spawn(async move { coordinator.run(NAME, options).await });
+    wait_for("the order", || async { matches!(life.coordinator.progress(NAME), Some(CutoverState::Running(_))) }).await;
+    assert!(life.coordinator.cancel(NAME));
+    let stopped = waiting.await.expect("no panic").expect_err("it was not begun");
+    assert!(stopped.to_string().contains("cancelled"), "{stopped}");
+    assert_eq!(life.coordinator.progress(NAME), None);
+    life.engine.is_waiting.store(false, Ordering::SeqCst);
     let report = life.cut_over().await;
     assert_eq!(report.outcome, CutoverOutcome::Switched, "{report:?}");
 }

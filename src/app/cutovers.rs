@@ -78,7 +78,7 @@ impl Cutovers for CutoverDesk {
                 outcome: "running".to_owned(),
                 phase: word(progress.phase),
                 pause_ms: progress.paused_ms.unwrap_or(0),
-                epoch: Some(progress.epoch),
+                epoch: Some(progress.epoch).filter(|epoch| *epoch > 0),
                 ..CutoverView::default()
             },
             CutoverState::Ended(report) => view(&report),

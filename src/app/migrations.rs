@@ -123,6 +123,7 @@ fn refused(error: &EngineError) -> AdminError {
         | EngineError::Verify { .. }
         | EngineError::Unstreamed { .. }
         | EngineError::Drift { .. }
+        | EngineError::Locked { .. }
         | EngineError::Late { .. } => (ErrorKind::Unavailable, None),
     };
     let refused = AdminError::from_chain(kind, error);

@@ -22,7 +22,7 @@ use super::report::{CutoverProgress, CutoverReport, Timings};
 use super::startup::Resolver;
 use super::steps::{Ready, Verdict};
 use super::undo::Undo;
-use super::work::{Line, Orders, Side, Work};
+use super::work::{Line, Orders, Side, Work, bounded};
 use crate::catalog::decision::{Case, Outcome};
 use crate::catalog::resolve::{self, Verdict as Claimed};
 use crate::catalog::streams::Direction;
@@ -239,18 +239,33 @@ impl Coordinator {
         if self.sealed.load(Ordering::SeqCst) {
             return Err(CutoverError::Guardrail("another process is taking over from this one".to_owned()));
         }
-        // The lock first: whoever settles leaves alone what has a living coordinator, from the engine's first note on.
-        let (from, to) = self.take_sides(options.direction, migration).await?;
-        let lease = self.deps.engine.begin_cutover(migration, options.direction).await;
-        // The migration is not where it can be taken, or is not here: that says all.
-        let lease = lease.map_err(CutoverError::Guardrail)?;
-        let (progress, seen) = watch::channel(None);
+        let direction = options.direction;
+        let phase = Phase::Prepare;
+        let (progress, seen) =
+            watch::channel(Some(CutoverProgress { direction, epoch: 0, phase, elapsed_ms: 0, paused_ms: None }));
         let cancel = CancellationToken::new();
         let running = Running { progress: seen, cancel: cancel.clone(), report: None };
-        self.running().insert(migration.to_owned(), running);
+        // Before anything that may wait for somebody: what is shown can be stopped.
+        let earlier = self.running().insert(migration.to_owned(), running);
         let orders = Orders { cancel, tasks: self.deps.tasks.clone() };
-        let report = match Box::pin(self.accept((from, to), migration, options, lease.clone(), orders, progress)).await
-        {
+        let begun = async {
+            // The lock first: whoever settles leaves alone what has a living coordinator, from the engine's first note on.
+            let sides = self.take_sides(direction, migration).await?;
+            let lease = self.deps.engine.begin_cutover(migration, direction).await;
+            // The migration is not where it can be taken, or is not here: that says all.
+            Ok((sides, lease.map_err(CutoverError::Guardrail)?))
+        };
+        // Where the engine has taken it all the same, it is told that nobody works on it.
+        let (sides, lease) = match Box::pin(bounded(&orders, None, begun)).await {
+            Ok(begun) => begun,
+            Err(error) => {
+                let mut running = self.running();
+                running.remove(migration);
+                running.extend(earlier.map(|earlier| (migration.to_owned(), earlier)));
+                return Err(error);
+            }
+        };
+        let report = match Box::pin(self.accept(sides, migration, options, lease.clone(), orders, progress)).await {
             Ok(work) => Box::pin(walk(work)).await,
             Err(error) => {
                 tracing::warn!(migration, %error, "cutover not begun");

@@ -167,6 +167,20 @@ fn plain(table: &QualifiedName) -> String {
     format!("{}.{}", table.schema, table.name)
 }
 
+/// Tables of this database that somebody has locked exclusively, with who has; at most a few.
+pub(in crate::migration) async fn lockers(server: &Control) -> Result<Vec<String>, tokio_postgres::Error> {
+    Ok(server.query(LOCKERS, &[]).await?.iter().map(|row| row.get(0)).collect())
+}
+
+const LOCKERS: &str = "
+SELECT pg_catalog.format('%I.%I by %s', n.nspname, c.relname,
+           coalesce('pid ' || l.pid || coalesce(' (' || nullif(a.application_name, '') || ')', ''), 'a prepared transaction'))
+  FROM pg_catalog.pg_locks l JOIN pg_catalog.pg_class c ON c.oid = l.relation
+  JOIN pg_catalog.pg_namespace n ON n.oid = c.relnamespace LEFT JOIN pg_catalog.pg_stat_activity a ON a.pid = l.pid
+ WHERE l.database = (SELECT oid FROM pg_catalog.pg_database WHERE datname = pg_catalog.current_database())
+   AND l.mode = 'AccessExclusiveLock' AND l.granted AND c.relkind IN ('r', 'p', 'm')
+ ORDER BY 1 LIMIT 5";
+
 /// Without quotes: what is a keyword, and so needs them, differs between majors (`json` since PostgreSQL 16).
 async fn definitions(client: &impl GenericClient) -> Result<BTreeSet<String>, tokio_postgres::Error> {
     Ok(client.query(DEFINITIONS, &[]).await?.iter().map(|row| row.get::<_, &str>(0).replace('"', "")).collect())

@@ -11,7 +11,7 @@ use tokio::time::Instant;
 use crate::catalog::journal::{MadeObject, Side};
 use crate::config::WithoutIdentity;
 use crate::ident::QualifiedName;
-use crate::migration::copy::{self, CopyError};
+use crate::migration::copy;
 use crate::migration::made::{self, Journal, JournalError};
 use crate::postgres::Control;
 use crate::sqlstate;
@@ -67,9 +67,6 @@ pub enum IdentityError {
     /// The catalogues could not be read.
     #[error("the replica identities of the source's tables could not be read")]
     Read(#[source] tokio_postgres::Error),
-    /// The tables could not be listed.
-    #[error(transparent)]
-    List(#[from] Box<CopyError>),
     /// The table stayed locked.
     #[error("{table} stayed locked for {waited:?}, so its replica identity could not be set; blocked by {blockers}")]
     Locked {
@@ -106,7 +103,7 @@ pub async fn plan(source: &Control, policy: WithoutIdentity) -> Result<Vec<Table
                           AND to_jsonb(a) ->> 'attgenerated' = 'v') \
         FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace \
         WHERE c.oid = ANY ($1) ORDER BY 1, 2";
-    let tables = copy::list_tables(source).await.map_err(Box::new)?;
+    let tables = copy::list_tables_unmeasured(source).await.map_err(IdentityError::Read)?;
     let oids: Vec<u32> = tables.iter().map(|table| table.oid).collect();
     let rows = source.query(query, &[&oids]).await.map_err(IdentityError::Read)?;
     Ok(rows

@@ -111,6 +111,12 @@ pub async fn create(
 /// The tables of a publication that [`create`] has made, ours left out. Read where they are written down: the view
 /// `pg_publication_tables` of PostgreSQL 18 waits for whoever has locked one of them exclusively.
 pub async fn published(server: &Control, name: &str) -> Result<Vec<QualifiedName>, tokio_postgres::Error> {
+    let mut tables = members(server, name).await?;
+    tables.retain(|table| table.schema != "pgcutover");
+    Ok(tables)
+}
+
+async fn members(server: &Control, name: &str) -> Result<Vec<QualifiedName>, tokio_postgres::Error> {
     let rows = server
         .query(
             "SELECT n.nspname::text, c.relname::text
@@ -118,7 +124,7 @@ pub async fn published(server: &Control, name: &str) -> Result<Vec<QualifiedName
                JOIN pg_catalog.pg_publication_rel r ON r.prpubid = p.oid
                JOIN pg_catalog.pg_class c ON c.oid = r.prrelid
                JOIN pg_catalog.pg_namespace n ON n.oid = c.relnamespace
-              WHERE p.pubname = $1 AND n.nspname <> 'pgcutover' ORDER BY 1, 2",
+              WHERE p.pubname = $1 ORDER BY 1, 2",
             &[&name],
         )
         .await?;
@@ -137,14 +143,10 @@ pub fn drop_publication_sql(name: &str) -> String {
 /// the application ever waits for us while we wait for it.
 pub async fn drop_publication(source: &Control, name: &str) -> Result<(), PublicationError> {
     let doing = "DROP PUBLICATION";
-    let tables = source
-        .query("SELECT schemaname, tablename FROM pg_catalog.pg_publication_tables WHERE pubname = $1", &[&name])
-        .await
-        .map_err(failed(doing))?;
+    let tables = members(source, name).await.map_err(failed(doing))?;
     let mut turns = ATTEMPTS;
     for table in &tables {
-        take_out(source, name, &QualifiedName::new(table.get::<_, &str>(0), table.get::<_, &str>(1)), &mut turns)
-            .await?;
+        take_out(source, name, table, &mut turns).await?;
     }
     // Where somebody writes for longer than we wait, what is left of the danger is a moment.
     source.batch_execute(&drop_publication_sql(name)).await.map_err(failed(doing))

@@ -133,3 +133,35 @@ async fn a_table_that_was_made_on_both_servers_must_be_empty() {
         .await;
     }
 }
+
+/// Somebody who has locked a table, and has gone home, does not keep an order waiting that nobody expects any more.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_cutover_does_not_wait_for_a_locked_table() {
+    let (source, target) = two_clusters();
+    connect(&source, "postgres").await.batch_execute("CREATE DATABASE shop").await.expect("made");
+    connect(&source, "shop").await.batch_execute(TABLES).await.expect("tables");
+    let options = DaemonOptions::default().section("migration", "ddl = \"apply\"\nlock_timeout = \"300ms\"");
+    let daemon = Daemon::start(&source, &target, options);
+    daemon.must(&["migration", "create", NAME, "--database", "shop"]);
+    ready(&daemon).await;
+    let silent = connect(&source, "shop").await;
+    // Of a table that is migrated only numbers and names are asked for.
+    silent.batch_execute("BEGIN; LOCK TABLE a").await.expect("locked");
+    let report = daemon.json(&["migration", "cutover", NAME, "--dry-run"]);
+    assert_eq!(report["outcome"], "dry-run", "{report}");
+    let by_hand = "SET session_replication_role = replica; CREATE TABLE n (id int)";
+    for cluster in [&source, &target] {
+        connect(cluster, "shop").await.batch_execute(by_hand).await.expect("made");
+    }
+    silent.batch_execute("COMMIT; BEGIN; LOCK TABLE n").await.expect("locked");
+    let output = daemon.command(&["migration", "cutover", NAME]);
+    let told = format!("{}{}", String::from_utf8_lossy(&output.stdout), String::from_utf8_lossy(&output.stderr));
+    assert!(!output.status.success() && told.contains("lock_timeout") && told.contains("public.n by pid"), "{told}");
+    silent.batch_execute("COMMIT").await.expect("let go");
+    for cluster in [&source, &target] {
+        let by_hand = "SET session_replication_role = replica; DROP TABLE n";
+        connect(cluster, "shop").await.batch_execute(by_hand).await.expect("dropped");
+    }
+    let report = daemon.json(&["migration", "cutover", NAME]);
+    assert_eq!(report["outcome"], "switched", "{report}");
+}

@@ -1,5 +1,6 @@
 //! A stage for cutovers: two clusters, a coordinator in this process, and an engine whose stream is instant.
 
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
@@ -37,11 +38,16 @@ pub struct Instantly {
     pub changes: Arc<watch::Sender<u64>>,
     /// How far the target is behind, in bytes; none: not known.
     pub lag_bytes: Arc<Mutex<Option<u64>>>,
+    /// It takes no migration, and does not answer, as when it waits for somebody's lock.
+    pub is_waiting: Arc<AtomicBool>,
 }
 
 #[async_trait]
 impl Engine for Instantly {
     async fn begin_cutover(&self, _: &str, _: Direction) -> Result<Arc<dyn Lease>, String> {
+        if self.is_waiting.load(Ordering::SeqCst) {
+            std::future::pending::<()>().await;
+        }
         Ok(Arc::new(self.clone()))
     }
     async fn cutover_settled(&self, _: &str, outcome: Outcome) -> Result<(), String> {

@@ -121,8 +121,13 @@ pub(super) async fn refresh_tables(
     source: &Control,
     target: &Control,
 ) -> Result<(), WorkError> {
-    let there: HashSet<QualifiedName> = copy::list_tables(target).await?.into_iter().map(|table| table.name).collect();
-    let here = copy::list_tables(source).await?.into_iter().map(|table| table.name);
+    let list = async |server| {
+        let tables = copy::list_tables_unmeasured(server).await;
+        let tables = tables.map_err(|source| WorkError::Query { doing: "listing the tables", source })?;
+        Ok::<_, WorkError>(tables.into_iter().map(|table| table.name))
+    };
+    let there: HashSet<QualifiedName> = list(target).await?.collect();
+    let here = list(source).await?;
     let tables: Vec<QualifiedName> = here.filter(|name| there.contains(name)).collect();
     catalog.set_tables(migration, &live.name, &tables).await?;
     live.load_tables(&catalog.tables(migration, &live.name).await?);

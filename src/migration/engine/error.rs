@@ -1,5 +1,7 @@
 //! What the engine answers when it cannot, and why a worker cannot go on.
 
+use std::time::Duration;
+
 use crate::catalog::RecordError;
 use crate::catalog::door::DoorError;
 use crate::catalog::migrations::CatalogError;
@@ -53,6 +55,18 @@ pub enum EngineError {
         database: String,
         /// Why.
         source: tokio_postgres::Error,
+    },
+    /// The same, because somebody has locked tables.
+    #[error(
+        "the definitions of database {database} could not be compared within lock_timeout of {waited:?}: locked exclusively are {by}; wait until that has ended, or end it"
+    )]
+    Locked {
+        /// The database.
+        database: String,
+        /// For how long.
+        waited: Duration,
+        /// Tables, and who has locked them.
+        by: String,
     },
     /// Rules of the validation that held before the migration began do not hold now.
     #[error("rules of the validation fail now: {0}; `migration validation` tells what mends them")]

@@ -15,6 +15,7 @@ use crate::migration::roles::{self, RoleReport};
 use crate::migration::stream::describe;
 use crate::migration::{drift, late, materialized, schema, unstreamed, warm};
 use crate::postgres::Connector;
+use crate::sqlstate;
 use crate::switch::Epoch;
 
 /// The one setting of a database that is ours: the fence's.
@@ -115,6 +116,12 @@ impl Engine {
         for database in &live.databases {
             let source = from.control(&database.name, "drift").await?;
             let target = to.control(&database.name, "drift").await?;
+            let lock_timeout = self.deps.config.migration.lock_timeout;
+            let failed = |source| EngineError::Drift { database: database.name.clone(), source };
+            for session in [&source, &target] {
+                let bounded = format!("SET lock_timeout = {}", lock_timeout.as_millis().max(1));
+                session.batch_execute(&bounded).await.map_err(failed)?;
+            }
             if self.deps.config.migration.ddl == Ddl::Apply && database.current().epoch == Epoch(0) {
                 // What is on its way is no difference.
                 let (catalog, _actors) = self.owned()?;
@@ -129,7 +136,16 @@ impl Engine {
             tried.map_err(|source| EngineError::Late { database: database.name.clone(), source })?;
             let publication = database.current().publication;
             let compared = drift::compare(&source, &target, &publication, &database.table_names()).await;
-            let drift = compared.map_err(|source| EngineError::Drift { database: database.name.clone(), source })?;
+            let drift = match compared {
+                Ok(drift) => drift,
+                Err(error) if error.code().is_some_and(|code| code.code() == sqlstate::LOCK_NOT_AVAILABLE) => {
+                    let (database, waited) = (database.name.clone(), lock_timeout);
+                    let mut by = drift::lockers(&source).await.map_err(failed)?;
+                    by.extend(drift::lockers(&target).await.map_err(failed)?);
+                    return Err(EngineError::Locked { database, waited, by: by.join(", ") });
+                }
+                Err(error) => return Err(failed(error)),
+            };
             if let Some(drift) = drift {
                 if direction == Direction::Reverse {
                     return Err(EngineError::Return(format!(
