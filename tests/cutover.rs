@@ -587,3 +587,21 @@ async fn a_cutover_that_waits_to_begin_can_be_stopped() {
     let report = life.cut_over().await;
     assert_eq!(report.outcome, CutoverOutcome::Switched, "{report:?}");
 }
+
+/// Rollback and the stream back depend on that note; the switch does not wait for it.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_source_that_is_lost_between_switch_and_note_is_told_later() {
+    let stage = Stage::set().await;
+    let life = stage.life("switch.after_open=hold").resolved().await;
+    let running = life.cut_over_up_to("switch.after_open", life.options()).await;
+    let lost = "SELECT count(pg_terminate_backend(pid)) FROM pg_stat_activity
+                 WHERE datname = 'postgres' AND application_name LIKE 'pgcutover/%' AND pid <> pg_backend_pid()";
+    connect(&stage.source, "postgres").await.batch_execute(lost).await.expect("ended");
+    life.failpoints.release("switch.after_open");
+    let report = running.await.expect("no panic");
+    assert_eq!(report.outcome, CutoverOutcome::Switched, "{report:?}");
+    assert!(report.notes.iter().any(|note| note.contains("could not be told")), "{report:?}");
+    wait_for("the note", || async { stage.rows().await.0 == [Some("decided".to_owned())] }).await;
+    assert!(life.runs_on(ServerRole::Target, 1), "{:?}", life.route());
+    life.stop().await;
+}

@@ -4,6 +4,7 @@
 mod support;
 
 use pgcutover::cutover::steps::{ALL_FAILPOINTS, ROLLBACK_FAILPOINTS};
+use pgcutover::demo::cluster::Stop;
 use pgcutover::demo::compare;
 use pgcutover::demo::shop::SHOP;
 use support::world::{COMPLETED, NAME, READY, World};
@@ -162,4 +163,21 @@ async fn a_migration_that_is_cancelled_after_a_rollback_leaves_no_fence() {
     let report = world.daemon.json(&["migration", "cutover", "again"]);
     assert_eq!(report["outcome"], "switched", "{report}");
     assert_eq!(world.serving_port().await, world.target.port());
+}
+
+/// A source that is restarted just as it is left: what could not be noted there is noted later, by the same daemon, and the
+/// stream back and a rollback find it.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_source_that_restarts_as_it_is_left_can_be_gone_back_to() {
+    let mut world = World::begin_with(0.01, |options| options.failpoints("switch.after_open=sleep:3000ms")).await;
+    world.migrate().await;
+    let mut order = world.daemon.begin(&["migration", "cutover", NAME]);
+    wait_for("the switch", || async { world.daemon.log().contains("failpoint=\"switch.after_open\"") }).await;
+    world.source.restart(Stop::Fast).expect("it runs again");
+    assert!(order.wait().expect("it ends").success(), "{}", world.daemon.log());
+    wait_for("the note", || async { world.rows(&world.source).await.0 == [Some("decided".to_owned())] }).await;
+    world.wait_until(COMPLETED).await;
+    let report = world.daemon.json(&["migration", "rollback", NAME]);
+    assert_eq!(report["outcome"], "switched", "{report}");
+    assert_eq!(world.serving_port().await, world.source.port());
 }

@@ -265,8 +265,12 @@ impl Coordinator {
                 return Err(error);
             }
         };
+        let mut leaves_chores = Arc::<AtomicBool>::default();
         let report = match Box::pin(self.accept(sides, migration, options, lease.clone(), orders, progress)).await {
-            Ok(work) => Box::pin(walk(work)).await,
+            Ok(work) => {
+                leaves_chores = work.leaves_chores.clone();
+                Box::pin(walk(work)).await
+            }
             Err(error) => {
                 tracing::warn!(migration, %error, "cutover not begun");
                 if let Err(reason) = lease.finish(Outcome::Aborted).await {
@@ -284,6 +288,8 @@ impl Coordinator {
         if self.deps.switchboard.all().iter().any(|database| matches!(&*database.route(), Route::Unknown { .. })) {
             // In doubt, or contradictory: the rows decide.
             self.resolver.clone().resolve_until_settled(&self.deps.tasks).await;
+        } else if leaves_chores.load(Ordering::SeqCst) {
+            self.resolver.clone().settle_in_background(&self.deps.tasks);
         }
         Ok(report)
     }
@@ -388,6 +394,7 @@ impl Coordinator {
             failpoints: self.deps.failpoints.clone(),
             orders,
             undo: Undo::default(),
+            leaves_chores: Arc::default(),
             phase: Phase::Prepare,
             progress,
             timings: Timings::start(),

@@ -95,6 +95,11 @@ impl Resolver {
         if self.pass(Routes::All).await {
             return;
         }
+        self.settle_in_background(tasks);
+    }
+
+    /// Settles what a cutover has left that has ended, and touches no route that is known: sessions run there.
+    pub(super) fn settle_in_background(self: Arc<Self>, tasks: &Tasks) {
         let stop = tasks.clone();
         tasks.spawn(async move {
             loop {

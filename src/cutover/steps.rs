@@ -307,8 +307,7 @@ impl Decided {
             tracing::error!(%error, "cutover");
         }
         if let Err(error) = settle::note_decided(&work.from.control, work.case.epoch).await {
-            tracing::warn!(%error, "the {} could not be told that it was left; the next start tells it", work.from.role);
-            work.notes.push(format!("the {} could not be told that it was left: {error}", work.from.role));
+            work.leave_chore(&format!("the {} could not be told that it was left", work.from.role), &error);
         }
         work.pass("switch.after_note").await;
         work.let_sessions_go_on().await;
@@ -398,10 +397,7 @@ impl Work {
         match home::give_back(&mut self.to.control, &home.fence, self.case.epoch).await {
             Ok(()) => self.lines.iter().for_each(|line| line.gate.set_return_window(None)),
             Err(error) => {
-                let role = self.to.role;
-                tracing::error!(%error, "the fence of the {role} could not be lifted; the next start lifts it");
-                self.notes
-                    .push(format!("the fence of the {role} could not be lifted: {error}; the next start lifts it"));
+                self.leave_chore(&format!("the fence of the {} could not be lifted", self.to.role), &error);
             }
         }
         self.pass("switch.after_return").await;

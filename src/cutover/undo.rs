@@ -73,8 +73,7 @@ impl Work {
             && let Some(home) = self.home.take()
             && let Err(error) = home::shut_again(&self.to.connector, &self.control_database, &home).await
         {
-            tracing::error!(%error, "the {} could not be shut again; the next start does it", self.to.role);
-            self.notes.push(format!("the {} could not be shut again: {error}; the next start does it", self.to.role));
+            self.leave_chore(&format!("the {} could not be shut again", self.to.role), &error);
         }
         if let Err(rejected) = self.advance(Event::Finished) {
             tracing::error!(error = %rejected, "cutover");

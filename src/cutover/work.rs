@@ -1,6 +1,7 @@
 //! What a cutover works with, passed by value from step to step.
 
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use tokio::sync::watch;
@@ -131,6 +132,8 @@ pub(super) struct Work {
     pub(super) failpoints: Failpoints,
     pub(super) orders: Orders,
     pub(super) undo: Undo,
+    /// Something is left to be noted, lifted or shut on a server, which can be done later.
+    pub(super) leaves_chores: Arc<AtomicBool>,
     pub(super) phase: Phase,
     pub(super) progress: watch::Sender<Option<CutoverProgress>>,
     pub(super) timings: Timings,
@@ -169,6 +172,13 @@ impl Work {
         );
         self.publish();
         Ok(())
+    }
+
+    /// Notes what could not be done on a server and is tried again in the background.
+    pub(super) fn leave_chore(&mut self, what: &str, error: &CutoverError) {
+        tracing::warn!(epoch = self.case.epoch.0, %error, what, "could not be done; it is tried again in the background");
+        self.notes.push(format!("{what}: {error}; it is tried again in the background"));
+        self.leaves_chores.store(true, Ordering::SeqCst);
     }
 
     /// Shows observers where the cutover stands.
