@@ -160,7 +160,8 @@ impl CutoverError {
             }
             Self::Definitions(_) => Some(
                 "nothing has changed, and --force does not go past it: rows would be lost, or what sessions need be missing; define \
-                 the same on both servers, or undo it, then order it again",
+                 the same on both servers, or undo it, then order it again; on a server that is shut: the runbook, \"Something has \
+                 to be defined on the server that was left\"",
             ),
             Self::Guardrail(_) => Some(
                 "nothing has changed, and --force does not go past it: more than time and connections is at stake; `pgcutover \

@@ -165,3 +165,41 @@ async fn a_cutover_does_not_wait_for_a_locked_table() {
     let report = daemon.json(&["migration", "cutover", NAME]);
     assert_eq!(report["outcome"], "switched", "{report}");
 }
+
+/// What was defined on the target meanwhile is named, with a hint that leads to statements which work on a server that is shut.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_rollback_says_what_the_source_lacks_and_how_to_define_it_there() {
+    let (source, target) = two_clusters();
+    connect(&source, "postgres").await.batch_execute("CREATE DATABASE shop").await.expect("made");
+    connect(&source, "shop").await.batch_execute(TABLES).await.expect("tables");
+    let daemon = Daemon::start(&source, &target, DaemonOptions::default());
+    daemon.must(&["migration", "create", NAME, "--database", "shop"]);
+    ready(&daemon).await;
+    daemon.must(&["migration", "cutover", NAME]);
+    wait_for("the stream back", || async { daemon.json(&["migration", "show", NAME])["substate"] == "Completed" })
+        .await;
+    let made = "CREATE TABLE n (id int)";
+    connect(&target, "shop").await.batch_execute(made).await.expect("made");
+    let output = daemon.command(&["migration", "rollback", NAME, "--output", "json"]);
+    let refused: serde_json::Value = serde_json::from_slice(&output.stdout).expect("an answer");
+    assert_eq!((&refused["outcome"], &refused["pause_ms"]), (&"aborted".into(), &0.into()), "{refused}");
+    let reason = refused["reason"].as_str().expect("a reason");
+    assert!(
+        reason.starts_with("database shop: the source lacks column public.n.id integer, table public.n"),
+        "{reason}"
+    );
+    let hint = refused["hint"].as_str().expect("a hint");
+    let heading = "Something has to be defined on the server that was left";
+    let runbook = include_str!("../../docs/runbook.md");
+    assert!(hint.contains(heading) && runbook.contains(&format!("### {heading}\n")), "{hint}");
+
+    let admin = connect(&source, "postgres").await;
+    admin.batch_execute("ALTER DATABASE shop ALLOW_CONNECTIONS true").await.expect("a superuser may");
+    let shut = connect(&source, "shop").await;
+    for command in ["SET default_transaction_read_only = off", made] {
+        shut.batch_execute(command).await.expect(command);
+    }
+    admin.batch_execute("ALTER DATABASE shop ALLOW_CONNECTIONS false").await.expect("a superuser may");
+    let report = daemon.json(&["migration", "rollback", NAME]);
+    assert_eq!(report["outcome"], "switched", "{report}");
+}
