@@ -356,9 +356,9 @@ impl Work {
     }
 
     /// Waits until every database has durably applied its marker. Meanwhile held sessions bring their other backend up to
-    /// date, and it is looked whether definitions were changed and large objects made: nobody writes any more, and none needs the
-    /// other. Sessions that cannot are ended or stop the cutover. Then
-    /// come the sequences that could not be brought over before.
+    /// date, and it is looked whether definitions were changed and large objects made: nobody writes any more, and none needs
+    /// the other. Sessions that cannot are ended or stop the cutover. Then come the sequences that could not be brought over
+    /// before.
     pub(super) async fn arrive(&mut self, last: LastWord, deadline: Instant) -> Result<(), CutoverError> {
         let LastWord { marker: Marker { nonce, .. }, sequences } = last;
         // Half of what is left of the pause, so that a session which does not answer is named, not max_pause.

@@ -133,7 +133,8 @@ pub async fn compare(
     let found = definitions(&**target).await?;
     let published = publication::published(source, publication).await?;
     // The target lacks their rows, whatever its definitions are.
-    let unpublished = tables.iter().filter(|table| !published.contains(table));
+    let named: HashSet<&QualifiedName> = published.iter().collect();
+    let unpublished = tables.iter().filter(|table| !named.contains(table));
     wanted.extend(unpublished.map(|table| format!("changes of table {}", plain(table))));
     if let Some(held) = rows_apart(&apart(source, &published).await?) {
         let rows = source.query(&held, &[]).await?;
@@ -178,7 +179,7 @@ SELECT pg_catalog.format('%I.%I by %s', n.nspname, c.relname,
   FROM pg_catalog.pg_locks l JOIN pg_catalog.pg_class c ON c.oid = l.relation
   JOIN pg_catalog.pg_namespace n ON n.oid = c.relnamespace LEFT JOIN pg_catalog.pg_stat_activity a ON a.pid = l.pid
  WHERE l.database = (SELECT oid FROM pg_catalog.pg_database WHERE datname = pg_catalog.current_database())
-   AND l.mode = 'AccessExclusiveLock' AND l.granted AND c.relkind IN ('r', 'p', 'm')
+   AND l.mode = 'AccessExclusiveLock' AND l.granted AND l.pid IS DISTINCT FROM pg_catalog.pg_backend_pid() AND c.relkind IN ('r', 'p', 'm')
  ORDER BY 1 LIMIT 5";
 
 /// Without quotes: what is a keyword, and so needs them, differs between majors (`json` since PostgreSQL 16).

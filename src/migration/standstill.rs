@@ -24,12 +24,12 @@ relation AS (
      WHERE c.relpersistence <> 't'),
 fact (a, b, name) AS (
     SELECT CASE WHEN relkind IN ('i', 'I') THEN 0 ELSE oid::bigint END,
-           relnamespace::bigint << 16 | pg_catalog.ascii(relkind::text) << 8 | pg_catalog.ascii(relpersistence::text),
+           (relnamespace::bigint << 16) | (pg_catalog.ascii(relkind::text) << 8) | pg_catalog.ascii(relpersistence::text),
            relname
       FROM relation
     UNION ALL
-    SELECT a.attrelid::bigint << 16 | a.attnum,
-           a.atttypid::bigint << 2 | a.attnotnull::int << 1 | a.atthasdef::int, a.attname
+    SELECT (a.attrelid::bigint << 16) | a.attnum,
+           (a.atttypid::bigint << 2) | (a.attnotnull::int << 1) | a.atthasdef::int, a.attname
       FROM pg_catalog.pg_attribute a JOIN relation r ON r.oid = a.attrelid
      WHERE r.relkind IN ('r', 'p', 'v', 'm', 'f') AND a.attnum > 0
     UNION ALL
@@ -54,7 +54,7 @@ fact (a, b, name) AS (
     UNION ALL
     SELECT e.enumtypid::bigint, 0, e.enumlabel FROM pg_catalog.pg_enum e)
 SELECT count(*),
-       coalesce(sum(pg_catalog.hashint8(a # pg_catalog.hashint8(b)::bigint << 32 # pg_catalog.hashname(name))), 0)::bigint
+       coalesce(sum(pg_catalog.hashint8(a # (pg_catalog.hashint8(b)::bigint << 32) # pg_catalog.hashname(name))), 0)::bigint
   FROM fact";
 
 /// How many definitions there are, and the sum of a hash of each.
@@ -81,6 +81,10 @@ pub enum Broken {
 impl Standstill {
     /// Sums up what there is in the database of this session. Definitions that are compared from now on are those.
     pub async fn begin(server: &Control, publication: &str) -> Result<Self, tokio_postgres::Error> {
+        if server.version_num() >= 110_000 {
+            // With tens of thousands of tables the statement is dear enough to be compiled, which takes longer than it does.
+            server.batch_execute("SET jit = off").await?;
+        }
         let statement = server.prepare(SUM).await?;
         let begun_at = sum(server, &statement).await?;
         let published = publication::published(server, publication).await?;

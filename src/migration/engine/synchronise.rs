@@ -140,8 +140,11 @@ impl Engine {
                 Ok(drift) => drift,
                 Err(error) if error.code().is_some_and(|code| code.code() == sqlstate::LOCK_NOT_AVAILABLE) => {
                     let (database, waited) = (database.name.clone(), lock_timeout);
-                    let mut by = drift::lockers(&source).await.map_err(failed)?;
-                    by.extend(drift::lockers(&target).await.map_err(failed)?);
+                    let mut by = drift::lockers(&source).await.unwrap_or_default();
+                    by.extend(drift::lockers(&target).await.unwrap_or_default());
+                    if by.is_empty() {
+                        by.push("tables of somebody who has let go since, or is not shown".to_owned());
+                    }
                     return Err(EngineError::Locked { database, waited, by: by.join(", ") });
                 }
                 Err(error) => return Err(failed(error)),
