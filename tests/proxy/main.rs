@@ -16,6 +16,7 @@ mod moves;
 mod orphans;
 mod pause;
 mod pooling;
+mod pooling_frames;
 mod pooling_model;
 mod pooling_moves;
 mod protocol;

@@ -15,11 +15,11 @@ use crate::support::{PATIENCE, connect, one_cluster, wait_for};
 use crate::wire_client::{WireClient, bind, execute, extended, frame, parse, query, rows, sync};
 
 /// A proxy in transaction mode whose pools have `size` connections.
-fn pooled(cluster: &Cluster, size: usize) -> Rig {
+pub fn pooled(cluster: &Cluster, size: usize) -> Rig {
     pooled_with(cluster, size, |_| {})
 }
 
-fn pooled_with(cluster: &Cluster, size: usize, change: impl FnOnce(&mut Config)) -> Rig {
+pub fn pooled_with(cluster: &Cluster, size: usize, change: impl FnOnce(&mut Config)) -> Rig {
     Rig::start(server(cluster), server(cluster), |config| {
         config.pool.mode = PoolMode::Transaction;
         config.pool.default_pool_size = size;
@@ -42,12 +42,12 @@ fn close(name: &str) -> Vec<u8> {
     frame(b'C', format!("S{name}\0").as_bytes())
 }
 
-async fn ask(client: &mut WireClient, bytes: &[u8]) -> Vec<crate::wire_client::Message> {
+pub async fn ask(client: &mut WireClient, bytes: &[u8]) -> Vec<crate::wire_client::Message> {
     client.send(bytes).await;
     client.until_ready().await
 }
 
-async fn first_row(client: &mut WireClient, sql: &str) -> String {
+pub async fn first_row(client: &mut WireClient, sql: &str) -> String {
     let messages = ask(client, &query(sql)).await;
     rows(&messages).into_iter().next().unwrap_or_else(|| panic!("{sql}: {messages:?}"))
 }

@@ -32,7 +32,8 @@ impl PooledSession {
                 self.leave_if_quiet()?;
                 continue;
             }
-            let rest = &self.down.buffer.filled()[self.down.looked_at..];
+            let looked_at = self.down.looked_at;
+            let rest = &self.down.buffer.filled()[looked_at..];
             let header = match Header::parse(rest) {
                 Ok(Some(header)) => header,
                 Ok(None) => return Ok(()),
@@ -53,11 +54,11 @@ impl PooledSession {
                     | backend::ERROR_RESPONSE
                     | backend::COMMAND_COMPLETE
             );
-            if is_read && !is_whole && !self.down.buffer.is_full() {
+            // What stands in front of it goes to the client first. Only a frame that fills the block alone passes unread.
+            if is_read && !is_whole && (looked_at > 0 || !self.down.buffer.is_full()) {
                 return Ok(());
             }
             let shown = self.answered(header, is_whole);
-            let looked_at = self.down.looked_at;
             match shown {
                 Shown::Yes => {}
                 Shown::No => {
