@@ -1,7 +1,13 @@
 //! Transaction pooling, frame by frame: where a cut, an order of frames or a text must not mislead the proxy.
 
-use crate::pooling::{first_row, pooled_with};
+use crate::pooling::{ask, first_row, pooled_with};
 use crate::support::one_cluster;
+use crate::wire_client::{Message, bind, execute, parse, query, rows, sync};
+
+/// The code of the first error; empty where there is none.
+fn refusal(messages: &[Message]) -> String {
+    messages.iter().find(|message| message.tag == 'E').map(Message::code).unwrap_or_default()
+}
 
 #[tokio::test(flavor = "multi_thread")]
 async fn an_answer_that_is_cut_where_a_block_ends_is_seen() {
@@ -15,6 +21,46 @@ async fn an_answer_that_is_cut_where_a_block_ends_is_seen() {
         let row = first_row(&mut ann, &format!("SELECT repeat('x', {length})")).await;
         assert_eq!(row.len(), length);
         assert_eq!(first_row(&mut bob, "SELECT 'bob'").await, "bob", "{length}");
+    }
+    rig.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_shared_statement_is_prepared_only_under_the_settings_it_was_meant_under() {
+    let cluster = one_cluster("meaning");
+    // One worker: the connection that is not in use is the only one that can be given.
+    let rig = pooled_with(&cluster, 2, |config| config.listen.workers = 1);
+    let text = |number: i32| format!("SELECT date '01/02/2026', {number}");
+    for (number, (before, after)) in [
+        (query("BEGIN; SET LOCAL DateStyle = 'ISO, DMY'"), query("COMMIT")),
+        (query("SET DateStyle = 'ISO, DMY'"), query("RESET DateStyle")),
+    ]
+    .into_iter()
+    .enumerate()
+    {
+        let text = text(number as i32);
+        let (mut ann, mut bob) = (rig.wire("postgres").await, rig.wire("postgres").await);
+        let mut carl = rig.wire("postgres").await;
+        ask(&mut ann, &[parse("a", &text), sync()].concat()).await;
+        let first = first_row(&mut bob, "BEGIN; SELECT pg_backend_pid()").await;
+        // On the other connection, under other settings.
+        ask(&mut ann, &before).await;
+        assert_ne!(first_row(&mut ann, "SELECT pg_backend_pid()").await, first);
+        for _ in 0..2 {
+            let used = ask(&mut ann, &[bind("a"), execute(0), sync()].concat()).await;
+            assert_eq!(rows(&used).len(), 1, "{used:?}");
+        }
+        ask(&mut ann, &after).await;
+        assert_ne!(first_row(&mut carl, "SELECT pg_backend_pid()").await, first);
+        let batch = [parse("b", &text), bind("b"), execute(0), sync()].concat();
+        assert_eq!(rows(&ask(&mut carl, &batch).await), ["2026-01-02"]);
+        // Nor does ann's own name stand for it for good.
+        assert_eq!(rows(&ask(&mut ann, &[bind("a"), execute(0), sync()].concat()).await), ["2026-01-02"]);
+        // A name that is taken is still taken.
+        ask(&mut ann, &before).await;
+        assert_eq!(refusal(&ask(&mut ann, &[parse("a", &text), sync()].concat()).await), "42P05");
+        ask(&mut ann, &query("ROLLBACK")).await;
+        ask(&mut bob, &query("COMMIT")).await;
     }
     rig.stop().await;
 }

@@ -24,6 +24,9 @@ pub(in crate::proxy) struct Statement {
     pub(in crate::proxy) tail: Box<[u8]>,
     /// What executing it may leave behind.
     pub(in crate::proxy) traces: Traces,
+    /// The settings that its text was sent under: it is shared by those who have them, so it must not be prepared under
+    /// others. None: it is one client's alone.
+    pub(in crate::proxy) meaning: Option<Arc<SessionState>>,
 }
 
 /// All statements of a pool that some client or connection still has.
@@ -54,7 +57,7 @@ impl Statements {
         if self.count > self.sweep_at {
             self.sweep();
         }
-        let statement = self.alone(tail, traces);
+        let statement = self.make(tail, traces, Some(meaning.clone()));
         let of =
             self.known.entry(key).or_insert_with(|| Meaning { _meaning: meaning.clone(), statements: HashMap::new() });
         of.statements.insert(tail.into(), Arc::downgrade(&statement));
@@ -63,11 +66,15 @@ impl Statements {
 
     /// A statement that nobody else can mean: its text was sent where settings were not those of the session.
     pub(super) fn alone(&mut self, tail: &[u8], traces: Traces) -> Arc<Statement> {
+        self.make(tail, traces, None)
+    }
+
+    fn make(&mut self, tail: &[u8], traces: Traces, meaning: Option<Arc<SessionState>>) -> Arc<Statement> {
         self.next_id += 1;
         let id = self.next_id;
         let mut name = NAME_PREFIX.to_vec();
         name.extend_from_slice(format!("{id:x}").as_bytes());
-        Arc::new(Statement { id, name: name.into(), tail: tail.into(), traces })
+        Arc::new(Statement { id, name: name.into(), tail: tail.into(), traces, meaning })
     }
 
     fn sweep(&mut self) {

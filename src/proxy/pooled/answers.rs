@@ -178,6 +178,7 @@ impl PooledSession {
         match body {
             b"DEALLOCATE ALL\0" | b"DISCARD ALL\0" => {
                 self.names.clear();
+                self.stand_ins.clear();
                 self.unnamed.token = 0;
             }
             b"DEALLOCATE\0" => {

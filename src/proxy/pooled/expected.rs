@@ -248,7 +248,13 @@ mod tests {
     use crate::proxy::handoff::Traces;
 
     fn statement(id: u64) -> Arc<Statement> {
-        Arc::new(Statement { id, name: b"x".as_slice().into(), tail: Box::default(), traces: Traces::NONE })
+        Arc::new(Statement {
+            id,
+            name: b"x".as_slice().into(),
+            tail: Box::default(),
+            traces: Traces::NONE,
+            meaning: None,
+        })
     }
 
     fn parse(name: &[u8], id: u64) -> Sent {

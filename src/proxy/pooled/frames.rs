@@ -6,7 +6,7 @@ use super::expected::Sent;
 use super::passing::Passage;
 use super::{PooledSession, StashState, Step};
 use crate::proxy::client_error::ClientError;
-use crate::proxy::handoff::{Deallocated, Traces, UNNAMED_LIMIT_BYTES, deallocated, traces};
+use crate::proxy::handoff::{Deallocated, SessionState, Traces, UNNAMED_LIMIT_BYTES, deallocated, traces};
 use crate::proxy::pool::{STATEMENT_PREFIX, Statement};
 use crate::proxy::session::End;
 use crate::wire::frame::{FrameError, HEADER_BYTES, Header, frontend, take_cstr};
@@ -221,17 +221,11 @@ impl PooledSession {
         let name: Box<[u8]> = self.body(header)[..name_end].into();
         if let Some(statement) = self.statement_of(&name) {
             // The name is taken: the server says so when it is asked for ours once more.
-            self.ensure(&statement);
+            let statement = self.ensure(statement);
             self.note(frontend::PARSE, Sent::AlreadyThere);
             return self.pass_rewritten(header, name_end + 1, &[&statement.name, b"\0"]);
         }
-        let tail = &self.body(header)[name_end + 1..];
-        let central = &self.pool.central;
-        let statement = if self.traces.change_meaning() {
-            central.own_statement(tail, found)
-        } else {
-            central.statement(&self.profile, tail, found)
-        };
+        let statement = self.statement_now(&self.body(header)[name_end + 1..], found);
         let known = self.link.as_mut().is_some_and(|link| link.held.touch(statement.id));
         if known && self.ledger.status() == TransactionStatus::Failed {
             // Refused like every other statement in a failed transaction, where a Close would not be.
@@ -266,7 +260,7 @@ impl PooledSession {
 
     /// DEALLOCATE, in the extended protocol, of a statement that has another name on the server.
     fn forward_deallocate(&mut self, header: Header, name: &[u8], statement: &Arc<Statement>) {
-        self.ensure(statement);
+        let statement = self.ensure(statement.clone());
         let text = [b"DEALLOCATE \"", &*statement.name, b"\"\0\0\0"].concat();
         self.deallocating = Some(name.into());
         self.unnamed.token = 0;
@@ -307,7 +301,7 @@ impl PooledSession {
         let is_ours = name.starts_with(STATEMENT_PREFIX);
         match statement {
             Some(statement) => {
-                self.ensure(&statement);
+                let statement = self.ensure(statement);
                 self.traces |= statement.traces;
                 self.note(frontend::BIND, Sent::Bind);
                 self.pass_bind(header, portal_bytes, name_bytes, &statement.name);
@@ -347,7 +341,7 @@ impl PooledSession {
                 let is_ours = name.starts_with(STATEMENT_PREFIX);
                 let used = header.body_bytes as usize;
                 if let Some(statement) = self.statement_of(name) {
-                    self.ensure(&statement);
+                    let statement = self.ensure(statement);
                     self.note(frontend::DESCRIBE, Sent::Describe);
                     return self.pass_rewritten(header, used, &[b"S", &statement.name, b"\0"]);
                 }
@@ -400,15 +394,55 @@ impl PooledSession {
         }
     }
 
-    /// Sees to it that the connection has a statement.
-    fn ensure(&mut self, statement: &Arc<Statement>) {
-        let Some(link) = &mut self.link else { return };
-        if link.held.touch(statement.id) {
-            return;
+    /// The statement that a text is which is sent now.
+    fn statement_now(&self, tail: &[u8], traces: Traces) -> Arc<Statement> {
+        let central = &self.pool.central;
+        if self.traces.change_meaning() {
+            central.own_statement(tail, traces)
+        } else {
+            central.statement(&self.profile, tail, traces)
         }
-        self.give_room(statement);
+    }
+
+    /// Whether a statement that is shared under these settings is what its text means now.
+    fn is_meant_now(&self, meaning: &Arc<SessionState>) -> bool {
+        !self.traces.change_meaning() && Arc::ptr_eq(meaning, &self.profile.meaning)
+    }
+
+    /// Sees to it that the connection has a statement, and says which: where it cannot be prepared as it was meant,
+    /// another one stands in for it, so that nobody who shares it is given what other settings make of its text.
+    fn ensure(&mut self, statement: Arc<Statement>) -> Arc<Statement> {
+        let Some(link) = &mut self.link else { return statement };
+        if link.held.touch(statement.id) {
+            return statement;
+        }
+        let is_as_meant = statement.meaning.as_ref().is_none_or(|meaning| self.is_meant_now(meaning));
+        let statement = if is_as_meant { statement } else { self.stand_in(&statement) };
+        if self.link.as_mut().is_some_and(|link| link.held.touch(statement.id)) {
+            return statement;
+        }
+        self.give_room(&statement);
         let parts: [&[u8]; 3] = [&statement.name, b"\0", &statement.tail];
         self.send_own(frontend::PARSE, &parts, Sent::Added(statement.clone()));
+        statement
+    }
+
+    /// What the text of `statement` is under the settings of this moment. Kept, so that it is prepared once.
+    fn stand_in(&mut self, statement: &Arc<Statement>) -> Arc<Statement> {
+        let fits = |known: &Statement| match &known.meaning {
+            Some(meaning) => self.is_meant_now(meaning),
+            None => self.traces.change_meaning(),
+        };
+        if let Some(known) = self.stand_ins.get(&statement.id).filter(|known| fits(known)) {
+            return known.clone();
+        }
+        let made = self.statement_now(&statement.tail, statement.traces);
+        if self.stand_ins.len() > self.names.len() {
+            // Most of them stand in for names that were given up.
+            self.stand_ins.clear();
+        }
+        self.stand_ins.insert(statement.id, made.clone());
+        made
     }
 
     /// The connection is about to get a statement; another one goes for it.

@@ -39,7 +39,8 @@ pub fn expected(data: &[u8]) {
 
 fn sent(choice: u8) -> Sent {
     let name: Box<[u8]> = if choice & 1 == 0 { b"a" } else { b"b" }.as_slice().into();
-    let statement = Arc::new(Statement { id: 1, name: b"ours"[..].into(), tail: name.clone(), traces: Traces::NONE });
+    let (name_of_ours, traces) = (b"ours"[..].into(), Traces::NONE);
+    let statement = Arc::new(Statement { id: 1, name: name_of_ours, tail: name.clone(), traces, meaning: None });
     match choice >> 1 & 15 {
         0 => Sent::Parse { name, statement, known: false },
         1 => Sent::Parse { name, statement, known: true },

@@ -190,6 +190,9 @@ pub(super) struct PooledSession {
     expected: Expected,
     /// What the client's names stand for.
     names: HashMap<Box<[u8]>, Arc<Statement>>,
+    /// What stands in for a statement, by its number, where its connection lacks it and settings are others than those
+    /// that it was meant under.
+    stand_ins: HashMap<u64, Arc<Statement>>,
     unnamed: Unnamed,
     next_token: u32,
     /// A statement of the client's that a DEALLOCATE under way takes away.
@@ -274,6 +277,7 @@ impl PooledSession {
             ledger: Ledger::new(),
             expected: Expected::default(),
             names: HashMap::new(),
+            stand_ins: HashMap::new(),
             unnamed: Unnamed::default(),
             next_token: 0,
             deallocating: None,
