@@ -43,6 +43,8 @@ pub fn traces(text: &[u8], length: usize) -> Traces {
     // Words so far in the statement; 0 at its start.
     let mut words = 0usize;
     let mut first = First::Other;
+    // Where the quoted name ends that `at` stands in.
+    let mut name_end = 0;
     while let Some(&byte) = text.get(at) {
         match byte {
             b';' => {
@@ -59,7 +61,15 @@ pub fn traces(text: &[u8], length: usize) -> Traces {
                 }
                 at = end;
             }
-            b'"' => at += 1,
+            // Words in a quoted name are looked at like others: it may be that of a function.
+            b'"' if at < name_end => at += 1,
+            b'"' => {
+                name_end = end_of_name(text, at + 1).unwrap_or(text.len());
+                if hides_what_follows(&text[at + 1..name_end]) {
+                    found |= Traces::SESSION;
+                }
+                at += 1;
+            }
             b'$' => at = end_of_dollars(text, at),
             b'-' if text.get(at + 1) == Some(&b'-') => at = skip_space(text, at),
             b'/' if text.get(at + 1) == Some(&b'*') => at = end_of_comment(text, at),
@@ -183,6 +193,14 @@ fn set_config(text: &[u8], end: usize) -> Traces {
                 at = end_of_dollars(text, at);
                 continue;
             }
+            b'"' => {
+                at = end_of_name(text, at + 1).unwrap_or(text.len());
+                continue;
+            }
+            b'-' | b'/' => {
+                at = skip_space(text, at).max(at + 1);
+                continue;
+            }
             b',' if depth == 1 => {
                 commas += 1;
                 if commas == 2 {
@@ -216,6 +234,26 @@ fn end_of_literal(text: &[u8], mut at: usize, escapes: bool) -> (usize, bool) {
         }
     }
     (text.len(), backslash)
+}
+
+/// Where the quoted name whose text begins at `at` ends, behind its closing quote.
+fn end_of_name(text: &[u8], mut at: usize) -> Option<usize> {
+    loop {
+        at += text.get(at..)?.iter().position(|byte| *byte == b'"')? + 1;
+        if text.get(at) != Some(&b'"') {
+            return Some(at);
+        }
+        at += 1;
+    }
+}
+
+/// Whether a quoted name, with its closing quote, holds what would be taken for the beginning of a literal, a comment or
+/// a statement, or an escape; or does not end.
+fn hides_what_follows(name: &[u8]) -> bool {
+    let pair = |pair: &[u8]| matches!(pair, b"--" | b"/*");
+    name.last() != Some(&b'"')
+        || name.iter().any(|byte| matches!(byte, b'\'' | b'$' | b';' | b'\\'))
+        || name.windows(2).any(pair)
 }
 
 /// `$tag$ … $tag$` at `at`; a parameter (`$1`) or a stray dollar is one byte.
@@ -320,6 +358,18 @@ mod tests {
             "declare c cursor with hold for select 1",
             "select 'it\\'s; set x = 1'",
             "select $a$ ; $a$; set x = 1",
+            "select 1 as \"it's\"; set work_mem = '77MB'",
+            "select 1 as \"who's\", set_config('app.tenant', 'a', false)",
+            "select 1 as \"a\"\"it's\", pg_advisory_lock(1)",
+            "select 1 as \"--\"; set role ann",
+            "select 1 as \"/*\"; set role ann",
+            "select 1 as \"$$\"; set role ann",
+            "select 1 as \"a\", 'it', \"b\"; set role ann",
+            "select U&\"\\0073et_config\"('a', 'b', false)",
+            "select 1 as \"a; set role ann",
+            "select set_config('app.flag' /* why, */, 'true', false)",
+            "select set_config('app.flag' -- why, 'true',\n, 'true', false)",
+            "select set_config('app.flag', \"a,true,\", false)",
         ] {
             assert!(of(text).outlive(), "{text}");
         }
@@ -328,7 +378,12 @@ mod tests {
 
     #[test]
     fn what_ends_with_a_transaction_or_says_nothing_is_not() {
-        for text in ["SET LOCAL app.x = 1", "select set_config('a.b', $1, true)", "select set_config($1, $2, 'true')"] {
+        for text in [
+            "SET LOCAL app.x = 1",
+            "select set_config('a.b', $1, true)",
+            "select set_config($1, $2, 'true')",
+            "select set_config('a.b', \"t\".\"value\" /* why, */, true) from \"t\"",
+        ] {
             assert_eq!(of(text), Traces::LOCAL, "{text}");
         }
         for text in [
@@ -342,6 +397,8 @@ mod tests {
             "select $$; set x = 1$$",
             "select E'a\\'; set x = 1'",
             "select \"set\" from t",
+            "select \"a\", 'b; set x = 1', \"c\" from \"d e\".\"f\"\"g\"",
+            "select \"a-b\", \"c/d\", \"\" from \"t\" -- it's",
             "select temp from weather",
             "insert into temperature values ($1)",
             "select pg_advisory_xact_lock(1), pg_try_advisory_xact_lock(2)",
