@@ -33,14 +33,9 @@ pub(super) fn settings_set<'a>(text: &'a [u8], mut found: impl FnMut(Finding<'a>
         match text.get(at) {
             Some(b'_') => {
                 if let Some(rest) = after_word(near, at + 1, b"config")
-                    && let Some(argument) = after_byte(near, rest, b'(')
+                    && let Some(argument) = after_byte(near, behind_quote(near, rest), b'(')
                 {
-                    match literal(near, argument) {
-                        Some(name) if name.contains('.') => found(Finding::Name(name)),
-                        Some(_) => {}
-                        // `set_config` may be written without any argument inside a comment or a name.
-                        None => found(Finding::Computed),
-                    }
+                    name_set(near, argument, &mut found);
                 }
             }
             Some(byte) if is_space(*byte) || *byte == b'"' || *byte == b'/' => {
@@ -70,8 +65,8 @@ pub fn settings_used(text: &str, mut found: impl FnMut(&str)) {
         }
         let near = within_reach(bytes, at);
         if let Some(rest) = after_word(near, at, b"current_setting")
-            && let Some(argument) = after_byte(near, rest, b'(')
-            && let Some(name) = literal(near, argument)
+            && let Some(argument) = after_byte(near, behind_quote(near, rest), b'(')
+            && let Some((name, _)) = literal(near, argument)
             && name.contains('.')
         {
             found(&name);
@@ -201,13 +196,36 @@ pub(super) fn identifier(text: &[u8], at: usize) -> Option<(Cow<'_, str>, usize)
     Some((Cow::Borrowed(std::str::from_utf8(&text[at..end]).ok()?), end))
 }
 
-/// The string literal at `at`, also with an `E` in front. Escapes are not interpreted: names hold none.
-fn literal(text: &[u8], at: usize) -> Option<Cow<'_, str>> {
+/// The first argument of `set_config`, which begins at `at`.
+fn name_set<'a>(text: &'a [u8], at: usize, found: &mut impl FnMut(Finding<'a>)) {
+    // `set_config` may be written without any argument inside a comment or a name.
+    let Some((name, end)) = literal(text, at) else { return found(Finding::Computed) };
+    let mut end = skip_space(text, end);
+    if text[end..].starts_with(b"::") {
+        let start = skip_space(text, end + 2);
+        end = identifier(text, start).map_or(start, |(_, end)| skip_space(text, end));
+    }
+    if text.get(end) != Some(&b',') || name.contains('\\') {
+        // The literal is only a part of the name, or written otherwise than the name is.
+        found(Finding::Computed);
+    }
+    if name.contains('.') {
+        found(Finding::Name(name));
+    }
+}
+
+/// Behind the closing quote of a function's name, where it has one.
+fn behind_quote(text: &[u8], at: usize) -> usize {
+    at + usize::from(text.get(at) == Some(&b'"'))
+}
+
+/// The string literal at `at`, also with an `E` in front, and where it ends. Escapes are not interpreted: names hold none.
+fn literal(text: &[u8], at: usize) -> Option<(Cow<'_, str>, usize)> {
     let mut at = skip_space(text, at);
     if text.get(at).is_some_and(|byte| byte | 0x20 == b'e') && text.get(at + 1) == Some(&b'\'') {
         at += 1;
     }
-    (text.get(at) == Some(&b'\'')).then(|| quoted(text, at + 1, b'\''))?.map(|(name, _)| name)
+    (text.get(at) == Some(&b'\'')).then(|| quoted(text, at + 1, b'\''))?
 }
 
 /// Text up to the closing `quote`, doubled quotes made single, and where it ends.
@@ -326,6 +344,14 @@ mod tests {
             ("select pg_catalog.set_config( 'a.b' , 'c', true)", vec!["a.b"]),
             ("select set_config(E'a.b', 'c', true)", vec!["a.b"]),
             ("select set_config($1, $2, false)", vec!["?"]),
+            ("select set_config('app.' || $1, $2, false)", vec!["?", "app."]),
+            ("select set_config('app'||'.x', $2, false)", vec!["?"]),
+            ("select set_config('app'\n'.x', $2, false)", vec!["?"]),
+            ("select set_config(E'app\\x2ex', $2, false)", vec!["?"]),
+            ("select set_config('a.b'::text, $1, false)", vec!["a.b"]),
+            ("select set_config('a.b' /* why */, $1, false)", vec!["a.b"]),
+            ("select pg_catalog.\"set_config\"('a.b', $1, false)", vec!["a.b"]),
+            ("select \"set_config\" ($1, $2, false)", vec!["?"]),
             ("SET app.größe = 1", vec!["app.größe"]),
         ] {
             assert_eq!(names(text), expected, "{text}");
@@ -367,7 +393,7 @@ mod tests {
 
     #[test]
     fn no_text_makes_the_scan_look_at_everything_for_every_word() {
-        for (repeated, found) in [("set/*", 0), ("set_config(/*", 1000), ("set \"a.", 0), ("set_config('a.b ", 1000)] {
+        for (repeated, found) in [("set/*", 0), ("set_config(/*", 1000), ("set \"a.", 0), ("set_config('a.b ", 1999)] {
             let text = repeated.repeat(1000);
             assert_eq!(names(&text).len(), found, "{repeated}");
         }
