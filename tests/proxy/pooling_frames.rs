@@ -1,8 +1,9 @@
 //! Transaction pooling, frame by frame: where a cut, an order of frames or a text must not mislead the proxy.
 
-use crate::pooling::{ask, first_row, pooled_with};
-use crate::support::one_cluster;
-use crate::wire_client::{Message, bind, execute, parse, query, rows, sync};
+use crate::pooling::{ask, first_row, pooled, pooled_with};
+use crate::rig::Rig;
+use crate::support::{one_cluster, wait_for};
+use crate::wire_client::{Message, WireClient, bind, execute, extended, frame, parse, query, rows, sync, tags};
 
 /// The code of the first error; empty where there is none.
 fn refusal(messages: &[Message]) -> String {
@@ -62,5 +63,38 @@ async fn a_shared_statement_is_prepared_only_under_the_settings_it_was_meant_und
         ask(&mut ann, &query("ROLLBACK")).await;
         ask(&mut bob, &query("COMMIT")).await;
     }
+    rig.stop().await;
+}
+
+/// FunctionCall with arguments in text.
+fn call(oid: u32, arguments: &[&str]) -> Vec<u8> {
+    let mut body = oid.to_be_bytes().to_vec();
+    body.extend([0, 0]);
+    body.extend((arguments.len() as u16).to_be_bytes());
+    for argument in arguments {
+        body.extend((argument.len() as u32).to_be_bytes());
+        body.extend(argument.as_bytes());
+    }
+    body.extend([0, 0]);
+    frame(b'F', &body)
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_a_function_call_leaves_is_its_clients_own() {
+    let cluster = one_cluster("fastpath");
+    let rig = pooled(&cluster, 1);
+    let (mut ann, mut bob) = (rig.wire("postgres").await, rig.wire("postgres").await);
+    let look = "SELECT concat_ws(',', current_setting('work_mem'), nullif(current_setting('app.tenant', true), ''))";
+    let fresh = first_row(&mut bob, look).await;
+    let set_config = first_row(&mut ann, "SELECT 'set_config'::regproc::oid").await.parse().expect("a number");
+    for (name, value) in [("work_mem", "99MB"), ("app.tenant", "ann")] {
+        let answer = ask(&mut ann, &call(set_config, &[name, value, "f"])).await;
+        assert_eq!(tags(&answer), "VZI");
+        assert_eq!(first_row(&mut bob, look).await, fresh, "{name}");
+    }
+    assert_eq!(first_row(&mut ann, "SHOW work_mem").await, "99MB");
+    // pg_advisory_lock(bigint)
+    assert_eq!(tags(&ask(&mut ann, &call(2880, &["7"])).await), "VZI");
+    wait_for("the pin", || async { rig.sessions.list().iter().any(|session| session.pinned.is_some()) }).await;
     rig.stop().await;
 }

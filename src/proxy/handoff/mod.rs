@@ -47,5 +47,5 @@ pub use scan::settings_used;
 pub(super) use scan::{is_name_byte, skip_space};
 pub use shared::Tie;
 pub use state::{SessionState, changed_parameters};
-pub use traces::{Deallocated, Traces, deallocated, traces};
+pub use traces::{Deallocated, Traces, call_traces, deallocated, traces};
 pub use tracked::{Tracked, UNNAMED_LIMIT_BYTES, UnnamedStatement};

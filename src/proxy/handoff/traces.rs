@@ -268,6 +268,18 @@ fn end_of_dollars(text: &[u8], at: usize) -> usize {
     body.windows(tag.len()).position(|window| window == tag).map_or(text.len(), |found| tag_end + 1 + found + tag.len())
 }
 
+/// The server's functions for large objects, which is what FunctionCall is used for (`pg_proc.dat`): they change rows
+/// alone.
+const OF_LARGE_OBJECTS: [u32; 20] =
+    [715, 764, 765, 767, 952, 953, 954, 955, 956, 957, 958, 964, 1004, 3170, 3171, 3172, 3457, 3458, 3459, 3460];
+
+/// What the FunctionCall with this body, which is as much of it as is at hand, may leave behind.
+pub fn call_traces(body: &[u8]) -> Traces {
+    let function = body.first_chunk().map(|oid| u32::from_be_bytes(*oid));
+    let is_known = function.is_some_and(|function| OF_LARGE_OBJECTS.contains(&function));
+    if is_known { Traces::NONE } else { Traces::SESSION }
+}
+
 /// What a DEALLOCATE takes away.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Deallocated {
@@ -411,6 +423,15 @@ mod tests {
         ] {
             assert_eq!(of(text), Traces::NONE, "{text}");
         }
+    }
+
+    #[test]
+    fn a_call_of_a_large_objects_function_leaves_nothing() {
+        // lo_open, set_config, pg_advisory_lock
+        for (function, left) in [(952u32, Traces::NONE), (2078, Traces::SESSION), (2880, Traces::SESSION)] {
+            assert_eq!(call_traces(&[&function.to_be_bytes()[..], &[0; 6]].concat()), left, "{function}");
+        }
+        assert_eq!(call_traces(&[0, 0, 3]), Traces::SESSION, "its number was not seen");
     }
 
     #[test]

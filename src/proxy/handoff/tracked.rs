@@ -10,6 +10,7 @@
 //! running the wrong one would be worse than answering that there is none.
 
 use super::scan::{self, Finding};
+use super::traces::call_traces;
 
 /// Custom setting names remembered for one session. Real applications use a handful.
 const NAMES_LIMIT: usize = 256;
@@ -113,7 +114,12 @@ impl Tracked {
             }
             b'B' if self.computed => self.scan_bind(prefix, body_length),
             b'C' if prefix.starts_with(b"S\0") => self.unnamed = Unnamed::Absent,
-            b'S' | b'F' => self.end_batch(),
+            b'S' => self.end_batch(),
+            b'F' => {
+                // Its arguments may be those of `set_config`, in whatever form.
+                self.incomplete |= call_traces(prefix).outlive();
+                self.end_batch();
+            }
             _ => {}
         }
     }
@@ -162,7 +168,7 @@ impl Tracked {
     }
 
     /// Whether some text may have set a custom setting whose name could not be seen: it was computed, or stood past
-    /// the part of a long text that was looked at.
+    /// the part of a long text that was looked at, or in a FunctionCall.
     pub fn names_uncertain(&self) -> bool {
         self.computed || self.incomplete
     }
@@ -351,6 +357,17 @@ mod tests {
         assert_eq!(tracked.names().count(), NAMES_LIMIT);
         assert!(tracked.names_overflowed());
         assert!(!tracked.names_uncertain());
+    }
+
+    #[test]
+    fn a_function_call_may_have_set_anything() {
+        let mut tracked = Tracked::new();
+        // lo_open
+        send(&mut tracked, b'F', &952u32.to_be_bytes());
+        assert!(!tracked.names_uncertain());
+        // set_config
+        send(&mut tracked, b'F', &2078u32.to_be_bytes());
+        assert!(tracked.names_uncertain());
     }
 
     #[test]

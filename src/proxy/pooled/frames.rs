@@ -6,7 +6,7 @@ use super::expected::Sent;
 use super::passing::Passage;
 use super::{PooledSession, StashState, Step};
 use crate::proxy::client_error::ClientError;
-use crate::proxy::handoff::{Deallocated, SessionState, Traces, UNNAMED_LIMIT_BYTES, deallocated, traces};
+use crate::proxy::handoff::{Deallocated, SessionState, Traces, UNNAMED_LIMIT_BYTES, call_traces, deallocated, traces};
 use crate::proxy::pool::{STATEMENT_PREFIX, Statement};
 use crate::proxy::session::End;
 use crate::wire::frame::{FrameError, HEADER_BYTES, Header, frontend, take_cstr};
@@ -56,6 +56,8 @@ impl PooledSession {
                 self.refuse_frame(FrameError::Length).map(|()| false)
             }
             frontend::DESCRIBE | frontend::CLOSE => Ok(false),
+            // Its function's number.
+            frontend::FUNCTION_CALL => Ok(buffer.len() >= HEADER_BYTES + 4),
             _ => Ok(true),
         }
     }
@@ -87,7 +89,7 @@ impl PooledSession {
             frontend::DESCRIBE => self.forward_describe(header),
             frontend::CLOSE => self.forward_close(header),
             frontend::EXECUTE => self.copy_frame(header, Sent::Execute),
-            frontend::FUNCTION_CALL => self.copy_frame(header, Sent::Call),
+            frontend::FUNCTION_CALL => self.forward_call(header),
             // Ignored by a server that reads a COPY.
             frontend::SYNC if !self.ledger.is_copying_in() => self.copy_frame(header, Sent::Sync),
             _ => {
@@ -182,6 +184,17 @@ impl PooledSession {
         }
         self.note(frontend::QUERY, Sent::Query);
         self.pass_whole(header);
+    }
+
+    fn forward_call(&mut self, header: Header) {
+        let found = call_traces(self.body(header));
+        if found.outlive() {
+            let frame = self.up.buffer.filled();
+            let body = &frame[HEADER_BYTES..frame.len().min(HEADER_BYTES + header.body_bytes as usize)];
+            self.tracked.on_client_frame(header.tag, body, header.body_bytes as usize);
+        }
+        self.traces |= found;
+        self.copy_frame(header, Sent::Call);
     }
 
     /// Whether a Parse gives the client one named statement more than it may have. None of the others can be given up
