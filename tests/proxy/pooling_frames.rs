@@ -98,3 +98,27 @@ async fn what_a_function_call_leaves_is_its_clients_own() {
     wait_for("the pin", || async { rig.sessions.list().iter().any(|session| session.pinned.is_some()) }).await;
     rig.stop().await;
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_query_that_the_server_skips_leaves_the_unnamed_statement_uncertain() {
+    let cluster = one_cluster("skipped");
+    let rig = pooled(&cluster, 1);
+    let (mut ann, mut bob) = (rig.wire("postgres").await, rig.wire("postgres").await);
+    ask(&mut bob, &[parse("", "SELECT 'bob'"), sync()].concat()).await;
+    let skipped = [bind("nobody"), query("SELECT 1"), sync()].concat();
+    assert_eq!(tags(&ask(&mut ann, &skipped).await), "EZI");
+    let used = ask(&mut ann, &[bind(""), execute(0), sync()].concat()).await;
+    assert_eq!(refusal(&used), "26000", "{used:?}");
+    assert_eq!(rows(&ask(&mut bob, &[bind(""), execute(0), sync()].concat()).await), ["bob"]);
+    // One that comes behind the skipped ones is there.
+    let late = [parse("", "SELECT nonsense"), sync(), parse("", "SELECT 'late'"), sync()].concat();
+    ann.send(&late).await;
+    assert_eq!([ann.tags_until_ready().await, ann.tags_until_ready().await], ["EZI", "1ZI"]);
+    assert_eq!(rows(&ask(&mut ann, &[bind(""), execute(0), sync()].concat()).await), ["late"]);
+    // Frame by frame: the proxy knows of the error when the Query comes.
+    ann.send(&[bind("nobody"), frame(b'H', &[])].concat()).await;
+    assert_eq!(ann.next().await.expect("an error").tag, 'E');
+    assert_eq!(tags(&ask(&mut ann, &[query("SELECT 1"), sync()].concat()).await), "ZI");
+    assert_eq!(refusal(&ask(&mut ann, &[bind(""), execute(0), sync()].concat()).await), "26000");
+    rig.stop().await;
+}

@@ -137,6 +137,13 @@ impl Expected {
         std::mem::take(&mut self.skipped)
     }
 
+    /// Whether something under way says which unnamed statement the server will have.
+    pub(super) fn decides_unnamed(&self) -> bool {
+        let decides =
+            |sent: &Sent| matches!(sent, Sent::ParseUnnamed | Sent::AddedUnnamed | Sent::ClosedUnnamed | Sent::Query);
+        self.sent.iter().any(decides)
+    }
+
     /// What `name` will stand for when everything sent is answered well; None: what is under way says nothing of it.
     pub(super) fn pending(&self, name: &[u8]) -> Option<Option<Arc<Statement>>> {
         if self.names == 0 {

@@ -495,6 +495,7 @@ impl PooledSession {
             return;
         }
         let skipped = self.expected.skipped();
+        let is_decided_later = self.expected.decides_unnamed();
         let Some(link) = &mut self.link else { return };
         for sent in skipped.into_iter().rev() {
             match sent {
@@ -502,8 +503,10 @@ impl PooledSession {
                     link.held.remove(statement.id);
                 }
                 Sent::Evicted(statement) => link.held.add(statement),
-                // Not certain which one the server has now.
-                Sent::ParseUnnamed | Sent::CloseOther => {
+                Sent::ParseUnnamed | Sent::AddedUnnamed | Sent::ClosedUnnamed | Sent::CloseOther | Sent::Query
+                    if is_decided_later => {}
+                // Not certain which one the server has now; a Query would have destroyed it.
+                Sent::ParseUnnamed | Sent::CloseOther | Sent::Query => {
                     self.unnamed.token = 0;
                     link.unnamed = u64::MAX;
                 }
