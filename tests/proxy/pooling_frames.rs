@@ -122,3 +122,43 @@ async fn a_query_that_the_server_skips_leaves_the_unnamed_statement_uncertain() 
     assert_eq!(refusal(&ask(&mut ann, &[bind(""), execute(0), sync()].concat()).await), "26000");
     rig.stop().await;
 }
+
+/// Sends it all at once, behind it Terminate, and says what is answered before the end.
+async fn said_before_the_end(rig: &Rig, frames: &[u8]) -> String {
+    let (mut early, mut client) = (rig.wire("postgres").await, rig.wire("postgres").await);
+    // There is a connection: one that had to wait for it would be let go at once.
+    first_row(&mut early, "SELECT 1").await;
+    drop(early);
+    client.send(&[frames, &frame(b'X', &[])].concat()).await;
+    let mut said = Vec::new();
+    while let Some(message) = client.next().await {
+        said.push(message);
+    }
+    rig.until_no_session().await;
+    tags(&said)
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_client_that_says_everything_at_once_and_leaves_is_let_go() {
+    let cluster = one_cluster("leaves");
+    let rig = pooled_with(&cluster, 1, |config| config.listen.workers = 1);
+    let mut owner = rig.wire("postgres").await;
+    ask(&mut owner, &query("CREATE TABLE t(a int)")).await;
+    drop(owner);
+    rig.until_no_session().await;
+    for (frames, answer) in [
+        (query("SELECT 1"), "TDCZI"),
+        (query("BEGIN"), "CZT"),
+        (query("LISTEN news"), "CZI"),
+        (query("BEGIN; SELECT 1/0"), "CEZE"),
+        ([extended("SELECT 1"), sync()].concat(), "12DCZI"),
+        // The server waits for data that will not come.
+        (query("COPY t FROM STDIN"), "G"),
+    ] {
+        assert_eq!(said_before_the_end(&rig, &frames).await, answer);
+    }
+    // The connection is nobody's: the next client gets one.
+    let mut next = rig.wire("postgres").await;
+    assert_eq!(first_row(&mut next, "SELECT count(*) FROM pg_listening_channels()").await, "0");
+    rig.stop().await;
+}

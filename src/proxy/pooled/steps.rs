@@ -215,7 +215,11 @@ impl PooledSession {
         self.mending = Mending::None;
         let Some(link) = &mut self.link else { return Ok(()) };
         forget_statements(link).await.map_err(|_| End::ServerLost)?;
-        let batch = std::mem::take(&mut self.stash.frames);
+        let mut batch = std::mem::take(&mut self.stash.frames);
+        if std::mem::take(&mut self.up.terminated) {
+            // It is looked at again behind the batch.
+            batch.extend(message::TERMINATE);
+        }
         self.up.buffer.prepend(&batch);
         self.stash.state = StashState::Useless;
         Ok(())
@@ -269,6 +273,10 @@ impl PooledSession {
             self.local.meters.took(since.elapsed(), self.ledger.readies().wrapping_sub(self.entered_turn));
         }
         self.member.leave();
+        if self.up.terminated {
+            // What is said last is said there.
+            self.up.buffer.append(&message::TERMINATE);
+        }
         let Link { backend, seat, .. } = *link;
         let taken = TakenOver {
             client: self.client,

@@ -52,7 +52,9 @@ impl PooledSession {
         if self.up.terminated {
             // Only the end of the stream is of interest now.
             self.up.buffer.consume(self.up.buffer.len());
-            if self.link.is_none() && self.down.buffer.is_empty() {
+            // A transaction that it leaves open is rolled back, and a COPY that it leaves open fails.
+            let is_answered = !self.ledger.awaits_ready() || self.ledger.server_waits();
+            if is_answered && self.up.out.is_empty() && self.down.buffer.is_empty() {
                 return Err(Step::End(End::ClientLeft));
             }
         }
