@@ -10,6 +10,10 @@ fn refusal(messages: &[Message]) -> String {
     messages.iter().find(|message| message.tag == 'E').map(Message::code).unwrap_or_default()
 }
 
+fn deallocate(name: &str) -> Vec<u8> {
+    extended(&format!("DEALLOCATE {name}"))
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn an_answer_that_is_cut_where_a_block_ends_is_seen() {
     let cluster = one_cluster("cut");
@@ -123,6 +127,66 @@ async fn a_query_that_the_server_skips_leaves_the_unnamed_statement_uncertain() 
     rig.stop().await;
 }
 
+#[tokio::test(flavor = "multi_thread")]
+async fn deallocates_take_away_what_each_of_them_names() {
+    let cluster = one_cluster("deallocates");
+    let rig = pooled(&cluster, 1);
+    let (mut ann, mut bob) = (rig.wire("postgres").await, rig.wire("postgres").await);
+    let prepare = async |client: &mut WireClient| {
+        let names: Vec<u8> = ["a", "b", "c"].iter().flat_map(|name| parse(name, &format!("SELECT '{name}'"))).collect();
+        let answer = ask(client, &[names, sync()].concat()).await;
+        assert_eq!(tags(&answer), "111ZI", "{answer:?}");
+    };
+    let has = async |client: &mut WireClient, name: &str| {
+        let answer = ask(client, &[bind(name), execute(0), sync()].concat()).await;
+        assert!(rows(&answer) == [name] || refusal(&answer) == "26000", "{answer:?}");
+        refusal(&answer).is_empty()
+    };
+    prepare(&mut ann).await;
+    prepare(&mut bob).await;
+    // Several in one batch.
+    let answer = ask(&mut ann, &[deallocate("a"), deallocate("b"), sync()].concat()).await;
+    assert_eq!(tags(&answer), "12C12CZI", "{answer:?}");
+    assert_eq!([has(&mut ann, "a").await, has(&mut ann, "b").await, has(&mut ann, "c").await], [false, false, true]);
+    assert_eq!(refusal(&ask(&mut ann, &[parse("a", "SELECT 'a'"), sync()].concat()).await), "");
+    // One that is not executed takes nothing away, nor does one that is skipped.
+    ask(&mut ann, &[parse("", "DEALLOCATE a"), bind(""), sync()].concat()).await;
+    ask(&mut ann, &[bind("nobody"), deallocate("a"), sync()].concat()).await;
+    assert_eq!(tags(&ask(&mut ann, &[deallocate("c"), sync()].concat()).await), "12CZI");
+    assert_eq!([has(&mut ann, "a").await, has(&mut ann, "c").await], [true, false]);
+    // The name can be used again in the same batch, for the same text.
+    let again = [deallocate("a"), parse("a", "SELECT 'a'"), bind("a"), execute(0), sync()].concat();
+    let answer = ask(&mut ann, &again).await;
+    assert_eq!((tags(&answer), rows(&answer)), ("12C12DCZI".to_owned(), vec!["a".to_owned()]), "{answer:?}");
+    // As a statement with a name, which can be used again.
+    for _ in 0..2 {
+        let named = [parse("x", "DEALLOCATE a"), bind("x"), execute(0), sync()].concat();
+        let answer = ask(&mut ann, &named).await;
+        assert_eq!(tags(&answer), "12CZI", "{answer:?}");
+        assert!(!has(&mut ann, "a").await);
+        ask(&mut ann, &[frame(b'C', b"Sx\0"), parse("a", "SELECT 'a'"), sync()].concat()).await;
+    }
+    // A Query behind another one; and one that the server skips.
+    ann.send(&[query("SELECT 5"), query("DEALLOCATE a"), query("SELECT 6")].concat()).await;
+    let answers = [ann.until_ready().await, ann.until_ready().await, ann.until_ready().await];
+    assert_eq!(answers.map(|answer| tags(&answer)), ["TDCZI", "CZI", "TDCZI"]);
+    assert!(!has(&mut ann, "a").await);
+    ask(&mut ann, &[parse("a", "SELECT 'a'"), sync()].concat()).await;
+    let skipped = [bind("nobody"), query("DEALLOCATE a"), sync()].concat();
+    assert_eq!(tags(&ask(&mut ann, &skipped).await), "EZI");
+    assert!(has(&mut ann, "a").await);
+    for name in ["a", "b", "c"] {
+        assert!(has(&mut bob, name).await, "{name}");
+    }
+    // Also where the client keeps its connection from then on.
+    ask(&mut ann, &[parse("x", "DEALLOCATE a"), sync()].concat()).await;
+    ask(&mut ann, &query("LISTEN news")).await;
+    wait_for("the pin", || async { rig.sessions.list().iter().any(|session| session.pinned.is_some()) }).await;
+    assert_eq!(tags(&ask(&mut ann, &[bind("x"), execute(0), sync()].concat()).await), "2CZI");
+    assert!(!has(&mut ann, "a").await);
+    rig.stop().await;
+}
+
 /// Sends it all at once, behind it Terminate, and says what is answered before the end.
 async fn said_before_the_end(rig: &Rig, frames: &[u8]) -> String {
     let (mut early, mut client) = (rig.wire("postgres").await, rig.wire("postgres").await);
@@ -160,5 +224,20 @@ async fn a_client_that_says_everything_at_once_and_leaves_is_let_go() {
     // The connection is nobody's: the next client gets one.
     let mut next = rig.wire("postgres").await;
     assert_eq!(first_row(&mut next, "SELECT count(*) FROM pg_listening_channels()").await, "0");
+    rig.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_batch_that_is_sent_again_is_answered_before_its_client_is_let_go() {
+    let cluster = one_cluster("againandleave");
+    let rig = pooled_with(&cluster, 1, |config| config.listen.workers = 1);
+    let mut other = rig.wire("postgres").await;
+    ask(&mut other, &query("CREATE TABLE t(a int); INSERT INTO t VALUES (1)")).await;
+    let mut client = rig.wire("postgres").await;
+    ask(&mut client, &[parse("s", "SELECT * FROM t"), bind("s"), execute(0), sync()].concat()).await;
+    ask(&mut other, &query("ALTER TABLE t ALTER a TYPE text")).await;
+    client.send(&[bind("s"), execute(0), sync(), frame(b'X', &[])].concat()).await;
+    assert_eq!(client.tags_until_ready().await, "2DCZI");
+    assert_eq!(client.next().await, None);
     rig.stop().await;
 }

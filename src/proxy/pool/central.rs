@@ -166,6 +166,11 @@ impl Central {
         lock(&self.statements).alone(tail, traces)
     }
 
+    /// A client's DEALLOCATE of its statement of this name.
+    pub(in crate::proxy) fn deallocate(&self, name: &[u8]) -> Arc<Statement> {
+        lock(&self.statements).deallocate(name)
+    }
+
     /// Whether somebody waits. Whoever gives back has said before that the connection is idle.
     #[inline]
     pub(in crate::proxy) fn is_waited_for(&self) -> bool {

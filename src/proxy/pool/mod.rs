@@ -37,4 +37,4 @@ pub(super) use link::Link;
 pub(super) use local::LocalPool;
 pub(super) use profile::{Profile, Reported};
 pub(super) use registry::{Pools, Seat};
-pub(super) use statements::{NAME_PREFIX as STATEMENT_PREFIX, Statement};
+pub(super) use statements::{NAME_PREFIX as STATEMENT_PREFIX, Statement, Taken};

@@ -27,6 +27,30 @@ pub(in crate::proxy) struct Statement {
     /// The settings that its text was sent under: it is shared by those who have them, so it must not be prepared under
     /// others. None: it is one client's alone.
     pub(in crate::proxy) meaning: Option<Arc<SessionState>>,
+    /// It is a client's DEALLOCATE of a statement of its own.
+    pub(in crate::proxy) takes: Option<Taken>,
+}
+
+/// What a client's DEALLOCATE takes away. On the server the statement may be others' too, so something without a text is
+/// taken away there in its stead.
+#[derive(Clone, Debug)]
+pub(in crate::proxy) struct Taken {
+    /// The client's name for it.
+    pub(in crate::proxy) name: Box<[u8]>,
+    /// What the server takes away.
+    pub(in crate::proxy) instead: Arc<Statement>,
+}
+
+impl Taken {
+    /// The DEALLOCATE as the client means it, as the tail of a Parse.
+    pub(in crate::proxy) fn tail(&self) -> Vec<u8> {
+        let mut tail = b"DEALLOCATE \"".to_vec();
+        for byte in &self.name {
+            tail.extend(std::iter::repeat_n(*byte, if *byte == b'"' { 2 } else { 1 }));
+        }
+        tail.extend(b"\"\0\0\0");
+        tail
+    }
 }
 
 /// All statements of a pool that some client or connection still has.
@@ -57,7 +81,7 @@ impl Statements {
         if self.count > self.sweep_at {
             self.sweep();
         }
-        let statement = self.make(tail, traces, Some(meaning.clone()));
+        let statement = self.make(tail, traces, Some(meaning.clone()), None);
         let of =
             self.known.entry(key).or_insert_with(|| Meaning { _meaning: meaning.clone(), statements: HashMap::new() });
         of.statements.insert(tail.into(), Arc::downgrade(&statement));
@@ -66,15 +90,28 @@ impl Statements {
 
     /// A statement that nobody else can mean: its text was sent where settings were not those of the session.
     pub(super) fn alone(&mut self, tail: &[u8], traces: Traces) -> Arc<Statement> {
-        self.make(tail, traces, None)
+        self.make(tail, traces, None, None)
     }
 
-    fn make(&mut self, tail: &[u8], traces: Traces, meaning: Option<Arc<SessionState>>) -> Arc<Statement> {
+    /// A client's DEALLOCATE of its statement of this name.
+    pub(super) fn deallocate(&mut self, name: &[u8]) -> Arc<Statement> {
+        let taken = Taken { name: name.into(), instead: self.alone(b"\0\0\0", Traces::NONE) };
+        let tail = [b"DEALLOCATE \"", &*taken.instead.name, b"\"\0\0\0"].concat();
+        self.make(&tail, Traces::NONE, None, Some(taken))
+    }
+
+    fn make(
+        &mut self,
+        tail: &[u8],
+        traces: Traces,
+        meaning: Option<Arc<SessionState>>,
+        takes: Option<Taken>,
+    ) -> Arc<Statement> {
         self.next_id += 1;
         let id = self.next_id;
         let mut name = NAME_PREFIX.to_vec();
         name.extend_from_slice(format!("{id:x}").as_bytes());
-        Arc::new(Statement { id, name: name.into(), tail: tail.into(), traces, meaning })
+        Arc::new(Statement { id, name: name.into(), tail: tail.into(), traces, meaning, takes })
     }
 
     fn sweep(&mut self) {

@@ -181,11 +181,6 @@ impl PooledSession {
                 self.stand_ins.clear();
                 self.unnamed.token = 0;
             }
-            b"DEALLOCATE\0" => {
-                if let Some(name) = self.deallocating.take() {
-                    self.names.remove(&name);
-                }
-            }
             _ => {}
         }
     }

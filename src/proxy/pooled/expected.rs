@@ -46,6 +46,11 @@ pub(super) enum Sent {
     Bind,
     Describe,
     Execute,
+    /// Execute of a DEALLOCATE of one of the client's statements: on the server another one is taken away.
+    Deallocate {
+        name: Box<[u8]>,
+        instead: Arc<Statement>,
+    },
     Sync,
     Query,
     Call,
@@ -151,7 +156,7 @@ impl Expected {
         }
         self.sent.iter().rev().find_map(|sent| match sent {
             Sent::Parse { name: known, statement, .. } if **known == *name => Some(Some(statement.clone())),
-            Sent::Close(known) if **known == *name => Some(None),
+            Sent::Close(known) | Sent::Deallocate { name: known, .. } if **known == *name => Some(None),
             _ => None,
         })
     }
@@ -179,6 +184,10 @@ impl Expected {
                 other => self.confuse(other),
             },
             NO_DATA | ROW_DESCRIPTION => self.step(|sent| matches!(sent, Sent::Describe)),
+            COMMAND_COMPLETE if matches!(self.sent.front(), Some(Sent::Deallocate { .. })) => match self.pop() {
+                Some(Sent::Deallocate { name, .. }) => Meaning::Closed(name),
+                other => self.confuse(other),
+            },
             COMMAND_COMPLETE | EMPTY_QUERY_RESPONSE | PORTAL_SUSPENDED => {
                 self.step(|sent| matches!(sent, Sent::Execute))
             }
@@ -245,7 +254,7 @@ impl Expected {
 
 impl Sent {
     fn changes_names(&self) -> bool {
-        matches!(self, Self::Parse { .. } | Self::Close(_))
+        matches!(self, Self::Parse { .. } | Self::Close(_) | Self::Deallocate { .. })
     }
 }
 
@@ -261,6 +270,7 @@ mod tests {
             tail: Box::default(),
             traces: Traces::NONE,
             meaning: None,
+            takes: None,
         })
     }
 

@@ -7,7 +7,7 @@ use super::passing::Passage;
 use super::{PooledSession, StashState, Step};
 use crate::proxy::client_error::ClientError;
 use crate::proxy::handoff::{Deallocated, SessionState, Traces, UNNAMED_LIMIT_BYTES, call_traces, deallocated, traces};
-use crate::proxy::pool::{STATEMENT_PREFIX, Statement};
+use crate::proxy::pool::{STATEMENT_PREFIX, Statement, Taken};
 use crate::proxy::session::End;
 use crate::wire::frame::{FrameError, HEADER_BYTES, Header, frontend, take_cstr};
 use crate::wire::ledger::TransactionStatus;
@@ -19,6 +19,9 @@ const PARSE_MAX: usize = 4 << 20;
 
 /// The largest batch that can be sent again.
 const STASH_MAX: usize = 8 * 1024;
+
+/// So many portals at once are known to take statements away.
+const TAKERS_MAX: usize = 64;
 
 /// A name that no statement has: to close it does nothing, to bind it fails.
 const NOBODY: &[u8] = b"pgcutover_none";
@@ -52,10 +55,11 @@ impl PooledSession {
                 // Where values are looked at, as many as fit into a block.
                 Ok(zeros == 2 && (!self.tracked.reads_binds() || buffer.is_full()))
             }
-            frontend::DESCRIBE | frontend::CLOSE if buffer.is_full() => {
+            frontend::EXECUTE if self.takers.is_empty() => Ok(true),
+            frontend::DESCRIBE | frontend::CLOSE | frontend::EXECUTE if buffer.is_full() => {
                 self.refuse_frame(FrameError::Length).map(|()| false)
             }
-            frontend::DESCRIBE | frontend::CLOSE => Ok(false),
+            frontend::DESCRIBE | frontend::CLOSE | frontend::EXECUTE => Ok(false),
             // Its function's number.
             frontend::FUNCTION_CALL => Ok(buffer.len() >= HEADER_BYTES + 4),
             _ => Ok(true),
@@ -71,12 +75,12 @@ impl PooledSession {
     /// Sends a frame on. The session is inside and has a connection.
     pub(super) fn forward(&mut self, header: Header) -> Result<Passage, Step> {
         match header.tag {
-            frontend::QUERY if self.is_own_deallocate(header) && self.ledger.status() == TransactionStatus::InBlock => {
-                if !self.expected.is_empty() || self.down.looked_at < self.down.buffer.len() || self.down.body_left > 0
-                {
+            frontend::QUERY if self.is_deallocated_here(header) => {
+                let is_cut = self.down.looked_at < self.down.buffer.len() || self.down.body_left > 0;
+                if !self.expected.is_empty() || is_cut {
                     return Ok(Passage::Blocked);
                 }
-                self.deallocate_here(header, TransactionStatus::InBlock);
+                self.deallocate_here(header, self.ledger.status());
                 self.up.discard_left = HEADER_BYTES + header.body_bytes as usize;
                 return Ok(Passage::Done);
             }
@@ -88,7 +92,7 @@ impl PooledSession {
             frontend::BIND => self.forward_bind(header),
             frontend::DESCRIBE => self.forward_describe(header),
             frontend::CLOSE => self.forward_close(header),
-            frontend::EXECUTE => self.copy_frame(header, Sent::Execute),
+            frontend::EXECUTE => self.forward_execute(header),
             frontend::FUNCTION_CALL => self.forward_call(header),
             // Ignored by a server that reads a COPY.
             frontend::SYNC if !self.ledger.is_copying_in() => self.copy_frame(header, Sent::Sync),
@@ -217,19 +221,23 @@ impl PooledSession {
         let text = &tail[..tail.iter().position(|byte| *byte == 0).unwrap_or(tail.len())];
         let seen_whole = body.len() == body_bytes;
         let found = if seen_whole { traces(text, text.len()) } else { Traces::SESSION };
-        let taken_away = if found.outlive() { deallocated(text) } else { None };
+        let taken_away = if found.outlive() && seen_whole { deallocated(text) } else { None };
         if found.outlive() {
             let frame = self.up.buffer.filled();
             let body = &frame[HEADER_BYTES..frame.len().min(HEADER_BYTES + body_bytes)];
             self.tracked.on_client_frame(header.tag, body, body_bytes);
         }
-        if name_end == 0 {
-            if let Some(Deallocated::Name(name)) = taken_away
-                && let Some(statement) = self.statement_of(&name)
-            {
-                return self.forward_deallocate(header, &name, &statement);
+        let deallocate = match taken_away {
+            Some(Deallocated::Name(name)) if self.statement_of(&name).is_some() => {
+                Some(self.pool.central.deallocate(&name))
             }
-            return self.forward_unnamed(header, found, seen_whole);
+            Some(_) | None => None,
+        };
+        if name_end == 0 {
+            return match deallocate {
+                Some(deallocate) => self.forward_deallocate(header, &deallocate),
+                None => self.forward_unnamed(header, found, seen_whole),
+            };
         }
         let name: Box<[u8]> = self.body(header)[..name_end].into();
         if let Some(statement) = self.statement_of(&name) {
@@ -237,6 +245,16 @@ impl PooledSession {
             let statement = self.ensure(statement);
             self.note(frontend::PARSE, Sent::AlreadyThere);
             return self.pass_rewritten(header, name_end + 1, &[&statement.name, b"\0"]);
+        }
+        if let Some(statement) = deallocate {
+            self.give_room(&statement);
+            self.up.buffer.consume(HEADER_BYTES + body_bytes);
+            let parts: [&[u8]; 3] = [&statement.name, b"\0", &statement.tail];
+            return self.send_own(
+                frontend::PARSE,
+                &parts,
+                Sent::Parse { name, statement: statement.clone(), known: false },
+            );
         }
         let statement = self.statement_now(&self.body(header)[name_end + 1..], found);
         let known = self.link.as_mut().is_some_and(|link| link.held.touch(statement.id));
@@ -259,6 +277,7 @@ impl PooledSession {
         self.next_token = self.next_token.wrapping_add(1).max(1);
         self.unnamed.token = self.entry.id() << 32 | u64::from(self.next_token);
         self.unnamed.traces = found;
+        self.unnamed.takes = None;
         self.unnamed.body.clear();
         if seen_whole && header.body_bytes as usize <= UNNAMED_LIMIT_BYTES {
             let frame = &self.up.buffer.filled()[HEADER_BYTES..];
@@ -271,26 +290,47 @@ impl PooledSession {
         self.pass_whole(header);
     }
 
-    /// DEALLOCATE, in the extended protocol, of a statement that has another name on the server.
-    fn forward_deallocate(&mut self, header: Header, name: &[u8], statement: &Arc<Statement>) {
-        let statement = self.ensure(statement.clone());
-        let text = [b"DEALLOCATE \"", &*statement.name, b"\"\0\0\0"].concat();
-        self.deallocating = Some(name.into());
-        self.unnamed.token = 0;
+    /// An unnamed DEALLOCATE of a statement that has another name on the server.
+    fn forward_deallocate(&mut self, header: Header, statement: &Statement) {
         self.up.buffer.consume(HEADER_BYTES + header.body_bytes as usize);
-        self.start_frame(frontend::PARSE, 1 + text.len());
-        self.up.out.append(b"\0");
-        self.up.out.append(&text);
-        self.note(frontend::PARSE, Sent::ParseUnnamed);
         self.next_token = self.next_token.wrapping_add(1).max(1);
         self.unnamed.token = self.entry.id() << 32 | u64::from(self.next_token);
-        self.unnamed.traces = Traces::SESSION;
+        self.unnamed.traces = statement.traces;
+        self.unnamed.takes.clone_from(&statement.takes);
         self.unnamed.body.clear();
         self.unnamed.body.push(0);
-        self.unnamed.body.extend_from_slice(&text);
+        self.unnamed.body.extend_from_slice(&statement.tail);
         if let Some(link) = &mut self.link {
             link.unnamed = self.unnamed.token;
         }
+        self.send_own(frontend::PARSE, &[b"\0", &statement.tail], Sent::ParseUnnamed);
+    }
+
+    /// Notes whether executing the portal that a Bind makes takes a statement of the client's away.
+    fn note_portal(&mut self, header: Header, takes: Option<&Taken>) {
+        if takes.is_none() && self.takers.is_empty() {
+            return;
+        }
+        let portal: Box<[u8]> = take_cstr(&mut self.body(header)).unwrap_or_default().into();
+        self.takers.retain(|(known, _)| *known != portal);
+        let Some(taken) = takes.cloned() else { return };
+        self.ensure(taken.instead.clone());
+        if self.takers.len() == TAKERS_MAX {
+            self.takers.remove(0);
+        }
+        self.takers.push((portal, taken));
+    }
+
+    fn forward_execute(&mut self, header: Header) {
+        let portal = take_cstr(&mut self.body(header)).unwrap_or_default();
+        let Some(at) = self.takers.iter().position(|(known, _)| **known == *portal) else {
+            return self.copy_frame(header, Sent::Execute);
+        };
+        let (_, Taken { name, instead }) = self.takers.swap_remove(at);
+        if let Some(link) = &mut self.link {
+            link.held.remove(instead.id);
+        }
+        self.copy_frame(header, Sent::Deallocate { name, instead });
     }
 
     fn forward_bind(&mut self, header: Header) {
@@ -305,6 +345,8 @@ impl PooledSession {
         let name = take_cstr(&mut rest).unwrap_or_default();
         if name.is_empty() {
             self.ensure_unnamed();
+            let takes = self.unnamed.takes.clone().filter(|_| self.unnamed.token != 0);
+            self.note_portal(header, takes.as_ref());
             self.traces |= self.unnamed.traces;
             self.note(frontend::BIND, Sent::Bind);
             return self.pass_whole(header);
@@ -315,6 +357,7 @@ impl PooledSession {
         match statement {
             Some(statement) => {
                 let statement = self.ensure(statement);
+                self.note_portal(header, statement.takes.as_ref());
                 self.traces |= statement.traces;
                 self.note(frontend::BIND, Sent::Bind);
                 self.pass_bind(header, portal_bytes, name_bytes, &statement.name);
@@ -502,7 +545,7 @@ impl PooledSession {
                 Sent::Added(statement) | Sent::Parse { statement, known: false, .. } => {
                     link.held.remove(statement.id);
                 }
-                Sent::Evicted(statement) => link.held.add(statement),
+                Sent::Evicted(statement) | Sent::Deallocate { instead: statement, .. } => link.held.add(statement),
                 Sent::ParseUnnamed | Sent::AddedUnnamed | Sent::ClosedUnnamed | Sent::CloseOther | Sent::Query
                     if is_decided_later => {}
                 // Not certain which one the server has now; a Query would have destroyed it.
@@ -519,10 +562,20 @@ impl PooledSession {
     /// Whether a Query is a DEALLOCATE, and nothing else, of a statement that has another name on the server.
     pub(super) fn is_own_deallocate(&self, header: Header) -> bool {
         let body = self.body(header);
-        if self.names.is_empty() || body.len() < header.body_bytes as usize {
+        if body.len() < header.body_bytes as usize {
             return false;
         }
-        matches!(deallocated(body), Some(Deallocated::Name(name)) if self.names.contains_key(&*name))
+        matches!(deallocated(body), Some(Deallocated::Name(name)) if self.statement_of(&name).is_some())
+    }
+
+    /// Whether such a Query is answered here once everything before it is answered. Where the server fails or skips it,
+    /// or waits for more, it is the server's.
+    fn is_deallocated_here(&self, header: Header) -> bool {
+        let comes = self.ledger.awaits_ready() || self.expected.is_empty();
+        comes
+            && !self.ledger.server_waits()
+            && self.ledger.status() != TransactionStatus::Failed
+            && self.is_own_deallocate(header)
     }
 
     /// Does what such a Query asks for, and answers it.

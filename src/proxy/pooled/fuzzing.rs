@@ -40,7 +40,8 @@ pub fn expected(data: &[u8]) {
 fn sent(choice: u8) -> Sent {
     let name: Box<[u8]> = if choice & 1 == 0 { b"a" } else { b"b" }.as_slice().into();
     let (name_of_ours, traces) = (b"ours"[..].into(), Traces::NONE);
-    let statement = Arc::new(Statement { id: 1, name: name_of_ours, tail: name.clone(), traces, meaning: None });
+    let statement =
+        Arc::new(Statement { id: 1, name: name_of_ours, tail: name.clone(), traces, meaning: None, takes: None });
     match choice >> 1 & 15 {
         0 => Sent::Parse { name, statement, known: false },
         1 => Sent::Parse { name, statement, known: true },
@@ -54,6 +55,7 @@ fn sent(choice: u8) -> Sent {
         9 => Sent::CloseOther,
         10 => Sent::Bind,
         11 => Sent::Describe,
+        12 if choice & 32 == 0 => Sent::Deallocate { name, instead: statement },
         12 => Sent::Execute,
         13 => Sent::Query,
         14 => Sent::Call,

@@ -54,7 +54,7 @@ use super::entry::SessionState;
 use super::handoff::{Tie, Traces, Tracked};
 use super::login::{ClientSlot, LoggedIn};
 use super::orphan;
-use super::pool::{Link, LocalPool, Profile, Reported, Statement, Waiter};
+use super::pool::{Link, LocalPool, Profile, Reported, Statement, Taken, Waiter};
 use super::session::{End, Session};
 use super::sessions::Registration;
 use super::timeouts::Seen;
@@ -131,6 +131,8 @@ struct Unnamed {
     body: Vec<u8>,
     /// What executing it may leave behind.
     traces: Traces,
+    /// It is a DEALLOCATE of one of the client's statements.
+    takes: Option<Taken>,
 }
 
 /// The frames of a transaction that is one batch, as the client sent them, so that they can be sent again if the server
@@ -195,8 +197,8 @@ pub(super) struct PooledSession {
     stand_ins: HashMap<u64, Arc<Statement>>,
     unnamed: Unnamed,
     next_token: u32,
-    /// A statement of the client's that a DEALLOCATE under way takes away.
-    deallocating: Option<Box<[u8]>>,
+    /// Portals of this transaction whose execution takes a statement of the client's away.
+    takers: Vec<(Box<[u8]>, Taken)>,
     tracked: Tracked,
     /// What this transaction may leave behind.
     traces: Traces,
@@ -280,7 +282,7 @@ impl PooledSession {
             stand_ins: HashMap::new(),
             unnamed: Unnamed::default(),
             next_token: 0,
-            deallocating: None,
+            takers: Vec::new(),
             tracked: Tracked::new(),
             traces: Traces::NONE,
             stash: Stash::default(),

@@ -253,6 +253,7 @@ impl PooledSession {
             self.entry.set_server(link.server());
         }
         self.traces = Traces::NONE;
+        self.takers.clear();
         self.stash.frames.clear();
         self.stash.state = StashState::Open;
         let fits = Arc::ptr_eq(&link.profile, &self.profile);

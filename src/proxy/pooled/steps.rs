@@ -12,7 +12,7 @@ use crate::postgres::{RawConnection, RawError};
 use crate::proxy::client_error::ClientError;
 use crate::proxy::entry::{MoveOutcome, Order};
 use crate::proxy::handoff::{HandoffError, SessionState as State, Tie, Traces, apply_delta, capture, delta};
-use crate::proxy::pool::Link;
+use crate::proxy::pool::{Link, Taken};
 use crate::proxy::session::{End, Session, TakenOver};
 use crate::sqlstate;
 use crate::wire::message;
@@ -159,7 +159,6 @@ impl PooledSession {
 
     fn end_stay(&mut self) {
         self.mending = Mending::None;
-        self.deallocating = None;
         self.expected.clear();
         if self.ledger.is_uncertain() || !self.ledger.is_quiet() {
             self.ledger = crate::wire::ledger::Ledger::new();
@@ -235,12 +234,17 @@ impl PooledSession {
         messages.extend_from_slice(&message::SYNC);
         count += 1;
         for (name, statement) in &self.names {
-            message::parse_raw(&mut messages, name, &statement.tail);
+            match &statement.takes {
+                Some(taken) => message::parse_raw(&mut messages, name, &taken.tail()),
+                None => message::parse_raw(&mut messages, name, &statement.tail),
+            }
             messages.extend_from_slice(&message::SYNC);
             count += 1;
         }
-        if self.unnamed.token != 0 && link.unnamed != self.unnamed.token && !self.unnamed.body.is_empty() {
-            message::parse_raw(&mut messages, b"", &self.unnamed.body[1..]);
+        let taken = self.unnamed.takes.as_ref().map(Taken::tail);
+        let is_there = link.unnamed == self.unnamed.token && taken.is_none();
+        if self.unnamed.token != 0 && !is_there && !self.unnamed.body.is_empty() {
+            message::parse_raw(&mut messages, b"", taken.as_deref().unwrap_or(&self.unnamed.body[1..]));
             messages.extend_from_slice(&message::SYNC);
             count += 1;
         }
