@@ -10,7 +10,8 @@
 //! parameters. So RESET leads to what this client asked for, and no setting has to be brought to the connection. A fence
 //! that is being raised changes what a login gives, too: what it was given against the fence, if anything, must be the
 //! same, and one that has felt a fence is not kept. Nor is one with something that no command takes off again: a temporary
-//! schema, which PREPARE TRANSACTION can tell, and a custom setting, which is empty after RESET and not unknown.
+//! schema, which PREPARE TRANSACTION can tell, and a custom setting, which is empty after RESET and not unknown. Those that
+//! functions make are asked for by the names that the database's own objects have for them.
 //!
 //! What must never happen here: a connection that is handed out while an answer is due on it, after its reset has failed
 //! or has left anything that the server reports otherwise than at the login; one of another epoch, which may be one of
@@ -33,6 +34,22 @@ use crate::switch::{Epoch, ServerRole};
 
 /// 0 where the session has never had anything temporary: a schema that was made for it stays, empty, until it ends.
 const TEMPORARY_SCHEMA: &str = "SELECT pg_catalog.pg_my_temp_schema()";
+
+/// 0 where, moreover, none of the custom settings with these names is left empty, as RESET leaves what was not set by the
+/// login. Names beyond ASCII, which the session's encoding may not have, are not asked for.
+fn nothing_left(names: &[String]) -> String {
+    let literal = |name: &String| format!("E'{}'", name.replace('\\', "\\\\").replace('\'', "''"));
+    let names: Vec<String> = names.iter().filter(|name| name.is_ascii()).map(literal).collect();
+    if names.is_empty() {
+        return TEMPORARY_SCHEMA.to_owned();
+    }
+    let names = names.join(", ");
+    format!(
+        "{TEMPORARY_SCHEMA}::pg_catalog.int8 OPERATOR(pg_catalog.+) (SELECT pg_catalog.count(*) \
+         FROM pg_catalog.unnest(ARRAY[{names}]::pg_catalog.text[]) AS name \
+         WHERE pg_catalog.current_setting(name, true) OPERATOR(pg_catalog.=) '')"
+    )
+}
 
 /// How long a connection may take to be wiped, and to close.
 const PATIENCE: Duration = Duration::from_secs(3);
@@ -249,6 +266,7 @@ impl Session {
         matches!(end, End::ClientLeft)
             && self.origin.is_some()
             && self.tracked.names().next().is_none()
+            && !self.tracked.names_uncertain()
             && self.is_at_safe_point()
             && !self.ledger.is_uncertain()
             && self.moving.is_none()
@@ -262,15 +280,25 @@ impl Session {
         // The client is gone, and so is its place among the clients.
         drop((client, slot));
         let vacancies = &worker.shared.vacancies;
+        // Outside the gate: a pause does not wait for it. A server that is shut would refuse it.
+        let names = match worker.shared.switchboard.database(&login.database).is_fenced() {
+            true => None,
+            false => {
+                let (server, known) = (backend.server, &worker.shared.sessions.catalogue_names);
+                let read = known.lately(server, worker.shared.connector(server), &login.database, Instant::now());
+                tokio::time::timeout(PATIENCE, read).await.ok().flatten()
+            }
+        };
         let admission = member.as_ref().and_then(|member| member.try_enter());
-        let is_wiped = match (admission, &origin) {
-            (Some(admission), Some(origin)) if admission.epoch == epoch => {
+        let is_wiped = match (admission, &origin, names) {
+            (Some(admission), Some(origin), Some(names)) if admission.epoch == epoch => {
                 entry.set_state(SessionState::Orphan);
                 let query = &vacancies.settings().server_reset_query;
-                let wiped = tokio::time::timeout(PATIENCE, wipe(&mut backend, query)).await == Ok(true);
+                let look = nothing_left(&names);
+                let wiped = tokio::time::timeout(PATIENCE, wipe(&mut backend, query, &look)).await == Ok(true);
                 wiped && reported(&backend) == origin.reported
             }
-            (Some(_) | None, _) => false,
+            (Some(_) | None, ..) => false,
         };
         match origin {
             Some(origin) if is_wiped => vacancies.keep(login, backend, origin, epoch),
@@ -285,7 +313,7 @@ impl Session {
 }
 
 /// Whether the connection has been wiped, is idle, and nothing more has come.
-async fn wipe(backend: &mut Backend, query: &str) -> bool {
+async fn wipe(backend: &mut Backend, query: &str, look: &str) -> bool {
     let connection = &mut backend.connection;
     // The next client may be another worker's.
     if Ring::release(&mut connection.stream).await.is_err() {
@@ -294,8 +322,8 @@ async fn wipe(backend: &mut Backend, query: &str) -> bool {
     if !connection.read_buf.is_empty() {
         return false;
     }
-    let Ok((status, schema)) = connection.simple_queries(query, TEMPORARY_SCHEMA).await else { return false };
-    if status != b'I' || schema != [[Some("0".to_owned())]] {
+    let Ok((status, left)) = connection.simple_queries(query, look).await else { return false };
+    if status != b'I' || left != [[Some("0".to_owned())]] {
         return false;
     }
     // Of channels that the session listened to.

@@ -391,6 +391,39 @@ async fn a_reconnect_closes_them() {
     rig.stop().await;
 }
 
+#[tokio::test(flavor = "multi_thread")]
+async fn a_custom_setting_that_a_function_has_made_ends_the_connection() {
+    let cluster = one_cluster("vacantcustom");
+    let direct = connect(&cluster, POSTGRES).await;
+    let make = "CREATE FUNCTION set_tenant(text) RETURNS text LANGUAGE plpgsql AS \
+                $$ BEGIN RETURN set_config('app.tenant', $1, false); END $$; \
+                CREATE FUNCTION of_login() RETURNS text LANGUAGE sql AS $$ SELECT current_setting('app.shop') $$; \
+                ALTER DATABASE postgres SET app.shop = 'one'";
+    direct.batch_execute(make).await.expect("made");
+    let rig = over(&cluster);
+    let unknown = "SELECT coalesce(current_setting('app.tenant', true), 'unknown')";
+    let mut client = rig.wire(POSTGRES).await;
+    let own = pid(&mut client).await;
+    leave(&rig, client).await;
+    // What every login has is no trace.
+    let mut client = rig.wire(POSTGRES).await;
+    assert_eq!(pid(&mut client).await, own);
+    assert_eq!(first_row(&mut client, "SELECT of_login()").await, "one");
+    assert_eq!(first_row(&mut client, unknown).await, "unknown");
+    assert_eq!(first_row(&mut client, "SELECT set_tenant('7')").await, "7");
+    leave(&rig, client).await;
+    let mut client = rig.wire(POSTGRES).await;
+    assert_ne!(pid(&mut client).await, own);
+    assert_eq!(first_row(&mut client, unknown).await, "unknown");
+    // Nor is one kept on which a name was computed.
+    let own = pid(&mut client).await;
+    first_row(&mut client, "SELECT set_config('app.' || 'other', '7', false)").await;
+    leave(&rig, client).await;
+    let mut client = rig.wire(POSTGRES).await;
+    assert_ne!(pid(&mut client).await, own);
+    rig.stop().await;
+}
+
 /// What a scripted server does when it is told to wipe a connection.
 #[derive(Clone)]
 struct Wiping {
@@ -427,6 +460,27 @@ fn ready(status: u8) -> Vec<u8> {
     frame(b'Z', &[status])
 }
 
+/// What the proxy's own session asks in the extended protocol: for its pid, and for names, of which there are none.
+fn extended_answer(tag: u8, body: &[u8], asks_pid: &mut bool) -> Vec<u8> {
+    match tag {
+        b'P' => {
+            *asks_pid = body.windows(14).any(|part| part == b"pg_backend_pid");
+            frame(b'1', b"")
+        }
+        b'D' => {
+            let oid: u8 = if *asks_pid { 23 } else { 25 };
+            let column = [&b"x\0"[..], &[0; 6], &[0, 0, 0, oid, 0, 4, 0xff, 0xff, 0xff, 0xff, 0, 0]].concat();
+            [frame(b't', &[0, 0]), frame(b'T', &[&[0, 1][..], &column].concat())].concat()
+        }
+        b'B' => frame(b'2', b""),
+        b'E' if *asks_pid => [frame(b'D', &[0, 1, 0, 0, 0, 4, 0, 0, 0, 7]), frame(b'C', b"SELECT 1\0")].concat(),
+        b'E' => frame(b'C', b"SELECT 0\0"),
+        b'C' => frame(b'3', b""),
+        b'S' => ready(b'I'),
+        _ => Vec::new(),
+    }
+}
+
 async fn serve(mut stream: TcpStream, number: i32, script: Arc<Mutex<VecDeque<Wiping>>>) -> std::io::Result<()> {
     let packet = async |stream: &mut TcpStream| {
         let mut length = [0; 4];
@@ -444,11 +498,16 @@ async fn serve(mut stream: TcpStream, number: i32, script: Arc<Mutex<VecDeque<Wi
     hello.extend(frame(b'K', &[number.to_be_bytes(), [7; 4]].concat()));
     hello.extend(ready(b'I'));
     stream.write_all(&hello).await?;
+    let mut asks_pid = false;
     loop {
         let tag = stream.read_u8().await?;
         let body = packet(&mut stream).await?;
         if tag == b'X' {
             return Ok(());
+        }
+        if tag != b'Q' {
+            stream.write_all(&extended_answer(tag, &body, &mut asks_pid)).await?;
+            continue;
         }
         let is_of_proxy = body.windows(14).any(|part| part == b"my_temp_schema");
         let text = if is_of_proxy { "0".to_owned() } else { number.to_string() };
