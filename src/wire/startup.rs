@@ -140,7 +140,22 @@ fn parse_session(major: u16, minor: u16, mut rest: &[u8]) -> Result<Startup, Sta
     if session.database.is_empty() {
         session.user.clone_into(&mut session.database);
     }
+    cut(&mut session.user);
+    cut(&mut session.database);
     Ok(Startup::Session(session))
+}
+
+/// Longest name that a server knows (`NAMEDATALEN` in PostgreSQL's `pg_config_manual.h`, less the byte at its end).
+const LONGEST_NAME: usize = 63;
+
+/// Servers cut longer names (`ProcessStartupPacket`): whoever adds a byte to one must not be somebody else to rules, gates and
+/// limits. What is left is what the server is asked for.
+fn cut(name: &mut String) {
+    let mut end = LONGEST_NAME.min(name.len());
+    while !name.is_char_boundary(end) {
+        end -= 1;
+    }
+    name.truncate(end);
 }
 
 fn text<'a>(rest: &mut &'a [u8]) -> Result<&'a str, StartupError> {
@@ -155,6 +170,19 @@ mod tests {
 
     fn packet(code: u32, body: &[u8]) -> Vec<u8> {
         [&code.to_be_bytes()[..], body].concat()
+    }
+
+    #[test]
+    fn names_are_cut_where_the_server_cuts_them() {
+        let long = "d".repeat(62);
+        for (asked, read) in [("x", "dx"), ("xy", "dx"), ("é", "d"), ("", "d")] {
+            let body = format!("user\0{long}d{asked}\0database\0{long}{asked}\0\0");
+            let Ok(Startup::Session(session)) = parse(&packet(PROTOCOL_3_0, body.as_bytes())) else {
+                panic!("a session")
+            };
+            assert_eq!(session.user, format!("{long}d"));
+            assert_eq!(session.database, format!("{long}{}", &read[1..]), "{asked}");
+        }
     }
 
     #[test]

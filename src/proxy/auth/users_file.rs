@@ -40,6 +40,12 @@ impl Stored {
         Some(Self::Plain { password: Secret::new(text), verifier: Arc::default() })
     }
 
+    /// A secret that nobody has: an empty one lets nobody in, as in PgBouncer, whatever the server would say of the user.
+    fn nobodys() -> Self {
+        let password = Secret::new(format!("{:032x}", rand::random::<u128>()));
+        Self::Plain { password, verifier: Arc::default() }
+    }
+
     /// The SCRAM verifier, where there is or can be one.
     pub(in crate::proxy) fn scram_verifier(&self) -> Option<Verifier> {
         match self {
@@ -87,11 +93,8 @@ pub(in crate::proxy) fn parse(text: &str) -> (HashMap<String, Stored>, Vec<usize
             Some((user, secret))
         });
         match parsed {
-            // An empty secret lets nobody in, as in PgBouncer.
             Some((user, secret)) => {
-                if let Some(stored) = Stored::read(&secret) {
-                    users.insert(user, stored);
-                }
+                users.insert(user, Stored::read(&secret).unwrap_or_else(Stored::nobodys));
             }
             None => bad.push(index + 1),
         }
@@ -129,14 +132,15 @@ mod tests {
             "; comment\n\"ann\" \"secret\"\n",
             "\"b\"\"ob\" \"md50123456789abcdef0123456789abcdef\" ignored\n",
             "\"cy\" \"SCRAM-SHA-256$4096:c2FsdA==$AAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAA=:AAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAA=\"\n",
-            "\"dee\" \"\"\n\"broken\n",
+            "\"dee\" \"known\"\n\"dee\" \"\"\n\"broken\n",
         );
         let (users, bad) = parse(text);
         assert!(matches!(users.get("ann"), Some(Stored::Plain { password, .. }) if password.expose() == "secret"));
         assert!(matches!(users.get("b\"ob"), Some(Stored::Md5(_))));
         assert!(matches!(users.get("cy"), Some(Stored::Scram(_))));
-        assert!(!users.contains_key("dee"));
-        assert_eq!(bad, [6]);
+        let nobodys = |password: &str| !password.is_empty() && password != "known";
+        assert!(matches!(users.get("dee"), Some(Stored::Plain { password, .. }) if nobodys(password.expose())));
+        assert_eq!(bad, [7]);
     }
 
     proptest! {

@@ -128,8 +128,13 @@ impl Central {
         &self.config.pool
     }
 
+    /// What a client has proved, for the connections to come. One that was let in without a proof leaves what others have
+    /// proved: the server may ask for it.
     pub(super) fn set_credential(&self, credential: &Credential) {
-        credential.clone_into(&mut lock(&self.credential));
+        let mut known = lock(&self.credential);
+        if !matches!(credential, Credential::None) || matches!(*known, Credential::None) {
+            credential.clone_into(&mut known);
+        }
     }
 
     /// What a connection of the pool logs in with. Settings of clients come later.
