@@ -144,8 +144,8 @@ fn full_identity_matches_one_row_by_all_values_or_by_the_primary_key() {
     assert_eq!(
         delete.sql,
         r#"DELETE FROM ONLY "s"."f" WHERE ctid = (SELECT ctid FROM ONLY "s"."f" WHERE "#.to_owned()
-            + r#""a"::text IS NOT DISTINCT FROM ($1::integer)::text AND "#
-            + r#""b"::text IS NOT DISTINCT FROM ($2::integer)::text LIMIT 1)"#
+            + r#""a"::text COLLATE "C" IS NOT DISTINCT FROM ($1::integer)::text COLLATE "C" AND "#
+            + r#""b"::text COLLATE "C" IS NOT DISTINCT FROM ($2::integer)::text COLLATE "C" LIMIT 1)"#
     );
     assert_eq!(delete.parameters, sent(&[Some("1"), None]));
 
@@ -164,9 +164,9 @@ fn full_identity_matches_one_row_by_all_values_or_by_the_primary_key() {
         .relation(relation(8, "f", ReplicaIdentity::Full, &full), Some(TableShape::new(deferrable.columns)))
         .expect("mapped");
     let changed = change(&mut planner, update(8, Some(old()), &[text("1"), text("2")]));
-    let found =
-        r#"WHERE "a" OPERATOR(pg_catalog.=) $3::integer AND "a"::text IS NOT DISTINCT FROM ($3::integer)::text AND "#;
-    assert!(changed.sql.contains(found) && changed.sql.ends_with("LIMIT 1)"), "{}", changed.sql);
+    let found = r#"WHERE "a" OPERATOR(pg_catalog.=) $3::integer AND "#.to_owned()
+        + r#""a"::text COLLATE "C" IS NOT DISTINCT FROM ($3::integer)::text COLLATE "C" AND "#;
+    assert!(changed.sql.contains(&found) && changed.sql.ends_with("LIMIT 1)"), "{}", changed.sql);
 }
 
 #[test]
