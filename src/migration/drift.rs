@@ -9,9 +9,10 @@
 //! may be there, and hold no rows.
 //!
 //! Compared is what a session would miss, or be kept from without it: names, columns with their types, NOT NULL, whether a
-//! column has a default or is generated, partitions and children, indexes, constraints, functions, types with the labels of enums, triggers with
-//! their state, rules, policies and row security. What they say in detail is compared by verification. Objects of
-//! extensions belong to the extension's version and are left out.
+//! column has a default or is generated, partitions and children, indexes, constraints, functions, types with the labels
+//! of enums, triggers and whether they are disabled (of others than ordinary ones a rule of the validation tells), rules,
+//! policies and row security. What they say in detail is compared by verification. Objects of extensions belong to the
+//! extension's version and are left out.
 
 use std::collections::{BTreeSet, HashSet};
 
@@ -72,8 +73,7 @@ UNION ALL
 SELECT 'policy ' || pg_catalog.quote_ident(p.polname) || ' on ' || r.name
   FROM pg_catalog.pg_policy p JOIN relation r ON r.oid = p.polrelid
 UNION ALL
-SELECT CASE g.tgenabled WHEN 'D' THEN 'disabled ' WHEN 'R' THEN 'replica ' WHEN 'A' THEN 'always enabled ' ELSE '' END
-       || 'trigger ' || pg_catalog.quote_ident(g.tgname) || ' on ' || r.name
+SELECT CASE g.tgenabled WHEN 'D' THEN 'disabled ' ELSE '' END || 'trigger ' || pg_catalog.quote_ident(g.tgname) || ' on ' || r.name
   FROM pg_catalog.pg_trigger g JOIN relation r ON r.oid = g.tgrelid
  WHERE NOT g.tgisinternal AND coalesce(pg_catalog.to_jsonb(g) ->> 'tgparentid', '0') = '0'
 UNION ALL
