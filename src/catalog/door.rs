@@ -75,7 +75,7 @@ impl Door {
     /// Ends whoever came in beside us. Backends that are starting hold a lock on the database's row; they are waited for.
     async fn expel(&self, control: &Control) -> Result<(), RecordError> {
         let failed = |source| RecordError::query("end sessions on the server that was left", source);
-        let own = self.connector.instance().application_name("");
+        let (own, strangers) = (self.connector.instance().application_name(""), is_a_strangers(2));
         loop {
             let row = control
                 .query_one(
@@ -84,9 +84,7 @@ impl Door {
                                 AND d.datname = $1 AND l.pid <> pg_catalog.pg_backend_pid()),
                             (SELECT count(*) FROM
                                (SELECT pg_catalog.pg_terminate_backend(pid) FROM pg_catalog.pg_stat_activity
-                                 WHERE datname = $1
-                                   AND (left(application_name, length($2)) = $2 AND usesysid = {OWN_ROLE}) IS NOT TRUE
-                                   AND coalesce(backend_type, '') NOT IN ('autovacuum worker', 'parallel worker')) ended)"),
+                                 WHERE datname = $1 AND {strangers}) ended)"),
                     &[&self.database, &own],
                 )
                 .await
@@ -99,9 +97,15 @@ impl Door {
     }
 }
 
-/// The number of the role that a session of ours has logged in as. The name by which our sessions are known can be read and
-/// taken by everybody; it counts only together with this.
-pub const OWN_ROLE: &str = "(SELECT r.oid FROM pg_catalog.pg_roles r WHERE r.rolname = session_user)";
+/// A condition on `pg_stat_activity`: neither a session of ours, whose names begin with the text parameter `$own_prefix`, nor a
+/// worker of the server's own. That name can be read and taken by everybody: it counts only together with our login role.
+pub fn is_a_strangers(own_prefix: u8) -> String {
+    format!(
+        "(left(application_name, length(${own_prefix})) = ${own_prefix}
+           AND usesysid = (SELECT r.oid FROM pg_catalog.pg_roles r WHERE r.rolname = session_user)) IS NOT TRUE
+         AND coalesce(backend_type, '') NOT IN ('autovacuum worker', 'parallel worker')"
+    )
+}
 
 /// Opens or shuts one database, if a hard fence stands over it and is not ajar. Returns whether one does.
 async fn turn(control: &mut Control, database: &str, turn: Turn) -> Result<bool, RecordError> {

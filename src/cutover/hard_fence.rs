@@ -20,7 +20,7 @@ use tokio_postgres::types::Type;
 
 use super::CutoverError;
 use crate::catalog::decision::Case;
-use crate::catalog::door::OWN_ROLE;
+use crate::catalog::door::is_a_strangers;
 use crate::catalog::fence;
 use crate::ident::quote_ident;
 use crate::postgres::Control;
@@ -234,6 +234,7 @@ pub(super) async fn backends(
         Looking::LeftOver => "(pid <> ALL($2) AND state IS DISTINCT FROM 'idle' OR backend_xid IS NOT NULL)",
         Looking::LeftOverOfSessions => "pid = ANY($2) AND backend_xid IS NOT NULL",
     };
+    let strangers = is_a_strangers(3);
     let rows = control
         .query_typed(
             &format!(
@@ -242,9 +243,7 @@ pub(super) async fn backends(
                                  0)::float8
                  FROM pg_catalog.pg_stat_get_activity(NULL) a JOIN pg_catalog.pg_database d ON d.oid = a.datid
                  WHERE d.datname = ANY($1) AND pid <> pg_catalog.pg_backend_pid()
-                   AND {condition}
-                   AND (left(application_name, length($3)) = $3 AND usesysid = {OWN_ROLE}) IS NOT TRUE
-                   AND coalesce(backend_type, '') NOT IN ('autovacuum worker', 'parallel worker')
+                   AND {condition} AND {strangers}
                    AND NOT EXISTS (SELECT FROM pg_catalog.pg_get_replication_slots() s
                                    WHERE s.active_pid = a.pid AND s.slot_name = ANY($4))
                  ORDER BY 5 DESC"

@@ -15,7 +15,7 @@ use std::collections::HashMap;
 use super::CutoverError;
 use super::hard_fence::Shutting;
 use super::soft_fence;
-use crate::catalog::door::OWN_ROLE;
+use crate::catalog::door::is_a_strangers;
 use crate::catalog::fence::{self, Fence, Standing};
 use crate::ident::quote_ident;
 use crate::postgres::{Connector, Control};
@@ -86,9 +86,8 @@ pub(super) async fn shut_again(connector: &Connector, database: &str, standing: 
             .execute(
                 &format!(
                     "SELECT pg_catalog.pg_terminate_backend(pid) FROM pg_catalog.pg_stat_activity
-                     WHERE datname = ANY($1)
-                       AND (left(application_name, length($2)) = $2 AND usesysid = {OWN_ROLE}) IS NOT TRUE
-                       AND coalesce(backend_type, '') NOT IN ('autovacuum worker', 'parallel worker')"
+                     WHERE datname = ANY($1) AND {}",
+                    is_a_strangers(2)
                 ),
                 &[&standing.fence.case.databases, &own],
             )

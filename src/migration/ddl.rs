@@ -17,21 +17,27 @@ use crate::ident::quote_literal;
 /// Names of the event triggers are this with what they wait for behind it.
 const TRIGGER: &str = "pgcutover_ddl";
 
-/// Removes it all, but for what [`carry::UNDO_IDENTITIES_SQL`] removes; nothing when it is not there.
-pub const UNDO_SQL: &str = "DROP EVENT TRIGGER IF EXISTS pgcutover_ddl_end; \
-    DROP EVENT TRIGGER IF EXISTS pgcutover_ddl_drop; DROP EVENT TRIGGER IF EXISTS pgcutover_ddl_start; \
-    DROP EVENT TRIGGER IF EXISTS pgcutover_ddl_rewrite; \
-    DROP FUNCTION IF EXISTS pgcutover.refuse_ddl(); DROP FUNCTION IF EXISTS pgcutover.on_ddl(); \
-    DROP FUNCTION IF EXISTS pgcutover.record_ddl(text, text, text, text, json); \
-    DROP FUNCTION IF EXISTS pgcutover.refuse(text, text); DROP FUNCTION IF EXISTS pgcutover.unsettled(text); \
-    DROP FUNCTION IF EXISTS pgcutover.bare(text, boolean); \
-    DROP TABLE IF EXISTS pgcutover.ddl_gate; DROP TABLE IF EXISTS pgcutover.command";
+/// `DROP` of the event triggers, as text that constants are made of.
+macro_rules! disarm {
+    () => {
+        "DROP EVENT TRIGGER IF EXISTS pgcutover_ddl_end; DROP EVENT TRIGGER IF EXISTS pgcutover_ddl_drop; \
+         DROP EVENT TRIGGER IF EXISTS pgcutover_ddl_start; DROP EVENT TRIGGER IF EXISTS pgcutover_ddl_rewrite"
+    };
+}
 
-/// The part of it that must come first, in a transaction of its own: a command that waits for one of the tables would find
-/// it gone.
-pub const DISARM_SQL: &str = "DROP EVENT TRIGGER IF EXISTS pgcutover_ddl_end; \
-    DROP EVENT TRIGGER IF EXISTS pgcutover_ddl_drop; DROP EVENT TRIGGER IF EXISTS pgcutover_ddl_start; \
-    DROP EVENT TRIGGER IF EXISTS pgcutover_ddl_rewrite";
+/// The part of [`UNDO_SQL`] that must come first, in a transaction of its own, where commands may be under way: one that waits
+/// for one of the tables would find it gone.
+pub const DISARM_SQL: &str = disarm!();
+
+/// Removes it all, but for what [`carry::UNDO_IDENTITIES_SQL`] removes; nothing when it is not there.
+pub const UNDO_SQL: &str = concat!(
+    disarm!(),
+    "; DROP FUNCTION IF EXISTS pgcutover.refuse_ddl(); DROP FUNCTION IF EXISTS pgcutover.on_ddl(); \
+     DROP FUNCTION IF EXISTS pgcutover.record_ddl(text, text, text, text, json); \
+     DROP FUNCTION IF EXISTS pgcutover.refuse(text, text); DROP FUNCTION IF EXISTS pgcutover.unsettled(text); \
+     DROP FUNCTION IF EXISTS pgcutover.bare(text, boolean); \
+     DROP TABLE IF EXISTS pgcutover.ddl_gate; DROP TABLE IF EXISTS pgcutover.command"
+);
 
 /// Whether an event trigger is one of ours.
 pub fn is_own_trigger(name: &str) -> bool {

@@ -62,15 +62,22 @@ impl Context {
 }
 
 /// A migration leads away from the server that is in use: what the other one holds is somebody's only copy, or stale.
-pub(super) async fn must_lead_away(database: &str, source: &Control, target: &Control) -> Result<(), WorkError> {
+pub(super) async fn must_lead_away(
+    databases: impl Iterator<Item = &'_ str>,
+    source: &Control,
+    target: &Control,
+) -> Result<(), WorkError> {
     let (from, to) = (claims::read(&**source).await?, claims::read(&**target).await?);
-    let reason = match resolve::resolve(database, Some(&from), Some(&to)) {
-        Verdict::Active { server: ServerRole::Source, .. } => return Ok(()),
-        Verdict::Active { server: ServerRole::Target, epoch } => {
-            format!("it is in use on the target since cutover {}", epoch.0)
-        }
-        Verdict::Undecided { epoch, .. } => format!("cutover {} is not settled", epoch.0),
-        Verdict::Refuse { reason } => reason,
-    };
-    Err(WorkError::NotTheSource { database: database.to_owned(), reason })
+    for database in databases {
+        let reason = match resolve::resolve(database, Some(&from), Some(&to)) {
+            Verdict::Active { server: ServerRole::Source, .. } => continue,
+            Verdict::Active { server: ServerRole::Target, epoch } => {
+                format!("it is in use on the target since cutover {}", epoch.0)
+            }
+            Verdict::Undecided { epoch, .. } => format!("cutover {} is not settled", epoch.0),
+            Verdict::Refuse { reason } => reason,
+        };
+        return Err(WorkError::NotTheSource { database: database.to_owned(), reason });
+    }
+    Ok(())
 }

@@ -308,7 +308,7 @@ impl DatabaseWork {
         if existing == Existing::Drop {
             let home = &self.context.config.control.database;
             let (from, to) = (source.control(home, "overwrite").await?, target.control(home, "overwrite").await?);
-            must_lead_away(&row.database, &from, &to).await?;
+            must_lead_away(std::iter::once(row.database.as_str()), &from, &to).await?;
         }
         schema::create_database(source, target, &row.database, existing, &journal).await?;
         let migration = quote_literal(self.migration());

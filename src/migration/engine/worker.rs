@@ -171,9 +171,8 @@ impl Worker {
         let source = self.context.source.control(database, "prerequisites").await?;
         let target = self.context.target.control(database, "prerequisites").await?;
         bootstrap(&target, Place::TargetControl).await?;
-        for database in &self.context.live.databases {
-            must_lead_away(&database.name, &source, &target).await?;
-        }
+        let databases = self.context.live.databases.iter().map(|database| database.name.as_str());
+        must_lead_away(databases, &source, &target).await?;
         tracing::info!(
             migration = self.context.live.name(),
             source = source.version_num(),

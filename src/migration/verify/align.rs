@@ -93,7 +93,7 @@ pub(in crate::migration) struct Still {
 
 impl Still {
     /// Whether it still does.
-    pub(in crate::migration) fn stands(&self) -> bool {
+    pub(super) fn stands(&self) -> bool {
         self.hold.stands()
     }
 }
