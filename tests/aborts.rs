@@ -7,7 +7,7 @@
 mod support;
 
 use std::process::Command;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use pgcutover::cutover::steps::{ALL_FAILPOINTS, ROLLBACK_FAILPOINTS};
 use pgcutover::demo::cluster::Cluster;
@@ -62,7 +62,7 @@ async fn whatever_does_not_switch_leaves_both_servers_as_they_were() {
 
     // The first attempt makes the tables of our own that stay.
     abort_at(&mut world, "cutover", READY, "prepare.before_fence").await;
-    let before = Both::of(&world, Entered::Both).await;
+    let before = Both::settled(&world, Entered::Both).await;
     for name in ALL_FAILPOINTS.iter().filter(|name| is_before_the_decision(name)).chain(&RETURN_FAILPOINTS) {
         abort_at(&mut world, "cutover", READY, name).await;
         before.must_be_found_again(&world, name).await;
@@ -88,7 +88,7 @@ async fn whatever_does_not_switch_leaves_both_servers_as_they_were() {
     assert_eq!(report["outcome"], "switched", "{report}");
     world.wait_until(COMPLETED).await;
     // The source is shut, and only its catalogues of the whole server can be read.
-    let before = Both::of(&world, Entered::Target).await;
+    let before = Both::settled(&world, Entered::Target).await;
     let steps = ALL_FAILPOINTS.iter().filter(|name| is_before_the_decision(name)).chain(ROLLBACK_FAILPOINTS);
     for name in steps.chain(&RETURN_FAILPOINTS).filter(|name| !name.starts_with("switch.")) {
         abort_at(&mut world, "rollback", COMPLETED, name).await;
@@ -161,40 +161,65 @@ fn is_before_the_decision(name: &str) -> bool {
 }
 
 /// Whose database lets us in.
-#[derive(Clone, Copy)]
+#[derive(Clone, Copy, Debug, PartialEq)]
 enum Entered {
     Both,
     Target,
 }
 
 /// What the two servers are, by name of what was looked at.
+#[derive(Debug, PartialEq)]
 struct Both {
     entered: Entered,
     seen: Vec<(String, String)>,
 }
 
 impl Both {
-    async fn of(world: &World, entered: Entered) -> Self {
+    /// What stays the same when it is looked at twice: whatever the step before left to be put away has gone.
+    async fn settled(world: &World, entered: Entered) -> Self {
+        let begun = Instant::now();
+        let mut last = Err("nothing was read yet".to_owned());
+        loop {
+            let now = Self::of(world, entered).await;
+            match (last, now) {
+                (Ok(last), Ok(now)) if last == now => return now,
+                (_, now) => {
+                    assert!(begun.elapsed() < PATIENCE, "the servers do not come to rest: {now:#?}");
+                    last = now;
+                }
+            }
+            tokio::time::sleep(Duration::from_millis(500)).await;
+        }
+    }
+
+    /// An error where something was dropped while it was read.
+    async fn of(world: &World, entered: Entered) -> Result<Self, String> {
         let mut seen = Vec::new();
         for cluster in [&world.source, &world.target] {
-            let server = lines(cluster, "postgres", OF_THE_SERVER).await;
+            let server = lines(cluster, "postgres", OF_THE_SERVER).await?;
             seen.push((format!("{} server", cluster.name()), server));
-            seen.push((format!("{} globals", cluster.name()), dump(cluster, "pg_dumpall", &["--globals-only"])));
+            seen.push((format!("{} globals", cluster.name()), dump(cluster, "pg_dumpall", &["--globals-only"])?));
             let shut = matches!(entered, Entered::Target) && cluster.port() == world.source.port();
             for database in ["postgres", SHOP].into_iter().filter(|database| *database != SHOP || !shut) {
-                let dumped = dump(cluster, "pg_dump", &["--schema-only", "-N", "pgcutover", database]);
+                let dumped = dump(cluster, "pg_dump", &["--schema-only", "-N", "pgcutover", database])?;
                 seen.push((format!("{} dump of {database}", cluster.name()), dumped));
-                let found = lines(cluster, database, OF_THE_DATABASE).await;
+                let found = lines(cluster, database, OF_THE_DATABASE).await?;
                 seen.push((format!("{} objects of {database}", cluster.name()), found));
             }
         }
-        Self { entered, seen }
+        Ok(Self { entered, seen })
     }
 
     /// Some of it is put back after the order has been answered.
     async fn must_be_found_again(&self, world: &World, after: &str) {
         wait_for(&format!("both servers to be as before {after}"), || async {
-            let now = Self::of(world, self.entered).await;
+            let now = match Self::of(world, self.entered).await {
+                Ok(now) => now,
+                Err(error) => {
+                    println!("after {after}: {error}");
+                    return false;
+                }
+            };
             let changed: Vec<String> =
                 self.seen.iter().zip(&now.seen).filter(|(then, now)| then != now).map(differences).collect();
             for change in &changed {
@@ -217,21 +242,21 @@ fn differences((then, now): (&(String, String), &(String, String))) -> String {
     format!("{}{}{}", then.0, only(&then.1, &now.1, "-"), only(&now.1, &then.1, "+"))
 }
 
-async fn lines(cluster: &Cluster, database: &str, query: &str) -> String {
+async fn lines(cluster: &Cluster, database: &str, query: &str) -> Result<String, String> {
     let client = connect(cluster, database).await;
-    let rows = client.query(query, &[]).await.expect("catalogues can be read");
-    rows.iter().map(|row| row.get::<_, String>(0) + "\n").collect()
+    let rows = client.query(query, &[]).await.map_err(|error| format!("{database}: {error:?}"))?;
+    Ok(rows.iter().map(|row| row.get::<_, String>(0) + "\n").collect())
 }
 
 /// A dump without the key that newer programs put into each of their own.
-fn dump(cluster: &Cluster, program: &str, arguments: &[&str]) -> String {
+fn dump(cluster: &Cluster, program: &str, arguments: &[&str]) -> Result<String, String> {
     let mut command = Command::new(cluster.bindir().join(program));
     command.args(["-h", cluster.host(), "-p", &cluster.port().to_string(), "-U", "postgres"]).args(arguments);
     let done = command.output().expect("the program can be run");
-    assert!(done.status.success(), "{program}: {}", String::from_utf8_lossy(&done.stderr));
+    if !done.status.success() {
+        return Err(format!("{program}: {}", String::from_utf8_lossy(&done.stderr)));
+    }
     let text = String::from_utf8(done.stdout).expect("UTF-8");
-    text.lines()
-        .filter(|line| !line.starts_with("\\restrict") && !line.starts_with("\\unrestrict"))
-        .collect::<Vec<_>>()
-        .join("\n")
+    let kept = text.lines().filter(|line| !line.starts_with("\\restrict") && !line.starts_with("\\unrestrict"));
+    Ok(kept.collect::<Vec<_>>().join("\n"))
 }

@@ -244,6 +244,13 @@ impl Daemon {
         self.directory.path().join("daemon.log")
     }
 
+    /// A copy of the log that outlives the directory.
+    fn keep_log(&self) -> PathBuf {
+        let kept = Path::new(env!("CARGO_TARGET_TMPDIR")).join(format!("daemon-{}.log", self.port));
+        let _ = fs::copy(self.log_path(), &kept);
+        kept
+    }
+
     /// Where this daemon keeps its files.
     pub fn directory(&self) -> &Path {
         self.directory.path()
@@ -254,7 +261,11 @@ impl Drop for Daemon {
     fn drop(&mut self) {
         self.kill();
         if std::thread::panicking() {
-            eprintln!("--- log of the daemon ---\n{}", self.log());
+            // The end of it, so that what the test says of its failure is not lost before it.
+            let (log, kept) = (self.log(), self.keep_log());
+            let lines: Vec<&str> = log.lines().collect();
+            let end = lines[lines.len().saturating_sub(40)..].join("\n");
+            eprintln!("--- end of the daemon's log, {} lines in {} ---\n{end}", lines.len(), kept.display());
         }
     }
 }
