@@ -1,15 +1,17 @@
 #!/usr/bin/env python3
 """Runs the same load direct, through HAProxy, through PgBouncer and through pgcutover, interleaved, and prints ratios.
 
-    tests/bench/proxy.py [--rounds 5] [--seconds 5] [--cases CASE,CASE…] [--peers PEER,PEER…] [--binary FILE]
+    tests/bench/proxy.py [--rounds 5] [--seconds 5] [--cases CASE,CASE…] [--peers PEER,PEER…] [--binary FILE [--other FILE]]
 
 Cases: prepared:N extended:N simple:N (pgbench, select only, N clients), tpcb:N (pgbench's own transaction, extended
 protocol), result:SIZE (one value of 1MB or 10MB a transaction, 4 clients), churn:N (a new connection with SCRAM for each
 transaction, N at a time), idle:N (N connections that have run one statement and say nothing).
 Peers: direct, haproxy, pgbouncer, pgbouncer-tx, pgcutover, pgcutover-tx (-tx: transaction pooling).
 
-Printed are medians over the rounds, and ratios to pgbouncer (for peers in transaction mode: to pgbouncer-tx). CPU is the
-proxy process's own user and system time, which is the most robust of the figures on a noisy machine; p99 is the median
+--other adds a second build of the program, as peer "other", to compare two builds in one run.
+
+Printed are medians over the rounds, and in brackets ratios to pgbouncer (for peers in transaction mode: to pgbouncer-tx): the
+median of each round's own ratio, because machines grow slower and faster from minute to minute. CPU is the proxy process's own user and system time, which is the most robust of the figures on a noisy machine; p99 is the median
 of the rounds' 99th percentiles. Memory is the growth of the proxy's private memory.
 
 Needs PostgreSQL's programs, and whichever of haproxy and pgbouncer are to be compared. Everything runs on loopback in a
@@ -187,7 +189,7 @@ class Bench:
                       f'users = ["postgres"]\n{pool}'
                       f'[source]\nhost = "127.0.0.1"\nport = {server}\nuser = "postgres"\nsslmode = "disable"\n'
                       f'[target]\nhost = "127.0.0.1"\nport = {target}\nuser = "postgres"\nsslmode = "disable"\n')
-        binary = os.path.abspath(self.args.binary)
+        binary = os.path.abspath(self.args.other if name == "other" else self.args.binary)
         if not os.access(binary, os.X_OK):
             sys.exit(f"{binary} is not there: cargo build --release --locked")
         return port, self.start(name, [binary, "run", "-c", config], port)
@@ -196,7 +198,7 @@ class Bench:
         mode = "transaction" if peer.endswith("-tx") else "session"
         if peer == "direct":
             return server, None
-        if peer.startswith("pgcutover"):
+        if peer == "other" or peer.startswith("pgcutover"):
             return self.start_pgcutover(peer, server, target(), mode)
         name = peer.removesuffix("-tx")
         program = find_program(name)
@@ -333,12 +335,13 @@ class Bench:
 
 
 def report(case, rows):
-    medians = {peer: {name: statistics.median(run[name] for run in runs) for name in runs[0]} for peer, runs in rows.items()}
-    for peer, figures in medians.items():
-        base = medians.get("pgbouncer-tx" if peer.endswith("-tx") else "pgbouncer", {})
+    for peer, runs in rows.items():
+        bases = rows.get("pgbouncer-tx" if peer.endswith("-tx") else "pgbouncer", [])
         cells = []
-        for name, value in figures.items():
-            ratio = f" ({value / base[name]:.2f}x)" if base.get(name) and (value or peer != "direct") else ""
+        for name in runs[0]:
+            value = statistics.median(run[name] for run in runs)
+            ratios = [run[name] / base[name] for run, base in zip(runs, bases) if base[name]]
+            ratio = f" ({statistics.median(ratios):.2f}x)" if ratios and (value or peer != "direct") else ""
             cells.append(f"{name} {value:.3g}{ratio}" if value < 1000 else f"{name} {value:.0f}{ratio}")
         print(f"{case:<13}{peer:<14}{'   '.join(f'{cell:<26}' for cell in cells)}".rstrip(), flush=True)
     print(flush=True)
@@ -352,6 +355,7 @@ def main():
     parser.add_argument("--cases", default=CASES, type=lambda text: text.split(","))
     parser.add_argument("--peers", default=PEERS, type=lambda text: text.split(","))
     parser.add_argument("--binary", default="target/release/pgcutover")
+    parser.add_argument("--other", help="another build of the program, measured beside it")
     parser.add_argument("--bindir", help="where PostgreSQL's programs are")
     parser.add_argument("--keep", action="store_true", help="keep the temporary directory with the logs")
     args = parser.parse_args()
@@ -362,6 +366,8 @@ def main():
     for peer in args.peers:
         if peer not in PEERS.split(","):
             parser.error(f"no such peer: {peer}")
+    if args.other:
+        args.peers.append("other")
     bench = Bench(args)
     # What was started must be stopped, however this ends.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
