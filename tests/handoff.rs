@@ -6,14 +6,14 @@ mod support;
 
 use bytes::BytesMut;
 use pgcutover::config;
-use pgcutover::demo::cluster::{Cluster, ClusterOptions, Installation};
+use pgcutover::demo::cluster::{Cluster, Installation};
 use pgcutover::postgres::{Connector, Credential, InstanceId, Login, RawConnection};
 use pgcutover::proxy::handoff::{
     Blocker, ReplayReport, SessionState, StatementFailure, Tracked, apply_delta, capture, catalogue_settings,
     changed_parameters, delta, replay, replay_and_plan,
 };
 use postgres_protocol::message::frontend;
-use support::{connect, installations};
+use support::{cluster_options, connect, installations};
 
 /// A client's session as the relay sees it: its backend, and what was noticed.
 struct Session {
@@ -122,7 +122,7 @@ async fn oldest_to_newest(setup: &[&str]) -> (Cluster, Cluster) {
 }
 
 async fn start(old: &Installation, new: &Installation, setup: &[&str]) -> (Cluster, Cluster) {
-    let two = Cluster::start_two(ClusterOptions::new(old, "source"), ClusterOptions::new(new, "target"));
+    let two = Cluster::start_two(cluster_options(old, "source"), cluster_options(new, "target"));
     let (source, target) = two.unwrap_or_else(|error| panic!("{error}"));
     // OIDs on the target are others than on the source.
     let padding = "CREATE TYPE pad AS (a int); CREATE TABLE padding ()";
@@ -373,7 +373,7 @@ async fn other_client_encodings_lose_nothing() {
 async fn bytes_of_a_database_without_encoding_arrive() {
     let found = installations();
     let (old, _) = found.pair().expect("checked by installations()");
-    let two = Cluster::start_two(ClusterOptions::new(old, "source"), ClusterOptions::new(old, "target"));
+    let two = Cluster::start_two(cluster_options(old, "source"), cluster_options(old, "target"));
     let (source, target) = two.unwrap_or_else(|error| panic!("{error}"));
     for cluster in [&source, &target] {
         let sql = "CREATE DATABASE app TEMPLATE template0 ENCODING 'SQL_ASCII' LC_COLLATE 'C' LC_CTYPE 'C'";

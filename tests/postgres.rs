@@ -12,7 +12,7 @@ use hmac::{Hmac, Mac as _};
 use pgcutover::config::{Secret, Server, SslMode};
 use pgcutover::demo::cluster::{Cluster, ClusterAuth, ClusterOptions, ClusterTls};
 use pgcutover::postgres::{Connector, Credential, InstanceId, Login, Pipeline, PipelineError, RawConnection, RawError};
-use support::{connect, connect_with, installations, one_cluster, server, wait_for};
+use support::{cluster_options, connect, connect_with, installations, one_cluster, server, wait_for};
 
 fn connector(server: &Server) -> Connector {
     Connector::new(server, "source", &InstanceId::random()).expect("certificates are readable")
@@ -28,7 +28,7 @@ fn cluster_with(change: impl Fn(ClusterOptions) -> ClusterOptions) -> Cluster {
     let found = installations();
     let mut failure = None;
     for installed in found.all().iter().rev().filter(|installed| installed.has_client_tools()) {
-        match Cluster::start(change(ClusterOptions::new(installed, "postgres"))) {
+        match Cluster::start(change(cluster_options(installed, "postgres"))) {
             Ok(cluster) => return cluster,
             Err(error) if error.to_string().contains("SSL is not supported") => failure = Some(error),
             Err(error) => panic!("{error}"),
@@ -46,7 +46,7 @@ async fn setting(client: &tokio_postgres::Client, name: &str) -> String {
 #[tokio::test]
 async fn own_sessions_keep_their_settings_on_every_major() {
     for installation in installations().all() {
-        let cluster = Cluster::start(ClusterOptions::new(installation, "settings")).expect("starts");
+        let cluster = Cluster::start(cluster_options(installation, "settings")).expect("starts");
         let admin = connect(&cluster, "postgres").await;
         let mut harm = vec![
             ("default_transaction_read_only", "on", "off"),

@@ -8,12 +8,12 @@
 mod late;
 mod support;
 
-use pgcutover::demo::cluster::{Cluster, ClusterAuth, ClusterOptions};
+use pgcutover::demo::cluster::{Cluster, ClusterAuth};
 use pgcutover::demo::compare;
 use pgcutover::demo::shop::{self as demo_shop, SHOP, Size};
 use support::daemon::{Daemon, DaemonOptions};
 use support::world::{COMPLETED, NAME, READY, World};
-use support::{connect, connect_with, installations, shop, try_connect, wait_for};
+use support::{cluster_options, connect, connect_with, installations, shop, try_connect, wait_for};
 
 /// How a service's administrator looks from inside.
 #[derive(Clone, Copy)]
@@ -98,7 +98,7 @@ fn clusters(auth: &ClusterAuth) -> Option<(Cluster, Cluster)> {
         eprintln!("skipped: no PostgreSQL 15 or newer to grant a parameter on");
         return None;
     };
-    let options = |installation, name| ClusterOptions::new(installation, name).auth(auth.clone());
+    let options = |installation, name| cluster_options(installation, name).auth(auth.clone());
     let started = Cluster::start_two(options(source, "source"), options(newest, "target"));
     Some(started.unwrap_or_else(|error| panic!("{error}")))
 }

@@ -5,14 +5,14 @@ mod support;
 use std::time::Duration;
 
 use bytes::Bytes;
-use pgcutover::demo::cluster::{Cluster, ClusterOptions, Stop};
+use pgcutover::demo::cluster::{Cluster, Stop};
 use pgcutover::lsn::Lsn;
 use pgcutover::pgoutput::{self, Message, OldTuple, ReplicaIdentity, Tuple, TupleValue};
 use pgcutover::postgres::walsender::{
     ReplicationConnection, ReplicationMessage, ReplicationStream, WalsenderError, WhenInUse,
 };
 use pgcutover::postgres::{Connector, InstanceId};
-use support::{connect, installations, one_cluster, wait_for};
+use support::{cluster_options, connect, installations, one_cluster, wait_for};
 use tokio_postgres::Client;
 
 fn connector(cluster: &Cluster) -> Connector {
@@ -81,7 +81,7 @@ const CHANGES: &str = "BEGIN;
 #[tokio::test]
 async fn every_major_streams_its_changes() {
     for installation in installations().all() {
-        let cluster = Cluster::start(ClusterOptions::new(installation, "walsender")).expect("starts");
+        let cluster = Cluster::start(cluster_options(installation, "walsender")).expect("starts");
         let admin = connect(&cluster, "postgres").await;
         admin.batch_execute(TABLES).await.expect("made");
         let mut control = replication(&cluster).await;
@@ -172,7 +172,7 @@ async fn check_changes(stream: &mut ReplicationStream, cluster: &Cluster) {
 async fn a_slot_in_use_is_told_apart() {
     let found = installations();
     for installation in [found.all().first(), found.all().last()].into_iter().flatten() {
-        let cluster = Cluster::start(ClusterOptions::new(installation, "in-use")).expect("starts");
+        let cluster = Cluster::start(cluster_options(installation, "in-use")).expect("starts");
         check_slot_in_use(&cluster).await;
     }
 }
@@ -229,7 +229,7 @@ async fn stop_confirms_the_last_report_and_frees_the_slot() {
 async fn feedback_flows_while_nobody_reads() {
     let found = installations();
     let newest = found.newest_with_client_tools().expect("checked by installations()");
-    let options = ClusterOptions::new(newest, "blocked").setting("wal_sender_timeout", "6s");
+    let options = cluster_options(newest, "blocked").setting("wal_sender_timeout", "6s");
     let cluster = Cluster::start(options).expect("starts");
     let admin = connect(&cluster, "postgres").await;
     admin.batch_execute("CREATE TABLE public.t (a text); CREATE PUBLICATION p FOR ALL TABLES").await.expect("made");

@@ -18,6 +18,7 @@ use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
+mod initialised;
 mod options;
 mod process;
 
@@ -65,7 +66,7 @@ impl Cluster {
         }
         let major = Installation::in_dir(&options.bindir).map_or(0, |installation| installation.major);
         let mut cluster = Self { options, port: 0, account, major, guardian: None, directory: Some(directory), path };
-        cluster.initdb()?;
+        cluster.initialise()?;
         cluster.write_configuration().map_err(io("write the configuration".into()))?;
         cluster.run_on_free_port()?;
         Ok(cluster)
@@ -250,6 +251,17 @@ impl Cluster {
         if let Some(account) = self.account {
             command.uid(account.uid).gid(account.gid);
         }
+    }
+
+    /// A data directory as initdb makes it.
+    fn initialise(&self) -> Result<(), ClusterError> {
+        let Some(kept) = initialised::place(&self.options, self.major) else { return self.initdb() };
+        let keeping = |source| self.io_error(format!("keep a data directory in {}", kept.display()), source);
+        if initialised::copy(&kept, &self.data_dir()).map_err(keeping)? {
+            return Ok(());
+        }
+        self.initdb()?;
+        initialised::keep(&self.data_dir(), &kept).map_err(keeping)
     }
 
     fn initdb(&self) -> Result<(), ClusterError> {

@@ -16,7 +16,7 @@ use pgcutover::shutdown::Tasks;
 use pgcutover::telemetry::metrics::Metrics;
 use tokio::task::JoinHandle;
 
-use crate::support::{PATIENCE, connect, installations, server, wait_for};
+use crate::support::{PATIENCE, cluster_options, connect, installations, server, wait_for};
 
 /// A small shop with everything that a migration has to carry.
 pub const SHOP: &str = r#"
@@ -85,7 +85,7 @@ impl World {
         change: impl FnOnce(ClusterOptions) -> ClusterOptions,
     ) -> Self {
         let (source, target) =
-            Cluster::start_two(change(ClusterOptions::new(source, "source")), ClusterOptions::new(target, "target"))
+            Cluster::start_two(change(cluster_options(source, "source")), cluster_options(target, "target"))
                 .unwrap_or_else(|error| panic!("{error}"));
         let mut config = Config::new(server(&source), server(&target));
         config.migration.copy_workers = 3;

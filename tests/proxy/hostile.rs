@@ -3,14 +3,14 @@
 use std::time::Duration;
 
 use pgcutover::config::{AuthMethod, PoolMode};
-use pgcutover::demo::cluster::{Cluster, ClusterAuth, ClusterOptions};
+use pgcutover::demo::cluster::{Cluster, ClusterAuth};
 use pgcutover::proxy::SessionState;
 use pgcutover::switch::{Epoch, ServerRole};
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 
 use crate::evil_server::{EvilServer, Misdeed, Stage, Then};
 use crate::rig::{Rig, server, text};
-use crate::support::{PATIENCE, installations, one_cluster, wait_for};
+use crate::support::{PATIENCE, cluster_options, installations, one_cluster, wait_for};
 use crate::tls::Authority;
 use crate::wire_client::{Message, WireClient, bind, execute, frame, parse, query, rows, sync};
 
@@ -114,7 +114,7 @@ async fn a_flood_of_connections_is_bounded_and_passes() {
 fn password_cluster(name: &str) -> Cluster {
     let found = installations();
     let newest = found.newest_with_client_tools().expect("checked by installations()");
-    Cluster::start(ClusterOptions::new(newest, name).auth(ClusterAuth::Scram { password: "super".to_owned() }))
+    Cluster::start(cluster_options(newest, name).auth(ClusterAuth::Scram { password: "super".to_owned() }))
         .unwrap_or_else(|error| panic!("{error}"))
 }
 

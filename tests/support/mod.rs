@@ -49,8 +49,8 @@ pub fn two_clusters_of(
     source: impl FnOnce(ClusterOptions) -> ClusterOptions,
     target: impl FnOnce(ClusterOptions) -> ClusterOptions,
 ) -> (Cluster, Cluster) {
-    let source = source(ClusterOptions::new(majors.0, "source"));
-    let target = target(ClusterOptions::new(majors.1, "target"));
+    let source = source(cluster_options(majors.0, "source"));
+    let target = target(cluster_options(majors.1, "target"));
     Cluster::start_two(source, target).unwrap_or_else(|error| panic!("{error}"))
 }
 
@@ -58,7 +58,14 @@ pub fn two_clusters_of(
 pub fn one_cluster(name: &str) -> Cluster {
     let found = installations();
     let newest = found.newest_with_client_tools().expect("checked by installations()");
-    Cluster::start(ClusterOptions::new(newest, name)).unwrap_or_else(|error| panic!("{error}"))
+    Cluster::start(cluster_options(newest, name)).unwrap_or_else(|error| panic!("{error}"))
+}
+
+/// Options of a cluster that is not initialised anew for every test. Source and target are two systems.
+pub fn cluster_options(installation: &Installation, name: &str) -> ClusterOptions {
+    let system = if matches!(name, "source" | "target") { name } else { "alone" };
+    let kept = std::path::Path::new(env!("CARGO_TARGET_TMPDIR")).join("clusters").join(system);
+    ClusterOptions::new(installation, name).initialised_in(kept)
 }
 
 /// The cluster as a `[source]` or `[target]` section. A busy machine takes its time to log in.

@@ -17,6 +17,9 @@ pub struct ClusterOptions {
     pub auth: ClusterAuth,
     /// Certificate and key; none: no TLS.
     pub tls: Option<ClusterTls>,
+    /// Directory that keeps a data directory of each kind, as initdb left it, to be copied; none: initdb runs each time.
+    /// Clusters that come from one directory have the same system identifier.
+    pub initialised: Option<PathBuf>,
 }
 
 impl ClusterOptions {
@@ -28,7 +31,15 @@ impl ClusterOptions {
             settings: Vec::new(),
             auth: ClusterAuth::Trust,
             tls: None,
+            initialised: None,
         }
+    }
+
+    /// The same, with data directories kept in `directory`.
+    #[must_use]
+    pub fn initialised_in(mut self, directory: impl Into<PathBuf>) -> Self {
+        self.initialised = Some(directory.into());
+        self
     }
 
     /// The same with one more setting of postgresql.conf.

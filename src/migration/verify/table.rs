@@ -427,12 +427,13 @@ impl Place {
     }
 }
 
-/// `filter` begins with WHERE or is empty.
+/// `filter` begins with WHERE, in any case, or is empty.
 fn condition([filter, range]: &[&str; 2]) -> String {
     match (filter.trim(), *range) {
         (filter, "") => filter.to_owned(),
         ("", range) => format!("WHERE {range}"),
-        (filter, range) => format!("{filter} AND {range}"),
+        // What an extension has written may hold an OR, and end with a comment.
+        (filter, range) => format!("WHERE ({}\n) AND {range}", filter.get("WHERE".len()..).unwrap_or_default()),
     }
 }
 
@@ -536,7 +537,7 @@ mod tests {
         assert_eq!(place.range(0, 1), "");
         assert_eq!(place.range(0, 3), "ctid >= '(0,0)' AND ctid < '(33,0)'");
         assert_eq!(place.range(2, 3), "ctid >= '(66,0)'");
-        assert_eq!(condition(&["WHERE a", "b"]), "WHERE a AND b");
+        assert_eq!(condition(&["where a OR c", "b"]), "WHERE ( a OR c\n) AND b");
         assert_eq!(condition(&["", "b"]), "WHERE b");
     }
 }
