@@ -326,7 +326,8 @@ struct Cutover {
     /// What happens to transactions that outlast it: give up, or end their sessions
     #[arg(long, value_parser = word::<Stragglers>, value_name = "abort|terminate")]
     stragglers: Option<Stragglers>,
-    /// Go past what can cost time or connections and never data: a target that is known to be far behind, too few connections
+    /// Go past what can cost time or connections and never data: a target that is known to be far behind, much to carry
+    /// in the pause, too few connections
     #[arg(long)]
     force: bool,
 }

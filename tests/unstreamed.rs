@@ -153,6 +153,12 @@ async fn what_is_too_large_for_the_pause_is_refused_by_name() {
     assert_eq!((&aborted["outcome"], &aborted["pause_ms"]), (&"aborted".into(), &0.into()), "{aborted}");
     let reason = aborted["reason"].as_str().expect("a reason");
     assert!(reason.contains("\"large\"") && reason.contains("max_unstreamed of 10kB"), "{reason}");
+    assert_eq!(aborted["forceable"], true, "{aborted}");
+    // It costs time and no data, so who says so goes past it; what it would take in the pause, the rehearsal has taken.
+    let rehearsal = world.daemon.json(&["migration", "cutover", "again", "--dry-run", "--force"]);
+    assert_eq!(rehearsal["outcome"], "dry-run", "{rehearsal}");
+    let forced = rehearsal["forced"].as_array().expect("a list");
+    assert!(forced.len() == 1 && forced[0].to_string().contains("max_unstreamed of 10kB"), "{rehearsal}");
     source.batch_execute("TRUNCATE large").await.expect("made smaller");
     drop(source);
     let switched = world.daemon.json(&["migration", "cutover", "again"]);

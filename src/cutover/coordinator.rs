@@ -138,6 +138,7 @@ impl Coordinator {
             throttle_for: cutover.throttle_for,
             force: false,
             max_lag_at_start_bytes: cutover.max_lag_at_start_bytes,
+            max_unstreamed_bytes: cutover.max_unstreamed_bytes,
             fence: self.deps.config.control.fence,
             ddl: self.deps.config.migration.ddl,
         }

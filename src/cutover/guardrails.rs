@@ -1,14 +1,15 @@
 //! What must hold before a cutover begins. Read-only; an operator who is refused here has lost nothing.
 //!
-//! Who orders it with `--force` goes past what can only cost time or connections: a lag that is known and too large, and too few
-//! connections or files. What a miss of theirs can come to is an abort, by `max_pause` or by sessions that could not be moved.
-//! Nothing else is gone past. A new guardrail is not either, unless it is put through [`Work::refuse_unless_forced`].
+//! Who orders it with `--force` goes past what can only cost time or connections: a lag that is known and too large, more than
+//! `max_unstreamed` to carry in the pause, and too few connections or files. What a miss of theirs can come to is an abort, by
+//! `max_pause` or by sessions that could not be moved. Nothing else is gone past. A new guardrail is not either, unless it is put through [`Work::refuse_unless_forced`].
 
 use std::time::{Duration, Instant};
 
 use super::CutoverError;
 use super::work::{LineSessions, UnmovedSession, Work};
 use crate::config::{FencePolicy, Stragglers};
+use crate::migration::unstreamed;
 use crate::postgres::Control;
 use crate::proxy::{SessionView, descriptors};
 use crate::switch::Route;
@@ -66,6 +67,7 @@ impl Work {
         }
         self.check_lag().await?;
         self.check_writable().await?;
+        self.check_unstreamed().await?;
         self.check_capacity().await?;
         self.note_long_transactions().await
     }
@@ -158,6 +160,18 @@ impl Work {
                     "database {name:?} is read-only by default on the {to}: ALTER DATABASE … RESET \
                      default_transaction_read_only there"
                 )));
+            }
+        }
+        Ok(())
+    }
+
+    /// What no stream carries is carried in the pause; what does not get there in time is an abort by `max_pause`.
+    async fn check_unstreamed(&mut self) -> Result<(), CutoverError> {
+        for name in self.case.databases.clone() {
+            let session = self.from.connector.control(&name, "unstreamed").await?;
+            let fits = unstreamed::weigh(&session).await?.must_fit(self.options.max_unstreamed_bytes);
+            if let Err(too_large) = fits {
+                self.refuse_unless_forced(format!("database {name:?}: {too_large}"))?;
             }
         }
         Ok(())

@@ -43,6 +43,8 @@ pub struct CutoverOptions {
     pub stragglers: Stragglers,
     /// Not begun with more than this to replay, in bytes.
     pub max_lag_at_start_bytes: u64,
+    /// Not begun with more than this in a database that no stream carries, in bytes.
+    pub max_unstreamed_bytes: u64,
     /// The largest delay of a writing transaction while it is prepared; zero: none is slowed down.
     pub throttle_writes: Duration,
     /// How long that may take to bring a lag below `max_lag_at_start`.

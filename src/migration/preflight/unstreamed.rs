@@ -7,7 +7,8 @@ use crate::migration::unstreamed;
 
 const UNSTREAMED: Definition = Definition {
     why: "no stream carries them: they are carried with the copy, and inside the pause of the cutover once more where they \
-          differ, which makes it longer; a cutover refuses more than max_unstreamed of them in a database",
+          differ, which makes it longer; a cutover refuses more than max_unstreamed of them in a database, unless it is \
+          ordered with --force",
     fix: "raise [cutover] max_unstreamed and max_pause, or make them smaller: ALTER TABLE … SET LOGGED, lo_unlink and \
           VACUUM FULL pg_largeobject",
     ..Finding::DEFINITION

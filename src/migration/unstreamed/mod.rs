@@ -5,7 +5,7 @@
 //! object, and only what differs is carried. Nothing is remembered in between, so every run can be repeated.
 //!
 //! Reading all of it twice takes time in which everybody waits: `[cutover] max_unstreamed` bounds it. What is larger is
-//! refused before anything is paused, with its name and size. PostgreSQL keeps no sound account of changes to these: its
+//! refused before anything is paused, with its name and size, unless it is forced: `max_pause` bounds it then. PostgreSQL keeps no sound account of changes to these: its
 //! statistics come late, and their pages' positions in the write-ahead log are not there for unlogged tables.
 //!
 //! It must never run towards a server that somebody uses: what only that server has is removed.
