@@ -182,30 +182,32 @@ async fn each_role_reads_what_it_may_read_with_its_own_settings() {
          CREATE POLICY own ON note USING (owner = current_user AND tenant = current_setting('app.tenant', true))",
     )
     .await;
-    let life = stage.life_with_proxy("").resolved().await;
-    reads(&life).start(order()).await.expect("both servers answer");
-    let mut clients = Vec::new();
-    for (user, tenant) in [("ann", "t1"), ("ann", "t2"), ("bob", "t1"), ("bob", "t2")] {
-        let mut config = life.client("app");
-        let client = connect_with(config.user(user)).await;
-        client.batch_execute(&format!("SET app.tenant = '{tenant}'")).await.expect("settable");
-        clients.push(client);
-    }
-    for client in &clients {
-        let before = outcome(&life, "equal");
-        until(&life, client, "SELECT body FROM note", |view| view.outcomes["equal"] > before).await;
-    }
-    for _ in 0..20 {
-        for client in &clients {
-            client.simple_query("SELECT body FROM note").await.expect("answers");
+    for life in [stage.life_with_proxy(""), stage.life_with_pool("", 2)] {
+        let life = life.resolved().await;
+        reads(&life).start(order()).await.expect("both servers answer");
+        let mut clients = Vec::new();
+        for (user, tenant) in [("ann", "t1"), ("ann", "t2"), ("bob", "t1"), ("bob", "t2")] {
+            let mut config = life.client("app");
+            let client = connect_with(config.user(user)).await;
+            client.batch_execute(&format!("SET app.tenant = '{tenant}'")).await.expect("settable");
+            clients.push(client);
         }
+        for client in &clients {
+            let before = outcome(&life, "equal");
+            until(&life, client, "SELECT body FROM note", |view| view.outcomes["equal"] > before).await;
+        }
+        for _ in 0..20 {
+            for client in &clients {
+                client.simple_query("SELECT body FROM note").await.expect("answers");
+            }
+        }
+        wait_for("everything to be settled", || async { view(&life).sampled == settled(&life) }).await;
+        let view = view(&life);
+        let run: u64 = view.outcomes.values().sum();
+        assert_eq!((view.outcomes["equal"], view.waiting), (run, 0), "every one is equal: {view:?}");
+        assert!(run >= 40, "{view:?}");
+        reads(&life).stop(NAME, "the test").await.expect("they are on");
     }
-    wait_for("everything to be settled", || async { view(&life).sampled == settled(&life) }).await;
-    let view = view(&life);
-    let run: u64 = view.outcomes.values().sum();
-    assert_eq!((view.outcomes["equal"], view.waiting), (run, 0), "every one is equal: {view:?}");
-    assert!(run >= 40, "{view:?}");
-    reads(&life).stop(NAME, "the test").await.expect("they are on");
 }
 
 /// What sets something is prepared once and run again by its name alone.
@@ -278,24 +280,94 @@ impl Drop for Held {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn clients_go_on_while_the_target_does_not_answer() {
     let stage = Stage::set().await;
-    let life = stage.life_with_proxy("").resolved().await;
-    let client = connect_with(&life.client("app")).await;
-    reads(&life).start(order()).await.expect("both servers answer");
-    until(&life, &client, "SELECT name FROM item", |view| view.outcomes["equal"] > 0).await;
-    let target = connect(&stage.target, "postgres").await;
-    let sql = "SELECT pid::text FROM pg_stat_activity WHERE application_name = 'pgcutover shadow reads'";
-    let pids: Vec<String> = target.query(sql, &[]).await.expect("answers").iter().map(|row| row.get(0)).collect();
-    assert!(!pids.is_empty());
-    let held = Held::all_of(pids);
-    let before = view(&life);
-    for _ in 0..1000 {
-        client.simple_query("SELECT name FROM item").await.expect("the client notices nothing");
+    for life in [stage.life_with_proxy(""), stage.life_with_pool("", 1)] {
+        let life = life.resolved().await;
+        let client = connect_with(&life.client("app")).await;
+        reads(&life).start(order()).await.expect("both servers answer");
+        until(&life, &client, "SELECT name FROM item", |view| view.outcomes["equal"] > 0).await;
+        let target = connect(&stage.target, "postgres").await;
+        let sql = "SELECT pid::text FROM pg_stat_activity WHERE application_name = 'pgcutover shadow reads'";
+        let pids: Vec<String> = target.query(sql, &[]).await.expect("answers").iter().map(|row| row.get(0)).collect();
+        assert!(!pids.is_empty());
+        let held = Held::all_of(pids);
+        let before = view(&life);
+        for _ in 0..1000 {
+            client.simple_query("SELECT name FROM item").await.expect("the client notices nothing");
+        }
+        let during = view(&life);
+        assert!(during.sampled >= before.sampled + 1000, "{during:?}");
+        assert!(during.skipped["busy"] >= 800, "what waits is bounded, and the rest counted: {during:?}");
+        assert_eq!(during.outcomes["equal"], before.outcomes["equal"], "the target has answered nothing");
+        drop(held);
+        reads(&life).stop(NAME, "the test").await.expect("they are on");
+        wait_for("no connection", || async { connections(&stage).await == 0 }).await;
     }
-    let during = view(&life);
-    assert!(during.sampled >= before.sampled + 1000, "{during:?}");
-    assert!(during.skipped["busy"] >= 800, "what waits is bounded, and the rest counted: {during:?}");
-    assert_eq!(during.outcomes["equal"], before.outcomes["equal"], "the target has answered nothing");
-    drop(held);
+}
+
+/// Clients that share connections: each read runs with what its own client has set, by the text that its name stands for.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn in_transaction_pooling_a_sample_has_its_clients_settings_and_statements() {
+    let stage = Stage::set().await;
+    on_both(
+        &stage,
+        "CREATE SCHEMA a CREATE TABLE thing (id int, name text); CREATE SCHEMA b CREATE TABLE thing (id int, name text); \
+         INSERT INTO a.thing VALUES (1, 'of a'); INSERT INTO b.thing VALUES (1, 'of b'); \
+         CREATE FUNCTION touch() RETURNS int LANGUAGE plpgsql VOLATILE AS \
+         $$ BEGIN INSERT INTO item (name) VALUES ('touched'); RETURN 1; END $$; \
+         CREATE FUNCTION hides() RETURNS int LANGUAGE plpgsql STABLE AS $$ BEGIN RETURN touch(); END $$",
+    )
+    .await;
+    let life = stage.life_with_pool("", 2).resolved().await;
+    reads(&life).start(order()).await.expect("both servers answer");
+    let mut clients = Vec::new();
+    for schema in ["a", "b", "a"] {
+        let client = connect_with(&life.client("app")).await;
+        client.batch_execute(&format!("SET search_path = {schema}, public")).await.expect("settable");
+        let named = client.prepare("SELECT name FROM thing WHERE id = $1").await.expect("prepared");
+        clients.push((schema, client, named));
+    }
+    // Prepared under one path, and run under another one from here on.
+    let (schema, client, _) = &mut clients[2];
+    *schema = "b";
+    client.batch_execute("SET search_path = b, public").await.expect("settable");
+    for (schema, client, named) in &clients {
+        let before = outcome(&life, "equal");
+        wait_for("a sample", || async {
+            let row = client.query_one(named, &[&1i32]).await.expect("answers");
+            assert_eq!(row.get::<_, String>(0), format!("of {schema}"));
+            outcome(&life, "equal") > before
+        })
+        .await;
+    }
+    let before: u64 = view(&life).outcomes.values().sum();
+    for _ in 0..10 {
+        for (_, client, named) in &clients {
+            client.query_one(named, &[&1i32]).await.expect("answers");
+            client.simple_query("SELECT name FROM thing").await.expect("answers");
+        }
+    }
+    wait_for("everything to be settled", || async { view(&life).sampled == settled(&life) }).await;
+    let read = view(&life);
+    let run: u64 = read.outcomes.values().sum();
+    assert_eq!((read.outcomes["equal"], read.waiting), (run, 0), "every one is equal: {read:?}");
+    assert!(run >= before + 60, "none was left out: {read:?}");
+
+    // A write, open or in disguise; a transaction block; a statement that fails.
+    let (_, client, _) = &clients[0];
+    until(&life, client, "SELECT hides()", |view| view.failed.values().sum::<u64>() > 0).await;
+    client.batch_execute("INSERT INTO item (name) VALUES ('one')").await.expect("on the source");
+    client.simple_query("SELECT touch()").await.expect("on the source");
+    client.batch_execute("BEGIN; SELECT 1; COMMIT").await.expect("on the source");
+    client.simple_query("SELECT 1 / 0").await.expect_err("on the source");
+    wait_for("everything to be settled", || async { view(&life).sampled == settled(&life) }).await;
+    let view = view(&life);
+    for (why, count) in [("not_a_read", 2), ("not_comparable", 1), ("failed", 1)] {
+        assert!(view.skipped[why] >= count, "{why}: {view:?}");
+    }
+    assert!(view.failed.keys().all(|sqlstate| sqlstate == "25006"), "{view:?}");
+    let target = connect(&stage.target, "shop").await;
+    let count: i64 = target.query_one("SELECT count(*) FROM item", &[]).await.expect("answers").get(0);
+    assert_eq!(count, 0, "nothing was written on the target");
     reads(&life).stop(NAME, "the test").await.expect("they are on");
 }
 

@@ -364,7 +364,6 @@ impl Inner {
             ShadowError::IsOn(_) | ShadowError::IsOff(_) | ShadowError::NotOnSource(_) | ShadowError::Leaving(_) => {
                 ErrorKind::Conflict
             }
-            ShadowError::Pooled => ErrorKind::Unsupported,
             ShadowError::NoProxy | ShadowError::Unknown { .. } => ErrorKind::Unavailable,
         };
         let view = view.map_err(|error| AdminError::from_chain(kind(&error), &error))?;

@@ -22,7 +22,7 @@ pub(in crate::proxy) type Startup = Vec<(String, String)>;
 /// See the module.
 pub(in crate::proxy) struct Profile {
     /// Settings and role.
-    pub(in crate::proxy) state: SessionState,
+    pub(in crate::proxy) state: Arc<SessionState>,
     /// The part of it that statements depend on. Equal ones are the same object.
     pub(in crate::proxy) meaning: Arc<SessionState>,
     /// What a server last reported under it.
@@ -100,7 +100,7 @@ impl Profiles {
                 meaning
             }
         };
-        let profile = Arc::new(Profile { state, meaning, reported: Mutex::new(None) });
+        let profile = Arc::new(Profile { state: Arc::new(state), meaning, reported: Mutex::new(None) });
         self.known.insert(ByState(profile.clone()));
         profile
     }

@@ -24,7 +24,7 @@ impl PooledSession {
             let held = self.down.buffer.len() - self.down.looked_at;
             if self.down.body_left > 0 {
                 let passing = self.down.body_left.min(held);
-                self.down.looked_at += passing;
+                self.show(passing);
                 self.down.body_left -= passing;
                 if self.down.body_left > 0 {
                     return Ok(());
@@ -70,10 +70,18 @@ impl PooledSession {
                 Shown::As(tag) => self.down.buffer.set(looked_at, tag),
             }
             let passing = whole.min(held);
-            self.down.looked_at += passing;
+            self.show(passing);
             self.down.body_left = whole - passing;
             self.end_of_frame(header)?;
         }
+    }
+
+    /// The next `count` bytes may be written to the client.
+    fn show(&mut self, count: usize) {
+        if self.sampling.is_some() {
+            self.sample_answer(count);
+        }
+        self.down.looked_at += count;
     }
 
     /// Whether the transaction is over, where it may be: at a ReadyForQuery, and after what a server says unasked, which
@@ -91,6 +99,9 @@ impl PooledSession {
     fn answered(&mut self, header: Header, is_whole: bool) -> Shown {
         let tag = header.tag;
         self.down.last_was_error = tag == backend::ERROR_RESPONSE;
+        if let Some(sampling) = self.sampling.as_mut().filter(|_| self.down.last_was_error) {
+            sampling.on_server_error();
+        }
         if tag == backend::COMMAND_COMPLETE && is_whole && self.slows() {
             let body = &self.down.buffer.filled()[self.down.looked_at + HEADER_BYTES..];
             self.brake.completed(&body[..header.body_bytes as usize]);

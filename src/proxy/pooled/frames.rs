@@ -74,16 +74,19 @@ impl PooledSession {
 
     /// Sends a frame on. The session is inside and has a connection.
     pub(super) fn forward(&mut self, header: Header) -> Result<Passage, Step> {
-        match header.tag {
-            frontend::QUERY if self.is_deallocated_here(header) => {
-                let is_cut = self.down.looked_at < self.down.buffer.len() || self.down.body_left > 0;
-                if !self.expected.is_empty() || is_cut {
-                    return Ok(Passage::Blocked);
-                }
-                self.deallocate_here(header, self.ledger.status());
-                self.up.discard_left = HEADER_BYTES + header.body_bytes as usize;
-                return Ok(Passage::Done);
+        if header.tag == frontend::QUERY && self.is_deallocated_here(header) {
+            let is_cut = self.down.looked_at < self.down.buffer.len() || self.down.body_left > 0;
+            if !self.expected.is_empty() || is_cut {
+                return Ok(Passage::Blocked);
             }
+            self.deallocate_here(header, self.ledger.status());
+            self.up.discard_left = HEADER_BYTES + header.body_bytes as usize;
+            return Ok(Passage::Done);
+        }
+        if self.sampling.is_some() {
+            self.sample_frame(header);
+        }
+        match header.tag {
             frontend::QUERY => self.forward_query(header),
             frontend::PARSE if self.has_too_many_for(header) => {
                 return Err(Step::End(End::Told(ClientError::TooManyStatements)));
@@ -443,7 +446,7 @@ impl PooledSession {
     }
 
     /// What a name of the client's stands for.
-    fn statement_of(&self, name: &[u8]) -> Option<Arc<Statement>> {
+    pub(super) fn statement_of(&self, name: &[u8]) -> Option<Arc<Statement>> {
         match self.expected.pending(name) {
             Some(pending) => pending,
             None => self.names.get(name).cloned(),

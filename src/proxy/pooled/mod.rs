@@ -31,6 +31,7 @@ pub mod fuzzing;
 mod held;
 mod login;
 mod passing;
+mod shadow;
 mod steps;
 mod timeouts;
 mod wire;
@@ -57,6 +58,7 @@ use super::orphan;
 use super::pool::{Link, LocalPool, Profile, Reported, Statement, Taken, Waiter};
 use super::session::{End, Session};
 use super::sessions::Registration;
+use super::shadow::Sampling;
 use super::timeouts::Seen;
 use super::worker::{LocalDatabase, Watch, Worker};
 use crate::postgres::{Login, Stream};
@@ -214,6 +216,8 @@ pub(super) struct PooledSession {
     entered_turn: u32,
     /// Holds answers back while writes are slowed down.
     brake: Brake,
+    /// The transaction may become a sample of shadow reads.
+    sampling: Option<Box<Sampling>>,
     /// What the sweep of time-outs last saw.
     seen: Option<Seen>,
     look_again: crate::proxy::hold::LookAgain,
@@ -292,6 +296,7 @@ impl PooledSession {
             waited_too_long: false,
             entered_turn: 0,
             brake: Brake::default(),
+            sampling: None,
             seen: None,
             look_again: None,
             key: parts.key,

@@ -256,6 +256,9 @@ impl PooledSession {
         self.takers.clear();
         self.stash.frames.clear();
         self.stash.state = StashState::Open;
+        if self.local.is_shadowed.get() {
+            self.begin_sample();
+        }
         let fits = Arc::ptr_eq(&link.profile, &self.profile);
         let is_checked = link.idle_for(now) <= self.pool.central.settings().server_check_delay;
         self.link = Some(link);
@@ -291,10 +294,16 @@ impl PooledSession {
         if !is_quiet || self.down.body_left > 0 || self.down.looked_at < self.down.buffer.len() {
             return Ok(());
         }
-        let Some(link) = &mut self.link else { return Ok(()) };
+        if self.link.is_none() {
+            return Ok(());
+        }
         if self.mending == Mending::Batch {
             return Err(Step::Mend);
         }
+        if self.sampling.is_some() {
+            self.end_sample();
+        }
+        let Some(link) = &mut self.link else { return Ok(()) };
         if self.ledger.is_uncertain() || self.expected.is_confused() || !self.expected.is_empty() {
             link.spoiled = true;
         }

@@ -8,6 +8,8 @@
 //!                                                                                all of the source: target, then source
 //! ```
 //!
+//! With transaction pooling it is [`Sampling`] that copies, for one transaction; what the client has set is known there.
+//!
 //! Clients are not touched: nothing waits for the target, what is over a bound is skipped and counted, and while no run is
 //! on the relay looks at one cell of its database for each transaction.
 //!
@@ -16,6 +18,7 @@
 
 mod compare;
 mod judge;
+mod pooled;
 mod recheck;
 mod runner;
 mod taking;
@@ -31,6 +34,7 @@ use tokio::sync::{Notify, watch};
 
 use self::compare::Answer;
 use self::judge::{Avoided, judge};
+pub(super) use self::pooled::Sampling;
 use self::runner::Call;
 use self::taking::Learned;
 pub(super) use self::taking::Shadowing;
@@ -128,9 +132,6 @@ pub enum ShadowError {
     /// Its clients are about to leave the source.
     #[error("a cutover of database {0} is under way")]
     Leaving(String),
-    /// Sessions of the pool are not sampled.
-    #[error("in transaction pooling no reads are sampled")]
-    Pooled,
     /// A server did not say what is needed.
     #[error("database {database}: {reason}")]
     Unknown {
@@ -327,9 +328,14 @@ impl Run {
         lock(&self.tally).skipped(why, &self.metrics);
     }
 
+    /// Nothing once the run is over: who empties the queue then does so after that is said.
     fn push(&self, sample: Sample) {
+        let mut queue = lock(&self.queue);
+        if self.is_over() {
+            return;
+        }
         // As many as there are slots.
-        lock(&self.queue).push_back(sample);
+        queue.push_back(sample);
         self.queued.notify_one();
     }
 
@@ -457,9 +463,6 @@ impl ShadowReads {
         let shared = &self.0;
         if let Some(run) = shared.sessions.shadow.current() {
             return Err(ShadowError::IsOn(run.order.migration.clone()));
-        }
-        if shared.config.pool.mode == crate::config::PoolMode::Transaction {
-            return Err(ShadowError::Pooled);
         }
         let mut facts = HashMap::new();
         for name in &order.databases {

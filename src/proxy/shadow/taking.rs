@@ -245,12 +245,46 @@ pub(in crate::proxy) struct Shadowing {
 }
 
 /// A sample that is being taken.
-struct Taking {
-    request: Vec<u8>,
-    answer: Vec<u8>,
+pub(super) struct Taking {
+    pub(super) request: Vec<u8>,
+    pub(super) answer: Vec<u8>,
     /// The frame that ends the transaction has been sent.
     is_asked: bool,
-    slot: Slot,
+    pub(super) slot: Slot,
+}
+
+impl Taking {
+    pub(super) fn new(slot: Slot) -> Self {
+        Self { request: Vec::new(), answer: Vec::new(), is_asked: false, slot }
+    }
+
+    /// A frame of the client's; `body` is as much of it as is at hand. An error: it is no sample any more.
+    pub(super) fn on_client_frame(&mut self, header: Header, body: &[u8]) -> Result<(), Skip> {
+        let length = header.body_bytes as usize;
+        if self.is_asked {
+            // More than one statement: what answers which is not told apart here.
+            return Err(Skip::NotARead);
+        }
+        match header.tag {
+            frontend::QUERY | frontend::SYNC => self.is_asked = true,
+            frontend::PARSE | frontend::BIND | frontend::DESCRIBE | frontend::EXECUTE => {}
+            _ => return Err(Skip::NotARead),
+        }
+        if body.len() < length || self.request.len() + length > REQUEST_BYTES {
+            return Err(Skip::TooLarge);
+        }
+        message::raw(&mut self.request, header.tag, body);
+        Ok(())
+    }
+
+    /// The client is sent these bytes.
+    pub(super) fn on_server_bytes(&mut self, bytes: &[u8]) -> Result<(), Skip> {
+        if self.answer.len() + bytes.len() > ANSWER_BYTES {
+            return Err(Skip::TooLarge);
+        }
+        self.answer.extend_from_slice(bytes);
+        Ok(())
+    }
 }
 
 impl Shadowing {
@@ -276,31 +310,17 @@ impl Shadowing {
 
     /// A frame passes to the server; `body` is as much of it as is at hand.
     pub(in crate::proxy) fn on_client_frame(&mut self, header: Header, body: &[u8]) {
-        let length = header.body_bytes as usize;
         lock(&self.learned).on_client_frame(header, body);
-        let Some(taking) = &mut self.taking else { return };
-        if taking.is_asked {
-            // More than one statement: what answers which is not told apart here.
-            return self.skip(Skip::NotARead);
+        if let Some(Err(why)) = self.taking.as_mut().map(|taking| taking.on_client_frame(header, body)) {
+            self.skip(why);
         }
-        match header.tag {
-            frontend::QUERY | frontend::SYNC => taking.is_asked = true,
-            frontend::PARSE | frontend::BIND | frontend::DESCRIBE | frontend::EXECUTE => {}
-            _ => return self.skip(Skip::NotARead),
-        }
-        if body.len() < length || taking.request.len() + length > REQUEST_BYTES {
-            return self.skip(Skip::TooLarge);
-        }
-        message::raw(&mut taking.request, header.tag, body);
     }
 
     /// The server has sent these bytes.
     pub(in crate::proxy) fn on_server_bytes(&mut self, bytes: &[u8]) {
-        let Some(taking) = &mut self.taking else { return };
-        if taking.answer.len() + bytes.len() > ANSWER_BYTES {
-            return self.skip(Skip::TooLarge);
+        if let Some(Err(why)) = self.taking.as_mut().map(|taking| taking.on_server_bytes(bytes)) {
+            self.skip(why);
         }
-        taking.answer.extend_from_slice(bytes);
     }
 
     /// The server has sent an error: what it skips after it is not there.
@@ -367,10 +387,7 @@ impl Session {
         }
         let Some(shadow) = &mut self.shadow else { return };
         match run.slot() {
-            Some(slot) => {
-                let (request, answer) = (Vec::new(), Vec::new());
-                shadow.taking = Some(Taking { request, answer, is_asked: false, slot });
-            }
+            Some(slot) => shadow.taking = Some(Taking::new(slot)),
             None => run.skipped(Skip::Busy),
         }
     }
