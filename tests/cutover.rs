@@ -2,6 +2,8 @@
 //!
 //! What sessions see is in `cutover_sessions.rs`; what only a whole daemon can show is in `crash.rs`.
 
+#[path = "cutover/doubt.rs"]
+mod doubt;
 mod support;
 
 use std::sync::Arc;

@@ -19,7 +19,7 @@ use super::leadership::claim_coordination;
 use super::parts::{Engine, Lease};
 use super::phase::Phase;
 use super::report::{CutoverProgress, CutoverReport, Timings};
-use super::startup::Resolver;
+use super::startup::{Resolver, is_closed};
 use super::steps::{Ready, Verdict};
 use super::undo::Undo;
 use super::work::{Line, Orders, Side, Work, bounded};
@@ -286,7 +286,7 @@ impl Coordinator {
             running.report = Some(report.clone());
         }
         tracing::info!(migration, outcome = ?report.outcome, pause_ms = report.pause_ms, reason = report.reason, "cutover ended");
-        if self.deps.switchboard.all().iter().any(|database| matches!(&*database.route(), Route::Unknown { .. })) {
+        if self.deps.switchboard.all().iter().any(|database| is_closed(database)) {
             // In doubt, or contradictory: the rows decide.
             self.resolver.clone().resolve_until_settled(&self.deps.tasks).await;
         } else if leaves_chores.load(Ordering::SeqCst) {

@@ -3,17 +3,32 @@
 use futures_util::future::try_join_all;
 
 use super::CutoverError;
+use super::hard_fence::Shutting;
 use super::settle::{self, Answer};
 use super::work::{LineSessions, Work};
 use crate::catalog::decision::{self, Outcome};
+use crate::config::FencePolicy;
 
 impl Work {
-    /// Writes the boundary of every database, behind everything that was applied.
+    /// Writes the boundary of every database, behind everything that was applied. Beside that, where our locks on the tables are
+    /// all that keeps out who gets round the fence, each session that has them answers: with one that was lost, rows may have
+    /// been written behind the marker.
     pub(super) async fn write_boundaries(&self) -> Result<(), CutoverError> {
         let epoch = self.case.epoch;
-        let sessions = self.lines.iter().filter_map(|line| line.sessions.as_ref());
-        try_join_all(sessions.map(|sessions| decision::write_boundary(&*sessions.onward, epoch))).await?;
-        Ok(())
+        let sessions = || self.lines.iter().filter_map(|line| line.sessions.as_ref());
+        let written = async {
+            let written = sessions().map(|sessions| decision::write_boundary(&*sessions.onward, epoch));
+            try_join_all(written).await.map(drop).map_err(CutoverError::from)
+        };
+        let locked = async {
+            if self.options.fence == FencePolicy::Hard && self.shutting == Shutting::Everybody {
+                return Ok(());
+            }
+            let answered = sessions().flat_map(|sessions| &sessions.locks).map(|locks| locks.batch_execute(""));
+            let answered = try_join_all(answered).await.map(drop);
+            answered.map_err(|source| CutoverError::query("keep the migrated tables locked", source))
+        };
+        tokio::try_join!(written, locked).map(drop)
     }
 
     /// Brings over where the sequences of every database stand. The other server is not active yet, so a retry sets

@@ -149,6 +149,10 @@ impl CutoverError {
             Self::Connect(_) => {
                 Some("`pgcutover check` tests both connections; make both servers reachable, then order it again")
             }
+            Self::Record(RecordError::Contradiction { .. }) => Some(
+                "sessions go on where the rows in schema pgcutover of both servers say, and `pgcutover status` says where that is; \
+                 find out who else has written there",
+            ),
             Self::Query { .. }
             | Self::Record(_)
             | Self::Catalog(_)

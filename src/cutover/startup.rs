@@ -29,15 +29,6 @@ use crate::switch::{Database, Epoch, Route, ServerRole, Switchboard};
 /// Between two attempts while something is not settled.
 const TRY_AGAIN: Duration = Duration::from_millis(500);
 
-/// Which routes a pass may change.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Routes {
-    /// All: nobody runs yet.
-    All,
-    /// Those that nobody knows; sessions run on the others.
-    OnlyUnknown,
-}
-
 /// See the module.
 pub(super) struct Resolver {
     switchboard: Arc<Switchboard>,
@@ -92,13 +83,13 @@ impl Resolver {
 
     /// One pass now; more in the background while something remains.
     pub(super) async fn resolve_until_settled(self: Arc<Self>, tasks: &Tasks) {
-        if self.pass(Routes::All).await {
+        if self.pass().await {
             return;
         }
         self.settle_in_background(tasks);
     }
 
-    /// Settles what a cutover has left that has ended, and touches no route that is known: sessions run there.
+    /// Settles what a cutover has left that has ended.
     pub(super) fn settle_in_background(self: Arc<Self>, tasks: &Tasks) {
         let stop = tasks.clone();
         tasks.spawn(async move {
@@ -108,7 +99,7 @@ impl Resolver {
                     () = stop.stopping() => return,
                     () = tokio::time::sleep(TRY_AGAIN) => {}
                 }
-                if self.pass(Routes::OnlyUnknown).await {
+                if self.pass().await {
                     return;
                 }
             }
@@ -150,8 +141,9 @@ impl Resolver {
         target.is_some() && told.is_ok_and(|of| of == Told::Everything) && in_order.is_ok_and(|in_order| in_order)
     }
 
-    /// Reads, settles, publishes. Returns whether nothing remains to be done.
-    async fn pass(&self, routes: Routes) -> bool {
+    /// Reads, settles, publishes. Returns whether nothing remains to be done. A database into which sessions are let is left as
+    /// it is: a server that does not answer just now takes nothing back.
+    async fn pass(&self) -> bool {
         let _turn = self.turn().await;
         let (source, target) = tokio::join!(self.read(ServerRole::Source), self.read(ServerRole::Target));
         let (mut source, mut target) = (source, target);
@@ -181,8 +173,8 @@ impl Resolver {
         let source_claims = source.as_ref().map(|server| &server.claims);
         let target_claims = target.as_ref().map(|server| &server.claims);
         // They would write what foreign keys refuse, and no trigger would see it.
-        let unsettled = Box::pin(self.settle_late(routes, source_claims, target_claims)).await;
-        let published = self.publish(routes, source_claims, target_claims, &unsettled);
+        let unsettled = Box::pin(self.settle_late(source_claims, target_claims)).await;
+        let published = self.publish(source_claims, target_claims, &unsettled);
         if let Err(error) = Box::pin(self.tell_engine(source.as_ref(), target.as_ref())).await {
             tracing::warn!(%error, "the engine does not know yet how its cutover ended");
             settled = false;
@@ -273,43 +265,26 @@ impl Resolver {
 
     /// Makes the foreign keys and triggers of cutovers to the target that were interrupted before. Returns the databases
     /// that lack them, with the reason.
-    async fn settle_late(
-        &self,
-        routes: Routes,
-        source: Option<&Claims>,
-        target: Option<&Claims>,
-    ) -> BTreeMap<String, String> {
+    async fn settle_late(&self, source: Option<&Claims>, target: Option<&Claims>) -> BTreeMap<String, String> {
         let active = |name: &String| {
             matches!(resolve::resolve(name, source, target), Verdict::Active { server: ServerRole::Target, .. })
         };
-        let concerned = |name: &String| {
-            let database = self.switchboard.database(name);
-            routes == Routes::All || matches!(&*database.route(), Route::Unknown { .. })
-        };
+        let concerned = |name: &String| is_closed(&self.switchboard.database(name));
         let databases = resolve::covered(source, target).into_iter().filter(|name| active(name) && concerned(name));
         late::settle(&self.target, databases).await
     }
 
     /// Publishes what is known, but for databases that nobody may be let into. Returns whether everything is.
-    fn publish(
-        &self,
-        routes: Routes,
-        source: Option<&Claims>,
-        target: Option<&Claims>,
-        unsettled: &BTreeMap<String, String>,
-    ) -> bool {
+    fn publish(&self, source: Option<&Claims>, target: Option<&Claims>, unsettled: &BTreeMap<String, String>) -> bool {
+        // Before it is said where the others run: one that is first seen here would be taken for one of them.
+        for name in resolve::covered(source, target) {
+            self.switchboard.database(&name);
+        }
         // Databases that no cutover ever covered have no name in the claims; the empty name stands for them.
         let elsewhere = resolve::resolve("", source, target);
         let mut known = matches!(elsewhere, Verdict::Active { .. });
         self.switchboard.set_initial(route(&elsewhere));
-        for name in resolve::covered(source, target) {
-            self.switchboard.database(&name);
-        }
-        for database in self.switchboard.all() {
-            let is_unknown = matches!(&*database.route(), Route::Unknown { .. });
-            if routes == Routes::OnlyUnknown && !is_unknown {
-                continue;
-            }
+        for database in self.switchboard.all().into_iter().filter(|database| is_closed(database)) {
             let verdict = match unsettled.get(database.name()) {
                 Some(reason) => Verdict::Refuse { reason: reason.clone() },
                 None => resolve::resolve(database.name(), source, target),
@@ -425,10 +400,14 @@ fn route(verdict: &Verdict) -> Route {
     }
 }
 
+/// Whether nobody is let in: it is not known where, or a cutover that came to no end keeps the gate closed. While a pass runs
+/// none is under way.
+pub(super) fn is_closed(database: &Database) -> bool {
+    matches!(&*database.route(), Route::Unknown { .. }) || database.is_fenced_by_cutover()
+}
+
 fn apply(database: &Database, verdict: &Verdict) {
-    let wanted = route(verdict);
-    match wanted {
-        Route::To { .. } if *database.route() == wanted && !database.is_fenced_by_cutover() => {}
+    match route(verdict) {
         Route::To { server, epoch } => {
             tracing::info!(database = database.name(), server = %server, epoch = epoch.0, "active");
             database.set_prepare_window(None);

@@ -17,6 +17,9 @@ use super::work::Work;
 use crate::catalog::decision::Outcome;
 use crate::catalog::fence::Fence;
 
+/// How long the server that a cutover leads to may take to note its abort. Sessions wait for it, and need not.
+const NOTED_WITHIN: Duration = Duration::from_secs(1);
+
 /// Longest wait between two attempts to lift a fence on a server that does not answer.
 const LONGEST_RETRY: Duration = Duration::from_secs(2);
 
@@ -85,7 +88,7 @@ impl Work {
     /// the process is stopping before the server answers: the next start goes on.
     async fn take_back_fence(&mut self, fence: &Fence) -> Result<(), CutoverError> {
         self.pass("abort.before_decision").await;
-        let limit = self.to.connector.server().connect_timeout;
+        let limit = self.to.connector.server().connect_timeout.min(NOTED_WITHIN);
         let asked = settle::ask(&self.to.connector, &self.control_database, &self.case, Some(&self.to.control));
         match tokio::time::timeout(limit, asked).await {
             Ok(Answer::Read(Outcome::Aborted)) => {}
