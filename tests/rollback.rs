@@ -92,6 +92,23 @@ async fn killed_at_any_step_of_a_rollback_it_is_wholly_on_one_side() {
     assert_eq!(compare::differences(&source, &target).await.expect("both can be read"), Vec::<String>::new());
 }
 
+/// Who has rolled back says when it is cut over again, also where nobody had to say so the first time.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn what_was_rolled_back_is_not_cut_over_again_by_itself() {
+    let world = World::begin(0.01).await;
+    world.daemon.must(&["migration", "create", NAME, "--database", SHOP, "--cutover-when-ready"]);
+    world.wait_until(COMPLETED).await;
+    let report = world.daemon.json(&["migration", "rollback", NAME]);
+    assert_eq!(report["outcome"], "switched", "{report}");
+    assert_eq!(world.view()["cutover_when_ready"], false, "it is looked for such migrations once a second");
+    let report = world.daemon.json(&["migration", "cutover", NAME]);
+    assert_eq!(
+        (&report["outcome"], &report["epoch"]),
+        (&"switched".into(), &3.into()),
+        "the order was the first: {report}"
+    );
+}
+
 /// Complete ends the way back, and says what stays; an order that comes too late is refused.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_completed_migration_leaves_what_it_lists() {

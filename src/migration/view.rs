@@ -149,7 +149,7 @@ pub struct MigrationView {
     pub mode: Mode,
     /// How much was asked for.
     pub option: MigrationOption,
-    /// Begin the cutover without being told.
+    /// Begin the cutover without being told; false from the first one on, so that a rollback stays.
     pub cutover_when_ready: bool,
     /// Each database.
     pub databases: Vec<DatabaseView>,

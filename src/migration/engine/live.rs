@@ -285,7 +285,8 @@ impl Live {
             substate: status.state.substate().to_owned(),
             mode: self.spec.mode,
             option: self.spec.option,
-            cutover_when_ready: self.spec.cutover_when_ready,
+            // Whoever has rolled back says when it is cut over again.
+            cutover_when_ready: self.spec.cutover_when_ready && !super::has_come_back(self),
             databases: self.databases.iter().map(|database| database.view(status.state)).collect(),
             error: status.error,
             started_at: self.started_at,

@@ -151,7 +151,8 @@ struct Entry {
     commands: mpsc::Sender<Command>,
 }
 
-/// Whether a cutover of the migration was rolled back, which leaves the target fenced.
+/// Whether the migration was cut over before. Where it is waiting for a cutover that was rolled back, which leaves the target
+/// fenced.
 fn has_come_back(live: &Live) -> bool {
     live.databases.iter().any(|database| database.current().epoch > Epoch(0))
 }
