@@ -123,6 +123,7 @@ pub enum Begin {
 /// Everything that runs.
 struct Daemon {
     coordinator: Arc<Coordinator>,
+    service: Service,
     /// The HTTP listener once more, for a successor.
     http: Option<std::net::TcpListener>,
     /// Sessions of the console.
@@ -220,7 +221,10 @@ impl Daemon {
             source,
             target,
             metrics,
-            console: Arc::new(ConsoleDesk { console: Console::new(service.clone(), console_tasks.clone()), service }),
+            console: Arc::new(ConsoleDesk {
+                console: Console::new(service.clone(), console_tasks.clone()),
+                service: service.clone(),
+            }),
             sessions,
             tasks: proxy_tasks.clone(),
             failpoints,
@@ -234,6 +238,7 @@ impl Daemon {
         control.follow(proxy.follower());
         Ok(Self {
             coordinator,
+            service,
             http,
             console_tasks,
             proxy,

@@ -9,6 +9,7 @@ use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Stdio};
 use std::time::{Duration, Instant};
 
+use pgcutover::switch::ServerRole;
 use support::daemon::{Daemon, DaemonOptions};
 use support::proxy::LoneProxy;
 use support::{connect, installations, one_cluster, two_clusters, wait_for};
@@ -118,16 +119,18 @@ async fn each_driver_goes_on_through_many_moves() {
     let directory = tempfile::tempdir().expect("temporary directory");
     let mut running = start_all(directory.path(), proxy.port);
 
-    let mut before = proxy.sessions.backend_pids("shop");
+    let sessions = proxy.sessions.clone();
+    let pids = || [ServerRole::Source, ServerRole::Target].map(|server| sessions.backend_pids(server, "shop")).concat();
+    let mut before = pids();
     assert_eq!(before.len(), running.len());
     for _ in 0..MOVES {
         proxy.move_all("shop").await;
         wait_for("every session to be on a new backend", || async {
-            let now = proxy.sessions.backend_pids("shop");
+            let now = pids();
             now.len() == before.len() && now.iter().all(|pid| !before.contains(pid))
         })
         .await;
-        before = proxy.sessions.backend_pids("shop");
+        before = pids();
     }
 
     running.iter().for_each(|script| script.tell_switched(cluster.port()));

@@ -11,6 +11,7 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::Duration;
 
 use serde_json::json;
+use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 
 use support::daemon::{Daemon, DaemonOptions};
 use support::{connect_with, wait_for};
@@ -139,6 +140,27 @@ async fn a_takeover_is_refused_where_it_would_lose_something_and_the_old_process
     assert!(!refused.status.success() && said.contains("is paused: RESUME it first"), "{said}");
     daemon.must(&["resume", "shop"]);
     client.batch_execute("SELECT 1").await.expect("it goes on");
+    // What is ordered while a successor gets ready would end with this process.
+    let mut successor = tokio::net::UnixStream::connect(&socket).await.unwrap();
+    successor.write_all(b"\"take_over\"\n").await.unwrap();
+    assert_ne!(successor.read(&mut [0; 1024]).await.unwrap(), 0, "it is given the listeners");
+    let lost: [&[&str]; 6] = [
+        &["pause", "shop"],
+        &["pause"],
+        &["disable", "shop"],
+        &["kill-database", "shop"],
+        &["set", "limits.idle_timeout", "1h"],
+        &["reload"],
+    ];
+    for order in lost {
+        let refused = daemon.command(order);
+        let said = String::from_utf8_lossy(&refused.stderr).into_owned();
+        assert!(!refused.status.success() && said.contains("another process is taking over"), "{order:?}: {said}");
+    }
+    client.batch_execute("SELECT 1").await.expect("neither held nor ended");
+    drop(successor);
+    wait_for("orders to be taken again", || async { daemon.command(&["pause", "shop"]).status.success() }).await;
+    daemon.must(&["resume", "shop"]);
     // One after the other, as often as wanted.
     let mut first = take_over(&mut daemon, &socket).await;
     let mut second = take_over(&mut daemon, &socket).await;

@@ -168,6 +168,11 @@ impl Command {
         )
     }
 
+    /// Whether it changes nothing and waits, without a bound, for what others do: only as long as somebody wants to know.
+    pub fn only_waits(&self) -> bool {
+        matches!(self, Self::WaitClose(_))
+    }
+
     /// The migration that it is about.
     pub fn migration(&self) -> Option<&MigrationName> {
         match self {

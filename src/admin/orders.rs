@@ -19,22 +19,25 @@ const LOOK_AGAIN: Duration = Duration::from_millis(50);
 type Answer = Result<Reply, AdminError>;
 
 impl Inner {
+    /// For who brings something into force that a successor would not know of. To be held until it is in force: who
+    /// hands over looks at what is in force after that.
+    pub(super) fn staying(&self) -> Result<MutexGuard<'_, bool>, AdminError> {
+        let leaving = self.leaving();
+        if *leaving {
+            let error = AdminError::new(ErrorKind::Conflict, "another process is taking over from this one");
+            return Err(error.hint("give the order again when it has: that process answers then"));
+        }
+        Ok(leaving)
+    }
+
+    /// Whether a successor is getting ready, or has taken over.
+    pub(super) fn leaving(&self) -> MutexGuard<'_, bool> {
+        self.leaving.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
     /// PAUSE: answers once every transaction that was running has ended.
     pub(super) async fn pause(&self, database: Option<String>) -> Answer {
-        let paused = match &database {
-            Some(name) => {
-                let database = self.known(name)?;
-                if !database.pause().map_err(|_| under_way(name))? {
-                    return Err(AdminError::new(ErrorKind::Conflict, format!("database {name:?} is paused already")));
-                }
-                vec![database]
-            }
-            None if self.deps.switchboard.is_paused() => {
-                return Err(AdminError::new(ErrorKind::Conflict, "already paused"));
-            }
-            None => self.deps.switchboard.pause_all().map_err(|name| under_way(&name))?,
-        };
-        for database in paused {
+        for database in self.close_gates(database)? {
             tracing::info!(database = database.name(), "paused by an operator");
             tokio::select! {
                 // Each arm only waits, so dropping it is safe.
@@ -49,6 +52,22 @@ impl Inner {
             }
         }
         Ok(Reply::Done("PAUSE"))
+    }
+
+    /// Holds new transactions from now on, and says of which databases.
+    fn close_gates(&self, database: Option<String>) -> Result<Vec<Arc<Database>>, AdminError> {
+        let _staying = self.staying()?;
+        let Some(name) = &database else {
+            if self.deps.switchboard.is_paused() {
+                return Err(AdminError::new(ErrorKind::Conflict, "already paused"));
+            }
+            return self.deps.switchboard.pause_all().map_err(|name| under_way(&name));
+        };
+        let database = self.known(name)?;
+        if !database.pause().map_err(|_| under_way(name))? {
+            return Err(AdminError::new(ErrorKind::Conflict, format!("database {name:?} is paused already")));
+        }
+        Ok(vec![database])
     }
 
     /// RESUME
@@ -72,12 +91,14 @@ impl Inner {
                 return Err(unknown);
             }
         }
+        let _staying = self.staying()?;
         self.deps.switchboard.database(name).set_disabled(disabled);
         Ok(Reply::Done(if disabled { "DISABLE" } else { "ENABLE" }))
     }
 
     /// KILL of a database: new transactions and sessions are held before the present ones are ended.
     pub(super) fn kill_database(&self, name: &str) -> Answer {
+        let _staying = self.staying()?;
         let _first = self.known(name)?.pause().map_err(|_| under_way(name))?;
         let ended = self.deps.clients.end_database(name);
         tracing::info!(database = name, ended, "sessions ended by an operator; paused until RESUME");

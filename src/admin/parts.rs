@@ -74,8 +74,9 @@ pub trait Clients: Send + Sync {
     }
     /// RECONNECT: server connections of a database that nobody has now are closed, shared ones when they are given back.
     fn reconnect(&self, _database: &str) {}
-    /// Ends the session whose server side has this process id, with 57P01. False: there is none.
-    fn end(&self, backend_pid: i32) -> bool;
+    /// Ends the session whose server side has this process id, with 57P01. Returns how many have it: where there are
+    /// several, on different servers, none of them is ended.
+    fn end(&self, backend_pid: i32) -> usize;
     /// Ends the session with this number, with 57P01. False: there is none.
     fn end_client(&self, id: u64) -> bool;
     /// Ends every session of a database, with 57P01. Returns how many there were.

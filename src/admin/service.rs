@@ -66,6 +66,8 @@ pub(super) struct Inner {
     live: Live,
     /// When RECONNECT was ordered for a database, in seconds since the Unix epoch.
     pub(super) reconnects: Mutex<BTreeMap<String, f64>>,
+    /// See [`Inner::staying`].
+    pub(super) leaving: Mutex<bool>,
 }
 
 impl Service {
@@ -73,7 +75,7 @@ impl Service {
     pub fn new(deps: ServiceDeps) -> Self {
         let reconnects = Mutex::default();
         let (started, periods, live) = (Instant::now(), Periods::new(), Live::new());
-        let inner = Arc::new(Inner { deps, started, periods, live, reconnects });
+        let inner = Arc::new(Inner { deps, started, periods, live, reconnects, leaving: Mutex::default() });
         let observer = inner.clone();
         inner.deps.tasks.spawn(async move { observer.observe().await });
         let turning = inner.clone();
@@ -116,16 +118,21 @@ impl Service {
         deps.metrics.render().map_err(|error| AdminError::from_chain(ErrorKind::Failed, &error))
     }
 
-    /// Carries out `command`. Dropping the future does not stop what it has begun.
+    /// Carries out `command`. Dropping the future does not stop what it has begun, unless that only waits.
     pub async fn execute(&self, command: Command) -> Result<Reply, AdminError> {
         if !command.changes_state() {
             return self.0.read(command).await;
         }
         let (name, about) = (command.name(), command.migration().map(ToString::to_string));
-        let (sender, receiver) = tokio::sync::oneshot::channel();
+        let (mut sender, receiver) = tokio::sync::oneshot::channel();
         let inner = self.0.clone();
         self.0.deps.tasks.spawn(async move {
-            let result = inner.change(command).await;
+            let only_waits = command.only_waits();
+            let result = tokio::select! {
+                result = inner.change(command) => result,
+                // Safe to drop: nothing is half done.
+                () = sender.closed(), if only_waits => return,
+            };
             match &result {
                 Ok(_) => tracing::info!(command = name, "order carried out"),
                 Err(error) => tracing::warn!(command = name, %error, "order refused or failed"),
@@ -147,6 +154,17 @@ impl Service {
     /// Why clients are not served; `None`: they are.
     pub fn not_ready(&self) -> Option<String> {
         self.0.not_ready()
+    }
+
+    /// From now on orders are refused that would bring something into force which another process, that takes over, does
+    /// not learn of. What has come into force before this returns can be seen.
+    pub fn seal(&self) {
+        *self.0.leaving() = true;
+    }
+
+    /// Nobody has taken over: these orders are carried out again.
+    pub fn unseal(&self) {
+        *self.0.leaving() = false;
     }
 }
 
@@ -277,14 +295,21 @@ impl Inner {
                 deps.migrations.retry(&name).await?;
                 Ok(Reply::Done("RETRY"))
             }
-            Command::Reload => Ok(Reply::Reloaded(deps.daemon.reload()?)),
-            Command::Kill(pid) => {
-                if deps.clients.end(pid) {
-                    return Ok(Reply::Done("KILL"));
-                }
-                let message = format!("no session has a server side with process id {pid}");
-                Err(AdminError::new(ErrorKind::NotFound, message).hint("SHOW CLIENTS lists them as remote_pid"))
+            Command::Reload => {
+                let _staying = self.staying()?;
+                Ok(Reply::Reloaded(deps.daemon.reload()?))
             }
+            Command::Kill(pid) => match deps.clients.end(pid) {
+                0 => {
+                    let message = format!("no session has a server side with process id {pid}");
+                    Err(AdminError::new(ErrorKind::NotFound, message).hint("SHOW CLIENTS lists them as remote_pid"))
+                }
+                1 => Ok(Reply::Done("KILL")),
+                _ => {
+                    let message = format!("sessions on both servers have a server side with process id {pid}");
+                    Err(AdminError::new(ErrorKind::Conflict, message).hint("KILL_CLIENT with the id of SHOW CLIENTS"))
+                }
+            },
             Command::Shutdown(when) => {
                 deps.daemon.shutdown(when);
                 Ok(Reply::Done("SHUTDOWN"))
@@ -295,7 +320,10 @@ impl Inner {
             Command::Enable(database) => self.set_disabled(&database, false).await,
             Command::Reconnect(database) => self.reconnect(database),
             Command::WaitClose(database) => self.wait_close(database).await,
-            Command::Set { key, value } => deps.daemon.set(&key, &value).map(|()| Reply::Done("SET")),
+            Command::Set { key, value } => {
+                let _staying = self.staying()?;
+                deps.daemon.set(&key, &value).map(|()| Reply::Done("SET"))
+            }
             Command::KillClient(id) if deps.clients.end_client(id) => Ok(Reply::Done("KILL_CLIENT")),
             Command::KillClient(id) => {
                 let message = format!("there is no session with id {id}");

@@ -27,7 +27,8 @@ pub(super) struct Control {
     stop: CancellationToken,
     /// When a shutdown that was ordered is to end the sessions.
     winding_down: watch::Sender<Option<ShutdownWhen>>,
-    /// What SET has said since the last reload, as variables of the environment.
+    /// What SET has said since the last reload, as variables of the environment. Locked from reading the configuration
+    /// in force to putting the next one there: of two changes at once, neither may be made from what the other replaces.
     overrides: Mutex<Environment>,
     /// What takes a reload over.
     followers: Mutex<Vec<Follower>>,
@@ -157,16 +158,18 @@ impl Daemon for Control {
 
 impl Control {
     fn try_reload(&self) -> Result<Changes, AdminError> {
+        let mut overrides = lock(&self.overrides);
         let new = self.read(&environment())?;
         let old = self.config.load_full();
         let changes = old.changes(&new);
         self.apply(&old, new)?;
-        lock(&self.overrides).clear();
+        overrides.clear();
         Ok(changes)
     }
 
     /// Reads the file with one more variable set, and applies that alone.
     fn try_set(&self, key: &str, value: &str) -> Result<(), AdminError> {
+        let mut overrides = lock(&self.overrides);
         let old = self.config.load_full();
         let setting = old.settings().into_iter().find(|one| format!("{}.{}", one.section, one.key) == key);
         let Some(setting) = setting else {
@@ -178,11 +181,11 @@ impl Control {
             let hint = "change the configuration file and start again";
             return Err(AdminError::new(ErrorKind::Conflict, format!("{key} needs a restart")).hint(hint));
         }
-        let mut overrides = lock(&self.overrides).clone();
         let variable = format!("PGCUTOVER_{}", key.to_ascii_uppercase().replacen('.', "_", 1));
-        overrides.insert(variable.clone(), value.to_owned());
+        let mut with_it = overrides.clone();
+        with_it.insert(variable.clone(), value.to_owned());
         let mut environment = environment();
-        environment.extend(overrides.clone());
+        environment.extend(with_it.clone());
         let new = self.read(&environment).map_err(|error| named(error, &variable, key))?;
         let changes = old.changes(&new);
         if changes.applied.iter().any(|changed| changed != key) {
@@ -190,7 +193,7 @@ impl Control {
             return Err(AdminError::new(ErrorKind::Conflict, message).hint("RELOAD first"));
         }
         self.apply(&old, new)?;
-        *lock(&self.overrides) = overrides;
+        *overrides = with_it;
         Ok(())
     }
 
@@ -228,6 +231,38 @@ pub fn environment() -> Environment {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn of_two_settings_that_are_changed_at_once_neither_is_lost() {
+        let directory = tempfile::tempdir().expect("a directory");
+        let path = directory.path().join("pgcutover.toml");
+        let server = |name: &str| format!("[{name}]\nhost = \"{name}\"\nuser = \"u\"\n");
+        let listen = "[listen]\naddress = \"127.0.0.1:6432\"\n";
+        std::fs::write(&path, server("source") + &server("target") + listen).expect("written");
+        let config = config::load(Some(&path), &environment()).expect("valid");
+        let live = Arc::new(ArcSwap::from_pointee(config));
+        let (log, _filter) = LogControl::for_tests();
+        let control = Arc::new(Control::new(Some(path), live.clone(), log, Arc::default()));
+        let (inside, first_is_inside) = std::sync::mpsc::channel();
+        let inside = Mutex::new(Some(inside));
+        control.consult(move |_| {
+            // The first change lets the second one begin, and gives it time to end if it can.
+            if let Some(inside) = lock(&inside).take() {
+                inside.send(()).expect("waited for");
+                std::thread::sleep(std::time::Duration::from_millis(200));
+            }
+            Ok(())
+        });
+        std::thread::scope(|scope| {
+            scope.spawn(|| control.set("cutover.max_pause", "7s").expect("set"));
+            first_is_inside.recv().expect("it has begun");
+            control.set("cutover.drain_timeout", "2s").expect("set");
+        });
+        let now = live.load();
+        let seconds = |duration: std::time::Duration| duration.as_secs();
+        assert_eq!((seconds(now.cutover.max_pause), seconds(now.cutover.drain_timeout)), (7, 2));
+        assert_eq!(lock(&control.overrides).len(), 2);
+    }
 
     #[test]
     fn a_wrong_value_is_told_by_the_name_of_its_setting() {

@@ -18,7 +18,8 @@ impl Clients for SessionDesk {
         let now = SystemTime::now();
         let mut clients: Vec<_> = self.0.list().into_iter().map(|view| client(view, now)).collect();
         for client in clients.iter_mut().filter(|client| client.pooled) {
-            client.close_needed = client.backend_pid.is_some_and(|pid| self.0.is_retired(pid));
+            let backend = client.server.zip(client.backend_pid);
+            client.close_needed = backend.is_some_and(|(server, pid)| self.0.is_retired(server, pid));
         }
         clients
     }
@@ -32,7 +33,7 @@ impl Clients for SessionDesk {
             backend_pid: Some(backend.pid),
             state: "idle".to_owned(),
             pooled: true,
-            close_needed: self.0.is_retired(backend.pid),
+            close_needed: self.0.is_retired(backend.server, backend.pid),
             ..ClientView::default()
         };
         idle.map(view).collect()
@@ -42,10 +43,11 @@ impl Clients for SessionDesk {
         self.0.retire(database);
     }
 
-    fn end(&self, backend_pid: i32) -> bool {
+    fn end(&self, backend_pid: i32) -> usize {
         let ids: Vec<u64> =
             self.0.list().iter().filter(|view| view.backend_pid == Some(backend_pid)).map(|view| view.id).collect();
-        self.end_all(&ids) > 0
+        // On each server it is another process: which of them is meant is not known.
+        if let [one] = ids[..] { self.end_all(&[one]) } else { ids.len() }
     }
 
     fn end_client(&self, id: u64) -> bool {

@@ -14,14 +14,9 @@ impl Daemon {
     pub(super) async fn successor(&self, requests: Option<&mut mpsc::Receiver<Request>>) -> Request {
         let Some(requests) = requests else { return std::future::pending().await };
         while let Some(mut request) = requests.recv().await {
-            if let Err(reason) = self.may_be_taken_over() {
+            if let Err(reason) = self.seal().await {
                 tracing::warn!(reason, "a takeover is refused");
                 request.refuse(&reason).await;
-                continue;
-            }
-            if let Err(reason) = self.coordinator.seal().await {
-                tracing::warn!(reason, "a takeover is refused");
-                request.refuse(reason).await;
                 continue;
             }
             tracing::info!("a successor is given the listeners");
@@ -34,15 +29,25 @@ impl Daemon {
                 Err(error) => {
                     tracing::error!(%error, "the successor did not get ready; this process goes on");
                     self.coordinator.unseal();
+                    self.service.unseal();
                 }
             }
         }
         std::future::pending().await
     }
 
-    /// What a successor would not know of must not be in force.
-    fn may_be_taken_over(&self) -> Result<(), String> {
-        obstacle(&self.switchboard).map_or(Ok(()), Err)
+    /// What a successor would not know of must not be in force, nor come into force from now on.
+    async fn seal(&self) -> Result<(), String> {
+        // Orders first: what they have brought into force by then is found.
+        self.service.seal();
+        let sealed = match obstacle(&self.switchboard) {
+            Some(reason) => Err(reason),
+            None => self.coordinator.seal().await.map_err(str::to_owned),
+        };
+        if sealed.is_err() {
+            self.service.unseal();
+        }
+        sealed
     }
 
     fn all_handles(&self) -> std::io::Result<Vec<Handle>> {

@@ -198,11 +198,11 @@ impl Work {
         self.failpoints.hit(name).await
     }
 
-    /// Backends that are not strangers, as of now.
+    /// Backends on the server that is left which are not strangers, as of now.
     pub(super) fn known(&self) -> Known {
-        let databases = &self.case.databases;
+        let (databases, server) = (&self.case.databases, self.from.role);
         Known {
-            pids: databases.iter().flat_map(|database| self.sessions.backend_pids(database)).collect(),
+            pids: databases.iter().flat_map(|database| self.sessions.backend_pids(server, database)).collect(),
             own_prefix: self.from.connector.instance().application_name(""),
             slots: databases.iter().map(|database| self.lease.replication(database).slot).collect(),
         }

@@ -5,7 +5,8 @@ use std::pin::Pin;
 use std::task::{Context, Poll};
 use std::time::Duration;
 
-use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
+use futures_util::FutureExt as _;
+use tokio::io::{AsyncRead, AsyncWrite, Interest, ReadBuf};
 use tokio::net::{TcpStream, UnixStream};
 use tokio_rustls::TlsStream;
 
@@ -51,6 +52,17 @@ impl Stream {
         #[cfg(not(target_os = "linux"))]
         let _unsupported = (tcp, bytes);
         Ok(())
+    }
+
+    /// Whether the other side has closed, as far as the kernel has told already.
+    pub fn is_closed_by_peer(&self) -> bool {
+        let ready = match self {
+            Self::Tcp(socket) => socket.ready(Interest::READABLE).now_or_never(),
+            Self::Unix(socket) => socket.ready(Interest::READABLE).now_or_never(),
+            Self::Tls(tls) => tls.get_ref().0.ready(Interest::READABLE).now_or_never(),
+            Self::Ring(socket) => return socket.is_read_closed(),
+        };
+        matches!(ready, Some(Ok(ready)) if ready.is_read_closed())
     }
 
     fn as_tcp(&self) -> Option<&TcpStream> {

@@ -258,7 +258,9 @@ impl Entry {
     }
 
     pub(super) fn set_backend(&self, backend: Option<(ServerRole, i32)>) {
-        lock(&self.facts).server = backend.map(|(role, _)| role);
+        // Both at once for who reads them: the number alone may be another process on the other server.
+        let mut facts = lock(&self.facts);
+        facts.server = backend.map(|(role, _)| role);
         self.backend_pid.store(backend.map_or(0, |(_, pid)| pid), Ordering::Release);
     }
 
@@ -299,8 +301,14 @@ impl Entry {
         epoch.0 != 0 && self.settled_for.load(Ordering::Acquire) == epoch.0
     }
 
-    pub(super) fn backend_pid(&self) -> Option<i32> {
+    fn backend_pid(&self) -> Option<i32> {
         Some(self.backend_pid.load(Ordering::Acquire)).filter(|&pid| pid != 0)
+    }
+
+    /// Its backend: where it is, and its process id.
+    pub(super) fn backend(&self) -> Option<(ServerRole, i32)> {
+        let facts = lock(&self.facts);
+        facts.server.zip(self.backend_pid())
     }
 
     /// What is known of it now.

@@ -9,9 +9,6 @@ use std::pin::Pin;
 use std::task::Context;
 use std::time::{Duration, Instant};
 
-use futures_util::FutureExt as _;
-use tokio::io::Interest;
-
 use super::client_error::ClientError;
 use super::entry::SessionState;
 use super::relay::Passage;
@@ -122,7 +119,7 @@ pub(super) fn has_gone(timer: &mut LookAgain, is_deaf: bool, client: &Stream, cx
             return false;
         }
         *timer = None;
-        if is_closed(client) {
+        if client.is_closed_by_peer() {
             return true;
         }
     }
@@ -130,14 +127,3 @@ pub(super) fn has_gone(timer: &mut LookAgain, is_deaf: bool, client: &Stream, cx
 
 /// When a waiting client with a full buffer is looked at again.
 pub(super) type LookAgain = Option<Pin<Box<tokio::time::Sleep>>>;
-
-/// Whether the other side has closed, as far as the kernel has told already.
-fn is_closed(stream: &Stream) -> bool {
-    let ready = match stream {
-        Stream::Tcp(socket) => socket.ready(Interest::READABLE).now_or_never(),
-        Stream::Unix(socket) => socket.ready(Interest::READABLE).now_or_never(),
-        Stream::Tls(tls) => tls.get_ref().0.ready(Interest::READABLE).now_or_never(),
-        Stream::Ring(socket) => return socket.is_read_closed(),
-    };
-    matches!(ready, Some(Ok(ready)) if ready.is_read_closed())
-}

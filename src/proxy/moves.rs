@@ -522,7 +522,7 @@ impl Session {
             );
             from_old.iter().for_each(|frame| append(&mut self.down.buffer, frame));
             // Asked after the words came: a session that moved meanwhile may be among those who sent them.
-            let ours = self.worker.shared.sessions.backend_pids(self.local.database.name());
+            let ours = self.worker.shared.sessions.backend_pids(new.server, self.local.database.name());
             // What the target's own triggers sent while changes were applied has been heard already, from the source.
             let own_pid = new.connection.pid;
             let heard =

@@ -59,7 +59,7 @@ pub struct Sessions {
     /// Reads that run on the target too.
     pub(super) shadow: Desk,
     /// Backends of pools by database, whether a session has them now or none.
-    pooled: Mutex<HashMap<i32, PooledBackend>>,
+    pooled: Mutex<HashMap<(ServerRole, i32), PooledBackend>>,
     /// When RECONNECT was last ordered, by database.
     retired: Mutex<HashMap<String, Instant>>,
     /// Told of each RECONNECT.
@@ -116,25 +116,28 @@ impl Sessions {
         self.entries().iter().map(|entry| entry.view()).collect()
     }
 
-    /// Process ids of the backends that sessions of `database` run on or share, orphans included.
-    pub fn backend_pids(&self, database: &str) -> Vec<i32> {
-        let mut pids: Vec<i32> =
-            self.of(&[database.to_owned()]).iter().filter_map(|entry| entry.backend_pid()).collect();
-        pids.extend(lock(&self.pooled).values().filter(|one| one.database == database).map(|one| one.pid));
+    /// Process ids of the backends on `server` that sessions of `database` run on or share, orphans included. On the
+    /// other server the same numbers are other processes.
+    pub fn backend_pids(&self, server: ServerRole, database: &str) -> Vec<i32> {
+        let own = self.of(&[database.to_owned()]).into_iter().filter_map(|entry| entry.backend());
+        let mut pids: Vec<i32> = own.filter(|(of, _)| *of == server).map(|(_, pid)| pid).collect();
+        let is_there = |one: &&PooledBackend| one.server == server && one.database == database;
+        pids.extend(lock(&self.pooled).values().filter(is_there).map(|one| one.pid));
         pids
     }
 
     /// A backend of a pool of `database`.
     pub(super) fn note_pooled(&self, backend: PooledBackend) {
-        lock(&self.pooled).insert(backend.pid, backend);
+        lock(&self.pooled).insert((backend.server, backend.pid), backend);
     }
 
     /// It is gone, or will be soon.
     pub(super) fn forget_pooled(&self, backend: &PooledBackend) {
         let mut pooled = lock(&self.pooled);
-        // The other server may have given the same process id meanwhile.
-        if pooled.get(&backend.pid) == Some(backend) {
-            pooled.remove(&backend.pid);
+        let key = (backend.server, backend.pid);
+        // The server may have given the same process id to the next one meanwhile.
+        if pooled.get(&key) == Some(backend) {
+            pooled.remove(&key);
         }
     }
 
@@ -153,17 +156,18 @@ impl Sessions {
         self.retirements.subscribe()
     }
 
-    /// Whether the backend of a pool with this process id is still open though it was retired.
-    pub fn is_retired(&self, pid: i32) -> bool {
-        let known = lock(&self.pooled).get(&pid).map(|backend| (backend.database.clone(), backend.opened));
+    /// Whether the backend of a pool on `server` with this process id is still open though it was retired.
+    pub fn is_retired(&self, server: ServerRole, pid: i32) -> bool {
+        let known = lock(&self.pooled).get(&(server, pid)).map(|backend| (backend.database.clone(), backend.opened));
         known.is_some_and(|(database, opened)| self.retired(&database).is_some_and(|by| opened <= by))
     }
 
-    /// Backends of pools that no session holds now, by process id.
+    /// Backends of pools that no session holds now, by server and process id.
     pub fn idle_backends(&self) -> Vec<PooledBackend> {
-        let held: HashSet<i32> = self.entries().iter().filter_map(|entry| entry.backend_pid()).collect();
-        let mut idle: Vec<_> = lock(&self.pooled).values().filter(|one| !held.contains(&one.pid)).cloned().collect();
-        idle.sort_by_key(|one| one.pid);
+        let held: HashSet<_> = self.entries().iter().filter_map(|entry| entry.backend()).collect();
+        let is_idle = |one: &&PooledBackend| !held.contains(&(one.server, one.pid));
+        let mut idle: Vec<_> = lock(&self.pooled).values().filter(is_idle).cloned().collect();
+        idle.sort_by_key(|one| (one.server, one.pid));
         idle
     }
 
@@ -350,6 +354,27 @@ mod tests {
         assert_eq!((reports[0].session.id, &reports[0].outcome), (id, &MoveOutcome::Busy));
         assert!(silent.has_orders());
         assert_eq!(silent.take_orders().len(), 1);
+    }
+
+    #[test]
+    fn a_process_id_is_one_of_a_servers() {
+        let sessions = Arc::new(Sessions::default());
+        let (database, user) = ("shop".to_owned(), "ann".to_owned());
+        let here = PooledBackend { database, user, server: ServerRole::Source, pid: 7, opened: Instant::now() };
+        let there = PooledBackend { server: ServerRole::Target, ..here.clone() };
+        sessions.note_pooled(here.clone());
+        sessions.note_pooled(there.clone());
+        assert_eq!(sessions.idle_backends(), [here.clone(), there.clone()]);
+        let session = sessions.register("a".to_owned());
+        session.set_identity("ann", "shop", "", 1, false);
+        session.set_backend(Some((ServerRole::Source, 7)));
+        assert_eq!(sessions.idle_backends(), [there]);
+        sessions.forget_pooled(&here);
+        session.set_backend(Some((ServerRole::Source, 8)));
+        assert_eq!(sessions.backend_pids(ServerRole::Source, "shop"), [8]);
+        assert_eq!(sessions.backend_pids(ServerRole::Target, "shop"), [7]);
+        sessions.retire("shop");
+        assert!(sessions.is_retired(ServerRole::Target, 7) && !sessions.is_retired(ServerRole::Source, 7));
     }
 
     #[tokio::test]

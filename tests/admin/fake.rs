@@ -1,6 +1,7 @@
 //! One fake engine behind a console and an HTTP server, and how the tests speak to both.
 
 use std::net::SocketAddr;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
 
 use arc_swap::ArcSwap;
@@ -34,6 +35,8 @@ use tokio::io::{AsyncReadExt, AsyncWriteExt};
 #[derive(Default)]
 pub struct Fake {
     orders: Mutex<Vec<String>>,
+    /// How often the sessions were looked through.
+    pub looks: AtomicUsize,
     migrations: Mutex<Vec<MigrationView>>,
 }
 
@@ -222,6 +225,7 @@ impl Cutovers for Fake {
 
 impl Clients for Fake {
     fn list(&self) -> Vec<ClientView> {
+        self.looks.fetch_add(1, Ordering::SeqCst);
         vec![ClientView {
             id: 1,
             user: "ann".to_owned(),
@@ -235,9 +239,14 @@ impl Clients for Fake {
         }]
     }
 
-    fn end(&self, backend_pid: i32) -> bool {
+    fn end(&self, backend_pid: i32) -> usize {
         self.note(format!("kill {backend_pid}"));
-        backend_pid == 42
+        match backend_pid {
+            42 => 1,
+            // On both servers.
+            7 => 2,
+            _ => 0,
+        }
     }
 
     fn end_client(&self, id: u64) -> bool {

@@ -5,8 +5,12 @@
 mod contract;
 mod fake;
 
+use std::sync::atomic::Ordering;
+use std::time::Duration;
+
 use pgcutover::config::Secret;
 use serde_json::{Value, json};
+use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 
 use fake::admin;
 
@@ -49,7 +53,8 @@ async fn http_errors_are_problems_with_a_status_of_their_own() {
         ("POST", "/api/v1/migrations/none/cutover", "{\"dryrun\":true}", 400, "unknown field"),
         ("POST", "/api/v1/migrations/none/retry", "", 409, "it has not failed"),
         ("GET", "/api/v1/blockers", "", 503, "the source cannot be reached"),
-        ("DELETE", "/api/v1/sessions/7", "", 404, "no session has a server side"),
+        ("DELETE", "/api/v1/sessions/8", "", 404, "no session has a server side"),
+        ("DELETE", "/api/v1/sessions/7", "", 409, "sessions on both servers"),
     ] {
         let (found, kind, text) = admin.http(method, path, &[], body).await;
         assert_eq!((found, kind.as_str()), (status, "application/problem+json"), "{method} {path}: {text}");
@@ -149,6 +154,7 @@ async fn the_console_gives_orders_and_names_what_it_refuses() {
         ("SHOW MIGRATION none", "42704", Some("SHOW MIGRATIONS")),
         ("RETRY m1", "55000", None),
         ("SHOW BLOCKERS", "57P03", None),
+        ("KILL 7", "55000", Some("KILL_CLIENT with the id of SHOW CLIENTS")),
     ] {
         for error in [client.simple_query(sql).await.err(), client.query(sql, &[]).await.err()] {
             let error = error.expect(sql);
@@ -275,6 +281,72 @@ async fn http_gives_the_same_orders() {
     assert_eq!(admin.post("/api/v1/shutdown", &json!({"wait_for": "servers"})).await.0, 200);
     let orders = ["create m1 ", "kill client 1", "set limits.resume_rate 5", "shutdown Servers"];
     assert_eq!(admin.fake.orders(), orders);
+}
+
+#[tokio::test]
+async fn who_waits_for_connections_to_close_and_goes_is_not_waited_for() {
+    let admin = admin(|_| {}).await;
+    let looks = || admin.fake.looks.load(Ordering::SeqCst);
+    let more_looks = async || {
+        let before = looks();
+        tokio::time::timeout(Duration::from_secs(30), async {
+            while looks() < before + 3 {
+                tokio::time::sleep(Duration::from_millis(5)).await;
+            }
+        })
+        .await
+        .expect("somebody looks");
+    };
+    admin.connect("ann").await.batch_execute("RECONNECT shop").await.unwrap();
+    // By the console and by HTTP: the client closes its socket, and says nothing before.
+    let mut stream = say_hello(&admin).await;
+    stream.write_all(b"Q\0\0\0\x14WAIT_CLOSE shop\0").await.unwrap();
+    more_looks().await;
+    drop(stream);
+    nobody_looks(&looks).await;
+    let mut stream = tokio::net::TcpStream::connect(admin.http).await.unwrap();
+    let request = "POST /api/v1/databases/shop/wait-close HTTP/1.1\r\nhost: localhost\r\ncontent-length: 0\r\n\r\n";
+    stream.write_all(request.as_bytes()).await.unwrap();
+    more_looks().await;
+    drop(stream);
+    nobody_looks(&looks).await;
+}
+
+/// A client of the console that has sent its startup packet.
+async fn say_hello(admin: &fake::Admin) -> tokio::net::TcpStream {
+    let mut stream = tokio::net::TcpStream::connect(admin.console).await.unwrap();
+    let startup = b"\0\x03\0\0user\0ann\0\0";
+    stream.write_u32(startup.len() as u32 + 4).await.unwrap();
+    stream.write_all(startup).await.unwrap();
+    stream
+}
+
+/// Waits until the sessions are not looked through any more.
+async fn nobody_looks(looks: &impl Fn() -> usize) {
+    let mut before = looks();
+    for _ in 0..100 {
+        tokio::time::sleep(Duration::from_millis(300)).await;
+        match looks() {
+            now if now == before => return,
+            now => before = now,
+        }
+    }
+    panic!("it is still waited for");
+}
+
+#[tokio::test]
+async fn a_message_that_is_too_long_is_refused_before_it_is_read() {
+    let admin = admin(|_| {}).await;
+    let mut stream = say_hello(&admin).await;
+    // Its first bytes only: nobody waits for the rest.
+    stream.write_all(b"Q\x12\0\0\0SELECT").await.unwrap();
+    let mut answer = Vec::new();
+    tokio::time::timeout(Duration::from_secs(30), stream.read_to_end(&mut answer))
+        .await
+        .expect("it is closed")
+        .unwrap();
+    let told = String::from_utf8_lossy(&answer);
+    assert!(told.contains("FATAL\0C54000\0M") && told.contains("is longer than the console takes"), "{told:?}");
 }
 
 /// Columns of PgBouncer 1.24, in its order; ours may follow behind them.

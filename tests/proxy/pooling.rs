@@ -8,6 +8,7 @@ use std::time::Duration;
 use pgcutover::config::{Config, PoolMode};
 use pgcutover::demo::cluster::Cluster;
 use pgcutover::proxy::SessionState;
+use pgcutover::switch::ServerRole;
 use tokio_postgres::Client;
 
 use crate::rig::{Rig, server, text};
@@ -87,7 +88,11 @@ async fn many_clients_share_few_connections() {
         rig.sessions.list().iter().all(|session| session.backend_pid.is_none())
     })
     .await;
-    assert_eq!(rig.sessions.backend_pids("postgres").len(), backends(&direct).await, "idle ones are no strangers");
+    assert_eq!(
+        rig.sessions.backend_pids(ServerRole::Source, "postgres").len(),
+        backends(&direct).await,
+        "idle ones are no strangers"
+    );
     drop(done);
     rig.until_no_session().await;
     rig.stop().await;
@@ -616,12 +621,12 @@ async fn a_reconnect_closes_idle_connections_at_once_and_others_when_they_are_gi
     rig.sessions.retire("postgres");
     wait_for("idle connections to go", || async { open().is_empty() }).await;
     let number = busy_pid.parse().expect("a number");
-    assert!(rig.sessions.is_retired(number));
+    assert!(rig.sessions.is_retired(ServerRole::Source, number));
     assert_ne!(first_row(&mut idle, "SELECT pg_backend_pid()").await, idle_pid);
     assert_eq!(first_row(&mut busy, "SELECT pg_backend_pid()").await, busy_pid, "a transaction ends where it began");
     busy.send(&query("COMMIT")).await;
     busy.until_ready().await;
-    wait_for("it to be given up", || async { !rig.sessions.is_retired(number) }).await;
+    wait_for("it to be given up", || async { !rig.sessions.is_retired(ServerRole::Source, number) }).await;
     assert_ne!(first_row(&mut busy, "SELECT pg_backend_pid()").await, busy_pid);
     rig.stop().await;
 }

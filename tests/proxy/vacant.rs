@@ -239,7 +239,7 @@ async fn a_switch_leaves_none_of_the_old_server() {
     client.send(&frame(b'X', &[])).await;
     wait_for("one to wait", || async { waiting() == [ServerRole::Source] }).await;
     assert!(
-        rig.sessions.backend_pids(POSTGRES).contains(&kept.parse().expect("a number")),
+        rig.sessions.backend_pids(ServerRole::Source, POSTGRES).contains(&kept.parse().expect("a number")),
         "a cutover knows it as ours"
     );
     // Between prepare and pause a login is given what it would have had before; a connection that was given nothing is

@@ -15,6 +15,7 @@ use pgwire::error::{ErrorInfo, PgWireError, PgWireResult};
 use pgwire::messages::PgWireBackendMessage;
 use pgwire::messages::data::DataRow;
 
+use super::link::Presence;
 use super::parse::{NoEffect, Statement, parse, split};
 use crate::admin::error::{AdminError, ErrorKind};
 use crate::admin::reply;
@@ -25,12 +26,13 @@ use crate::admin::table::{Cell, Column, Kind};
 pub(super) struct Answerer {
     service: Service,
     user: String,
+    client: Presence,
     parser: Arc<Parser>,
 }
 
 impl Answerer {
-    pub(super) fn new(service: Service, user: String) -> Self {
-        Self { service, user, parser: Arc::new(Parser) }
+    pub(super) fn new(service: Service, user: String, client: Presence) -> Self {
+        Self { service, user, client, parser: Arc::new(Parser) }
     }
 
     async fn answer(&self, statement: Statement, format: &Format) -> PgWireResult<Response> {
@@ -49,7 +51,15 @@ impl Answerer {
                 .hint("add it to [admin] users and reload");
             return Err(to_pgwire(error));
         }
-        let reply = self.service.execute(command).await.map_err(to_pgwire)?;
+        let only_waits = command.only_waits();
+        let reply = tokio::select! {
+            reply = self.service.execute(command) => reply,
+            // Safe to drop: what it waits for is nobody else's.
+            () = self.client.ended(), if only_waits => {
+                Err(AdminError::new(ErrorKind::Unavailable, "the client has gone"))
+            }
+        };
+        let reply = reply.map_err(to_pgwire)?;
         match reply.into_table() {
             Err(tag) => Ok(Response::Execution(Tag::new(tag))),
             Ok(table) => {

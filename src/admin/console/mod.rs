@@ -7,6 +7,7 @@
 mod answer;
 #[cfg(any(test, fuzzing))]
 pub mod fuzzing;
+mod link;
 mod parse;
 
 use std::sync::Arc;
@@ -15,6 +16,7 @@ use std::time::Duration;
 use futures_util::{SinkExt, StreamExt};
 use pgwire::api::auth::noop::NoopStartupHandler;
 use pgwire::api::{ClientInfo, DefaultClient, NoopHandler, PgWireConnectionState};
+use pgwire::error::{ErrorInfo, PgWireError};
 use pgwire::messages::response::{ReadyForQuery, TransactionStatus};
 use pgwire::messages::startup::{BackendKeyData, ParameterStatus, SecretKey};
 use pgwire::messages::{PgWireBackendMessage, PgWireFrontendMessage};
@@ -22,10 +24,12 @@ use pgwire::tokio::server::{PgWireMessageServerCodec, process_error, process_mes
 use tokio_util::codec::Framed;
 
 use self::answer::Answerer;
+use self::link::{Link, Unreadable};
 use self::parse::Statement;
 use super::service::Service;
 use crate::postgres::Stream;
 use crate::shutdown::Tasks;
+use crate::sqlstate;
 
 /// How long a console session outlives the order to stop.
 const LAST_ANSWER: Duration = Duration::from_millis(200);
@@ -55,8 +59,10 @@ impl Console {
 
     /// Serves one client until it goes. It has been sent AuthenticationOk and nothing more.
     pub async fn serve(self, stream: Stream, user: String) {
-        let mut session = Session::new(stream);
-        let answerer = Arc::new(Answerer::new(self.service, user));
+        let is_private = stream.is_private();
+        let link = Link::new(stream);
+        let answerer = Arc::new(Answerer::new(self.service, user, link.presence()));
+        let mut session = Session::new(link, is_private);
         let outcome = tokio::select! {
             outcome = session.run(&answerer) => outcome,
             // Safe to drop: what an order has begun runs in a task of the service.
@@ -75,22 +81,25 @@ async fn stopped(tasks: &Tasks) {
 }
 
 struct Session {
-    socket: Framed<Stream, PgWireMessageServerCodec<Statement>>,
+    socket: Framed<Link, PgWireMessageServerCodec<Statement>>,
 }
 
 impl Session {
-    fn new(stream: Stream) -> Self {
+    fn new(link: Link, is_private: bool) -> Self {
         // The address is not used: there is no authentication left to do.
         let nowhere = std::net::SocketAddr::from(([127, 0, 0, 1], 0));
-        let client = DefaultClient::new(nowhere, stream.is_private());
-        Self { socket: Framed::new(stream, PgWireMessageServerCodec::new(client)) }
+        let client = DefaultClient::new(nowhere, is_private);
+        Self { socket: Framed::new(link, PgWireMessageServerCodec::new(client)) }
     }
 
     async fn run(&mut self, answerer: &Arc<Answerer>) -> Result<(), std::io::Error> {
         self.greet().await?;
         let (startup, nothing) = (Arc::new(StartupDone), Arc::new(NoopHandler));
         while let Some(message) = self.socket.next().await {
-            let message = message.map_err(std::io::Error::other)?;
+            let message = match message {
+                Ok(message) => message,
+                Err(error) => return self.refuse(error).await,
+            };
             if matches!(message, PgWireFrontendMessage::Terminate(_)) {
                 return Ok(());
             }
@@ -109,6 +118,19 @@ impl Session {
             }
         }
         Ok(())
+    }
+
+    /// Ends the session of a client of which nothing more can be read. It is told what it can mend.
+    async fn refuse(&mut self, error: PgWireError) -> Result<(), std::io::Error> {
+        let PgWireError::IoError(lost) = error else { return Err(std::io::Error::other(error)) };
+        let (code, text) = match lost.get_ref().and_then(|cause| cause.downcast_ref::<Unreadable>()) {
+            Some(cause @ Unreadable::TooLong(_)) => (sqlstate::PROGRAM_LIMIT_EXCEEDED, cause.to_string()),
+            Some(cause @ Unreadable::Frame(_)) => (sqlstate::PROTOCOL_VIOLATION, cause.to_string()),
+            None => return Err(lost),
+        };
+        let told = ErrorInfo::new("FATAL".to_owned(), code.to_owned(), text);
+        self.socket.send(PgWireBackendMessage::ErrorResponse(told.into())).await?;
+        self.socket.close().await
     }
 
     /// What a server says between AuthenticationOk and its first ReadyForQuery.

@@ -343,7 +343,7 @@ fn orders() -> Vec<Operation> {
             "reload",
             "Read the configuration again",
             Answers::Json(shape::<Changes>),
-            &[400, 500],
+            &[400, 409, 500],
             Command::Reload,
         ),
         one(
@@ -370,7 +370,7 @@ fn orders() -> Vec<Operation> {
             "killSession",
             "End the session whose server side has this process id",
             None,
-            &[400, 404],
+            &[400, 404, 409],
             delete(kill),
         ),
         one(

@@ -247,11 +247,12 @@ impl PooledSession {
         self.epoch = epoch;
         self.entered_turn = self.ledger.readies();
         self.entry.set_state_at(state, now);
-        self.entry.set_backend_pid(link.pid());
+        // The server first: a process id is one of a server's.
         if self.server != Some(link.server()) {
             self.server = Some(link.server());
             self.entry.set_server(link.server());
         }
+        self.entry.set_backend_pid(link.pid());
         self.traces = Traces::NONE;
         self.takers.clear();
         self.stash.frames.clear();
