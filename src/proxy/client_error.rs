@@ -152,6 +152,11 @@ impl ClientError {
         Self::Authorization(format!("role \"{user}\" is not permitted to log in").into())
     }
 
+    /// There is no such role, where that may be told.
+    pub(super) fn no_role(user: &str) -> Self {
+        Self::Authorization(format!("role \"{user}\" does not exist").into())
+    }
+
     /// SQLSTATE.
     pub fn code(&self) -> &str {
         match self {

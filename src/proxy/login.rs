@@ -1,6 +1,7 @@
 //! From an accepted socket to a session with a backend, or to one of the other things a client may want.
 
 mod pooled;
+mod standing;
 
 use std::rc::Rc;
 use std::sync::Arc;
@@ -8,6 +9,7 @@ use std::sync::atomic::Ordering;
 use std::time::Duration;
 use std::{io, pin::pin};
 
+use self::standing::Proof;
 use super::access::Access;
 use super::auth::hba::{Client, Demand, Verdict};
 use super::auth::{Asked, AuthError, authenticate};
@@ -124,7 +126,8 @@ pub(super) async fn log_in(worker: &Rc<Worker>, accepted: Accepted) -> Option<Se
         None => return None,
     };
     let registration = shared.sessions.register(peer.shown());
-    let mut login = LoginInProgress { worker, access, channel, peer, startup, registration, slot, deadline };
+    let proof = Proof::default();
+    let mut login = LoginInProgress { worker, access, channel, peer, startup, proof, registration, slot, deadline };
     match login.until_ready().await {
         Ok(Done::Session(parts)) => {
             Some(Served::Alone(Box::new(Session::start(worker.clone(), login.finish(), *parts))))
@@ -208,6 +211,7 @@ struct LoginInProgress<'a> {
     channel: ClientChannel,
     peer: Peer,
     startup: SessionStartup,
+    proof: Proof,
     registration: Registration,
     slot: ClientSlot,
     deadline: tokio::time::Instant,
@@ -260,6 +264,7 @@ impl LoginInProgress<'_> {
             message::negotiate_protocol_version(&mut self.channel.out, &self.startup.protocol_options);
         }
         let credential = self.authenticate(&demand, active).await?;
+        self.proof = Proof::of(&demand, self.access.lookup.users.contains_key(&self.startup.user));
         if is_console {
             return self.may_use_console().map(|()| Done::Console);
         }

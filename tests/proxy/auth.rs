@@ -1,8 +1,9 @@
 //! Who is let in, and with what the proxy logs in for them.
 
 use std::io::Write as _;
+use std::time::Duration;
 
-use pgcutover::config::{AuthMethod, Config};
+use pgcutover::config::{AuthMethod, Config, PoolMode};
 use pgcutover::demo::cluster::{Cluster, ClusterAuth};
 use tokio::io::AsyncReadExt as _;
 
@@ -253,6 +254,40 @@ async fn an_expired_password_is_refused_where_the_server_asks_for_none() {
     assert_eq!(attempt(&rig, "young", "right").await, "in");
     assert_eq!(attempt(&rig, "young", "wrong").await, "28P01");
     rig.stop().await;
+}
+
+/// Those whose proof is not the server's, and who are given a pool's connection.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_role_that_may_not_log_in_any_more_is_not_given_an_open_connection() {
+    let cluster = crate::support::one_cluster("standing");
+    let direct = connect(&cluster, "postgres").await;
+    let users = users_file("\"listed\" \"right\"\n");
+    for (method, user) in [(AuthMethod::Trust, "believed"), (AuthMethod::Auto, "listed")] {
+        direct.batch_execute(&format!("CREATE ROLE {user} LOGIN")).await.expect("created");
+        let rig = Rig::start(server(&cluster), server(&cluster), |config| {
+            config.auth.method = method;
+            config.auth.users_file = Some(users.path().to_owned());
+            config.auth.verifier_cache = Duration::ZERO;
+            config.pool.mode = PoolMode::Transaction;
+        });
+        // A connection stays behind.
+        assert_eq!(attempt(&rig, user, "right").await, "in");
+        direct.batch_execute(&format!("ALTER ROLE {user} NOLOGIN")).await.expect("altered");
+        let refused = format!("28000 role \"{user}\" is not permitted to log in");
+        assert_eq!(refusal(&rig, user, "right").await, refused);
+        direct.batch_execute(&format!("ALTER ROLE {user} LOGIN VALID UNTIL '2001-01-01'")).await.expect("altered");
+        // The time is that of a password.
+        let by_password = user == "listed";
+        assert_eq!(attempt(&rig, user, "right").await, if by_password { "28P01" } else { "in" });
+        rig.until_no_session().await;
+        direct.batch_execute(&format!("DROP ROLE {user}")).await.expect("dropped");
+        let gone = match by_password {
+            true => format!("28P01 password authentication failed for user \"{user}\""),
+            false => format!("28000 role \"{user}\" does not exist"),
+        };
+        assert_eq!(refusal(&rig, user, "right").await, gone);
+        rig.stop().await;
+    }
 }
 
 /// What an unknown or a known user is asked, up to the salt.

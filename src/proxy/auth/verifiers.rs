@@ -25,6 +25,28 @@ const CHECKS_MAX: usize = 2;
 /// Users remembered at one time; beyond it, the cache is emptied.
 const CACHED_MAX: usize = 10_000;
 
+/// What every role may read of another one. Answered like `auth_query`.
+const STANDING: &str = "SELECT rolname, NULL::pg_catalog.text, rolvaliduntil AS valid_until, rolcanlogin AS can_login \
+     FROM pg_catalog.pg_roles WHERE rolname = $1";
+
+/// What is asked about a role.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+enum Question {
+    /// What its proof is checked against, and the rest: `auth_query`.
+    Proof,
+    /// [`STANDING`].
+    Standing,
+}
+
+impl Question {
+    fn query(self, lookup: &Lookup) -> &str {
+        match self {
+            Self::Proof => &lookup.query,
+            Self::Standing => STANDING,
+        }
+    }
+}
+
 /// What is stored for a user could not be found out.
 #[derive(Debug, thiserror::Error)]
 pub(in crate::proxy) enum VerifierError {
@@ -73,8 +95,12 @@ pub(in crate::proxy) struct Account {
 impl Account {
     /// What a client can be checked against now. A password that has expired is none, as in PostgreSQL.
     pub(in crate::proxy) fn usable(&self, now: SystemTime) -> Option<Stored> {
-        let is_valid = self.valid_until.is_none_or(|until| until >= now);
-        self.stored.clone().filter(|_| is_valid)
+        self.stored.clone().filter(|_| !self.has_expired(now))
+    }
+
+    /// Whether its password is none any more.
+    pub(in crate::proxy) fn has_expired(&self, now: SystemTime) -> bool {
+        self.valid_until.is_some_and(|until| until < now)
     }
 }
 
@@ -121,7 +147,7 @@ pub(in crate::proxy) struct Verifiers {
     sessions: [AsyncMutex<Session>; 2],
     /// `password_encryption` of the server is md5.
     makes_md5: [AtomicBool; 2],
-    cache: Mutex<HashMap<(ServerRole, String), Remembered>>,
+    cache: Mutex<HashMap<(ServerRole, Question, String), Remembered>>,
     /// Clear text passwords that may be checked at one time: each keeps a core busy for milliseconds.
     checks: Arc<Semaphore>,
     /// Seed of made-up salts.
@@ -189,29 +215,55 @@ impl Verifiers {
         if lookup.query.is_empty() {
             return Ok(None);
         }
-        if let Some(known) = self.remembered(lookup, active, user) {
+        self.learn(Question::Proof, lookup, active, user).await
+    }
+
+    /// What the active server says of a role whose proof was not the server's; `None`: there is no such role.
+    pub(in crate::proxy) async fn standing(
+        self: &Arc<Self>,
+        lookup: &Arc<Lookup>,
+        active: ServerRole,
+        user: &str,
+    ) -> Result<Option<Account>, VerifierError> {
+        self.learn(Question::Standing, lookup, active, user).await
+    }
+
+    async fn learn(
+        self: &Arc<Self>,
+        question: Question,
+        lookup: &Arc<Lookup>,
+        active: ServerRole,
+        user: &str,
+    ) -> Result<Option<Account>, VerifierError> {
+        if let Some(known) = self.remembered(question, lookup, active, user) {
             return Ok(known);
         }
         let (this, lookup, name) = (self.clone(), lookup.clone(), user.to_owned());
-        let asked = self.runtime.spawn(async move { this.ask(&lookup, active, &name).await });
+        let asked = self.runtime.spawn(async move { this.ask(question, &lookup, active, &name).await });
         asked.await.unwrap_or_else(|failure| {
             let server = active.to_string();
             Err(VerifierError::Query { server, message: format!("the lookup was aborted: {failure}") })
         })
     }
 
-    fn remembered(&self, lookup: &Lookup, active: ServerRole, user: &str) -> Option<Option<Account>> {
+    fn remembered(
+        &self,
+        question: Question,
+        lookup: &Lookup,
+        active: ServerRole,
+        user: &str,
+    ) -> Option<Option<Account>> {
         let cache = self.cache.lock().unwrap_or_else(PoisonError::into_inner);
-        let known = cache.get(&(active, user.to_owned()))?;
+        let known = cache.get(&(active, question, user.to_owned()))?;
         (!known.doubted && known.at.elapsed() < lookup.keep).then(|| known.account.clone())
     }
 
-    fn remember(&self, active: ServerRole, user: &str, account: &mut Option<Account>) {
+    fn remember(&self, question: Question, active: ServerRole, user: &str, account: &mut Option<Account>) {
         let mut cache = self.cache.lock().unwrap_or_else(PoisonError::into_inner);
         if cache.len() >= CACHED_MAX {
             cache.clear();
         }
-        let key = (active, user.to_owned());
+        let key = (active, question, user.to_owned());
         let stored = account.as_mut().and_then(|account| account.stored.as_mut());
         let earlier = cache.get(&key).and_then(|known| known.account.as_ref()?.stored.as_ref());
         if let (Some(stored), Some(earlier)) = (stored, earlier) {
@@ -224,19 +276,25 @@ impl Verifiers {
     /// is trusted all the same, so that guessing does not become a load on the server.
     pub(in crate::proxy) fn doubt(&self, active: ServerRole, user: &str) {
         let mut cache = self.cache.lock().unwrap_or_else(PoisonError::into_inner);
-        if let Some(known) = cache.get_mut(&(active, user.to_owned())) {
+        if let Some(known) = cache.get_mut(&(active, Question::Proof, user.to_owned())) {
             known.doubted |= known.at.elapsed() > KEPT_IN_DOUBT;
         }
     }
 
-    async fn ask(&self, lookup: &Lookup, active: ServerRole, user: &str) -> Result<Option<Account>, VerifierError> {
+    async fn ask(
+        &self,
+        question: Question,
+        lookup: &Lookup,
+        active: ServerRole,
+        user: &str,
+    ) -> Result<Option<Account>, VerifierError> {
         let connector = match active {
             ServerRole::Source => &self.source,
             ServerRole::Target => &self.target,
         };
         let mut session = self.sessions[active as usize].lock().await;
         // Somebody who waited for the lock may find that the one before has asked for the same user.
-        if let Some(known) = self.remembered(lookup, active, user) {
+        if let Some(known) = self.remembered(question, lookup, active, user) {
             return Ok(known);
         }
         let open = match session.as_ref() {
@@ -253,7 +311,7 @@ impl Verifiers {
                 opened
             }
         };
-        let mut account = match open.query(&lookup.query, &[&user]).await {
+        let mut account = match open.query(question.query(lookup), &[&user]).await {
             Ok(rows) => rows.first().map(|row| account(connector, row)).transpose()?,
             // Longer than any role's name can be.
             Err(error) if error.code().is_some_and(|code| code.code() == sqlstate::NAME_TOO_LONG) => None,
@@ -264,7 +322,7 @@ impl Verifiers {
                 return Err(describe(connector, &error));
             }
         };
-        self.remember(active, user, &mut account);
+        self.remember(question, active, user, &mut account);
         Ok(account)
     }
 }

@@ -22,6 +22,7 @@ use crate::wire::message;
 impl LoginInProgress<'_> {
     /// Learns what the client's settings come to, on a connection of its pool unless that is known already.
     pub(super) async fn join_pool(&mut self, credential: Credential) -> Result<Pooled, Refused> {
+        self.may_log_in(self.active_server(false)?).await.map_err(Refused::With)?;
         let Introduced { key, patience } = self.introduce()?;
         self.registration.set_pooled();
         let settings = pooled::settings_of(&self.startup.parameters).map_err(Refused::With)?;
