@@ -1,5 +1,7 @@
 //! Transaction pooling, frame by frame: where a cut, an order of frames or a text must not mislead the proxy.
 
+use pgcutover::proxy::SessionState;
+
 use crate::pooling::{ask, first_row, pooled, pooled_with};
 use crate::rig::Rig;
 use crate::support::{one_cluster, wait_for};
@@ -190,7 +192,7 @@ async fn deallocates_take_away_what_each_of_them_names() {
 /// Sends it all at once, behind it Terminate, and says what is answered before the end.
 async fn said_before_the_end(rig: &Rig, frames: &[u8]) -> String {
     let (mut early, mut client) = (rig.wire("postgres").await, rig.wire("postgres").await);
-    // There is a connection: one that had to wait for it would be let go at once.
+    // There is a connection, for which nobody waits.
     first_row(&mut early, "SELECT 1").await;
     drop(early);
     client.send(&[frames, &frame(b'X', &[])].concat()).await;
@@ -224,6 +226,35 @@ async fn a_client_that_says_everything_at_once_and_leaves_is_let_go() {
     // The connection is nobody's: the next client gets one.
     let mut next = rig.wire("postgres").await;
     assert_eq!(first_row(&mut next, "SELECT count(*) FROM pg_listening_channels()").await, "0");
+    rig.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_is_asked_before_terminate_is_done_though_it_has_to_wait() {
+    let cluster = one_cluster("asked");
+    let rig = pooled_with(&cluster, 1, |config| config.listen.workers = 1);
+    let mut holder = rig.wire("postgres").await;
+    ask(&mut holder, &query("CREATE TABLE t(a int)")).await;
+    let alone = async || wait_for("its end", || async { rig.sessions.list().len() == 1 }).await;
+    // One that stays until it is answered, one that closes at once, and one that vanishes without a word.
+    for (says, closes, done) in [(true, false, "2"), (true, true, "4"), (false, true, "4")] {
+        ask(&mut holder, &query("BEGIN")).await;
+        let mut client = rig.wire("postgres").await;
+        let asked = [query("INSERT INTO t VALUES (1)"), query("INSERT INTO t VALUES (2)")].concat();
+        client.send(&[asked, if says { frame(b'X', &[]) } else { Vec::new() }].concat()).await;
+        rig.until(SessionState::Waiting).await;
+        let client = Some(client).filter(|_| !closes);
+        if !says {
+            alone().await;
+        }
+        ask(&mut holder, &query("COMMIT")).await;
+        if let Some(mut client) = client {
+            assert_eq!(client.tags_until_ready().await + &client.tags_until_ready().await, "CZICZI");
+            assert_eq!(client.next().await, None);
+        }
+        alone().await;
+        assert_eq!(first_row(&mut holder, "SELECT count(*) FROM t").await, done);
+    }
     rig.stop().await;
 }
 

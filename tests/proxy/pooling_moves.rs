@@ -99,6 +99,13 @@ async fn a_pinned_client_moves_with_what_it_has() {
     wait_for("the pin", || async { rig.sessions.list()[0].pinned.is_some() }).await;
     client.send(&[parse("s", "SELECT name || current_setting('app.tenant') FROM place"), sync()].concat()).await;
     client.until_ready().await;
+    // Its unnamed statement is from before the pin.
+    let mut other = rig.wire(POSTGRES).await;
+    other.send(&[parse("", "SELECT 'unnamed ' || name FROM place"), sync()].concat()).await;
+    other.until_ready().await;
+    other.send(&[parse("listen", "LISTEN news"), bind("listen"), execute(0), sync()].concat()).await;
+    other.until_ready().await;
+    wait_for("its pin", || async { rig.sessions.list().iter().all(|session| session.pinned.is_some()) }).await;
     let reports = rig.sessions.prepare_moves(&databases(), TO_TARGET, soon()).await;
     assert_eq!(reports[0].outcome, MoveOutcome::Ready, "{reports:?}");
     database.fence();
@@ -107,6 +114,8 @@ async fn a_pinned_client_moves_with_what_it_has() {
     database.open(ServerRole::Target, Epoch(1));
     client.send(&[bind("s"), execute(0), sync()].concat()).await;
     assert_eq!(rows(&client.until_ready().await), ["target7"]);
+    other.send(&[bind(""), execute(0), sync()].concat()).await;
+    assert_eq!(rows(&other.until_ready().await), ["unnamed target"]);
     connect(&target, POSTGRES).await.batch_execute("NOTIFY news, 'there'").await.expect("sent");
     assert_eq!(client.next().await.expect("told").tag, 'A');
     rig.stop().await;

@@ -1,7 +1,7 @@
 //! A client that waits: for a fence to open, or for a connection.
 //!
 //! It keeps what it has read in its one buffer and reads on until that is full, so that three things are noticed: a
-//! Terminate, a client that is gone, and a cancel. Nothing of what waits has been sent to a server.
+//! Terminate behind a fence, a client that is gone, and a cancel. Nothing of what waits has been sent to a server.
 
 use std::task::Context;
 use std::time::Instant;
@@ -32,7 +32,7 @@ impl PooledSession {
         matches!(self.place, Place::Held { .. } | Place::Waiting { .. })
     }
 
-    /// A waiting client that says Terminate is let go.
+    /// A client that says Terminate while a fence holds it is let go.
     pub(super) fn look_for_terminate(&self) -> Result<(), Step> {
         if says_terminate(self.up.buffer.filled()) { Err(Step::End(End::ClientLeft)) } else { Ok(()) }
     }

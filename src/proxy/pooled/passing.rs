@@ -186,7 +186,7 @@ impl PooledSession {
                 _ => match self.pool.check_out(&self.profile, server) {
                     Some(link) => link,
                     None => {
-                        self.wait()?;
+                        self.wait();
                         return Ok(Passage::Blocked);
                     }
                 },
@@ -220,7 +220,8 @@ impl PooledSession {
             && declares_read_only(header.tag, self.body(header), ByDefault::of(&self.told), text_of)
     }
 
-    fn wait(&mut self) -> Result<(), Step> {
+    /// What the client has asked for before it said Terminate is done when its turn comes, as a server does it.
+    fn wait(&mut self) {
         let now = Instant::now();
         let since = match self.place {
             Place::Held { since } => since,
@@ -229,7 +230,6 @@ impl PooledSession {
         self.place = Place::Waiting { since };
         self.entry.set_state_at(SessionState::Waiting, now);
         self.pool.wait(&self.waiter);
-        self.look_for_terminate()
     }
 
     pub(super) fn stop_waiting(&mut self) {

@@ -15,6 +15,7 @@ use crate::proxy::handoff::{HandoffError, SessionState as State, Tie, Traces, ap
 use crate::proxy::pool::{Link, Taken};
 use crate::proxy::session::{End, Session, TakenOver};
 use crate::sqlstate;
+use crate::wire::frame::{backend, frontend};
 use crate::wire::message;
 
 /// How long a server may take for what is done between transactions. Then it is given up.
@@ -88,6 +89,7 @@ impl PooledSession {
             if !matches!(checked, Ok(Ok(_))) {
                 tracing::info!(pid = link.pid(), "a connection that lay idle is of no use any more");
                 link.close();
+                self.entry.set_backend_pid(0);
                 self.member.leave();
                 self.place = Place::Outside;
                 return Ok(());
@@ -262,7 +264,18 @@ impl PooledSession {
         }
         link.held.clear();
         self.say(&for_client);
+        self.track_unnamed(taken.as_deref());
         Ok(())
+    }
+
+    /// From now on the session's unnamed statement is the connection's own, and moves with it.
+    fn track_unnamed(&mut self, taken: Option<&[u8]>) {
+        let deallocates = taken.map(|tail| [b"\0", tail].concat());
+        let body = deallocates.as_ref().unwrap_or(&self.unnamed.body);
+        if self.unnamed.token != 0 && !body.is_empty() {
+            self.tracked.on_client_frame(frontend::PARSE, body, body.len());
+            self.tracked.on_server_frame(backend::PARSE_COMPLETE);
+        }
     }
 
     /// From now on the client is served as in session mode, on this connection.

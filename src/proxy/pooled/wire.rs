@@ -4,6 +4,7 @@ use std::task::{Context, Poll};
 
 use super::{Place, PooledSession, Step};
 use crate::proxy::flow::{self, Progress};
+use crate::proxy::hold::says_terminate;
 use crate::proxy::session::End;
 
 impl PooledSession {
@@ -58,7 +59,8 @@ impl PooledSession {
                 return Err(Step::End(End::ClientLeft));
             }
         }
-        if self.up.ended && self.up.out.is_empty() {
+        // Who has said Terminate has closed as it should; one who has not is gone, and wants nothing any more.
+        if self.up.ended && self.up.out.is_empty() && !says_terminate(self.up.buffer.filled()) {
             return Err(Step::End(End::ClientLeft));
         }
         Ok(read.or(written))
@@ -77,7 +79,7 @@ impl PooledSession {
             }
             Poll::Ready(Ok(count)) => {
                 self.up.buffer.fill(count);
-                if matches!(self.place, Place::Held { .. } | Place::Waiting { .. }) {
+                if matches!(self.place, Place::Held { .. }) {
                     self.look_for_terminate()?;
                 }
                 Ok(Progress::Some)
