@@ -32,6 +32,7 @@ CREATE TABLE IF NOT EXISTS pgcutover.migration (
     changed_at  timestamptz NOT NULL DEFAULT now(),
     finished_at timestamptz
 );
+ALTER TABLE pgcutover.migration ADD COLUMN IF NOT EXISTS roles jsonb;
 CREATE TABLE IF NOT EXISTS pgcutover.migration_database (
     migration   text NOT NULL REFERENCES pgcutover.migration ON DELETE CASCADE,
     database    text NOT NULL,
@@ -347,6 +348,27 @@ impl MigrationCatalog {
             )
             .await
             .map_err(|source| CatalogError::query("write the state down", source))?;
+        self.must_be_one(written)
+    }
+
+    /// What is kept of the roles that were brought over, if they were.
+    pub async fn roles(&self, name: &str) -> Result<Option<serde_json::Value>, CatalogError> {
+        let client = self.client().await?;
+        let row = client.query_opt("SELECT roles FROM pgcutover.migration WHERE name = $1", &[&name]).await;
+        let row = row.map_err(|source| CatalogError::query("read what roles were brought over", source))?;
+        Ok(row.and_then(|row| row.get(0)))
+    }
+
+    /// Keeps what roles have been brought over.
+    pub async fn set_roles(&self, name: &str, roles: &serde_json::Value) -> Result<(), CatalogError> {
+        let client = self.client().await?;
+        let written = client
+            .execute(
+                "UPDATE pgcutover.migration SET roles = $2 WHERE name = $1 AND generation = $3",
+                &[&name, roles, &self.generation.0],
+            )
+            .await
+            .map_err(|source| CatalogError::query("keep what roles were brought over", source))?;
         self.must_be_one(written)
     }
 

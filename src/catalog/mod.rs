@@ -62,7 +62,7 @@ impl Place {
         const FENCE: Part = part("fence", 2, fence::DDL);
         const DECISION: Part = part("decision", 1, decision::DDL);
         const BOUNDARY: Part = part("boundary", 1, decision::BOUNDARY_DDL);
-        const MIGRATIONS: Part = part("migrations", 3, migrations::TARGET_CONTROL_DDL);
+        const MIGRATIONS: Part = part("migrations", 4, migrations::TARGET_CONTROL_DDL);
         const VERIFICATION: Part = part("verification", 2, verification::TARGET_CONTROL_DDL);
         const MARKER: Part = part("marker", 1, progress::SOURCE_DATABASE_DDL);
         const PROGRESS: Part = part("progress", 2, progress::TARGET_DATABASE_DDL);

@@ -12,6 +12,8 @@ use crate::catalog::journal::{Journal as Catalogue, MadeObject, Side};
 pub const REPLICA_IDENTITY: &str = "replica_identity";
 /// A role that did not exist.
 pub const ROLE: &str = "role";
+/// The name of a role that this migration had made.
+pub const ROLE_NAME: &str = "role_name";
 /// Attributes of a role that existed.
 pub const ROLE_ATTRIBUTES: &str = "role_attributes";
 /// The password verifier of a role that existed.

@@ -3,18 +3,20 @@
 //! The proxy logs a client in to either server with what the client itself proved, so a role's verifier must be the same
 //! on both. Verifiers never reach a log, an error or the journal.
 
+mod carried;
+mod everyone;
 mod parameters;
+mod server;
+mod taken;
 
 use std::collections::HashSet;
 
-use tokio_postgres::Row;
-
+pub use self::carried::Carried;
+use self::server::{Attributes, Membership, Role, Roles, valid_until};
 use crate::catalog::journal::{MadeObject, Side};
-use crate::config::Secret;
 use crate::ident::{quote_ident, quote_literal};
 use crate::migration::made::{self, Journal, JournalError};
 use crate::migration::schema::database_parameters;
-use crate::migration::settings::Setting;
 use crate::postgres::{ConnectError, Connector, Control};
 use crate::sqlstate;
 
@@ -76,12 +78,16 @@ pub enum RolesError {
 const ONE_AT_A_TIME: &str = "SELECT pg_catalog.pg_advisory_lock(pg_catalog.hashtext('pgcutover roles'))";
 
 /// Brings the target's roles in line with the source's: every role whose name does not start with `pg_`, its attributes,
-/// verifier (where it can be read), memberships, settings and rights on parameters. Settings of a role in a database come with
-/// [`super::schema::create_database`]. Idempotent.
+/// verifier (where it can be read), memberships, settings and rights on parameters, and the settings of everyone. Settings of a
+/// role in a database come with [`super::schema::create_database`]. Idempotent.
+///
+/// `carried` is what came of the last time, in either direction: what was there then and is missing on the source now was
+/// taken away since, and is taken away on the target too. It is brought up to date where the whole succeeds.
 pub async fn copy_roles(
     source: &Connector,
     target: &Connector,
     journal: &dyn Journal,
+    carried: &mut Carried,
 ) -> Result<Vec<RoleReport>, RolesError> {
     let from = source.control(&maintenance_database(source).await?, "roles").await?;
     let to = target.control(&maintenance_database(target).await?, "roles").await?;
@@ -103,8 +109,10 @@ pub async fn copy_roles(
         known: database_parameters(&to).await.map_err(read(target))?,
         found,
         verifiers_readable: wanted.verifiers_readable,
+        before: carried.clone(),
+        made: HashSet::new(),
     };
-    let mut reports = Vec::new();
+    let mut reports = writer.follow_renames(&wanted, source.label()).await?;
     for role in &wanted.roles {
         let mut report = writer.role(role).await?;
         if !superuser && !role.attributes.superuser {
@@ -112,13 +120,20 @@ pub async fn copy_roles(
         }
         reports.push(report);
     }
+    // First, so that of two roles the one can become a member of the other that was a member of it.
+    writer.take_memberships(&wanted, &mut reports).await?;
     for membership in &wanted.memberships {
         let done = writer.membership(membership).await?;
         if let Some(report) = reports.iter_mut().find(|report| report.role == membership.member) {
             done.note(report);
         }
     }
-    parameters::copy(&from, &to, journal, &mut reports).await?;
+    reports.extend(writer.settings_of_everyone(&wanted).await?);
+    reports.extend(writer.gone(&wanted, source.label()));
+    let rights = parameters::copy(&from, &to, journal, &writer.before.rights, &mut reports).await?;
+    let after = Roles::read(&to).await.map_err(read(target))?;
+    let Writer { before, made, .. } = writer;
+    *carried = before.next(&wanted, source.label(), &after, target.label(), &made, rights);
     Ok(reports)
 }
 
@@ -139,152 +154,6 @@ async fn quiet(control: &Control) {
     }
 }
 
-/// What a server has.
-struct Roles {
-    roles: Vec<Role>,
-    memberships: Vec<Membership>,
-    verifiers_readable: bool,
-}
-
-/// One role, as `pg_authid` has it.
-#[derive(Clone)]
-struct Role {
-    name: String,
-    attributes: Attributes,
-    /// `VALID UNTIL`, in ISO form.
-    valid_until: Option<String>,
-    verifier: Option<Secret>,
-    comment: Option<String>,
-    settings: Vec<Setting>,
-    /// Made by initdb, the owner of everything that is built in.
-    bootstrap: bool,
-}
-
-#[derive(Clone, Debug, PartialEq, Eq)]
-struct Attributes {
-    superuser: bool,
-    inherit: bool,
-    create_role: bool,
-    create_db: bool,
-    login: bool,
-    replication: bool,
-    bypass_rls: bool,
-    connection_limit: i32,
-}
-
-/// A membership with its options; those that came with PostgreSQL 16 are none below it.
-#[derive(Clone, Debug, PartialEq, Eq)]
-struct Membership {
-    role: String,
-    member: String,
-    admin: bool,
-    inherit: Option<bool>,
-    set: Option<bool>,
-}
-
-impl Roles {
-    async fn read(control: &Control) -> Result<Self, tokio_postgres::Error> {
-        let readable = control.query_one("SELECT has_table_privilege('pg_authid', 'SELECT')", &[]).await?.get(0);
-        let (table, verifier) = if readable { ("pg_authid", "r.rolpassword") } else { ("pg_roles", "NULL::text") };
-        let query = format!(
-            "SELECT r.rolname::text, r.rolsuper, r.rolinherit, r.rolcreaterole, r.rolcreatedb, r.rolcanlogin, \
-             r.rolreplication, r.rolbypassrls, r.rolconnlimit, r.rolvaliduntil::text, {verifier}, \
-             shobj_description(r.oid, 'pg_authid'), r.oid = 10, coalesce(s.setconfig, '{{}}') \
-             FROM {table} r LEFT JOIN pg_db_role_setting s ON s.setrole = r.oid AND s.setdatabase = 0 \
-             WHERE r.rolname !~ '^pg_' ORDER BY r.oid"
-        );
-        let roles = control.query(query.as_str(), &[]).await?.iter().map(Role::from_row).collect();
-        let options = if control.version_num() >= 160_000 {
-            "bool_or(m.inherit_option), bool_or(m.set_option)"
-        } else {
-            "NULL::bool, NULL::bool"
-        };
-        // From PostgreSQL 16 on one membership may have been granted by several; together they give what any gives.
-        let query = format!(
-            "SELECT r.rolname::text, u.rolname::text, bool_or(m.admin_option), {options} FROM pg_auth_members m \
-             JOIN pg_roles r ON r.oid = m.roleid JOIN pg_roles u ON u.oid = m.member \
-             WHERE u.rolname !~ '^pg_' GROUP BY 1, 2 ORDER BY 1, 2"
-        );
-        let memberships = control
-            .query(query.as_str(), &[])
-            .await?
-            .iter()
-            .map(|row| Membership {
-                role: row.get(0),
-                member: row.get(1),
-                admin: row.get(2),
-                inherit: row.get(3),
-                set: row.get(4),
-            })
-            .collect();
-        Ok(Self { roles, memberships, verifiers_readable: readable })
-    }
-}
-
-impl Role {
-    fn from_row(row: &Row) -> Self {
-        let settings: Vec<String> = row.get(13);
-        Self {
-            name: row.get(0),
-            attributes: Attributes {
-                superuser: row.get(1),
-                inherit: row.get(2),
-                create_role: row.get(3),
-                create_db: row.get(4),
-                login: row.get(5),
-                replication: row.get(6),
-                bypass_rls: row.get(7),
-                connection_limit: row.get(8),
-            },
-            // Never ending is the same, said or unsaid.
-            valid_until: row.get::<_, Option<String>>(9).filter(|until| until != "infinity"),
-            verifier: row.get::<_, Option<String>>(10).map(Secret::new),
-            comment: row.get(11),
-            settings: settings.iter().filter_map(|text| Setting::parse(text)).collect(),
-            bootstrap: row.get(12),
-        }
-    }
-}
-
-impl Attributes {
-    /// As options of CREATE ROLE and ALTER ROLE; those that only a superuser may give, and only where they differ from
-    /// `found`, since to name them at all needs the right.
-    fn options(&self, found: Option<&Self>) -> String {
-        let word = |on: bool, name: &str| format!(" {}{name}", if on { "" } else { "NO" });
-        let mut options = String::new();
-        for (on, before, name) in [
-            (self.superuser, found.is_some_and(|found| found.superuser), "SUPERUSER"),
-            (self.replication, found.is_some_and(|found| found.replication), "REPLICATION"),
-            (self.bypass_rls, found.is_some_and(|found| found.bypass_rls), "BYPASSRLS"),
-        ] {
-            if on != before {
-                options.push_str(&word(on, name));
-            }
-        }
-        for (on, name) in [
-            (self.inherit, "INHERIT"),
-            (self.create_role, "CREATEROLE"),
-            (self.create_db, "CREATEDB"),
-            (self.login, "LOGIN"),
-        ] {
-            options.push_str(&word(on, name));
-        }
-        options.push_str(&format!(" CONNECTION LIMIT {}", self.connection_limit));
-        options
-    }
-
-    /// Without what only a superuser may give.
-    fn modest(&self, found: Option<&Self>) -> Self {
-        let was = |pick: fn(&Self) -> bool| found.is_some_and(pick);
-        Self {
-            superuser: was(|found| found.superuser),
-            replication: was(|found| found.replication),
-            bypass_rls: was(|found| found.bypass_rls),
-            ..self.clone()
-        }
-    }
-}
-
 /// What one step did.
 #[derive(Default)]
 struct Done {
@@ -293,6 +162,11 @@ struct Done {
 }
 
 impl Done {
+    /// Both of them; of two warnings the later one.
+    fn and(self, then: Self) -> Self {
+        Self { changed: self.changed || then.changed, warning: then.warning.or(self.warning) }
+    }
+
     fn note(self, report: &mut RoleReport) {
         if self.changed && report.action == RoleAction::Unchanged {
             report.action = RoleAction::Altered;
@@ -318,6 +192,10 @@ struct Writer<'a> {
     known: HashSet<String>,
     found: Roles,
     verifiers_readable: bool,
+    /// What came of the last time.
+    before: Carried,
+    /// Roles that were made now.
+    made: HashSet<String>,
 }
 
 impl Writer<'_> {
@@ -327,6 +205,7 @@ impl Writer<'_> {
         match &found {
             None => {
                 self.create(role).await?.note(&mut report);
+                self.made.insert(role.name.clone());
                 report.action = RoleAction::Created;
             }
             // The superusers that initdb made own what is built in; each server keeps its own.
@@ -338,7 +217,9 @@ impl Writer<'_> {
         }
         self.verifier(role, found.as_ref()).await?.note(&mut report);
         self.settings(role, found.as_ref()).await?.note(&mut report);
-        if role.comment.is_some() && role.comment != found.and_then(|found| found.comment) {
+        let comment_there = found.and_then(|found| found.comment);
+        let had_one = self.before.roles.get(&role.name).is_some_and(|had| had.comment);
+        if role.comment != comment_there && (role.comment.is_some() || had_one) {
             let comment = role.comment.as_deref().map_or_else(|| "NULL".to_owned(), quote_literal);
             let statement = format!("COMMENT ON ROLE {} IS {comment}", quote_ident(&role.name));
             self.where_allowed(role, "commented on", &statement).await?.note(&mut report);
@@ -404,9 +285,10 @@ impl Writer<'_> {
             return Ok(Done { changed: false, warning: role.attributes.login.then(|| warning.to_owned()) });
         }
         let before = found.and_then(|found| found.verifier.as_ref());
-        let Some(verifier) = role.verifier.as_ref().filter(|verifier| Some(*verifier) != before) else {
+        let Some(verifier) = role.verifier.as_ref() else { return self.take_password(role, found).await };
+        if Some(verifier) == before {
             return Ok(Done::default());
-        };
+        }
         if found.is_some() && !self.found.verifiers_readable {
             let warning = "whether its password is the same on the target cannot be read";
             return Ok(Done { changed: false, warning: Some(warning.to_owned()) });
@@ -441,15 +323,23 @@ impl Writer<'_> {
                 self.record(made::ROLE_SETTING, &object, "was set to another value, or not at all").await?;
             }
             let statement = format!("ALTER ROLE {} {}", quote_ident(&role.name), setting.clause());
-            let set = self.where_allowed(role, "given its settings", &statement).await?;
-            done = Done { changed: done.changed || set.changed, warning: set.warning.or(done.warning) };
+            done = done.and(self.where_allowed(role, "given its settings", &statement).await?);
         }
-        Ok(done)
+        Ok(done.and(self.take_settings(role, before).await?))
     }
 
     async fn membership(&self, wanted: &Membership) -> Result<Done, RolesError> {
-        let found =
-            self.found.memberships.iter().find(|found| (&found.role, &found.member) == (&wanted.role, &wanted.member));
+        let found = self.found.membership(&wanted.role, &wanted.member);
+        // The ADMIN option that only the target has given stays.
+        let had_admin = self.before.admin(&wanted.role, &wanted.member);
+        let admin = wanted.admin || found.is_some_and(|found| found.admin && !had_admin);
+        let wanted = &Membership { admin, ..wanted.clone() };
+        if !admin && found.is_some_and(|found| found.admin) {
+            let done = self.revoke(&wanted.role, &wanted.member, "ADMIN OPTION FOR ").await?;
+            if done.warning.is_some() || self.control.version_num() < 160_000 {
+                return Ok(done);
+            }
+        }
         let same = found.is_some_and(|found| {
             found.admin == wanted.admin
                 && (wanted.inherit.is_none() || found.inherit == wanted.inherit)
@@ -548,27 +438,6 @@ impl Writer<'_> {
     }
 }
 
-impl Membership {
-    fn options(&self, target_version: u32) -> String {
-        if target_version < 160_000 {
-            return if self.admin { " WITH ADMIN OPTION".to_owned() } else { String::new() };
-        }
-        let mut options = vec![format!("ADMIN {}", self.admin)];
-        // Below 16 inheriting is an attribute of the member, which has been carried over and is the default here.
-        options.extend(self.inherit.map(|inherit| format!("INHERIT {inherit}")));
-        options.extend(self.set.map(|set| format!("SET {set}")));
-        format!(" WITH {}", options.join(", "))
-    }
-}
-
-fn valid_until(role: &Role, found: Option<&Role>) -> String {
-    match (&role.valid_until, found.and_then(|found| found.valid_until.as_ref())) {
-        (Some(until), _) => format!(" VALID UNTIL {}", quote_literal(until)),
-        (None, Some(_)) => " VALID UNTIL 'infinity'".to_owned(),
-        (None, None) => String::new(),
-    }
-}
-
 impl RolesError {
     /// Whether it was the rights that did not reach.
     fn is_right(&self) -> bool {
@@ -578,45 +447,5 @@ impl RolesError {
             }
             Self::Connect(_) | Self::Read { .. } | Self::Journal(_) => false,
         }
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    fn plain() -> Attributes {
-        Attributes {
-            superuser: false,
-            inherit: true,
-            create_role: false,
-            create_db: false,
-            login: true,
-            replication: false,
-            bypass_rls: false,
-            connection_limit: -1,
-        }
-    }
-
-    #[test]
-    fn what_needs_a_superuser_is_named_only_where_it_changes() {
-        let common = " INHERIT NOCREATEROLE NOCREATEDB LOGIN CONNECTION LIMIT -1";
-        assert_eq!(plain().options(None), common);
-        let repl = Attributes { replication: true, ..plain() };
-        assert_eq!(repl.options(None), format!(" REPLICATION{common}"));
-        assert_eq!(repl.options(Some(&repl)), common);
-        assert_eq!(plain().options(Some(&repl)), format!(" NOREPLICATION{common}"));
-        assert_eq!(repl.modest(None), plain());
-        assert_eq!(plain().modest(Some(&repl)), repl);
-    }
-
-    #[test]
-    fn memberships_say_what_the_target_understands() {
-        let membership =
-            |inherit, set| Membership { role: "a".to_owned(), member: "b".to_owned(), admin: true, inherit, set };
-        assert_eq!(membership(None, None).options(150_000), " WITH ADMIN OPTION");
-        assert_eq!(membership(None, None).options(160_000), " WITH ADMIN true");
-        let full = membership(Some(false), Some(true));
-        assert_eq!(full.options(170_000), " WITH ADMIN true, INHERIT false, SET true");
     }
 }

@@ -1,7 +1,5 @@
 //! What is granted by somebody else than the owner, who was given it to give on.
 
-use pgcutover::migration::roles;
-
 use crate::rig::{DATABASE, Rig};
 use crate::support;
 
@@ -85,7 +83,7 @@ async fn what_was_given_on_arrives_as_given_by_the_same_roles() {
                SET ROLE owner; CREATE SERVER far FOREIGN DATA WRAPPER w; RESET ROLE;";
     let also = ["USAGE ON FOREIGN SERVER far"];
     rig.make_source(&format!("{OBJECTS}{far}{}{}", chains(&GIVEN), chains(&also))).await;
-    roles::copy_roles(&rig.source, &rig.target, &rig.journal).await.unwrap();
+    rig.copy_roles().await.unwrap();
     arrive(&rig).await;
 }
 
@@ -107,6 +105,6 @@ async fn members_of_the_granting_roles_need_be_no_superusers() {
         "CREATE ROLE migrator LOGIN CREATEDB CREATEROLE; GRANT SET ON PARAMETER session_replication_role TO migrator";
     there.batch_execute(login).await.unwrap();
     rig.log_in_as("migrator");
-    roles::copy_roles(&rig.source, &rig.target, &rig.journal).await.unwrap();
+    rig.copy_roles().await.unwrap();
     arrive(&rig).await;
 }

@@ -1,6 +1,7 @@
 //! From a dump to copied rows, on real servers: definitions, roles and rows of the target equal the source's.
 #![expect(clippy::unwrap_used, reason = "a test fails by panicking")]
 
+mod carried;
 mod dump;
 mod grants;
 #[path = "../support/objects.rs"]
@@ -19,8 +20,7 @@ use pgcutover::config::{Migration, WithoutIdentity};
 use pgcutover::failpoint::Failpoints;
 use pgcutover::migration::copy::{self, CopyContext, CopyError, Stage};
 use pgcutover::migration::identity::{self, Identity, Remedy};
-use pgcutover::migration::roles::{self, RoleAction};
-use pgcutover::migration::schema::{self, Existing, RestoreTarget};
+use pgcutover::migration::schema::{self, RestoreTarget};
 use rig::{DATABASE, Rig};
 
 /// Everything that is awkward about definitions.
@@ -126,7 +126,7 @@ async fn awkward_definitions_and_rows_arrive_the_same() {
         )
         .await;
     }
-    roles::copy_roles(&rig.source, &rig.target, &rig.journal).await.unwrap();
+    rig.copy_roles().await.unwrap();
     let archive = rig.dump().await;
     rig.restore_pre_data(&archive).await;
     rig.copy(&archive).await.unwrap();
@@ -150,7 +150,7 @@ async fn every_step_can_be_repeated() {
     )
     .await;
     for _ in 0..2 {
-        roles::copy_roles(&rig.source, &rig.target, &rig.journal).await.unwrap();
+        rig.copy_roles().await.unwrap();
         // A dump of its own each time, as after a restart.
         let archive = rig.dump().await;
         rig.restore_pre_data(&archive).await;
@@ -377,130 +377,6 @@ async fn identities_are_found_and_mended() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn roles_arrive_with_their_passwords_and_only_once() {
-    let rig = Rig::start();
-    let source = support::connect(&rig.source_cluster, "postgres").await;
-    source
-        .batch_execute(
-            "SET password_encryption = 'scram-sha-256';
-             CREATE ROLE app LOGIN PASSWORD 'secret' CONNECTION LIMIT 7 VALID UNTIL '2099-01-01';
-             CREATE ROLE \"Grüppe \"\"g\"\"\" NOINHERIT CREATEDB; GRANT \"Grüppe \"\"g\"\"\" TO app WITH ADMIN OPTION;
-             GRANT pg_monitor TO app; COMMENT ON ROLE app IS 'it''s the app';
-             ALTER ROLE app SET search_path = \"$user\", 'Weird, name', public; ALTER ROLE app SET app.tenant = 'a, b';
-             CREATE ROLE repl REPLICATION BYPASSRLS LOGIN PASSWORD 'other';
-             CREATE ROLE there LOGIN PASSWORD 'source''s';",
-        )
-        .await
-        .unwrap();
-    let target = support::connect(&rig.target_cluster, "postgres").await;
-    target.batch_execute("CREATE ROLE there NOLOGIN PASSWORD 'target''s' VALID UNTIL '2000-01-01'").await.unwrap();
-
-    let reports = roles::copy_roles(&rig.source, &rig.target, &rig.journal).await.unwrap();
-    let actions: BTreeMap<&str, RoleAction> =
-        reports.iter().map(|report| (report.role.as_str(), report.action)).collect();
-    assert_eq!(actions["app"], RoleAction::Created);
-    assert_eq!(actions["there"], RoleAction::Altered);
-    assert_eq!(actions["postgres"], RoleAction::Unchanged);
-    let everything = "SELECT string_agg(concat_ws('|', rolname, rolsuper, rolinherit, rolcreaterole, rolcreatedb, rolcanlogin, \
-        rolreplication, rolbypassrls, rolconnlimit, nullif(rolvaliduntil, 'infinity'), rolpassword, \
-        (SELECT setconfig::text FROM pg_db_role_setting WHERE setrole = r.oid), shobj_description(r.oid, 'pg_authid'), \
-        (SELECT string_agg(format('%s %s', m.roleid::regrole, m.admin_option), ',' ORDER BY m.roleid::regrole::text) \
-         FROM pg_auth_members m WHERE m.member = r.oid)), E'\\n' ORDER BY rolname) \
-        FROM pg_authid r WHERE rolname !~ '^pg_'";
-    let read =
-        async |client: &tokio_postgres::Client| -> String { client.query_one(everything, &[]).await.unwrap().get(0) };
-    assert_eq!(read(&source).await, read(&target).await);
-
-    let made = rig.journal.made.lock().unwrap().clone();
-    assert!(made.iter().any(|made| made.kind == "role_password" && made.name == "\"there\""));
-    assert!(!format!("{made:?}").contains("SCRAM"), "verifiers do not reach the journal");
-    let again = roles::copy_roles(&rig.source, &rig.target, &rig.journal).await.unwrap();
-    assert!(again.iter().all(|report| report.action == RoleAction::Unchanged), "{again:?}");
-}
-
-#[tokio::test(flavor = "multi_thread")]
-async fn the_database_is_made_like_the_sources() {
-    let rig = Rig::start();
-    let source = support::connect(&rig.source_cluster, "postgres").await;
-    source.batch_execute("CREATE ROLE owner; CREATE ROLE app LOGIN; CREATE ROLE reader").await.unwrap();
-    source
-        .batch_execute(
-            "CREATE DATABASE latin TEMPLATE template0 ENCODING 'LATIN1' LC_COLLATE 'C' LC_CTYPE 'C' OWNER owner",
-        )
-        .await
-        .unwrap();
-    source
-        .batch_execute(
-            "ALTER DATABASE latin CONNECTION LIMIT 33; COMMENT ON DATABASE latin IS 'it''s';
-             ALTER DATABASE latin SET search_path = \"$user\", 'a b', public; ALTER DATABASE latin SET app.x = 'y, z';
-             ALTER ROLE app IN DATABASE latin SET work_mem = '3MB';
-             REVOKE ALL ON DATABASE latin FROM PUBLIC; GRANT CONNECT ON DATABASE latin TO app WITH GRANT OPTION;
-             GRANT TEMPORARY ON DATABASE latin TO reader",
-        )
-        .await
-        .unwrap();
-    let client = support::connect(&rig.source_cluster, "latin").await;
-    client
-        .batch_execute(
-            "CREATE TABLE \"Straße\" (\"Größe\" text, n int); INSERT INTO \"Straße\" VALUES ('ÄÖÜ', 1), ('ß', 2)",
-        )
-        .await
-        .unwrap();
-    drop(client);
-
-    roles::copy_roles(&rig.source, &rig.target, &rig.journal).await.unwrap();
-    schema::create_database(&rig.source, &rig.target, "latin", Existing::Keep, &rig.journal).await.unwrap();
-    let target = support::connect(&rig.target_cluster, "postgres").await;
-    let everything = "SELECT concat_ws('|', pg_get_userbyid(datdba), pg_encoding_to_char(encoding), datcollate, datctype, \
-        datconnlimit, shobj_description(d.oid, 'pg_database'), (SELECT string_agg(a::text, ',' ORDER BY a::text) FROM \
-        (SELECT coalesce(r.rolname, 'PUBLIC'), x.privilege_type, x.is_grantable FROM aclexplode(d.datacl) x \
-         LEFT JOIN pg_roles r ON r.oid = x.grantee) a), (SELECT string_agg(s.setconfig::text || coalesce(r.rolname, '-'), \
-         ',' ORDER BY s.setconfig::text) FROM pg_db_role_setting s LEFT JOIN pg_roles r ON r.oid = s.setrole \
-         WHERE s.setdatabase = d.oid)) FROM pg_database d WHERE datname = 'latin'";
-    let read =
-        async |client: &tokio_postgres::Client| -> String { client.query_one(everything, &[]).await.unwrap().get(0) };
-    assert_eq!(read(&source).await, read(&target).await);
-
-    // Settings may change later; what a fence has set is left alone.
-    source
-        .batch_execute(
-            "ALTER DATABASE latin RESET app.x; ALTER DATABASE latin SET work_mem = '5MB';
-             ALTER DATABASE latin SET default_transaction_read_only = on",
-        )
-        .await
-        .unwrap();
-    let except = ["default_transaction_read_only"];
-    let sync = async || schema::sync_database(&rig.source, &rig.target, "latin", &except).await.unwrap();
-    assert_eq!(sync().await, 2);
-    assert_eq!(sync().await, 0);
-
-    // Bytes of another encoding are not converted on the way.
-    let pg_dump = rig.pg_dump().await;
-    let archive = schema::dump(&pg_dump, &rig.source, "latin", rig.config.lock_timeout).await.unwrap();
-    let place = RestoreTarget { database: "latin", ..rig.restore_target() };
-    assert_eq!(schema::restore_pre_data(&place, &archive).await.unwrap().failures, []);
-    let control = rig.source.control("latin", "test").await.unwrap();
-    let tables: Vec<_> =
-        copy::list_tables(&control).await.unwrap().into_iter().map(|table| (table, Stage::Rows)).collect();
-    let context = CopyContext { database: "latin".to_owned(), ..rig.context(None) };
-    assert_eq!(copy::copy_database(&context, &tables, &archive).await.unwrap().copied.rows, 2);
-    let there = support::connect(&rig.target_cluster, "latin").await;
-    let text = "SELECT string_agg(\"Größe\", ',' ORDER BY n) FROM \"Straße\"";
-    assert_eq!(there.query_one(text, &[]).await.unwrap().get::<_, String>(0), "ÄÖÜ,ß");
-    drop(there);
-
-    let again = schema::create_database(&rig.source, &rig.target, "latin", Existing::Keep, &rig.journal).await;
-    again.expect("it is the same");
-    target.batch_execute("ALTER DATABASE latin RENAME TO latin_1").await.unwrap();
-    target.batch_execute("CREATE DATABASE latin").await.unwrap();
-    let differs = schema::create_database(&rig.source, &rig.target, "latin", Existing::Keep, &rig.journal).await;
-    assert!(matches!(differs, Err(schema::SchemaError::Differs { .. })), "{differs:?}");
-    schema::create_database(&rig.source, &rig.target, "latin", Existing::Drop, &rig.journal).await.unwrap();
-    let made: Vec<String> = rig.journal.made.lock().unwrap().iter().map(|made| made.kind.clone()).collect();
-    assert!(made.ends_with(&["database".to_owned(), "database_dropped".to_owned(), "database".to_owned()]), "{made:?}");
-}
-
-#[tokio::test(flavor = "multi_thread")]
 async fn foreign_keys_give_way_to_an_applier() {
     let rig = Rig::start();
     rig.make_source(
@@ -604,7 +480,7 @@ async fn ordinary_rights_suffice() {
         .await
         .unwrap();
     rig.log_in_as("migrator");
-    let reports = roles::copy_roles(&rig.source, &rig.target, &rig.journal).await.unwrap();
+    let reports = rig.copy_roles().await.unwrap();
     let app = reports.iter().find(|report| report.role == "app").unwrap();
     assert!(app.warnings.iter().any(|warning| warning.contains("verifier cannot be read")), "{app:?}");
     let archive = rig.dump().await;

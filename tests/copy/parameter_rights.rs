@@ -1,6 +1,6 @@
 //! Rights on parameters, which belong to roles and not to databases.
 
-use pgcutover::migration::roles::{self, RoleAction};
+use pgcutover::migration::roles::{self, Carried, RoleAction};
 
 use crate::rig::Rig;
 use crate::support;
@@ -11,7 +11,7 @@ const RIGHTS: &str =
     FROM pg_parameter_acl, aclexplode(paracl) WHERE grantee <> 10";
 
 #[tokio::test(flavor = "multi_thread")]
-async fn rights_on_parameters_arrive_and_none_is_taken_away() {
+async fn rights_on_parameters_arrive_and_only_what_was_taken_away_goes() {
     let found = support::installations();
     let (_, newest) = found.pair().expect("checked by installations()");
     let source = found.major(15).or(found.newest_with_client_tools()).filter(|source| source.major >= 15);
@@ -31,7 +31,10 @@ async fn rights_on_parameters_arrive_and_none_is_taken_away() {
         GRANT ALTER SYSTEM ON PARAMETER log_statement TO same";
     target.batch_execute(make).await.expect("a superuser may");
 
-    let reports = roles::copy_roles(&rig.source, &rig.target, &rig.journal).await.expect("carried over");
+    let mut carried = Carried::default();
+    let mut copy =
+        async || roles::copy_roles(&rig.source, &rig.target, &rig.journal, &mut carried).await.expect("carried over");
+    let reports = copy().await;
     assert!(reports.iter().all(|report| report.warnings.is_empty()), "{reports:?}");
     let read = async |client: &tokio_postgres::Client| -> String {
         client.query_one(RIGHTS, &[]).await.expect("readable").get(0)
@@ -43,6 +46,16 @@ async fn rights_on_parameters_arrive_and_none_is_taken_away() {
     assert!(everything.contains("log_statement same ALTER SYSTEM"), "it was the target's own: {everything}");
     let noted = |made: &str| rig.journal.made.lock().expect("whole").iter().filter(|one| one.kind == made).count();
     assert_eq!(noted("parameter_right"), 4, "what was there already is not noted");
-    let again = roles::copy_roles(&rig.source, &rig.target, &rig.journal).await.expect("carried over");
+    let again = copy().await;
     assert!(again.iter().all(|report| report.action == RoleAction::Unchanged), "{again:?}");
+
+    let own = "GRANT ALTER SYSTEM ON PARAMETER log_statement TO same";
+    target.batch_execute(own).await.expect("a superuser may");
+    let take = "REVOKE SET ON PARAMETER log_statement FROM same; REVOKE SET ON PARAMETER app.custom FROM PUBLIC;
+        REVOKE GRANT OPTION FOR ALTER SYSTEM ON PARAMETER work_mem FROM chief";
+    source.batch_execute(take).await.expect("a superuser may");
+    copy().await;
+    assert!(read(&target).await.contains("log_statement same ALTER SYSTEM"), "it was the target's own");
+    target.batch_execute(more).await.expect("a superuser may");
+    assert_eq!(read(&target).await, read(&source).await);
 }

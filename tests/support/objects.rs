@@ -3,8 +3,6 @@
 //! `objects.sql` holds one of each that PostgreSQL 10 knows; what came later stands here, by the major that brought
 //! it.
 
-use pgcutover::migration::roles;
-
 use crate::rig::{DATABASE, Rig};
 use crate::support;
 
@@ -91,7 +89,7 @@ async fn every_kind_of_object_arrives() {
         let blind = "CREATE COLLATION app.blind (PROVIDER = icu, LOCALE = 'und-u-ks-level2', DETERMINISTIC = false)";
         rig.on_source(blind).await;
     }
-    roles::copy_roles(&rig.source, &rig.target, &rig.journal).await.unwrap();
+    rig.copy_roles().await.unwrap();
     let archive = rig.dump().await;
     rig.restore_pre_data(&archive).await;
     rig.copy(&archive).await.unwrap();

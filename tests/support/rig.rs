@@ -16,6 +16,7 @@ use pgcutover::migration::copy::{
 };
 use pgcutover::migration::made::{Journal, JournalError};
 use pgcutover::migration::materialized;
+use pgcutover::migration::roles::{self, Carried, RoleReport, RolesError};
 use pgcutover::migration::schema::{self, Archive, Existing, PgDump, RestoreTarget};
 use pgcutover::migration::snapshot::HandOver;
 use pgcutover::migration::unstreamed;
@@ -146,6 +147,11 @@ impl Rig {
         let client = support::connect(&self.source_cluster, "postgres").await;
         client.batch_execute(&format!("CREATE DATABASE \"{}\"", DATABASE.replace('"', "\"\""))).await.unwrap();
         self.on_source(sql).await;
+    }
+
+    /// For the first time.
+    pub async fn copy_roles(&self) -> Result<Vec<RoleReport>, RolesError> {
+        roles::copy_roles(&self.source, &self.target, &self.journal, &mut Carried::default()).await
     }
 
     pub async fn pg_dump(&self) -> PgDump {

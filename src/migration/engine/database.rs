@@ -20,7 +20,7 @@ use crate::catalog::streams::progress_key;
 use crate::catalog::tables::{DatabaseRow, TableRow, TableState};
 use crate::catalog::{Place, bootstrap};
 use crate::config::Ddl;
-use crate::ident::{QualifiedName, quote_literal};
+use crate::ident::{QualifiedName, quote_ident, quote_literal};
 use crate::lsn::Lsn;
 use crate::migration::backoff::Backoff;
 use crate::migration::copy::{self, CopyContext, SourceTable, Stage};
@@ -303,8 +303,15 @@ impl DatabaseWork {
         let journal = self.journal();
         let (source, target) = (&self.context.source, &self.context.target);
         let is_control = row.database == self.context.config.control.database;
-        let existing =
-            if self.context.live.spec.overwrite_target && !is_control { Existing::Drop } else { Existing::Keep };
+        // Ours is gone on with: what somebody has mended in it is not lost, and what we have restored is marked.
+        let name = quote_ident(&row.database);
+        let is_it = |made: &MadeObject| made.kind == made::DATABASE && made.side == Side::Target && made.name == name;
+        let ours = journal.list().await?.iter().any(is_it);
+        let existing = if self.context.live.spec.overwrite_target && !is_control && !ours {
+            Existing::Drop
+        } else {
+            Existing::Keep
+        };
         if existing == Existing::Drop {
             let home = &self.context.config.control.database;
             let (from, to) = (source.control(home, "overwrite").await?, target.control(home, "overwrite").await?);

@@ -308,7 +308,10 @@ impl WorkError {
             }
             Self::Roles(_) => ("roles", ""),
             Self::Schema(_) => ("schema", ""),
-            Self::Restore(_) => ("restore", "mend the cause on the target, or make the object by hand, then retry"),
+            Self::Restore(failures) if failures.iter().any(RestoreFailure::is_in_the_way) => {
+                ("restore", IN_THE_WAY_HINT)
+            }
+            Self::Restore(_) => ("restore", "mend the cause on the target (a missing extension, say), then retry"),
             Self::Copy(_) => ("copy", ""),
             Self::TableGone(_) => ("table_gone", "cancel the migration and create it again"),
             Self::Stream(error) => (error.code(), stream_hint(error)),
@@ -339,6 +342,10 @@ impl WorkError {
 /// Triggers and foreign keys act on rows that are written for the second time.
 const WOULD_FIRE_HINT: &str = "let the server's login role set session_replication_role (GRANT SET ON PARAMETER, from \
     PostgreSQL 15 on), then retry; where no service gives that right, leave out the extension that brings them";
+
+/// What the migration has made itself is marked, and not made again.
+const IN_THE_WAY_HINT: &str = "the target's database has an object of that name which this migration has not made: DROP it \
+    there, then retry; or cancel the migration and create it again with --overwrite-target";
 
 fn stream_hint(error: &StreamError) -> &'static str {
     match error.code() {
@@ -409,6 +416,23 @@ mod tests {
         assert!(WorkError::from(copy).is_transient());
         assert!(WorkError::Slot(WalsenderError::Raw(lost())).is_transient());
         assert!(!WorkError::TableGone("s.t".to_owned()).is_transient());
+    }
+
+    #[test]
+    fn what_is_in_the_way_is_to_be_dropped() {
+        let hint = |sqlstate: &str| {
+            let failure = RestoreFailure {
+                kind: "TABLE".to_owned(),
+                object: "s.t".to_owned(),
+                sqlstate: sqlstate.to_owned(),
+                message: String::new(),
+            };
+            WorkError::Restore(vec![failure]).problem(None).hint.expect("one")
+        };
+        for code in ["42P06", "42P07", "42701", "42710", "42723"] {
+            assert!(hint(code).contains("DROP it there"), "{code}");
+        }
+        assert!(!hint("42704").contains("DROP it"));
     }
 
     #[test]

@@ -7,11 +7,14 @@ use super::Engine;
 use super::definitions;
 use super::error::EngineError;
 use super::live::Live;
+use crate::catalog::fence::{self, Standing};
 use crate::catalog::journal::Journal;
+use crate::catalog::migrations::{CatalogError, MigrationCatalog};
 use crate::catalog::streams::Direction;
 use crate::config::Ddl;
 use crate::migration::made::Mirrored;
-use crate::migration::roles::{self, RoleReport};
+use crate::migration::roles::{self, Carried, RoleReport, RolesError};
+use crate::migration::schema::ConnectionLimit;
 use crate::migration::stream::describe;
 use crate::migration::{drift, late, materialized, schema, unstreamed, warm};
 use crate::postgres::Connector;
@@ -21,31 +24,59 @@ use crate::switch::Epoch;
 /// The one setting of a database that is ours: the fence's.
 const READ_ONLY_SETTING: &str = "default_transaction_read_only";
 
+/// Brings roles over from the first to the second of `ends`, and keeps what was brought for the next time.
+pub(super) async fn bring_roles_over<E: From<CatalogError> + From<RolesError>>(
+    catalog: &MigrationCatalog,
+    migration: &str,
+    direction: Direction,
+    (from, to): (&Connector, &Connector),
+) -> Result<Vec<RoleReport>, E> {
+    let unreadable = |error| CatalogError::Unreadable { what: format!("roles that were brought over: {error}") };
+    let mut carried = match catalog.roles(migration).await? {
+        Some(kept) => serde_json::from_value(kept).map_err(unreadable)?,
+        None => Carried::default(),
+    };
+    let journal = Journal::new(catalog.clone(), migration);
+    let reports = match direction {
+        Direction::Forward => roles::copy_roles(from, to, &journal, &mut carried).await?,
+        Direction::Reverse => roles::copy_roles(from, to, &Mirrored(&journal), &mut carried).await?,
+    };
+    catalog.set_roles(migration, &serde_json::to_value(&carried).map_err(unreadable)?).await?;
+    Ok(reports)
+}
+
 impl Engine {
     /// See [`super::CutoverLease::synchronise`].
     pub(super) async fn synchronise(&self, live: &Live) -> Result<Vec<String>, EngineError> {
         let (catalog, _actors) = self.owned()?;
-        let journal = Journal::new(catalog, live.name());
         let direction = live.state().direction();
         let (from, to) = direction.ends(&self.deps.source, &self.deps.target);
-        let reports = match direction {
-            Direction::Forward => roles::copy_roles(from, to, &journal).await?,
-            Direction::Reverse => roles::copy_roles(from, to, &Mirrored(&journal)).await?,
-        };
+        let reports = bring_roles_over::<EngineError>(&catalog, live.name(), direction, (from, to)).await?;
         let note = |report: RoleReport| {
             report.warnings.into_iter().map(move |warning| format!("role {:?}: {warning}", report.role))
         };
         let mut notes: Vec<String> = reports.into_iter().flat_map(note).collect();
         for database in &live.databases {
-            let changed = schema::sync_database(from, to, &database.name, &[READ_ONLY_SETTING]).await?;
-            if changed > 0 {
-                tracing::info!(migration = live.name(), database = database.name, changed, "settings brought over");
+            let fences = self.fence_stands(to, &database.name).await?;
+            let synced = schema::sync_database(from, to, &database.name, &[READ_ONLY_SETTING], fences).await?;
+            if synced.changed > 0 {
+                let changed = synced.changed;
+                tracing::info!(migration = live.name(), database = database.name, changed, "properties brought over");
             }
+            notes.extend(synced.left.into_iter().map(|left| format!("database {:?}: {left}", database.name)));
             self.bring_over_unstreamed(from, to, &database.name).await?;
             notes.extend(self.refresh_once_more(from, to, &database.name).await?);
         }
         notes.extend(self.warm(live, from, to).await);
         Ok(notes)
+    }
+
+    /// Whether the limit of connections on `to` is that of a fence, which still stands where a cutover leads back.
+    async fn fence_stands(&self, to: &Connector, database: &str) -> Result<ConnectionLimit, EngineError> {
+        let control = to.control(&self.deps.config.control.database, "synchronise").await?;
+        let standing = fence::standing(&*control).await.map_err(|error| EngineError::Return(describe(&error)))?;
+        let of_this = |standing: &Standing| standing.fence.case.databases.iter().any(|name| name == database);
+        Ok(if standing.iter().any(of_this) { ConnectionLimit::IsTheFences } else { ConnectionLimit::IsCarried })
     }
 
     /// What the server that is left reads most, into the memory of the other. Returns what could not be done.

@@ -13,16 +13,16 @@ use super::database::DatabaseWork;
 use super::error::WorkError;
 use super::late;
 use super::live::Step;
+use super::synchronise::bring_roles_over;
 use super::validation::{self, Asked};
-use crate::catalog::journal::Journal;
 use crate::catalog::streams::Direction;
 use crate::catalog::{Place, bootstrap};
 use crate::migration::backoff::Backoff;
 use crate::migration::preflight::{Asking, Outcome, RuleResult};
+use crate::migration::schema;
 use crate::migration::state::{Event, State};
 use crate::migration::stream::{Trouble, describe};
 use crate::migration::view::{MigrationOption, Mode, Problem};
-use crate::migration::{roles, schema};
 
 /// How often a validation that is interrupted is begun again: about a minute.
 const MAX_INTERRUPTIONS: u32 = 8;
@@ -249,8 +249,9 @@ impl Worker {
     }
 
     async fn roles(&self) -> Result<(), WorkError> {
-        let journal = Journal::new(self.context.catalog.clone(), self.context.live.name());
-        let reports = roles::copy_roles(&self.context.source, &self.context.target, &journal).await?;
+        let context = &self.context;
+        let (name, ends) = (context.live.name(), (&context.source, &context.target));
+        let reports = bring_roles_over::<WorkError>(&context.catalog, name, Direction::Forward, ends).await?;
         for report in reports {
             for warning in report.warnings {
                 tracing::warn!(migration = self.context.live.name(), role = report.role, warning, "role");

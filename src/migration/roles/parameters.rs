@@ -1,9 +1,12 @@
 //! Rights on parameters (`GRANT SET ON PARAMETER … TO …`), which belong to the cluster and came with PostgreSQL 15.
 //!
 //! A role that may set a parameter on the source and not on the target gets an error from a statement that it has always
-//! used. Rights that are missing are given; none is taken away, because whoever runs the target may have reasons of their own.
+//! used. Rights that are missing are given; only those are taken away that both servers had the last time (see
+//! [`super::carried`]), because whoever runs the target may have reasons of their own.
 
-use std::collections::HashSet;
+use std::collections::{BTreeSet, HashSet};
+
+use serde::{Deserialize, Serialize};
 
 use super::{RoleAction, RoleReport, RolesError};
 use crate::catalog::journal::{MadeObject, Side};
@@ -26,8 +29,8 @@ SELECT p.parname, coalesce(r.rolname::text, ''), a.privilege_type, a.is_grantabl
  ORDER BY 1, 2, 3";
 
 /// One right.
-#[derive(Clone, Debug, PartialEq, Eq, Hash)]
-struct Right {
+#[derive(Clone, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
+pub(super) struct Right {
     parameter: String,
     /// Empty: PUBLIC.
     role: String,
@@ -52,38 +55,50 @@ impl Right {
     }
 }
 
-/// Gives the target's roles what the source's have, and notes it in their reports.
+/// Gives the target's roles what the source's have, takes from them what both had `before` and the source's have no longer,
+/// and notes it in their reports. Returns what both have by now.
 pub(super) async fn copy(
     from: &Control,
     to: &Control,
     journal: &dyn Journal,
+    before: &BTreeSet<Right>,
     reports: &mut [RoleReport],
-) -> Result<(), RolesError> {
+) -> Result<BTreeSet<Right>, RolesError> {
     if from.version_num() < SINCE || to.version_num() < SINCE {
-        return Ok(());
+        return Ok(BTreeSet::new());
     }
     let wanted = read(from, "source").await?;
     let found: HashSet<Right> = read(to, "target").await?.into_iter().collect();
-    for right in missing(wanted, &found) {
-        let (grant, revoke) = (right.grant(), right.revoke());
+    let here: HashSet<Right> = wanted.iter().cloned().collect();
+    let (goes, stays): (HashSet<Right>, _) =
+        found.into_iter().partition(|right| before.contains(right) && !here.contains(right));
+    let taken = |right: Right| {
+        let note = format!("was taken away on the other server too; {} gives it back", right.grant());
+        (right.revoke(), "from", note, right)
+    };
+    let given =
+        |right: Right| (right.grant(), "to", format!("stays with its role; {} takes it back", right.revoke()), right);
+    // Who keeps a right and may not pass it on any more is given it anew.
+    let given = missing(wanted, &stays).into_iter().map(given);
+    for (statement, word, note, right) in goes.into_iter().map(taken).chain(given) {
         let made = MadeObject {
             side: Side::Target,
             database: None,
             kind: made::PARAMETER_RIGHT.to_owned(),
-            name: format!("{} on {} to {}", right.privilege, right.parameter, right.grantee()),
+            name: format!("{} on {} {word} {}", right.privilege, right.parameter, right.grantee()),
             undo: None,
-            note: format!("stays with its role; {revoke} takes it back"),
+            note,
         };
         journal.record(&made).await?;
-        let given = to.batch_execute(&grant).await;
+        let done = to.batch_execute(&statement).await;
         let report = reports.iter_mut().find(|report| report.role == right.role);
-        match (given, report) {
+        match (done, report) {
             (Ok(()), Some(report)) if report.action == RoleAction::Unchanged => report.action = RoleAction::Altered,
             (Ok(()), _) => {}
             // Answers of the server: no right to, no such parameter. The role can do without until it is set.
             (Err(error), report) if error.as_db_error().is_some() => {
                 let why = error.as_db_error().map_or_else(String::new, |refusal| refusal.message().to_owned());
-                let warning = format!("{grant} was refused by the target: {why}");
+                let warning = format!("{statement} was refused by the target: {why}");
                 match report {
                     Some(report) => report.warnings.push(warning),
                     None => tracing::warn!(warning, "a right that everybody has on the source"),
@@ -94,7 +109,8 @@ pub(super) async fn copy(
             }
         }
     }
-    Ok(())
+    let after = read(to, "target").await?.into_iter();
+    Ok(after.filter(|right| here.contains(right) || before.contains(right)).collect())
 }
 
 /// What `found` does not cover. Who may pass a right on has it.

@@ -1,11 +1,11 @@
 //! The database itself: made like the source's, with what belongs to it and stands in no dump of its contents.
 
-use std::collections::HashSet;
+use std::collections::{BTreeSet, HashSet};
 
 use tokio_postgres::Error;
 use tokio_postgres::error::SqlState;
 
-use super::{Existing, SchemaError};
+use super::{ConnectionLimit, Existing, SchemaError, Synced};
 use crate::catalog::journal::{MadeObject, Side};
 use crate::ident::{quote_ident, quote_literal};
 use crate::migration::made::{self, Journal};
@@ -29,11 +29,14 @@ struct Database {
     connection_limit: i32,
     is_template: bool,
     comment: Option<String>,
-    /// Grants: grantee (none: PUBLIC), privilege, with grant option. None: the default grants.
-    grants: Option<Vec<(Option<String>, String, bool)>>,
+    /// Those of the owner among them, and those by default.
+    grants: BTreeSet<Grant>,
     /// Role (none: everyone) and setting.
     settings: Vec<(Option<String>, Setting)>,
 }
+
+/// Grantee (none: PUBLIC), privilege, with grant option.
+type Grant = (Option<String>, String, bool);
 
 /// See [`super::create_database`].
 pub(super) async fn create(
@@ -75,7 +78,21 @@ pub(super) async fn create(
             }
         }
     }
-    carry_over(&control, name, &wanted).await
+    let found = read(&control, name).await.map_err(|source| read_error(name, source))?;
+    let found = found.ok_or_else(|| SchemaError::NoDatabase(name.to_owned()))?;
+    let mut statements = properties(name, &wanted, &found, ConnectionLimit::IsCarried);
+    let known = parameters(&control).await.map_err(|source| read_error(name, source))?;
+    for (role, setting) in &wanted.settings {
+        if !setting.is_custom() && !known.contains(&setting.name.to_lowercase()) {
+            tracing::warn!(database = name, setting = setting.name, "the target does not know this setting; left out");
+            continue;
+        }
+        statements.push(format!("{} {}", whose(name, role.as_deref()), setting.clause()));
+    }
+    for statement in statements {
+        run(&control, name, &doing(&statement), &statement).await?;
+    }
+    Ok(())
 }
 
 /// See [`super::sync_database`].
@@ -84,7 +101,8 @@ pub(super) async fn sync(
     target: &Connector,
     name: &str,
     except: &[&str],
-) -> Result<usize, SchemaError> {
+    limit: ConnectionLimit,
+) -> Result<Synced, SchemaError> {
     let from = source.control(name, "schema").await?;
     let wanted = read(&from, name).await.map_err(|source| read_error(name, source))?;
     let wanted = wanted.ok_or_else(|| SchemaError::NoDatabase(name.to_owned()))?;
@@ -93,7 +111,7 @@ pub(super) async fn sync(
     let found = found.ok_or_else(|| SchemaError::NoDatabase(name.to_owned()))?;
     let known = parameters(&control).await.map_err(|source| read_error(name, source))?;
     let counts = |setting: &Setting| !except.contains(&setting.name.to_lowercase().as_str());
-    let mut statements = Vec::new();
+    let mut statements = properties(name, &wanted, &found, limit);
     for (role, setting) in wanted.settings.iter().filter(|(_, setting)| counts(setting)) {
         let same = found.settings.iter().any(|there| there == &(role.clone(), setting.clone()));
         if !same && (setting.is_custom() || known.contains(&setting.name.to_lowercase())) {
@@ -106,10 +124,23 @@ pub(super) async fn sync(
             statements.push(format!("{} RESET {}", whose(name, role.as_deref()), quote_ident(&setting.name)));
         }
     }
-    for statement in &statements {
-        run(&control, name, "bringing its settings in line", statement).await?;
+    let mut synced = Synced::default();
+    if limit == ConnectionLimit::IsTheFences && wanted.connection_limit != found.connection_limit {
+        synced.left.push(format!(
+            "its connection limit is {} where it is left, and will be again what it was before where it is led to",
+            wanted.connection_limit
+        ));
     }
-    Ok(statements.len())
+    for statement in &statements {
+        match run(&control, name, &doing(statement), statement).await {
+            Ok(()) => synced.changed += 1,
+            Err(SchemaError::Database { doing, source, .. }) if is_right(&source) => {
+                synced.left.push(format!("{doing} is more than the login role of the server that is led to may do"));
+            }
+            Err(error) => return Err(error),
+        }
+    }
+    Ok(synced)
 }
 
 /// What a setting is altered of.
@@ -160,6 +191,11 @@ async fn drop_database(control: &Control, name: &str, journal: &dyn Journal) -> 
     })?;
     // DROP DATABASE itself waits some seconds for sessions that are on their way out.
     run(control, name, "DROP DATABASE", &format!("DROP DATABASE {}", quote_ident(name))).await
+}
+
+/// Whether it was the rights that did not reach.
+fn is_right(error: &Error) -> bool {
+    error.code() == Some(&SqlState::INSUFFICIENT_PRIVILEGE)
 }
 
 /// Whether a database has the name already. Two statements at the same time meet in the unique index of the catalogue.
@@ -213,40 +249,48 @@ async fn create_sql(target: &Control, name: &str, wanted: &Database) -> Result<S
     Ok(sql)
 }
 
-/// Owner, settings, limits, comment and grants. Every statement may be repeated.
-async fn carry_over(control: &Control, name: &str, wanted: &Database) -> Result<(), SchemaError> {
+/// Statements that bring owner, limits, comment and grants in line. Each may be repeated.
+fn properties(name: &str, wanted: &Database, found: &Database, limit: ConnectionLimit) -> Vec<String> {
     let database = quote_ident(name);
     let owner = quote_ident(&wanted.owner);
-    let mut statements = vec![
-        format!("ALTER DATABASE {database} OWNER TO {owner}"),
-        format!("ALTER DATABASE {database} CONNECTION LIMIT {}", wanted.connection_limit),
-        format!("ALTER DATABASE {database} IS_TEMPLATE {}", wanted.is_template),
-    ];
-    if let Some(comment) = &wanted.comment {
-        statements.push(format!("COMMENT ON DATABASE {database} IS {}", quote_literal(comment)));
+    let mut statements = Vec::new();
+    if wanted.owner != found.owner {
+        statements.push(format!("ALTER DATABASE {database} OWNER TO {owner}"));
     }
-    if let Some(grants) = &wanted.grants {
-        statements.push(format!("REVOKE ALL ON DATABASE {database} FROM PUBLIC"));
-        statements.push(format!("REVOKE ALL ON DATABASE {database} FROM {owner}"));
-        for (grantee, privilege, grantable) in grants {
-            let grantee = grantee.as_deref().map_or_else(|| "PUBLIC".to_owned(), quote_ident);
-            let option = if *grantable { " WITH GRANT OPTION" } else { "" };
-            statements.push(format!("GRANT {privilege} ON DATABASE {database} TO {grantee}{option}"));
-        }
+    if limit == ConnectionLimit::IsCarried && wanted.connection_limit != found.connection_limit {
+        statements.push(format!("ALTER DATABASE {database} CONNECTION LIMIT {}", wanted.connection_limit));
     }
-    let known = parameters(control).await.map_err(|source| read_error(name, source))?;
-    for (role, setting) in &wanted.settings {
-        if !setting.is_custom() && !known.contains(&setting.name.to_lowercase()) {
-            tracing::warn!(database = name, setting = setting.name, "the target does not know this setting; left out");
-            continue;
-        }
-        statements.push(format!("{} {}", whose(name, role.as_deref()), setting.clause()));
+    if wanted.is_template != found.is_template {
+        statements.push(format!("ALTER DATABASE {database} IS_TEMPLATE {}", wanted.is_template));
     }
-    for statement in statements {
-        let doing: String = statement.split_whitespace().take(2).collect::<Vec<_>>().join(" ");
-        run(control, name, &doing, &statement).await?;
+    if wanted.comment != found.comment {
+        let comment = wanted.comment.as_deref().map_or_else(|| "NULL".to_owned(), quote_literal);
+        statements.push(format!("COMMENT ON DATABASE {database} IS {comment}"));
     }
-    Ok(())
+    // What the old owner has goes over to the new one, so that it cannot be told before what will be there.
+    if wanted.grants != found.grants || wanted.owner != found.owner {
+        statements.push(grants(name, wanted, found));
+    }
+    statements
+}
+
+/// All anew, sent as one and so carried out wholly or not at all: at no time is somebody without a right that stays.
+fn grants(name: &str, wanted: &Database, found: &Database) -> String {
+    let on = format!("ON DATABASE {}", quote_ident(name));
+    let who = |grantee: &Option<String>| grantee.as_deref().map_or_else(|| "PUBLIC".to_owned(), quote_ident);
+    let mut all: BTreeSet<String> = found.grants.iter().map(|(grantee, ..)| who(grantee)).collect();
+    all.extend([who(&None), quote_ident(&wanted.owner)]);
+    let mut sql: String = all.iter().map(|grantee| format!("REVOKE ALL {on} FROM {grantee} CASCADE;\n")).collect();
+    for (grantee, privilege, grantable) in &wanted.grants {
+        let option = if *grantable { " WITH GRANT OPTION" } else { "" };
+        sql.push_str(&format!("GRANT {privilege} {on} TO {}{option};\n", who(grantee)));
+    }
+    sql
+}
+
+/// The first words of a statement, for an error.
+fn doing(statement: &str) -> String {
+    statement.split_whitespace().take(2).collect::<Vec<_>>().join(" ")
 }
 
 /// Names of the parameters that a server knows, in lower case.
@@ -277,11 +321,11 @@ async fn read(control: &Control, name: &str) -> Result<Option<Database>, Error> 
     let query = format!(
         "SELECT pg_get_userbyid(d.datdba)::text, pg_encoding_to_char(d.encoding)::text, d.datcollate::text, \
          d.datctype::text, {provider}, {locale}, {rules}, t.spcname::text, d.datconnlimit, d.datistemplate, \
-         shobj_description(d.oid, 'pg_database'), d.datacl IS NOT NULL, d.oid \
+         shobj_description(d.oid, 'pg_database'), d.oid \
          FROM pg_database d JOIN pg_tablespace t ON t.oid = d.dattablespace WHERE d.datname::text = $1"
     );
     let Some(row) = control.query_opt(query.as_str(), &[&name]).await? else { return Ok(None) };
-    let oid: u32 = row.get(12);
+    let oid: u32 = row.get(11);
     let mut database = Database {
         owner: row.get(0),
         encoding: row.get(1),
@@ -294,16 +338,15 @@ async fn read(control: &Control, name: &str) -> Result<Option<Database>, Error> 
         connection_limit: row.get(8),
         is_template: row.get(9),
         comment: row.get(10),
-        grants: None,
+        grants: BTreeSet::new(),
         settings: Vec::new(),
     };
-    if row.get(11) {
-        let grants = "SELECT r.rolname::text, a.privilege_type::text, a.is_grantable \
-                      FROM pg_database d CROSS JOIN aclexplode(d.datacl) a LEFT JOIN pg_roles r ON r.oid = a.grantee \
-                      WHERE d.oid = $1 AND (a.grantee = 0 OR r.oid IS NOT NULL)";
-        let rows = control.query(grants, &[&oid]).await?;
-        database.grants = Some(rows.iter().map(|row| (row.get(0), row.get(1), row.get(2))).collect());
-    }
+    let grants = "SELECT r.rolname::text, a.privilege_type::text, bool_or(a.is_grantable) FROM pg_database d \
+                  CROSS JOIN aclexplode(coalesce(d.datacl, acldefault('d', d.datdba))) a \
+                  LEFT JOIN pg_roles r ON r.oid = a.grantee \
+                  WHERE d.oid = $1 AND (a.grantee = 0 OR r.oid IS NOT NULL) GROUP BY 1, 2";
+    let rows = control.query(grants, &[&oid]).await?;
+    database.grants = rows.iter().map(|row| (row.get(0), row.get(1), row.get(2))).collect();
     let settings = "SELECT r.rolname::text, unnest(s.setconfig) FROM pg_db_role_setting s \
                     LEFT JOIN pg_roles r ON r.oid = s.setrole WHERE s.setdatabase = $1 AND (s.setrole = 0 OR r.oid IS NOT NULL)";
     for row in control.query(settings, &[&oid]).await? {

@@ -54,6 +54,14 @@ pub struct RestoreFailure {
     pub message: String,
 }
 
+impl RestoreFailure {
+    /// Whether an object of that name is there, which this migration has not made: its own are marked.
+    pub fn is_in_the_way(&self) -> bool {
+        // Schemas, relations, columns, functions, and all other objects.
+        ["42P06", "42P07", "42701", "42723", "42710"].contains(&self.sqlstate.as_str())
+    }
+}
+
 /// What a restore step did.
 #[derive(Clone, Debug, Default, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
 pub struct RestoreReport {
@@ -70,8 +78,26 @@ pub struct RestoreReport {
 pub enum Existing {
     /// It is used as it is (validation made sure that it is empty, or a crashed run made it).
     Keep,
-    /// It is dropped first: `--overwrite-target`, and only on the first run.
+    /// It is dropped first: `--overwrite-target`, and only until this migration has made its own.
     Drop,
+}
+
+/// Whose the connection limit of a database is, on the server that is led to.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum ConnectionLimit {
+    /// It is brought over.
+    IsCarried,
+    /// A fence stands, and gives back what it has saved.
+    IsTheFences,
+}
+
+/// What came of bringing a database in line.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Synced {
+    /// How many statements it took.
+    pub changed: usize,
+    /// What stays different, and why.
+    pub left: Vec<String>,
 }
 
 /// Definitions could not be dumped or restored.
@@ -209,16 +235,17 @@ pub async fn create_database(
     database::create(source, target, database, existing, journal).await
 }
 
-/// Brings the settings of `database`, and of roles in it, in line with the source's once more, also by resetting what the
-/// source no longer sets; the names in `except` (in lower case) are left alone: those that a fence has set. Returns how
-/// many were changed.
+/// Brings the settings of `database`, and of roles in it, its owner, grants, comment and connection limit in line with the
+/// source's once more, also by resetting what the source no longer has; the settings in `except` (in lower case) are left
+/// alone: those that a fence has set. Whether connections are allowed at all is the fence's alone.
 pub async fn sync_database(
     source: &Connector,
     target: &Connector,
     database: &str,
     except: &[&str],
-) -> Result<usize, SchemaError> {
-    database::sync(source, target, database, except).await
+    limit: ConnectionLimit,
+) -> Result<Synced, SchemaError> {
+    database::sync(source, target, database, except, limit).await
 }
 
 /// Types, functions, tables, views: everything before the rows.
