@@ -36,7 +36,7 @@ const BROKEN: &[(&str, At, &str, &[&str])] = &[
         "shop",
         &[
             "CREATE FUNCTION watched() RETURNS event_trigger LANGUAGE plpgsql AS 'BEGIN END'",
-            "CREATE EVENT TRIGGER watching ON sql_drop EXECUTE FUNCTION watched()",
+            "CREATE EVENT TRIGGER watching ON sql_drop WHEN TAG IN ('DROP VIEW') EXECUTE FUNCTION watched()",
             "ALTER EVENT TRIGGER watching ENABLE ALWAYS",
         ],
     ),

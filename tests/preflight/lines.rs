@@ -115,7 +115,7 @@ pub const LINES: &[Line] = &[
         "event_triggers",
         &[
             "CREATE FUNCTION e() RETURNS event_trigger LANGUAGE plpgsql AS 'BEGIN END'",
-            "CREATE EVENT TRIGGER watching ON sql_drop EXECUTE PROCEDURE e()",
+            "CREATE EVENT TRIGGER watching ON sql_drop WHEN TAG IN ('DROP VIEW') EXECUTE PROCEDURE e()",
             "ALTER EVENT TRIGGER watching ENABLE ALWAYS",
         ],
         "watching",
@@ -258,6 +258,7 @@ pub const RIGHTS: &[(&str, &str)] = &[
     ("apply_ddl", "no superuser"),
     ("session_replication_role", "permission denied"),
     ("create_database", "may not create databases"),
+    ("settings_of_everyone", "SET \"app.everyone\" TO 'it''s'"),
     ("user_casts", "cast (public.shown AS bytea)"),
     ("user_languages", "mine"),
     ("text_search_parsers", "parser public.words"),
@@ -267,7 +268,7 @@ pub const RIGHTS: &[(&str, &str)] = &[
 
 /// What the source holds for them.
 pub const GUARDED: &str = "
-    CREATE ROLE limited LOGIN; CREATE ROLE owner; SELECT lo_from_bytea(4711, 'x');
+    CREATE ROLE limited LOGIN; CREATE ROLE owner; ALTER ROLE ALL SET app.everyone = 'it''s'; SELECT lo_from_bytea(4711, 'x');
     CREATE TABLE guarded (id int PRIMARY KEY); CREATE POLICY p ON guarded USING (false);
     ALTER TABLE guarded ENABLE ROW LEVEL SECURITY; ALTER TABLE guarded FORCE ROW LEVEL SECURITY; ALTER TABLE guarded OWNER TO owner;
     ALTER TABLE t OWNER TO owner;

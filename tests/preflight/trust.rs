@@ -172,12 +172,34 @@ async fn statements_do_no_harm() {
          CREATE INDEX t_pkey_ccnew1 ON t (id); UPDATE pg_index SET indisvalid = false WHERE indexrelid = 't_pkey_ccnew1'::regclass;
          CREATE FUNCTION guard() RETURNS event_trigger LANGUAGE plpgsql AS 'BEGIN END';
          CREATE EVENT TRIGGER guarding ON ddl_command_start WHEN TAG IN ('CREATE PUBLICATION') EXECUTE PROCEDURE guard();
+         CREATE EVENT TRIGGER dropping ON sql_drop WHEN TAG IN ('DROP PUBLICATION') EXECUTE PROCEDURE guard();
+         CREATE EVENT TRIGGER apart ON sql_drop WHEN TAG IN ('DROP VIEW') EXECUTE PROCEDURE guard();
+         CREATE FUNCTION fine(int) RETURNS int LANGUAGE plpgsql IMMUTABLE AS 'BEGIN RETURN $1; END';
+         CREATE FUNCTION sure(int) RETURNS int LANGUAGE plpgsql IMMUTABLE SET search_path = '' AS 'BEGIN RETURN $1; END';
+         CREATE DOMAIN small AS int CONSTRAINT \"Is\" CHECK (fine(VALUE) < 9); CREATE TABLE checked (id int PRIMARY KEY, v int,
+           CONSTRAINT odd CHECK (fine(v) > 0), CONSTRAINT sure CHECK (sure(v) > 0));
          GRANT EXECUTE ON FUNCTION pg_ls_dir(text) TO writer; GRANT SELECT (rolname) ON pg_authid TO writer",
     )
     .await;
+    let generates = rig.source_cluster.major() >= 12;
+    if generates {
+        rig.on_source("ALTER TABLE checked ADD \"G\" int GENERATED ALWAYS AS (fine(v)) STORED").await;
+    }
     let client = support::connect(&rig.target_cluster, "postgres").await;
     client.batch_execute("CREATE ROLE limited LOGIN").await.unwrap();
     let results = validate(&rig, &rig.source, &rig.whole, false).await;
+    for calls in
+        ["check odd of public.checked", "check \"Is\" of domain public.small", "generated column public.checked.\"G\""]
+    {
+        if generates || !calls.starts_with("generated") {
+            found(&results, "index_search_path", &format!("{calls} calls public.fine(integer)"));
+        }
+    }
+    assert_eq!(
+        results["index_search_path"].evidence.len(),
+        if generates { 3 } else { 2 },
+        "the other is sure of its names"
+    );
     let none: [Statement; 0] = [];
     // What a role brings with it is not the server's.
     silent(&results, "server_parameters");
@@ -185,6 +207,8 @@ async fn statements_do_no_harm() {
     assert!(results["invalid_indexes"].statements[0].sql.starts_with("DROP INDEX CONCURRENTLY "));
     obey(&rig, &results["invalid_indexes"].statements).await;
     found(&results, "event_triggers", "guarding on ddl_command_start");
+    found(&results, "event_triggers", "dropping on sql_drop");
+    assert_eq!(results["event_triggers"].evidence.len(), 2, "what fires on what is never done is no matter");
     assert_eq!(results["event_triggers"].statements, none);
     found(&results, "catalogue_grants", "EXECUTE to writer on FUNCTION pg_ls_dir(text)");
     found(&results, "catalogue_grants", "SELECT (rolname) to writer on pg_authid");

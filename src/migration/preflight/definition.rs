@@ -136,6 +136,7 @@ impl Definition {
     pub(super) fn allows(kind: ServerKind, statement: &Statement) -> bool {
         let sql = statement.sql.as_str();
         let reserved = sql.starts_with("ALTER SYSTEM")
+            || sql.starts_with("ALTER ROLE ALL ")
             || sql.contains("pg_reload_conf()")
             || sql.contains("ON pg_catalog.pg_authid")
             || (sql.starts_with("ALTER ROLE") && sql.ends_with(" SUPERUSER"));

@@ -211,7 +211,8 @@ pub(super) const FINDINGS: &[Finding] = &[
             code: "event_triggers",
             worst: Outcome::Warning,
             why: "one that is ENABLE ALWAYS or REPLICA fires on what pgcutover itself defines on the target; an ordinary one fires on \
-                  the publication and the tables that it makes on the source, and the migration fails where it refuses them",
+                  the publication, tables and functions that it makes on the source, and drops at the end, and the migration \
+                  fails where it refuses them",
             evidence: "their names, and on what they fire",
             fix: "ALTER EVENT TRIGGER … ENABLE for those that are ENABLE ALWAYS, DISABLE for ENABLE REPLICA, until the migration is complete; \
                   let the functions of ordinary ones pass what the source's login role defines",
@@ -221,9 +222,9 @@ pub(super) const FINDINGS: &[Finding] = &[
         query: "SELECT format('%I on %s', evtname, evtevent), CASE evtenabled WHEN 'A' THEN format('ALTER EVENT TRIGGER %I ENABLE', evtname) \
                 WHEN 'R' THEN format('ALTER EVENT TRIGGER %I DISABLE', evtname) END FROM pg_event_trigger \
                 WHERE evtname !~ '^pgcutover_' AND (evtenabled IN ('A', 'R') \
-                OR evtenabled = 'O' AND evtevent IN ('ddl_command_start', 'ddl_command_end') AND (evttags IS NULL OR evttags && ARRAY[\
+                OR evtenabled = 'O' AND evtevent IN ('ddl_command_start', 'ddl_command_end', 'sql_drop') AND (evttags IS NULL OR evttags && ARRAY[\
                 'CREATE PUBLICATION', 'ALTER PUBLICATION', 'DROP PUBLICATION', 'CREATE SCHEMA', 'CREATE TABLE', 'ALTER TABLE', 'CREATE FUNCTION', \
-                'GRANT'])) ORDER BY 1",
+                'GRANT', 'COMMENT', 'DROP SCHEMA', 'DROP TABLE', 'DROP FUNCTION'])) ORDER BY 1",
         ..Finding::OF_EVERY_VERSION
     },
     Finding {
@@ -247,17 +248,28 @@ pub(super) const FINDINGS: &[Finding] = &[
         definition: Definition {
             code: "index_search_path",
             worst: Outcome::Warning,
-            why: "definitions are restored with an empty search_path: a function that looks up names without a schema fails \
-                  there, and with it the index or constraint that calls it",
-            evidence: "the indexes and functions",
+            why: "definitions are restored, and rows copied and applied, with an empty search_path: a function that looks up \
+                  names without a schema fails there, and with it the index that calls it, or the rows of a table whose \
+                  check, generated column or domain does",
+            evidence: "the indexes, constraints and columns, and the functions",
             fix: "ALTER FUNCTION … SET search_path = …, with the schemas that its body means",
             apply: Apply::Refused("which schemas its body means, only its author knows"),
             ..Finding::DEFINITION
         },
-        query: "SELECT DISTINCT format('%s calls %s', d.objid::regclass, p.oid::regprocedure), \
+        // A generated column depends on its function itself, or by its expression: that differs from major to major.
+        query: "SELECT DISTINCT format('%s calls %s', u.name, p.oid::regprocedure), \
                 format('ALTER FUNCTION %s SET search_path = %I, pg_temp', p.oid::regprocedure, n.nspname) \
-                FROM pg_depend d JOIN pg_proc p ON p.oid = d.refobjid AND d.refclassid = 'pg_proc'::regclass \
-                JOIN pg_class i ON i.oid = d.objid AND d.classid = 'pg_class'::regclass AND i.relkind IN ('i', 'I') \
+                FROM (SELECT 'pg_class'::regclass AS classid, i.oid, 0 AS part, i.oid::regclass::text AS name \
+                FROM pg_class i WHERE i.relkind IN ('i', 'I') UNION ALL \
+                SELECT 'pg_constraint'::regclass, k.oid, 0, format('check %I of %s', k.conname, \
+                CASE k.contypid WHEN 0 THEN k.conrelid::regclass::text ELSE 'domain ' || format_type(k.contypid, NULL) END) \
+                FROM pg_constraint k WHERE k.contype = 'c' UNION ALL \
+                SELECT x.classid, x.oid, x.part, format('generated column %s.%I', a.attrelid::regclass, a.attname) \
+                FROM pg_attrdef e JOIN pg_attribute a ON a.attrelid = e.adrelid AND a.attnum = e.adnum \
+                CROSS JOIN LATERAL (VALUES ('pg_attrdef'::regclass, e.oid, 0), ('pg_class'::regclass, a.attrelid, a.attnum::int)) \
+                AS x (classid, oid, part) WHERE coalesce(to_jsonb(a) ->> 'attgenerated', '') <> '') u \
+                JOIN pg_depend d ON d.classid = u.classid AND d.objid = u.oid AND d.objsubid = u.part \
+                JOIN pg_proc p ON p.oid = d.refobjid AND d.refclassid = 'pg_proc'::regclass \
                 JOIN pg_language l ON l.oid = p.prolang JOIN pg_namespace n ON n.oid = p.pronamespace \
                 WHERE l.lanname NOT IN ('internal', 'c') AND {ours} \
                 AND NOT EXISTS (SELECT FROM unnest(p.proconfig) s WHERE s LIKE 'search\\_path=%') ORDER BY 1",

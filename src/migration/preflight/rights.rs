@@ -7,6 +7,8 @@ use super::{Outcome, RuleResult, Servers, column};
 use crate::catalog::journal::Side;
 use crate::config::{Ddl, ServerKind};
 use crate::ident::quote_ident;
+use crate::migration::schema::database_parameters;
+use crate::migration::settings::Setting;
 use crate::postgres::Control;
 
 /// What all rules here are.
@@ -81,8 +83,24 @@ const APPLY_DDL: Definition = Definition {
     ..RIGHT
 };
 
-pub(super) const DEFINITIONS: [&Definition; 6] =
-    [&CREATE_ROLES, &REPLICA_ROLE, &VERIFIERS, &SOURCE_SIGNAL, &TARGET_SIGNAL, &APPLY_DDL];
+const EVERYONES_SETTINGS: Definition = Definition {
+    code: "settings_of_everyone",
+    worst: Outcome::Warning,
+    why: "what ALTER ROLE ALL has set holds in every session of the source; only a superuser may set it on the target, and a value \
+          that the target has of its own stays, because other databases there live by it",
+    evidence: "the settings that will not be carried over",
+    fix: "ALTER ROLE ALL SET … on the target, as a superuser, or ALTER DATABASE … SET … there",
+    on: Side::Target,
+    hosted: Hosted::Words {
+        amazon: "set these parameters in the target's parameter group, or ALTER DATABASE … SET … there",
+        azure: "set these server parameters of the target, or ALTER DATABASE … SET … there",
+        google: "set these flags of the target, or ALTER DATABASE … SET … there",
+    },
+    ..RIGHT
+};
+
+pub(super) const DEFINITIONS: [&Definition; 7] =
+    [&CREATE_ROLES, &REPLICA_ROLE, &VERIFIERS, &SOURCE_SIGNAL, &TARGET_SIGNAL, &APPLY_DDL, &EVERYONES_SETTINGS];
 
 impl Servers<'_> {
     /// Every rule of this file that is asked now.
@@ -94,6 +112,7 @@ impl Servers<'_> {
                 "session_replication_role" => self.replica_role().await,
                 "password_verifiers" => self.verifiers().await,
                 "apply_ddl" => self.apply_ddl().await,
+                "settings_of_everyone" => self.settings_of_everyone().await,
                 "source_signal" => self.signal(definition, self.source).await,
                 _ => self.signal(definition, self.target).await,
             });
@@ -175,6 +194,35 @@ impl Servers<'_> {
             }
             Err(error) => rule.unknown(&error),
         }
+    }
+
+    async fn settings_of_everyone(&self) -> RuleResult {
+        let rule = self.rule(&EVERYONES_SETTINGS);
+        let settings =
+            "SELECT unnest(setconfig) FROM pg_db_role_setting WHERE setrole = 0 AND setdatabase = 0 ORDER BY 1";
+        let superuser = "SELECT rolsuper FROM pg_roles WHERE rolname = current_user";
+        let read = async {
+            let here = column(self.source, settings, &[]).await?;
+            let there = column(self.target, settings, &[]).await?;
+            let superuser: bool = self.target.query_one(superuser, &[]).await?.get(0);
+            let known = database_parameters(self.target).await?;
+            Ok::<_, tokio_postgres::Error>((here, there, superuser, known))
+        };
+        let (here, there, superuser, known) = match read.await {
+            Ok(read) => read,
+            Err(error) => return rule.unknown(&error),
+        };
+        let there: Vec<Setting> = there.iter().filter_map(|text| Setting::parse(text)).collect();
+        let stays = |setting: &Setting| {
+            let has_another = there.iter().any(|other| other.name == setting.name);
+            // Another rule tells of settings that the target does not know.
+            let is_known = setting.is_custom() || known.contains(&setting.name.to_lowercase());
+            is_known && !there.contains(setting) && (!superuser || has_another)
+        };
+        let left: Vec<Setting> = here.iter().filter_map(|text| Setting::parse(text)).filter(stays).collect();
+        let shown = left.iter().map(Setting::clause).collect();
+        let statements = left.iter().flat_map(|left| self.on_target(format!("ALTER ROLE ALL {}", left.clause())));
+        rule.mended_by(statements.collect()).unless_any(Outcome::Warning, shown)
     }
 
     async fn apply_ddl(&self) -> RuleResult {
