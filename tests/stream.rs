@@ -320,6 +320,36 @@ async fn a_row_is_found_by_what_it_says_and_not_by_what_its_collation_makes_of_i
     running.abort();
 }
 
+/// The same of types whose values are cast to text by a function that does not tell them apart, or that leaves blanks out.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_row_is_found_by_what_it_says_and_not_by_what_a_cast_makes_of_it() {
+    let found = installations();
+    let major = found.major(any_major()).expect("checked by any_major()");
+    let tables = "CREATE TYPE mood AS ENUM ('sad', 'glad', 'mad'); CREATE DOMAIN felt AS mood;
+        CREATE FUNCTION hidden(mood) RETURNS text LANGUAGE sql IMMUTABLE AS 'SELECT ''***''::text';
+        CREATE CAST (mood AS text) WITH FUNCTION hidden(mood);
+        CREATE TABLE names (m mood, f felt, b bpchar, n int); ALTER TABLE names REPLICA IDENTITY FULL";
+    let bench = Bench::between((major, major), tables, &["names"]).await;
+    let (status, running) = bench.run();
+    let source = connect(&bench.source, "shop").await;
+    source
+        .batch_execute(
+            "INSERT INTO names VALUES ('sad', 'sad', 'a', 1), ('glad', 'sad', 'a', 1), ('glad', 'mad', 'a', 1),
+                 ('glad', 'mad', 'a ', 1), (NULL, 'mad', 'a ', 1);
+             DELETE FROM names WHERE m = 'glad' AND f::mood = 'sad'; DELETE FROM names WHERE m = 'glad' AND octet_length(b) = 2;
+             UPDATE names SET n = 2 WHERE m IS NULL",
+        )
+        .await
+        .expect("written");
+    bench.drain(&status, "deleted").await;
+    let left = "SELECT string_agg(format('%s %s %s%s', m, f, octet_length(b), n), ',' ORDER BY m) FROM names";
+    for cluster in [&bench.source, &bench.target] {
+        let left: String = connect(cluster, "shop").await.query_one(left, &[]).await.expect("read").get(0);
+        assert_eq!(left, "sad sad 11,glad mad 11, mad 22");
+    }
+    running.abort();
+}
+
 /// A backlog of whole transactions fills many pieces: while one is refused and executed again, the one behind it is encoded
 /// already, with statements that are then gone.
 #[tokio::test(flavor = "multi_thread")]

@@ -41,7 +41,14 @@ fn relation(oid: u32, name: &str, identity: ReplicaIdentity, columns: &[(&str, b
 fn column(kind: ColumnKind, key: bool) -> TargetColumn {
     let equality = key.then(|| "pg_catalog.=".to_owned());
     let primary_key = if key { KeyPart::Unique } else { KeyPart::None };
-    TargetColumn { type_sql: "integer".to_owned(), kind, equality, primary_key, cast_from_text: false }
+    TargetColumn {
+        type_sql: "integer".to_owned(),
+        kind,
+        equality,
+        primary_key,
+        cast_from_text: false,
+        cast_to_text: false,
+    }
 }
 
 fn shape(columns: &[(&str, ColumnKind, bool)]) -> TableShape {

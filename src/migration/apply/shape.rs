@@ -28,6 +28,9 @@ pub struct TargetColumn {
     /// A cast from text to the type is a function of its own: it may read a text otherwise than the type's input does
     /// (regclass takes no number, for one).
     pub cast_from_text: bool,
+    /// A cast to text is a function that may take two values for one: the application's own, or that of a bpchar without a
+    /// length, which leaves blanks out.
+    pub cast_to_text: bool,
 }
 
 /// What a column is to the primary key.
@@ -55,7 +58,7 @@ pub enum ColumnKind {
 }
 
 /// Reads the shape of the table whose quoted name is `$1`: name, type, `attgenerated`, `attidentity`, equality, part in the
-/// primary key, cast from text. No row: no table. Columns of the catalogue that older servers lack are read through jsonb.
+/// primary key, cast from text, cast to text. No row: no table. Columns of the catalogue that older servers lack are read through jsonb.
 pub const SHAPE_SQL: &str = "
 SELECT a.attname::text,
        pg_catalog.format_type(a.atttypid, -1),
@@ -76,7 +79,14 @@ SELECT a.attname::text,
                   AND a.attnum = ANY ((i.indkey::int2[])[0:coalesce((pg_catalog.to_jsonb(i) ->> 'indnkeyatts')::int, i.indnatts) - 1])), ''),
        EXISTS (SELECT FROM pg_catalog.pg_cast k
                 WHERE k.castsource = 'pg_catalog.text'::pg_catalog.regtype AND k.castmethod = 'f'
-                  AND k.casttarget IN (a.atttypid, (SELECT t.typbasetype FROM pg_catalog.pg_type t WHERE t.oid = a.atttypid)))
+                  AND k.casttarget IN (a.atttypid, (SELECT t.typbasetype FROM pg_catalog.pg_type t WHERE t.oid = a.atttypid))),
+       EXISTS (WITH RECURSIVE base (oid, typmod) AS (
+                      SELECT a.atttypid, a.atttypmod
+                       UNION ALL SELECT t.typbasetype, t.typtypmod
+                        FROM base d JOIN pg_catalog.pg_type t ON t.oid = d.oid WHERE t.typtype = 'd')
+               SELECT FROM base b JOIN pg_catalog.pg_cast k ON k.castsource = b.oid
+                WHERE k.casttarget = 'pg_catalog.text'::pg_catalog.regtype AND k.castmethod = 'f'
+                  AND (k.oid >= '16384'::pg_catalog.oid OR b.oid = 'pg_catalog.bpchar'::pg_catalog.regtype AND b.typmod < 0))
   FROM pg_catalog.pg_attribute a
  WHERE a.attrelid = pg_catalog.to_regclass($1) AND a.attnum > 0 AND NOT a.attisdropped";
 
@@ -182,12 +192,16 @@ impl TargetColumn {
     }
 
     /// `column IS NOT DISTINCT FROM $n`, compared as text: every type has a text form, not every type has an equality,
-    /// and equality is not identity (1.0 and 1.00, or two texts that a nondeterministic collation takes for one). The index
-    /// of a primary key, which is never null, narrows it down.
+    /// and equality is not identity (1.0 and 1.00, or two texts that a nondeterministic collation takes for one). The text is
+    /// that of the type's output function: a record is written by those of its columns, whatever casts they have. The index of
+    /// a primary key, which is never null, narrows it down.
     pub(super) fn same_text(&self, name: &str, parameter: usize) -> String {
         let (column, type_sql) = (quote_ident(name), &self.type_sql);
-        let same =
-            format!("{column}::text COLLATE \"C\" IS NOT DISTINCT FROM (${parameter}::{type_sql})::text COLLATE \"C\"");
+        let row = if self.cast_to_text { "ROW" } else { "" };
+        let left = if self.cast_to_text { format!("ROW({column})") } else { column };
+        let same = format!(
+            "{left}::text COLLATE \"C\" IS NOT DISTINCT FROM {row}(${parameter}::{type_sql})::text COLLATE \"C\""
+        );
         match (self.primary_key, &self.equality) {
             (KeyPart::Deferrable, Some(_)) => format!("{} AND {same}", self.equals(name, parameter)),
             _ => same,

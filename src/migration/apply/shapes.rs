@@ -66,6 +66,7 @@ impl Shapes {
                 equality: row.get(3),
                 primary_key: KeyPart::from_catalogue(row.get(4)),
                 cast_from_text: row.get(5),
+                cast_to_text: row.get(6),
             };
             (row.get(0), column)
         })))
@@ -74,13 +75,14 @@ impl Shapes {
 
 /// A row of [`SHAPE_SQL`] as text.
 fn column(row: Vec<Option<String>>) -> Option<(String, TargetColumn)> {
-    let [name, type_sql, kind, equality, primary_key, cast_from_text] = <[_; 6]>::try_from(row).ok()?;
+    let [name, type_sql, kind, equality, primary_key, from_text, to_text] = <[_; 7]>::try_from(row).ok()?;
     let column = TargetColumn {
         type_sql: type_sql?,
         kind: ColumnKind::from_catalogue(&kind?),
         equality,
         primary_key: KeyPart::from_catalogue(&primary_key?),
-        cast_from_text: cast_from_text? == "t",
+        cast_from_text: from_text? == "t",
+        cast_to_text: to_text? == "t",
     };
     Some((name?, column))
 }
@@ -101,10 +103,12 @@ mod tests {
 
     #[test]
     fn a_row_of_text_says_what_a_row_of_values_does() {
-        let row = ["c", "integer", "/a", "pg_catalog.=", "unique", "f"].map(|text| Some(text.to_owned()));
+        let row = ["c", "integer", "/a", "pg_catalog.=", "unique", "f", "t"].map(|text| Some(text.to_owned()));
         let (name, read) = column(row.to_vec()).expect("whole");
         assert_eq!((name.as_str(), read.type_sql.as_str(), read.kind), ("c", "integer", ColumnKind::IdentityAlways));
-        assert!(read.primary_key == KeyPart::Unique && !read.cast_from_text && read.equality.is_some());
+        assert!(
+            read.primary_key == KeyPart::Unique && !read.cast_from_text && read.cast_to_text && read.equality.is_some()
+        );
         let mut row = row.to_vec();
         row[3] = None;
         assert!(column(row.clone()).is_some_and(|(_, read)| read.equality.is_none()));
