@@ -11,8 +11,8 @@
 //! Compared is what a session would miss, or be kept from without it: names, columns with their types, NOT NULL, whether a
 //! column has a default or is generated, partitions and children, indexes, constraints, functions, types with the labels
 //! of enums, triggers and whether they are disabled (of others than ordinary ones a rule of the validation tells), rules,
-//! policies and row security. What they say in detail is compared by verification. Objects of extensions belong to the
-//! extension's version and are left out.
+//! policies and row security, owners and grants. What they say in detail is compared by verification. Objects of extensions
+//! belong to the extension's version and are left out.
 
 use std::collections::{BTreeSet, HashSet};
 
@@ -26,22 +26,21 @@ use crate::postgres::Control;
 /// Differences that are named; the rest is counted.
 const NAMED: usize = 5;
 
-/// One line for each thing that must be there on both servers. The types are written the same by every major.
-/// Constraints that partitions have from their parents are left out: the server names them, each major its own way.
-const DEFINITIONS: &str = "
+/// What the queries below are about.
+const OBJECTS: &str = "
 WITH member AS (
     SELECT classid, objid FROM pg_catalog.pg_depend WHERE deptype = 'e'),
 namespace AS (
     SELECT oid, nspname FROM pg_catalog.pg_namespace
      WHERE nspname !~ '^pg_' AND nspname NOT IN ('information_schema', 'pgcutover')),
 relation AS (
-    SELECT c.oid, c.relkind, c.relpersistence, c.relrowsecurity, c.relforcerowsecurity, c.relpartbound,
+    SELECT c.oid, c.relkind, c.relpersistence, c.relrowsecurity, c.relforcerowsecurity, c.relpartbound, c.relowner, c.relacl,
            pg_catalog.format('%I.%I', n.nspname, c.relname) AS name
       FROM pg_catalog.pg_class c JOIN namespace n ON n.oid = c.relnamespace
      WHERE c.relpersistence <> 't'
        AND NOT EXISTS (SELECT FROM member m WHERE m.classid = 'pg_catalog.pg_class'::regclass AND m.objid = c.oid)),
 col AS (
-    SELECT r.name || '.' || pg_catalog.quote_ident(a.attname) AS name, a.attnotnull, a.atthasdef, a.attidentity,
+    SELECT r.name || '.' || pg_catalog.quote_ident(a.attname) AS name, a.attnotnull, a.atthasdef, a.attidentity, r.relowner, a.attacl,
            pg_catalog.format_type(a.atttypid, a.atttypmod) AS type
       FROM relation r JOIN pg_catalog.pg_attribute a ON a.attrelid = r.oid
      WHERE r.relkind IN ('r', 'p', 'v', 'm', 'f') AND a.attnum > 0 AND NOT a.attisdropped),
@@ -49,7 +48,26 @@ type AS (
     SELECT t.oid, pg_catalog.format('%I.%I', n.nspname, t.typname) AS name
       FROM pg_catalog.pg_type t JOIN namespace n ON n.oid = t.typnamespace
      WHERE t.typtype IN ('e', 'd', 'r')
-       AND NOT EXISTS (SELECT FROM member m WHERE m.classid = 'pg_catalog.pg_type'::regclass AND m.objid = t.oid))
+       AND NOT EXISTS (SELECT FROM member m WHERE m.classid = 'pg_catalog.pg_type'::regclass AND m.objid = t.oid)),
+routine AS (
+    SELECT p.proowner, p.proacl,
+           pg_catalog.format('%I.%I', n.nspname, p.proname) || '(' || pg_catalog.pg_get_function_identity_arguments(p.oid) || ')' AS name
+      FROM pg_catalog.pg_proc p JOIN namespace n ON n.oid = p.pronamespace
+     WHERE NOT EXISTS (SELECT FROM member m WHERE m.classid = 'pg_catalog.pg_proc'::regclass AND m.objid = p.oid)
+       -- The constructors of a range come with it, and since version 14 there are more of them.
+       AND NOT EXISTS (SELECT FROM pg_catalog.pg_depend d
+                        WHERE d.classid = 'pg_catalog.pg_proc'::regclass AND d.objid = p.oid AND d.deptype = 'i')),
+owned (name, owner, acl) AS (
+    SELECT 'schema ' || n.nspname, s.nspowner, coalesce(s.nspacl, pg_catalog.acldefault('n', s.nspowner))
+      FROM namespace n JOIN pg_catalog.pg_namespace s ON s.oid = n.oid
+     WHERE NOT EXISTS (SELECT FROM member m WHERE m.classid = 'pg_catalog.pg_namespace'::regclass AND m.objid = n.oid)
+    UNION ALL SELECT name, relowner, relacl FROM relation WHERE relkind IN ('r', 'p', 'v', 'm', 'S', 'f')
+    UNION ALL SELECT 'column ' || name, relowner, attacl FROM col WHERE attacl IS NOT NULL
+    UNION ALL SELECT 'function ' || name, proowner, coalesce(proacl, pg_catalog.acldefault('f', proowner)) FROM routine)";
+
+/// One line for each thing that must be there on both servers. The types are written the same by every major.
+/// Constraints that partitions have from their parents are left out: the server names them, each major its own way.
+const DEFINITIONS: &str = "
 SELECT CASE relkind WHEN 'v' THEN 'view' WHEN 'm' THEN 'materialized view' WHEN 'S' THEN 'sequence'
                     WHEN 'f' THEN 'foreign table'
                     ELSE CASE relpersistence WHEN 'u' THEN 'unlogged table' ELSE 'table' END END || ' ' || name
@@ -94,13 +112,23 @@ SELECT 'constraint ' || pg_catalog.quote_ident(k.conname) || ' on ' || r.name
   FROM pg_catalog.pg_constraint k JOIN relation r ON r.oid = k.conrelid
  WHERE k.contype IN ('c', 'f', 'p', 'u', 'x') AND coalesce(pg_catalog.to_jsonb(k) ->> 'conparentid', '0') = '0'
 UNION ALL
-SELECT 'function ' || pg_catalog.format('%I.%I', n.nspname, p.proname)
-       || '(' || pg_catalog.pg_get_function_identity_arguments(p.oid) || ')'
-  FROM pg_catalog.pg_proc p JOIN namespace n ON n.oid = p.pronamespace
- WHERE NOT EXISTS (SELECT FROM member m WHERE m.classid = 'pg_catalog.pg_proc'::regclass AND m.objid = p.oid)
-   -- The constructors of a range come with it, and since version 14 there are more of them.
-   AND NOT EXISTS (SELECT FROM pg_catalog.pg_depend d
-                    WHERE d.classid = 'pg_catalog.pg_proc'::regclass AND d.objid = p.oid AND d.deptype = 'i')";
+SELECT 'function ' || name FROM routine";
+
+/// Objects, and who may do what with each.
+const RIGHTS: &str = "
+-- Whose schema public is depends on the major.
+SELECT name, 'owner ' || pg_catalog.pg_get_userbyid(owner) || ' of ' || name FROM owned
+ WHERE name <> 'schema public' AND name NOT LIKE 'column %'
+UNION ALL
+-- MAINTAIN came with version 17.
+SELECT name, 'grant of ' || x.privilege_type || ' on ' || name || ' to ' || coalesce(g.rolname, 'PUBLIC')
+  FROM owned o CROSS JOIN LATERAL pg_catalog.aclexplode(o.acl) x LEFT JOIN pg_catalog.pg_roles g ON g.oid = x.grantee
+ WHERE x.grantee <> o.owner AND (x.grantee = 0 OR g.oid IS NOT NULL) AND x.privilege_type <> 'MAINTAIN'
+UNION ALL
+-- Before version 15 it was not the default, and is not taken away by moving to a later one.
+SELECT name, 'refusal of CREATE on schema public to PUBLIC' FROM owned o
+ WHERE name = 'schema public' AND NOT EXISTS (
+       SELECT FROM pg_catalog.aclexplode(o.acl) x WHERE x.grantee = 0 AND x.privilege_type = 'CREATE')";
 
 /// What the target lacks.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -130,7 +158,13 @@ pub async fn compare(
     tables: &[QualifiedName],
 ) -> Result<Option<Drift>, tokio_postgres::Error> {
     let mut wanted = definitions(&**source).await?;
-    let found = definitions(&**target).await?;
+    let mut found = definitions(&**target).await?;
+    let (rights, there) = (rights(&**source).await?, rights(&**target).await?);
+    // Of what is not there, that is told already.
+    let objects: HashSet<&String> = there.iter().map(|(object, _)| object).collect();
+    let is_there = |object: &String| objects.contains(object) || object.starts_with("column ");
+    wanted.extend(rights.into_iter().filter(|(object, _)| is_there(object)).map(|(_, right)| right));
+    found.extend(there.iter().map(|(_, right)| right.clone()));
     let published = publication::published(source, publication).await?;
     // The target lacks their rows, whatever its definitions are.
     let named: HashSet<&QualifiedName> = published.iter().collect();
@@ -184,7 +218,15 @@ SELECT pg_catalog.format('%I.%I by %s', n.nspname, c.relname,
 
 /// Without quotes: what is a keyword, and so needs them, differs between majors (`json` since PostgreSQL 16).
 async fn definitions(client: &impl GenericClient) -> Result<BTreeSet<String>, tokio_postgres::Error> {
-    Ok(client.query(DEFINITIONS, &[]).await?.iter().map(|row| row.get::<_, &str>(0).replace('"', "")).collect())
+    let rows = client.query(format!("{OBJECTS}{DEFINITIONS}").as_str(), &[]).await?;
+    Ok(rows.iter().map(|row| row.get::<_, &str>(0).replace('"', "")).collect())
+}
+
+/// Objects with their owners and grants.
+async fn rights(client: &impl GenericClient) -> Result<Vec<(String, String)>, tokio_postgres::Error> {
+    let rows = client.query(format!("{OBJECTS}{RIGHTS}").as_str(), &[]).await?;
+    let plain = |row: &tokio_postgres::Row, column: usize| row.get::<_, &str>(column).replace('"', "");
+    Ok(rows.iter().map(|row| (plain(row, 0), plain(row, 1))).collect())
 }
 
 fn missing(wanted: &BTreeSet<String>, found: &BTreeSet<String>) -> Option<Drift> {

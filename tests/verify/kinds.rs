@@ -48,7 +48,7 @@ CREATE STATISTICS "json_scalar"."json_objectagg" ON "json", "system_user" FROM "
 const PLANTED: &[(&str, &str, &str, &str)] = &[
     ("ALTER SCHEMA private OWNER TO owner_a", "schema", "private", "differs"),
     ("REVOKE CREATE ON SCHEMA app FROM owner_b", "grant on schema", "app", "differs"),
-    ("GRANT CREATE ON SCHEMA public TO member_c", "grant on schema", "public", "differs"),
+    ("REVOKE ALL ON SCHEMA public FROM PUBLIC", "grant on schema", "public", "differs"),
     ("ALTER TABLE app.base SET (fillfactor = 50)", "table", "app.base", "differs"),
     ("ALTER TABLE app.keyed NO FORCE ROW LEVEL SECURITY", "table", "app.keyed", "differs"),
     ("ALTER TABLE app.main RESET (toast.autovacuum_enabled)", "table", "app.main", "differs"),
@@ -140,6 +140,7 @@ const PLANTED: &[(&str, &str, &str, &str)] = &[
     ),
     ("COMMENT ON CONSTRAINT pair ON app.main IS 'other'", "comment", "constraint pair on app.main", "differs"),
     ("COMMENT ON SCHEMA private IS 'mine'", "comment", "namespace private", "extra"),
+    ("COMMENT ON SCHEMA public IS 'other'", "comment", "namespace public", "differs"),
     ("COMMENT ON TRIGGER one ON app.main IS NULL", "comment", "trigger one on app.main", "missing"),
     ("UPDATE pg_extension SET extnamespace = 'private'::regnamespace", "extension", "plpgsql", "differs"),
     ("ALTER FOREIGN DATA WRAPPER wrapper OPTIONS (SET debug 'false')", "foreign data wrapper", "wrapper", "differs"),

@@ -32,10 +32,10 @@ type AS (
 -- MAINTAIN came with version 17, and only in what owners have by default.
 granted (kind, name, owner, acl) AS (
     SELECT 'grant on schema', quote_ident(n.nspname), n.nspowner,
-           -- What everybody may do in schema public, and whose it is, has changed with version 15.
+           -- Whose schema public is has changed with version 15. What everybody may do there has too, but pg_dump says that.
            CASE WHEN n.nspname <> 'public' THEN coalesce(n.nspacl, acldefault('n', n.nspowner))
                 ELSE nullif(ARRAY(SELECT x FROM unnest(n.nspacl) x CROSS JOIN LATERAL aclexplode(ARRAY[x]) e
-                                   WHERE e.grantee NOT IN (0, n.nspowner) GROUP BY x), '{}') END
+                                   WHERE e.grantee <> n.nspowner GROUP BY x), '{}') END
       FROM pg_namespace n JOIN namespace o ON o.oid = n.oid
      WHERE NOT EXISTS (SELECT FROM member m WHERE m.classid = 'pg_namespace'::regclass AND m.objid = n.oid)
     UNION ALL SELECT 'grant on relation', name, relowner, coalesce(relacl, acldefault(CASE relkind WHEN 'S' THEN 's' ELSE 'r' END::"char", relowner))
@@ -271,7 +271,8 @@ SELECT 'default privileges', format('%s %s %s', pg_get_userbyid(d.defaclrole), n
 UNION ALL
 SELECT 'comment', regexp_replace(d.classoid::regclass::text, '^pg_', '') || ' ' || i.identity, d.description
   FROM pg_description d, LATERAL pg_identify_object(d.classoid, d.objoid, d.objsubid) i
- WHERE d.objoid >= 16384 AND d.classoid NOT IN ('pg_extension'::regclass, 'pg_publication'::regclass, 'pg_subscription'::regclass)
+ WHERE (d.objoid >= 16384 OR d.classoid = 'pg_namespace'::regclass AND d.objoid = (SELECT n.oid FROM pg_namespace n WHERE n.nspname = 'public'))
+   AND d.classoid NOT IN ('pg_extension'::regclass, 'pg_publication'::regclass, 'pg_subscription'::regclass)
    AND coalesce(i.schema, '') !~ '^"?(pg_toast|pg_temp|pgcutover)'
    AND NOT EXISTS (SELECT FROM member m WHERE m.classid = d.classoid AND m.objid = d.objoid)
 UNION ALL
