@@ -22,10 +22,10 @@ use pgcutover::migration::engine::EngineError;
 use pgcutover::migration::sequences::SequencePair;
 use pgcutover::migration::view::{MigrationOption, Mode};
 use support::{connect, installations, wait_for};
-use world::{Load, World, create, drain, reach, spec, try_drain};
+use world::{Load, Running, World, create, drain, reach, spec, try_drain};
 
 /// What defines something, what takes it back, and the words that name what the target lacks.
-const DEFINED_MEANWHILE: [(&str, &str, &[&str]); 7] = [
+const DEFINED_MEANWHILE: [(&str, &str, &[&str]); 9] = [
     (
         "CREATE TABLE late (id int); ALTER TABLE log ADD COLUMN later int",
         "DROP TABLE late; ALTER TABLE log DROP COLUMN later",
@@ -57,6 +57,16 @@ const DEFINED_MEANWHILE: [(&str, &str, &[&str]); 7] = [
         "ALTER TABLE orders ALTER note DROP DEFAULT, ALTER total DROP NOT NULL",
         &["default of column public.orders.note", "NOT NULL of column public.orders.total"],
     ),
+    (
+        "CREATE ROLE other; ALTER TABLE log OWNER TO other; GRANT UPDATE (note) ON orders TO other; GRANT CREATE ON SCHEMA public TO other",
+        "ALTER TABLE log OWNER TO postgres; REVOKE UPDATE (note) ON orders FROM other; REVOKE CREATE ON SCHEMA public FROM other; DROP ROLE other",
+        &[
+            "owner other of public.log",
+            "grant of UPDATE on column public.orders.note to other",
+            "grant of CREATE on schema public to other",
+        ],
+    ),
+    ("GRANT DELETE ON log TO PUBLIC", "REVOKE DELETE ON log FROM PUBLIC", &["grant of DELETE on public.log to PUBLIC"]),
 ];
 
 async fn whole_run(source: &Installation, target: &Installation) {
@@ -191,8 +201,14 @@ async fn a_failure_at_any_step_is_mended_by_a_retry() {
 
         let running = world.engine("");
         wait_for("the engine to own the target", || async { running.engine.list().is_ok() }).await;
+        if point == "engine.after_database" {
+            is_told_what_is_in_the_way(&world, &running, &name).await;
+        }
         running.engine.retry(&name).await.expect("retried");
         reach(&running, &name, "WaitingForCutoverTrigger").await;
+        if point == "engine.after_database" {
+            connect(&world.target, "shop").await.batch_execute("SELECT FROM mended").await.expect("not dropped again");
+        }
         if number + 1 == points.len() {
             load.writes(20).await;
             load.stop().await;
@@ -206,6 +222,20 @@ async fn a_failure_at_any_step_is_mended_by_a_retry() {
         running.engine.cancel(&name).await.expect("cancelled");
         running.stop().await;
     }
+}
+
+/// Somebody makes objects in the database that the migration has made.
+async fn is_told_what_is_in_the_way(world: &World, running: &Running, name: &str) {
+    let target = connect(&world.target, "shop").await;
+    target.batch_execute("CREATE TABLE orders (); CREATE TABLE mended ()").await.expect("made");
+    running.engine.retry(name).await.expect("retried");
+    let refused =
+        || running.engine.show(name).is_ok_and(|view| view.error.is_some_and(|error| error.code == "restore"));
+    wait_for("the refusal", || async { refused() }).await;
+    let error = running.engine.show(name).expect("known").error.expect("a reason");
+    assert!(error.message.contains("TABLE public.orders") && error.message.contains("42P07"), "{error:?}");
+    assert!(error.hint.as_deref().is_some_and(|hint| hint.contains("DROP it")), "{error:?}");
+    target.batch_execute("DROP TABLE orders").await.expect("dropped");
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -380,10 +410,15 @@ async fn a_slot_that_disappears_is_a_failure_with_its_name() {
 async fn roles_settings_and_sequences_of_the_last_moment_are_brought_over() {
     let world = World::same_major();
     world.furnish("shop").await;
+    let source = connect(&world.source, "shop").await;
+    let early = "CREATE ROLE staff; CREATE ROLE earlier LOGIN PASSWORD 'secret'; GRANT staff TO earlier; ALTER ROLE earlier SET work_mem = '3MB'";
+    source.batch_execute(early).await.expect("made");
     let running = world.engine("");
     create(&running, spec("last", &["shop"])).await;
     reach(&running, "last", "WaitingForCutoverTrigger").await;
-    let source = connect(&world.source, "shop").await;
+    let taken = "REVOKE staff FROM earlier; ALTER ROLE earlier RESET work_mem; ALTER ROLE earlier PASSWORD NULL;
+        ALTER DATABASE shop CONNECTION LIMIT 77; REVOKE TEMPORARY ON DATABASE shop FROM PUBLIC";
+    source.batch_execute(taken).await.expect("taken away");
     let late = "CREATE ROLE \"Späte Röle\" LOGIN PASSWORD 'secret' CONNECTION LIMIT 7;
         ALTER ROLE \"Späte Röle\" IN DATABASE shop SET work_mem = '11MB';
         ALTER DATABASE shop SET statement_timeout = '7min';
@@ -439,6 +474,10 @@ async fn roles_settings_and_sequences_of_the_last_moment_are_brought_over() {
     let row = target.query_one(shared, &[]).await.expect("the role has come");
     assert_eq!((row.get::<_, i32>(0), row.get::<_, bool>(1)), (7, true));
     assert_eq!(row.get::<_, &str>(2), "work_mem=11MB");
+    let left = "SELECT concat_ws(' ', r.rolpassword, (SELECT setconfig FROM pg_db_role_setting WHERE setrole = r.oid),
+            pg_has_role(r.oid, 'staff', 'MEMBER'), d.datconnlimit, has_database_privilege('earlier', d.oid, 'TEMPORARY'))
+        FROM pg_authid r, pg_database d WHERE r.rolname = 'earlier' AND d.datname = 'shop'";
+    assert_eq!(target.query_one(left, &[]).await.expect("there").get::<_, &str>(0), "f 77 f");
     // The fence's own setting is never carried over.
     assert_eq!(row.get::<_, &str>(3), "statement_timeout=7min");
     running.stop().await;
