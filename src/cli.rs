@@ -327,7 +327,7 @@ struct Cutover {
     #[arg(long, value_parser = word::<Stragglers>, value_name = "abort|terminate")]
     stragglers: Option<Stragglers>,
     /// Go past what can cost time or connections and never data: a target that is known to be far behind, much to carry
-    /// in the pause, too few connections
+    /// in the pause, too few connections, owners and grants that the target lacks
     #[arg(long)]
     force: bool,
 }

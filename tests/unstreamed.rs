@@ -128,7 +128,7 @@ async fn what_no_stream_carries_goes_there_and_back() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn what_is_too_large_for_the_pause_is_refused_by_name() {
+async fn what_costs_no_data_is_refused_by_name_and_can_be_forced() {
     let mut world = World::begin(0.01).await;
     world.daemon.kill();
     let options = DaemonOptions::default().section("cutover", "max_unstreamed = \"10kB\"\nmax_lag_at_start = \"1GB\"");
@@ -159,7 +159,16 @@ async fn what_is_too_large_for_the_pause_is_refused_by_name() {
     assert_eq!(rehearsal["outcome"], "dry-run", "{rehearsal}");
     let forced = rehearsal["forced"].as_array().expect("a list");
     assert!(forced.len() == 1 && forced[0].to_string().contains("max_unstreamed of 10kB"), "{rehearsal}");
-    source.batch_execute("TRUNCATE large").await.expect("made smaller");
+    // Nor does a right that the target lacks.
+    source.batch_execute("TRUNCATE large; GRANT DELETE ON large TO PUBLIC").await.expect("made smaller");
+    let answer = world.daemon.command(&["migration", "cutover", "again", "--dry-run", "--output", "json"]);
+    let aborted: serde_json::Value = serde_json::from_slice(&answer.stdout).expect("an answer");
+    let reason = aborted["reason"].as_str().expect("a reason");
+    assert!(reason.contains("the target lacks grant of DELETE on public.large to PUBLIC in database"), "{reason}");
+    assert_eq!(aborted["forceable"], true, "{aborted}");
+    let rehearsal = world.daemon.json(&["migration", "cutover", "again", "--dry-run", "--force"]);
+    assert!(rehearsal["forced"].to_string().contains("grant of DELETE"), "{rehearsal}");
+    source.batch_execute("REVOKE DELETE ON large FROM PUBLIC").await.expect("taken back");
     drop(source);
     let switched = world.daemon.json(&["migration", "cutover", "again"]);
     assert_eq!(switched["outcome"], "switched", "{switched}");

@@ -181,6 +181,11 @@ impl parts::Lease for Lease {
         lease.compare_definitions().await.map_err(|error| refused(&error).message)
     }
 
+    async fn lacking_rights(&self) -> Result<Vec<String>, String> {
+        let Some(lease) = self.with(CutoverLease::clone) else { return Ok(Vec::new()) };
+        lease.lacking_rights().await.map_err(|error| refused(&error).message)
+    }
+
     async fn synchronise(&self) -> Result<Vec<String>, String> {
         let Some(lease) = self.with(CutoverLease::clone) else { return Ok(Vec::new()) };
         lease.synchronise().await.map_err(|error| refused(&error).message)

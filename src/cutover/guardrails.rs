@@ -2,7 +2,8 @@
 //!
 //! Who orders it with `--force` goes past what can only cost time or connections: a lag that is known and too large, more than
 //! `max_unstreamed` to carry in the pause, and too few connections or files. What a miss of theirs can come to is an abort, by
-//! `max_pause` or by sessions that could not be moved. Nothing else is gone past. A new guardrail is not either, unless it is put through [`Work::refuse_unless_forced`].
+//! `max_pause` or by sessions that could not be moved. And owners and grants, without which sessions are refused what they may do
+//! on the other server. Nothing else is gone past. A new guardrail is not either, unless it is put through [`Work::refuse_unless_forced`].
 
 use std::time::{Duration, Instant};
 
@@ -243,6 +244,16 @@ impl Work {
     /// What the engine compares: all that a session would miss on the other server.
     pub(super) async fn compare_definitions(&self) -> Result<(), CutoverError> {
         self.lease.compare_definitions().await.map_err(CutoverError::Definitions)
+    }
+
+    /// Sessions are refused there what they may do now; no row hangs on it, and what a role of the old server's own services was
+    /// given cannot always be given there.
+    pub(super) async fn check_rights(&mut self) -> Result<(), CutoverError> {
+        for lacking in self.lease.lacking_rights().await.map_err(CutoverError::Definitions)? {
+            let role = self.to.role;
+            self.refuse_unless_forced(format!("the {role} lacks {lacking}: give the same there"))?;
+        }
+        Ok(())
     }
 
     /// Compares what the two servers hold, through the sessions that prepare has opened.

@@ -21,6 +21,9 @@ pub trait Lease: Send + Sync {
     /// Compares the definitions of both servers; `Err` says what is missing on the one that the cutover leads to.
     async fn compare_definitions(&self) -> Result<(), String>;
 
+    /// Owners and grants that the server lacks to which the cutover leads, named by database.
+    async fn lacking_rights(&self) -> Result<Vec<String>, String>;
+
     /// Brings over once more what no stream carries: roles and settings. Returns notes for the operator.
     async fn synchronise(&self) -> Result<Vec<String>, String>;
 

@@ -331,6 +331,7 @@ impl Work {
             // For a first cutover it was compared before it began; a fenced server could not be entered until now.
             self.compare_definitions().await?;
         }
+        self.check_rights().await?;
         self.timings.step("guardrails", since);
         let since = Instant::now();
         let notes = self.lease.synchronise().await.map_err(CutoverError::Synchronise)?;

@@ -11,7 +11,7 @@
 //! Compared is what a session would miss, or be kept from without it: names, columns with their types, NOT NULL, whether a
 //! column has a default or is generated, partitions and children, indexes, constraints, functions, types with the labels
 //! of enums, triggers and whether they are disabled (of others than ordinary ones a rule of the validation tells), rules,
-//! policies and row security, owners and grants. What they say in detail is compared by verification. Objects of extensions
+//! policies and row security; and, by itself because no row hangs on it, owners and grants. What they say in detail is compared by verification. Objects of extensions
 //! belong to the extension's version and are left out.
 
 use std::collections::{BTreeSet, HashSet};
@@ -158,13 +158,7 @@ pub async fn compare(
     tables: &[QualifiedName],
 ) -> Result<Option<Drift>, tokio_postgres::Error> {
     let mut wanted = definitions(&**source).await?;
-    let mut found = definitions(&**target).await?;
-    let (rights, there) = (rights(&**source).await?, rights(&**target).await?);
-    // Of what is not there, that is told already.
-    let objects: HashSet<&String> = there.iter().map(|(object, _)| object).collect();
-    let is_there = |object: &String| objects.contains(object) || object.starts_with("column ");
-    wanted.extend(rights.into_iter().filter(|(object, _)| is_there(object)).map(|(_, right)| right));
-    found.extend(there.iter().map(|(_, right)| right.clone()));
+    let found = definitions(&**target).await?;
     let published = publication::published(source, publication).await?;
     // The target lacks their rows, whatever its definitions are.
     let named: HashSet<&QualifiedName> = published.iter().collect();
@@ -174,6 +168,16 @@ pub async fn compare(
         let rows = source.query(&held, &[]).await?;
         wanted.extend(rows.iter().map(|row| format!("rows of table {}", row.get::<_, &str>(0))));
     }
+    Ok(missing(&wanted, &found))
+}
+
+/// Compares who owns what and who may use it, of what is on both servers.
+pub async fn compare_rights(source: &Control, target: &Control) -> Result<Option<Drift>, tokio_postgres::Error> {
+    let (here, there) = (rights(&**source).await?, rights(&**target).await?);
+    let objects: HashSet<&String> = there.iter().map(|(object, _)| object).collect();
+    let is_there = |object: &String| objects.contains(object) || object.starts_with("column ");
+    let wanted = here.into_iter().filter(|(object, _)| is_there(object)).map(|(_, right)| right).collect();
+    let found = there.iter().map(|(_, right)| right.clone()).collect();
     Ok(missing(&wanted, &found))
 }
 

@@ -25,7 +25,7 @@ use support::{connect, installations, wait_for};
 use world::{Load, Running, World, create, drain, reach, spec, try_drain};
 
 /// What defines something, what takes it back, and the words that name what the target lacks.
-const DEFINED_MEANWHILE: [(&str, &str, &[&str]); 9] = [
+const DEFINED_MEANWHILE: [(&str, &str, &[&str]); 7] = [
     (
         "CREATE TABLE late (id int); ALTER TABLE log ADD COLUMN later int",
         "DROP TABLE late; ALTER TABLE log DROP COLUMN later",
@@ -57,6 +57,10 @@ const DEFINED_MEANWHILE: [(&str, &str, &[&str]); 9] = [
         "ALTER TABLE orders ALTER note DROP DEFAULT, ALTER total DROP NOT NULL",
         &["default of column public.orders.note", "NOT NULL of column public.orders.total"],
     ),
+];
+
+/// Owners and grants that are given meanwhile, likewise.
+const GIVEN_MEANWHILE: [(&str, &str, &[&str]); 2] = [
     (
         "CREATE ROLE other; ALTER TABLE log OWNER TO other; GRANT UPDATE (note) ON orders TO other; GRANT CREATE ON SCHEMA public TO other",
         "ALTER TABLE log OWNER TO postgres; REVOKE UPDATE (note) ON orders FROM other; REVOKE CREATE ON SCHEMA public FROM other; DROP ROLE other",
@@ -105,6 +109,13 @@ async fn whole_run(source: &Installation, target: &Installation) {
 
     // The verdict 'decided' ends the stream. Its slot watches the server that was left, until nobody needs that any more.
     let lease = running.engine.begin_cutover("whole").await.expect("ready");
+    assert_eq!(lease.lacking_rights().await.expect("compared"), Vec::<String>::new());
+    for (give, take_back, named) in GIVEN_MEANWHILE {
+        source.batch_execute(give).await.expect("given");
+        let lacking = lease.lacking_rights().await.expect("compared").join("; ");
+        assert!(named.iter().all(|name| lacking.contains(name)), "{give}: {lacking}");
+        source.batch_execute(take_back).await.expect("taken back");
+    }
     lease.finish(Outcome::Decided).await.expect("recorded");
     let done = reach(&running, "whole", "Completed").await;
     assert_eq!(done.state, "Succeeded");

@@ -70,6 +70,9 @@ impl Lease for Instantly {
     async fn compare_definitions(&self) -> Result<(), String> {
         Ok(())
     }
+    async fn lacking_rights(&self) -> Result<Vec<String>, String> {
+        Ok(Vec::new())
+    }
     async fn synchronise(&self) -> Result<Vec<String>, String> {
         Ok(Vec::new())
     }

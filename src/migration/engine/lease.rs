@@ -64,6 +64,11 @@ impl CutoverLease {
         Box::pin(self.engine.check_drift(&self.live, self.live.state().direction())).await
     }
 
+    /// Owners and grants that the server lacks to which the cutover leads, named by database.
+    pub async fn lacking_rights(&self) -> Result<Vec<String>, EngineError> {
+        self.engine.lacking_rights(&self.live).await
+    }
+
     /// Brings over once more what no stream carries and may have changed since the copy: roles with their passwords,
     /// memberships and settings, and the settings of the databases. Returns what an operator should know.
     pub async fn synchronise(&self) -> Result<Vec<String>, EngineError> {

@@ -191,4 +191,17 @@ impl Engine {
         }
         Ok(())
     }
+
+    /// Owners and grants that the server lacks to which the cutover leads, named by database.
+    pub(super) async fn lacking_rights(&self, live: &Live) -> Result<Vec<String>, EngineError> {
+        let (from, to) = live.state().direction().ends(&self.deps.source, &self.deps.target);
+        let mut lacking = Vec::new();
+        for name in live.databases.iter().map(|database| &database.name) {
+            let (source, target) = (from.control(name, "drift").await?, to.control(name, "drift").await?);
+            let compared = drift::compare_rights(&source, &target).await;
+            let compared = compared.map_err(|source| EngineError::Drift { database: name.clone(), source })?;
+            lacking.extend(compared.map(|drift| format!("{drift} in database {name:?}")));
+        }
+        Ok(lacking)
+    }
 }

@@ -68,7 +68,7 @@ function limits() {
         h('option', { value: '' }, 'As configured'), h('option', { value: 'abort' }, 'Give up; nothing has changed'), h('option', { value: 'terminate' }, 'End their sessions'))),
     h('div', { class: 'field' },
       h('label', { for: 'force' }, h('input', { id: 'force', type: 'checkbox', 'aria-describedby': 'force-hint' }), ' Force'),
-      h('p', { class: 'hint', id: 'force-hint' }, 'Go past what can cost time or connections: a target that is far behind, much to carry in the pause, or too few connections. What guards data is never passed.')));
+      h('p', { class: 'hint', id: 'force-hint' }, 'Go past what can cost time or connections: a target that is far behind, much to carry in the pause, too few connections, or owners and grants that it lacks. What guards data is never passed.')));
 }
 
 /** An order's body: what was typed into the limits, and `more`. */
