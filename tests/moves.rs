@@ -52,19 +52,6 @@ async fn a_session_that_was_blocked_at_first_moves_whole() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_session_that_computed_the_name_of_a_setting_is_not_moved_without_a_word() {
-    let (_source, _target, mut proxy) = start().await;
-    let client = client(&proxy).await;
-    // Names that come as parameters are seen, and what ends with its transaction is no loss.
-    let set = "SELECT set_config($1, $2, false), set_config('app.' || $1, $2, true)";
-    client.query_one(set, &[&"app.seen", &"x"]).await.expect("set");
-    assert_eq!(outcomes(proxy.prepare("app").await), [MoveOutcome::Ready]);
-    assert_eq!(text(&client, "SELECT set_config('app.' || 'unseen', 'x', false)").await, "x");
-    assert_eq!(outcomes(proxy.switch("app").await), [MoveOutcome::Blocked(vec![Blocker::ComputedSetting])]);
-    proxy.stop().await;
-}
-
-#[tokio::test(flavor = "multi_thread")]
 async fn what_changes_between_preparation_and_pause_arrives_too() {
     let (source, target, mut proxy) = start().await;
     let client = client(&proxy).await;

@@ -391,15 +391,11 @@ impl Session {
         let captured = capture(&mut own.connection, &self.tracked, names, &mut for_client).await;
         self.down.buffer.append(&for_client);
         self.absorb_leftovers().map_err(|_| Unmoved::OwnLost)?;
-        let mut state = captured.map_err(|error| match error {
+        captured.map_err(|error| match error {
             HandoffError::Refused { .. } | HandoffError::TooLarge { .. } => Unmoved::Because(error.to_string()),
             // What is left of our answers there must not become the client's.
             HandoffError::Lost { .. } | HandoffError::Protocol { .. } | HandoffError::NotIdle => Unmoved::OwnLost,
-        })?;
-        if self.tracked.names_unseen() {
-            state.add_blocker(Blocker::ComputedSetting);
-        }
-        Ok(state)
+        })
     }
 
     /// After a failed COPY a ReadyForQuery may still be under way; a round trip brings it in, and to the client.

@@ -41,8 +41,6 @@ pub enum Blocker {
     },
     /// More different custom settings than are remembered for a session.
     TooManyCustomSettings,
-    /// `set_config` with a name that was computed: a custom setting of that name would be lost, since no server lists them.
-    ComputedSetting,
 }
 
 impl std::fmt::Display for Blocker {
@@ -58,7 +56,6 @@ impl std::fmt::Display for Blocker {
             Self::Role { sqlstate } => write!(f, "its role is refused by the other server ({sqlstate})"),
             Self::Listen { sqlstate } => write!(f, "LISTEN is refused by the other server ({sqlstate})"),
             Self::TooManyCustomSettings => f.write_str("it has set too many different custom settings"),
-            Self::ComputedSetting => f.write_str("has set a setting by a name that it computed, which cannot be known"),
         }
     }
 }

@@ -18,7 +18,7 @@
 //!
 //! Not seen and not moved: `currval`/`lastval`, variables of procedural languages, loaded libraries, `setseed`. A
 //! custom setting is moved when its name can be learned from a literal `SET` or `set_config` that the session sent, or
-//! from a policy or function of the database. A session that computed such a name itself is not moved.
+//! from a policy or function of the database.
 
 mod blocker;
 mod capture;

@@ -12,8 +12,6 @@
 
 use std::borrow::Cow;
 
-use super::traces::{Traces, set_config};
-
 /// How far behind `SET` or `set_config` a name is looked for, in bytes. Names that are remembered are far shorter.
 const REACH_BYTES: usize = 1024;
 
@@ -22,15 +20,8 @@ const REACH_BYTES: usize = 1024;
 pub(super) enum Finding<'a> {
     /// A name with at least one dot.
     Name(Cow<'a, str>),
-    /// `set_config` whose first argument is a parameter alone: the name comes with a Bind.
-    Parameter,
-    /// `set_config` whose first argument is computed: the name is seen nowhere.
-    Computed {
-        /// Where in the text the call stands.
-        at: usize,
-        /// Whether what is set outlives its transaction.
-        traces: Traces,
-    },
+    /// `set_config` whose first argument is not a literal: the name cannot be seen here.
+    Computed,
 }
 
 /// Calls `found` for each place where `text` sets a setting that may be a custom one.
@@ -44,13 +35,7 @@ pub(super) fn settings_set<'a>(text: &'a [u8], mut found: impl FnMut(Finding<'a>
                 if let Some(rest) = after_word(near, at + 1, b"config")
                     && let Some(argument) = after_byte(near, behind_quote(near, rest), b'(')
                 {
-                    let end = rest;
-                    name_set(
-                        near,
-                        argument,
-                        || Finding::Computed { at: start, traces: set_config(near, end) },
-                        &mut found,
-                    );
+                    name_set(near, argument, &mut found);
                 }
             }
             Some(byte) if is_space(*byte) || *byte == b'"' || *byte == b'/' => {
@@ -212,36 +197,21 @@ pub(super) fn identifier(text: &[u8], at: usize) -> Option<(Cow<'_, str>, usize)
 }
 
 /// The first argument of `set_config`, which begins at `at`.
-fn name_set<'a>(text: &'a [u8], at: usize, computed: impl Fn() -> Finding<'a>, found: &mut impl FnMut(Finding<'a>)) {
+fn name_set<'a>(text: &'a [u8], at: usize, found: &mut impl FnMut(Finding<'a>)) {
     // `set_config` may be written without any argument inside a comment or a name.
-    let Some((name, end)) = literal(text, at) else {
-        let is_parameter = parameter(text, at).is_some_and(|end| text.get(behind_cast(text, end)) == Some(&b','));
-        return found(if is_parameter { Finding::Parameter } else { computed() });
-    };
-    if text.get(behind_cast(text, end)) != Some(&b',') || name.contains('\\') {
+    let Some((name, end)) = literal(text, at) else { return found(Finding::Computed) };
+    let mut end = skip_space(text, end);
+    if text[end..].starts_with(b"::") {
+        let start = skip_space(text, end + 2);
+        end = identifier(text, start).map_or(start, |(_, end)| skip_space(text, end));
+    }
+    if text.get(end) != Some(&b',') || name.contains('\\') {
         // The literal is only a part of the name, or written otherwise than the name is.
-        found(computed());
+        found(Finding::Computed);
     }
     if name.contains('.') {
         found(Finding::Name(name));
     }
-}
-
-/// Where the parameter at `at` ends: `$1`.
-fn parameter(text: &[u8], at: usize) -> Option<usize> {
-    let start = skip_space(text, at);
-    let digits = text.get(start..)?.strip_prefix(b"$")?.iter().take_while(|byte| byte.is_ascii_digit()).count();
-    (digits > 0).then_some(start + 1 + digits)
-}
-
-/// Behind white space and a cast, if there is one (`::text`).
-fn behind_cast(text: &[u8], at: usize) -> usize {
-    let at = skip_space(text, at);
-    if !text[at..].starts_with(b"::") {
-        return at;
-    }
-    let start = skip_space(text, at + 2);
-    identifier(text, start).map_or(start, |(_, end)| skip_space(text, end))
 }
 
 /// Behind the closing quote of a function's name, where it has one.
@@ -352,9 +322,7 @@ mod tests {
         let mut names = Vec::new();
         settings_set(text.as_bytes(), |finding| match finding {
             Finding::Name(name) => names.push(name.into_owned()),
-            Finding::Parameter => names.push("$".to_owned()),
-            Finding::Computed { traces, .. } if traces.outlive() => names.push("?".to_owned()),
-            Finding::Computed { .. } => names.push("? local".to_owned()),
+            Finding::Computed => names.push("?".to_owned()),
         });
         names
     }
@@ -375,11 +343,7 @@ mod tests {
             ("select set_config('app.tenant', $1, false)", vec!["app.tenant"]),
             ("select pg_catalog.set_config( 'a.b' , 'c', true)", vec!["a.b"]),
             ("select set_config(E'a.b', 'c', true)", vec!["a.b"]),
-            ("select set_config($1, $2, false)", vec!["$"]),
-            ("select set_config( $12::text , $2, false)", vec!["$"]),
-            ("select set_config($1 || $2, $3, false)", vec!["?"]),
-            ("select set_config('app.' || key, value, true) from t", vec!["? local", "app."]),
-            ("select set_config(key, value, $1) from t", vec!["?"]),
+            ("select set_config($1, $2, false)", vec!["?"]),
             ("select set_config('app.' || $1, $2, false)", vec!["?", "app."]),
             ("select set_config('app'||'.x', $2, false)", vec!["?"]),
             ("select set_config('app'\n'.x', $2, false)", vec!["?"]),
@@ -387,7 +351,7 @@ mod tests {
             ("select set_config('a.b'::text, $1, false)", vec!["a.b"]),
             ("select set_config('a.b' /* why */, $1, false)", vec!["a.b"]),
             ("select pg_catalog.\"set_config\"('a.b', $1, false)", vec!["a.b"]),
-            ("select \"set_config\" ($1, $2, false)", vec!["$"]),
+            ("select \"set_config\" ($1, $2, false)", vec!["?"]),
             ("SET app.größe = 1", vec!["app.größe"]),
         ] {
             assert_eq!(names(text), expected, "{text}");

@@ -115,11 +115,6 @@ impl SessionState {
         &self.blockers
     }
 
-    /// Adds a reason why it cannot be moved that its backend cannot tell.
-    pub fn add_blocker(&mut self, blocker: Blocker) {
-        self.blockers.push(blocker);
-    }
-
     /// How many named prepared statements it has.
     pub fn statements(&self) -> usize {
         self.statements.len()

@@ -164,9 +164,8 @@ fn starts(word: &[u8], prefix: &[u8]) -> bool {
     word.len() >= prefix.len() && is(&word[..prefix.len()], prefix)
 }
 
-/// What a call of `set_config` leaves whose name ends at `end`: `set_config(name, value, true)` ends with the
-/// transaction; `$3` or an expression may be anything.
-pub(super) fn set_config(text: &[u8], end: usize) -> Traces {
+/// `set_config(name, value, true)` ends with the transaction; `$3` or an expression may be anything.
+fn set_config(text: &[u8], end: usize) -> Traces {
     let mut at = skip_space(text, end);
     // Behind the closing quote of "set_config".
     if text.get(at) == Some(&b'"') {
@@ -218,38 +217,6 @@ pub(super) fn set_config(text: &[u8], end: usize) -> Traces {
         at += 1;
     }
     Traces::SESSION
-}
-
-/// Whether a text begins with DO, which executes what stands in a literal.
-pub(super) fn runs_literal(text: &[u8]) -> bool {
-    is(next_word(text, 0), b"do")
-}
-
-/// Where in a text what is executed stands, apart from literals, quoted names and comments. To be asked for one position
-/// after the other.
-#[derive(Debug, Default)]
-pub(super) struct Code {
-    at: usize,
-}
-
-impl Code {
-    /// Whether `position`, which is behind the one asked for before, is executed.
-    pub(super) fn reaches(&mut self, text: &[u8], position: usize) -> bool {
-        while self.at < position {
-            self.at = match text[self.at] {
-                b'\'' => {
-                    let at = self.at;
-                    let escapes = at > 0 && text[at - 1] | 0x20 == b'e' && (at < 2 || !is_name_byte(text[at - 2]));
-                    end_of_literal(text, at + 1, escapes).0
-                }
-                b'"' => end_of_name(text, self.at + 1).unwrap_or(text.len()),
-                b'$' => end_of_dollars(text, self.at),
-                b'-' | b'/' => skip_space(text, self.at).max(self.at + 1),
-                _ => self.at + 1,
-            };
-        }
-        self.at == position
-    }
 }
 
 /// Where the literal whose text begins at `at` ends, and whether there is a backslash in it.

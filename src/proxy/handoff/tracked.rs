@@ -10,7 +10,7 @@
 //! running the wrong one would be worse than answering that there is none.
 
 use super::scan::{self, Finding};
-use super::traces::{Code, call_traces, runs_literal};
+use super::traces::call_traces;
 
 /// Custom setting names remembered for one session. Real applications use a handful.
 const NAMES_LIMIT: usize = 256;
@@ -28,7 +28,6 @@ pub struct Tracked {
     names: Vec<Box<str>>,
     overflowed: bool,
     computed: bool,
-    unseen: bool,
     incomplete: bool,
     /// Body of the last unnamed Parse; meaningful as `unnamed` says. Kept for its capacity.
     buffer: Vec<u8>,
@@ -174,12 +173,6 @@ impl Tracked {
         self.computed || self.incomplete
     }
 
-    /// Whether some text has set, for longer than its transaction, a setting whose name it computed: it may be a custom one,
-    /// and nobody knows which. Sticks: that it was reset could not be seen either.
-    pub fn names_unseen(&self) -> bool {
-        self.unseen
-    }
-
     /// The unnamed statement. Meaningful after [`Tracked::at_safe_point`].
     pub fn unnamed(&self) -> UnnamedStatement<'_> {
         match self.unnamed {
@@ -205,18 +198,12 @@ impl Tracked {
 
     fn scan(&mut self, text: &[u8], length: usize) {
         self.incomplete |= text.len() < length;
-        let (mut computed, mut unseen, mut code) = (false, self.unseen, Code::default());
+        let mut computed = false;
         scan::settings_set(text, |finding| match finding {
-            Finding::Parameter => computed = true,
-            Finding::Computed { at, traces } => {
-                computed = true;
-                // What is written down in a function's body is not executed, but what is in that of DO.
-                unseen = unseen || traces.outlive() && (runs_literal(text) || code.reaches(text, at));
-            }
+            Finding::Computed => computed = true,
             Finding::Name(name) => self.learn(&name),
         });
         self.computed |= computed;
-        self.unseen |= unseen;
     }
 
     /// Learns every parameter that reads like the name of a custom setting. One that is none costs a question later.
@@ -347,28 +334,6 @@ mod tests {
         send(&mut tracked, b'B', &bind(&[b"TimeZone", b"1.5"]));
         send(&mut tracked, b'B', &[0, 0, 0, 9, 0]);
         assert_eq!(tracked.names().collect::<Vec<_>>(), ["app.tenant"]);
-    }
-
-    #[test]
-    fn a_name_that_nobody_can_see_is_noticed_where_it_is_computed_for_good() {
-        for (text, unseen) in [
-            ("SELECT set_config('app.' || 'x', 'y', false)", true),
-            ("SELECT 'set_config(', set_config(key, value, false) FROM t", true),
-            ("SELECT set_config(key, value, true), set_config(key, value, false) FROM t", true),
-            ("DO $$ BEGIN PERFORM set_config('app.' || 'x', 'y', false); END $$", true),
-            ("SELECT set_config('app.' || 'x', 'y', true)", false),
-            ("SELECT set_config('app.x', 'y', false)", false),
-            ("SELECT set_config($1, $2, false)", false),
-            ("SELECT 'set_config(a || b, c, false)', \"set_config(\" FROM t -- set_config(a, b, false)", false),
-            (
-                "CREATE FUNCTION f(a text) RETURNS void LANGUAGE sql AS $$ SELECT set_config('app.' || a, 'x', false) $$",
-                false,
-            ),
-        ] {
-            let mut tracked = Tracked::new();
-            send(&mut tracked, b'P', format!("\0{text}\0\0\0").as_bytes());
-            assert_eq!(tracked.names_unseen(), unseen, "{text}");
-        }
     }
 
     #[test]
