@@ -11,8 +11,9 @@ Peers: direct, haproxy, pgbouncer, pgbouncer-tx, pgcutover, pgcutover-tx (-tx: t
 --other adds a second build of the program, as peer "other", to compare two builds in one run.
 
 Printed are medians over the rounds, and in brackets ratios to pgbouncer (for peers in transaction mode: to pgbouncer-tx): the
-median of each round's own ratio, because machines grow slower and faster from minute to minute. CPU is the proxy process's own user and system time, which is the most robust of the figures on a noisy machine; p99 is the median
-of the rounds' 99th percentiles. Memory is the growth of the proxy's private memory.
+median of each round's own ratio, because machines grow slower and faster from minute to minute. CPU is the proxy process's own
+user and system time, which is the most robust of the figures on a noisy machine; p99 is the median of the rounds' 99th
+percentiles. Memory is the growth of the proxy's private memory.
 
 Needs PostgreSQL's programs, and whichever of haproxy and pgbouncer are to be compared. Everything runs on loopback in a
 temporary directory and is stopped at the end. Start it on a machine that does nothing else.
