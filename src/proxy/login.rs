@@ -128,7 +128,12 @@ pub(super) async fn log_in(worker: &Rc<Worker>, accepted: Accepted) -> Option<Se
     let registration = shared.sessions.register(peer.shown());
     let proof = Proof::default();
     let mut login = LoginInProgress { worker, access, channel, peer, startup, proof, registration, slot, deadline };
-    match login.until_ready().await {
+    let ready = tokio::select! {
+        ready = login.until_ready() => ready,
+        // Who never ends its login must not keep us until client_login_timeout.
+        () = shared.tasks.stopping() => Err(Refused::With(ClientError::Terminated)),
+    };
+    match ready {
         Ok(Done::Session(parts)) => {
             Some(Served::Alone(Box::new(Session::start(worker.clone(), login.finish(), *parts))))
         }

@@ -114,7 +114,9 @@ async fn the_first_rule_that_fits_decides_and_a_reload_changes_the_rules() {
     assert!(error.contains("[auth] hba_file: cannot read "), "{error}");
     assert_eq!(attempt(&rig, "Bob B", "right").await, "in");
     drop(stays);
+    // The console's client has not answered yet, and is not waited for.
     rig.stop().await;
+    assert_eq!(console.next().await.expect("an error").code(), "57P01");
 }
 
 #[tokio::test(flavor = "multi_thread")]
