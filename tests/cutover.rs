@@ -321,14 +321,7 @@ async fn a_late_decision_loses_against_the_abort_of_another_coordinator() {
     // The other one sees a live coordinator and waits; then somebody aborts all the same.
     let other = stage.life("").resolved().await;
     assert!(matches!(other.route(), Route::Unknown { .. }), "{:?}", other.route());
-    let target = connect(&stage.target, "postgres").await;
-    target
-        .batch_execute(
-            "INSERT INTO pgcutover.decision SELECT 1, 'aborted', 'move', '{shop}', system_identifier::text, 1
-             FROM pg_control_system()",
-        )
-        .await
-        .expect("the first decision");
+    stage.somebody_writes("aborted").await;
     slow.failpoints.release("decide.before_decision");
     let report = running.await.expect("no panic");
     assert_eq!(report.outcome, CutoverOutcome::Aborted, "{report:?}");

@@ -11,8 +11,8 @@
 //! Compared is what a session would miss, or be kept from without it: names, columns with their types, NOT NULL, whether a
 //! column has a default or is generated, partitions and children, indexes, constraints, functions, types with the labels
 //! of enums, triggers and whether they are disabled (of others than ordinary ones a rule of the validation tells), rules,
-//! policies and row security; and, by itself because no row hangs on it, owners and grants. What they say in detail is compared by verification. Objects of extensions
-//! belong to the extension's version and are left out.
+//! policies and row security; and, by itself because no row hangs on it, owners and grants. What they say in detail is
+//! compared by verification. Objects of extensions belong to the extension's version and are left out.
 
 use std::collections::{BTreeSet, HashSet};
 

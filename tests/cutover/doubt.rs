@@ -17,14 +17,7 @@ async fn an_abort_that_finds_a_decision_leaves_nobody_waiting() {
     let stage = Stage::set().await;
     let life = stage.life("decide.before_boundary=hold").resolved().await;
     let running = life.cut_over_up_to("decide.before_boundary", life.options()).await;
-    let target = connect(&stage.target, "postgres").await;
-    target
-        .batch_execute(
-            "INSERT INTO pgcutover.decision SELECT 1, 'decided', 'move', '{shop}', system_identifier::text, 1
-             FROM pg_control_system()",
-        )
-        .await
-        .expect("the first decision");
+    stage.somebody_writes("decided").await;
     assert!(life.coordinator.cancel(NAME));
     let report = running.await.expect("no panic");
     assert!(report.reason.contains("a person must look at both servers"), "{report:?}");

@@ -125,6 +125,15 @@ pub struct Stage {
 }
 
 impl Stage {
+    /// The verdict of the first cutover, in the target's rows, by a hand that is none of its coordinator's.
+    pub async fn somebody_writes(&self, outcome: &str) {
+        let verdict = format!(
+            "INSERT INTO pgcutover.decision SELECT 1, '{outcome}', 'move', '{{shop}}', system_identifier::text, 1
+             FROM pg_control_system()"
+        );
+        connect(&self.target, "postgres").await.batch_execute(&verdict).await.expect("the first decision");
+    }
+
     pub async fn set() -> Self {
         let (source, target) = two_clusters();
         let stage = Self { source, target, connect_timeout: PATIENCE };
