@@ -7,6 +7,7 @@ use pgcutover::cutover::steps::{ALL_FAILPOINTS, ROLLBACK_FAILPOINTS};
 use pgcutover::demo::cluster::Stop;
 use pgcutover::demo::compare;
 use pgcutover::demo::shop::SHOP;
+use support::daemon::DaemonOptions;
 use support::world::{COMPLETED, NAME, READY, World};
 use support::{connect, shop, try_connect, wait_for};
 
@@ -197,4 +198,59 @@ async fn a_source_that_restarts_as_it_is_left_can_be_gone_back_to() {
     let report = world.daemon.json(&["migration", "rollback", NAME]);
     assert_eq!(report["outcome"], "switched", "{report}");
     assert_eq!(world.serving_port().await, world.source.port());
+}
+
+/// What is opened beforehand on the server that is left is for the stream back. The one that still runs the other way leaves it
+/// alone when it has to begin again.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_stream_that_begins_again_while_the_way_back_is_made_goes_where_it_went() {
+    let slow = |options: DaemonOptions| options.failpoints("prepare.after_return=sleep:5000ms");
+    let world = World::begin_with(0.01, slow).await;
+    world.migrate().await;
+    let streams = || world.daemon.log().matches("migration::stream: streaming").count();
+    let before = streams();
+    let mut order = world.daemon.begin(&["migration", "cutover", NAME]);
+    wait_for("the way back", || async { world.daemon.log().contains("failpoint=\"prepare.after_return\"") }).await;
+    end_apply(&world).await;
+    // It finds out with the next row.
+    let row = "UPDATE shop.customer SET email = email";
+    connect(&world.source, SHOP).await.batch_execute(row).await.expect("written");
+    wait_for("the stream", || async { streams() > before }).await;
+    assert!(order.wait().expect("it ends").success(), "{}", world.daemon.log());
+    world.wait_until(COMPLETED).await;
+    // The source is shut.
+    assert_eq!(world.daemon.json(&["migration", "rollback", NAME])["outcome"], "switched");
+    let source = connect(&world.source, SHOP).await;
+    let progress = "SELECT migration FROM pgcutover.progress ORDER BY migration";
+    let rows = source.query(progress, &[]).await.expect("readable");
+    let applied: Vec<String> = rows.iter().map(|row| row.get(0)).collect();
+    assert_eq!(applied, [format!("{NAME}/1")], "only the stream back has been applied to the source");
+}
+
+/// Behind the fence a stream cannot begin again, so nobody waits for it, not even until max_pause.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_stream_that_is_lost_in_the_pause_ends_the_cutover() {
+    let slow = |options: DaemonOptions| {
+        options.section("cutover", "max_pause = \"1h\"").failpoints("drain.after_sessions=sleep:1000ms")
+    };
+    let world = World::begin_with(0.01, slow).await;
+    world.migrate().await;
+    let mut order = world.daemon.begin(&["migration", "cutover", NAME]);
+    wait_for("the pause", || async { world.daemon.log().contains("failpoint=\"drain.after_sessions\"") }).await;
+    end_apply(&world).await;
+    assert!(!order.wait().expect("it ends").success(), "it went through");
+    assert!(
+        world.daemon.log().contains("it was interrupted, and a pause does not wait for it"),
+        "{}",
+        world.daemon.log()
+    );
+    world.wait_until(READY).await;
+    assert_eq!(world.daemon.json(&["migration", "cutover", NAME])["outcome"], "switched");
+}
+
+/// Ends the session that applies, on the target.
+async fn end_apply(world: &World) {
+    let target = connect(&world.target, SHOP).await;
+    let ended = "SELECT count(pg_terminate_backend(pid)) FROM pg_stat_activity WHERE application_name LIKE '%/apply'";
+    assert_eq!(target.query_one(ended, &[]).await.expect("ended").get::<_, i64>(0), 1);
 }

@@ -23,6 +23,7 @@ pub mod made;
 pub mod materialized;
 pub mod preflight;
 pub mod publication;
+pub mod reserve;
 pub mod roles;
 pub mod schema;
 pub mod sequences;

@@ -21,7 +21,7 @@ pub mod history;
 mod reading;
 
 use std::collections::HashMap;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::Arc;
 
 use tokio::sync::{mpsc, watch};
 
@@ -32,6 +32,7 @@ use super::apply::executor::{ExecuteError, Executor};
 use super::apply::plan::Planner;
 use super::backoff::Backoff;
 use super::gate::Gate;
+use super::reserve::Reserve;
 use super::snapshot::HandOver;
 use crate::catalog::door::{Door, DoorError};
 use crate::catalog::migrations::{CatalogError, Generation};
@@ -76,8 +77,9 @@ pub struct StreamContext {
     pub hand_overs: HashMap<QualifiedName, HandOver>,
     /// For a stream that begins at a cutover: its number, at whose boundary the stream begins.
     pub boundary: Option<Epoch>,
-    /// Sessions for the first attempt, opened before a fence shut the database that is applied to.
-    pub reserve: Arc<Reserve>,
+    /// Sessions for the first attempt of a stream that begins at a cutover, opened before the fence shut the database that
+    /// is applied to.
+    pub reserve: Arc<Reserve<ApplySessions>>,
     /// How to get into that database later.
     pub door: Option<Door>,
     /// Bound on what has been read and not yet been sent to the target, in bytes.
@@ -88,31 +90,14 @@ pub struct StreamContext {
     pub failpoints: Failpoints,
 }
 
-/// Sessions in the database that is applied to, opened before it was shut. Used once.
-#[derive(Debug, Default)]
-pub struct Reserve(Mutex<Option<(Control, RawConnection)>>);
+/// A session for questions, and the one that applies.
+pub type ApplySessions = (Control, RawConnection);
 
-impl Reserve {
-    /// Opens them.
-    pub async fn fill(&self, server: &Connector, database: &str) -> Result<(), ConnectError> {
-        let control = server.control(database, "apply-control").await?;
-        let connection = Box::pin(server.raw(&server.own_login(database, "apply"))).await?;
-        *self.lock() = Some((control, connection));
-        Ok(())
-    }
-
-    /// Closes them.
-    pub fn empty(&self) {
-        self.lock().take();
-    }
-
-    fn take(&self) -> Option<(Control, RawConnection)> {
-        self.lock().take().filter(|(control, _)| !control.is_closed())
-    }
-
-    fn lock(&self) -> std::sync::MutexGuard<'_, Option<(Control, RawConnection)>> {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner)
-    }
+/// Opens them.
+pub async fn open_apply_sessions(target: &Connector, database: &str) -> Result<ApplySessions, ConnectError> {
+    let control = target.control(database, "apply-control").await?;
+    let connection = Box::pin(target.raw(&target.own_login(database, "apply"))).await?;
+    Ok((control, connection))
 }
 
 /// What a stream tells about itself.
@@ -383,13 +368,9 @@ enum Never {}
 
 /// One connection's life.
 async fn attempt(context: &StreamContext, status: &StreamStatus) -> Result<Never, StreamError> {
-    let login = context.target.own_login(&context.database, "apply");
-    let connect = async {
-        let target = context.target.control(&context.database, "apply-control").await?;
-        let connection = Box::pin(context.target.raw(&login)).await?;
-        Ok::<_, StreamError>((target, connection))
-    };
-    let (target, connection) = match (context.reserve.take(), &context.door) {
+    let connect = async { Ok::<_, StreamError>(open_apply_sessions(&context.target, &context.database).await?) };
+    let kept = context.boundary.and_then(|epoch| context.reserve.take(epoch));
+    let (target, connection) = match (kept.filter(|(control, _)| !control.is_closed()), &context.door) {
         (Some(open), _) => open,
         (None, Some(door)) => Box::pin(door.through(connect)).await?,
         (None, None) => connect.await?,

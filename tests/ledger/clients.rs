@@ -16,6 +16,9 @@ use crate::support::{try_connect, wait_for};
 /// Clients at work.
 const CLIENTS: i64 = 8;
 
+/// They wait up to so many milliseconds between two operations, so that several stages can share a machine.
+const THINK_MS: u64 = 60;
+
 /// Accounts, and what each begins with. Their sum never changes.
 const ACCOUNTS: i64 = 20;
 const BALANCE: i64 = 1000;
@@ -154,7 +157,7 @@ impl Worker {
             } else {
                 self.memory.errors += 1;
             }
-            tokio::time::sleep(Duration::from_millis(self.dice.random_range(0..10))).await;
+            tokio::time::sleep(Duration::from_millis(self.dice.random_range(0..THINK_MS))).await;
         }
         self.memory
     }

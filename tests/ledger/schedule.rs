@@ -1,5 +1,6 @@
 //! What happens to the ledger: orders, and what goes wrong while they are carried out. Everything follows from a seed.
 
+use std::process::Child;
 use std::time::Duration;
 
 use pgcutover::cutover::steps::ALL_FAILPOINTS;
@@ -17,27 +18,49 @@ use crate::support::{connect, try_connect, two_clusters, wait_for};
 /// Steps of one schedule.
 const STEPS: usize = 3;
 
+/// About as long as an order takes here.
+const LATEST_MS: u64 = 2500;
+
+/// Every step is lengthened by so much, in milliseconds, so that what goes wrong at one has come before it is over.
+const STEP_MS: u64 = 15;
+
 /// What goes wrong while an order is carried out.
 #[derive(Clone, Debug, PartialEq)]
 pub enum Fault {
     /// Nothing.
     None,
-    /// The daemon is killed so many milliseconds after the order, and started again.
-    Kill(u64),
-    /// The daemon is stopped for a while after so many milliseconds.
-    StopDaemon(u64),
-    /// The source is, with all its processes.
-    StopSource(u64),
-    /// The target is.
-    StopTarget(u64),
-    /// Every connection between the daemon and the target is cut.
-    CutTarget(u64),
-    /// Nothing passes between the daemon and the target for a while.
-    StallTarget(u64),
+    /// Something happens to a process or a link.
+    Befalls(Mishap, Moment),
     /// The daemon runs with a step that fails.
     Fail(&'static str),
     /// The daemon dies at a step.
     DieAt(&'static str),
+}
+
+/// What happens to processes and links.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub enum Mishap {
+    /// The daemon is killed, and started again.
+    Kill,
+    /// The daemon is stopped for a while.
+    StopDaemon,
+    /// The source is, with all its processes.
+    StopSource,
+    /// The target is.
+    StopTarget,
+    /// Every connection between the daemon and the target is cut.
+    CutTarget,
+    /// Nothing passes between the daemon and the target for a while.
+    StallTarget,
+}
+
+/// When it happens.
+#[derive(Clone, Debug, PartialEq)]
+pub enum Moment {
+    /// So many milliseconds after the order: mostly while the cutover is being prepared.
+    Later(u64),
+    /// When a step has been reached, or the order has ended without it.
+    At(&'static str),
 }
 
 /// One order with its fault.
@@ -58,16 +81,19 @@ impl Schedule {
     pub fn of(seed: u64) -> Self {
         let mut dice = StdRng::seed_from_u64(seed);
         let steps = (0..STEPS).map(|_| {
-            let after = dice.random_range(0..400);
             let failpoint = ALL_FAILPOINTS[dice.random_range(0..ALL_FAILPOINTS.len())];
+            let moment = match dice.random_range(0..3) {
+                0 => Moment::Later(dice.random_range(0..LATEST_MS)),
+                _ => Moment::At(failpoint),
+            };
             let fault = match dice.random_range(0..12) {
                 0 | 1 => Fault::None,
-                2 | 3 => Fault::Kill(after),
-                4 => Fault::StopDaemon(after),
-                5 => Fault::StopSource(after),
-                6 => Fault::StopTarget(after),
-                7 => Fault::CutTarget(after),
-                8 => Fault::StallTarget(after),
+                2 | 3 => Fault::Befalls(Mishap::Kill, moment),
+                4 => Fault::Befalls(Mishap::StopDaemon, moment),
+                5 => Fault::Befalls(Mishap::StopSource, moment),
+                6 => Fault::Befalls(Mishap::StopTarget, moment),
+                7 => Fault::Befalls(Mishap::CutTarget, moment),
+                8 => Fault::Befalls(Mishap::StallTarget, moment),
                 9 => Fault::Fail(failpoint),
                 _ => Fault::DieAt(failpoint),
             };
@@ -79,10 +105,10 @@ impl Schedule {
     /// Whether a client may have noticed: its proxy died, or its connection did. Nothing else may be felt.
     pub fn may_be_felt(&self) -> bool {
         self.steps.iter().any(|step| match step.fault {
-            Fault::None | Fault::StopDaemon(_) | Fault::StopSource(_) => false,
-            Fault::StopTarget(_) | Fault::StallTarget(_) => false,
+            Fault::None => false,
+            Fault::Befalls(mishap, _) => matches!(mishap, Mishap::Kill | Mishap::CutTarget),
             // Failing steps are switched on by starting the daemon again.
-            Fault::Kill(_) | Fault::CutTarget(_) | Fault::Fail(_) | Fault::DieAt(_) => true,
+            Fault::Fail(_) | Fault::DieAt(_) => true,
         })
     }
 }
@@ -95,7 +121,10 @@ pub struct Stage {
 }
 
 impl Stage {
+    /// With these failpoints besides the lengthened steps.
     pub async fn set(failpoints: &str) -> Self {
+        let lengthened = ALL_FAILPOINTS.iter().map(|name| format!("{name}=sleep:{STEP_MS}ms;"));
+        let failpoints = &(lengthened.collect::<String>() + failpoints);
         let (source, target) = two_clusters();
         let admin = connect(&source, "postgres").await;
         admin.batch_execute(&format!("CREATE DATABASE {LEDGER}")).await.expect("a new database");
@@ -127,14 +156,21 @@ impl Stage {
         if let Fault::Fail(name) | Fault::DieAt(name) = step.fault {
             let action = if matches!(step.fault, Fault::Fail(_)) { "error" } else { "abort" };
             let needs_abort = if name.starts_with("abort.") { "decide.before_decision=error;" } else { "" };
-            self.world.daemon.set_failpoints(&format!("{needs_abort}{name}={action}"));
+            self.world.daemon.set_failpoints(&format!("{};{needs_abort}{name}={action}", self.failpoints));
             self.world.daemon.restart();
             self.world.wait_until(&state).await;
         }
         let arguments: &[&str] =
             if step.dry_run { &["migration", order, NAME, "--dry-run"] } else { &["migration", order, NAME] };
+        let logged = self.world.daemon.log_bytes();
         let mut ordered = self.world.daemon.begin(arguments);
-        self.go_wrong(&step.fault).await;
+        if let Fault::Befalls(mishap, moment) = &step.fault {
+            match moment {
+                Moment::Later(milliseconds) => pause(*milliseconds).await,
+                Moment::At(name) => self.wait_reached(name, logged, &mut ordered).await,
+            }
+            self.go_wrong(*mishap).await;
+        }
         wait_for("the order to end", || {
             let ended = ordered.try_wait().expect("a child process").is_some();
             async move { ended }
@@ -146,37 +182,38 @@ impl Stage {
         }
     }
 
-    async fn go_wrong(&mut self, fault: &Fault) {
-        let pause = |milliseconds| tokio::time::sleep(Duration::from_millis(milliseconds));
-        let a_while = 700;
-        match fault {
-            Fault::None | Fault::Fail(_) | Fault::DieAt(_) => {}
-            Fault::Kill(after) => {
-                pause(*after).await;
-                self.world.daemon.restart();
+    /// Until this step is reached, behind so much of the log, or the order has ended without.
+    async fn wait_reached(&self, name: &str, logged: u64, ordered: &mut Child) {
+        let words = format!("failpoint={name:?}");
+        loop {
+            let has_ended = ordered.try_wait().expect("a child process").is_some();
+            if has_ended || self.world.daemon.log_since(logged).contains(&words) {
+                return;
             }
-            Fault::StopDaemon(after) => {
-                pause(*after).await;
-                let pid = self.world.daemon.pid().expect("it runs");
+            pause(2).await;
+        }
+    }
+
+    async fn go_wrong(&mut self, mishap: Mishap) {
+        let a_while = 700;
+        match mishap {
+            Mishap::Kill => self.world.daemon.restart(),
+            Mishap::StopDaemon => {
+                // It may have ended by a failing step of before, and be about to be found so.
+                let Some(pid) = self.world.daemon.pid() else { return };
                 signal(&[pid], "STOP");
                 pause(a_while).await;
                 signal(&[pid], "CONT");
             }
-            Fault::StopSource(after) | Fault::StopTarget(after) => {
-                pause(*after).await;
-                let cluster =
-                    if matches!(fault, Fault::StopSource(_)) { &self.world.source } else { &self.world.target };
+            Mishap::StopSource | Mishap::StopTarget => {
+                let cluster = if mishap == Mishap::StopSource { &self.world.source } else { &self.world.target };
                 let processes = family(cluster);
                 signal(&processes, "STOP");
                 pause(a_while).await;
                 signal(&processes, "CONT");
             }
-            Fault::CutTarget(after) => {
-                pause(*after).await;
-                self.link.cut_all();
-            }
-            Fault::StallTarget(after) => {
-                pause(*after).await;
+            Mishap::CutTarget => self.link.cut_all(),
+            Mishap::StallTarget => {
                 self.link.stall(true);
                 pause(a_while).await;
                 self.link.stall(false);
@@ -196,6 +233,8 @@ impl Stage {
         })
         .await;
         wait_for("the migration to be at rest", || async {
+            // Looking takes a process each time.
+            pause(100).await;
             let view = self.world.view();
             let word = |key: &str| view[key].as_str().unwrap_or("?").to_owned();
             let state = format!("{}/{}", word("state"), word("substate"));
@@ -239,6 +278,10 @@ impl Stage {
             .expect("a superuser may");
         found
     }
+}
+
+async fn pause(milliseconds: u64) {
+    tokio::time::sleep(Duration::from_millis(milliseconds)).await;
 }
 
 /// The postmaster and every process that it has started.

@@ -1,6 +1,7 @@
 //! The daemon as a user runs it: `pgcutover run -c FILE`, a process that can be killed and started again.
 
 use std::fs;
+use std::io::{Read as _, Seek as _, SeekFrom};
 use std::net::{Ipv4Addr, SocketAddr, TcpStream};
 use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
@@ -91,6 +92,21 @@ impl Daemon {
     /// Everything the daemon has logged, over all its lives.
     pub fn log(&self) -> String {
         fs::read_to_string(self.log_path()).unwrap_or_default()
+    }
+
+    /// How much that is, in bytes.
+    pub fn log_bytes(&self) -> u64 {
+        fs::metadata(self.log_path()).map_or(0, |found| found.len())
+    }
+
+    /// What it has logged behind so many bytes.
+    pub fn log_since(&self, bytes: u64) -> String {
+        let mut text = Vec::new();
+        let read = fs::File::open(self.log_path()).and_then(|mut log| {
+            log.seek(SeekFrom::Start(bytes))?;
+            log.read_to_end(&mut text)
+        });
+        read.map_or_else(|_| String::new(), |_| String::from_utf8_lossy(&text).into_owned())
     }
 
     /// Changes what the next start does.

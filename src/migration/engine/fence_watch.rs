@@ -205,7 +205,7 @@ impl FenceWatch<'_> {
         let control = left.control(control_database, "fence-watch").await.map_err(WorkError::from)?;
         let position = self.position(watch, in_use).await?;
         release(&control, &watch.slot).await?;
-        let replication = match self.live.fenced.take() {
+        let replication = match self.live.fenced.reserve.take(watch.epoch) {
             Some(open) => open,
             None => {
                 let connect =

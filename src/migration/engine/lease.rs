@@ -136,6 +136,7 @@ impl DatabaseHandle {
     pub async fn wait_marker(&self, nonce: &str) -> Result<(), StreamBroken> {
         let mut applied = self.live.stream.applied.subscribe();
         let mut broken = self.live.broken.subscribe();
+        let mut trouble = self.live.stream.trouble.subscribe();
         let failed = |reason: String| StreamBroken { database: self.live.name.clone(), reason };
         // Waiting for values loses nothing when dropped.
         tokio::select! {
@@ -145,6 +146,11 @@ impl DatabaseHandle {
             reason = broken.wait_for(Option::is_some) => {
                 let reason = reason.ok().and_then(|reason| reason.clone());
                 Err(failed(reason.unwrap_or_else(|| "it was taken down".to_owned())))
+            }
+            // It cannot begin again while the server that it reads is shut, and clients wait.
+            trouble = trouble.wait_for(Option::is_some) => {
+                let why = trouble.ok().and_then(|trouble| trouble.clone()).map(|trouble| trouble.last_error);
+                Err(failed(format!("it was interrupted, and a pause does not wait for it: {}", why.unwrap_or_default())))
             }
         }
     }

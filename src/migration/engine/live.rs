@@ -17,8 +17,9 @@ use crate::ident::QualifiedName;
 use crate::lsn::Lsn;
 use crate::migration::apply::applier::Applied;
 use crate::migration::lag::{Lag, LagMeter};
+use crate::migration::reserve::Reserve;
 use crate::migration::state::State;
-use crate::migration::stream::{Reserve, StreamStatus};
+use crate::migration::stream::{ApplySessions, StreamStatus};
 use crate::migration::view::{
     CancelReport, DatabaseView, FenceWatchView, FencedWriteView, FullLoadView, MigrationSpec, MigrationView, Problem,
     TableView, VerificationView, VerifyReport,
@@ -59,7 +60,7 @@ pub(super) struct DatabaseLive {
     pub(super) name: String,
     pub(super) stream: StreamStatus,
     /// Opened by a cutover before it shuts the database that the next stream applies to.
-    pub(super) reserve: Arc<Reserve>,
+    pub(super) reserve: Arc<Reserve<ApplySessions>>,
     /// Of all who come through a fence's door into this database.
     pub(super) turns: Turns,
     /// The watch over the server that was left.
@@ -73,7 +74,7 @@ pub(super) struct DatabaseLive {
 #[derive(Debug, Default)]
 pub(super) struct FencedLive {
     /// Opened by a cutover before it shuts the database that is watched afterwards.
-    reserve: Mutex<Option<ReplicationConnection>>,
+    pub(super) reserve: Reserve<ReplicationConnection>,
     /// What is watched now.
     pub(super) watch: watch::Sender<Option<Watch>>,
     /// What was found, ever.
@@ -83,16 +84,6 @@ pub(super) struct FencedLive {
 }
 
 impl FencedLive {
-    /// Keeps a session for the first attempt, or ends the one that is kept.
-    pub(super) fn keep(&self, session: Option<ReplicationConnection>) {
-        *self.reserve.lock().unwrap_or_else(PoisonError::into_inner) = session;
-    }
-
-    /// The session that was kept.
-    pub(super) fn take(&self) -> Option<ReplicationConnection> {
-        self.reserve.lock().unwrap_or_else(PoisonError::into_inner).take()
-    }
-
     /// From now on this is watched. Nobody looks at the one before any more, even before its slot is dropped.
     pub(super) fn set_watch(&self, watch: Option<Watch>) {
         self.watch.send_if_modified(|watched| std::mem::replace(watched, watch.clone()) != watch);

@@ -19,7 +19,7 @@ use crate::catalog::watches::OldSlot;
 use crate::catalog::{Place, bootstrap};
 use crate::migration::identity::{self, Remedy};
 use crate::migration::view::{FencedWriteView, Left, MigrationOption, Mode};
-use crate::migration::{made, publication};
+use crate::migration::{made, publication, stream};
 use crate::postgres::walsender::ReplicationConnection;
 use crate::postgres::{Connector, Control};
 use crate::switch::{Epoch, ServerRole};
@@ -150,10 +150,11 @@ async fn prepare_one(context: &Context, row: &DatabaseRow, epoch: Epoch) -> Resu
     context.failpoints.hit("return.after_prepared").await?;
     // What is applied to the server that is left, once it is shut, is applied through these.
     if let Some(live) = context.live.database(&row.database) {
-        live.reserve.fill(server_left, &row.database).await?;
+        live.reserve.keep(epoch, stream::open_apply_sessions(server_left, &row.database).await?);
         // Without it, the watch goes through the door.
-        let watcher = Box::pin(ReplicationConnection::connect(server_left, &row.database)).await;
-        live.fenced.keep(watcher.ok());
+        if let Ok(watcher) = Box::pin(ReplicationConnection::connect(server_left, &row.database)).await {
+            live.fenced.reserve.keep(epoch, watcher);
+        }
     }
     Ok(())
 }
@@ -181,7 +182,7 @@ pub(super) async fn align(context: &Context, to_be: Direction) -> Result<Undone,
             }
             if let Some(live) = context.live.database(&row.database) {
                 live.reserve.empty();
-                live.fenced.keep(None);
+                live.fenced.reserve.empty();
             }
             Box::pin(definitions::open_again(context, &row)).await?;
         }
