@@ -3,9 +3,10 @@
 use std::process::Child;
 use std::time::Duration;
 
-use pgcutover::cutover::steps::ALL_FAILPOINTS;
+use pgcutover::cutover::steps::{ALL_FAILPOINTS, ROLLBACK_FAILPOINTS};
 use pgcutover::demo::cluster::Cluster;
 use pgcutover::demo::compare;
+use pgcutover::switch::ServerRole;
 use rand::rngs::StdRng;
 use rand::{Rng as _, SeedableRng as _};
 
@@ -17,6 +18,10 @@ use crate::support::{connect, try_connect, two_clusters, wait_for};
 
 /// Steps of one schedule.
 const STEPS: usize = 3;
+
+/// Steps of the engine, for the way back: it is made before the fence, and turned to after the decision.
+const RETURN_FAILPOINTS: &[&str] =
+    &["return.after_publication", "return.after_slot", "return.after_prepared", "return.after_turn"];
 
 /// About as long as an order takes here.
 const LATEST_MS: u64 = 2500;
@@ -44,14 +49,12 @@ pub enum Mishap {
     Kill,
     /// The daemon is stopped for a while.
     StopDaemon,
-    /// The source is, with all its processes.
-    StopSource,
-    /// The target is.
-    StopTarget,
-    /// Every connection between the daemon and the target is cut.
-    CutTarget,
-    /// Nothing passes between the daemon and the target for a while.
-    StallTarget,
+    /// This server is, with all its processes.
+    Stop(ServerRole),
+    /// Every connection between the daemon and this server is cut.
+    Cut(ServerRole),
+    /// Nothing passes between the daemon and this server for a while.
+    Stall(ServerRole),
 }
 
 /// When it happens.
@@ -81,21 +84,23 @@ impl Schedule {
     pub fn of(seed: u64) -> Self {
         let mut dice = StdRng::seed_from_u64(seed);
         let steps = (0..STEPS).map(|_| {
-            let failpoint = ALL_FAILPOINTS[dice.random_range(0..ALL_FAILPOINTS.len())];
+            let place = places()[dice.random_range(0..places().len())];
+            // What fails in the engine by order is no mishap that it may get over by itself.
+            let failing = ALL_FAILPOINTS[dice.random_range(0..ALL_FAILPOINTS.len())];
             let moment = match dice.random_range(0..3) {
                 0 => Moment::Later(dice.random_range(0..LATEST_MS)),
-                _ => Moment::At(failpoint),
+                _ => Moment::At(place),
             };
+            let server = if dice.random_bool(0.5) { ServerRole::Source } else { ServerRole::Target };
             let fault = match dice.random_range(0..12) {
                 0 | 1 => Fault::None,
                 2 | 3 => Fault::Befalls(Mishap::Kill, moment),
                 4 => Fault::Befalls(Mishap::StopDaemon, moment),
-                5 => Fault::Befalls(Mishap::StopSource, moment),
-                6 => Fault::Befalls(Mishap::StopTarget, moment),
-                7 => Fault::Befalls(Mishap::CutTarget, moment),
-                8 => Fault::Befalls(Mishap::StallTarget, moment),
-                9 => Fault::Fail(failpoint),
-                _ => Fault::DieAt(failpoint),
+                5 | 6 => Fault::Befalls(Mishap::Stop(server), moment),
+                7 => Fault::Befalls(Mishap::Stall(server), moment),
+                8 | 9 => Fault::Befalls(Mishap::Cut(server), moment),
+                10 => Fault::Fail(failing),
+                _ => Fault::DieAt(place),
             };
             Step { dry_run: dice.random_bool(0.15), fault }
         });
@@ -106,46 +111,52 @@ impl Schedule {
     pub fn may_be_felt(&self) -> bool {
         self.steps.iter().any(|step| match step.fault {
             Fault::None => false,
-            Fault::Befalls(mishap, _) => matches!(mishap, Mishap::Kill | Mishap::CutTarget),
+            Fault::Befalls(mishap, _) => matches!(mishap, Mishap::Kill | Mishap::Cut(_)),
             // Failing steps are switched on by starting the daemon again.
             Fault::Fail(_) | Fault::DieAt(_) => true,
         })
     }
 }
 
+/// Where something may happen.
+fn places() -> Vec<&'static str> {
+    [ALL_FAILPOINTS, ROLLBACK_FAILPOINTS, RETURN_FAILPOINTS].concat()
+}
+
 /// The servers and the daemon; they live through many schedules, because a migration can go there and back for ever.
 pub struct Stage {
     pub world: World,
-    link: Link,
+    /// To the source, and to the target.
+    links: [Link; 2],
     failpoints: String,
 }
 
 impl Stage {
     /// With these failpoints besides the lengthened steps.
     pub async fn set(failpoints: &str) -> Self {
-        let lengthened = ALL_FAILPOINTS.iter().map(|name| format!("{name}=sleep:{STEP_MS}ms;"));
+        let lengthened = places().into_iter().map(|name| format!("{name}=sleep:{STEP_MS}ms;"));
         let failpoints = &(lengthened.collect::<String>() + failpoints);
         let (source, target) = two_clusters();
         let admin = connect(&source, "postgres").await;
         admin.batch_execute(&format!("CREATE DATABASE {LEDGER}")).await.expect("a new database");
         connect(&source, LEDGER).await.batch_execute(TABLES).await.expect("new tables");
-        let link = Link::to(target.address()).await;
+        let links = [Link::to(source.address()).await, Link::to(target.address()).await];
+        let through =
+            |link: &Link| format!("host = \"127.0.0.1\"\nport = {}\nconnect_timeout = \"30s\"", link.address.port());
         let options = DaemonOptions::default()
             .section(
                 "cutover",
                 "max_pause = \"60s\"\ndrain_timeout = \"30s\"\nmax_lag_at_start = \"1GB\"\nreads = \"continue\"",
             )
-            .section(
-                "target",
-                &format!("host = \"127.0.0.1\"\nport = {}\nconnect_timeout = \"30s\"", link.address.port()),
-            )
+            .section("source", &through(&links[0]))
+            .section("target", &through(&links[1]))
             .failpoints(failpoints);
         let daemon = Daemon::start(&source, &target, options);
         let size = pgcutover::demo::shop::Size::at_scale(0.01);
         let world = World { source, target, daemon, size };
         world.daemon.must(&["migration", "create", NAME, "--database", LEDGER]);
         world.wait_until(READY).await;
-        Self { world, link, failpoints: failpoints.to_owned() }
+        Self { world, links, failpoints: failpoints.to_owned() }
     }
 
     /// Carries an order out, with its fault.
@@ -205,19 +216,28 @@ impl Stage {
                 pause(a_while).await;
                 signal(&[pid], "CONT");
             }
-            Mishap::StopSource | Mishap::StopTarget => {
-                let cluster = if mishap == Mishap::StopSource { &self.world.source } else { &self.world.target };
-                let processes = family(cluster);
+            Mishap::Stop(server) => {
+                let processes = family(match server {
+                    ServerRole::Source => &self.world.source,
+                    ServerRole::Target => &self.world.target,
+                });
                 signal(&processes, "STOP");
                 pause(a_while).await;
                 signal(&processes, "CONT");
             }
-            Mishap::CutTarget => self.link.cut_all(),
-            Mishap::StallTarget => {
-                self.link.stall(true);
+            Mishap::Cut(server) => self.link(server).cut_all(),
+            Mishap::Stall(server) => {
+                self.link(server).stall(true);
                 pause(a_while).await;
-                self.link.stall(false);
+                self.link(server).stall(false);
             }
+        }
+    }
+
+    fn link(&self, server: ServerRole) -> &Link {
+        match server {
+            ServerRole::Source => &self.links[0],
+            ServerRole::Target => &self.links[1],
         }
     }
 
