@@ -67,8 +67,10 @@ impl Door {
             return connect.await;
         }
         let connected = connect.await;
-        turn(&mut control, &self.database, Turn::Shut).await.map_err(DoorError::from)?;
-        self.expel(&control).await.map_err(DoorError::from)?;
+        // Left ajar meanwhile, or opened for good, it is others who come in by right.
+        if turn(&mut control, &self.database, Turn::Shut).await.map_err(DoorError::from)? {
+            self.expel(&control).await.map_err(DoorError::from)?;
+        }
         connected
     }
 

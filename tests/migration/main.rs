@@ -1,6 +1,7 @@
 //! Whole migrations on real servers: under write load, killed and restarted, cancelled, offline, and the scenarios that
 //! break a naive engine.
 
+mod attempts;
 mod catalogue;
 mod encoding;
 mod faults;

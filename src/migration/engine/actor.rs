@@ -134,8 +134,7 @@ impl Actor {
                 let _ = reply.send(self.begin(direction).await);
             }
             Command::PrepareReturn(epoch, reply) => {
-                let prepared = Box::pin(turn::prepare(&self.context, epoch)).await;
-                let _ = reply.send(prepared.map_err(|error| EngineError::Return(describe(&error))));
+                let _ = reply.send(self.prepare_return(epoch).await);
             }
             Command::Complete(reply) => {
                 let _ = reply.send(self.complete().await);
@@ -154,7 +153,9 @@ impl Actor {
     /// The verdict of a cutover. One that is known already changes nothing; one that cannot be recorded now is recorded
     /// as soon as it can be.
     async fn settle(&mut self, outcome: Outcome) -> Result<(), EngineError> {
-        if !matches!(self.context.live.state(), State::CompletingMigration | State::RollingBack) {
+        // Told by itself or by whoever asks first; it must not be told once more of the next attempt.
+        self.unfinished.take_if(|unfinished| matches!(unfinished, Unfinished::Verdict(_)));
+        if !self.is_being_cut_over() {
             return Ok(());
         }
         let event = match outcome {
@@ -168,7 +169,32 @@ impl Actor {
         settled
     }
 
+    /// A cutover or rollback has begun, and its verdict is not known here.
+    fn is_being_cut_over(&self) -> bool {
+        matches!(self.context.live.state(), State::CompletingMigration | State::RollingBack)
+    }
+
+    async fn prepare_return(&self, epoch: Epoch) -> Result<Option<String>, EngineError> {
+        if !self.is_being_cut_over() {
+            let message = format!("migration {:?} is not being cut over any more", self.context.live.name());
+            return Err(EngineError::Return(message));
+        }
+        let prepared = Box::pin(turn::prepare(&self.context, epoch)).await;
+        prepared.map_err(|error| EngineError::Return(describe(&error)))
+    }
+
     async fn begin(&mut self, direction: Direction) -> Result<(), EngineError> {
+        // What an attempt before has left would be taken for what this one prepares, or be removed together with it.
+        if self.unfinished.take_if(|unfinished| matches!(unfinished, Unfinished::Align)).is_some() {
+            self.align().await;
+            if matches!(self.unfinished, Some(Unfinished::Align)) {
+                let name = self.context.live.name();
+                let message = format!(
+                    "what an earlier cutover of migration {name:?} has prepared could not be removed yet; it is tried again"
+                );
+                return Err(EngineError::Return(message));
+            }
+        }
         match direction {
             Direction::Forward => self.ordered(Event::CutoverBegun).await,
             Direction::Reverse => {

@@ -360,6 +360,7 @@ impl DatabaseLive {
         }
         inner.current = current;
         inner.lag.forget();
+        inner.slot = None;
         drop(inner);
         self.stream.applied.send_replace(Applied::default());
         self.stream.trouble.send_replace(None);
