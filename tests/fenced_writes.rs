@@ -3,12 +3,15 @@
 
 mod support;
 
+use pgcutover::catalog::door::{Door, DoorError, Turns};
+use pgcutover::catalog::{Place, bootstrap};
 use pgcutover::demo::cluster::Cluster;
 use pgcutover::demo::compare;
 use pgcutover::demo::shop::SHOP;
+use pgcutover::postgres::{Connector, InstanceId};
 use serde_json::Value;
 use support::world::{COMPLETED, NAME, READY, World};
-use support::{connect, shop, wait_for};
+use support::{connect, one_cluster, server, shop, wait_for};
 
 /// Server, cutover, table, kind and rows of everything that was found.
 fn found(view: &Value) -> Vec<(String, u64, String, String, u64)> {
@@ -154,4 +157,46 @@ async fn an_aborted_rollback_is_no_end_of_the_watch() {
     shop::write_past_the_fence(&world.source).await;
     wait_until_found(&world, &[film("source", 1, "delete", 2), film("source", 1, "insert", 2)]).await;
     assert_eq!((slots(&world.source).await, slots(&world.target).await), (1, 1));
+}
+
+/// Work that goes through the door of a fenced database is ended at any moment by who completes or retries a migration.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn who_is_called_away_on_the_doorstep_leaves_no_door_open() {
+    let cluster = one_cluster("left");
+    let admin = connect(&cluster, "postgres").await;
+    let own = Connector::new(&server(&cluster), "source", &InstanceId::random()).expect("no certificates to read");
+    bootstrap(&own.control("postgres", "test").await.expect("logs in"), Place::SourceControl)
+        .await
+        .expect("makes tables");
+    admin.batch_execute("CREATE DATABASE shop ALLOW_CONNECTIONS false").await.expect("is created");
+    let fence = "INSERT INTO pgcutover.fence (epoch, migration, databases, system_identifier, timeline, leads_to,
+                                              leads_to_timeline, saved, outcome, hard)
+                 VALUES (1, 'main', '{shop}', '1', 1, '2', 1, '[]', 'decided', true)";
+    admin.batch_execute(fence).await.expect("is fenced");
+    let admin = &admin;
+    let open = async || {
+        let found = admin.query_one("SELECT datallowconn FROM pg_database WHERE datname = 'shop'", &[]).await;
+        found.expect("is listed").get::<_, bool>(0)
+    };
+
+    let door = Door::new(&own, "postgres", "shop", &Turns::default());
+    let called_away = tokio_util::sync::CancellationToken::new();
+    let caller = {
+        let (door, called_away) = (door.clone(), called_away.clone());
+        tokio::spawn(async move {
+            tokio::select! {
+                entered = door.through(std::future::pending::<Result<(), DoorError>>()) => entered.expect("never"),
+                () = called_away.cancelled() => {}
+            }
+        })
+    };
+    wait_for("the door to be opened", open).await;
+    called_away.cancel();
+    caller.await.expect("has ended");
+    wait_for("the door to be shut", async || !open().await).await;
+
+    // And who comes next gets in all the same.
+    let login = async { Ok::<_, DoorError>(own.control("shop", "test").await?) };
+    door.through(login).await.expect("gets in");
+    assert!(!open().await);
 }

@@ -12,10 +12,15 @@
 //! fence stands, where it is soft, or where a rollback keeps the databases open.
 
 use std::sync::Arc;
+use std::time::Duration;
 
 use super::RecordError;
 use crate::ident::quote_ident;
 use crate::postgres::{ConnectError, Connector, Control};
+
+/// How often, and after what time again, a door is shut that could not be shut behind somebody.
+const SHUT_TRIES: u32 = 300;
+const SHUT_AGAIN: Duration = Duration::from_secs(1);
 
 /// Lets those who come through the doors of one database in one after the other: each shuts the door behind itself, and
 /// would shut out who comes a moment later.
@@ -42,6 +47,19 @@ pub enum DoorError {
     Record(#[from] RecordError),
 }
 
+/// Shuts the door if it is dropped before it was emptied.
+struct ShutBehind(Option<Door>);
+
+impl Drop for ShutBehind {
+    fn drop(&mut self) {
+        if let Some(door) = self.0.take()
+            && let Ok(runtime) = tokio::runtime::Handle::try_current()
+        {
+            runtime.spawn(door.shut_later());
+        }
+    }
+}
+
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum Turn {
     Open,
@@ -59,19 +77,53 @@ impl Door {
         }
     }
 
-    /// Runs `connect` while the door is open, and shuts it, however that ended.
+    /// Runs `connect` while the door is open, and shuts it, however that ended. Where the caller goes away meanwhile, or the
+    /// door cannot be shut at once, that is done in the background.
     pub async fn through<T, E: From<DoorError>>(&self, connect: impl Future<Output = Result<T, E>>) -> Result<T, E> {
         let _turn = self.turns.0.lock().await;
-        let mut control = self.connector.control(&self.control_database, "door").await.map_err(DoorError::from)?;
+        let mut control = self.control().await?;
+        // Before it is opened: whether a commit whose answer is lost was made is not known.
+        let mut behind = ShutBehind(Some(self.clone()));
         if !turn(&mut control, &self.database, Turn::Open).await.map_err(DoorError::from)? {
+            behind.0 = None;
             return connect.await;
         }
         let connected = connect.await;
-        // Left ajar meanwhile, or opened for good, it is others who come in by right.
-        if turn(&mut control, &self.database, Turn::Shut).await.map_err(DoorError::from)? {
-            self.expel(&control).await.map_err(DoorError::from)?;
-        }
+        self.shut(&mut control).await?;
+        behind.0 = None;
         connected
+    }
+
+    async fn control(&self) -> Result<Control, DoorError> {
+        Ok(self.connector.control(&self.control_database, "door").await?)
+    }
+
+    async fn shut(&self, control: &mut Control) -> Result<(), DoorError> {
+        // Left ajar meanwhile, or opened for good, it is others who come in by right.
+        if turn(control, &self.database, Turn::Shut).await? {
+            self.expel(control).await?;
+        }
+        Ok(())
+    }
+
+    async fn shut_later(self) {
+        for _ in 0..SHUT_TRIES {
+            let shut = async {
+                let _turn = self.turns.0.lock().await;
+                self.shut(&mut self.control().await?).await
+            };
+            match shut.await {
+                Ok(()) => return,
+                Err(error) => {
+                    tracing::warn!(database = self.database, %error, "a fenced database could not be shut; it is tried again");
+                }
+            }
+            tokio::time::sleep(SHUT_AGAIN).await;
+        }
+        tracing::error!(
+            database = self.database,
+            "a fenced database was not shut; whoever goes through its door next shuts it"
+        );
     }
 
     /// Ends whoever came in beside us. Backends that are starting hold a lock on the database's row; they are waited for.
@@ -94,7 +146,7 @@ impl Door {
             if row.get::<_, i64>(0) == 0 && row.get::<_, i64>(1) == 0 {
                 return Ok(());
             }
-            tokio::time::sleep(std::time::Duration::from_millis(10)).await;
+            tokio::time::sleep(Duration::from_millis(10)).await;
         }
     }
 }
