@@ -6,7 +6,7 @@
 
 use std::collections::HashMap;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::time::Duration;
 
 use tokio::sync::Semaphore;
@@ -24,6 +24,8 @@ enum Action {
     Hold,
     /// Make the step fail.
     Error,
+    /// End the task by a panic, the first time only: who cleans up behind it may pass here too.
+    Panic,
     /// Leave the step out and go on as if it had been done: what tests of a checker must find. Only where the code asks.
     Skip,
 }
@@ -47,6 +49,8 @@ struct Point {
     waiting: AtomicUsize,
     /// How many more may go on from here.
     released: Semaphore,
+    /// Whether a panic has been.
+    spent: AtomicBool,
 }
 
 /// Counted as waiting at a point until it is dropped.
@@ -67,7 +71,7 @@ impl Drop for Waiting<'_> {
 
 /// The text of `PGCUTOVER_FAILPOINTS` could not be read.
 #[derive(Debug, thiserror::Error)]
-#[error("PGCUTOVER_FAILPOINTS: {0:?} is not NAME=abort|hang|hold|error|skip|sleep:MILLISECONDSms")]
+#[error("PGCUTOVER_FAILPOINTS: {0:?} is not NAME=abort|hang|hold|error|panic|skip|sleep:MILLISECONDSms")]
 pub struct ParseFailpointsError(String);
 
 impl Failpoints {
@@ -87,6 +91,7 @@ impl Failpoints {
                 None if action == "hang" => Action::Hang,
                 None if action == "hold" => Action::Hold,
                 None if action == "error" => Action::Error,
+                None if action == "panic" => Action::Panic,
                 None if action == "skip" => Action::Skip,
                 Some(("sleep", time)) => {
                     let millis = time.strip_suffix("ms").and_then(|digits| digits.parse().ok()).ok_or_else(bad)?;
@@ -94,7 +99,8 @@ impl Failpoints {
                 }
                 Some(_) | None => return Err(bad()),
             };
-            let point = Point { action, waiting: AtomicUsize::new(0), released: Semaphore::new(0) };
+            let (waiting, released, spent) = (AtomicUsize::new(0), Semaphore::new(0), AtomicBool::new(false));
+            let point = Point { action, waiting, released, spent };
             active.insert(name.to_owned(), point);
         }
         Ok(Self { active: (!active.is_empty()).then(|| Arc::new(active)) })
@@ -127,6 +133,10 @@ impl Failpoints {
                 Ok(())
             }
             Action::Error => Err(Failed(name)),
+            Action::Panic => {
+                assert!(point.spent.swap(true, Ordering::SeqCst), "failpoint {name}");
+                Ok(())
+            }
             Action::Skip => Ok(()),
         }
     }

@@ -7,13 +7,13 @@ mod support;
 
 use std::time::Duration;
 
-use pgcutover::cutover::steps::ALL_FAILPOINTS;
+use pgcutover::cutover::steps::{ALL_FAILPOINTS, ROLLBACK_FAILPOINTS};
 use pgcutover::demo::compare;
 use pgcutover::demo::shop::SHOP;
 use rand::rngs::StdRng;
 use rand::{Rng as _, SeedableRng as _};
 use support::world::{COMPLETED, NAME, READY, World};
-use support::{connect, shop};
+use support::{connect, connect_with, shop, wait_for};
 
 /// Before the decision a crash leads back to the source, and the next cutover begins as if there had been none.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -62,6 +62,68 @@ async fn killed_after_the_decision_it_goes_on_on_the_target() {
         let outcomes = application.finish().await;
         shop::nothing_lost(&outcomes, &world.source, &world.target).await;
     }
+}
+
+/// A fault of the program in one cutover ends that attempt alone: what it left is settled, nobody who is served notices, and the
+/// next attempt begins as if there had been none.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_cutover_whose_task_dies_at_any_step_costs_no_client_anything() {
+    let names = [ALL_FAILPOINTS, ROLLBACK_FAILPOINTS].concat();
+    let dying: String = names.iter().map(|name| format!("{name}=panic;")).collect();
+    let world = World::begin_with(0.01, |options| options.failpoints(&dying)).await;
+    let application = world.application(6);
+    world.migrate().await;
+    let has_died = |name: &str| world.daemon.log().contains(&format!("failpoint=\"{name}\" action=Panic"));
+    let left = || names.iter().copied().filter(|name| !has_died(name)).collect::<Vec<_>>();
+    // A rehearsal gets as far as the decision, and takes everything back.
+    let mut rehearses = true;
+    for _ in 0..3 * names.len() {
+        let before = left();
+        if before.is_empty() {
+            break;
+        }
+        let order = if world.state() == READY { "cutover" } else { "rollback" };
+        // Then one gives up by itself, because somebody stays inside.
+        let gives_up = !rehearses && before.iter().any(|name| name.starts_with("abort."));
+        let stays = if gives_up { Some(connect_with(&world.daemon.client(SHOP)).await) } else { None };
+        if let Some(stays) = &stays {
+            stays.batch_execute("BEGIN; SELECT FROM shop.film LIMIT 1").await.expect("is inside");
+        }
+        let how: &[&str] = match (rehearses, gives_up) {
+            (true, _) => &["--dry-run"],
+            (false, true) => &["--drain-timeout", "300ms"],
+            (false, false) => &[],
+        };
+        let arguments = [&["migration", order, NAME], how].concat();
+        let went_through = world.daemon.command(&arguments).status.success();
+        drop(stays);
+        let after = left();
+        assert!(went_through || after.len() < before.len(), "{arguments:?} fails, and nobody died");
+        wait_for("the migration to be at rest", || async {
+            [READY, COMPLETED].contains(&world.state().as_str())
+                && world.view()["databases"][0]["latency_bytes"].is_u64()
+        })
+        .await;
+        world.wait_for_writes(&application, 20).await;
+        wait_for("nobody to be prepared for a move", || async {
+            let status = world.daemon.json(&["status"]);
+            let sessions = status["sessions"].as_array().cloned().unwrap_or_default();
+            sessions.iter().all(|session| session["prepared"] == false)
+        })
+        .await;
+        let status = world.daemon.json(&["status"]);
+        assert_ne!(status["cutovers"][NAME]["outcome"], "running", "{status}");
+        rehearses &= !went_through;
+    }
+    assert_eq!(left(), Vec::<&str>::new());
+    if world.state() == READY {
+        world.daemon.must(&["migration", "cutover", NAME]);
+    }
+    world.wait_for_writes(&application, 50).await;
+    assert_eq!(world.serving_port().await, world.target.port());
+    let outcomes = application.finish().await;
+    shop::nobody_noticed(&outcomes);
+    shop::nothing_lost(&outcomes, &world.source, &world.target).await;
 }
 
 /// Kills at random moments while tables are copied and changes streamed: the migration goes on, and what arrives is the

@@ -32,7 +32,7 @@ use crate::failpoint::Failpoints;
 use crate::postgres::Connector;
 use crate::proxy::Sessions;
 use crate::shutdown::Tasks;
-use crate::switch::{Epoch, Route, ServerRole, Switchboard};
+use crate::switch::{Database, Epoch, Route, ServerRole, Switchboard};
 use crate::telemetry::metrics::Metrics;
 
 pub use super::work::CutoverOptions;
@@ -152,6 +152,8 @@ impl Coordinator {
     ) -> Result<CutoverReport, CutoverError> {
         let (report, answer) = oneshot::channel();
         let (coordinator, name) = (self.clone(), migration.to_owned());
+        let served: Vec<(Arc<Database>, Arc<Route>)> =
+            self.deps.switchboard.all().into_iter().map(|database| (database.clone(), database.route())).collect();
         self.deps.tasks.spawn(async move {
             let inner = {
                 let (coordinator, name) = (coordinator.clone(), name.clone());
@@ -162,6 +164,7 @@ impl Coordinator {
                 Err(died) => {
                     tracing::error!(migration = name, error = %died, "the cutover's task died; settling what it left");
                     coordinator.resolver.clone().resolve_until_settled(&coordinator.deps.tasks).await;
+                    coordinator.forget(&name, &served);
                     Err(CutoverError::Unexpected("the cutover's task died; what it left was settled".to_owned()))
                 }
             };
@@ -169,6 +172,21 @@ impl Coordinator {
             let _ = report.send(ended);
         });
         answer.await.unwrap_or(Err(CutoverError::Stopped("pgcutover is stopping")))
+    }
+
+    /// Takes back what nobody but this process remembers of a cutover whose task died. Where it was not decided, sessions stay on
+    /// the server that `served` before, and what they have on the other one is closed.
+    fn forget(&self, migration: &str, served: &[(Arc<Database>, Arc<Route>)]) {
+        self.running().remove(migration);
+        let stayed = served.iter().filter(|(database, before)| database.route() == *before && !is_closed(database));
+        let stayed: Vec<String> = stayed
+            .map(|(database, _)| {
+                database.set_prepare_window(None);
+                database.set_return_window(None);
+                database.name().to_owned()
+            })
+            .collect();
+        self.deps.sessions.discard_moves(&stayed);
     }
 
     /// From now on no cutover begins here, because another process takes over; `Err`: one is running, or something is
