@@ -36,6 +36,8 @@ pub const UNDO_SQL: &str = concat!(
      DROP FUNCTION IF EXISTS pgcutover.record_ddl(text, text, text, text, json); \
      DROP FUNCTION IF EXISTS pgcutover.refuse(text, text); DROP FUNCTION IF EXISTS pgcutover.unsettled(text); \
      DROP FUNCTION IF EXISTS pgcutover.bare(text, boolean); \
+     DROP FUNCTION IF EXISTS pgcutover.bare(text, boolean, boolean); \
+     DROP FUNCTION IF EXISTS pgcutover.is_several(text, text); \
      DROP TABLE IF EXISTS pgcutover.ddl_gate; DROP TABLE IF EXISTS pgcutover.command"
 );
 
@@ -85,6 +87,9 @@ BEGIN
         -- temporary tables of its own.
         SELECT 'CONCURRENTLY' INTO what WHERE pg_catalog.current_query() ~* '\\mconcurrently\\M'
            AND pg_catalog.current_query() !~* '\\mrefresh\\s+materialized\\s+view\\M';
+    ELSIF TG_EVENT = 'ddl_command_end' AND TG_TAG = 'DROP OWNED' THEN
+        -- No event tells which rights it takes.
+        SELECT 'the objects or rights of a role' INTO what;
     ELSIF TG_EVENT = 'sql_drop' THEN
         SELECT d.object_type || ' ' || d.object_identity INTO what
           FROM pg_catalog.pg_event_trigger_dropped_objects() d WHERE d.original AND NOT d.is_temporary LIMIT 1;

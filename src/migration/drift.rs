@@ -73,6 +73,10 @@ SELECT CASE relkind WHEN 'v' THEN 'view' WHEN 'm' THEN 'materialized view' WHEN 
                     ELSE CASE relpersistence WHEN 'u' THEN 'unlogged table' ELSE 'table' END END || ' ' || name
   FROM relation WHERE relkind IN ('r', 'p', 'v', 'm', 'S', 'f')
 UNION ALL
+SELECT 'sequence ' || r.name || ' by ' || s.seqincrement || ' from ' || s.seqmin || ' to ' || s.seqmax || ', cached ' || s.seqcache
+       || CASE WHEN s.seqcycle THEN ', in a circle' ELSE '' END || ', ' || pg_catalog.format_type(s.seqtypid, NULL)
+  FROM relation r JOIN pg_catalog.pg_sequence s ON s.seqrelid = r.oid
+UNION ALL
 SELECT 'column ' || name || ' ' || type FROM col
 UNION ALL
 SELECT 'partition or child ' || c.name || ' of ' || p.name

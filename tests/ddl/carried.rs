@@ -23,7 +23,12 @@ CREATE TYPE mood AS ENUM ('sad', 'glad');
 CREATE TABLE moods (id int PRIMARY KEY, m mood);
 CREATE TABLE ranged (at timestamptz) PARTITION BY RANGE (at);
 CREATE DOMAIN stamped AS timestamptz DEFAULT now();
+CREATE FUNCTION \"next-no\"() RETURNS int LANGUAGE sql VOLATILE AS 'SELECT 1';
+CREATE FUNCTION \"näxt\"() RETURNS int LANGUAGE sql VOLATILE AS 'SELECT 1';
 CREATE FUNCTION nothing() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN RETURN new; END $$;
+CREATE TRIGGER kept BEFORE UPDATE ON a FOR EACH ROW EXECUTE PROCEDURE nothing();
+CREATE TABLE stamps (id int PRIMARY KEY, at stamped);
+GRANT SELECT ON moods TO reader;
 ";
 
 /// What the databases have and what flows between them.
@@ -198,6 +203,8 @@ const COMMANDS: &[&str] = &[
     "CREATE OR REPLACE FUNCTION early() RETURNS int LANGUAGE sql AS 'SELECT 1; SELECT 2'",
     "CREATE TRIGGER touched BEFORE UPDATE ON a FOR EACH ROW EXECUTE PROCEDURE nothing()",
     "ALTER TABLE a DISABLE TRIGGER touched",
+    "ALTER TABLE stamps ADD CONSTRAINT late CHECK (at > '2000-01-01')",
+    "CREATE RULE two AS ON UPDATE TO tempers DO ALSO (SELECT (1); SELECT 2)",
     "ALTER TABLE a ENABLE ROW LEVEL SECURITY",
     "CREATE POLICY mine ON a USING (id > 1)",
     "COMMENT ON TABLE a IS E'it\\'s; a comment'",
@@ -305,6 +312,16 @@ async fn what_cannot_be_carried_is_refused_by_name() {
         ),
         ("ALTER TABLE a ADD COLUMN r stamped", "domain has a default"),
         ("ALTER TABLE a ALTER COLUMN n TYPE float8 USING random() * n", "random()"),
+        ("ALTER TABLE a ADD COLUMN r \"serial\"", "the numbers that the rows are given may differ"),
+        ("ALTER TABLE a ADD COLUMN r int DEFAULT \"next-no\"()", "next-no()"),
+        ("ALTER TABLE a ADD COLUMN r int DEFAULT public.\"näxt\" ()", "näxt()"),
+        ("ALTER TABLE a ADD COLUMN r int DEFAULT näxt()", "näxt()"),
+        ("ALTER TABLE a ADD COLUMN r float8 DEFAULT random/* or so */()", "random()"),
+        ("ALTER TABLE a ENABLE ALWAYS TRIGGER kept", "a second time on the target"),
+        ("ALTER TABLE a ENABLE REPLICA TRIGGER kept", "a second time on the target"),
+        ("DROP OWNED BY reader", "this kind of command is not carried over"),
+        ("CREATE INDEX CONCURRENTLY i ON a (n) /* outer /* inner */ */", "CONCURRENTLY"),
+        ("CREATE RULE none AS ON DELETE TO b DO NOTHING; SELECT (1)", "several commands were sent at once"),
         ("ALTER SCHEMA public RENAME TO private", "schema of another name"),
         ("CREATE VIEW c AS SELECT 'passing' AS name", "it may be about a temporary object"),
         ("GRANT SELECT ON passing TO reader", "it may be about a temporary object"),

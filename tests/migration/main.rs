@@ -26,7 +26,7 @@ use support::{connect, installations, wait_for};
 use world::{Load, Running, World, create, drain, reach, spec, try_drain};
 
 /// What defines something, what takes it back, and the words that name what the target lacks.
-const DEFINED_MEANWHILE: [(&str, &str, &[&str]); 7] = [
+const DEFINED_MEANWHILE: [(&str, &str, &[&str]); 8] = [
     (
         "CREATE TABLE late (id int); ALTER TABLE log ADD COLUMN later int",
         "DROP TABLE late; ALTER TABLE log DROP COLUMN later",
@@ -48,6 +48,12 @@ const DEFINED_MEANWHILE: [(&str, &str, &[&str]); 7] = [
         &["lacks trigger again on public.event,"],
     ),
     ("CREATE RULE quiet AS ON DELETE TO log DO ALSO NOTHING", "DROP RULE quiet ON log", &["rule quiet on public.log"]),
+    // A library that takes fifty numbers at a time would give out those of others.
+    (
+        "ALTER SEQUENCE lonely INCREMENT 50 CACHE 2 CYCLE",
+        "ALTER SEQUENCE lonely INCREMENT 3 CACHE 1 NO CYCLE",
+        &["sequence public.lonely by 50 from 1 to 9223372036854775807, cached 2, in a circle, bigint"],
+    ),
     (
         "CREATE TYPE taste AS ENUM ('sweet', 'it''s sour')",
         "DROP TYPE taste",

@@ -30,8 +30,9 @@ REVOKE ALL ON pgcutover.ddl_gate FROM PUBLIC;
 CREATE TABLE IF NOT EXISTS pgcutover.full_identity (oid oid PRIMARY KEY);
 REVOKE ALL ON pgcutover.full_identity FROM PUBLIC;
 
--- A query without comments, and with nothing inside its quotes; null: it cannot be read. Semicolons at the end are left out.
-CREATE FUNCTION pgcutover.bare(query text, backslashes boolean) RETURNS text
+-- A query without comments, and with nothing inside its quotes unless these are `kept`; null: it cannot be read. Semicolons at
+-- the end are left out.
+CREATE FUNCTION pgcutover.bare(query text, backslashes boolean, kept boolean) RETURNS text
 LANGUAGE plpgsql IMMUTABLE SET search_path = pg_catalog SET standard_conforming_strings = on AS $body$
 DECLARE
     rest text := query;
@@ -54,13 +55,13 @@ BEGIN
             bare := bare || ' ';
         ELSIF left(rest, 1) = '"' THEN
             token := substring(rest FROM '^"(?:[^"]|"")*"');
-            bare := bare || '""';
+            bare := bare || CASE WHEN kept THEN token ELSE '""' END;
         ELSIF left(rest, 1) = '''' AND (backslashes OR bare ~ '(^|[^[:alnum:]_$])[eE]$') THEN
             token := substring(rest FROM '^''(?:[^''\\]|''''|\\.)*''');
-            bare := bare || '''''';
+            bare := bare || CASE WHEN kept THEN token ELSE '''''' END;
         ELSIF left(rest, 1) = '''' THEN
             token := substring(rest FROM '^''(?:[^'']|'''')*''');
-            bare := bare || '''''';
+            bare := bare || CASE WHEN kept THEN token ELSE '''''' END;
         ELSE
             token := left(rest, 1);
             IF token = '$' AND bare !~ '[[:alnum:]_$]$' THEN
@@ -71,7 +72,7 @@ BEGIN
             ELSE
                 body := strpos(substr(rest, length(token) + 1), token);
                 token := CASE WHEN body > 0 THEN left(rest, body - 1 + 2 * length(token)) END;
-                bare := bare || '''''';
+                bare := bare || CASE WHEN kept THEN token ELSE '''''' END;
             END IF;
         END IF;
         IF token IS NULL THEN
@@ -83,16 +84,34 @@ BEGIN
 END
 $body$;
 
+-- Whether more than one command was sent, of what bare() has left. A function's body and what a rule does may be several.
+CREATE FUNCTION pgcutover.is_several(tag text, bare text) RETURNS boolean
+LANGUAGE plpgsql IMMUTABLE SET search_path = pg_catalog AS $body$
+BEGIN
+    IF tag IN ('CREATE FUNCTION', 'CREATE PROCEDURE') THEN
+        bare := regexp_replace(bare, '\mbegin\s+atomic\M.*\mend\M', '', 'i');
+    ELSIF tag = 'CREATE RULE' THEN
+        WHILE bare ~ '\([^()]*\)' LOOP
+            bare := regexp_replace(bare, '\([^()]*\)', '', 'g');
+        END LOOP;
+    END IF;
+    RETURN strpos(bare, ';') > 0;
+END
+$body$;
+
 -- Something in a command that need not come to the same on two servers; null: nothing does. Settings are carried, so what
--- depends on nothing else is the same.
+-- depends on nothing else is the same. The command comes without its comments.
 CREATE FUNCTION pgcutover.unsettled(query text) RETURNS text
 LANGUAGE sql STABLE SET search_path = pg_catalog SET standard_conforming_strings = on AS $body$
     SELECT found.word FROM (
         SELECT m[1] AS word FROM regexp_matches(lower(query), '\m(current_date|current_time|current_timestamp|localtime|localtimestamp|current_user|session_user|current_role|current_catalog|current_schema|user|now|today|tomorrow|yesterday)\M', 'g') m
         UNION ALL
-        SELECT m[1] || '()' FROM regexp_matches(lower(query), '([[:alpha:]_][[:alnum:]_$]*)"?[[:space:]]*\(', 'g') m
-         WHERE m[1] NOT IN ('timestamp', 'timestamptz', 'time', 'timetz', 'date', 'interval', 'extract', 'date_part', 'date_trunc', 'timezone', 'concat', 'concat_ws', 'text', 'numeric')
-           AND EXISTS (SELECT FROM pg_proc p WHERE lower(p.proname) = m[1] AND p.provolatile <> 'i')
+        SELECT name || '()' FROM (
+            SELECT coalesce(replace(m[1], '""', '"'), m[2]) FROM
+                regexp_matches(lower(query), '(?:"((?:[^"]|"")+)"|([^][:space:]"''()[,;.:*/<>=~!@#%^&|`?+-]+))[[:space:]]*\(', 'g') m
+         ) called (name)
+         WHERE name NOT IN ('timestamp', 'timestamptz', 'time', 'timetz', 'date', 'interval', 'extract', 'date_part', 'date_trunc', 'timezone', 'concat', 'concat_ws', 'text', 'numeric')
+           AND EXISTS (SELECT FROM pg_proc p WHERE lower(p.proname) = name AND p.provolatile <> 'i')
         UNION ALL
         SELECT 'operator ' || o.oprname FROM pg_operator o JOIN pg_proc p ON p.oid = o.oprcode
          WHERE o.oid >= 16384 AND p.provolatile = 'v'
@@ -113,6 +132,7 @@ DECLARE
     query constant text := current_query();
     backslashes constant boolean := settings ->> 'standard_conforming_strings' = 'off';
     bare text;
+    whole text;
     gate record;
     kept boolean;
     temporary boolean;
@@ -124,11 +144,12 @@ BEGIN
         RETURN;
     END IF;
     IF event IN ('ddl_command_start', 'table_rewrite') THEN
-        bare := pgcutover.bare(query, backslashes);
+        bare := pgcutover.bare(query, backslashes, false);
+        whole := pgcutover.bare(query, backslashes, true);
     END IF;
     IF event = 'ddl_command_start' THEN
         -- Inside a REFRESH … CONCURRENTLY the server alters temporary tables of its own.
-        IF bare ~* '\mconcurrently\M' AND bare !~* '\mrefresh\s+materialized\s+view\M' THEN
+        IF coalesce(bare, query) ~* '\mconcurrently\M' AND coalesce(bare, query) !~* '\mrefresh\s+materialized\s+view\M' THEN
             refusal := 'what is done CONCURRENTLY cannot be done in a transaction of its own kind on the target; leave the word out';
         END IF;
     ELSIF event = 'table_rewrite' THEN
@@ -136,10 +157,12 @@ BEGIN
             NULL;
         ELSIF pg_event_trigger_table_rewrite_reason() & 1 <> 0 THEN
             refusal := 'rows of a table that becomes logged are in no stream';
-        ELSIF pg_event_trigger_table_rewrite_reason() & 2 <> 0 AND bare ~* '\m(small|big)?serial[248]?\M|\midentity\M' THEN
+        ELSIF pg_event_trigger_table_rewrite_reason() & 2 <> 0 AND whole ~* '\m(small|big)?serial[248]?\M|\midentity\M' THEN
             refusal := 'the numbers that the rows are given may differ; add the column without them, and UPDATE the rows';
+        ELSIF pg_event_trigger_table_rewrite_reason() & 6 <> 0 AND whole IS NULL THEN
+            refusal := 'it cannot be told what the command consists of; comments inside comments are not read';
         ELSIF pg_event_trigger_table_rewrite_reason() & 6 <> 0 THEN
-            names := pgcutover.unsettled(query);
+            names := pgcutover.unsettled(whole);
             IF names IS NOT NULL THEN
                 refusal := format('the values that it computes may differ on another server because of %s; add the column without them, and UPDATE the rows', names);
             END IF;
@@ -150,6 +173,11 @@ BEGIN
             RETURN;
         END IF;
         PERFORM pgcutover.refuse(tag, refusal);
+    END IF;
+
+    -- No event tells which rights it takes.
+    IF event = 'ddl_command_end' AND tag = 'DROP OWNED' THEN
+        PERFORM pgcutover.refuse(tag, 'this kind of command is not carried over to the target');
     END IF;
 
     -- What is dropped is known to one event only, everything else to the other.
@@ -168,7 +196,8 @@ BEGIN
         RETURN;
     END IF;
 
-    bare := pgcutover.bare(query, backslashes);
+    bare := pgcutover.bare(query, backslashes, false);
+    whole := pgcutover.bare(query, backslashes, true);
     SELECT * INTO gate FROM pgcutover.ddl_gate FOR SHARE;
     refusal := CASE
         WHEN gate.shut_because IS NOT NULL THEN gate.shut_because
@@ -179,7 +208,7 @@ BEGIN
             THEN 'this kind of command is not carried over to the target'
         WHEN bare IS NULL
             THEN 'it cannot be told what the command consists of; comments inside comments are not read'
-        WHEN strpos(bare, ';') > 0
+        WHEN pgcutover.is_several(tag, bare)
             THEN 'several commands were sent at once; send this one by itself'
         WHEN regexp_replace(regexp_replace(upper(bare), '[[:space:]]+', ' ', 'g'),
                  '^CREATE (?:(?:OR REPLACE|UNLOGGED|GLOBAL|LOCAL|TEMP|TEMPORARY|UNIQUE|RECURSIVE|CONSTRAINT) )+', 'CREATE ')
@@ -204,13 +233,16 @@ BEGIN
             THEN 'what transactions that are open have written would not fit the target any more'
         WHEN bare ~* '\m(to|authorization|role|user|by|from|for)\s+session_user\M|,\s*session_user\M'
             THEN 'SESSION_USER is another role on the target; name the role'
-        WHEN tag IN ('CREATE TABLE', 'ALTER TABLE') AND bare ~* '\mfor\s+values\M' AND pgcutover.unsettled(query) IS NOT NULL
+        WHEN tag = 'ALTER TABLE' AND bare ~* '\menable\s+(always|replica)\M'
+            THEN 'a trigger or rule that fires for what the stream brings would do its work a second time on the target; do it after the cutover'
+        WHEN tag IN ('CREATE TABLE', 'ALTER TABLE') AND bare ~* '\mfor\s+values\M' AND pgcutover.unsettled(whole) IS NOT NULL
             THEN format('the bounds may differ on another server because of %s; write them as constants',
-                        pgcutover.unsettled(query))
-        WHEN tag = 'ALTER TABLE' AND bare ~* '\madd\M' AND bare ~* '\mdefault\M' AND pgcutover.unsettled(query) IS NOT NULL
+                        pgcutover.unsettled(whole))
+        WHEN tag = 'ALTER TABLE' AND bare ~* '\madd\M' AND bare ~* '\mdefault\M' AND pgcutover.unsettled(whole) IS NOT NULL
             THEN format('the value that rows are given may differ on another server because of %s; add the column without a default, then set that, and UPDATE the rows',
-                        pgcutover.unsettled(query))
-        WHEN tag = 'ALTER TABLE' AND bare ~* '\madd\M' AND event = 'ddl_command_end' AND EXISTS (
+                        pgcutover.unsettled(whole))
+        WHEN tag = 'ALTER TABLE' AND bare ~* '\madd\s+(?!(constraint|primary|unique|check|foreign|exclude)\M)'
+             AND event = 'ddl_command_end' AND EXISTS (
                  SELECT FROM pg_event_trigger_ddl_commands() c JOIN pg_attribute a ON a.attrelid = c.objid AND NOT a.attisdropped
                    JOIN pg_type t ON t.oid = a.atttypid AND t.typtype = 'd' AND t.typdefaultbin IS NOT NULL
                   WHERE c.classid = 'pg_class'::regclass AND a.attnum > 0)
