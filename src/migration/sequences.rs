@@ -4,8 +4,13 @@
 //! without having been called. `setval` is not transactional, which is harmless: until the switch nobody uses the
 //! target's sequences, and setting them again is setting them. Where they were set is noted ([`positions`]), so that it is
 //! known whether somebody has used them after all.
+//!
+//! A session that was given up in the middle of a `setval`, because that waited for somebody's lock on the sequence, carries
+//! it out when the lock is let go of: minutes later, perhaps, on a server that is in use by then. So whoever sets sequences
+//! holds an advisory lock of the session for as long as it could ([`take_over`]), and who comes next ends that session first.
 
 use std::collections::HashSet;
+use std::time::Duration;
 
 use futures_util::future::{try_join, try_join_all};
 use tokio_postgres::types::ToSql;
@@ -42,6 +47,26 @@ const SET: &str = "
       FROM unnest($1::text[], $2::text[], $3::bigint[], $4::boolean[]) AS s (schema_name, name, value, called)
      WHERE pg_catalog.setval(pg_catalog.to_regclass(pg_catalog.format('%I.%I', s.schema_name, s.name)), s.value, s.called) IS NULL";
 
+/// Key of the advisory lock, in each database, whose holder may set its sequences (`pgcut` in ASCII, then 3).
+const SETTER_LOCK: i64 = 0x70_67_63_75_74_03;
+
+/// Ends those of our own sessions that hold the lock $1; answers with whoever holds it.
+const END_SETTERS: &str = "
+    SELECT 'pid ' || l.pid || ' (' || coalesce(nullif(a.application_name, ''), 'no name') || ')',
+           CASE WHEN a.application_name LIKE 'pgcutover/%' AND a.usename = session_user
+                THEN pg_catalog.pg_terminate_backend(l.pid) END
+      FROM pg_catalog.pg_locks l
+      JOIN pg_catalog.pg_database d ON d.oid = l.database AND d.datname = pg_catalog.current_database()
+      LEFT JOIN pg_catalog.pg_stat_activity a ON a.pid = l.pid
+     WHERE l.locktype = 'advisory' AND l.objsubid = 1 AND l.granted AND l.pid <> pg_catalog.pg_backend_pid()
+       AND l.classid::bigint << 32 | l.objid::bigint = $1";
+
+/// For a session that was ended to be gone; one that stands in the middle of a write to the disk goes after that.
+const GONE_WITHIN: Duration = Duration::from_secs(10);
+
+/// Between two looks whether it is.
+const LOOK_AGAIN: Duration = Duration::from_millis(20);
+
 /// Sequences could not be read or set.
 #[derive(Debug, thiserror::Error)]
 pub enum SequenceError {
@@ -56,6 +81,11 @@ pub enum SequenceError {
     /// The target lacks sequences.
     #[error("sequences are missing on the target: {0}")]
     Missing(String),
+    /// A session that may still set them does not end.
+    #[error(
+        "sequences of the target are still being set by {0}, which does not end: end it, or wait until it has ended"
+    )]
+    Held(String),
 }
 
 /// Statements that read every sequence of one server's database, planned once: planning a thousand of them costs many
@@ -135,7 +165,9 @@ pub struct SequencePair {
 impl SequencePair {
     /// Plans the reading on both sides and brings the values over a first time, so that in the pause only those are set
     /// that have moved since. Where all of them stand then is noted, and what earlier attempts have set is forgotten.
+    /// Whoever else could set those of `to` is ended, and `to` has that to itself until its session ends.
     pub async fn prepare(from: &Client, to: &Client) -> Result<Self, SequenceError> {
+        take_over(to).await?;
         let (from_reader, to_reader) = try_join(Reader::of(from), Reader::of(to)).await.map_err(read_failed)?;
         let mut pair = Self {
             from: from_reader,
@@ -189,6 +221,24 @@ impl SequencePair {
         let name = |row: &Row| format!("{}.{}", row.get::<_, &str>(0), row.get::<_, &str>(1));
         let missing: Vec<String> = missing.iter().map(name).collect();
         if missing.is_empty() { Ok(moved.names.len()) } else { Err(SequenceError::Missing(missing.join(", "))) }
+    }
+}
+
+/// Sees to it that from now on nobody but this session sets sequences for us in its database: ends the sessions of earlier
+/// attempts, this process's or another's. The lock goes with the session.
+async fn take_over(to: &Client) -> Result<(), SequenceError> {
+    let deadline = tokio::time::Instant::now() + GONE_WITHIN;
+    loop {
+        let taken = to.query_one("SELECT pg_catalog.pg_try_advisory_lock($1)", &[&SETTER_LOCK]).await;
+        if taken.map_err(set_failed)?.get(0) {
+            return Ok(());
+        }
+        let holders = to.query(END_SETTERS, &[&SETTER_LOCK]).await.map_err(set_failed)?;
+        if tokio::time::Instant::now() > deadline {
+            let holders: Vec<&str> = holders.iter().map(|row| row.get(0)).collect();
+            return Err(SequenceError::Held(holders.join(", ")));
+        }
+        tokio::time::sleep(LOOK_AGAIN).await;
     }
 }
 

@@ -8,7 +8,7 @@ use pgcutover::postgres::Connector;
 use tokio_postgres::Client;
 
 use crate::support::streamed::Streamed;
-use crate::support::{connect, installations};
+use crate::support::{connect, installations, wait_for};
 
 const SEQUENCES: &str = r#"
 CREATE TABLE anchor (id int PRIMARY KEY);
@@ -93,4 +93,41 @@ async fn a_sequence_is_ahead_only_where_somebody_has_moved_it() {
     assert_eq!(back().await, ahead(NOTHING), "it stands where it was left");
     run(&here, "SELECT nextval('plain')").await;
     assert_eq!(back().await, ahead(&["public.plain"]), "somebody has used the server that was left");
+}
+
+/// It was given up while a `setval` waited for somebody's lock. Carried out later, it would set back what is in use by then.
+#[tokio::test(flavor = "multi_thread")]
+async fn what_an_attempt_was_about_to_set_is_not_set_after_the_next_one() {
+    let all = installations();
+    let majors = all.pair().expect("checked by installations()");
+    let definitions = "CREATE TABLE anchor (id int PRIMARY KEY); CREATE SEQUENCE first; CREATE SEQUENCE second";
+    let bench = Streamed::between(majors, definitions, &["anchor"]).await;
+    let (source, target) = (&bench.context.source, &bench.context.target);
+    let (here, there) = (connect(&bench.source, "shop").await, connect(&bench.target, "shop").await);
+
+    let control = async |server: &Connector| server.control("shop", "test").await.expect("a session");
+    let (from, to) = (control(source).await, control(target).await);
+    let mut given_up = SequencePair::prepare(&from, &to).await.expect("prepared");
+    let setter = to.pid();
+    run(&here, "SELECT setval('first', 50), setval('second', 50)").await;
+    run(&there, "BEGIN; ALTER SEQUENCE first CACHE 2").await;
+    let setting = tokio::spawn(async move { given_up.bring_over(&from, &to).await });
+    let state = async || {
+        let sql = "SELECT wait_event_type FROM pg_stat_activity WHERE pid = $1";
+        there.query_opt(sql, &[&setter]).await.expect("readable").map(|row| row.get::<_, Option<String>>(0))
+    };
+    wait_for("the lock to be waited for", || async { state().await == Some(Some("Lock".to_owned())) }).await;
+    setting.abort();
+    assert!(setting.await.expect_err("it is given up").is_cancelled());
+    assert!(state().await.is_some(), "the server is not told before the statement has ended");
+
+    // The first one stands on both servers where it stood; so the next attempt waits for nobody.
+    run(&here, "SELECT setval('first', 1, false), setval('second', 900)").await;
+    let (from, to) = (control(source).await, control(target).await);
+    let _next = SequencePair::prepare(&from, &to).await.expect("prepared");
+    run(&there, "ROLLBACK").await;
+    wait_for("the session that was given up to be gone", || async { state().await.is_none() }).await;
+    let stand = "SELECT (SELECT (last_value, is_called)::text FROM first) || (SELECT (last_value, is_called)::text FROM second)";
+    let stand: String = there.query_one(stand, &[]).await.expect("readable").get(0);
+    assert_eq!(stand, "(1,f)(900,t)");
 }

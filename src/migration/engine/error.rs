@@ -233,6 +233,7 @@ impl WorkError {
             Self::Stream(error) => error.is_transient(),
             Self::Schema(error) if matches!(**error, SchemaError::DumpLost { .. }) => true,
             Self::Slot(WalsenderError::Raw(error)) => transient_raw(error),
+            Self::Sequences(SequenceError::Held(_)) => true,
             Self::Still(error) => matches!(**error, VerifyError::NoCommonSnapshot { .. }) || error.is_transient(),
             Self::NoIdentity(_)
             | Self::PublicationTaken(_)
