@@ -336,3 +336,34 @@ async fn a_full_disk_of_the_target_is_waited_for() {
     // It cannot be taken from a server that runs there.
     drop(world);
 }
+
+/// Everybody but the engine may make it; the engine may, too, once the target's setting says so.
+const GATED: &str = "
+    CREATE FUNCTION gate() RETURNS int LANGUAGE plpgsql AS $$ BEGIN
+        IF current_setting('application_name') LIKE 'pgcutover/%' AND current_setting('app.open', true) IS DISTINCT FROM 'yes'
+        THEN RAISE lock_not_available USING MESSAGE = 'not at the moment'; END IF;
+        RETURN 1;
+    END $$;
+    CREATE MATERIALIZED VIEW gated AS SELECT gate() AS one";
+
+/// The last definitions are made at the end of a copy that has taken hours.
+#[tokio::test(flavor = "multi_thread")]
+async fn what_the_target_does_not_take_at_the_moment_is_tried_again() {
+    let world = World::same_major();
+    world.furnish("shop").await;
+    connect(&world.source, "shop").await.batch_execute(GATED).await.expect("made");
+    let running = world.engine("");
+    create(&running, spec("gated", &["shop"])).await;
+    wait_for("the refusal", || async {
+        let view = running.engine.show("gated").expect("known");
+        assert_ne!(view.substate, "Failed", "{:?}", view.error);
+        view.databases[0].last_error.as_ref().is_some_and(|error| error.contains("not at the moment"))
+    })
+    .await;
+    let target = connect(&world.target, "shop").await;
+    target.batch_execute("ALTER DATABASE shop SET app.open = 'yes'").await.expect("set");
+    reach(&running, "gated", "WaitingForCutoverTrigger").await;
+    assert_eq!(target.query_one("SELECT one FROM gated", &[]).await.expect("populated").get::<_, i32>(0), 1);
+    world.assert_equal("shop").await;
+    running.stop().await;
+}

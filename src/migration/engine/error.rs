@@ -234,10 +234,10 @@ impl WorkError {
             Self::Schema(error) if matches!(**error, SchemaError::DumpLost { .. }) => true,
             Self::Slot(WalsenderError::Raw(error)) => transient_raw(error),
             Self::Sequences(SequenceError::Held(_)) => true,
+            Self::Restore(failures) => failures.iter().all(|failure| restore_is_transient(&failure.sqlstate)),
             Self::Still(error) => matches!(**error, VerifyError::NoCommonSnapshot { .. }) || error.is_transient(),
             Self::NoIdentity(_)
             | Self::PublicationTaken(_)
-            | Self::Restore(_)
             | Self::TableGone(_)
             | Self::WouldFire(_)
             | Self::NotTheSource { .. }
@@ -373,6 +373,12 @@ fn connect_is_transient(error: &ConnectError) -> bool {
     error.sqlstate().is_none_or(transient_sqlstate)
 }
 
+/// Whether a definition that was refused may be taken later. No file of an extension comes by itself (58P01), and no limit
+/// that was configured goes (53400).
+fn restore_is_transient(sqlstate: &str) -> bool {
+    transient_sqlstate(sqlstate) && !["58P01", "53400"].contains(&sqlstate)
+}
+
 fn catalog_is_transient(error: &CatalogError) -> bool {
     match error {
         CatalogError::Connect { source, .. } => connect_is_transient(source),
@@ -419,17 +425,29 @@ mod tests {
         assert!(!WorkError::TableGone("s.t".to_owned()).is_transient());
     }
 
+    fn refused(sqlstate: &str) -> RestoreFailure {
+        RestoreFailure {
+            kind: "TABLE".to_owned(),
+            object: "s.t".to_owned(),
+            sqlstate: sqlstate.to_owned(),
+            message: String::new(),
+        }
+    }
+
+    #[test]
+    fn what_was_refused_for_the_moment_is_tried_again() {
+        for code in ["57P01", "57014", "55P03", "40P01", "53100", "53300", "58030"] {
+            assert!(WorkError::Restore(vec![refused(code), refused("40P01")]).is_transient(), "{code}");
+            assert!(!WorkError::Restore(vec![refused(code), refused("42704")]).is_transient(), "{code}");
+        }
+        for code in ["58P01", "53400", "23503"] {
+            assert!(!WorkError::Restore(vec![refused(code)]).is_transient(), "{code}");
+        }
+    }
+
     #[test]
     fn what_is_in_the_way_is_to_be_dropped() {
-        let hint = |sqlstate: &str| {
-            let failure = RestoreFailure {
-                kind: "TABLE".to_owned(),
-                object: "s.t".to_owned(),
-                sqlstate: sqlstate.to_owned(),
-                message: String::new(),
-            };
-            WorkError::Restore(vec![failure]).problem(None).hint.expect("one")
-        };
+        let hint = |sqlstate: &str| WorkError::Restore(vec![refused(sqlstate)]).problem(None).hint.expect("one");
         for code in ["42P06", "42P07", "42701", "42710", "42723"] {
             assert!(hint(code).contains("DROP it there"), "{code}");
         }
