@@ -170,7 +170,8 @@ impl MigrationCatalog {
         self.must_be_one(written)
     }
 
-    /// Writes down tables that are to be copied; those already there stay as they are.
+    /// Writes down the tables that are to be copied; those already there stay as they are, and those that an earlier attempt
+    /// has written down and that nobody has begun are forgotten where they are not among these.
     pub async fn add_tables(
         &self,
         migration: &str,
@@ -184,13 +185,19 @@ impl MigrationCatalog {
         let bytes: Vec<i64> = tables.iter().map(|(.., bytes)| *bytes).collect();
         client
             .execute(
-                "INSERT INTO pgcutover.migration_table
+                "WITH now AS (
+                     SELECT * FROM unnest($3::text[], $4::text[], $5::bigint[], $6::bigint[])
+                         AS t (schema_name, table_name, row_count, byte_count)),
+                 gone AS (
+                     DELETE FROM pgcutover.migration_table t USING pgcutover.engine e
+                      WHERE t.migration = $1 AND t.database = $2 AND t.state = 'waiting' AND e.generation = $7
+                        AND NOT EXISTS (SELECT FROM now n
+                                         WHERE n.schema_name = t.schema_name AND n.table_name = t.table_name))
+                 INSERT INTO pgcutover.migration_table
                      (migration, database, schema_name, table_name, state, rows_total, bytes_total)
-                 SELECT $1, $2, t.schema_name, t.table_name, 'waiting', t.row_count, t.byte_count
-                 FROM pgcutover.engine e,
-                      unnest($3::text[], $4::text[], $5::bigint[], $6::bigint[])
-                          t (schema_name, table_name, row_count, byte_count)
-                 WHERE e.generation = $7
+                 SELECT $1, $2, n.schema_name, n.table_name, 'waiting', n.row_count, n.byte_count
+                   FROM pgcutover.engine e, now n
+                  WHERE e.generation = $7
                  ON CONFLICT DO NOTHING",
                 &[&migration, &database, &schemas, &names, &rows, &bytes, &self.generation().0],
             )

@@ -1,9 +1,10 @@
 //! Tables that a server treats in its own way.
 
+use pgcutover::config::Ddl;
 use pgcutover::demo::compare;
 use pgcutover::ident::QualifiedName;
 
-use crate::support::connect;
+use crate::support::{connect, wait_for};
 use crate::world::{World, create, drain, reach, spec};
 
 const TABLES: &str = "
@@ -45,5 +46,31 @@ async fn generated_columns_of_tables_without_keys_and_truncates_of_what_others_r
         let digest = async |client| compare::digest(client, &table, "true", &[]).await.expect("read");
         assert_eq!(digest(&source).await, digest(&target).await, "{table}");
     }
+    running.stop().await;
+}
+
+/// What was written down of it by the first attempt is nothing to be copied.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_table_that_is_dropped_before_it_was_published_is_not_asked_for() {
+    let world = World::same_major().with(|config| config.migration.ddl = Ddl::Detect);
+    world.furnish("shop").await;
+    let source = connect(&world.source, "shop").await;
+    source.batch_execute("CREATE TABLE brief (k int PRIMARY KEY)").await.expect("made");
+    let running = world.engine("engine.after_publication=error");
+    create(&running, spec("brief", &["shop"])).await;
+    wait_for("the failure", || async { running.engine.show("brief").is_ok_and(|view| view.substate == "Failed") })
+        .await;
+    running.stop().await;
+    source.batch_execute("DROP TABLE brief; CREATE TABLE later (k int PRIMARY KEY)").await.expect("dropped");
+
+    let running = world.engine("");
+    wait_for("the migration", || async { running.engine.show("brief").is_ok() }).await;
+    running.engine.retry("brief").await.expect("accepted");
+    wait_for("the retry", || async { running.engine.show("brief").is_ok_and(|view| view.error.is_none()) }).await;
+    reach(&running, "brief", "WaitingForCutoverTrigger").await;
+    let tables = running.engine.tables("brief").expect("known");
+    let has = |name: &str| tables.iter().any(|table| table.name == name);
+    assert!(has("later") && !has("brief"), "{tables:?}");
+    world.assert_equal("shop").await;
     running.stop().await;
 }
