@@ -154,6 +154,16 @@ async fn the_database_is_made_like_the_sources() {
     schema::create_database(&rig.source, &rig.target, "latin", Existing::Drop, &rig.journal).await.unwrap();
     let made: Vec<String> = rig.journal.made.lock().unwrap().iter().map(|made| made.kind.clone()).collect();
     assert!(made.ends_with(&["database".to_owned(), "database_dropped".to_owned(), "database".to_owned()]), "{made:?}");
+
+    // What an interrupted DROP has left can only be dropped; a template cannot be.
+    for left in
+        ["UPDATE pg_database SET datconnlimit = -2 WHERE datname = 'latin'", "ALTER DATABASE latin IS_TEMPLATE true"]
+    {
+        target.batch_execute(left).await.unwrap();
+        let dropped = schema::create_database(&rig.source, &rig.target, "latin", Existing::Drop, &rig.journal).await;
+        dropped.unwrap_or_else(|error| panic!("{left}: {error:?}"));
+        assert_eq!(read(&source).await, read(&target).await, "{left}");
+    }
 }
 
 /// Everything about roles but what is their own servers' on purpose.

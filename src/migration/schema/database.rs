@@ -51,9 +51,10 @@ pub(super) async fn create(
     let wanted = wanted.ok_or_else(|| SchemaError::NoDatabase(name.to_owned()))?;
     let control = maintenance(target, name).await?;
     let mut found = read(&control, name).await.map_err(|source| read_error(name, source))?;
-    if found.is_some() && existing == Existing::Drop {
-        drop_database(&control, name, journal).await?;
-        found = None;
+    if existing == Existing::Drop
+        && let Some(there) = found.take()
+    {
+        drop_database(&control, name, &there, journal).await?;
     }
     match found {
         Some(found) => check_same(name, &found, &wanted)?,
@@ -167,7 +168,15 @@ async fn maintenance(target: &Connector, name: &str) -> Result<Control, ConnectE
     }
 }
 
-async fn drop_database(control: &Control, name: &str, journal: &dyn Journal) -> Result<(), SchemaError> {
+/// `pg_database.datconnlimit` of a database whose DROP was interrupted: it can be dropped again, and nothing else.
+const IS_INVALID: i32 = -2;
+
+async fn drop_database(
+    control: &Control,
+    name: &str,
+    there: &Database,
+    journal: &dyn Journal,
+) -> Result<(), SchemaError> {
     let made = MadeObject {
         side: Side::Target,
         database: None,
@@ -177,12 +186,19 @@ async fn drop_database(control: &Control, name: &str, journal: &dyn Journal) -> 
         note: "dropped by --overwrite-target; its contents cannot be brought back".to_owned(),
     };
     journal.record(&made).await?;
+    let database = quote_ident(name);
     // A template cannot be dropped, and who is connected keeps a database alive.
-    run(control, name, "ALTER DATABASE", &format!("ALTER DATABASE {} IS_TEMPLATE false", quote_ident(name))).await?;
-    if control.version_num() >= 130_000 {
-        return run(control, name, "DROP DATABASE", &format!("DROP DATABASE {} WITH (FORCE)", quote_ident(name))).await;
+    if there.is_template {
+        run(control, name, "ALTER DATABASE", &format!("ALTER DATABASE {database} IS_TEMPLATE false")).await?;
     }
-    run(control, name, "ALTER DATABASE", &format!("ALTER DATABASE {} CONNECTION LIMIT 0", quote_ident(name))).await?;
+    // The statement of an engine that was killed may have been faster.
+    let drop = format!("DROP DATABASE IF EXISTS {database}");
+    if control.version_num() >= 130_000 {
+        return run(control, name, "DROP DATABASE", &format!("{drop} WITH (FORCE)")).await;
+    }
+    if there.connection_limit != IS_INVALID {
+        run(control, name, "ALTER DATABASE", &format!("ALTER DATABASE {database} CONNECTION LIMIT 0")).await?;
+    }
     let end = "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE datname = $1 AND pid <> pg_backend_pid()";
     control.query(end, &[&name]).await.map_err(|source| SchemaError::Database {
         database: name.to_owned(),
@@ -190,7 +206,7 @@ async fn drop_database(control: &Control, name: &str, journal: &dyn Journal) -> 
         source,
     })?;
     // DROP DATABASE itself waits some seconds for sessions that are on their way out.
-    run(control, name, "DROP DATABASE", &format!("DROP DATABASE {}", quote_ident(name))).await
+    run(control, name, "DROP DATABASE", &drop).await
 }
 
 /// Whether it was the rights that did not reach.
