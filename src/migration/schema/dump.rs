@@ -78,6 +78,12 @@ async fn version(path: &Path) -> Option<u32> {
 /// Attempts at a dump while somebody holds a table exclusively.
 const LOCK_ATTEMPTS: u32 = 30;
 
+/// Attempts at a dump while pg_dump gets no session where we get one.
+const CONNECT_ATTEMPTS: u32 = 5;
+
+/// Of one complaint so much is told: PostgreSQL 16 and later lock all tables by one query, and pg_dump quotes it.
+const COMPLAINT_CHARS: usize = 400;
+
 /// See [`dump`](super::dump()).
 pub(super) async fn dump(
     pg_dump: &PgDump,
@@ -85,23 +91,35 @@ pub(super) async fn dump(
     database: &str,
     lock_timeout: Duration,
 ) -> Result<Archive, SchemaError> {
-    for _ in 1..LOCK_ATTEMPTS {
+    let (mut locked, mut refused) = (1, 1);
+    loop {
         match attempt(pg_dump, source, database, lock_timeout).await {
-            Err(SchemaError::Dump { why, .. }) if is_about_locks(&why) => {
-                // What queued behind pg_dump gets its turn.
-                tokio::time::sleep(lock_timeout.min(Duration::from_secs(1))).await;
+            Err(SchemaError::Dump { why, .. }) if locked < LOCK_ATTEMPTS && is_about_locks(&why) => locked += 1,
+            Err(SchemaError::Dump { why, .. }) if refused < CONNECT_ATTEMPTS && is_about_connecting(&why) => {
+                refused += 1;
             }
             other => return other,
         }
+        // What queued behind pg_dump gets its turn.
+        tokio::time::sleep(lock_timeout.min(Duration::from_secs(1))).await;
     }
-    attempt(pg_dump, source, database, lock_timeout).await
 }
 
 /// Whether pg_dump failed because of what somebody else had locked: it waited for too long (it bounds its LOCK TABLE by
 /// statement_timeout, and nothing else), or, since it locks table by table and a TRUNCATE of several does so in another
-/// order, each waited for the other.
+/// order, each waited for the other. The server says so in a language of its own, which only a superuser may choose; the
+/// name of the query that failed is pg_dump's, and in English.
 fn is_about_locks(why: &str) -> bool {
-    why.contains("statement timeout") || why.contains("deadlock detected")
+    let is_a_lock = why.contains(" was: LOCK TABLE ") && !why.contains("permission denied");
+    is_a_lock || why.contains("statement timeout") || why.contains("deadlock detected")
+}
+
+/// Whether pg_dump got no session: in the words of libpq from 14 on, or of pg_dump before that.
+fn is_about_connecting(why: &str) -> bool {
+    let words = ["connection to server ", "connection to database ", "could not translate host name "];
+    let complaint = why.split_once("pg_dump: ").map_or("", |(_, complaint)| complaint);
+    let complaint = ["error: ", "[archiver (db)] "].iter().find_map(|of| complaint.strip_prefix(of));
+    complaint.is_some_and(|complaint| words.iter().any(|word| complaint.starts_with(word)))
 }
 
 async fn attempt(
@@ -126,7 +144,17 @@ async fn attempt(
         Err(SchemaError::Dump { database, program, why }) if transaction.query_one("SELECT 1", &[]).await.is_err() => {
             return Err(SchemaError::DumpLost { database, program, why });
         }
-        other => other?,
+        Err(error) => {
+            if let SchemaError::Dump { why, .. } = &error
+                && is_about_connecting(why)
+            {
+                // It was told why in the server's language. We are told by a SQLSTATE, where another session is still refused
+                // beside this one.
+                source.control(database, "dump").await?.close().await;
+            }
+            return Err(error);
+        }
+        Ok(text) => text,
     };
     let toc = toc::parse(&text.stdout, &text.stderr)
         .map_err(|error| SchemaError::Split { database: database.to_owned(), source: error })?;
@@ -205,7 +233,7 @@ async fn run(
 
 /// The lines of standard error that are not the account of progress, bounded.
 fn complaints(stderr: &str) -> String {
-    let lines: Vec<&str> = stderr
+    let lines: Vec<String> = stderr
         .lines()
         .filter(|line| {
             ![
@@ -221,6 +249,7 @@ fn complaints(stderr: &str) -> String {
             .any(|progress| line.starts_with(progress))
         })
         .take(10)
+        .map(|line| line.chars().take(COMPLAINT_CHARS).collect())
         .collect();
     lines.join("; ")
 }
@@ -302,6 +331,35 @@ mod tests {
             "deadlock detected\nDETAIL:  Process 2 waits for AccessShareLock on relation 7"
         )));
         assert!(!is_about_locks(&error("permission denied for table t")));
+        // What the server says in a language of its own; the words of pg_dump 15 and later, and of the older ones.
+        for query in ["pg_dump: detail: Query was", "pg_dump: error: query was", "pg_dump: [archiver (db)] query was"] {
+            let lock = format!("{query}: LOCK TABLE public.t, public.u IN ACCESS SHARE MODE");
+            let waited = format!("storniere Anfrage wegen Zeitüberschreitung der Anfrage\n{lock}");
+            assert!(is_about_locks(&error(&waited)), "{waited}");
+            assert!(!is_about_locks(&error(&format!("permission denied for table t\n{lock}"))), "{lock}");
+        }
+        assert!(!is_about_locks(&error("Spalte fehlt\npg_dump: detail: Query was: SELECT x")));
+    }
+
+    #[test]
+    fn who_gets_no_session_is_recognised() {
+        for text in [
+            "pg_dump: error: connection to server at \"10.0.0.5\", port 5432 failed: FATAL:  tut mir leid",
+            "pg_dump: error: connection to server on socket \"/tmp/.s.PGSQL.5432\" failed: No such file or directory",
+            "pg_dump: error: connection to database \"shop\" failed: could not connect to server: Connection refused",
+            "pg_dump: [archiver (db)] connection to database \"shop\" failed: timeout expired",
+            "pg_dump: error: could not translate host name \"db\" to address: Temporary failure in name resolution",
+        ] {
+            assert!(is_about_connecting(&format!("exit status: 1: {}", complaints(text))), "{text}");
+        }
+        let other = "pg_dump: error: query failed: ERROR:  connection to server at that place failed";
+        assert!(!is_about_connecting(&format!("exit status: 1: {}", complaints(other))));
+    }
+
+    #[test]
+    fn complaints_are_bounded() {
+        let long = format!("pg_dump: detail: Query was: LOCK TABLE {} IN ACCESS SHARE MODE\n", "ünd, ".repeat(5000));
+        assert!(complaints(&long.repeat(50)).len() < 10_000);
     }
 
     #[test]
