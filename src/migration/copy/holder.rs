@@ -135,15 +135,21 @@ pub(super) async fn join(
         quote_literal(snapshot),
         context.config.lock_timeout.as_millis().max(1),
     );
-    connection.simple_query(&sql).await.map_err(|error| match error.sqlstate() {
-        Some(INVALID_PARAMETER_VALUE | sqlstate::UNDEFINED_OBJECT) => {
-            CopyError::HolderGone { table: table.name.clone() }
+    connection.simple_query(&sql).await.map_err(|error| {
+        if error.sqlstate().is_some_and(is_of_a_lost_snapshot) {
+            return CopyError::HolderGone { table: table.name.clone() };
         }
-        _ => source_error(table, "joining its snapshot", error),
+        source_error(table, "joining its snapshot", error)
     })?;
     let lock = format!("LOCK TABLE ONLY {} IN ACCESS SHARE MODE", table.name);
     query(table, connection, "locking it once more", &lock).await?;
     Ok(())
+}
+
+/// Whether SET TRANSACTION SNAPSHOT is answered so when nobody holds the snapshot.
+fn is_of_a_lost_snapshot(sqlstate: &str) -> bool {
+    [INVALID_PARAMETER_VALUE, sqlstate::UNDEFINED_OBJECT, sqlstate::OBJECT_NOT_IN_PREREQUISITE_STATE]
+        .contains(&sqlstate)
 }
 
 /// Begins a transaction and locks the table in it; LOCK TABLE takes no snapshot.
@@ -233,4 +239,17 @@ fn source_error(table: &SourceTable, doing: &'static str, source: RawError) -> C
 
 fn unreadable(table: &SourceTable, what: &'static str) -> CopyError {
     CopyError::Unreadable { table: table.name.clone(), what }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_snapshot_is_lost_in_three_ways() {
+        for code in ["22023", "42704", "55000"] {
+            assert!(is_of_a_lost_snapshot(code), "{code}");
+        }
+        assert!(!is_of_a_lost_snapshot("42501"));
+    }
 }

@@ -235,6 +235,8 @@ impl WorkError {
             Self::Slot(WalsenderError::Raw(error)) => transient_raw(error),
             Self::Sequences(SequenceError::Held(_)) => true,
             Self::Restore(failures) => failures.iter().all(|failure| restore_is_transient(&failure.sqlstate)),
+            // The next attempt takes a snapshot of its own.
+            Self::Copy(error) if matches!(**error, CopyError::HolderGone { .. }) => true,
             Self::Still(error) => matches!(**error, VerifyError::NoCommonSnapshot { .. }) || error.is_transient(),
             Self::NoIdentity(_)
             | Self::PublicationTaken(_)
@@ -432,6 +434,13 @@ mod tests {
             sqlstate: sqlstate.to_owned(),
             message: String::new(),
         }
+    }
+
+    #[test]
+    fn a_snapshot_that_was_lost_is_taken_again() {
+        let table = crate::ident::QualifiedName::new("s", "t");
+        assert!(WorkError::from(CopyError::HolderGone { table: table.clone() }).is_transient());
+        assert!(!WorkError::from(CopyError::Vanished { table }).is_transient());
     }
 
     #[test]
