@@ -95,7 +95,7 @@ pub async fn copy_roles(
         let server = server.label().to_owned();
         move |source| RolesError::Read { server, source }
     };
-    let wanted = Roles::read(&from).await.map_err(read(source))?;
+    let mut wanted = Roles::read(&from).await.map_err(read(source))?;
     // Roles are the server's, and several migrations may begin at the same time. Held until the session ends.
     to.batch_execute(ONE_AT_A_TIME).await.map_err(read(target))?;
     let found = Roles::read(&to).await.map_err(read(target))?;
@@ -113,6 +113,7 @@ pub async fn copy_roles(
         made: HashSet::new(),
     };
     let mut reports = writer.follow_renames(&wanted, source.label()).await?;
+    writer.before.leave(&mut wanted, &writer.found, target.label());
     for role in &wanted.roles {
         let mut report = writer.role(role).await?;
         if !superuser && !role.attributes.superuser {

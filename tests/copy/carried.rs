@@ -6,9 +6,10 @@
 use std::collections::BTreeMap;
 
 use pgcutover::migration::copy::{self, CopyContext, Stage};
-use pgcutover::migration::made::Mirrored;
+use pgcutover::migration::made::{Journal, Mirrored};
 use pgcutover::migration::roles::{self, Carried, RoleAction, RoleReport};
 use pgcutover::migration::schema::{self, ConnectionLimit, Existing, RestoreTarget, Synced};
+use pgcutover::postgres::Connector;
 use tokio_postgres::Client;
 
 use crate::rig::Rig;
@@ -245,4 +246,44 @@ async fn what_is_taken_away_from_roles_goes_and_what_is_the_targets_own_stays() 
     assert_eq!(text(&source, own).await, "t {app.own=1}");
     source.batch_execute("REVOKE own_group FROM app; ALTER ROLE app RESET app.own").await.unwrap();
     assert_eq!(text(&source, ROLES).await, text(&target, ROLES).await);
+}
+
+/// What the target's rights do not reach differs for ever. A rollback, or only its dry run, takes none of it from the source.
+#[tokio::test(flavor = "multi_thread")]
+async fn attributes_that_could_not_be_given_are_not_taken_away_on_the_way_back() {
+    let mut rig = Rig::start();
+    let source = support::connect(&rig.source_cluster, "postgres").await;
+    let target = support::connect(&rig.target_cluster, "postgres").await;
+    let make = "CREATE ROLE app LOGIN BYPASSRLS REPLICATION CONNECTION LIMIT 9; CREATE ROLE chief SUPERUSER NOLOGIN";
+    source.batch_execute(make).await.unwrap();
+    target.batch_execute("CREATE ROLE modest LOGIN CREATEROLE CREATEDB").await.unwrap();
+    rig.whole.target.user = "modest".to_owned();
+    rig.target = Connector::new(&rig.whole.target, "target", rig.target.instance()).unwrap();
+    let carried = std::cell::RefCell::new(Carried::default());
+    // Kept between one time and the next as the engine keeps it.
+    let go = async |from: &Connector, to: &Connector, journal: &dyn Journal| {
+        let kept = serde_json::to_value(&*carried.borrow()).unwrap();
+        let mut kept: Carried = serde_json::from_value(kept).unwrap();
+        let reports = roles::copy_roles(from, to, journal, &mut kept).await.unwrap();
+        carried.replace(kept);
+        warnings(&reports).iter().filter(|told| told.contains("could not be given")).count()
+    };
+    let back = Mirrored(&rig.journal);
+    let attributes = "SELECT string_agg(concat_ws(' ', rolname, rolsuper, rolreplication, rolbypassrls, rolcanlogin, rolconnlimit), \
+        ', ' ORDER BY rolname) FROM pg_roles WHERE rolname IN ('app', 'chief')";
+    assert_eq!(go(&rig.source, &rig.target, &rig.journal).await, 2);
+    assert_eq!(text(&target, attributes).await, "app f f f t 9, chief f f f f -1");
+    for _ in 0..2 {
+        go(&rig.target, &rig.source, &back).await;
+        assert_eq!(text(&source, attributes).await, "app f t t t 9, chief t f f f -1");
+    }
+    // It is tried and told each time; what has changed since goes back, and what was given after all and taken away, too.
+    assert_eq!(go(&rig.source, &rig.target, &rig.journal).await, 2);
+    target.batch_execute("ALTER ROLE app BYPASSRLS CONNECTION LIMIT 8").await.unwrap();
+    go(&rig.target, &rig.source, &back).await;
+    assert_eq!(text(&source, attributes).await, "app f t t t 8, chief t f f f -1");
+    assert_eq!(go(&rig.source, &rig.target, &rig.journal).await, 2);
+    target.batch_execute("ALTER ROLE app NOBYPASSRLS NOLOGIN").await.unwrap();
+    go(&rig.target, &rig.source, &back).await;
+    assert_eq!(text(&source, attributes).await, "app f t f f 8, chief t f f f -1");
 }

@@ -14,7 +14,7 @@ use std::collections::{BTreeMap, BTreeSet, HashSet};
 use serde::{Deserialize, Serialize};
 
 use super::parameters::Right;
-use super::server::{Role, Roles};
+use super::server::{Attributes, Role, Roles};
 use crate::migration::settings::Setting;
 
 /// What both servers had.
@@ -43,12 +43,26 @@ pub(super) struct CarriedRole {
     pub(super) settings: BTreeSet<String>,
     /// Roles that it was a member of, and whether with the ADMIN option.
     pub(super) member_of: BTreeMap<String, bool>,
+    /// By the label of a server that was led from: its attributes, and what came of them on the other. What that server's
+    /// rights did not reach differs, and is not taken away here on the way back.
+    pub(super) attributes: BTreeMap<String, (Attributes, Attributes)>,
 }
 
 impl Carried {
     /// Whether `member` had the ADMIN option on `role`.
     pub(super) fn admin(&self, role: &str, member: &str) -> bool {
         self.roles.get(member).and_then(|had| had.member_of.get(role)).copied().unwrap_or(false)
+    }
+
+    /// Takes out of `wanted` the attributes of roles that differ from those `found` on the server `to` only because they could
+    /// not be brought over from there.
+    pub(super) fn leave(&self, wanted: &mut Roles, found: &Roles, to: &str) {
+        for role in &mut wanted.roles {
+            let left = self.roles.get(&role.name).and_then(|had| had.attributes.get(to));
+            if let (Some(left), Some(found)) = (left, found.get(&role.name)) {
+                role.attributes = role.attributes.but_for(&found.attributes, left);
+            }
+        }
     }
 
     /// Old and new names of roles that were renamed on the server `from` since.
@@ -89,7 +103,8 @@ impl Carried {
                 next.roles.extend(had.map(|had| (there.name.clone(), had.clone())));
                 continue;
             };
-            let had = had.cloned().unwrap_or_default();
+            let mut had = had.cloned().unwrap_or_default();
+            had.attributes.insert(from.to_owned(), (here.attributes.clone(), there.attributes.clone()));
             let of_member = after.memberships.iter().filter(|membership| membership.member == there.name);
             let member_of = of_member.filter_map(|there| {
                 let here = wanted.membership(&there.role, &there.member).map(|here| here.admin);
@@ -104,6 +119,7 @@ impl Carried {
                 comment: there.comment.is_some() && (here.comment.is_some() || had.comment),
                 settings: both(names(&here.settings), &had.settings, names(&there.settings)),
                 member_of: member_of.collect(),
+                attributes: had.attributes,
             };
             next.roles.insert(there.name.clone(), role);
         }

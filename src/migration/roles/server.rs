@@ -32,7 +32,7 @@ pub(super) struct Role {
     pub(super) bootstrap: bool,
 }
 
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
 pub(super) struct Attributes {
     pub(super) superuser: bool,
     pub(super) inherit: bool,
@@ -165,6 +165,27 @@ impl Attributes {
             replication: was(|found| found.replication),
             bypass_rls: was(|found| found.bypass_rls),
             ..self.clone()
+        }
+    }
+}
+
+impl Attributes {
+    /// These, but for those in which both servers differ as `left` has them, this one and the other: they stay as `found`.
+    pub(super) fn but_for(&self, found: &Self, left: &(Self, Self)) -> Self {
+        fn pick<T: Copy + PartialEq>(of: fn(&Attributes) -> T, all: [&Attributes; 4]) -> T {
+            let [wanted, found, there, here] = all.map(of);
+            if there != here && (found, wanted) == (there, here) { found } else { wanted }
+        }
+        let all = [self, found, &left.0, &left.1];
+        Self {
+            superuser: pick(|one| one.superuser, all),
+            inherit: pick(|one| one.inherit, all),
+            create_role: pick(|one| one.create_role, all),
+            create_db: pick(|one| one.create_db, all),
+            login: pick(|one| one.login, all),
+            replication: pick(|one| one.replication, all),
+            bypass_rls: pick(|one| one.bypass_rls, all),
+            connection_limit: pick(|one| one.connection_limit, all),
         }
     }
 }
