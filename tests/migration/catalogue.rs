@@ -2,9 +2,11 @@
 
 use std::time::Duration;
 
+use pgcutover::catalog::decision::{self, Outcome};
 use pgcutover::config::Ddl;
 use pgcutover::demo::compare;
 use pgcutover::ident::QualifiedName;
+use pgcutover::switch::Epoch;
 use tokio_postgres::Client;
 
 use crate::support::{PATIENCE, connect, wait_for};
@@ -73,6 +75,52 @@ async fn what_was_changed_while_the_slot_was_made_is_known_to_the_stream() {
         let digest = async |client| compare::digest(client, &table, "true", &[]).await.expect("read");
         assert_eq!(digest(&from).await, digest(&to).await, "{table}");
     }
+    running.stop().await;
+}
+
+/// The same of the slot for the way back, beside whoever writes to the target before a cutover. Behind the boundary all is
+/// decoded and applied that is written there.
+#[tokio::test(flavor = "multi_thread")]
+async fn what_was_changed_while_the_slot_of_the_way_back_was_made_is_known_to_its_stream() {
+    let world = World::same_major();
+    world.furnish("shop").await;
+    let source = connect(&world.source, "shop").await;
+    let tables = "CREATE TABLE emptied (k int PRIMARY KEY); CREATE TABLE other (k int PRIMARY KEY)";
+    source.batch_execute(tables).await.expect("made");
+    let running = world.engine("");
+    create(&running, spec("back", &["shop"])).await;
+    reach(&running, "back", "WaitingForCutoverTrigger").await;
+    drain(&running, "back").await;
+    let session = async || connect(&world.target, "shop").await;
+    let (first, second, writer) = (session().await, session().await, session().await);
+
+    let lease = running.engine.begin_cutover("back").await.expect("ready");
+    let xid = begin(&first).await;
+    let prepare = lease.prepare_return(Epoch(1));
+    let beside = async {
+        awaited(&writer, &xid).await;
+        let xid = begin(&second).await;
+        second.batch_execute("TRUNCATE emptied").await.expect("changed");
+        first.batch_execute("COMMIT").await.expect("committed");
+        awaited(&writer, &xid).await;
+        writer.batch_execute("INSERT INTO other VALUES (1)").await.expect("written");
+        second.batch_execute("COMMIT").await.expect("committed");
+    };
+    let (prepared, ()) = tokio::join!(prepare, beside);
+    prepared.expect("prepared");
+    // It is decoded, though it is not applied.
+    writer.batch_execute("INSERT INTO emptied VALUES (1)").await.expect("written");
+    decision::write_boundary(&writer, Epoch(1)).await.expect("written");
+    lease.finish(Outcome::Decided).await.expect("recorded");
+    reach(&running, "back", "Completed").await;
+    writer.batch_execute("INSERT INTO emptied VALUES (2)").await.expect("written");
+    wait_for("the row of behind the boundary", || async {
+        let view = running.engine.show("back").expect("known");
+        assert!(view.error.is_none() && view.databases[0].last_error.is_none(), "{view:?}");
+        let row = source.query_opt("SELECT FROM emptied WHERE k = 2", &[]).await;
+        row.expect("readable").is_some()
+    })
+    .await;
     running.stop().await;
 }
 
