@@ -28,7 +28,6 @@ CREATE FUNCTION \"näxt\"() RETURNS int LANGUAGE sql VOLATILE AS 'SELECT 1';
 CREATE FUNCTION nothing() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN RETURN new; END $$;
 CREATE TRIGGER kept BEFORE UPDATE ON a FOR EACH ROW EXECUTE PROCEDURE nothing();
 CREATE TABLE stamps (id int PRIMARY KEY, at stamped);
-GRANT SELECT ON moods TO reader;
 ";
 
 /// What the databases have and what flows between them.
