@@ -253,6 +253,7 @@ impl Daemon {
     /// Waits for the order to stop later, and then until the time has come.
     async fn wind_down(&self, control: &Control) {
         let when = control.winding_down().await;
+        self.service.close();
         self.proxy.stop_accepting().await;
         match when {
             ShutdownWhen::Now => {}
@@ -275,6 +276,7 @@ impl Daemon {
     }
 
     async fn stop(self) {
+        self.service.close();
         join("cutovers and orders", &self.cutover_tasks, CUTOVER_GRACE).await;
         self.proxy_tasks.stop();
         self.proxy.leave();

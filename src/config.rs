@@ -257,7 +257,7 @@ pub struct Server {
     pub sslrootcert: Option<PathBuf>,
     /// Client certificate chain and key, PEM.
     pub client_certificate: Option<(PathBuf, PathBuf)>,
-    /// Bound on TCP connect, TLS and login together.
+    /// Bound on TCP connect, TLS and login together; zero: as long as it takes.
     pub connect_timeout: Duration,
     /// Silence after which the server is asked whether it waits for us; zero: never.
     pub stall_timeout: Duration,
@@ -384,6 +384,9 @@ impl AuthMethod {
     }
 }
 
+/// Longer than any process lives.
+const WITHOUT_A_BOUND: Duration = Duration::from_secs(100 * 365 * 86_400);
+
 /// `[limits]`
 #[derive(Clone, Debug)]
 pub struct Limits {
@@ -397,7 +400,7 @@ pub struct Limits {
     pub max_database_connections: usize,
     /// Client connections from one IP address; 0: any number.
     pub max_address_connections: usize,
-    /// From accept to the end of authentication.
+    /// From accept to the end of authentication; zero: as long as it takes.
     pub client_login_timeout: Duration,
     /// Time-outs of sessions, unless `users` or `databases` say otherwise.
     pub timeouts: limits::Timeouts,
@@ -413,6 +416,13 @@ pub struct Limits {
     pub max_message_bytes: u64,
     /// Buffer for each direction of a session, in bytes.
     pub buffer_bytes: usize,
+}
+
+impl Limits {
+    /// How long a client may take for its login.
+    pub fn login_bound(&self) -> Duration {
+        Some(self.client_login_timeout).filter(|bound| !bound.is_zero()).unwrap_or(WITHOUT_A_BOUND)
+    }
 }
 
 /// What happens to a table that has no usable replica identity.

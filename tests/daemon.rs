@@ -195,11 +195,17 @@ async fn a_setting_is_changed_live_and_a_shutdown_waits_for_clients() {
     console.batch_execute("RELOAD").await.unwrap();
     assert_eq!(timeout().await, "0s", "the file's value again");
 
+    // Off, as every other of them.
+    console.batch_execute("SET client_login_timeout = 0").await.unwrap();
+    drop(support::connect_with(&daemon.client("postgres")).await);
+
+    assert_eq!(daemon.json(&["status"])["ready"], true);
     console.batch_execute("SHUTDOWN WAIT_FOR_CLIENTS").await.unwrap();
     support::wait_for("new clients to be refused", || async {
         support::try_connect(&daemon.client("postgres")).await.is_err()
     })
     .await;
+    assert_eq!(daemon.json(&["status"])["ready"], false, "balancers are told");
     client.batch_execute("SELECT 1").await.expect("it goes on");
     assert!(!daemon.has_ended());
     drop(client);

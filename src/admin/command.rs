@@ -168,6 +168,11 @@ impl Command {
         )
     }
 
+    /// Whether it takes as long as the tables are large, and a process that stops can leave it as it is.
+    pub fn can_be_left(&self) -> bool {
+        matches!(self, Self::Verify(..) | Self::WaitClose(_))
+    }
+
     /// Whether it changes nothing and waits, without a bound, for what others do: only as long as somebody wants to know.
     pub fn only_waits(&self) -> bool {
         matches!(self, Self::WaitClose(_))

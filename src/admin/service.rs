@@ -3,6 +3,7 @@
 //! What changes state runs in a task of its own: an operator who hangs up must not stop a cutover half way.
 
 use std::collections::BTreeMap;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::Instant;
 
@@ -68,6 +69,8 @@ pub(super) struct Inner {
     pub(super) reconnects: Mutex<BTreeMap<String, f64>>,
     /// See [`Inner::staying`].
     pub(super) leaving: Mutex<bool>,
+    /// Nobody new is let in any more.
+    pub(super) closing: AtomicBool,
 }
 
 impl Service {
@@ -75,7 +78,15 @@ impl Service {
     pub fn new(deps: ServiceDeps) -> Self {
         let reconnects = Mutex::default();
         let (started, periods, live) = (Instant::now(), Periods::new(), Live::new());
-        let inner = Arc::new(Inner { deps, started, periods, live, reconnects, leaving: Mutex::default() });
+        let inner = Arc::new(Inner {
+            deps,
+            started,
+            periods,
+            live,
+            reconnects,
+            leaving: Mutex::default(),
+            closing: AtomicBool::new(false),
+        });
         let observer = inner.clone();
         inner.deps.tasks.spawn(async move { observer.observe().await });
         let turning = inner.clone();
@@ -127,11 +138,15 @@ impl Service {
         let (mut sender, receiver) = tokio::sync::oneshot::channel();
         let inner = self.0.clone();
         self.0.deps.tasks.spawn(async move {
-            let only_waits = command.only_waits();
+            let (only_waits, can_be_left) = (command.only_waits(), command.can_be_left());
             let result = tokio::select! {
                 result = inner.change(command) => result,
                 // Safe to drop: nothing is half done.
                 () = sender.closed(), if only_waits => return,
+                // How far it has come is kept.
+                () = inner.deps.tasks.stopping(), if can_be_left => {
+                    Err(AdminError::new(ErrorKind::Unavailable, "the daemon is stopping"))
+                }
             };
             match &result {
                 Ok(_) => tracing::info!(command = name, "order carried out"),
@@ -154,6 +169,11 @@ impl Service {
     /// Why clients are not served; `None`: they are.
     pub fn not_ready(&self) -> Option<String> {
         self.0.not_ready()
+    }
+
+    /// From now on clients are not let in: balancers are told.
+    pub fn close(&self) {
+        self.0.closing.store(true, Ordering::Relaxed);
     }
 
     /// From now on orders are refused that would bring something into force which another process, that takes over, does
@@ -353,6 +373,9 @@ impl Inner {
     }
 
     fn not_ready(&self) -> Option<String> {
+        if self.closing.load(Ordering::Relaxed) {
+            return Some("pgcutover is stopping".to_owned());
+        }
         let databases = self.deps.switchboard.all();
         let unknown = databases.iter().find_map(|database| match &*database.route() {
             Route::Unknown { reason } => Some(format!("database {}: {reason}", database.name())),

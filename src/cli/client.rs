@@ -30,9 +30,19 @@ pub(super) struct Refusal {
 /// No answer, or a refusal.
 #[derive(Debug, thiserror::Error)]
 pub(super) enum ClientError {
-    /// Nobody listens, or the connection was lost.
+    /// Nobody listens, or whoever does has said nothing.
     #[error("cannot reach the daemon at {address}: {reason}")]
     Unreachable {
+        /// Where.
+        address: String,
+        /// Why.
+        reason: String,
+    },
+    /// An order was sent, and the connection was lost before the answer.
+    #[error(
+        "the connection to the daemon at {address} was lost ({reason}): whether the order was carried out is not known"
+    )]
+    Lost {
         /// Where.
         address: String,
         /// Why.
@@ -94,6 +104,7 @@ impl Client {
         };
         let handshake = hyper::client::conn::http1::handshake(TokioIo::new(stream)).await;
         let (mut sender, connection) = handshake.map_err(|error| self.unreachable(error))?;
+        let is_order = method != Method::GET;
         let mut request = Request::builder().method(method).uri(path).header(HOST, &self.address);
         if let Some(token) = &self.token {
             request = request.header(AUTHORIZATION, format!("Bearer {}", token.expose()));
@@ -114,8 +125,12 @@ impl Client {
             // The connection ends first when the daemon hangs up; then the exchange has its error or its answer.
             _ = &mut connection => exchange.await,
         };
-        let (status, body) = answer.map_err(|error| self.unreachable(error))?;
-        let body = body.map_err(|error| self.unreachable(error))?;
+        let lost = |reason: String| match is_order {
+            true => ClientError::Lost { address: self.address.clone(), reason },
+            false => self.unreachable(reason),
+        };
+        let (status, body) = answer.map_err(|error| lost(error.to_string()))?;
+        let body = body.map_err(|error| lost(error.to_string()))?;
         if status.is_success() {
             return serde_json::from_slice(&body).map_err(|error| self.stranger(error));
         }
@@ -129,5 +144,30 @@ impl Client {
 
     fn stranger(&self, reason: impl std::fmt::Display) -> ClientError {
         ClientError::Stranger { address: self.address.clone(), reason: reason.to_string() }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use tokio::io::AsyncReadExt;
+
+    use super::*;
+
+    /// Whoever has sent an order and lost the connection must not read that nothing has happened.
+    #[tokio::test]
+    async fn an_order_that_was_not_answered_may_have_been_carried_out() {
+        let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.expect("listens");
+        let client = Client::new(listener.local_addr().expect("bound").to_string(), None);
+        let daemon = tokio::spawn(async move {
+            for _ in 0..2 {
+                let (mut stream, _) = listener.accept().await.expect("a client");
+                let _request = stream.read(&mut [0; 4096]).await.expect("a request");
+            }
+        });
+        let order = client.post("/api/v1/migrations/m/cutover", None).await.expect_err("no answer");
+        assert!(matches!(order, ClientError::Lost { .. }) && !order.is_unreachable(), "{order}");
+        let question = client.get("/api/v1/status").await.expect_err("no answer");
+        assert!(question.is_unreachable(), "{question}");
+        daemon.await.expect("has heard both");
     }
 }

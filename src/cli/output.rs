@@ -1,5 +1,6 @@
 //! Prints answers: JSON for scripts, tables for people. Answers go to standard output, everything else to standard error.
 
+use std::borrow::Cow;
 use std::io::Write;
 
 use serde::de::DeserializeOwned;
@@ -35,17 +36,20 @@ impl Output {
 
     /// One line to standard output. A reader that has gone away is no error of ours.
     pub(super) fn line(&self, text: &str) {
-        let _ = writeln!(std::io::stdout(), "{text}");
+        let _ = writeln!(std::io::stdout(), "{}", printable(text));
     }
 
     /// Something that is not part of the answer.
     pub(super) fn note(&self, text: &str) {
-        let _ = writeln!(std::io::stderr(), "{text}");
+        let _ = writeln!(std::io::stderr(), "{}", printable(text));
     }
 
     pub(super) fn error(&self, error: &CliError) {
         let (code, hint) = match error {
             CliError::Client(ClientError::Refused(refusal)) => (refusal.code.as_str(), refusal.hint.clone()),
+            CliError::Client(ClientError::Lost { .. }) => {
+                ("lost", Some("`pgcutover migration show` and `migration cutover-report` say what became of it".into()))
+            }
             CliError::Client(_) => {
                 ("unreachable", Some("is `pgcutover run` running, with [admin] address set?".into()))
             }
@@ -450,6 +454,12 @@ impl Output {
     }
 }
 
+/// Without what a terminal would obey: names are in it that clients have given themselves.
+fn printable(text: &str) -> Cow<'_, str> {
+    let obeyed = |c: char| c.is_control() && !matches!(c, '\n' | '\t');
+    if text.contains(obeyed) { Cow::Owned(text.replace(obeyed, "?")) } else { Cow::Borrowed(text) }
+}
+
 /// The typed form of an answer; the daemon is of another version when it has none.
 pub(super) fn typed<T: DeserializeOwned>(answer: &Value) -> Result<T, CliError> {
     T::deserialize(answer).map_err(|error| {
@@ -512,5 +522,10 @@ mod tests {
         for (input, text) in [(0, "0B"), (5_000, "5000B"), (20_000, "19kB"), (50 << 20, "50MB")] {
             assert_eq!(approximate(input), text);
         }
+    }
+
+    #[test]
+    fn no_name_moves_the_cursor() {
+        assert_eq!(printable("\u{1b}[2Kshop\r\nä\tb\u{9b}1A"), "?[2Kshop?\nä\tb?1A");
     }
 }

@@ -71,7 +71,14 @@ impl Properties {
             "SourceDBServerResourceId" => self.source = Some(text(value)?),
             "SourceServerUserName" => self.source_user = Some(text(value)?),
             "TargetServerUserName" => self.target_user = Some(text(value)?),
-            "SslMode" => self.sslmode = Some(text(value)?.to_ascii_lowercase()),
+            "SslMode" => {
+                // The service writes VerifyFull.
+                let said = text(value)?.to_ascii_lowercase();
+                self.sslmode = Some(
+                    said.strip_prefix("verify")
+                        .map_or(said.clone(), |what| format!("verify-{}", what.trim_start_matches('-'))),
+                );
+            }
             "SecretParameters" => self.take_secrets(value)?,
             "DBsToMigrate" => {
                 let list = value.as_array().ok_or("expected a list of databases")?;
@@ -196,6 +203,8 @@ mod tests {
         assert_eq!(properties.option, Some(MigrationOption::ValidateAndMigrate));
         assert!(!format!("{properties:?}").contains("hunter"));
         properties.compare(&config("10.0.0.5")).expect("the same servers");
+        let verified = parse(&FILE.replace("\"Prefer\"", "\"VerifyFull\"")).expect("valid");
+        assert_eq!(verified.sslmode.as_deref(), Some("verify-full"));
         let error = properties.compare(&config("10.0.0.9")).expect_err("another source").to_string();
         assert!(error.contains("\"10.0.0.5\" there, but source.host is \"10.0.0.9\""), "{error}");
         assert!(!error.contains("hunter"));

@@ -187,13 +187,22 @@ impl Reader {
             rest.strip_prefix(&section.to_ascii_uppercase()).is_some_and(|rest| rest.starts_with('_'))
         })?;
         let key = rest[section.len() + 1..].to_ascii_lowercase();
-        if keys.contains(key.as_str()) {
+        let value = self.environment.get(name).map_or("", String::as_str);
+        if keys.contains(key.as_str()) || is_about_a_service(&key, value) {
             return None;
         }
         let variables: Vec<String> = keys.iter().map(|key| variable(section, key)).collect();
         let variables: Vec<&str> = variables.iter().map(String::as_str).collect();
         Some(format!("no such key in [{section}]{}", suggestion(name, &variables)))
     }
+}
+
+/// Whether an orchestrator has made a variable that ends so, for a service whose name begins like a section of ours.
+fn is_about_a_service(key: &str, value: &str) -> bool {
+    key == "service_host"
+        || key.starts_with("service_port")
+        || key.starts_with("port") && (key.ends_with("_proto") || key.ends_with("_addr") || key.ends_with("_port"))
+        || key.starts_with("port") && ["tcp://", "udp://"].iter().any(|scheme| value.starts_with(scheme))
 }
 
 /// Every key that is read, by section.

@@ -221,6 +221,14 @@ fn the_environment_overrides_the_file() {
         ("PGCUTOVER_CUTOVER_MAX_PAUSE", "7s"),
         ("PGCUTOVER_LISTEN_ADDRESS", "127.0.0.1:7000"),
         ("PGCUTOVER_PORT", "tcp://10.0.0.1:6432"),
+        // What an orchestrator makes for a service of the name pgcutover-admin.
+        ("PGCUTOVER_ADMIN_SERVICE_HOST", "10.0.0.1"),
+        ("PGCUTOVER_ADMIN_SERVICE_PORT_HTTP", "8432"),
+        ("PGCUTOVER_ADMIN_PORT", "tcp://10.0.0.1:8432"),
+        ("PGCUTOVER_ADMIN_PORT_8432_TCP", "tcp://10.0.0.1:8432"),
+        ("PGCUTOVER_ADMIN_PORT_8432_TCP_PROTO", "tcp"),
+        ("PGCUTOVER_ADMIN_PORT_8432_TCP_PORT", "8432"),
+        ("PGCUTOVER_ADMIN_PORT_8432_TCP_ADDR", "10.0.0.1"),
     ];
     let config = good(MINIMAL, &variables);
     assert_eq!(config.source.port, 5433);
@@ -228,6 +236,7 @@ fn the_environment_overrides_the_file() {
     assert_eq!(config.cutover.max_pause, Duration::from_secs(7));
     assert_eq!(config.listen.address.map(|address| address.port()), Some(7000));
 
+    assert_eq!(problems(|f| f, &[("PGCUTOVER_ADMIN_PORT", "8432")]).len(), 1, "meant for us, and no key");
     let found = problems(|f| f, &[("PGCUTOVER_SOURCE_HSOT", "x")]);
     let expected =
         "environment variable PGCUTOVER_SOURCE_HSOT: no such key in [source]; did you mean `PGCUTOVER_SOURCE_HOST`?";

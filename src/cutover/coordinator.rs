@@ -90,6 +90,8 @@ pub struct Coordinator {
     sealed: AtomicBool,
     /// The last cutover of each migration.
     running: Mutex<HashMap<String, Running>>,
+    /// When the last look for long work began, and what it found.
+    long_work: tokio::sync::Mutex<Option<(Instant, Vec<Obstacle>)>>,
 }
 
 impl std::fmt::Debug for Coordinator {
@@ -112,6 +114,7 @@ impl Coordinator {
             deps,
             resolver: Arc::new(resolver),
             sealed: AtomicBool::new(false),
+            long_work: tokio::sync::Mutex::default(),
             running: Mutex::new(HashMap::new()),
         })
     }
@@ -227,6 +230,19 @@ impl Coordinator {
     /// Work in databases that the proxy serves, on the server where they run, that is older than the drain of a cutover
     /// or rollback would wait for.
     pub async fn long_work(&self) -> Result<Vec<Obstacle>, CutoverError> {
+        // Each look takes a connection of ours on the server: whoever had to wait for one that has begun since shares it.
+        let asked = Instant::now();
+        let mut last = self.long_work.lock().await;
+        if let Some((_, busy)) = last.as_ref().filter(|(began, _)| *began >= asked) {
+            return Ok(busy.clone());
+        }
+        let began = Instant::now();
+        let busy = Box::pin(self.look_for_long_work()).await?;
+        *last = Some((began, busy.clone()));
+        Ok(busy)
+    }
+
+    async fn look_for_long_work(&self) -> Result<Vec<Obstacle>, CutoverError> {
         let mut busy = Vec::new();
         for (role, server) in [(ServerRole::Source, &self.deps.source), (ServerRole::Target, &self.deps.target)] {
             let here = |route: &Route| matches!(route, Route::To { server, .. } if *server == role);

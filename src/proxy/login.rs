@@ -102,7 +102,7 @@ pub(super) async fn log_in(worker: &Rc<Worker>, accepted: Accepted) -> Option<Se
     }
     let mut peer = Peer::new(accepted.peer);
     let channel = ClientChannel::new(accepted.into_stream().ok()?);
-    let deadline = tokio::time::Instant::now() + shared.limits.load().client_login_timeout;
+    let deadline = tokio::time::Instant::now() + shared.limits.load().login_bound();
     let access = shared.access.load_full();
     let entrance = Entrance { tls: access.tls.as_ref(), balancers: &access.balancers };
     let negotiation = async {
@@ -190,7 +190,7 @@ pub(super) async fn cancel_own(shared: &Shared, pid: i32, key: &[u8]) -> bool {
     let (done, dealt_with) = tokio::sync::oneshot::channel();
     entry.order(Order::Cancel { done });
     // An error means that the session has ended: dealt with.
-    let bound = shared.limits.load().client_login_timeout;
+    let bound = shared.limits.load().login_bound();
     let _dropped = tokio::time::timeout(bound, dealt_with).await;
     true
 }

@@ -250,6 +250,40 @@ async fn followers_see_a_new_migration_and_the_stream_ends_with_the_server() {
     assert!(seen.contains(document_shape), "{seen}");
 }
 
+/// Who may not give orders is told so before it has sent what it would order, and takes no memory for it.
+#[tokio::test]
+async fn an_order_without_the_token_is_refused_before_its_body_is_read() {
+    let admin = admin(|config| config.admin.token = Some(Secret::new("t0ken"))).await;
+    let mut stream = tokio::net::TcpStream::connect(admin.http).await.unwrap();
+    let head = "POST /api/v1/migrations HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\n\
+                content-length: 1000000\r\n\r\n{";
+    stream.write_all(head.as_bytes()).await.unwrap();
+    let mut answer = [0; 12];
+    stream.read_exact(&mut answer).await.unwrap();
+    assert_eq!(&answer, b"HTTP/1.1 401");
+}
+
+/// The descriptors of idle connections are those that clients of the proxy need.
+#[tokio::test]
+async fn idle_connections_take_no_more_than_their_places() {
+    let admin = admin(|_| {}).await;
+    let mut idle = Vec::new();
+    for _ in 0..256 {
+        let mut stream = tokio::net::TcpStream::connect(admin.http).await.unwrap();
+        // Answered, so it has its place.
+        stream.write_all(b"GET /healthz HTTP/1.1\r\nhost: localhost\r\n\r\n").await.unwrap();
+        let mut answer = [0; 12];
+        stream.read_exact(&mut answer).await.unwrap();
+        assert_eq!(&answer, b"HTTP/1.1 200");
+        idle.push(stream);
+    }
+    let mut late = std::pin::pin!(admin.get("/healthz"));
+    let waits = tokio::time::timeout(std::time::Duration::from_millis(300), &mut late).await;
+    assert!(waits.is_err(), "{waits:?}");
+    idle.pop();
+    assert_eq!(late.await.0, 200);
+}
+
 #[tokio::test]
 async fn what_happens_is_on_record_and_named_after_its_migration() {
     let admin = admin(|_| {}).await;

@@ -12,6 +12,7 @@ mod extract;
 pub mod fuzzing;
 mod guard;
 mod idempotency;
+mod limit;
 mod openapi;
 mod operation;
 mod operations;
@@ -22,10 +23,11 @@ use std::sync::Arc;
 
 use axum::Router;
 use axum::extract::State;
-use axum::http::{StatusCode, header};
+use axum::http::{Method, StatusCode, header};
 use axum::response::{IntoResponse, Response};
 use axum::routing::get;
 
+use self::caller::Caller;
 use self::problem::Problem;
 use super::service::Service;
 use crate::shutdown::Tasks;
@@ -58,10 +60,11 @@ pub async fn start(address: SocketAddr, service: Service, tasks: &Tasks) -> std:
 
 /// Serves on a socket that listens already until `tasks` are told to stop.
 pub fn serve(listener: tokio::net::TcpListener, service: Service, tasks: &Tasks) {
-    let app = router(service, tasks).into_make_service_with_connect_info::<SocketAddr>();
+    let app = router(service, tasks).into_make_service_with_connect_info::<limit::Peer>();
     let stopping = tasks.clone();
     tasks.spawn(async move {
-        let served = axum::serve(listener, app).with_graceful_shutdown(async move { stopping.stopping().await });
+        let served = axum::serve(limit::Limited::new(listener), app)
+            .with_graceful_shutdown(async move { stopping.stopping().await });
         if let Err(error) = served.await {
             tracing::error!(%error, "HTTP server ended");
         }
@@ -88,13 +91,19 @@ fn router(service: Service, tasks: &Tasks) -> Router {
         .with_state(site)
 }
 
-/// Lets through who asks by a name of ours.
+/// Lets through who asks by a name of ours, and may give orders if this is one: before its body is read.
 async fn known_by_its_name(
     State(site): Shared,
+    caller: Caller,
     request: axum::extract::Request,
     next: axum::middleware::Next,
 ) -> Response {
-    match guard::may_ask(&site.service.config(), request.headers()) {
+    let config = site.service.config();
+    let allowed = guard::may_ask(&config, &caller.headers).and_then(|()| match *request.method() {
+        Method::GET | Method::HEAD | Method::OPTIONS => Ok(()),
+        _ => guard::may_change(&config, caller.peer, &caller.headers),
+    });
+    match allowed {
         Ok(()) => next.run(request).await,
         Err(problem) => problem.into_response(),
     }

@@ -533,7 +533,11 @@ impl Engine {
             entries.insert(name, entry);
         }
         let known: Vec<(String, Entry)> = entries.iter().map(|(name, entry)| (name.clone(), entry.clone())).collect();
-        *self.migrations.write().unwrap_or_else(PoisonError::into_inner) = entries;
+        let before = std::mem::replace(&mut *self.migrations.write().unwrap_or_else(PoisonError::into_inner), entries);
+        // What an earlier ownership of the engine has counted is counted anew by what replaces it.
+        for database in before.values().flat_map(|entry| &entry.live.databases) {
+            database.uncount(&self.deps.metrics);
+        }
         // Only now: a verdict that is told from here on finds the migration, one from before is found here.
         for (name, entry) in known {
             let verdict = self.verdicts.lock().unwrap_or_else(PoisonError::into_inner).get(&name).copied();

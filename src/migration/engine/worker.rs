@@ -235,9 +235,13 @@ impl Worker {
     async fn keep_validating(&self) -> std::convert::Infallible {
         let spec = &self.context.live.spec;
         let asked = spec.mode == Mode::Online && spec.option != MigrationOption::Migrate;
+        let interval = self.context.config.migration.validation_interval;
+        if !asked || interval.is_zero() {
+            return std::future::pending().await;
+        }
         loop {
-            tokio::time::sleep(self.context.config.migration.validation_interval).await;
-            if asked && matches!(self.state(), State::MigratingData | State::WaitingForCutoverTrigger) {
+            tokio::time::sleep(interval).await;
+            if matches!(self.state(), State::MigratingData | State::WaitingForCutoverTrigger) {
                 let (servers, live) = (self.context.servers(), &self.context.live);
                 let results = validation::ask(&servers, live, Asked::AboutReplication).await;
                 if let Err(error) = validation::keep(&self.context.catalog, live, &results).await {

@@ -56,6 +56,13 @@ function notices(m, state) {
     count ? h('p', { class: 'notice warn' }, `${number(count)} sessions are in the way now: `, h('a', { href: `#/m/${encodeURIComponent(m.name)}/sessions` }, 'see which')) : null);
 }
 
+/** Before a cutover is ordered; `null`: the server could not be asked. */
+function inTheWay(blockers) {
+  if (!blockers) return h('p', { class: 'notice warn' }, 'What stands in the way could not be found out.');
+  if (!blockers.length) return null;
+  return h('p', { class: 'notice warn' }, `${number(blockers.length)} sessions are in the way now; it may be aborted, and then nothing has changed.`);
+}
+
 /** What an order may say of itself; what is left empty is as configured. */
 function limits() {
   return h('details', { id: 'limits' }, h('summary', {}, 'Time limits, stragglers and force'),
@@ -161,13 +168,13 @@ export function actions(order) {
     },
     cutOver: async (_target, _event, state, draw) => {
       const body = request();
-      const blockers = state.detail.blockers || [];
+      const blockers = state.detail.blockers;
       const sure = await ask({
         title: `Cut over ${state.route.name}?`, good: 'Cut over now', danger: true,
         body: [
           h('p', {}, `From ${state.live.source} to ${state.live.target}. New transactions wait until the target has everything:`),
           pending(current(state)),
-          blockers.length ? h('p', { class: 'notice warn' }, `${number(blockers.length)} sessions are in the way now; it may be aborted, and then nothing has changed.`) : null,
+          inTheWay(blockers),
           h('p', { class: 'muted' }, state.can && state.can.rollback ? 'You can roll back until you complete the migration.' : 'There is no way back by command afterwards.'),
         ],
       });
