@@ -546,8 +546,8 @@ impl Session {
 
     /// The session's backend said good-bye while the session waits with its state on the other server: it goes on there.
     pub(super) fn survives_loss(&mut self) -> bool {
-        let waits = !self.is_inside();
-        if !waits || !self.is_prepared() {
+        // A frame that is cut cannot be ended by anybody else.
+        if !self.is_at_safe_point() || !self.is_prepared() {
             return false;
         }
         self.backend = None;

@@ -298,6 +298,11 @@ impl Session {
             return Ok(Passage::Blocked);
         }
         match member.try_enter() {
+            Some(admission) if admission.epoch != self.epoch && !self.is_quiet() => {
+                // The old backend is in the middle of a frame: what the client is sent of the new one comes behind its end.
+                member.leave();
+                Ok(Passage::Blocked)
+            }
             Some(admission) => {
                 self.enter();
                 if self.backend.is_none() && admission.epoch == self.epoch {

@@ -1,85 +1,14 @@
 //! Links that break: what is in doubt is said to be, nothing is sent twice, and the gate waits for proof.
 
-use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
-use pgcutover::config;
-use pgcutover::demo::cluster::Cluster;
 use pgcutover::failpoint::Failpoints;
 use pgcutover::proxy::SessionState;
-use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
-use tokio::net::{TcpListener, TcpStream};
-use tokio::sync::watch;
 
 use crate::rig::{Rig, server, text};
 use crate::support::{connect, one_cluster, wait_for};
+use crate::wire::{Order, Wire};
 use crate::wire_client::query;
-
-/// What becomes of the connections that pass here.
-#[derive(Clone, Copy, PartialEq)]
-enum Order {
-    Pass,
-    /// Closed towards the proxy, kept open towards the server, which notices nothing.
-    Cut,
-    /// Closed on both sides.
-    Drop,
-}
-
-/// A stretch of wire between the proxy and a server.
-struct Wire {
-    port: u16,
-    /// One for each connection, oldest first.
-    connections: Arc<Mutex<Vec<watch::Sender<Order>>>>,
-}
-
-impl Wire {
-    async fn to(cluster: &Cluster) -> Self {
-        let listener = TcpListener::bind("127.0.0.1:0").await.expect("bound");
-        let port = listener.local_addr().expect("bound").port();
-        let connections: Arc<Mutex<Vec<watch::Sender<Order>>>> = Arc::default();
-        let (all, server_port) = (connections.clone(), cluster.port());
-        tokio::spawn(async move {
-            while let Ok((near, _)) = listener.accept().await {
-                let (order, told) = watch::channel(Order::Pass);
-                all.lock().expect("lives").push(order);
-                let far = TcpStream::connect(("127.0.0.1", server_port)).await.expect("connects");
-                tokio::spawn(pass(near, far, told));
-            }
-        });
-        Self { port, connections }
-    }
-
-    fn server(&self) -> config::Server {
-        config::Server::new("127.0.0.1", self.port, "postgres")
-    }
-
-    fn order(&self, connection: usize, order: Order) {
-        self.connections.lock().expect("lives")[connection].send_replace(order);
-    }
-
-    fn count(&self) -> usize {
-        self.connections.lock().expect("lives").len()
-    }
-}
-
-async fn pass(mut near: TcpStream, mut far: TcpStream, mut told: watch::Receiver<Order>) {
-    let (mut up, mut down) = (vec![0; 4096], vec![0; 4096]);
-    loop {
-        tokio::select! {
-            read = near.read(&mut up) => match read {
-                Ok(count @ 1..) if far.write_all(&up[..count]).await.is_ok() => {}
-                _ => return,
-            },
-            read = far.read(&mut down) => match read {
-                Ok(count @ 1..) if near.write_all(&down[..count]).await.is_ok() => {}
-                _ => return,
-            },
-            _ = told.changed() => break,
-        }
-    }
-    drop(near);
-    let _dropped = told.wait_for(|order| *order == Order::Drop).await;
-}
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_cut_link_is_in_doubt_and_the_gate_waits_for_the_backends_end() {

@@ -1,0 +1,116 @@
+//! Moves of sessions while links break, frames are cut, or orders of the next cutover come before they are done.
+
+use std::time::{Duration, Instant};
+
+use pgcutover::demo::cluster::Cluster;
+use pgcutover::failpoint::Failpoints;
+use pgcutover::proxy::{MoveOrder, MoveOutcome, SessionState};
+use pgcutover::switch::{Epoch, ServerRole};
+use tokio::io::AsyncReadExt as _;
+
+use crate::rig::Rig;
+use crate::support::{PATIENCE, connect, two_clusters_with, wait_for};
+use crate::wire::{Order, Wire};
+use crate::wire_client::{WireClient, query, rows};
+
+const POSTGRES: &str = "postgres";
+const WHERE_AM_I: &str = "SELECT name FROM place";
+const TO_TARGET: MoveOrder = MoveOrder { to: ServerRole::Target, epoch: Epoch(1) };
+
+fn soon() -> Instant {
+    Instant::now() + PATIENCE
+}
+
+fn databases() -> Vec<String> {
+    vec![POSTGRES.to_owned()]
+}
+
+/// Two servers, and the wires to them.
+struct Two {
+    source: Cluster,
+    target: Cluster,
+    to_source: Wire,
+    to_target: Wire,
+}
+
+async fn two(failpoints: &str) -> (Two, Rig) {
+    let (source, target) = two_clusters_with(|options| options, |options| options);
+    for (cluster, place) in [(&source, "source"), (&target, "target")] {
+        let made = format!("CREATE TABLE place(name text); INSERT INTO place VALUES ('{place}')");
+        connect(cluster, POSTGRES).await.batch_execute(&made).await.expect("made");
+    }
+    let (to_source, to_target) = (Wire::to(&source).await, Wire::to(&target).await);
+    let failpoints = Failpoints::parse(failpoints).expect("valid");
+    let rig = Rig::start_with(to_source.server(), to_target.server(), failpoints, |_| {});
+    (Two { source, target, to_source, to_target }, rig)
+}
+
+impl Two {
+    /// A client, and which connection to the source is its own.
+    async fn client(&self, rig: &Rig) -> (WireClient, usize) {
+        let client = rig.wire(POSTGRES).await;
+        (client, self.to_source.count() - 1)
+    }
+}
+
+/// A client that listens, prepared for the target, to which half of a notification has come.
+async fn half_told(two: &Two, rig: &Rig) -> (WireClient, usize) {
+    let (mut client, link) = two.client(rig).await;
+    client.send(&query("LISTEN news")).await;
+    client.until_ready().await;
+    let reports = rig.sessions.prepare_moves(&databases(), TO_TARGET, soon()).await;
+    assert_eq!(reports[0].outcome, MoveOutcome::Ready, "{reports:?}");
+    two.to_source.order(link, Order::Tear);
+    let news = format!("NOTIFY news, '{}'", "x".repeat(1000));
+    connect(&two.source, POSTGRES).await.batch_execute(&news).await.expect("sent");
+    client.stream.peek(&mut [0; 1]).await.expect("still connected");
+    (client, link)
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_frame_that_is_cut_ends_before_the_other_server_speaks() {
+    let (two, rig) = two("").await;
+    let (mut client, link) = half_told(&two, &rig).await;
+    let database = rig.database();
+    database.fence();
+    client.send(&query(WHERE_AM_I)).await;
+    rig.until(SessionState::Held).await;
+    database.wait_empty().await;
+    rig.sessions.settle_moves(&databases(), soon()).await;
+    database.open(ServerRole::Target, Epoch(1));
+    let followed = wait_for("it to follow", || async { rig.sessions.list()[0].server == Some(ServerRole::Target) });
+    // Longer than a move asks the old server for its last words.
+    let followed = tokio::time::timeout(Duration::from_secs(2), followed).await;
+    assert!(followed.is_err(), "half a frame is with the client");
+    two.to_source.order(link, Order::Pass);
+    let messages = client.until_ready().await;
+    let told = &messages[0];
+    assert_eq!((told.tag, told.body.len()), ('A', 4 + "news\0".len() + 1001), "{messages:?}");
+    assert!(told.body.ends_with(b"xxx\0"), "{told:?}");
+    assert_eq!(rows(&messages), ["target"]);
+    database.fence();
+    tokio::time::timeout(PATIENCE, database.wait_empty()).await.expect("it has left the gate");
+    database.reopen();
+    rig.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_session_whose_frame_is_cut_for_ever_ends() {
+    let (two, rig) = two("").await;
+    let (mut client, link) = half_told(&two, &rig).await;
+    let database = rig.database();
+    database.fence();
+    rig.sessions.settle_moves(&databases(), soon()).await;
+    two.to_source.order(link, Order::Drop);
+    wait_for("the loss to be noticed", || async {
+        rig.sessions.list().iter().all(|session| session.backend_pid.is_none())
+    })
+    .await;
+    database.open(ServerRole::Target, Epoch(1));
+    let mut heard = Vec::new();
+    let to_the_end = client.stream.read_to_end(&mut heard);
+    tokio::time::timeout(PATIENCE, to_the_end).await.expect("the session ends").expect("in good order");
+    assert!(heard.starts_with(b"A") && heard.ends_with(b"xxx"), "nothing is put into the frame");
+    rig.until_no_session().await;
+    rig.stop().await;
+}
