@@ -23,6 +23,9 @@ const READ_ONLY: &str = "default_transaction_read_only";
 /// learns of an error before it has sent everything.
 const UNSENT_BYTES: u32 = 128 << 10;
 
+/// So much of what a server says unasked is kept for who reads next.
+const KEPT_BYTES: usize = 64 << 10;
+
 /// How long a connection that is of no use may take to close.
 const CLOSING: Duration = Duration::from_secs(5);
 
@@ -62,6 +65,30 @@ impl Backend {
     /// Whether the server has said that its transactions begin read-only (PostgreSQL 14 and later say so).
     pub(super) fn is_read_only(&self) -> bool {
         self.connection.parameters.iter().any(|(name, value)| name == READ_ONLY && value == "on")
+    }
+
+    /// Whether the server has closed the connection, or has said that it does, while nobody listened. What else has come is
+    /// kept for who reads next.
+    pub(super) fn is_gone(&mut self) -> bool {
+        let RawConnection { stream, read_buf, .. } = &mut self.connection;
+        let mut piece = [std::mem::MaybeUninit::uninit(); 512];
+        // A server that never stops talking is there.
+        while read_buf.len() < KEPT_BYTES {
+            let mut into = ReadBuf::uninit(&mut piece);
+            match stream.read_now(&mut into) {
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => break,
+                Ok(1..) => read_buf.extend_from_slice(into.filled()),
+                Ok(0) | Err(_) => return true,
+            }
+        }
+        let mut rest = &read_buf[..];
+        while let Ok(Some((header, _))) = frame::first(rest) {
+            if header.tag == tags::ERROR_RESPONSE {
+                return true;
+            }
+            rest = &rest[HEADER_BYTES + header.body_bytes as usize..];
+        }
+        false
     }
 
     fn hear(&mut self, mut read_some: impl FnMut(&mut Stream, &mut ReadBuf<'_>) -> io::Result<()>) -> Heard {

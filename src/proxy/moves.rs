@@ -131,6 +131,7 @@ fn describe(error: &ConnectError) -> String {
 impl Session {
     /// Orders a move. A session that is there already, or has no backend to move, is ready at once.
     pub(super) fn begin_move(&mut self, order: MoveOrder, reply: Option<oneshot::Sender<MoveOutcome>>) {
+        self.forget_if_lost();
         if self.moving.as_ref().is_some_and(|moving| moving.order == order && !matches!(moving.stage, Stage::Failed)) {
             self.join_move(reply, false);
             return;
@@ -154,6 +155,7 @@ impl Session {
 
     /// The pause: what changed since the capture is wanted too.
     pub(super) fn settle_move(&mut self, order: MoveOrder, reply: oneshot::Sender<MoveOutcome>) {
+        self.forget_if_lost();
         match &self.moving {
             Some(moving) if moving.order == order && !matches!(moving.stage, Stage::Failed) => {
                 self.join_move(Some(reply), true);
@@ -173,6 +175,17 @@ impl Session {
             moving.answer(&MoveOutcome::Ready);
         } else {
             moving.wanted = true;
+        }
+    }
+
+    /// Nobody has listened to the other backend since it was filled: where it is gone, another one is wanted.
+    fn forget_if_lost(&mut self) {
+        let Some(moving) = &mut self.moving else { return };
+        let (Stage::Open(opened) | Stage::Filled { opened, .. }) = &mut moving.stage else { return };
+        if opened.backend.is_gone() {
+            tracing::info!(session = self.entry.id(), "the backend that was prepared on the other server is gone");
+            moving.stage = Stage::Failed;
+            self.entry.set_settled_for(None);
         }
     }
 
@@ -436,6 +449,7 @@ impl Session {
             return Err(End::Told(ClientError::MoveFailed { reason: error.to_string().into() }));
         }
         let order = MoveOrder { to, epoch };
+        self.forget_if_lost();
         let (opened, listens) = match self.prepared_for(to) {
             Some(prepared) => prepared,
             None => {

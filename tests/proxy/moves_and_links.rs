@@ -8,7 +8,7 @@ use pgcutover::proxy::{MoveOrder, MoveOutcome, SessionState};
 use pgcutover::switch::{Epoch, ServerRole};
 use tokio::io::AsyncReadExt as _;
 
-use crate::rig::Rig;
+use crate::rig::{Rig, server, text};
 use crate::support::{PATIENCE, connect, two_clusters_with, wait_for};
 use crate::wire::{Order, Wire};
 use crate::wire_client::{WireClient, query, rows};
@@ -25,12 +25,11 @@ fn databases() -> Vec<String> {
     vec![POSTGRES.to_owned()]
 }
 
-/// Two servers, and the wires to them.
+/// Two servers, and the wire to one of them.
 struct Two {
     source: Cluster,
     target: Cluster,
     to_source: Wire,
-    to_target: Wire,
 }
 
 async fn two(failpoints: &str) -> (Two, Rig) {
@@ -39,10 +38,10 @@ async fn two(failpoints: &str) -> (Two, Rig) {
         let made = format!("CREATE TABLE place(name text); INSERT INTO place VALUES ('{place}')");
         connect(cluster, POSTGRES).await.batch_execute(&made).await.expect("made");
     }
-    let (to_source, to_target) = (Wire::to(&source).await, Wire::to(&target).await);
+    let to_source = Wire::to(&source).await;
     let failpoints = Failpoints::parse(failpoints).expect("valid");
-    let rig = Rig::start_with(to_source.server(), to_target.server(), failpoints, |_| {});
-    (Two { source, target, to_source, to_target }, rig)
+    let rig = Rig::start_with(to_source.server(), server(&target), failpoints, |_| {});
+    (Two { source, target, to_source }, rig)
 }
 
 impl Two {
@@ -112,5 +111,31 @@ async fn a_session_whose_frame_is_cut_for_ever_ends() {
     tokio::time::timeout(PATIENCE, to_the_end).await.expect("the session ends").expect("in good order");
     assert!(heard.starts_with(b"A") && heard.ends_with(b"xxx"), "nothing is put into the frame");
     rig.until_no_session().await;
+    rig.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_session_whose_prepared_backend_is_ended_moves_all_the_same() {
+    let (two, rig) = two("").await;
+    let database = rig.database();
+    let (mut idle, _) = two.client(&rig).await;
+    let (mut busy, _) = two.client(&rig).await;
+    let reports = rig.sessions.prepare_moves(&databases(), TO_TARGET, soon()).await;
+    assert!(reports.iter().all(|report| report.outcome == MoveOutcome::Ready), "{reports:?}");
+    busy.send(&query("SET app.tenant = '7'")).await;
+    busy.until_ready().await;
+    let direct = connect(&two.target, POSTGRES).await;
+    let others = "FROM pg_stat_activity WHERE backend_type = 'client backend' AND pid <> pg_backend_pid()";
+    text(&direct, &format!("SELECT count(pg_terminate_backend(pid)) {others}")).await;
+    wait_for("both to end", || async { text(&direct, &format!("SELECT count(*) {others}")).await == "0" }).await;
+    database.fence();
+    database.wait_empty().await;
+    let reports = rig.sessions.settle_moves(&databases(), soon()).await;
+    assert!(reports.iter().all(|report| report.outcome == MoveOutcome::Ready), "{reports:?}");
+    database.open(ServerRole::Target, Epoch(1));
+    idle.send(&query(WHERE_AM_I)).await;
+    assert_eq!(rows(&idle.until_ready().await), ["target"]);
+    busy.send(&query("SELECT name || current_setting('app.tenant') FROM place")).await;
+    assert_eq!(rows(&busy.until_ready().await), ["target7"]);
     rig.stop().await;
 }
