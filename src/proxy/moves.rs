@@ -10,6 +10,8 @@
 //! A session that was never ordered to move, because it came late, does all of it when the gate has opened. It is inside
 //! the gate meanwhile, so no cutover overtakes it.
 
+mod decided;
+
 use std::future::Future;
 use std::pin::Pin;
 use std::sync::Arc;
@@ -134,6 +136,12 @@ impl Session {
         self.forget_if_lost();
         if self.moving.as_ref().is_some_and(|moving| moving.order == order && !matches!(moving.stage, Stage::Failed)) {
             self.join_move(reply, false);
+            return;
+        }
+        if self.is_to_follow() {
+            // A way back is no way while what the session has is nowhere but on the server that it goes to.
+            let outcome = if self.backend.is_some() { MoveOutcome::Ready } else { MoveOutcome::Busy };
+            reply.map(|reply| reply.send(outcome));
             return;
         }
         self.discard_move();
@@ -441,6 +449,10 @@ impl Session {
         };
         if self.backend.as_ref().is_some_and(|own| own.server == to) {
             self.epoch = epoch;
+            if self.moving.as_ref().is_some_and(|moving| moving.order.epoch <= epoch) {
+                // There and back before it has followed.
+                self.discard_move();
+            }
             self.leave_if_quiet();
             return Ok(());
         }

@@ -113,7 +113,7 @@ impl Session {
     }
 
     /// After a switch, a session without activity follows at once: it may be waiting for notifications.
-    fn catch_up_with_route(&mut self) -> Option<Step> {
+    pub(super) fn catch_up_with_route(&mut self) -> Option<Step> {
         let database = &self.local.database;
         if database.epoch() == self.epoch || self.is_inside() || database.is_fenced() {
             return None;

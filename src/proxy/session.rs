@@ -368,9 +368,18 @@ impl Session {
             match order {
                 Order::Cancel { done } => self.cancel(done),
                 Order::End(error) => return Err(End::Told(error)),
-                Order::Prepare { order, reply } => self.begin_move(order, Some(reply)),
-                Order::Settle { order, reply } => self.settle_move(order, reply),
-                Order::Discard => self.discard_move(),
+                Order::Prepare { order, reply } => {
+                    self.follow_first().await?;
+                    self.begin_move(order, Some(reply));
+                }
+                Order::Settle { order, reply } => {
+                    self.follow_first().await?;
+                    self.settle_move(order, reply);
+                }
+                Order::Discard => {
+                    self.follow_first().await?;
+                    self.give_up_move();
+                }
                 Order::Look => self.look()?,
             }
         }

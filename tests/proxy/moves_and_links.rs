@@ -139,3 +139,51 @@ async fn a_session_whose_prepared_backend_is_ended_moves_all_the_same() {
     assert_eq!(rows(&busy.until_ready().await), ["target7"]);
     rig.stop().await;
 }
+
+/// When the next order comes.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Next {
+    /// Before the session has been woken.
+    AtOnce,
+    /// While a PAUSE keeps it from following.
+    Paused,
+}
+
+async fn follows_in_spite_of(next: Next) {
+    let (two, rig) = two("").await;
+    let database = rig.database();
+    let (mut client, link) = two.client(&rig).await;
+    client.send(&query("SET app.tenant = '7'")).await;
+    client.until_ready().await;
+    if next == Next::Paused {
+        database.pause().expect("no cutover yet");
+    }
+    rig.sessions.prepare_moves(&databases(), TO_TARGET, soon()).await;
+    database.fence();
+    database.wait_empty().await;
+    rig.sessions.settle_moves(&databases(), soon()).await;
+    // What it has is on the target only.
+    two.to_source.order(link, Order::Drop);
+    wait_for("the loss to be noticed", || async { rig.sessions.list()[0].backend_pid.is_none() }).await;
+    database.open(ServerRole::Target, Epoch(1));
+    let back = MoveOrder { to: ServerRole::Source, epoch: Epoch(2) };
+    let reports = rig.sessions.prepare_moves(&databases(), back, soon()).await;
+    let expected = if next == Next::Paused { MoveOutcome::Busy } else { MoveOutcome::Ready };
+    assert_eq!(reports[0].outcome, expected);
+    rig.sessions.discard_moves(&databases());
+    database.resume();
+    client.send(&query("SELECT name || current_setting('app.tenant') FROM place")).await;
+    let messages = client.until_ready().await;
+    assert_eq!(rows(&messages), ["target7"], "{messages:?}");
+    rig.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_decided_move_is_made_before_the_next_one_is_prepared() {
+    follows_in_spite_of(Next::AtOnce).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_decided_move_outlives_a_dry_run_in_a_pause() {
+    follows_in_spite_of(Next::Paused).await;
+}
