@@ -121,7 +121,8 @@ async fn open(
     Ok(Box::new(Opened { backend, names }))
 }
 
-fn describe(error: &ConnectError) -> String {
+/// In words that are safe to show.
+pub(super) fn describe(error: &ConnectError) -> String {
     // Where it was tried to connect to is nothing for clients.
     tracing::debug!(%error, "the backend of a move could not be opened");
     match error.sqlstate() {

@@ -256,6 +256,11 @@ impl Sessions {
         lock(&self.ordered).get(database).is_some_and(|order| order.epoch > epoch)
     }
 
+    /// Whether this is the last move that was ordered for the database, and it has not been given up.
+    pub(super) fn is_ordered(&self, database: &str, order: MoveOrder) -> bool {
+        lock(&self.ordered).get(database) == Some(&order)
+    }
+
     /// The gates have just been closed: sessions at a safe point bring over at once what changed since
     /// [`Sessions::prepare_moves`], the others as soon as they are. [`Sessions::settle_moves`] waits for all of them.
     pub fn begin_settling(&self, databases: &[String]) {

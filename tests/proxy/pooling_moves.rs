@@ -1,6 +1,6 @@
 //! Pooled clients and a switch of their database: those that hold nothing just go on, the others move.
 
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use pgcutover::config::PoolMode;
 use pgcutover::demo::cluster::Cluster;
@@ -9,7 +9,7 @@ use pgcutover::switch::{Epoch, ServerRole};
 
 use crate::rig::{Rig, server, text};
 use crate::support::{PATIENCE, connect, two_clusters_with, wait_for};
-use crate::wire_client::{bind, execute, parse, query, rows, sync, tags};
+use crate::wire_client::{WireClient, bind, execute, parse, query, rows, sync, tags};
 
 const POSTGRES: &str = "postgres";
 const WHERE_AM_I: &str = "SELECT name FROM place";
@@ -135,5 +135,70 @@ async fn an_abort_leaves_nothing_on_the_other_server() {
     database.reopen();
     assert_eq!(rows(&client.until_ready().await), ["source"]);
     wait_for("what was prepared to close", || async { backends(&target).await == "0" }).await;
+    rig.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_is_prepared_takes_no_place_of_those_that_serve() {
+    let (_source, target, rig) = two(2).await;
+    let mut busy = rig.wire(POSTGRES).await;
+    busy.send(&query("BEGIN")).await;
+    busy.until_ready().await;
+    rig.sessions.prepare_moves(&databases(), TO_TARGET, soon()).await;
+    assert_ne!(backends(&target).await, "0");
+    // There is room for two, and one is open.
+    let mut other = rig.wire(POSTGRES).await;
+    other.send(&query(WHERE_AM_I)).await;
+    let served = tokio::time::timeout(Duration::from_secs(20), other.until_ready()).await;
+    assert_eq!(rows(&served.expect("it need not wait for the other one's transaction")), ["source"]);
+    busy.send(&query("COMMIT")).await;
+    busy.until_ready().await;
+    let mut third = rig.wire(POSTGRES).await;
+    let database = rig.database();
+    database.fence();
+    database.wait_empty().await;
+    database.open(ServerRole::Target, Epoch(1));
+    // From now on they are those that serve: while two are in use a third client waits.
+    for client in [&mut busy, &mut other] {
+        client.send(&query("BEGIN")).await;
+        client.until_ready().await;
+    }
+    third.send(&query(WHERE_AM_I)).await;
+    rig.until(SessionState::Waiting).await;
+    other.send(&query("COMMIT")).await;
+    assert_eq!(rows(&third.until_ready().await), ["target"]);
+    rig.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_login_that_the_other_server_refuses_stops_the_cutover_and_nobody_else() {
+    let (source, target, rig) = two(2).await;
+    connect(&source, POSTGRES).await.batch_execute("CREATE ROLE app LOGIN").await.expect("created");
+    connect(&target, POSTGRES).await.batch_execute("CREATE ROLE app NOLOGIN").await.expect("created");
+    let mut client = WireClient::connect(rig.port).await;
+    client.start(&[("user", "app"), ("database", POSTGRES)]).await;
+    client.until_ready().await;
+    let reports = rig.sessions.prepare_moves(&databases(), TO_TARGET, soon()).await;
+    let refused = MoveOutcome::Failed("the other server refuses the session's login (28000)".to_owned());
+    assert_eq!(reports[0].outcome, refused);
+    client.send(&query("SELECT 1")).await;
+    assert_eq!(rows(&client.until_ready().await), ["1"]);
+    rig.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_abort_reaches_a_pool_whose_last_client_has_left() {
+    let (_source, target, rig) = two(2).await;
+    for attempt in 1..3 {
+        let mut client = rig.wire(POSTGRES).await;
+        client.send(&query("SELECT 1")).await;
+        client.until_ready().await;
+        rig.sessions.prepare_moves(&databases(), MoveOrder { epoch: Epoch(attempt), ..TO_TARGET }, soon()).await;
+        assert_ne!(backends(&target).await, "0", "attempt {attempt}");
+        drop(client);
+        rig.until_no_session().await;
+        rig.sessions.discard_moves(&databases());
+        wait_for("what was prepared to close", || async { backends(&target).await == "0" }).await;
+    }
     rig.stop().await;
 }

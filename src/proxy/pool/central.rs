@@ -282,12 +282,7 @@ impl Central {
 
     /// A seat beyond the pool's size, for a connection that takes another one's place at a switch.
     pub(super) fn seat_for_successor(self: &Arc<Self>) -> Seat {
-        let mut state = lock(&self.state);
-        state.connections += 1;
-        state.opening += 1;
-        // The bounds over pools are met again when the old connections close.
-        let _counted = self.pools.count_up(self);
-        Seat::new(self.clone())
+        Seat::of_successor(self.clone())
     }
 
     fn take_seat(self: &Arc<Self>, state: &mut State, limit: usize) -> Option<Seat> {
@@ -319,6 +314,11 @@ impl Central {
         for waiter in refused {
             waiter.refuse(failure.cloned().unwrap_or(ClientError::ServerUnreachable));
         }
+    }
+
+    /// A successor is one of the pool's connections now.
+    pub(super) fn sat_down(&self) {
+        lock(&self.state).connections += 1;
     }
 
     /// A connection's seat is free.
@@ -359,7 +359,7 @@ impl Central {
         self.pools.is_wanted_by_neighbours(self)
     }
 
-    /// Connections that are open or being opened.
+    /// Connections that are open or being opened, without those that are prepared for a switch.
     pub(in crate::proxy) fn connections(&self) -> usize {
         lock(&self.state).connections
     }

@@ -15,7 +15,9 @@ use crate::postgres::ConnectError;
 use crate::proxy::Shared;
 use crate::proxy::backend;
 use crate::proxy::client_error::ClientError;
+use crate::proxy::entry::MoveOrder;
 use crate::proxy::handoff::{HandoffError, Tracked, capture};
+use crate::proxy::moves;
 use crate::proxy::worker::LocalDatabase;
 use crate::switch::{Database, Epoch, Route, ServerRole};
 
@@ -34,7 +36,7 @@ pub(in crate::proxy) struct LocalPool {
     /// Where the database runs, as of this epoch.
     route: Cell<Option<(Epoch, ServerRole)>>,
     /// Connections to this server are kept though it is not the active one: a cutover is being prepared.
-    preparing: Cell<Option<ServerRole>>,
+    preparing: Cell<Option<MoveOrder>>,
     /// RECONNECT: connections that were opened by then are closed when nobody has them.
     retired: Cell<Option<Instant>>,
 }
@@ -55,6 +57,15 @@ impl Unopened {
             Self::State(HandoffError::Lost { .. }) => None,
             Self::State(_) => Some(ClientError::ServerUnreachable),
             Self::Nowhere(reason) => Some(ClientError::RouteUnknown { reason: reason.clone() }),
+        }
+    }
+
+    /// The same for who prepares a cutover.
+    fn reason(&self) -> String {
+        match self {
+            Self::Connect(error) => moves::describe(error),
+            Self::State(error) => error.to_string(),
+            Self::Nowhere(reason) => reason.clone(),
         }
     }
 }
@@ -100,6 +111,8 @@ impl LocalPool {
         self.route.set(Some((epoch, server)));
         self.preparing.set(None);
         self.close_strays();
+        let successors = |link: &mut Box<Link>| link.seat.serve();
+        self.idle.borrow_mut().iter_mut().for_each(successors);
         Some(server)
     }
 
@@ -139,6 +152,9 @@ impl LocalPool {
         if link.spoiled || is_old || self.is_retired(&link) || self.is_stray(&link) {
             link.close();
             return;
+        }
+        if !self.is_elsewhere(&link) {
+            link.seat.serve();
         }
         link.idle_since = now;
         let mut idle = self.idle.borrow_mut();
@@ -193,31 +209,47 @@ impl LocalPool {
     /// Opens what is wanted and allowed.
     pub(in crate::proxy) fn open_for_waiting(self: &Rc<Self>) {
         while let Some(seat) = self.central.seat_for_waiting() {
-            self.open(seat, None);
+            self.open(seat);
         }
     }
 
-    /// Opens a connection in the background: to the active server, or to `other`.
-    fn open(self: &Rc<Self>, seat: Seat, other: Option<ServerRole>) -> tokio::task::JoinHandle<bool> {
+    /// Opens a connection to the active server in the background, for those who wait or will.
+    fn open(self: &Rc<Self>, seat: Seat) {
         let this = self.clone();
         tokio::task::spawn_local(async move {
-            match this.connect(seat, other).await {
+            match this.connect(seat, None).await {
                 Ok(link) => {
                     this.central.opened(None);
                     this.give_back(link, Instant::now());
-                    true
                 }
                 Err((unopened, seat)) => {
-                    if let Some(others) = this.shared.complaints.tell("pool", Instant::now()) {
-                        let database = &this.central.database;
-                        tracing::warn!(database, error = ?unopened, others, "no connection for a pool");
-                    }
+                    this.complain(&unopened);
                     this.central.opened(unopened.words().as_ref());
                     drop(seat);
-                    false
                 }
             }
-        })
+        });
+    }
+
+    /// Opens one for after a switch. Nobody waits for it, so that nobody is told of its failure but who prepares the switch.
+    async fn open_successor(self: Rc<Self>, to: ServerRole) -> Result<(), String> {
+        match self.connect(self.central.seat_for_successor(), Some(to)).await {
+            Ok(link) => {
+                self.give_back(link, Instant::now());
+                Ok(())
+            }
+            Err((unopened, _seat)) => {
+                self.complain(&unopened);
+                Err(unopened.reason())
+            }
+        }
+    }
+
+    fn complain(&self, unopened: &Unopened) {
+        if let Some(others) = self.shared.complaints.tell("pool", Instant::now()) {
+            let database = &self.central.database;
+            tracing::warn!(database, error = ?unopened, others, "no connection for a pool");
+        }
     }
 
     /// Inside the gate, so that a cutover never meets a login half done.
@@ -248,19 +280,29 @@ impl LocalPool {
         Ok(Box::new(Link::new(opened, profile, seat)))
     }
 
-    /// Opens as many connections to `to` as there are now, so that nobody has to log in after the switch.
-    pub(in crate::proxy) async fn prepare(self: Rc<Self>, to: ServerRole) {
-        if self.preparing.replace(Some(to)) == Some(to) {
-            return;
+    /// Opens as many connections to the other server as there are now, so that nobody has to log in after the switch. Fails
+    /// where none could be opened: nobody could after the switch.
+    pub(in crate::proxy) async fn prepare(self: Rc<Self>, order: MoveOrder) -> Result<(), String> {
+        if self.preparing.replace(Some(order)) == Some(order) {
+            return Ok(());
         }
-        let count = |server: ServerRole| self.idle.borrow().iter().filter(|link| link.server() == server).count();
+        self.close_strays();
+        let there = self.idle.borrow().iter().filter(|link| link.server() == order.to).count();
         let wanted = (self.central.connections() / self.central.pools_workers()).max(1);
-        let missing = wanted.saturating_sub(count(to));
-        let opening: Vec<_> = (0..missing).map(|_| self.open(self.central.seat_for_successor(), Some(to))).collect();
-        for opened in opening {
-            // One that could not be opened is opened when it is needed.
-            let _opened = opened.await;
+        let missing = wanted.saturating_sub(there);
+        let opening = (0..missing).map(|_| tokio::task::spawn_local(self.clone().open_successor(order.to)));
+        let opening: Vec<_> = opening.collect();
+        let mut failed = None;
+        let mut opened = there;
+        for one in opening {
+            match one.await {
+                Ok(Ok(())) => opened += 1,
+                Ok(Err(reason)) => failed = Some(reason),
+                Err(_) => {}
+            }
         }
+        // One of several that could not be opened is opened when it is needed.
+        failed.filter(|_| opened == 0).map_or(Ok(()), Err)
     }
 
     /// A cutover was given up.
@@ -290,7 +332,7 @@ impl LocalPool {
     }
 
     fn is_stray(&self, link: &Link) -> bool {
-        self.is_elsewhere(link) && self.preparing.get() != Some(link.server())
+        self.is_elsewhere(link) && self.preparing.get().is_none_or(|order| order.to != link.server())
     }
 
     fn close_strays(&self) {
@@ -315,6 +357,10 @@ impl LocalPool {
         let database = &self.local.database;
         if !database.is_fenced() {
             self.server_at(database.epoch());
+        }
+        if self.preparing.get().is_some_and(|order| !self.shared.sessions.is_ordered(&self.central.database, order)) {
+            // Given up while no client was here to be told.
+            self.discard_prepared();
         }
         let now = Instant::now();
         let settings = self.central.settings();
@@ -344,7 +390,7 @@ impl LocalPool {
         if !database.is_fenced()
             && let Some(seat) = self.central.seat_up_to(self.central.sizes.min_pool_size)
         {
-            self.open(seat, None);
+            self.open(seat);
         }
     }
 }

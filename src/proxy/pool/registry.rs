@@ -30,9 +30,19 @@ struct Counts {
     of_user: HashMap<String, usize>,
 }
 
+/// What a connection is counted as.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Standing {
+    /// One of those that clients are given.
+    Serving,
+    /// It takes another one's place at a switch. Until then it is not counted: what is prepared must keep nobody waiting.
+    Successor,
+}
+
 /// A connection's place among those that may be open; given up when dropped.
 pub(in crate::proxy) struct Seat {
     central: Arc<Central>,
+    standing: Standing,
     /// Known once the connection is open.
     backend: Option<PooledBackend>,
 }
@@ -84,10 +94,14 @@ impl Pools {
 
     /// A place for one more connection, if the bounds of its database and its user allow it.
     pub(super) fn count_up(&self, central: &Central) -> bool {
+        self.count_up_if(central, |count, bound| bound == 0 || count < bound)
+    }
+
+    fn count_up_if(&self, central: &Central, allows: impl Fn(usize, usize) -> bool) -> bool {
         let mut counts = lock(&self.counts);
         let Counts { of_database, of_user } = &mut *counts;
         let (database, user) = (of_database.get(&central.database), of_user.get(&central.user));
-        let has_room = |count: Option<&usize>, bound: usize| bound == 0 || count.copied().unwrap_or(0) < bound;
+        let has_room = |count: Option<&usize>, bound: usize| allows(count.copied().unwrap_or(0), bound);
         if !has_room(database, central.sizes.max_db_connections) || !has_room(user, central.sizes.max_user_connections)
         {
             return false;
@@ -131,7 +145,23 @@ impl Pools {
 impl Seat {
     /// For a connection that is about to be opened; `central` has counted it.
     pub(super) fn new(central: Arc<Central>) -> Self {
-        Self { central, backend: None }
+        Self { central, standing: Standing::Serving, backend: None }
+    }
+
+    /// For a connection to the server that a cutover leads to.
+    pub(super) fn of_successor(central: Arc<Central>) -> Self {
+        Self { central, standing: Standing::Successor, backend: None }
+    }
+
+    /// Its connection is one of those that clients are given from now on.
+    #[inline]
+    pub(super) fn serve(&mut self) {
+        if self.standing == Standing::Successor {
+            self.standing = Standing::Serving;
+            // The bounds over pools are met again when the old connections close.
+            self.central.pools.count_up_if(&self.central, |_, _| true);
+            self.central.sat_down();
+        }
     }
 
     /// The connection is open: its backend is no stranger.
@@ -155,6 +185,9 @@ impl Drop for Seat {
         let pools = &self.central.pools;
         if let Some(backend) = &self.backend {
             pools.sessions.forget_pooled(backend);
+        }
+        if self.standing == Standing::Successor {
+            return;
         }
         pools.count_down(&self.central);
         self.central.stood_up();

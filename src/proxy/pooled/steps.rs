@@ -32,9 +32,9 @@ impl PooledSession {
                 Order::Prepare { order, reply } => {
                     let pool = self.pool.clone();
                     tokio::task::spawn_local(async move {
-                        pool.prepare(order.to).await;
+                        let prepared = pool.prepare(order).await;
                         // Whoever asked may have stopped waiting.
-                        let _heard = reply.send(MoveOutcome::Ready);
+                        let _heard = reply.send(prepared.map_or_else(MoveOutcome::Failed, |()| MoveOutcome::Ready));
                     });
                 }
                 Order::Settle { reply, .. } => drop(reply.send(MoveOutcome::Ready)),
