@@ -303,11 +303,13 @@ impl Session {
                 member.leave();
                 Ok(Passage::Blocked)
             }
+            Some(admission) if admission.epoch == self.epoch && self.backend.is_none() => {
+                // Outside, so that nothing is in doubt.
+                member.leave();
+                Err(Step::End(End::ServerLost))
+            }
             Some(admission) => {
                 self.enter();
-                if self.backend.is_none() && admission.epoch == self.epoch {
-                    return Err(Step::End(End::ServerLost));
-                }
                 if admission.epoch == self.epoch {
                     if self.local.is_shadowed.get() {
                         self.begin_sample();

@@ -27,6 +27,7 @@ fn databases() -> Vec<String> {
 
 /// Two servers, and the wire to one of them.
 struct Two {
+    failpoints: Failpoints,
     source: Cluster,
     target: Cluster,
     to_source: Wire,
@@ -40,8 +41,8 @@ async fn two(failpoints: &str) -> (Two, Rig) {
     }
     let to_source = Wire::to(&source).await;
     let failpoints = Failpoints::parse(failpoints).expect("valid");
-    let rig = Rig::start_with(to_source.server(), server(&target), failpoints, |_| {});
-    (Two { source, target, to_source }, rig)
+    let rig = Rig::start_with(to_source.server(), server(&target), failpoints.clone(), |_| {});
+    (Two { failpoints, source, target, to_source }, rig)
 }
 
 impl Two {
@@ -186,4 +187,24 @@ async fn a_decided_move_is_made_before_the_next_one_is_prepared() {
 #[tokio::test(flavor = "multi_thread")]
 async fn a_decided_move_outlives_a_dry_run_in_a_pause() {
     follows_in_spite_of(Next::Paused).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn who_is_left_without_a_server_by_an_abort_is_told_without_doubt() {
+    let (two, rig) = two("").await;
+    let database = rig.database();
+    let (mut client, link) = two.client(&rig).await;
+    rig.sessions.prepare_moves(&databases(), TO_TARGET, soon()).await;
+    database.fence();
+    database.wait_empty().await;
+    two.to_source.order(link, Order::Drop);
+    wait_for("the loss to be noticed", || async { rig.sessions.list()[0].backend_pid.is_none() }).await;
+    rig.sessions.discard_moves(&databases());
+    database.reopen();
+    client.send(&query(WHERE_AM_I)).await;
+    let error = client.next().await.expect("an error");
+    assert_eq!(error.code(), "08006");
+    assert!(!String::from_utf8_lossy(&error.body).contains("not known"), "nothing of it was under way");
+    rig.until_no_session().await;
+    rig.stop().await;
 }

@@ -24,7 +24,8 @@ impl Session {
     pub(super) fn is_to_follow(&self) -> bool {
         let database = &self.local.database;
         let is_behind = database.epoch() != self.epoch;
-        let is_there = |moving: &Moving| matches!(*database.route(), Route::To { server, .. } if server == moving.order.to);
+        let is_there =
+            |moving: &Moving| matches!(*database.route(), Route::To { server, .. } if server == moving.order.to);
         is_behind && self.moving.as_deref().is_some_and(is_there)
     }
 
