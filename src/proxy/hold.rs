@@ -41,9 +41,10 @@ impl Session {
         if !matches!(self.place, Place::Held { .. }) {
             self.cancelled = false;
             let waited_too_long = std::mem::take(&mut self.waited_too_long);
+            let done = self.cancelled_by.take();
             if self.is_inside() && !waited_too_long {
                 // It has been let in since it was cancelled, and what it asks for may be running.
-                self.cancel_on_server(None);
+                self.cancel_on_server(done);
             }
             return;
         }
@@ -51,6 +52,7 @@ impl Session {
             return;
         }
         self.cancelled = false;
+        drop(self.cancelled_by.take());
         let waited_too_long = std::mem::take(&mut self.waited_too_long);
         let Ok(Some(header)) = Header::parse(self.up.buffer.filled()) else { return };
         if header.tag == frontend::SYNC {

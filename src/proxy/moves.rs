@@ -406,6 +406,8 @@ impl Session {
 
     /// Reads the state of the session's own backend. What arrives for the client meanwhile is kept for it.
     pub(super) async fn capture(&mut self, names: &[String]) -> Result<State, Unmoved> {
+        // One that was meant for what the client has run would hit what is read here.
+        self.settle_cancels().await;
         self.expect_stray_answers().await.map_err(|_| Unmoved::OwnLost)?;
         let Some(own) = &mut self.backend else { return Err(Unmoved::OwnLost) };
         self.tracked.at_safe_point();

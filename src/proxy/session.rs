@@ -133,8 +133,10 @@ pub(super) struct Session {
     pub(super) touched: bool,
     /// Cancels on their way to the backend, which must not be given up before they have arrived.
     pub(super) cancels: Vec<tokio::task::JoinHandle<()>>,
-    /// The client of a held session has cancelled; it is told at the next frame boundary.
+    /// The client has cancelled what is not on a server yet. If it is held, it is told at the next frame boundary.
     pub(super) cancelled: bool,
+    /// Who cancelled at a safe point, where the client may have asked for something that nobody has read yet.
+    pub(super) cancelled_by: Option<tokio::sync::oneshot::Sender<()>>,
     /// It is told that it has waited too long.
     pub(super) waited_too_long: bool,
     /// Which statement it was when the gate was entered.
@@ -246,6 +248,7 @@ impl Session {
             touched: true,
             cancels: Vec::new(),
             cancelled: false,
+            cancelled_by: None,
             waited_too_long: false,
             entered_turn: 0,
             is_aboard: false,
@@ -282,6 +285,7 @@ impl Session {
             touched: true,
             cancels: Vec::new(),
             cancelled: false,
+            cancelled_by: None,
             waited_too_long: false,
             entered_turn: 0,
             is_aboard: false,
@@ -386,13 +390,17 @@ impl Session {
         Ok(())
     }
 
-    /// A client asked for a cancel. A held statement is cancelled here; one that runs is cancelled on the session's own
-    /// backend; with none there is nothing to do, as in PostgreSQL.
+    /// A client asked for a cancel. A held statement is cancelled here; one that runs, or is at hand, is cancelled on the
+    /// session's own backend; with none there is nothing to do, as in PostgreSQL.
     fn cancel(&mut self, done: tokio::sync::oneshot::Sender<()>) {
         self.cancels.retain(|cancel| !cancel.is_finished());
         match (self.place, &self.backend) {
             (Place::Held { .. }, _) => self.cancelled = true,
-            (Place::Outside, _) if self.member.is_some() => {}
+            (Place::Outside, _) if self.member.is_some() => {
+                // While it moved, nobody has read what it may have asked for before it cancelled: that is read first.
+                self.cancelled = true;
+                self.cancelled_by = Some(done);
+            }
             (_, None) => {}
             (_, Some(_)) => self.cancel_on_server(Some(done)),
         }

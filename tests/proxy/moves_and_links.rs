@@ -208,3 +208,69 @@ async fn who_is_left_without_a_server_by_an_abort_is_told_without_doubt() {
     rig.until_no_session().await;
     rig.stop().await;
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_cancel_on_its_way_hits_no_reading_of_a_sessions_state() {
+    let (two, rig) = two("").await;
+    let (mut client, _) = two.client(&rig).await;
+    // With a setting of its own, its settings are read through a view, which can be locked.
+    client.send(&query("SET app.tenant = '7'")).await;
+    client.until_ready().await;
+    two.to_source.order_next(Order::Wait);
+    let late = two.to_source.count();
+    client.send(&query("SELECT pg_sleep(1)")).await;
+    rig.until(SessionState::Active).await;
+    let cancelling = async {
+        client.cancel(rig.port).await;
+        client.until_ready().await
+    };
+    let direct = connect(&two.source, POSTGRES).await;
+    rig.sessions.learn_names(POSTGRES, TO_TARGET, &direct).await.expect("read");
+    let preparing = async {
+        wait_for("the cancel to set out", || async { two.to_source.count() > late }).await;
+        rig.until(SessionState::Idle).await;
+        direct.batch_execute("BEGIN; LOCK TABLE pg_catalog.pg_settings IN ACCESS EXCLUSIVE MODE").await.expect("free");
+        rig.sessions.prepare_moves(&databases(), TO_TARGET, soon()).await
+    };
+    let arriving = async {
+        let waits = "SELECT count(*) FROM pg_locks WHERE NOT granted";
+        let looks = connect(&two.source, POSTGRES).await;
+        let reading = wait_for("its state to be read", || async { text(&looks, waits).await == "1" });
+        // It is not to be read before the cancel has arrived; if it is, the cancel hits it.
+        let _too_early = tokio::time::timeout(Duration::from_secs(4), reading).await;
+        two.to_source.order(late, Order::Pass);
+        let _too_early = tokio::time::timeout(Duration::from_secs(1), std::future::pending::<()>()).await;
+        direct.batch_execute("COMMIT").await.expect("held");
+    };
+    let (messages, reports, ()) = tokio::join!(cancelling, preparing, arriving);
+    assert_eq!(rows(&messages), [""], "the statement had ended by itself");
+    assert_eq!(reports[0].outcome, MoveOutcome::Ready, "{reports:?}");
+    rig.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_cancel_while_a_session_moves_hits_what_its_client_has_asked_for() {
+    let (two, rig) = two("session.adopt=hold").await;
+    let database = rig.database();
+    let (mut client, _) = two.client(&rig).await;
+    rig.sessions.prepare_moves(&databases(), TO_TARGET, soon()).await;
+    database.fence();
+    client.send(&query("SELECT pg_sleep(5)")).await;
+    rig.until(SessionState::Held).await;
+    database.open(ServerRole::Target, Epoch(1));
+    wait_for("it to move", || async { two.failpoints.is_held("session.adopt") }).await;
+    let moving = async {
+        // The cancel waits for its answer, and it is to be there before the session has moved.
+        let _in_between = tokio::time::timeout(Duration::from_millis(500), std::future::pending::<()>()).await;
+        two.failpoints.release("session.adopt");
+    };
+    tokio::join!(client.cancel(rig.port), moving);
+    let messages = client.until_ready().await;
+    let error = messages.iter().find(|message| message.tag == 'E');
+    assert_eq!(error.expect("it is not run to its end").code(), "57014");
+    // One that comes with nothing asked hits nothing that comes later.
+    client.cancel(rig.port).await;
+    client.send(&query(WHERE_AM_I)).await;
+    assert_eq!(rows(&client.until_ready().await), ["target"]);
+    rig.stop().await;
+}

@@ -12,6 +12,8 @@ use tokio::sync::watch;
 #[derive(Clone, Copy, PartialEq)]
 pub enum Order {
     Pass,
+    /// The server does not see it yet.
+    Wait,
     /// Of what the server says next only the first half goes on, and nothing more until it may pass again.
     Tear,
     /// Closed towards the proxy, kept open towards the server, which notices nothing.
@@ -23,6 +25,8 @@ pub enum Order {
 /// See the module.
 pub struct Wire {
     port: u16,
+    /// What becomes of the next connection at first.
+    next: Arc<Mutex<Order>>,
     /// One for each connection, oldest first.
     connections: Arc<Mutex<Vec<watch::Sender<Order>>>>,
 }
@@ -33,15 +37,21 @@ impl Wire {
         let port = listener.local_addr().expect("bound").port();
         let connections: Arc<Mutex<Vec<watch::Sender<Order>>>> = Arc::default();
         let (all, server_port) = (connections.clone(), cluster.port());
+        let next = Arc::new(Mutex::new(Order::Pass));
+        let first = next.clone();
         tokio::spawn(async move {
             while let Ok((near, _)) = listener.accept().await {
-                let (order, told) = watch::channel(Order::Pass);
+                let at_first = std::mem::replace(&mut *first.lock().expect("lives"), Order::Pass);
+                let (order, mut told) = watch::channel(at_first);
                 all.lock().expect("lives").push(order);
-                let far = TcpStream::connect(("127.0.0.1", server_port)).await.expect("connects");
-                tokio::spawn(pass(near, far, told));
+                tokio::spawn(async move {
+                    told.wait_for(|order| *order != Order::Wait).await.expect("the wire lives");
+                    let far = TcpStream::connect(("127.0.0.1", server_port)).await.expect("connects");
+                    pass(near, far, told).await;
+                });
             }
         });
-        Self { port, connections }
+        Self { port, next, connections }
     }
 
     pub fn server(&self) -> config::Server {
@@ -50,6 +60,11 @@ impl Wire {
 
     pub fn order(&self, connection: usize, order: Order) {
         self.connections.lock().expect("lives")[connection].send_replace(order);
+    }
+
+    /// What becomes of the next connection at first.
+    pub fn order_next(&self, order: Order) {
+        *self.next.lock().expect("lives") = order;
     }
 
     pub fn count(&self) -> usize {
@@ -78,7 +93,7 @@ async fn pass(mut near: TcpStream, mut far: TcpStream, mut told: watch::Receiver
             _ = told.changed() => {
                 let order = *told.borrow_and_update();
                 match order {
-                    Order::Tear => {}
+                    Order::Tear | Order::Wait => {}
                     Order::Pass if near.write_all(&std::mem::take(&mut torn_off)).await.is_ok() => {}
                     Order::Pass => return,
                     Order::Cut | Order::Drop => break,
