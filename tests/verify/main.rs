@@ -38,16 +38,23 @@ CREATE TABLE emptied (id int PRIMARY KEY);
 CREATE DOMAIN short AS varchar(20);
 CREATE TYPE pair AS (x int, y text);
 CREATE TYPE mood AS ENUM ('sad', 'ok');
+CREATE DOMAIN dmood AS mood;
+CREATE DOMAIN moods AS mood[];
 CREATE DOMAIN ratio AS float8;
 CREATE TYPE measure AS (x ratio, l float4[], at point, t text);
 CREATE TYPE span AS RANGE (SUBTYPE = float8);
+CREATE DOMAIN spans AS span;
 CREATE TABLE wide (id int PRIMARY KEY, n numeric, f8 float8, f4 float4, fa float8[], b bytea, t text, c char(5), v short,
     j jsonb, ts timestamp, tz timestamptz, d date, u uuid, m mood, p pair, pt point, r int4range, i interval, k money,
-    bit bit(8), net inet, flag bool, cm measure, am measure[], sp span, pa point[]);
+    bit bit(8), net inet, flag bool, cm measure, am measure[], sp span, pa point[], po polygon, dm dmood, dp spans, ar moods);
 CREATE TABLE nothing ();
+CREATE TABLE moody (m dmood, n int, x text, PRIMARY KEY (m, n));
+CREATE TABLE scaled (f float8 PRIMARY KEY, part ratio, v float8);
+CREATE TABLE loose (f float8, p point);
+ALTER TABLE loose REPLICA IDENTITY FULL;
 "#;
 
-const NAMES: [&str; 6] = ["account", "named", "heap", "emptied", "wide", "nothing"];
+const NAMES: [&str; 9] = ["account", "named", "heap", "emptied", "wide", "nothing", "moody", "scaled", "loose"];
 
 const ROWS: &str = r#"
 INSERT INTO account SELECT g, 100, 'note ' || g FROM generate_series(1, 420) g;
@@ -63,7 +70,13 @@ INSERT INTO wide (id, f8, f4) VALUES (100, 'NaN', '-Infinity'), (101, '-0', 0), 
 UPDATE wide SET cm = ROW(g.x, ARRAY[g.x, 'NaN'], point(g.x, 1), 't')::measure, am = ARRAY[ROW(g.x, NULL, NULL, 'a')::measure, NULL],
     sp = span(g.x, g.x + 1, '(]'), pa = ARRAY[point(0, g.x)] FROM (SELECT i, i / 3.0::float8 AS x FROM generate_series(1, 30) i) g WHERE id = g.i;
 UPDATE wide SET cm = ROW(NULL, NULL, NULL, NULL)::measure, am = '{}', sp = 'empty', pa = '[5:5]={NULL}' WHERE id BETWEEN 40 AND 44;
+UPDATE wide SET po = polygon(path '((0,0),(1,1),(2,0))' + point(id / 3.0, 0)), dm = 'ok', dp = span(id, id / 3.0 + 1 + id), ar = '{sad,ok}'
+    WHERE id <= 30;
 INSERT INTO nothing DEFAULT VALUES;
+INSERT INTO moody SELECT 'sad', g, 's' || g FROM generate_series(1, 40) g;
+INSERT INTO moody SELECT 'ok', g, 'o' || g FROM generate_series(1, 40) g;
+INSERT INTO scaled SELECT g / 3.0, g / 7.0, g / 9.0 FROM generate_series(1, 40) g;
+INSERT INTO loose SELECT g / 3.0, point(g / 7.0, 1) FROM generate_series(1, 40) g;
 "#;
 
 #[derive(Default)]
@@ -263,6 +276,14 @@ const PLANTED: &[(&str, &str, DifferenceKind, &[&str])] = &[
     ),
     ("UPDATE wide SET sp = span(lower(sp), upper(sp), '[]') WHERE id = 2", "wide", DifferenceKind::Differs, &["2"]),
     ("UPDATE wide SET pa = '[6:6]={NULL}' WHERE id = 42", "wide", DifferenceKind::Differs, &["42"]),
+    ("UPDATE wide SET po = polygon(path(po) + point(1e-15, 0)) WHERE id = 1", "wide", DifferenceKind::Differs, &["1"]),
+    ("UPDATE wide SET dm = 'sad' WHERE id = 6", "wide", DifferenceKind::Differs, &["6"]),
+    ("UPDATE wide SET dp = NULL WHERE id = 6", "wide", DifferenceKind::Differs, &["6"]),
+    ("UPDATE wide SET ar = '{ok}' WHERE id = 6", "wide", DifferenceKind::Differs, &["6"]),
+    ("UPDATE moody SET x = NULL WHERE n = 7", "moody", DifferenceKind::Differs, &["ok", "sad"]),
+    ("UPDATE scaled SET v = v + 1e-15 WHERE part < 1", "scaled", DifferenceKind::Differs, &[]),
+    ("DELETE FROM scaled WHERE part > 5", "scaled", DifferenceKind::Missing, &[]),
+    ("DELETE FROM loose WHERE f > 10", "loose", DifferenceKind::Missing, &[]),
     ("UPDATE wide SET n = 7.5 WHERE id = 5", "wide", DifferenceKind::Differs, &["5"]),
     ("UPDATE wide SET j = '{\"a\": 1.00}' WHERE id = 5", "wide", DifferenceKind::Differs, &["5"]),
     ("UPDATE wide SET t = NULL WHERE id = 5", "wide", DifferenceKind::Differs, &["5"]),
@@ -369,7 +390,7 @@ async fn repaired(source: &Installation, target: &Installation) {
     for result in results.values() {
         assert_eq!((result.differences, &result.problem), (0, &None), "seed {seed}: {result:?}");
     }
-    for name in ["account", "named", "heap", "emptied", "wide", "nothing"] {
+    for name in NAMES {
         // What the application truncated or rewrote meanwhile, it has repaired itself.
         assert!(results[name].repaired > 0 || name == "emptied", "seed {seed}: {:?}", results[name]);
     }

@@ -45,7 +45,7 @@ const SORTED: [&str; 11] =
 /// How far the comparison of a large table has come.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Begun {
-    /// What the bounds belong to: key and columns as both servers have them. Where these are others, all of it is void.
+    /// What the bounds belong to: key, columns and table as both servers have them. Where these are others, all of it is void.
     pub layout: String,
     /// The last key of each range as text; the last range has none.
     pub bounds: Vec<Vec<String>>,
@@ -180,6 +180,7 @@ mod tests {
             base: base.to_owned(),
             output: String::new(),
             shape: None,
+            domain_over: None,
         }
     }
 

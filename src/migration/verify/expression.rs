@@ -35,6 +35,31 @@ pub struct Column {
     pub output: String,
     /// What the base type is made of, where that holds floating point numbers and the servers write them differently.
     pub shape: Option<Shape>,
+    /// The base type, quoted and with its schema, where the column is of a domain over it: functions for any enum, any range
+    /// or any record do not take a domain.
+    pub domain_over: Option<String>,
+}
+
+impl Column {
+    /// Its value in rows of `alias`, as the type whose output function this has.
+    pub fn value(&self, alias: Option<&str>) -> String {
+        let name = quote_ident(&self.name);
+        let name = alias.map_or(name.clone(), |alias| format!("{alias}.{name}"));
+        match &self.domain_over {
+            Some(base) => format!("({name}::{base})"),
+            None => name,
+        }
+    }
+
+    /// Its value as text, NULL included.
+    pub fn shown(&self, alias: Option<&str>) -> String {
+        format!("textin({}({}))", self.output, self.value(alias))
+    }
+
+    /// Of a type that is there on every server.
+    pub fn is_built_in(&self) -> bool {
+        !self.base.is_empty() && !self.base.contains('.')
+    }
 }
 
 /// How both servers hash.
@@ -103,7 +128,7 @@ impl Hasher {
 
     /// An expression of type `text` that is NULL where the column is.
     pub fn text(&self, column: &Column) -> String {
-        let name = quote_ident(&column.name);
+        let name = column.value(None);
         if let (Floats::Apart, Some(shape)) = (self.floats, &column.shape) {
             return shape.text(&name);
         }
@@ -115,13 +140,26 @@ impl Hasher {
             // These are shorter to write in their binary form than in text, and it has not changed since version 10.
             "timestamp" => format!("encode(timestamp_send({name}), 'hex')"),
             "timestamptz" => format!("encode(timestamptz_send({name}), 'hex')"),
-            _ => format!("textin({}({name}))", column.output),
+            _ => column.shown(None),
         }
     }
 
-    /// The column as an operator reads it, NULL included.
-    pub fn shown(column: &Column) -> String {
-        format!("textin({}({}))", column.output, quote_ident(&column.name))
+    /// A column of a key as an operator reads it, and as a repair finds the row by it. A type that is not built in is looked up
+    /// by this text on both servers, which show it alike only with the last digits left out.
+    pub fn key_text(&self, column: &Column) -> String {
+        if column.is_built_in() { self.exact(column, None) } else { column.shown(None) }
+    }
+
+    /// A column as text that reads back the same. Where the servers write numbers differently, sessions are set to leave the
+    /// last digits out, so that what is not taken apart can be compared: they are shown for this value, and left out again
+    /// behind it. Elements of an array are evaluated in their order.
+    pub fn exact(&self, column: &Column, alias: Option<&str>) -> String {
+        let shown = column.shown(alias);
+        if self.floats == Floats::Alike || (column.is_built_in() && column.shape.is_none()) {
+            return shown;
+        }
+        let set = |digits: u8| format!("set_config('extra_float_digits', '{digits}', true)");
+        format!("(ARRAY[{}, {shown}, {}])[2]", set(3), set(0))
     }
 }
 
@@ -160,7 +198,32 @@ mod tests {
             base: base.to_owned(),
             output: format!("\"pg_catalog\".\"{base}out\""),
             shape: is_number(base).then(|| Shape::Number(base.to_owned())),
+            domain_over: None,
         }
+    }
+
+    #[test]
+    fn a_column_of_a_domain_is_read_as_what_is_under_it() {
+        let over = |base: &str| Column { domain_over: Some(base.to_owned()), ..column("m", "s.mood") };
+        let hasher = Hasher { method: Method::Md5, floats: Floats::Alike };
+        let mood = Column { output: "\"pg_catalog\".\"enum_out\"".to_owned(), ..over("\"s\".\"mood\"") };
+        let text = "textin(\"pg_catalog\".\"enum_out\"((\"m\"::\"s\".\"mood\")))";
+        assert_eq!((hasher.text(&mood), hasher.key_text(&mood)), (text.to_owned(), text.to_owned()));
+        assert!(mood.shown(Some("t")).contains("((t.\"m\"::\"s\".\"mood\"))"));
+    }
+
+    #[test]
+    fn what_is_written_back_has_all_of_its_digits() {
+        let apart = Hasher { method: Method::Md5, floats: Floats::Apart };
+        let exact = "(ARRAY[set_config('extra_float_digits', '3', true), textin(\"pg_catalog\".\"float8out\"(t.\"f\")), \
+                     set_config('extra_float_digits', '0', true)])[2]";
+        assert_eq!(apart.exact(&column("f", "float8"), Some("t")), exact);
+        let cube = column("c", "s.cube");
+        assert!(apart.exact(&cube, None).contains("set_config"), "nobody knows what is in it");
+        assert!(!apart.key_text(&cube).contains("set_config"), "compared as text on both servers");
+        assert!(!apart.exact(&column("i", "int4"), None).contains("set_config"));
+        let alike = Hasher { floats: Floats::Alike, ..apart };
+        assert_eq!(alike.exact(&column("f", "float8"), None), "textin(\"pg_catalog\".\"float8out\"(\"f\"))");
     }
 
     #[test]

@@ -24,6 +24,7 @@ pub mod chunks;
 pub mod definitions;
 mod descend;
 mod expression;
+pub mod identity;
 mod repair;
 mod round;
 mod sequences;
@@ -37,7 +38,7 @@ use std::time::Duration;
 
 use async_trait::async_trait;
 use serde::{Deserialize, Serialize};
-use tokio_postgres::error::SqlState;
+use tokio_postgres::error::{DbError, SqlState};
 
 use self::align::{Pair, Sides};
 use self::chunks::{Begun, ChunkResult};
@@ -252,18 +253,20 @@ impl VerifyError {
         }
     }
 
-    /// A table, a column or its type's output function is not there any more, or is something else: what was looked at was
-    /// replaced since.
-    fn is_about_a_definition(&self) -> bool {
-        let Self::Query { source, .. } = self else { return false };
-        let replaced = [
-            SqlState::UNDEFINED_TABLE,
-            SqlState::UNDEFINED_COLUMN,
-            SqlState::UNDEFINED_FUNCTION,
-            SqlState::WRONG_OBJECT_TYPE,
-            SqlState::INVALID_SCHEMA_NAME,
-        ];
-        source.code().is_some_and(|code| replaced.contains(code))
+    /// What a server says against a statement, and not against a value: a table, a column or a function is not there, is
+    /// something else, or may not be used. Either what was looked at was replaced since, or it is so that it cannot be read.
+    /// The server's message names objects alone.
+    fn about_a_definition(&self) -> Option<&DbError> {
+        let Self::Query { source, .. } = self else { return None };
+        let code = source.code()?;
+        let about = code.code().starts_with("42") || *code == SqlState::INVALID_SCHEMA_NAME;
+        source.as_db_error().filter(|_| about && !self.is_transient())
+    }
+
+    /// There is no table of the name.
+    fn is_about_a_missing_table(&self) -> bool {
+        let missing = [SqlState::UNDEFINED_TABLE, SqlState::WRONG_OBJECT_TYPE, SqlState::INVALID_SCHEMA_NAME];
+        self.about_a_definition().is_some_and(|error| missing.contains(error.code()))
     }
 }
 

@@ -22,7 +22,7 @@ use serde_json::json;
 use tokio_postgres::Row;
 
 use super::align::{Still, still};
-use super::expression::{Column, Hasher};
+use super::expression::Column;
 use super::table::{Plan, Side};
 use super::{VerifyContext, VerifyError, streamed};
 use crate::ident::{quote_ident, quote_literal};
@@ -214,7 +214,8 @@ fn list(hashes: &[i64]) -> String {
 
 /// The row as texts, one for each column.
 fn shown(plan: &Plan) -> String {
-    let columns: Vec<String> = plan.columns(Side::Source).iter().map(Hasher::shown).collect();
+    let exact = |column| plan.hasher.exact(column, Some("t"));
+    let columns: Vec<String> = plan.columns(Side::Source).iter().map(exact).collect();
     format!("ARRAY[{}]::text[]", columns.join(", "))
 }
 
@@ -223,10 +224,9 @@ fn shown(plan: &Plan) -> String {
 fn chosen(plan: &Plan, side: Side, keys: &[Vec<Option<String>>]) -> String {
     let columns: Vec<&Column> =
         plan.key.iter().filter_map(|name| plan.columns(side).iter().find(|column| column.name == *name)).collect();
-    let built_in = |column: &Column| !column.base.is_empty() && !column.base.contains('.');
     let literal = |(column, part): (&&Column, &Option<String>)| {
         let part = part.as_deref().map_or_else(|| "NULL".to_owned(), quote_literal);
-        let shown_as = if built_in(column) { column.type_name.as_str() } else { "text" };
+        let shown_as = if column.is_built_in() { column.type_name.as_str() } else { "text" };
         format!("CAST({part} AS {shown_as})")
     };
     let rows: Vec<String> = keys
@@ -235,11 +235,10 @@ fn chosen(plan: &Plan, side: Side, keys: &[Vec<Option<String>>]) -> String {
         .collect();
     let names: Vec<String> = (0..columns.len()).map(|number| format!("k{number}")).collect();
     let equal = |(number, column): (usize, &&Column)| {
-        let name = quote_ident(&column.name);
-        if built_in(column) {
-            format!("t.{name} = k.k{number}")
+        if column.is_built_in() {
+            format!("t.{} = k.k{number}", quote_ident(&column.name))
         } else {
-            format!("textin({}(t.{name})) = k.k{number} COLLATE \"C\"", column.output)
+            format!("{} = k.k{number} COLLATE \"C\"", column.shown(Some("t")))
         }
     };
     let equal: Vec<String> = columns.iter().enumerate().map(equal).collect();

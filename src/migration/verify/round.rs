@@ -67,7 +67,17 @@ pub(super) async fn round(
     pasts: &HashMap<QualifiedName, Past>,
     done: &Mutex<Vec<Ended>>,
 ) -> Result<Duration, VerifyError> {
-    let pair = align(&context.sides, locked).await?;
+    let pair = match align(&context.sides, locked).await {
+        // Nothing but the lock says a word about a table.
+        Err(error) if !locked.is_empty() && error.about_a_definition().is_some() => {
+            for table in locked {
+                let problem = if error.is_about_a_missing_table() { table::MISSING } else { &refusal(&error) };
+                refused(context, done, table, problem).await?;
+            }
+            return Ok(Duration::ZERO);
+        }
+        pair => pair?,
+    };
     let hasher = hasher(&pair).await?;
     let mut round = Round {
         context,
@@ -99,6 +109,35 @@ pub(super) async fn round(
 
 fn note(done: &Mutex<Vec<Ended>>, ended: Ended) {
     lock(done).push(ended);
+}
+
+/// A table cannot be read, which says nothing about the others.
+async fn refused(
+    context: &VerifyContext,
+    done: &Mutex<Vec<Ended>>,
+    table: &QualifiedName,
+    problem: &str,
+) -> Result<(), VerifyError> {
+    tracing::warn!(%table, problem, "a table cannot be compared");
+    let result = unreadable(table, problem);
+    context.observer.finished(&result).await?;
+    note(done, Ended::Compared(result));
+    Ok(())
+}
+
+/// What a server has said.
+fn refusal(error: &VerifyError) -> String {
+    let said = error.about_a_definition().map_or_else(|| error.to_string(), |error| error.message().to_owned());
+    format!("it cannot be read: {said}")
+}
+
+/// What became of an attempt to read.
+enum Tried {
+    Done,
+    /// The table is not any more what was looked at.
+    Replaced,
+    /// It is, and a server will not have it read.
+    Refused(String),
 }
 
 /// What the workers of a round share.
@@ -139,6 +178,18 @@ struct Progress {
     damage: Damage,
     /// It was rewritten under the snapshot; the ranges in which that was seen are read again.
     rewritten: bool,
+    /// It cannot be read at all.
+    problem: Option<String>,
+}
+
+impl Progress {
+    fn note(&mut self, tried: Tried) {
+        match tried {
+            Tried::Done => {}
+            Tried::Replaced => self.rewritten = true,
+            Tried::Refused(problem) => self.problem = Some(problem),
+        }
+    }
 }
 
 /// Who reads one part.
@@ -188,7 +239,13 @@ impl Round<'_> {
         for table in tables {
             let begun = self.pasts.get(table).and_then(|past| past.begun.as_ref());
             let made = match Plan::make(self.pair, samplers, self.context, table, hasher, begun).await {
-                Err(error) if error.is_about_a_definition() && !self.locked => {
+                Err(error) if error.about_a_definition().is_some() && self.locked => {
+                    self.refused(table, &refusal(&error)).await?;
+                    // It was the only one, and the holders' transactions have failed.
+                    break;
+                }
+                // If that is not why, it is told when the table is locked.
+                Err(error) if error.about_a_definition().is_some() => {
                     self.rewritten(table);
                     continue;
                 }
@@ -197,15 +254,18 @@ impl Round<'_> {
             let plan = match made {
                 Ok(plan) => Arc::new(plan),
                 Err(problem) => {
-                    let result = unreadable(table, &problem);
-                    self.context.observer.finished(&result).await?;
-                    note(self.done, Ended::Compared(result));
+                    self.refused(table, &problem).await?;
                     continue;
                 }
             };
             if let Some(new) = plan.begun().filter(|new| begun.is_none_or(|begun| begun.layout != new.layout)) {
                 self.context.observer.begun(table, new).await?;
                 note(self.done, Ended::Begun(table.clone(), new.clone()));
+                // What was compared of it is void. Counted, so that it comes to an end.
+                if begun.is_some_and(|begun| !begun.done.is_empty()) {
+                    self.rewritten(table);
+                    continue;
+                }
             }
             let mut left = plan.left();
             if plan.begun().is_some() {
@@ -259,6 +319,9 @@ impl Round<'_> {
     /// Whether this part of a table must be read in this round if any is.
     fn must_be_read(&self, plan: &Plan, progress: &Mutex<Progress>) -> bool {
         let mut progress = lock(progress);
+        if progress.problem.is_some() {
+            return false;
+        }
         let put_off = self.is_over() && (plan.begun().is_some() || !progress.begun);
         progress.begun |= !put_off;
         progress.put_off |= put_off;
@@ -269,8 +332,9 @@ impl Round<'_> {
         let (Some(plan), Some(progress)) = (self.plans.get(index), self.progress.get(index)) else { return Ok(()) };
         let began = Instant::now();
         let is_read = self.must_be_read(plan, progress);
-        if is_read && self.was_replaced(self.read(plan, progress, number, readers).await, readers).await? {
-            lock(progress).rewritten = true;
+        if is_read {
+            let tried = self.tried(plan, self.read(plan, progress, number, readers).await, readers).await?;
+            lock(progress).note(tried);
         }
         let complete = {
             let mut progress = lock(progress);
@@ -279,11 +343,14 @@ impl Round<'_> {
         };
         let goes_on = complete.is_none() && plan.begun().is_none();
         match complete {
+            Some(Progress { problem: Some(problem), .. }) => self.refused(&plan.table, &problem).await?,
             Some(progress) if plan.begun().is_some() => self.complete_chunks(plan, progress).await?,
             Some(progress) if progress.rewritten => self.rewritten(&plan.table),
             Some(progress) if !progress.put_off => {
-                if self.was_replaced(self.complete(plan, progress.sums, readers).await, readers).await? {
-                    self.rewritten(&plan.table);
+                match self.tried(plan, self.complete(plan, progress.sums, readers).await, readers).await? {
+                    Tried::Done => {}
+                    Tried::Replaced => self.rewritten(&plan.table),
+                    Tried::Refused(problem) => self.refused(&plan.table, &problem).await?,
                 }
             }
             Some(_) | None => {}
@@ -320,16 +387,26 @@ impl Round<'_> {
         Ok(())
     }
 
-    /// Whether what was tried failed because the table is not any more what was looked at. What is locked stays what it is.
-    async fn was_replaced(&self, tried: Result<(), VerifyError>, readers: Readers<'_>) -> Result<bool, VerifyError> {
-        match tried {
-            Err(error) if error.is_about_a_definition() && !self.locked => {
-                tracing::debug!(%error, "a table was replaced while it was read");
-                readers.leave().await?;
-                Ok(true)
-            }
-            tried => tried.map(|()| false),
+    /// Whether what was tried failed because the table is not any more what was looked at, or because it is. What is locked
+    /// stays what it is.
+    async fn tried(
+        &self,
+        plan: &Plan,
+        tried: Result<(), VerifyError>,
+        readers: Readers<'_>,
+    ) -> Result<Tried, VerifyError> {
+        let error = match tried {
+            Ok(()) => return Ok(Tried::Done),
+            Err(error) if error.about_a_definition().is_some() => error,
+            Err(error) => return Err(error),
+        };
+        readers.leave().await?;
+        // The transactions of the holders have failed.
+        if !self.locked && plan.rewritten(readers.source, readers.target).await? {
+            tracing::debug!(%error, "a table was replaced while it was read");
+            return Ok(Tried::Replaced);
         }
+        Ok(Tried::Refused(refusal(&error)))
     }
 
     /// Whether the source had other work to do just now. Asked after each part, and remembered for a while, because one
@@ -420,6 +497,10 @@ impl Round<'_> {
             self.compared(plan, begun.sum()).await?;
         }
         Ok(())
+    }
+
+    async fn refused(&self, table: &QualifiedName, problem: &str) -> Result<(), VerifyError> {
+        refused(self.context, self.done, table, problem).await
     }
 
     fn rewritten(&self, table: &QualifiedName) {

@@ -78,6 +78,7 @@ fn send(name: &str, value: &str) -> String {
         "float4" | "float8" => {
             format!("{name}send(CASE WHEN {value} = 'NaN' THEN 'NaN'::{name} ELSE {value}::{name} END)")
         }
+        "polygon" => format!("poly_send({value})"),
         geometric => format!("{geometric}_send({value})"),
     }
 }
@@ -114,5 +115,7 @@ mod tests {
             "CASE WHEN r IS NOT NULL THEN ROW(isempty(r), lower_inc(r), upper_inc(r), \
              encode(point_send(lower(r)), 'hex'), encode(point_send(upper(r)), 'hex'))::text END"
         );
+        // The one that is not called as its type is.
+        assert_eq!(Shape::Number("polygon".to_owned()).text("p"), "encode(poly_send(p), 'hex')");
     }
 }

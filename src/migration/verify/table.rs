@@ -5,6 +5,7 @@ use std::collections::BTreeMap;
 use super::align::Pair;
 use super::chunks::{Begun, Pages, divide, sorted};
 use super::expression::{Column, Floats, Hasher, reconcile};
+use super::identity::{Identity, identity};
 use super::round::Readers;
 use super::shape::Shape;
 use super::type_tree::Types;
@@ -24,6 +25,9 @@ const BUCKETS: u64 = 1024;
 /// Ranges of blocks are found without reading the rest from here on.
 const TID_RANGES: u32 = 140_000;
 
+/// There is nothing to compare with.
+pub(super) const MISSING: &str = "the table is not on both servers";
+
 /// Columns, with the types that lie under domains.
 const COLUMNS: &str = "
 WITH RECURSIVE base AS (
@@ -33,7 +37,9 @@ WITH RECURSIVE base AS (
     SELECT b.attnum, b.name, b.shown, t.typbasetype FROM base b JOIN pg_type t ON t.oid = b.oid WHERE t.typtype = 'd')
 SELECT b.name, b.shown,
        CASE WHEN n.nspname = 'pg_catalog' THEN t.typname::text ELSE n.nspname || '.' || t.typname END,
-       format('%I.%I', m.nspname, p.proname), t.oid
+       format('%I.%I', m.nspname, p.proname), t.oid,
+       CASE WHEN t.oid <> (SELECT a.atttypid FROM pg_attribute a WHERE a.attrelid = $1 AND a.attnum = b.attnum)
+            THEN format('%I.%I', n.nspname, t.typname) END
   FROM base b JOIN pg_type t ON t.oid = b.oid AND t.typtype <> 'd' JOIN pg_namespace n ON n.oid = t.typnamespace
   JOIN pg_proc p ON p.oid = t.typoutput JOIN pg_namespace m ON m.oid = p.pronamespace
  ORDER BY b.attnum";
@@ -48,23 +54,6 @@ SELECT a.attname::text, i.indisprimary
                         ORDER BY x.indisprimary DESC LIMIT 1)
    AND k.position <= coalesce((to_jsonb(i) ->> 'indnkeyatts')::int, i.indnatts)
  ORDER BY k.position";
-
-/// What a table of this name is: not the same any more once it was replaced, rewritten, truncated, or given other columns.
-/// The file changes with what makes its rows others, and is another table's where the name is.
-const IDENTITY: &str = "
-SELECT c.oid, c.relfilenode,
-       (SELECT string_agg(a.attnum || ' ' || a.atttypid || ' ' || a.attname, ',' ORDER BY a.attnum) FROM pg_attribute a
-         WHERE a.attrelid = c.oid AND a.attnum > 0 AND NOT a.attisdropped)
-  FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace
- WHERE n.nspname = $1 AND c.relname = $2 AND c.relkind = 'r'";
-
-/// What [`IDENTITY`] answers.
-#[derive(Clone, Debug, PartialEq, Eq)]
-struct Identity {
-    oid: u32,
-    file: u32,
-    columns: Option<String>,
-}
 
 /// A table on one server, as its snapshot has it.
 #[derive(Debug)]
@@ -157,7 +146,7 @@ impl Plan {
         let (source, target) =
             (place(&pair.source, table, hasher.floats).await?, place(&pair.target, table, hasher.floats).await?);
         let (Some(mut source), Some(mut target)) = (source, target) else {
-            return Ok(Err("the table is not on both servers".to_owned()));
+            return Ok(Err(MISSING.to_owned()));
         };
         let alone: Vec<&str> = [(&source.columns, &target.columns), (&target.columns, &source.columns)]
             .into_iter()
@@ -186,7 +175,7 @@ impl Plan {
         if is_primary && filter.is_empty() && self::key(&pair.target, target.identity.oid).await? == (key.clone(), true)
         {
             let columns = sorted(&key, &source.columns, &target.columns);
-            let layout = layout(&columns, &source.columns, &target.columns);
+            let layout = layout(&columns, &source, &target);
             let begun = match begun.filter(|begun| begun.layout == layout) {
                 Some(begun) => Some(begun.clone()),
                 None => {
@@ -363,7 +352,7 @@ impl Plan {
         let (key_hash, shown) = if keys.is_empty() {
             (None, "ARRAY[ctid::text]".to_owned())
         } else {
-            let shown: Vec<String> = keys.iter().map(|column| Hasher::shown(column)).collect();
+            let shown: Vec<String> = keys.iter().map(|column| self.hasher.key_text(column)).collect();
             (Some(self.hasher.hash(keys)), format!("ARRAY[{}]", shown.join(", ")))
         };
         let row_hash = self.hasher.hash(&place.columns);
@@ -444,21 +433,21 @@ async fn key(holder: &Control, table: u32) -> Result<(Vec<String>, bool), Verify
     Ok((rows.iter().map(|row| row.get(0)).collect(), is_primary))
 }
 
-/// What ranges of a key belong to.
-fn layout(key: &[Column], source: &[Column], target: &[Column]) -> String {
+/// What ranges of a key belong to: a table that was rewritten may have other rows in those that were compared.
+fn layout(key: &[Column], source: &Place, target: &Place) -> String {
     let list = |columns: &[Column]| {
         let texts: Vec<String> =
             columns.iter().map(|column| format!("{} {}", quote_ident(&column.name), column.type_name)).collect();
         texts.join(", ")
     };
-    format!("({}) ({}) ({})", list(key), list(source), list(target))
-}
-
-/// None: there is no table of that name.
-async fn identity(server: &Control, table: &QualifiedName) -> Result<Option<Identity>, VerifyError> {
-    let row = server.query_opt(IDENTITY, &[&table.schema, &table.name]).await;
-    let row = row.map_err(VerifyError::query("looking a table up"))?;
-    Ok(row.map(|row| Identity { oid: row.get(0), file: row.get(1), columns: row.get(2) }))
+    format!(
+        "({}) ({}) ({}) {} {}",
+        list(key),
+        list(&source.columns),
+        list(&target.columns),
+        source.identity,
+        target.identity
+    )
 }
 
 async fn place(holder: &Control, table: &QualifiedName, floats: Floats) -> Result<Option<Place>, VerifyError> {
@@ -486,6 +475,7 @@ async fn place(holder: &Control, table: &QualifiedName, floats: Floats) -> Resul
             base: row.get(2),
             output: row.get(3),
             shape: types.shape(row.get(4)).filter(Shape::holds_numbers),
+            domain_over: row.get(5),
         })
         .collect();
     let unsigned = |number: Option<i64>| number.and_then(|number| u64::try_from(number).ok()).unwrap_or(0);
@@ -532,7 +522,7 @@ mod tests {
 
     #[test]
     fn parts_cover_every_block_and_the_last_is_open() {
-        let identity = Identity { oid: 1, file: 1, columns: None };
+        let identity = Identity::default();
         let place = Place { identity, blocks: 100, rows: 0, block_size: 8192, columns: Vec::new(), tid_ranges: true };
         assert_eq!(place.range(0, 1), "");
         assert_eq!(place.range(0, 3), "ctid >= '(0,0)' AND ctid < '(33,0)'");

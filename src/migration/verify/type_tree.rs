@@ -70,7 +70,9 @@ impl Types {
             }
             _ => Shape::Other(found.output.clone()),
         };
-        Some(if shape.holds_numbers() { shape } else { Shape::Other(found.output.clone()) })
+        // Of a domain the base type is kept: the output function may take no domain.
+        let is_kept = shape.holds_numbers() || found.kind == "d";
+        Some(if is_kept { shape } else { Shape::Other(found.output.clone()) })
     }
 }
 
@@ -97,6 +99,8 @@ mod tests {
             (3, made("a", "s._pair", 2, &[])),
             (4, made("c", "s.lost", 0, &[("x", 99)])),
             (5, made("a", "_text", 25, &[])),
+            (6, made("e", "s.mood", 0, &[])),
+            (7, made("d", "s.dmood", 6, &[])),
         ]));
         let number = Shape::Number("float8".to_owned());
         let domain = Shape::Domain("q.float8".to_owned(), Box::new(number));
@@ -105,6 +109,8 @@ mod tests {
         assert_eq!(types.shape(3), Some(Shape::Array(Box::new(pair))));
         assert_eq!(types.shape(600), Some(Shape::Number("point".to_owned())));
         assert_eq!(types.shape(5), Some(Shape::Other("o._text".to_owned())), "not taken apart for nothing");
+        let mood = Shape::Other("o.s.mood".to_owned());
+        assert_eq!(types.shape(7), Some(Shape::Domain("q.s.mood".to_owned(), Box::new(mood))));
         assert_eq!((types.shape(4), types.shape(99)), (None, None));
     }
 }
