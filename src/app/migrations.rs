@@ -113,7 +113,8 @@ fn refused(error: &EngineError) -> AdminError {
         | EngineError::Return(_)
         | EngineError::Invalid(_)
         | EngineError::Fix { .. }
-        | EngineError::Unverified { .. } => (ErrorKind::Conflict, None),
+        | EngineError::Unverified { .. }
+        | EngineError::Altered { .. } => (ErrorKind::Conflict, None),
         EngineError::Unavailable(_)
         | EngineError::Connect(_)
         | EngineError::Catalog(_)

@@ -228,3 +228,50 @@ async fn a_cutover_that_requires_it_begins_only_when_nothing_differs() {
     lease.finish(Outcome::Aborted).await.expect("recorded");
     running.stop().await;
 }
+
+/// ALTER TABLE that writes every row anew sends none along the stream, and leaves names and types as they are.
+#[tokio::test(flavor = "multi_thread")]
+async fn what_was_rewritten_without_a_word_is_compared_again_before_a_cutover() {
+    let found = installations();
+    let major = found.newest_with_client_tools().expect("checked by installations()");
+    let mut world = World::start(major, major);
+    std::sync::Arc::get_mut(&mut world.config).expect("nobody else has it").cutover.require_verified = true;
+    world.furnish("shop").await;
+    let running = world.engine("");
+    create(&running, spec("checked", &["shop"])).await;
+    reach(&running, "checked", "WaitingForCutoverTrigger").await;
+    assert_eq!(verify(&running).await.differences, 0);
+    let here = connect(&world.source, "shop").await;
+    for (sql, table) in [
+        ("ALTER TABLE orders ALTER extra TYPE jsonb USING coalesce(extra, '{}') || '{\"x\": 1}'", "orders"),
+        ("ALTER TABLE event DROP COLUMN body; ALTER TABLE event ADD COLUMN body text", "event"),
+    ] {
+        here.batch_execute(sql).await.unwrap_or_else(|error| panic!("{sql}: {error:?}"));
+        let found = running.engine.verify_changed("checked").await.expect("verified");
+        let named = found.tables.iter().any(|one| one.result.name.starts_with(table) && one.result.differences > 0);
+        assert!(named, "{sql}: {found:#?}");
+        let refused = running.engine.begin_cutover("checked").await.map(drop).expect_err("they differ").to_string();
+        assert!(refused.contains(table), "{refused}");
+        // The same there.
+        let there = connect(&world.target, "shop").await;
+        there.batch_execute(sql).await.unwrap_or_else(|error| panic!("{sql}: {error:?}"));
+        let again = running.engine.verify_changed("checked").await.expect("verified");
+        assert_eq!(again.differences, 0, "{sql}: {again:#?}");
+    }
+
+    // Behind that comparison, and before the cutover has its own eye on definitions.
+    let lease = running.engine.begin_cutover("checked").await.expect("equal");
+    for harmless in ["TRUNCATE log", "VACUUM FULL acknowledged"] {
+        here.batch_execute(harmless).await.expect("the stream knows");
+    }
+    lease.compare_definitions().await.expect("nothing was altered");
+    let upper = "ALTER TABLE log ALTER what TYPE text USING upper(what)";
+    here.batch_execute(upper).await.expect("rewritten");
+    let refused = lease.compare_definitions().await.expect_err("it was altered").to_string();
+    assert!(refused.contains("\"log\" was altered or replaced"), "{refused}");
+    lease.finish(Outcome::Aborted).await.expect("recorded");
+    reach(&running, "checked", "WaitingForCutoverTrigger").await;
+    let lease = running.engine.begin_cutover("checked").await.expect("it is empty on both servers");
+    lease.finish(Outcome::Aborted).await.expect("recorded");
+    running.stop().await;
+}

@@ -8,6 +8,7 @@ mod planted;
 mod replaced;
 mod resumed;
 mod sequences;
+mod standstill;
 #[path = "../support/mod.rs"]
 mod support;
 

@@ -6,6 +6,7 @@ use crate::catalog::RecordError;
 use crate::catalog::door::DoorError;
 use crate::catalog::migrations::CatalogError;
 use crate::failpoint;
+use crate::ident::QualifiedName;
 use crate::migration::copy::CopyError;
 use crate::migration::ddl::DdlError;
 use crate::migration::drift::Drift;
@@ -88,6 +89,16 @@ pub enum EngineError {
         differences: u64,
         /// Some of them.
         first: String,
+    },
+    /// A cutover is to find every table equal, and this one is not what was compared.
+    #[error(
+        "database {database}: table {table} was altered or replaced since it was verified, and [cutover] require_verified is set: order the cutover again, which verifies it first"
+    )]
+    Altered {
+        /// The database.
+        database: String,
+        /// The table.
+        table: QualifiedName,
     },
     /// A verification could not be carried to its end; what it has found so far is kept.
     #[error("database {database} could not be verified to the end: verify it again to go on")]

@@ -59,9 +59,11 @@ impl CutoverLease {
         Some(DatabaseHandle { live, source, target })
     }
 
-    /// Compares the definitions of both servers: what the one that the cutover leads to lacks is an error.
+    /// Compares the definitions of both servers: what the one that the cutover leads to lacks is an error, and so is a table
+    /// that was altered since it was verified, where it has to be.
     pub async fn compare_definitions(&self) -> Result<(), EngineError> {
-        Box::pin(self.engine.check_drift(&self.live, self.live.state().direction())).await
+        Box::pin(self.engine.check_drift(&self.live, self.live.state().direction())).await?;
+        Box::pin(self.engine.must_be_as_verified(&self.live)).await
     }
 
     /// Owners and grants that the server lacks to which the cutover leads, named by database.

@@ -8,7 +8,7 @@ use std::time::{Instant, SystemTime, UNIX_EPOCH};
 
 use tokio::sync::watch;
 
-use super::table_live::{Counted, IndexesLive, TableLive};
+use super::table_live::{Counted, IndexesLive, TableLive, Verified};
 use crate::catalog::door::Turns;
 use crate::catalog::streams::Direction;
 use crate::catalog::tables::{DatabaseRow, TableRow, TableState};
@@ -387,7 +387,7 @@ impl DatabaseLive {
                 indexes: None,
                 copying_since: None,
                 verification: None,
-                verified_changes: None,
+                verified: None,
             };
             (row.table.clone(), live)
         });
@@ -396,7 +396,7 @@ impl DatabaseLive {
         let mut earlier = std::mem::take(&mut inner.tables);
         for (name, mut live) in tables {
             if let Some(earlier) = earlier.remove(&name) {
-                (live.verification, live.verified_changes) = (earlier.verification, earlier.verified_changes);
+                (live.verification, live.verified) = (earlier.verification, earlier.verified);
             }
             inner.tables.insert(name, live);
         }
@@ -433,9 +433,9 @@ impl DatabaseLive {
         seen.inserts + seen.updates + seen.deletes + seen.truncates
     }
 
-    /// What [`Self::changes`] was when the table was last verified by this process.
-    pub(super) fn verified_changes(&self, table: &QualifiedName) -> Option<u64> {
-        self.lock().tables.get(table).and_then(|table| table.verified_changes)
+    /// What the table was when it was last verified by this process.
+    pub(super) fn verified(&self, table: &QualifiedName) -> Option<Verified> {
+        self.lock().tables.get(table).and_then(|table| table.verified.clone())
     }
 
     /// The tables that are migrated.

@@ -3,6 +3,7 @@
 use std::time::Instant;
 
 use crate::catalog::tables::TableState;
+use crate::migration::verify::identity::Identities;
 use crate::telemetry::metrics::WorkState;
 
 /// Tables and indexes of a full load, by state in the order of [`WorkState::ALL`].
@@ -63,8 +64,17 @@ pub(super) struct TableLive {
     pub(super) copying_since: Option<Instant>,
     /// What the last verification found, in a word.
     pub(super) verification: Option<String>,
-    /// Row changes that the table had seen when it was about to be verified; none: not by this process.
-    pub(super) verified_changes: Option<u64>,
+    /// What the table was when it was about to be verified; none: not by this process.
+    pub(super) verified: Option<Verified>,
+}
+
+/// What tells whether the rows of a table may be others than those that were compared.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) struct Verified {
+    /// Row changes that had come along the stream.
+    pub(super) changes: u64,
+    /// A rewrite sends none.
+    pub(super) identities: Identities,
 }
 
 impl TableLive {

@@ -8,6 +8,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use async_trait::async_trait;
 
 use super::live::{DatabaseLive, Live};
+use super::table_live::Verified;
 use super::{Engine, EngineError};
 use crate::catalog::door::Door;
 use crate::catalog::migrations::{CatalogError, MigrationCatalog};
@@ -17,6 +18,7 @@ use crate::ident::QualifiedName;
 use crate::migration::state::State;
 use crate::migration::verify::align::Sides;
 use crate::migration::verify::chunks::{Begun, ChunkResult};
+use crate::migration::verify::identity::{self, Identities};
 use crate::migration::verify::{self, Damaged, Observer, TableResult, VerifyContext, definitions};
 use crate::migration::view::{Mode, VerificationView, VerifiedDatabase, VerifyReport};
 use crate::switch::Epoch;
@@ -27,7 +29,7 @@ use crate::telemetry::metrics::Metrics;
 enum Scope {
     /// All of them; those that an interrupted run has found equal, not long ago, are not read again.
     Every,
-    /// Those that were never compared, that differed, or that were written to since.
+    /// Those that were never compared, that differed, or that were written to, rewritten or altered since.
     Changed,
 }
 
@@ -45,9 +47,12 @@ struct Work {
 /// What is to be read of one database.
 struct DatabaseWork {
     database: Arc<DatabaseLive>,
+    sides: Sides,
     wanted: Vec<QualifiedName>,
     /// Those of them that an interrupted run has come to.
     begun: HashMap<QualifiedName, Begun>,
+    /// What tables are on both servers: looked up before anything is read.
+    identities: HashMap<QualifiedName, Identities>,
 }
 
 impl Work {
@@ -170,15 +175,24 @@ impl Engine {
             let mut wanted = Vec::new();
             let here = left.extract_if(.., |row| row.database == database.name);
             let begun: HashMap<QualifiedName, Begun> = here.filter_map(Work::resumed).collect();
+            let sides = self.sides(database, order);
+            let looked_up = identity::identities(&sides, &database.table_names()).await;
+            let failed = |source| EngineError::Verify { database: database.name.clone(), source: Box::new(source) };
+            let identities = looked_up.map_err(failed)?;
             for (table, bytes) in database.table_sizes() {
                 let row = known.iter().find(|row| row.database == database.name && row.table == table);
                 let result = row.and_then(|row| serde_json::from_value::<TableResult>(row.result.clone()).ok());
+                let (verified, now) = (database.verified(&table), identities.get(&table));
+                let is_same = |verified: &Verified| Some(&verified.identities) == now;
                 // What differed may have been mended, or is to be.
                 let still = |result: &TableResult| {
                     result.is_equal()
                         && match scope {
-                            Scope::Every => true,
-                            Scope::Changed => database.verified_changes(&table) == Some(database.changes(&table)),
+                            // Of what an earlier process has compared it is not known.
+                            Scope::Every => verified.as_ref().is_none_or(is_same),
+                            Scope::Changed => verified.as_ref().is_some_and(|verified| {
+                                is_same(verified) && verified.changes == database.changes(&table)
+                            }),
                         }
                 };
                 match result.filter(still) {
@@ -194,7 +208,7 @@ impl Engine {
                     }
                 }
             }
-            work.push(DatabaseWork { database: database.clone(), wanted, begun });
+            work.push(DatabaseWork { database: database.clone(), sides, wanted, begun, identities });
         }
         let progress = Arc::new(Progress {
             bytes: AtomicU64::new(bytes_before),
@@ -237,36 +251,27 @@ impl Engine {
         progress: &Arc<Progress>,
         report: &mut VerifyReport,
     ) -> Result<(), EngineError> {
-        let (source, target) = self.connectors();
-        let (source, target) = order.direction.ends(&source, &target);
         let config = &self.deps.config.migration;
-        for DatabaseWork { database, wanted, begun } in work {
+        for DatabaseWork { database, sides, wanted, begun, identities } in work {
+            let verified = |table: &QualifiedName| {
+                let identities = identities.get(table)?.clone();
+                Some((table.clone(), Verified { changes: database.changes(table), identities }))
+            };
             let keeper = Keeper {
                 progress: progress.clone(),
                 catalog: catalog.clone(),
                 migration: live.name().to_owned(),
                 // Counted before the snapshot: a change that comes in between is compared, and asked for once more.
                 // Of what was compared earlier nobody counts.
-                changes: wanted
+                verified: wanted
                     .iter()
                     .filter(|table| begun.get(table).is_none_or(|begun| begun.done.is_empty()))
-                    .map(|table| (table.clone(), database.changes(table)))
+                    .filter_map(verified)
                     .collect(),
                 database: database.clone(),
             };
             let context = VerifyContext {
-                sides: Sides {
-                    source: source.clone(),
-                    target: target.clone(),
-                    database: database.name.clone(),
-                    gate: order.streams.then(|| database.stream.gate.clone()),
-                    // A server that was left is shut.
-                    door: (database.current().epoch > Epoch(0)).then(|| {
-                        let door =
-                            Door::new(target, &self.deps.config.control.database, &database.name, &database.turns);
-                        Arc::new(tokio::sync::Mutex::new(door))
-                    }),
-                },
+                sides,
                 damaged: order.damaged,
                 workers: config.verify_workers,
                 part_bytes: config.verify_part_bytes,
@@ -280,6 +285,51 @@ impl Engine {
             }
             let found = definitions::compare(&context.sides).await.map_err(failed)?;
             report.add_definitions(VerifiedDatabase { database: database.name.clone(), definitions: found });
+        }
+        Ok(())
+    }
+
+    fn sides(&self, database: &DatabaseLive, order: Work) -> Sides {
+        let (source, target) = self.connectors();
+        let (source, target) = order.direction.ends(&source, &target);
+        Sides {
+            source: source.clone(),
+            target: target.clone(),
+            database: database.name.clone(),
+            gate: order.streams.then(|| database.stream.gate.clone()),
+            // A server that was left is shut.
+            door: (database.current().epoch > Epoch(0)).then(|| {
+                let door = Door::new(target, &self.deps.config.control.database, &database.name, &database.turns);
+                Arc::new(tokio::sync::Mutex::new(door))
+            }),
+        }
+    }
+
+    /// Where a cutover is to find tables equal: none of them was altered since it was compared. Asked once more when the
+    /// cutover watches definitions itself ([`crate::migration::standstill`]); until then anybody may have altered some.
+    /// A table that was emptied was written to, and the stream brings that as it does any other row.
+    pub(super) async fn must_be_as_verified(&self, live: &Live) -> Result<(), EngineError> {
+        if !self.deps.config.cutover.require_verified || live.state().direction() != Direction::Forward {
+            return Ok(());
+        }
+        for database in &live.databases {
+            let verified: Vec<(QualifiedName, Verified)> = database
+                .table_names()
+                .into_iter()
+                .filter_map(|table| database.verified(&table).map(|verified| (table, verified)))
+                .collect();
+            let tables: Vec<QualifiedName> = verified.iter().map(|(table, _)| table.clone()).collect();
+            // A server that was left is open to us by now.
+            let sides =
+                Sides { door: None, ..self.sides(database, Work::new(Scope::Changed, Direction::Forward, true)) };
+            let failed = |source| EngineError::Verify { database: database.name.clone(), source: Box::new(source) };
+            let now = identity::identities(&sides, &tables).await.map_err(failed)?;
+            let altered = |(table, verified): &&(QualifiedName, Verified)| {
+                now.get(table).is_none_or(|now| verified.identities.is_altered(now))
+            };
+            if let Some((table, _)) = verified.iter().find(altered) {
+                return Err(EngineError::Altered { database: database.name.clone(), table: table.clone() });
+            }
         }
         Ok(())
     }
@@ -327,8 +377,8 @@ struct Keeper {
     catalog: MigrationCatalog,
     migration: String,
     database: Arc<DatabaseLive>,
-    /// Row changes that each table had seen when it was about to be read. Those that an earlier process has begun are not in it.
-    changes: HashMap<QualifiedName, u64>,
+    /// What each table was when it was about to be read. Those that an earlier process has begun are not in it.
+    verified: HashMap<QualifiedName, Verified>,
 }
 
 #[async_trait]
@@ -360,7 +410,7 @@ impl Observer for Keeper {
         self.catalog.set_verified(&self.migration, &self.database.name, &table, &json).await?;
         self.database.update_table(&table, |live| {
             live.verification = Some(result.summary());
-            live.verified_changes = self.changes.get(&table).copied();
+            live.verified = self.verified.get(&table).cloned();
         });
         self.progress.metrics.verify_mismatches.inc_by(result.differences);
         self.progress.tables.fetch_add(1, Ordering::Relaxed);
