@@ -1,4 +1,5 @@
-//! Reads that go on in a pause (`reads = "continue"`): on the server that is left while writes wait, then on the other one.
+//! Who goes on in a pause: reads (`reads = "continue"`), on the server that is left while writes wait, then on the other
+//! one; and who ends a transaction that was prepared for COMMIT PREPARED.
 
 mod support;
 
@@ -9,10 +10,11 @@ use std::time::Duration;
 use pgcutover::config::{Reads, Stragglers};
 use pgcutover::cutover::coordinator::CutoverOptions;
 use pgcutover::cutover::report::{CutoverOutcome, CutoverReport};
+use pgcutover::demo::cluster::ClusterOptions;
 use pgcutover::proxy::{SessionState, SessionView};
 use pgcutover::switch::{Database, Epoch, Route, ServerRole};
 use support::stage::{Life, Stage};
-use support::{connect_with, wait_for};
+use support::{connect_with, two_clusters_with, wait_for};
 use tokio::task::JoinHandle;
 use tokio_postgres::{Client, Error};
 
@@ -251,4 +253,38 @@ async fn reads_that_have_begun_are_over_before_the_decision() {
     assert_eq!((report.outcome, report.sessions_ended), (CutoverOutcome::Switched, 0), "{report:?}");
     let port: i32 = long.query_one(PORT, &[]).await.expect("answers").get(0);
     assert_eq!(port, i32::from(stage.target.port()));
+}
+
+/// The drain waits for a prepared transaction as for every other, and who would end it is held by the gate.
+async fn ends_what_was_prepared(life: Life, stage: &Stage, reads: Reads) {
+    let (commit, rollback) = (connect_with(&life.client("c")).await, connect_with(&life.client("r")).await);
+    let another = connect_with(&life.client("another")).await;
+    let running = life.cut_over_up_to(PREPARED, CutoverOptions { reads, ..patiently(&life) }).await;
+    for (client, name) in [(&commit, "c"), (&rollback, "r")] {
+        let prepare = format!("BEGIN; INSERT INTO item (name) VALUES ('{name}'); PREPARE TRANSACTION '{name}'");
+        client.batch_execute(&prepare).await.expect("prepared");
+    }
+    life.failpoints.release(PREPARED);
+    wait_for("the pause", || async { gate(&life).is_fenced() }).await;
+    let another = tokio::spawn(async move { another.query_one(PORT, &[]).await });
+    until_held(&life, "another").await;
+    commit.batch_execute("COMMIT PREPARED 'c'").await.expect("let in");
+    rollback.batch_execute("ROLLBACK PREPARED 'r'").await.expect("let in");
+    let report = running.await.expect("no panic");
+    assert_eq!((report.outcome, report.sessions_ended), (CutoverOutcome::Switched, 0), "{report:?}");
+    let port: i32 = another.await.expect("no panic").expect("no error").get(0);
+    assert_eq!(port, i32::from(stage.target.port()), "who was held went on behind the switch");
+    assert!(!gate(&life).lets_some_in());
+    commit.batch_execute("COMMIT PREPARED 'c'").await.expect_err("it is there no more");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn who_has_prepared_a_transaction_ends_it_in_the_pause() {
+    let prepares = |options: ClusterOptions| options.setting("max_prepared_transactions", "4");
+    for reads in [Reads::Pause, Reads::Continue] {
+        let stage = Stage::on(two_clusters_with(prepares, prepares)).await;
+        let held = format!("{PREPARED}=hold");
+        let life = if reads == Reads::Pause { stage.life_with_proxy(&held) } else { stage.life_with_pool(&held, 4) };
+        ends_what_was_prepared(life.resolved().await, &stage, reads).await;
+    }
 }

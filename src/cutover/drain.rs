@@ -198,10 +198,37 @@ impl Work {
         }
     }
 
-    /// The same, and until nothing is left on the server that the gates know nothing of.
+    /// The same, and until nothing is left on the server that the gates know nothing of. Prepared transactions are, and who
+    /// would end them is held: so they are let in for that.
     async fn wait_quiet(&self) -> Result<(), CutoverError> {
-        self.wait_empty().await;
-        self.wait_nothing_left().await
+        loop {
+            self.wait_empty().await;
+            if self.is_quiet().await? {
+                return Ok(());
+            }
+            if self.prepared_transactions().await?.is_empty() {
+                tokio::time::sleep(LOOK_AGAIN).await;
+            } else {
+                self.let_finish().await?;
+            }
+        }
+    }
+
+    /// Lets in who ends a prepared transaction, until there is none. Whoever has come in is waited for by the caller.
+    async fn let_finish(&self) -> Result<(), CutoverError> {
+        /// However it ends: `drain_timeout` drops this in the middle.
+        struct Finishing<'a>(&'a [Line]);
+        impl Drop for Finishing<'_> {
+            fn drop(&mut self) {
+                self.0.iter().for_each(|line| line.gate.fence_reads());
+            }
+        }
+        let _until_dropped = Finishing(&self.lines);
+        self.lines.iter().for_each(|line| line.gate.let_finish());
+        while !self.prepared_transactions().await?.is_empty() {
+            tokio::time::sleep(LOOK_AGAIN).await;
+        }
+        Ok(())
     }
 
     async fn wait_nothing_left(&self) -> Result<(), CutoverError> {

@@ -551,11 +551,10 @@ impl Session {
             );
             from_old.iter().for_each(|frame| append(&mut self.down.buffer, frame));
             // Asked after the words came: a session that moved meanwhile may be among those who sent them.
-            let ours = self.worker.shared.sessions.backend_pids(new.server, self.local.database.name());
+            let mut ours = self.worker.shared.sessions.backend_pids(new.server, self.local.database.name());
+            ours.push(new.connection.pid);
             // What the target's own triggers sent while changes were applied has been heard already, from the source.
-            let own_pid = new.connection.pid;
-            let heard =
-                from_new.iter().filter(|frame| sender(frame).is_none_or(|pid| pid == own_pid || ours.contains(&pid)));
+            let heard = from_new.iter().filter(|frame| sender(frame).is_none_or(|pid| ours.contains(&pid)));
             heard.for_each(|frame| append(&mut self.down.buffer, frame));
         }
         old.map(|old| tokio::task::spawn_local(close_later(old, self.entry.id())));
@@ -565,6 +564,9 @@ impl Session {
         }
         self.down.buffer.append(&changes);
         self.entry.set_backend(Some((new.server, new.connection.pid)));
+        if let Some(seat) = &mut self.seat {
+            seat.sit(new.server, new.connection.pid);
+        }
         tracing::debug!(session = self.entry.id(), server = %new.server, pid = new.connection.pid, "session moved");
         self.backend = Some(new);
         self.origin = None;

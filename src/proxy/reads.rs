@@ -1,5 +1,5 @@
-//! Reads that go on in a pause (`reads = "continue"`): which frames begin a transaction that its client has declared
-//! read-only, and the entry by the gate that lets those in.
+//! Who goes on in a pause: which frames begin a transaction that its client has declared read-only (`reads = "continue"`),
+//! which end a prepared transaction, and the entry by the gate that lets those in.
 //!
 //! Declared means that the server holds the client to it: `BEGIN READ ONLY`, or `default_transaction_read_only = on`, which
 //! servers report from PostgreSQL 14 on. What is not known to be declared is held like every write. The texts are looked at
@@ -11,6 +11,7 @@
 use super::entry::SessionState;
 use super::handoff::{is_name_byte, skip_space};
 use super::session::Session;
+use crate::switch::Database;
 use crate::wire::frame::{HEADER_BYTES, Header, frontend};
 
 /// Statements that read, by their first word.
@@ -50,6 +51,32 @@ pub(super) fn declares_read_only<'a>(
         frontend::DESCRIBE | frontend::CLOSE | frontend::SYNC => by_default == ByDefault::ReadOnly,
         _ => false,
     }
+}
+
+/// Whether the frame with this tag ends a prepared transaction and does nothing else; `body` and `named` as above.
+pub(super) fn ends_prepared<'a>(tag: u8, body: &'a [u8], named: impl FnOnce(&[u8]) -> Option<&'a [u8]>) -> bool {
+    let text = match tag {
+        frontend::QUERY => Some(body),
+        frontend::PARSE => after_name(body),
+        frontend::BIND => after_name(body).and_then(name_at).and_then(named),
+        _ => None,
+    };
+    text.is_some_and(is_end_of_prepared)
+}
+
+/// `COMMIT PREPARED 'x'` or `ROLLBACK PREPARED 'x'`, to the text's end.
+fn is_end_of_prepared(text: &[u8]) -> bool {
+    let mut words = Words { text, at: 0 };
+    let ends = words.next().is_some_and(|word| is(word, b"commit") || is(word, b"rollback"));
+    if !ends || !words.next().is_some_and(|word| is(word, b"prepared")) {
+        return false;
+    }
+    let Some((b'\'', literal)) = text[skip_space(text, words.at)..].split_first() else { return false };
+    let Some(end) = literal.iter().position(|byte| *byte == b'\'') else { return false };
+    let rest = text.len() - literal.len() + end + 1;
+    let semicolon = skip_space(text, rest);
+    let after = if text.get(semicolon) == Some(&b';') { skip_space(text, semicolon + 1) } else { semicolon };
+    text.get(after).is_none_or(|byte| *byte == 0)
 }
 
 /// Whether a text begins a read-only transaction, or is a read of its own in one.
@@ -115,23 +142,45 @@ fn name_at(body: &[u8]) -> Option<&[u8]> {
     Some(&body[..end])
 }
 
+/// What a session does whose next frame goes on while `database` holds everybody else; `None`: it is held.
+pub(super) fn going_on<'a>(
+    database: &Database,
+    tag: u8,
+    body: &'a [u8],
+    by_default: ByDefault,
+    named: impl Fn(&[u8]) -> Option<&'a [u8]>,
+) -> Option<SessionState> {
+    if !database.lets_some_in() {
+        None
+    } else if ends_prepared(tag, body, &named) {
+        // Waited for like everybody who writes.
+        Some(SessionState::Active)
+    } else if database.lets_reads_in() && declares_read_only(tag, body, by_default, &named) {
+        Some(SessionState::Reading)
+    } else {
+        None
+    }
+}
+
 impl Session {
-    /// Enters where reads go on, if the next frame begins one. The gate has just been found closed.
-    pub(super) fn enter_to_read(&mut self, header: Header) -> bool {
-        if !self.local.database.lets_reads_in() {
+    /// Enters beside the gate, which has just been found closed, if the next frame is one of those that go on.
+    pub(super) fn enter_beside(&mut self, header: Header) -> bool {
+        let database = &self.local.database;
+        if !database.lets_some_in() {
             return false;
         }
         let (Some(member), Some(backend)) = (&self.member, &self.backend) else { return false };
         let frame = &self.up.buffer.filled()[self.up.cleared..];
         let body = &frame[HEADER_BYTES..frame.len().min(HEADER_BYTES + header.body_bytes as usize)];
         let by_default = ByDefault::of(&backend.connection.parameters);
-        if !declares_read_only(header.tag, body, by_default, |name| self.text_when_captured(name)) {
-            return false;
-        }
+        let text_of = |name: &[u8]| self.text_when_captured(name);
+        let Some(state) = going_on(database, header.tag, body, by_default, text_of) else { return false };
         match member.try_enter_reading() {
             Some(admission) if admission.epoch == self.epoch => {
-                self.enter_as(SessionState::Reading);
-                self.worker.shared.sessions.count_read();
+                self.enter_as(state);
+                if state == SessionState::Reading {
+                    self.worker.shared.sessions.count_read();
+                }
                 true
             }
             Some(_) => {
@@ -146,6 +195,33 @@ impl Session {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn the_end_of_a_prepared_transaction_and_nothing_else_is_one() {
+        for text in ["COMMIT PREPARED 'x'", "/* jta */ rollback prepared 'a;b' ; ", "Commit/**/Prepared'1_a_b';"] {
+            let body = [text.as_bytes(), b"\0"].concat();
+            assert!(ends_prepared(frontend::QUERY, &body, |_| None), "{text}");
+            let parse = [b"s1\0", &body[..], b"\0\0"].concat();
+            assert!(ends_prepared(frontend::PARSE, &parse, |_| None), "{text}");
+            let known = |name: &[u8]| (name == b"s1").then_some(&body[..]);
+            assert!(ends_prepared(frontend::BIND, b"\0s1\0\0\0\0\0\0\0", known), "{text}");
+            assert!(!ends_prepared(frontend::EXECUTE, &body, |_| None));
+        }
+        for text in [
+            "COMMIT",
+            "COMMIT PREPARED",
+            "COMMIT PREPARED 'x",
+            "COMMIT PREPARED 'x'; INSERT INTO t VALUES (1)",
+            "COMMIT PREPARED 'it''s'",
+            "COMMIT PREPARED x",
+            "PREPARE TRANSACTION 'x'",
+            "SELECT 'COMMIT PREPARED'",
+            "",
+        ] {
+            let body = [text.as_bytes(), b"\0"].concat();
+            assert!(!ends_prepared(frontend::QUERY, &body, |_| None), "{text}");
+        }
+    }
 
     #[test]
     fn what_is_declared_is_told_from_what_is_not() {

@@ -115,13 +115,14 @@ impl Session {
     /// After a switch, a session without activity follows at once: it may be waiting for notifications.
     pub(super) fn catch_up_with_route(&mut self) -> Option<Step> {
         let database = &self.local.database;
-        if database.epoch() == self.epoch || self.is_inside() || database.is_fenced() {
+        if database.epoch() == self.epoch || self.is_inside() {
             return None;
         }
+        // Under a PAUSE too: the server that was left may be written to again, and no fence holds such a connection.
         let Some(member) = &self.member else {
             return Some(Step::End(End::Told(ClientError::ReplicationEnded)));
         };
-        if !self.is_quiet() {
+        if database.is_fenced() || !self.is_quiet() {
             return None;
         }
         let admission = member.try_enter()?;
@@ -319,7 +320,7 @@ impl Session {
                     Ok(Passage::Elsewhere(Step::Adopt(admission.epoch)))
                 }
             }
-            None if self.enter_to_read(header) => Ok(Passage::Free),
+            None if self.enter_beside(header) => Ok(Passage::Free),
             None => {
                 self.hold()?;
                 Ok(Passage::Blocked)

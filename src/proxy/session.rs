@@ -155,7 +155,7 @@ pub(super) struct Session {
     _watch: Watch,
     pub(super) slot: ClientSlot,
     /// Of a session that was a pooled one: its backend still counts among those of the pool.
-    _seat: Option<Seat>,
+    pub(super) seat: Option<Seat>,
 }
 
 /// A pooled session that keeps its backend from now on.
@@ -259,7 +259,7 @@ impl Session {
             _key: link.key,
             _watch: watch,
             slot,
-            _seat: None,
+            seat: None,
             entry: registration,
             worker,
         }
@@ -296,7 +296,7 @@ impl Session {
             _key: taken.key,
             _watch: taken.watch,
             slot: taken.slot,
-            _seat: Some(taken.seat),
+            seat: Some(taken.seat),
             entry: taken.registration,
             worker,
         }
@@ -441,7 +441,8 @@ impl Session {
             End::Panicked => Some(ClientError::Internal),
         };
         self.discard_move();
-        if in_doubt && matches!(end, End::Told(_)) {
+        // A replication connection runs statements too, and is never inside.
+        if (in_doubt || self.member.is_none()) && matches!(end, End::Told(_)) {
             // Who is told that it ends must not leave a statement behind, as with pg_terminate_backend.
             self.cancel_on_server(None);
         }

@@ -99,8 +99,10 @@ pub struct CutoverUnderWay;
 pub struct Database {
     name: String,
     gate: Gate,
-    /// Open only in a pause in which reads go on: see [`reading`].
+    /// Open only in a pause, for those who go on in it: see [`reading`].
     reads: Gate,
+    /// None but those enter by it who end a prepared transaction.
+    finishing: AtomicBool,
     route: ArcSwap<Route>,
     prepare: ArcSwapOption<PrepareWindow>,
     /// The same for the server that a rollback leads back to, whose fence stands until it has.
@@ -182,6 +184,7 @@ impl Database {
             name: name.to_owned(),
             gate: Gate::open_at(epoch),
             reads: reading::closed(),
+            finishing: AtomicBool::new(false),
             route: ArcSwap::from_pointee(route),
             prepare: ArcSwapOption::empty(),
             returning: ArcSwapOption::empty(),

@@ -16,6 +16,7 @@ mod moves;
 mod moves_and_links;
 mod orphans;
 mod pause;
+mod places;
 mod pooling;
 mod pooling_frames;
 mod pooling_model;

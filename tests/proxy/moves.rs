@@ -3,40 +3,19 @@
 use std::time::{Duration, Instant};
 
 use pgcutover::demo::cluster::Cluster;
-use pgcutover::proxy::{MoveOrder, MoveOutcome, MoveState, SessionState};
+use pgcutover::proxy::{MoveOutcome, MoveState, SessionState};
 use pgcutover::switch::{Epoch, ServerRole};
 
+use crate::places::{POSTGRES, TO_TARGET, WHERE_AM_I, databases, soon, two_places};
 use crate::rig::{Rig, server, text};
-use crate::support::{PATIENCE, connect, two_clusters_with};
+use crate::support::connect;
 use crate::wire_client::{bind, execute, parse, query, rows, sync, tags};
 
-const POSTGRES: &str = "postgres";
-
-fn soon() -> Instant {
-    Instant::now() + PATIENCE
-}
-
-fn databases() -> Vec<String> {
-    vec![POSTGRES.to_owned()]
-}
-
-const TO_TARGET: MoveOrder = MoveOrder { to: ServerRole::Target, epoch: Epoch(1) };
-
 async fn two() -> (Cluster, Cluster, Rig) {
-    // Reported values differ, whatever the majors are.
-    let (source, target) = two_clusters_with(|options| options, |options| options.setting("timezone", "Asia/Tokyo"));
-    for (cluster, place) in [(&source, "source"), (&target, "target")] {
-        let direct = connect(cluster, POSTGRES).await;
-        direct
-            .batch_execute(&format!("CREATE TABLE place(name text); INSERT INTO place VALUES ('{place}')"))
-            .await
-            .expect("made");
-    }
+    let (source, target) = two_places().await;
     let rig = Rig::start(server(&source), server(&target), |_| {});
     (source, target, rig)
 }
-
-const WHERE_AM_I: &str = "SELECT name FROM place";
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_prepared_session_goes_on_with_everything_it_had() {

@@ -1,6 +1,6 @@
 //! Moves of sessions while links break, frames are cut, or orders of the next cutover come before they are done.
 
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use pgcutover::demo::cluster::Cluster;
 use pgcutover::failpoint::Failpoints;
@@ -8,22 +8,11 @@ use pgcutover::proxy::{MoveOrder, MoveOutcome, SessionState};
 use pgcutover::switch::{Epoch, ServerRole};
 use tokio::io::AsyncReadExt as _;
 
+use crate::places::{POSTGRES, TO_TARGET, WHERE_AM_I, databases, soon, two_places};
 use crate::rig::{Rig, server, text};
-use crate::support::{PATIENCE, connect, two_clusters_with, wait_for};
+use crate::support::{PATIENCE, connect, wait_for};
 use crate::wire::{Order, Wire};
 use crate::wire_client::{WireClient, query, rows};
-
-const POSTGRES: &str = "postgres";
-const WHERE_AM_I: &str = "SELECT name FROM place";
-const TO_TARGET: MoveOrder = MoveOrder { to: ServerRole::Target, epoch: Epoch(1) };
-
-fn soon() -> Instant {
-    Instant::now() + PATIENCE
-}
-
-fn databases() -> Vec<String> {
-    vec![POSTGRES.to_owned()]
-}
 
 /// Two servers, and the wire to one of them.
 struct Two {
@@ -34,11 +23,7 @@ struct Two {
 }
 
 async fn two(failpoints: &str) -> (Two, Rig) {
-    let (source, target) = two_clusters_with(|options| options, |options| options);
-    for (cluster, place) in [(&source, "source"), (&target, "target")] {
-        let made = format!("CREATE TABLE place(name text); INSERT INTO place VALUES ('{place}')");
-        connect(cluster, POSTGRES).await.batch_execute(&made).await.expect("made");
-    }
+    let (source, target) = two_places().await;
     let to_source = Wire::to(&source).await;
     let failpoints = Failpoints::parse(failpoints).expect("valid");
     let rig = Rig::start_with(to_source.server(), server(&target), failpoints.clone(), |_| {});

@@ -190,6 +190,54 @@ async fn deallocates_take_away_what_each_of_them_names() {
 }
 
 /// Sends it all at once, behind it Terminate, and says what is answered before the end.
+/// Statements that clients share have one name on a connection: who says their own is free again, and what it stands for
+/// now, must not give that name another text.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_name_that_is_given_up_and_taken_at_once_takes_nobody_elses() {
+    let cluster = one_cluster("overwritten");
+    let rig = pooled(&cluster, 1);
+    let forget = "CREATE FUNCTION forget() RETURNS void LANGUAGE plpgsql AS $$ BEGIN EXECUTE 'DEALLOCATE ALL'; END $$";
+    let (mut ann, mut bob) = (rig.wire("postgres").await, rig.wire("postgres").await);
+    ask(&mut ann, &query(forget)).await;
+    let (shared, run) = (parse("s", "SELECT 'shared'"), [bind("s"), execute(0), sync()].concat());
+    ask(&mut bob, &[shared.clone(), sync()].concat()).await;
+    let in_a_batch = [parse("", "DEALLOCATE ALL"), bind(""), execute(0)].concat();
+    for (number, (before, batches)) in
+        [(query("DISCARD ALL"), 2), (in_a_batch, 1), (query("SELECT forget()"), 2)].into_iter().enumerate()
+    {
+        ask(&mut ann, &[shared.clone(), sync()].concat()).await;
+        let own = format!("own {number}");
+        let text = format!("SELECT '{own}'");
+        ann.send(&[before, parse("s", &text), run.clone()].concat()).await;
+        for left in (0..batches).rev() {
+            let answered = ann.until_ready().await;
+            assert_eq!(refusal(&answered), "", "{own}");
+            assert!(left > 0 || rows(&answered) == [own.as_str()], "{own}: {answered:?}");
+        }
+        assert_eq!(rows(&ask(&mut bob, &run).await), ["shared"], "{own}");
+        let mut carl = rig.wire("postgres").await;
+        assert_eq!(rows(&ask(&mut carl, &[shared.clone(), run.clone()].concat()).await), ["shared"], "{own}");
+        assert_eq!(rows(&ask(&mut ann, &run).await), [own.as_str()]);
+        ask(&mut ann, &query("DEALLOCATE ALL")).await;
+    }
+    rig.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_statement_prepared_behind_the_rollback_of_a_failed_transaction_is_no_duplicate() {
+    let cluster = one_cluster("rollback_and_parse");
+    let rig = pooled(&cluster, 1);
+    let mut client = rig.wire("postgres").await;
+    ask(&mut client, &[parse("known", "SELECT 'known'"), sync()].concat()).await;
+    assert_eq!(refusal(&ask(&mut client, &query("BEGIN; SELECT 1/0")).await), "22012");
+    let again = [query("ROLLBACK"), parse("again", "SELECT 'known'"), bind("again"), execute(0), sync()].concat();
+    client.send(&again).await;
+    client.until_ready().await;
+    let answered = client.until_ready().await;
+    assert_eq!((refusal(&answered).as_str(), rows(&answered)), ("", vec!["known".to_owned()]));
+    rig.stop().await;
+}
+
 async fn said_before_the_end(rig: &Rig, frames: &[u8]) -> String {
     let (mut early, mut client) = (rig.wire("postgres").await, rig.wire("postgres").await);
     // There is a connection, for which nobody waits.
@@ -270,5 +318,23 @@ async fn a_batch_that_is_sent_again_is_answered_before_its_client_is_let_go() {
     client.send(&[bind("s"), execute(0), sync(), frame(b'X', &[])].concat()).await;
     assert_eq!(client.tags_until_ready().await, "2DCZI");
     assert_eq!(client.next().await, None);
+    rig.stop().await;
+}
+
+/// The view's UPDATE is a SET, and EXPLAIN ANALYZE does what it explains.
+#[tokio::test(flavor = "multi_thread")]
+async fn what_changes_a_session_by_another_name_is_nobody_elses() {
+    let cluster = one_cluster("other_names");
+    let rig = pooled(&cluster, 2);
+    let (mut ann, mut bob) = (rig.wire("postgres").await, rig.wire("postgres").await);
+    ask(&mut ann, &query("UPDATE pg_settings SET setting = '77s' WHERE name = 'statement_timeout'")).await;
+    let shown = first_row(&mut bob, "SHOW statement_timeout").await;
+    assert_eq!((shown.as_str(), first_row(&mut ann, "SHOW statement_timeout").await.as_str()), ("0", "77s"));
+    ask(&mut ann, &query("EXPLAIN ANALYZE CREATE TEMP TABLE mine AS SELECT 1 AS a")).await;
+    let mut carl = rig.wire("postgres").await;
+    for client in [&mut bob, &mut carl] {
+        assert_eq!(first_row(client, "SELECT to_regclass('mine') IS NULL").await, "t");
+    }
+    assert_eq!(first_row(&mut ann, "SELECT a FROM mine").await, "1");
     rig.stop().await;
 }

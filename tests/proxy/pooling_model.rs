@@ -116,10 +116,15 @@ impl Client {
                 .concat(),
             16 => [parse("", &format!("ECHO {token}")), sync()].concat(),
             17 => [bind(""), execute(0), bind(name), execute(0), sync()].concat(),
-            18 => match random.random_range(0..4) {
+            18 => match random.random_range(0..6) {
                 0 => [parse(name, "BAD"), bind(name), execute(0), sync()].concat(),
                 1 => query(&format!("DEALLOCATE {name}")),
                 2 if !self.in_block => query("DISCARD ALL"),
+                // A name is free again before anybody has said so.
+                3 if !self.in_block => {
+                    [query("DISCARD ALL"), parse(name, &shared), bind(name), execute(0), sync()].concat()
+                }
+                4 => [query("ROLLBACK"), parse(name, &shared), bind(name), execute(0), sync()].concat(),
                 _ => [parse("", "FAIL"), bind(""), execute(0), parse(name, &shared), sync()].concat(),
             },
             // Several batches at once.

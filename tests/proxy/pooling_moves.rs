@@ -1,35 +1,19 @@
 //! Pooled clients and a switch of their database: those that hold nothing just go on, the others move.
 
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use pgcutover::config::PoolMode;
 use pgcutover::demo::cluster::Cluster;
 use pgcutover::proxy::{MoveOrder, MoveOutcome, SessionState};
 use pgcutover::switch::{Epoch, ServerRole};
 
+use crate::places::{POSTGRES, TO_TARGET, WHERE_AM_I, databases, soon, two_places};
 use crate::rig::{Rig, server, text};
-use crate::support::{PATIENCE, connect, two_clusters_with, wait_for};
+use crate::support::{connect, wait_for};
 use crate::wire_client::{WireClient, bind, execute, parse, query, rows, sync, tags};
 
-const POSTGRES: &str = "postgres";
-const WHERE_AM_I: &str = "SELECT name FROM place";
-const TO_TARGET: MoveOrder = MoveOrder { to: ServerRole::Target, epoch: Epoch(1) };
-
-fn soon() -> Instant {
-    Instant::now() + PATIENCE
-}
-
-fn databases() -> Vec<String> {
-    vec![POSTGRES.to_owned()]
-}
-
 async fn two(size: usize) -> (Cluster, Cluster, Rig) {
-    let (source, target) = two_clusters_with(|options| options, |options| options.setting("timezone", "Asia/Tokyo"));
-    for (cluster, place) in [(&source, "source"), (&target, "target")] {
-        let direct = connect(cluster, POSTGRES).await;
-        let made = format!("CREATE TABLE place(name text); INSERT INTO place VALUES ('{place}')");
-        direct.batch_execute(&made).await.expect("made");
-    }
+    let (source, target) = two_places().await;
     let rig = Rig::start(server(&source), server(&target), |config| {
         config.pool.mode = PoolMode::Transaction;
         config.pool.default_pool_size = size;
@@ -118,6 +102,7 @@ async fn a_pinned_client_moves_with_what_it_has() {
     assert_eq!(rows(&other.until_ready().await), ["unnamed target"]);
     connect(&target, POSTGRES).await.batch_execute("NOTIFY news, 'there'").await.expect("sent");
     assert_eq!(client.next().await.expect("told").tag, 'A');
+    assert_eq!(rig.sessions.backend_pids(ServerRole::Source, POSTGRES), [0; 0], "nothing is left there");
     rig.stop().await;
 }
 

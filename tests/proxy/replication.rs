@@ -93,21 +93,27 @@ async fn postgresqls_own_programs_work_through_the_proxy() {
     rig.stop().await;
 }
 
+/// Under a PAUSE too: it holds no such connection, and the server that was left must not be written to.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_switch_ends_them_with_a_reason() {
-    let cluster = one_cluster("replication_switch");
-    let rig = Rig::over(&cluster);
-    let database = rig.database();
-    let mut walsender = WireClient::connect(rig.port).await;
-    walsender.start(&[("user", "postgres"), ("database", "postgres"), ("replication", "true")]).await;
-    walsender.until_ready().await;
-    database.fence();
-    tokio::time::timeout(support::PATIENCE, database.wait_empty()).await.expect("they are exempt");
-    database.open(ServerRole::Target, Epoch(1));
-    let told = walsender.next().await.expect("an error");
-    assert_eq!(told.code(), "57P01");
-    rig.until_no_session().await;
-    rig.stop().await;
+    for is_paused in [false, true] {
+        let cluster = one_cluster("replication_switch");
+        let rig = Rig::over(&cluster);
+        let database = rig.database();
+        let mut walsender = WireClient::connect(rig.port).await;
+        walsender.start(&[("user", "postgres"), ("database", "postgres"), ("replication", "true")]).await;
+        walsender.until_ready().await;
+        if is_paused {
+            assert_eq!(database.pause(), Ok(true));
+        }
+        database.fence();
+        tokio::time::timeout(support::PATIENCE, database.wait_empty()).await.expect("they are exempt");
+        database.open(ServerRole::Target, Epoch(1));
+        let told = tokio::time::timeout(support::PATIENCE, walsender.next()).await;
+        assert_eq!(told.expect("it is told").expect("an error").code(), "57P01");
+        rig.until_no_session().await;
+        rig.stop().await;
+    }
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -11,11 +11,10 @@ use pgcutover::switch::{Epoch, PrepareWindow, ServerRole};
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 use tokio::net::{TcpListener, TcpStream};
 
+use crate::places::{POSTGRES, WHERE_AM_I, two_places};
 use crate::rig::{Rig, server, text};
 use crate::support::{connect, one_cluster, two_clusters, wait_for};
 use crate::wire_client::{WireClient, extended, frame, parse, query, rows, sync, tags};
-
-const POSTGRES: &str = "postgres";
 
 /// Longer than a test takes.
 fn patient(config: &mut Config) {
@@ -223,15 +222,9 @@ async fn a_connection_in_the_middle_of_something_is_nobodys() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_switch_leaves_none_of_the_old_server() {
-    let (source, target) = two_clusters();
-    for (cluster, place) in [(&source, "source"), (&target, "target")] {
-        let direct = connect(cluster, POSTGRES).await;
-        let made = format!("CREATE TABLE place(name text); INSERT INTO place VALUES ('{place}')");
-        direct.batch_execute(&made).await.expect("made");
-    }
+    let (source, target) = two_places().await;
     let rig = Rig::start(server(&source), server(&target), patient);
     let database = rig.database();
-    let where_am_i = "SELECT name FROM place";
     let waiting = || rig.sessions.idle_backends().iter().map(|one| one.server).collect::<Vec<_>>();
     let mut early = rig.wire(POSTGRES).await;
     let mut client = rig.wire(POSTGRES).await;
@@ -272,7 +265,7 @@ async fn a_switch_leaves_none_of_the_old_server() {
     rig.until(SessionState::Login).await;
     database.open(ServerRole::Target, Epoch(1));
     early.until_ready().await;
-    assert_eq!(first_row(&mut early, where_am_i).await, "target");
+    assert_eq!(first_row(&mut early, WHERE_AM_I).await, "target");
     wait_for("the old one to be closed", || async { waiting().is_empty() }).await;
     let count = "SELECT count(*) FROM pg_stat_activity WHERE pid = ";
     let direct = connect(&source, POSTGRES).await;
@@ -283,7 +276,7 @@ async fn a_switch_leaves_none_of_the_old_server() {
     database.fence();
     database.open(ServerRole::Source, Epoch(2));
     let mut again = rig.wire(POSTGRES).await;
-    assert_eq!(first_row(&mut again, where_am_i).await, "source");
+    assert_eq!(first_row(&mut again, WHERE_AM_I).await, "source");
     wait_for("the old one to be closed", || async { waiting().is_empty() }).await;
     rig.stop().await;
 }

@@ -6,14 +6,15 @@ use std::collections::BTreeSet;
 use super::scan::settings_used;
 
 /// Every expression and body that may call `current_setting` or `set_config`. A function with a body in standard SQL
-/// has no source text.
+/// has no source text. Of views and rules only those are written out that call one of the two (`pg_proc.dat` has their
+/// numbers): the server locks the tables of each for it, and behind `pg_views` it would write out all of its own.
 const TEXTS: &str = "
     SELECT pg_catalog.pg_get_expr(polqual, polrelid) FROM pg_catalog.pg_policy
     UNION ALL SELECT pg_catalog.pg_get_expr(polwithcheck, polrelid) FROM pg_catalog.pg_policy
     UNION ALL SELECT pg_catalog.pg_get_expr(adbin, adrelid) FROM pg_catalog.pg_attrdef
     UNION ALL SELECT pg_catalog.pg_get_constraintdef(oid) FROM pg_catalog.pg_constraint WHERE contype = 'c'
-    UNION ALL SELECT definition FROM pg_catalog.pg_views
-        WHERE schemaname NOT IN ('pg_catalog', 'information_schema') AND definition LIKE '%current_setting%'
+    UNION ALL SELECT pg_catalog.pg_get_ruledef(oid) FROM pg_catalog.pg_rewrite
+        WHERE ev_class >= 16384 AND ev_action::text ~ ':funcid (2077|2078|3294) '
     UNION ALL SELECT prosrc FROM pg_catalog.pg_proc
         WHERE oid >= 16384 AND (prosrc ILIKE '%current_setting%' OR prosrc ILIKE '%set_config%' OR prosrc ~* '\\mset\\M')
     UNION ALL SELECT pg_catalog.pg_get_functiondef(oid) FROM pg_catalog.pg_proc WHERE oid >= 16384 AND prosrc = ''

@@ -99,6 +99,7 @@ pub fn traces(text: &[u8], length: usize) -> Traces {
 enum First {
     Create,
     Declare,
+    Explain,
     Other,
 }
 
@@ -124,6 +125,7 @@ fn first_word(text: &[u8], word: &[u8], end: usize, found: &mut Traces) -> First
         }
         b'r' if is(word, b"reset") => *found |= Traces::SESSION,
         b'd' if is(word, b"declare") => return First::Declare,
+        b'e' if is(word, b"explain") => return First::Explain,
         b'd' if is(word, b"discard") || is(word, b"deallocate") || is(word, b"do") => *found |= Traces::SESSION,
         b'l' if is(word, b"listen") || is(word, b"load") => *found |= Traces::SESSION,
         b'u' if is(word, b"unlisten") => *found |= Traces::SESSION,
@@ -156,6 +158,10 @@ fn later_word(text: &[u8], word: &[u8], end: usize, first: First, words: usize, 
             }
         }
         b'h' if first == First::Declare && is(word, b"hold") => *found |= Traces::SESSION,
+        // Its UPDATE is a SET. Who only reads it is asked once too often.
+        b'p' if is(word, b"pg_settings") => *found |= Traces::SESSION,
+        // EXPLAIN ANALYZE CREATE TEMP TABLE … AS
+        b'c' if first == First::Explain && is(word, b"create") => *found |= Traces::SESSION,
         _ => {}
     }
 }
@@ -355,6 +361,8 @@ mod tests {
             "select set_config('a', f('x, true)'), false)",
             "LISTEN x",
             "UNLISTEN *",
+            "UPDATE pg_settings SET setting = '1' WHERE name = 'statement_timeout'",
+            "EXPLAIN (ANALYZE) CREATE TEMP TABLE t AS SELECT 1",
             "DISCARD ALL",
             "PREPARE p AS SELECT 1",
             "DEALLOCATE ALL",

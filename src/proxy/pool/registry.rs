@@ -164,8 +164,11 @@ impl Seat {
         }
     }
 
-    /// The connection is open: its backend is no stranger.
-    pub(super) fn sit(&mut self, server: ServerRole, pid: i32) {
+    /// The connection is open, or was exchanged for this one: its backend is no stranger.
+    pub(in crate::proxy) fn sit(&mut self, server: ServerRole, pid: i32) {
+        if let Some(left) = self.backend.take() {
+            self.central.pools.sessions.forget_pooled(&left);
+        }
         let (database, user) = (self.central.database.clone(), self.central.user.clone());
         let backend = PooledBackend { database, user, server, pid, opened: Instant::now() };
         self.central.pools.sessions.note_pooled(backend.clone());

@@ -131,6 +131,15 @@ impl PooledSession {
                 self.names.insert(name, statement);
                 if known { Shown::As(backend::PARSE_COMPLETE) } else { Shown::Yes }
             }
+            Meaning::Overwritten { name, taken, statement } => {
+                if let Some(link) = &mut self.link {
+                    link.held.remove(taken);
+                }
+                // Nobody else may find it there.
+                self.mending = Mending::Statements;
+                self.names.insert(name, statement);
+                Shown::Yes
+            }
             Meaning::Closed(name) => {
                 self.names.remove(&name);
                 Shown::Yes

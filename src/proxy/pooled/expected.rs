@@ -27,8 +27,15 @@ pub(super) enum Sent {
         statement: Arc<Statement>,
         known: bool,
     },
-    /// The client's Parse of a name that is taken: it fails.
-    AlreadyThere,
+    /// The client's Parse of a name that is taken: under the name of the statement that it stands for the server has one
+    /// already, and says so.
+    Taken {
+        name: Box<[u8]>,
+        taken: u64,
+        statement: Arc<Statement>,
+    },
+    /// The client's Parse in a transaction that has failed.
+    Refused,
     /// The client's unnamed Parse.
     ParseUnnamed,
     /// A Parse of ours: the connection lacked the statement.
@@ -65,6 +72,9 @@ pub(super) enum Meaning {
     Ours,
     /// The name stands for the statement from now on. `known`: shown as ParseComplete, whatever it was.
     Named { name: Box<[u8]>, statement: Arc<Statement>, known: bool },
+    /// The name was not taken any more, and the server has the client's text under the name of the statement with the
+    /// number `taken`.
+    Overwritten { name: Box<[u8]>, taken: u64, statement: Arc<Statement> },
     /// The name stands for nothing any more.
     Closed(Box<[u8]>),
     /// An error. Everything up to the next Sync was skipped: [`Expected::skipped`].
@@ -169,7 +179,8 @@ impl Expected {
             PARSE_COMPLETE => match self.pop() {
                 Some(Sent::Parse { name, statement, known: false }) => Meaning::Named { name, statement, known: false },
                 Some(Sent::Added(_) | Sent::AddedUnnamed) => Meaning::Ours,
-                Some(Sent::ParseUnnamed | Sent::AlreadyThere) => Meaning::Plain,
+                Some(Sent::ParseUnnamed) => Meaning::Plain,
+                Some(Sent::Taken { name, taken, statement }) => Meaning::Overwritten { name, taken, statement },
                 other => self.confuse(other),
             },
             CLOSE_COMPLETE => match self.pop() {

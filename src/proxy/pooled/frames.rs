@@ -83,6 +83,9 @@ impl PooledSession {
             self.up.discard_left = HEADER_BYTES + header.body_bytes as usize;
             return Ok(Passage::Done);
         }
+        if self.hangs_on_an_answer(header.tag) {
+            return Ok(Passage::Blocked);
+        }
         if self.sampling.is_some() {
             self.sample_frame(header);
         }
@@ -107,6 +110,16 @@ impl PooledSession {
         }
         self.undo_skipped();
         Ok(Passage::Done)
+    }
+
+    /// Whether what is under way decides what the frame means: which statements there are, where a text may take them
+    /// away (DISCARD ALL), and whether the transaction that has failed goes on. All of it was sent, so an answer comes.
+    fn hangs_on_an_answer(&self, tag: u8) -> bool {
+        let names_a_statement = matches!(tag, frontend::PARSE | frontend::BIND | frontend::DESCRIBE | frontend::CLOSE);
+        names_a_statement
+            && self.ledger.awaits_ready()
+            && !self.ledger.server_waits()
+            && (self.traces.outlive() || self.ledger.status() == TransactionStatus::Failed)
     }
 
     /// Notes a frame that goes to the server, and what answers it.
@@ -244,9 +257,11 @@ impl PooledSession {
         }
         let name: Box<[u8]> = self.body(header)[..name_end].into();
         if let Some(statement) = self.statement_of(&name) {
-            // The name is taken: the server says so when it is asked for ours once more.
+            // The name is taken: the server says so when it is asked for ours once more. Unless a function has taken all
+            // statements away, or what stands before it in this batch does.
+            let own = self.pool.central.own_statement(&self.body(header)[name_end + 1..], found);
             let statement = self.ensure(statement);
-            self.note(frontend::PARSE, Sent::AlreadyThere);
+            self.note(frontend::PARSE, Sent::Taken { name, taken: statement.id, statement: own });
             return self.pass_rewritten(header, name_end + 1, &[&statement.name, b"\0"]);
         }
         if let Some(statement) = deallocate {
@@ -263,7 +278,7 @@ impl PooledSession {
         let known = self.link.as_mut().is_some_and(|link| link.held.touch(statement.id));
         if known && self.ledger.status() == TransactionStatus::Failed {
             // Refused like every other statement in a failed transaction, where a Close would not be.
-            self.note(frontend::PARSE, Sent::AlreadyThere);
+            self.note(frontend::PARSE, Sent::Refused);
             return self.pass_rewritten(header, name_end + 1, &[&statement.name, b"\0"]);
         }
         if known {

@@ -19,7 +19,9 @@ pub fn expected(data: &[u8]) {
             expected.push(sent(choice));
         } else {
             match expected.answered(ANSWERS[usize::from(choice) % ANSWERS.len()]) {
-                Meaning::Named { name, statement, .. } => assert_eq!(name[0], statement.tail[0], "its own statement"),
+                Meaning::Named { name, statement, .. } | Meaning::Overwritten { name, statement, .. } => {
+                    assert_eq!(name[0], statement.tail[0], "its own statement")
+                }
                 Meaning::Closed(name) => assert_eq!(name.len(), 1),
                 Meaning::Failed => drop(expected.skipped()),
                 Meaning::Plain | Meaning::Ours => {}
@@ -45,7 +47,8 @@ fn sent(choice: u8) -> Sent {
     match choice >> 1 & 15 {
         0 => Sent::Parse { name, statement, known: false },
         1 => Sent::Parse { name, statement, known: true },
-        2 => Sent::AlreadyThere,
+        2 if choice & 32 == 0 => Sent::Taken { name, taken: 1, statement },
+        2 => Sent::Refused,
         3 => Sent::ParseUnnamed,
         4 => Sent::Added(statement),
         5 => Sent::AddedUnnamed,

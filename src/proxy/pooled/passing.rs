@@ -8,7 +8,7 @@ use crate::proxy::client_error::ClientError;
 use crate::proxy::entry::SessionState;
 use crate::proxy::handoff::{Traces, changed_parameters};
 use crate::proxy::pool::Link;
-use crate::proxy::reads::{ByDefault, declares_read_only};
+use crate::proxy::reads::{self, ByDefault};
 use crate::proxy::session::End;
 use crate::switch::Epoch;
 use crate::wire::frame::{self, FrameError, HEADER_BYTES, Header, frontend};
@@ -164,8 +164,9 @@ impl PooledSession {
     fn admit(&mut self, header: Header) -> Result<Passage, Step> {
         loop {
             let database = &self.local.database;
-            let goes_on = database.is_fenced() && self.goes_on_reading(header);
-            if database.is_fenced() && !goes_on {
+            let is_fenced = database.is_fenced();
+            let goes_on = if is_fenced { self.going_on(header) } else { None };
+            if is_fenced && goes_on.is_none() {
                 self.stop_waiting();
                 self.hold()?;
                 return Ok(Passage::Blocked);
@@ -192,15 +193,15 @@ impl PooledSession {
                 },
             };
             let now = Instant::now();
-            let entered = if goes_on { self.member.try_enter_reading() } else { self.member.try_enter() };
+            let entered = if goes_on.is_some() { self.member.try_enter_reading() } else { self.member.try_enter() };
             let Some(admission) = entered else {
                 self.pool.give_back(link, now);
                 self.hold()?;
                 return Ok(Passage::Blocked);
             };
             if self.pool.server_at(admission.epoch) == Some(link.server()) {
-                let state = if goes_on { SessionState::Reading } else { SessionState::Active };
-                if goes_on {
+                let state = goes_on.unwrap_or(SessionState::Active);
+                if state == SessionState::Reading {
                     self.worker.shared.sessions.count_read();
                 }
                 self.begin(link, admission.epoch, state, now)?;
@@ -213,11 +214,10 @@ impl PooledSession {
         }
     }
 
-    /// Whether the next frame begins a transaction that goes on in a pause because it reads.
-    fn goes_on_reading(&self, header: Header) -> bool {
+    /// What it does if the next frame is one of those that go on in a pause.
+    fn going_on(&self, header: Header) -> Option<SessionState> {
         let text_of = |name: &[u8]| self.names.get(name).map(|statement| &statement.tail[..]);
-        self.local.database.lets_reads_in()
-            && declares_read_only(header.tag, self.body(header), ByDefault::of(&self.told), text_of)
+        reads::going_on(&self.local.database, header.tag, self.body(header), ByDefault::of(&self.told), text_of)
     }
 
     /// What the client has asked for before it said Terminate is done when its turn comes, as a server does it.

@@ -1,4 +1,4 @@
-//! Reads that go on during a pause (`reads = "continue"`).
+//! Who goes on during a pause: reads (`reads = "continue"`), and who ends a prepared transaction.
 //!
 //! A second gate beside the first one, closed except in such a pause. Who has declared its transaction read-only enters by
 //! it while the first one holds everybody else; each session has a cell for either, so that the coordinator can wait for
@@ -12,8 +12,14 @@
 //!   wait for all cells                           the last reads leave; from here on it is a pause like any other
 //! ```
 //!
+//! A transaction that was prepared for COMMIT PREPARED is waited for like every other, while the client that would end it
+//! is held. So whoever comes to do that is let in by the second gate, in the pause of reads and, as long as there is such a
+//! transaction, behind it ([`Database::let_finish`]).
+//!
 //! Nothing rests on the declaration being true: the drain that counts begins when everybody has left by either gate, so a
 //! "read" that wrote something after all has done so before it.
+
+use std::sync::atomic::Ordering;
 
 use super::super::gate::{Admission, Cell, Epoch, Gate};
 use super::{Database, Member};
@@ -47,8 +53,8 @@ pub(super) fn closed() -> Gate {
 }
 
 impl Member {
-    /// Enters for one transaction that its client has declared read-only, where reads go on. The session must not be
-    /// inside.
+    /// Enters for one transaction that its client has declared read-only, or for the end of a prepared one, where those go
+    /// on. The session must not be inside.
     pub fn try_enter_reading(&self) -> Option<Admission> {
         self.database.reads.enter(&self.cells.reading)
     }
@@ -61,6 +67,7 @@ impl Database {
         closed_by.cutover = true;
         if !closed_by.operator {
             // Before the gate closes: no read finds both closed.
+            self.finishing.store(false, Ordering::Release);
             self.reads.open(self.gate.epoch());
         }
         self.gate.fence();
@@ -68,7 +75,19 @@ impl Database {
         self.left.notify_waiters();
     }
 
-    /// Reads are held from now on, too. Does not wait for those that run.
+    /// With everybody held by a cutover: lets in who ends a prepared transaction, until [`Database::fence_reads`]. Under a
+    /// PAUSE they are held as well.
+    pub fn let_finish(&self) {
+        let closed_by = self.lock_closed_by();
+        if closed_by.cutover && !closed_by.operator && self.reads.is_fenced() {
+            self.finishing.store(true, Ordering::Release);
+            self.reads.open(self.gate.epoch());
+        }
+        drop(closed_by);
+        self.changed.notify_waiters();
+    }
+
+    /// Reads, and who ends a prepared transaction, are held from now on, too. Does not wait for those that run.
     pub fn fence_reads(&self) {
         let closed_by = self.lock_closed_by();
         self.reads.fence();
@@ -78,6 +97,11 @@ impl Database {
 
     /// Whether reads go on while everybody else is held.
     pub fn lets_reads_in(&self) -> bool {
+        self.lets_some_in() && !self.finishing.load(Ordering::Acquire)
+    }
+
+    /// Whether anybody goes on while everybody else is held: who ends a prepared transaction at least.
+    pub fn lets_some_in(&self) -> bool {
         !self.reads.is_fenced()
     }
 
@@ -118,6 +142,31 @@ mod tests {
         assert!(empty.as_mut().now_or_never().is_none(), "who is inside stays inside");
         reader.leave();
         assert!(empty.now_or_never().is_some(), "who waits is told");
+    }
+
+    #[test]
+    fn who_ends_a_prepared_transaction_is_let_in_where_reads_are_not() {
+        let database = database();
+        let (session, another) = (database.join(), database.join());
+        database.let_finish();
+        assert!(!database.lets_some_in(), "nobody is held");
+        database.fence();
+        database.let_finish();
+        assert!(database.lets_some_in() && !database.lets_reads_in());
+        assert_eq!(session.try_enter_reading(), Some(Admission { epoch: Epoch(4) }));
+        assert_eq!(another.try_enter(), None);
+        database.fence_reads();
+        assert_eq!(another.try_enter_reading(), None);
+        let mut empty = Box::pin(database.wait_empty());
+        assert!(empty.as_mut().now_or_never().is_none(), "the drain waits for it");
+        session.leave();
+        assert!(empty.now_or_never().is_some());
+
+        let database = self::database();
+        assert_eq!(database.pause(), Ok(true));
+        database.fence();
+        database.let_finish();
+        assert!(!database.lets_some_in(), "a PAUSE holds everybody");
     }
 
     #[test]
