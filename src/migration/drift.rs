@@ -5,7 +5,7 @@
 //! the definitions of both servers are compared before a cutover begins, and what the target lacks is named.
 //!
 //! A table that was dropped and made again has its name and its columns, and is in no publication all the same: every
-//! table of the migration must still be published. And a table that was made on both servers by hand is in none either: it
+//! table of the migration must still be published, under the name that it had at first. And a table that was made on both servers by hand is in none either: it
 //! may be there, and hold no rows.
 //!
 //! Compared is what a session would miss, or be kept from without it: names, columns with their types, NOT NULL, whether a
@@ -168,6 +168,10 @@ pub async fn compare(
     let named: HashSet<&QualifiedName> = published.iter().collect();
     let unpublished = tables.iter().filter(|table| !named.contains(table));
     wanted.extend(unpublished.map(|table| format!("changes of table {}", plain(table))));
+    let renamed = publication::renamed(source, publication).await?;
+    wanted.extend(
+        renamed.iter().map(|(is, was)| format!("rows of table {}, which was {} before", plain(is), plain(was))),
+    );
     if let Some(held) = rows_apart(&apart(source, &published).await?) {
         let rows = source.query(&held, &[]).await?;
         wanted.extend(rows.iter().map(|row| format!("rows of table {}", row.get::<_, &str>(0))));

@@ -19,7 +19,10 @@
 //! an ADD COLUMN the column is missing, and nothing says so. The next transaction that changes the catalogue gives everybody
 //! a new snapshot, which is whole. Seen with PostgreSQL 15.20 and 18.4.
 
+use std::collections::HashMap;
 use std::time::Duration;
+
+use tokio_postgres::GenericClient;
 
 use crate::ident::{QualifiedName, quote_ident, quote_literal};
 use crate::lsn::Lsn;
@@ -74,12 +77,35 @@ fn failed(doing: &'static str) -> impl Fn(tokio_postgres::Error) -> PublicationE
 /// what it has written itself is told from what strangers have. None of them is ever applied.
 const OURS: [&str; 3] = ["marker", "boundary", "progress"];
 
+/// What it means when tables of the publication are renamed while it is followed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Renames {
+    /// The same is done on the other server, in the order of the stream.
+    Carried,
+    /// A stream says of a row only what its table is called. Of two tables that swapped their names each would be given the
+    /// rows of the other, without an error anywhere: so names are kept.
+    Unforeseen,
+}
+
+/// The tables of a publication, by OID, under the names that they had when it was made.
+#[derive(Clone, Debug, Default, serde::Serialize, serde::Deserialize)]
+pub struct Names(HashMap<u32, QualifiedName>);
+
+impl Names {
+    /// What a table was called that has the name of another one now. A name that none of them had is no danger: the other
+    /// server does not know it.
+    pub fn taken(&self, oid: u32, is: &QualifiedName) -> Option<&QualifiedName> {
+        self.0.get(&oid).filter(|was| *was != is && self.0.values().any(|name| name == is))
+    }
+}
+
 /// Makes the publication of these tables and our own, anew if it is there. It takes a lock on each table that
 /// lets reads and writes pass, but waits behind ALTER TABLE and the like.
 pub async fn create(
     source: &mut Control,
     name: &str,
     tables: &[QualifiedName],
+    renames: Renames,
     lock_timeout: Duration,
 ) -> Result<(), PublicationError> {
     let publication = quote_ident(name);
@@ -97,7 +123,12 @@ pub async fn create(
     loop {
         let transaction = source.transaction().await.map_err(failed("CREATE PUBLICATION"))?;
         match transaction.batch_execute(&script).await {
-            Ok(()) => return transaction.commit().await.map_err(failed("CREATE PUBLICATION")),
+            Ok(()) => {
+                if renames == Renames::Unforeseen {
+                    keep_names(&transaction, name).await.map_err(failed("COMMENT ON PUBLICATION"))?;
+                }
+                return transaction.commit().await.map_err(failed("CREATE PUBLICATION"));
+            }
             Err(error) if error.code().is_some_and(|code| code.code() == "55P03") && attempt < ATTEMPTS => {
                 transaction.rollback().await.map_err(failed("CREATE PUBLICATION"))?;
                 attempt += 1;
@@ -111,15 +142,42 @@ pub async fn create(
 /// The tables of a publication that [`create`] has made, ours left out. Read where they are written down: the view
 /// `pg_publication_tables` of PostgreSQL 18 waits for whoever has locked one of them exclusively.
 pub async fn published(server: &Control, name: &str) -> Result<Vec<QualifiedName>, tokio_postgres::Error> {
-    let mut tables = members(server, name).await?;
-    tables.retain(|table| table.schema != "pgcutover");
-    Ok(tables)
+    let tables = members(&**server, name).await?.into_iter().map(|(_, table)| table);
+    Ok(tables.filter(|table| table.schema != "pgcutover").collect())
 }
 
-async fn members(server: &Control, name: &str) -> Result<Vec<QualifiedName>, tokio_postgres::Error> {
+/// Writes the names into the publication's comment, which is there as long as the publication is.
+async fn keep_names(transaction: &impl GenericClient, name: &str) -> Result<(), tokio_postgres::Error> {
+    let names = Names(members(transaction, name).await?.into_iter().collect());
+    // Strings alone, so it cannot fail.
+    let comment = serde_json::to_string(&names).unwrap_or_default();
+    let comment = format!("COMMENT ON PUBLICATION {} IS {}", quote_ident(name), quote_literal(&comment));
+    transaction.batch_execute(&comment).await
+}
+
+/// What [`create`] has kept; nothing where renames are carried, or an earlier version has made the publication.
+pub async fn names(server: &Control, name: &str) -> Result<Names, tokio_postgres::Error> {
+    let sql =
+        "SELECT pg_catalog.obj_description(oid, 'pg_publication') FROM pg_catalog.pg_publication WHERE pubname = $1";
+    let row = server.query_opt(sql, &[&name]).await?;
+    let comment: Option<String> = row.and_then(|row| row.get(0));
+    Ok(comment.and_then(|comment| serde_json::from_str(&comment).ok()).unwrap_or_default())
+}
+
+/// Tables of the publication that have another one's name now, with the name that they had.
+pub async fn renamed(
+    server: &Control,
+    name: &str,
+) -> Result<Vec<(QualifiedName, QualifiedName)>, tokio_postgres::Error> {
+    let names = names(server, name).await?;
+    let now = members(&**server, name).await?.into_iter();
+    Ok(now.filter_map(|(oid, is)| names.taken(oid, &is).cloned().map(|was| (is, was))).collect())
+}
+
+async fn members(server: &impl GenericClient, name: &str) -> Result<Vec<(u32, QualifiedName)>, tokio_postgres::Error> {
     let rows = server
         .query(
-            "SELECT n.nspname::text, c.relname::text
+            "SELECT n.nspname::text, c.relname::text, c.oid
                FROM pg_catalog.pg_publication p
                JOIN pg_catalog.pg_publication_rel r ON r.prpubid = p.oid
                JOIN pg_catalog.pg_class c ON c.oid = r.prrelid
@@ -128,7 +186,9 @@ async fn members(server: &Control, name: &str) -> Result<Vec<QualifiedName>, tok
             &[&name],
         )
         .await?;
-    Ok(rows.iter().map(|row| QualifiedName::new(row.get::<_, String>(0), row.get::<_, String>(1))).collect())
+    let member =
+        |row: &tokio_postgres::Row| (row.get(2), QualifiedName::new(row.get::<_, String>(0), row.get::<_, String>(1)));
+    Ok(rows.iter().map(member).collect())
 }
 
 /// The statement that removes it and succeeds when it is not there.
@@ -143,9 +203,9 @@ pub fn drop_publication_sql(name: &str) -> String {
 /// the application ever waits for us while we wait for it.
 pub async fn drop_publication(source: &Control, name: &str) -> Result<(), PublicationError> {
     let doing = "DROP PUBLICATION";
-    let tables = members(source, name).await.map_err(failed(doing))?;
+    let tables = members(&**source, name).await.map_err(failed(doing))?;
     let mut turns = ATTEMPTS;
-    for table in &tables {
+    for (_, table) in &tables {
         take_out(source, name, table, &mut turns).await?;
     }
     // Where somebody writes for longer than we wait, what is left of the danger is a moment.

@@ -32,6 +32,7 @@ use super::apply::executor::{ExecuteError, Executor};
 use super::apply::plan::Planner;
 use super::backoff::Backoff;
 use super::gate::Gate;
+use super::publication;
 use super::reserve::Reserve;
 use super::snapshot::HandOver;
 use crate::catalog::door::{Door, DoorError};
@@ -142,8 +143,8 @@ pub enum StreamError {
     /// The progress row could not be claimed.
     #[error(transparent)]
     Catalog(#[from] CatalogError),
-    /// The slot could not be looked at.
-    #[error("the replication slot could not be looked at on the source")]
+    /// Slot or publication could not be looked at.
+    #[error("the replication slot and its publication could not be looked at on the source")]
     Slot(#[source] tokio_postgres::Error),
     /// The slot is gone.
     #[error(
@@ -385,6 +386,7 @@ async fn attempt(context: &StreamContext, status: &StreamStatus) -> Result<Never
     let reached = progress.end_lsn.max(copied);
     let (migration, generation) = (&context.migration, context.generation);
     history::check(&context.source, &source, &target, migration, generation, reached).await?;
+    let names = publication::names(&source, &context.publication).await.map_err(StreamError::Slot)?;
     drop(source);
 
     let executor = Executor::new(connection, &context.migration, context.generation).await.map_err(ApplyError::from)?;
@@ -407,7 +409,8 @@ async fn attempt(context: &StreamContext, status: &StreamStatus) -> Result<Never
         // A marker was applied, and those before the boundary are not: so the boundary is behind us.
         Some(epoch) if progress.marker.is_none() => Planner::behind_boundary(epoch),
         Some(_) | None => Planner::new(context.hand_overs.clone()),
-    };
+    }
+    .of_tables(names);
     let applier = Applier::new(
         planner,
         executor,

@@ -504,9 +504,51 @@ async fn of_an_extensions_table_only_the_users_rows_are_replaced() {
     let there = support::connect(&rig.target_cluster, DATABASE).await;
     there.batch_execute("INSERT INTO config VALUES (1, 'newer'), (100, 'left by an attempt before')").await.unwrap();
     let mut tables = rig.tables().await;
-    tables[0].0.filter = Some("WHERE id >= 100".to_owned());
+    (tables[0].0.of_extension, tables[0].0.filter) = (true, Some("WHERE id >= 100".to_owned()));
     let report = copy::copy_database(&rig.context(None), &tables, &archive).await.unwrap();
     assert_eq!(report.copied.rows, 2);
     let text = "SELECT string_agg(v, ',' ORDER BY id) FROM config";
     assert_eq!(there.query_one(text, &[]).await.unwrap().get::<_, String>(0), "newer,mine,too");
+}
+
+/// Foreign keys that a newer version of the extension has brought, with a column more, before any row is there.
+#[tokio::test(flavor = "multi_thread")]
+async fn an_extensions_table_may_be_referred_to_and_have_more_columns() {
+    let rig = Rig::start();
+    rig.make_source("CREATE TABLE config (id int, v text); INSERT INTO config VALUES (1, 'one'), (2, 'two')").await;
+    let archive = rig.dump().await;
+    rig.restore_pre_data(&archive).await;
+    let there = support::connect(&rig.target_cluster, DATABASE).await;
+    let newer = "ALTER TABLE config ADD UNIQUE (id), ADD more int DEFAULT 7;
+                 CREATE TABLE refers (id int REFERENCES config (id)); INSERT INTO config VALUES (3, 'left by an attempt')";
+    there.batch_execute(newer).await.unwrap();
+    let mut tables = rig.tables().await;
+    let refused = copy::copy_database(&rig.context(None), &tables, &archive).await.unwrap_err();
+    assert!(refused.to_string().contains("the target alone has more integer"), "of an ordinary table it is: {refused}");
+    tables[0].0.of_extension = true;
+    let report = copy::copy_database(&rig.context(None), &tables, &archive).await.unwrap();
+    assert_eq!(report.copied.rows, 2);
+    let text = "SELECT string_agg(v || more, ',' ORDER BY id) FROM config";
+    assert_eq!(there.query_one(text, &[]).await.unwrap().get::<_, String>(0), "one7,two7");
+}
+
+/// The extension itself is not needed: a table that belongs to one of its name is all that is looked at.
+#[tokio::test(flavor = "multi_thread")]
+async fn jobs_of_pg_cron_are_not_brought_where_they_would_run() {
+    let rig = Rig::start();
+    rig.make_source(
+        "CREATE SCHEMA cron; CREATE TABLE cron.job (jobid int PRIMARY KEY); ALTER EXTENSION plpgsql ADD TABLE cron.job;
+         UPDATE pg_extension SET extconfig = ARRAY['cron.job'::regclass::oid], extcondition = ARRAY['']
+          WHERE extname = 'plpgsql'; CREATE TABLE own (id int)",
+    )
+    .await;
+    let listed = async || {
+        let tables = rig.tables().await;
+        tables.iter().map(|(table, _)| (table.name.to_string(), table.of_extension)).collect::<Vec<_>>()
+    };
+    let own = || ("\"public\".\"own\"".to_owned(), false);
+    assert_eq!(listed().await, [("\"cron\".\"job\"".to_owned(), true), own()]);
+    let here = support::connect(&rig.source_cluster, DATABASE).await;
+    here.batch_execute("UPDATE pg_extension SET extname = 'pg_cron' WHERE extname = 'plpgsql'").await.unwrap();
+    assert_eq!(listed().await, [own()]);
 }

@@ -1,5 +1,6 @@
 //! Tables that a server treats in its own way.
 
+use pgcutover::catalog::decision::Outcome;
 use pgcutover::config::Ddl;
 use pgcutover::demo::compare;
 use pgcutover::ident::QualifiedName;
@@ -72,5 +73,45 @@ async fn a_table_that_is_dropped_before_it_was_published_is_not_asked_for() {
     let has = |name: &str| tables.iter().any(|table| table.name == name);
     assert!(has("later") && !has("brief"), "{tables:?}");
     world.assert_equal("shop").await;
+    running.stop().await;
+}
+
+/// Two tables of the same columns swap their names.
+const SWAP: &str =
+    "ALTER TABLE first RENAME TO aside; ALTER TABLE second RENAME TO first; ALTER TABLE aside RENAME TO second";
+
+/// Names, columns and the publication are what they were, and a stream says of a row only what its table is called.
+#[tokio::test(flavor = "multi_thread")]
+async fn tables_that_swap_their_names_are_not_taken_for_each_other() {
+    let world = World::same_major().with(|config| config.migration.ddl = Ddl::Detect);
+    world.furnish("shop").await;
+    let source = connect(&world.source, "shop").await;
+    let tables = "CREATE TABLE first (k int PRIMARY KEY, v text); CREATE TABLE second (LIKE first INCLUDING ALL);
+                  INSERT INTO first VALUES (1, 'of the first'); INSERT INTO second VALUES (2, 'of the second')";
+    source.batch_execute(tables).await.expect("made");
+    let running = world.engine("");
+    create(&running, spec("swapped", &["shop"])).await;
+    reach(&running, "swapped", "WaitingForCutoverTrigger").await;
+
+    source.batch_execute(SWAP).await.expect("swapped");
+    let refused = running.engine.begin_cutover("swapped").await.map(drop).expect_err("their rows are another's");
+    let refused = refused.to_string();
+    assert!(refused.contains("rows of table public.first, which was public.second before"), "{refused}");
+    // The other way round is as it was.
+    source.batch_execute(SWAP).await.expect("swapped back");
+    let lease = running.engine.begin_cutover("swapped").await.expect("nothing is wrong any more");
+    lease.finish(Outcome::Aborted).await.expect("recorded");
+    reach(&running, "swapped", "WaitingForCutoverTrigger").await;
+
+    source.batch_execute(SWAP).await.expect("swapped");
+    source.batch_execute("INSERT INTO first VALUES (3, 'of the second')").await.expect("written");
+    let failed = || async { running.engine.show("swapped").is_ok_and(|view| view.substate == "Failed") };
+    wait_for("the failure", failed).await;
+    let error = running.engine.show("swapped").expect("known").error.expect("why");
+    assert_eq!(error.code, "schema_differs", "{error:?}");
+    assert!(error.message.contains(r#"it was "public"."second""#), "{error:?}");
+    let target = connect(&world.target, "shop").await;
+    let count = target.query_one("SELECT count(*) FROM first", &[]).await.expect("counted");
+    assert_eq!(count.get::<_, i64>(0), 1, "nothing is written where it does not belong");
     running.stop().await;
 }

@@ -67,6 +67,19 @@ async fn ready(source: &Installation, target: &Installation) -> (World, Running)
     (world, running)
 }
 
+/// A migration that is cut over only when nothing differs.
+async fn required() -> (World, Running) {
+    let found = installations();
+    let major = found.newest_with_client_tools().expect("checked by installations()");
+    let mut world = World::start(major, major);
+    std::sync::Arc::get_mut(&mut world.config).expect("nobody else has it").cutover.require_verified = true;
+    world.furnish("shop").await;
+    let running = world.engine("");
+    create(&running, spec("checked", &["shop"])).await;
+    reach(&running, "checked", "WaitingForCutoverTrigger").await;
+    (world, running)
+}
+
 async fn verify(running: &Running) -> VerifyReport {
     running.engine.verify("checked").await.unwrap_or_else(|error| panic!("{error:?}"))
 }
@@ -201,14 +214,7 @@ async fn what_was_written_to_is_compared_again_and_nothing_else() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_cutover_that_requires_it_begins_only_when_nothing_differs() {
-    let found = installations();
-    let major = found.newest_with_client_tools().expect("checked by installations()");
-    let mut world = World::start(major, major);
-    std::sync::Arc::get_mut(&mut world.config).expect("nobody else has it").cutover.require_verified = true;
-    world.furnish("shop").await;
-    let running = world.engine("");
-    create(&running, spec("checked", &["shop"])).await;
-    reach(&running, "checked", "WaitingForCutoverTrigger").await;
+    let (world, running) = required().await;
     let lease = running.engine.begin_cutover("checked").await.expect("equal, which was found out now");
     lease.finish(Outcome::Aborted).await.expect("recorded");
     reach(&running, "checked", "WaitingForCutoverTrigger").await;
@@ -232,14 +238,7 @@ async fn a_cutover_that_requires_it_begins_only_when_nothing_differs() {
 /// ALTER TABLE that writes every row anew sends none along the stream, and leaves names and types as they are.
 #[tokio::test(flavor = "multi_thread")]
 async fn what_was_rewritten_without_a_word_is_compared_again_before_a_cutover() {
-    let found = installations();
-    let major = found.newest_with_client_tools().expect("checked by installations()");
-    let mut world = World::start(major, major);
-    std::sync::Arc::get_mut(&mut world.config).expect("nobody else has it").cutover.require_verified = true;
-    world.furnish("shop").await;
-    let running = world.engine("");
-    create(&running, spec("checked", &["shop"])).await;
-    reach(&running, "checked", "WaitingForCutoverTrigger").await;
+    let (world, running) = required().await;
     assert_eq!(verify(&running).await.differences, 0);
     let here = connect(&world.source, "shop").await;
     for (sql, table) in [

@@ -14,6 +14,7 @@ use super::statement;
 use crate::ident::QualifiedName;
 use crate::lsn::Lsn;
 use crate::migration::ddl::carry::COMMANDS;
+use crate::migration::publication::Names;
 use crate::migration::snapshot::HandOver;
 use crate::pgoutput::{Begin, Commit, Message, Relation, Timestamp, Truncate, Tuple};
 use crate::switch::Epoch;
@@ -107,6 +108,14 @@ pub enum PlanError {
     /// The target lacks the table.
     #[error("table {0} is not on the target")]
     NoTable(QualifiedName),
+    /// The table was given the name of another, whose rows the target has under it.
+    #[error("table {is} is another one now: it was {was} when the rows were brought over")]
+    Renamed {
+        /// Its name now.
+        is: QualifiedName,
+        /// Its name then.
+        was: QualifiedName,
+    },
     /// The target lacks a column.
     #[error("column {column:?} of table {table} is not on the target")]
     NoColumn {
@@ -165,6 +174,8 @@ pub struct Planner {
     /// Looked at for every change.
     relations: hashbrown::HashMap<u32, Destination>,
     hand_overs: HashMap<QualifiedName, HandOver>,
+    /// What the tables were called when their rows were brought over.
+    names: Names,
     open: Option<Open>,
     /// Everything up to and including the commit that writes this boundary is discarded; none: it is behind us.
     boundary: Option<Epoch>,
@@ -181,6 +192,7 @@ impl Planner {
         Self {
             relations: hashbrown::HashMap::new(),
             hand_overs,
+            names: Names::default(),
             open: None,
             boundary: None,
             next_table: 0,
@@ -195,6 +207,12 @@ impl Planner {
         Self { boundary: Some(epoch), ..Self::new(HashMap::new()) }
     }
 
+    /// The same, where no table may have taken another's name.
+    #[must_use]
+    pub fn of_tables(self, names: Names) -> Self {
+        Self { names, ..self }
+    }
+
     /// Whether the target's shape of `relation` is needed to map it.
     pub fn needs_shape(relation: &Relation) -> bool {
         relation.schema != SCHEMA
@@ -206,6 +224,10 @@ impl Planner {
             self.retired.push(old.id);
         }
         let oid = relation.oid;
+        let is = QualifiedName::new(&relation.schema, &relation.name);
+        if let Some(was) = self.names.taken(oid, &is) {
+            return Err(PlanError::Renamed { was: was.clone(), is });
+        }
         let destination = if Self::needs_shape(&relation) {
             let id = self.next_table;
             self.next_table += 1;

@@ -253,6 +253,22 @@ fn nothing_is_guessed() {
     assert!(matches!(planner.plan(Message::Commit(wrong)), Err(PlanError::OutOfPlace(_))));
 }
 
+#[test]
+fn a_table_that_took_the_name_of_another_is_not_taken_for_it() {
+    let names = r#"{"7": {"schema": "s", "name": "t"}, "8": {"schema": "s", "name": "u"}}"#;
+    let mut planner = planner().of_tables(serde_json::from_str(names).expect("names"));
+    let columns = [("id", true)];
+    let mut learn = |oid, name| {
+        let shape = shape(&[("id", ColumnKind::Plain, true)]);
+        planner.relation(relation(oid, name, ReplicaIdentity::Default, &columns), Some(shape))
+    };
+    assert_eq!(learn(7, "t"), Ok(()));
+    assert_eq!(learn(7, "renamed_on_both_servers"), Ok(()));
+    assert_eq!(learn(9, "made_since"), Ok(()));
+    let (is, was) = (QualifiedName::new("s", "u"), QualifiedName::new("s", "t"));
+    assert_eq!(learn(7, "u"), Err(PlanError::Renamed { is, was }));
+}
+
 /// A table of the target, as the net effect and the changes themselves act on it.
 #[derive(Clone, Debug, Default, PartialEq)]
 struct Rows(BTreeMap<u8, (Option<u8>, u8)>);

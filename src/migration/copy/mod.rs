@@ -51,7 +51,9 @@ pub struct SourceTable {
     pub bytes: u64,
     /// The planner's estimate; none: never analysed.
     pub rows_estimate: Option<u64>,
-    /// Rows to copy, for configuration tables of extensions: the `WHERE …` that the extension registered.
+    /// A configuration table of an extension (`pg_extension_config_dump`): the target's CREATE EXTENSION has made it.
+    pub of_extension: bool,
+    /// Rows to copy of such a table: the `WHERE …` that the extension registered.
     pub filter: Option<String>,
 }
 

@@ -308,6 +308,8 @@ impl Work {
     fn emptying(&self) -> String {
         match &self.table.filter {
             Some(filter) => format!("DELETE FROM ONLY {} {filter}", self.table.name),
+            // Another one of the extension's may refer to it, by a foreign key that came with it: TRUNCATE is refused then.
+            None if self.table.of_extension => format!("DELETE FROM ONLY {}", self.table.name),
             None => format!("TRUNCATE ONLY {}", self.table.name),
         }
     }
@@ -316,8 +318,8 @@ impl Work {
     async fn whole(&self, source: &mut RawConnection, target: &mut RawConnection) -> Result<CopiedRows, CopyError> {
         self.begin(target).await?;
         self.on_target(target, "emptying it", &self.emptying()).await?;
-        // Where rows of an extension's own stay, the table is not new.
-        let rows = if self.table.filter.is_none() { Rows::Frozen } else { Rows::Added };
+        // FREEZE needs a table that was truncated.
+        let rows = if self.table.of_extension { Rows::Added } else { Rows::Frozen };
         let copied = self.pump(source, target, &parts::WHOLE, rows).await?;
         self.on_target(target, "committing its rows", "COMMIT").await?;
         Ok(copied)
@@ -377,7 +379,7 @@ impl Work {
 async fn check_columns(table: &SourceTable, holder: &Holder, target: &mut RawConnection) -> Result<(), CopyError> {
     let there = tables::columns(target, &table.name).await;
     let there = there.map_err(|source| error(table, "target", "reading its columns", source))?;
-    match tables::difference(&holder.columns, &there) {
+    match tables::difference(&holder.columns, &there, table.of_extension) {
         None => Ok(()),
         Some(difference) => Err(CopyError::Columns { table: table.name.clone(), difference }),
     }

@@ -5,12 +5,14 @@ use crate::migration::copy::SourceTable;
 use crate::postgres::{Control, RawConnection, RawError, TextRows};
 
 /// Ordinary, permanent, not of the system, not ours; of an extension's tables only those that it has marked as holding
-/// the user's data (`pg_extension_config_dump`), which is what pg_dump does.
+/// the user's data (`pg_extension_config_dump`), which is what pg_dump does. Those of pg_cron stay: as soon as its jobs were
+/// in the target's table, the target would run them, beside the source and beside what the stream applies.
 const LISTED: &str = "\
 FROM pg_class c
 JOIN pg_namespace n ON n.oid = c.relnamespace
 LEFT JOIN (SELECT u.relation, u.condition FROM pg_extension x
-           CROSS JOIN LATERAL unnest(x.extconfig, x.extcondition) AS u (relation, condition)) e ON e.relation = c.oid
+           CROSS JOIN LATERAL unnest(x.extconfig, x.extcondition) AS u (relation, condition)
+            WHERE x.extname <> 'pg_cron') e ON e.relation = c.oid
 WHERE c.relkind = 'r' AND c.relpersistence = 'p'
   AND n.nspname NOT IN ('information_schema', 'pgcutover') AND n.nspname !~ '^pg_'
   AND (e.relation IS NOT NULL
@@ -27,7 +29,7 @@ pub(super) const UNMEASURED: &str = "0::bigint";
 /// See [`super::list_tables`]; `size` is one of the above.
 pub(super) async fn list(source: &Control, size: &str) -> Result<Vec<SourceTable>, tokio_postgres::Error> {
     let select = format!(
-        "SELECT n.nspname::text, c.relname::text, c.oid, {size}, c.reltuples::float8, c.relpages, e.condition\n{LISTED}"
+        "SELECT n.nspname::text, c.relname::text, c.oid, {size}, c.reltuples::float8, c.relpages, e.condition, e.relation IS NOT NULL\n{LISTED}"
     );
     let rows = source.query(&select, &[]).await?;
     Ok(rows
@@ -42,6 +44,7 @@ pub(super) async fn list(source: &Control, size: &str) -> Result<Vec<SourceTable
                 bytes: u64::try_from(row.get::<_, i64>(3)).unwrap_or(0),
                 #[expect(clippy::cast_possible_truncation, clippy::cast_sign_loss, reason = "an estimate")]
                 rows_estimate: known.then_some(tuples as u64),
+                of_extension: row.get(7),
                 filter: row.get::<_, Option<String>>(6).filter(|condition| !condition.trim().is_empty()),
             }
         })
@@ -104,13 +107,15 @@ fn column(row: Vec<Option<String>>) -> Option<Column> {
     })
 }
 
-/// What the two servers disagree on, in words; none where a copy fits.
-pub(super) fn difference(source: &[Column], target: &[Column]) -> Option<String> {
+/// What the two servers disagree on, in words; none where a copy fits. An extension's newer version may have more columns:
+/// COPY names those that it fills, and the others have their defaults.
+pub(super) fn difference(source: &[Column], target: &[Column], of_extension: bool) -> Option<String> {
     let describe = |column: &Column| {
         format!("{} {}{}", column.name, column.type_name, if column.generated { " generated" } else { "" })
     };
     let mut only_source: Vec<String> = source.iter().map(describe).collect();
-    let mut only_target: Vec<String> = target.iter().map(describe).collect();
+    let is_compared = |column: &&Column| !of_extension || source.iter().any(|own| own.name == column.name);
+    let mut only_target: Vec<String> = target.iter().filter(is_compared).map(describe).collect();
     let both = only_source.clone();
     only_source.retain(|column| !only_target.contains(column));
     only_target.retain(|column| !both.contains(column));
@@ -164,10 +169,14 @@ mod tests {
         let source = [column("a", "integer", false, true), column("b", "bigint", false, true)];
         let target = [column("b", "integer", false, true), column("a", "integer", false, true)];
         assert_eq!(
-            difference(&source, &target).as_deref(),
+            difference(&source, &target, false).as_deref(),
             Some("the source alone has b bigint; the target alone has b integer")
         );
         let turned = [source[1].clone(), source[0].clone()];
-        assert_eq!(difference(&source, &turned), None, "columns are named, so their order is free");
+        assert_eq!(difference(&source, &turned, false), None, "columns are named, so their order is free");
+        let newer = [source.as_slice(), &[column("more", "text", false, true)]].concat();
+        assert!(difference(&source, &newer, false).is_some());
+        assert_eq!(difference(&source, &newer, true), None, "of a newer version of the extension");
+        assert!(difference(&newer, &source, true).is_some(), "there is no place for its values");
     }
 }

@@ -143,8 +143,8 @@ BEGIN
     IF current_setting('application_name') LIKE 'pgcutover/%' OR tag ~ ('^(' || passing || ')$') THEN
         RETURN;
     END IF;
-    IF event IN ('ddl_command_start', 'table_rewrite') THEN
-        bare := pgcutover.bare(query, backslashes, false);
+    bare := pgcutover.bare(query, backslashes, false);
+    IF event <> 'ddl_command_start' THEN
         whole := pgcutover.bare(query, backslashes, true);
     END IF;
     IF event = 'ddl_command_start' THEN
@@ -196,8 +196,6 @@ BEGIN
         RETURN;
     END IF;
 
-    bare := pgcutover.bare(query, backslashes, false);
-    whole := pgcutover.bare(query, backslashes, true);
     SELECT * INTO gate FROM pgcutover.ddl_gate FOR SHARE;
     refusal := CASE
         WHEN gate.shut_because IS NOT NULL THEN gate.shut_because

@@ -27,6 +27,7 @@ use crate::migration::copy::{self, CopyContext, SourceTable, Stage};
 use crate::migration::ddl::carry::{self, COMMANDS};
 use crate::migration::ddl::{self, DdlError};
 use crate::migration::identity::{self, Remedy};
+use crate::migration::publication::{Names, Renames};
 use crate::migration::schema::{self, Archive, Existing, PgDump, RestoreFailure, RestoreTarget};
 use crate::migration::sequences::SequencePair;
 use crate::migration::snapshot::HandOver;
@@ -87,6 +88,9 @@ impl DatabaseWork {
         self.live.set_step(Step::parse(&row.step).unwrap_or(Step::Waiting));
         if self.live.step() < Step::Published {
             Box::pin(self.publish(&mut row)).await?;
+        }
+        if row.slot.is_empty() {
+            return Err(WorkError::NoStream(row.database));
         }
         let (Some(slot_start), Some(barrier)) = (row.slot_start, row.barrier) else {
             let what = format!("database {} without its slot's start", row.database);
@@ -228,10 +232,12 @@ impl DatabaseWork {
         // A slot from before a crash is older than the publication that is made now.
         publication::drop_slot(&source, &row.slot).await?;
         let mut names: Vec<QualifiedName> = tables.into_iter().map(|table| table.name).collect();
+        let mut renames = Renames::Unforeseen;
         if self.context.config.migration.ddl == Ddl::Apply {
             names.push(QualifiedName::new(COMMANDS.0, COMMANDS.1));
+            renames = Renames::Carried;
         }
-        publication::create(&mut source, &row.publication, &names, lock_timeout).await?;
+        publication::create(&mut source, &row.publication, &names, renames, lock_timeout).await?;
         self.context.failpoints.hit("engine.after_publication").await?;
 
         let mut replication = ReplicationConnection::connect(&self.context.source, &row.database).await?;
@@ -319,7 +325,11 @@ impl DatabaseWork {
         }
         schema::create_database(source, target, &row.database, existing, &journal).await?;
         let migration = quote_literal(self.migration());
-        let forget = format!("{}; DELETE FROM pgcutover.progress WHERE migration = {migration}", late::FORGET);
+        // What was restored is remembered too: it would not be restored again.
+        let forget = format!(
+            "{}; DROP TABLE IF EXISTS pgcutover.restored_entry; DELETE FROM pgcutover.progress WHERE migration = {migration}",
+            late::FORGET
+        );
         let undo = self.context.undo_schema(&row.database, &forget, &[]);
         journal.record(&self.made(Side::Target, "schema", "pgcutover", undo)).await?;
         let control = target.control(&row.database, "restore").await?;
@@ -389,11 +399,13 @@ impl DatabaseWork {
         history::check(&self.context.source, &source, &control, migration, generation, reached).await?;
         drop(control);
         let listed = copy::list_tables(&source).await?;
+        let names = publication::names(&source, &row.publication).await;
+        let names = names.map_err(|source| WorkError::Query { doing: "reading the publication", source })?;
         drop(source);
         let planned = listed.iter().map(|table| (table.name.clone(), archive.table_entries(table.oid).len()));
         self.live.plan_indexes(planned);
         self.live.count(&self.context.metrics);
-        let tables = left_to_copy(&rows, listed)?;
+        let tables = left_to_copy(&rows, listed, &names)?;
         let recorder = Arc::new(Recorder {
             catalog: self.context.catalog.clone(),
             migration: self.migration().to_owned(),
@@ -591,7 +603,11 @@ fn all_restored(failures: Vec<RestoreFailure>) -> Result<(), WorkError> {
 }
 
 /// What is left to do for each table of the catalogue.
-fn left_to_copy(rows: &[TableRow], listed: Vec<SourceTable>) -> Result<Vec<(SourceTable, Stage)>, WorkError> {
+fn left_to_copy(
+    rows: &[TableRow],
+    listed: Vec<SourceTable>,
+    names: &Names,
+) -> Result<Vec<(SourceTable, Stage)>, WorkError> {
     let mut listed: HashMap<QualifiedName, SourceTable> =
         listed.into_iter().map(|table| (table.name.clone(), table)).collect();
     let mut left = Vec::new();
@@ -601,7 +617,9 @@ fn left_to_copy(rows: &[TableRow], listed: Vec<SourceTable>) -> Result<Vec<(Sour
             TableState::Copied => Stage::Indexes,
             TableState::Ready => continue,
         };
-        let table = listed.remove(&row.table).ok_or_else(|| WorkError::TableGone(row.table.to_string()))?;
+        // One that another has given its name to is not the table that the publication was made of.
+        let table = listed.remove(&row.table).filter(|table| names.taken(table.oid, &table.name).is_none());
+        let table = table.ok_or_else(|| WorkError::TableGone(row.table.to_string()))?;
         left.push((table, stage));
     }
     Ok(left)

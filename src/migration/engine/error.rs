@@ -7,6 +7,8 @@ use crate::catalog::door::DoorError;
 use crate::catalog::migrations::CatalogError;
 use crate::failpoint;
 use crate::ident::QualifiedName;
+use crate::migration::apply::applier::ApplyError;
+use crate::migration::apply::plan::PlanError;
 use crate::migration::copy::CopyError;
 use crate::migration::ddl::DdlError;
 use crate::migration::drift::Drift;
@@ -185,6 +187,8 @@ pub(super) enum WorkError {
     Copy(Box<CopyError>),
     #[error("table {0} is not on the source any more")]
     TableGone(String),
+    #[error("database {0} was rolled back, and no stream could be made that would lead to the target again")]
+    NoStream(String),
     #[error(transparent)]
     Stream(Box<StreamError>),
     #[error("the target's login role may not set session_replication_role, and the target has: {}", .0.join(", "))]
@@ -252,6 +256,7 @@ impl WorkError {
             Self::NoIdentity(_)
             | Self::PublicationTaken(_)
             | Self::TableGone(_)
+            | Self::NoStream(_)
             | Self::WouldFire(_)
             | Self::NotTheSource { .. }
             | Self::Failpoint(_)
@@ -328,6 +333,9 @@ impl WorkError {
             Self::Restore(_) => ("restore", "mend the cause on the target (a missing extension, say), then retry"),
             Self::Copy(_) => ("copy", ""),
             Self::TableGone(_) => ("table_gone", "cancel the migration and create it again"),
+            Self::NoStream(_) => {
+                ("slot_missing", "cancel the migration and create it again with --overwrite-target; the source serves")
+            }
             Self::Stream(error) => (error.code(), stream_hint(error)),
             Self::WouldFire(_) => ("would_fire", WOULD_FIRE_HINT),
             Self::NotTheSource { .. } => {
@@ -362,6 +370,10 @@ const IN_THE_WAY_HINT: &str = "the target's database has an object of that name 
     there, then retry; or cancel the migration and create it again with --overwrite-target";
 
 fn stream_hint(error: &StreamError) -> &'static str {
+    if matches!(error, StreamError::Apply(ApplyError::Plan(PlanError::Renamed { .. }))) {
+        return "where nothing was written to it since, give it back its name on the source and retry; otherwise cancel the \
+                migration and create it again with --overwrite-target";
+    }
     match error.code() {
         "slot_missing" | "slot_lost" | "slot_ahead" | "source_history" => {
             "the target cannot catch up any more: cancel the migration and create it again with --overwrite-target"

@@ -18,6 +18,7 @@ use crate::catalog::tables::DatabaseRow;
 use crate::catalog::watches::OldSlot;
 use crate::catalog::{Place, bootstrap};
 use crate::migration::identity::{self, Remedy};
+use crate::migration::publication::Renames;
 use crate::migration::view::{FencedWriteView, Left, MigrationOption, Mode};
 use crate::migration::{made, publication, stream};
 use crate::postgres::walsender::ReplicationConnection;
@@ -137,7 +138,7 @@ async fn prepare_one(context: &Context, row: &DatabaseRow, epoch: Epoch) -> Resu
     journal.record(&made("publication", &next.publication, undo)).await?;
     journal.record(&made("slot", &next.slot, publication::drop_slot_sql(&next.slot))).await?;
     context.catalog.set_next(context.live.name(), &row.database, &next).await?;
-    publication::create(&mut control, &next.publication, &tables, lock_timeout).await?;
+    publication::create(&mut control, &next.publication, &tables, Renames::Unforeseen, lock_timeout).await?;
     context.failpoints.hit("return.after_publication").await?;
     // Waits for every transaction that is open there.
     let mut replication = ReplicationConnection::connect(to, &row.database).await?;
