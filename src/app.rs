@@ -79,7 +79,7 @@ pub fn run(config: Config, path: Option<PathBuf>, begin: Begin) -> anyhow::Resul
     let ended = runtime.block_on(async move {
         let live = Arc::new(ArcSwap::from_pointee(config));
         let supervisor = Arc::new(Supervisor::from_environment());
-        let control = Arc::new(Control::new(path, live.clone(), log, supervisor.clone()));
+        let control = Arc::new(Control::new(path, live.clone(), log, supervisor));
         control.clone().obey_signals().await.context("cannot listen to signals")?;
         let mut daemon = tokio::select! {
             started = Daemon::start(live, control.clone(), failpoints, begin, activated) => started?,
@@ -87,7 +87,7 @@ pub fn run(config: Config, path: Option<PathBuf>, begin: Begin) -> anyhow::Resul
             () = control.stopping() => return Ok(()),
         };
         let mut requests = daemon.proxy.expect_successor()?;
-        supervisor.tell(if begin == Begin::Takeover { Change::TakenOver } else { Change::Ready });
+        control.tell(if begin == Begin::Takeover { Change::TakenOver } else { Change::Ready });
         let successor = tokio::select! {
             () = control.stopping() => None,
             // Safe to drop: it closes the listeners and then only waits.
@@ -96,7 +96,7 @@ pub fn run(config: Config, path: Option<PathBuf>, begin: Begin) -> anyhow::Resul
         };
         // With a successor the service goes on.
         match successor {
-            None => supervisor.tell(Change::Stopping),
+            None => control.tell(Change::Stopping),
             Some(successor) => tokio::select! {
                 () = control.stopping() => {}
                 // Dropped only when told to stop: what is not given up yet is then given up by that.
@@ -204,6 +204,7 @@ impl Daemon {
             daemon: control.clone(),
             tasks: cutover_tasks.clone(),
         });
+        control.obey_through(service.clone());
         let mut http = None;
         if let Some(address) = config.admin.address {
             let listener = http_listener(address, &mut inherited);
@@ -215,6 +216,7 @@ impl Daemon {
         coordinator.resolve_at_startup().await;
         when_ready::spawn(cutovers, service.clone(), &cutover_tasks);
         let console_tasks = proxy_tasks.child();
+        let prepared_with = config.clone();
         let deps = ProxyDeps {
             config,
             switchboard: switchboard.clone(),
@@ -236,6 +238,7 @@ impl Daemon {
         proxy.listen();
         control.consult(proxy.access_reader());
         control.follow(proxy.follower());
+        control.catch_up(&prepared_with);
         Ok(Self {
             coordinator,
             service,

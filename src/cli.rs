@@ -14,6 +14,7 @@ mod output;
 mod properties;
 mod watch;
 
+use std::ffi::OsString;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::time::Duration;
@@ -385,7 +386,16 @@ pub fn understands(words: &[&str]) -> Result<(), String> {
 
 /// Everything that the process does.
 pub fn main() -> ExitCode {
-    let cli = Cli::parse();
+    let cli = match Cli::try_parse() {
+        Ok(cli) => cli,
+        Err(error) if error.use_stderr() && asks_for_json(std::env::args_os()) => {
+            let error = CliError::Usage(error.render().to_string());
+            Output::new(Format::Json).error(&error);
+            return ExitCode::from(error.status());
+        }
+        // Help and the version are no errors.
+        Err(error) => error.exit(),
+    };
     let output = Output::new(cli.global.output);
     match dispatch(cli, &output) {
         Ok(status) => status,
@@ -394,6 +404,13 @@ pub fn main() -> ExitCode {
             ExitCode::from(error.status())
         }
     }
+}
+
+/// Whether the words say so where they could not be understood as a whole.
+fn asks_for_json(words: impl Iterator<Item = OsString>) -> bool {
+    let words: Vec<OsString> = words.collect();
+    let apart = words.windows(2).any(|pair| pair[0] == "--output" && pair[1] == "json");
+    apart || words.iter().any(|word| word == "--output=json")
 }
 
 fn dispatch(cli: Cli, output: &Output) -> Result<ExitCode, CliError> {

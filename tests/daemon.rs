@@ -120,6 +120,58 @@ async fn a_migration_by_the_command_line_from_the_first_check_to_a_restart() {
     }
 }
 
+/// The daemon may be restarted, or another may take over, while somebody waits for a copy that takes hours.
+#[tokio::test(flavor = "multi_thread")]
+async fn who_waits_for_a_migration_waits_through_a_restart() {
+    let (source, target) = shop().await;
+    let options = DaemonOptions::default()
+        .section("admin", &format!("token = \"{TOKEN}\""))
+        .failpoints("copy.snapshot_taken=sleep:2000ms");
+    let mut daemon = Daemon::start(&source, &target, options);
+    let mut waits = daemon.begin(&["migration", "create", "first", "--database", "shop", "--wait"]);
+    support::wait_for("the migration to be seen", || async {
+        command(&daemon, &["migration", "show", "first"]).0 == 0
+    })
+    .await;
+    // It is asked for twice a second.
+    tokio::time::sleep(std::time::Duration::from_secs(1)).await;
+    daemon.restart();
+    let ended = tokio::task::spawn_blocking(move || waits.wait().expect("a child")).await.expect("no panic");
+    assert!(ended.success(), "{ended}");
+    assert_eq!(daemon.json(&["migration", "show", "first"])["state"], "WaitingForUserAction");
+}
+
+/// Until the servers have said who is active nobody is let in, and that may take a while. What an operator tightens then holds.
+#[tokio::test(flavor = "multi_thread")]
+async fn what_is_reloaded_while_the_daemon_starts_is_in_force_when_it_serves() {
+    let (source, target) = support::two_clusters();
+    let mut daemon = Daemon::start(&source, &target, DaemonOptions::default());
+    daemon.kill();
+    let (file, rules) = (daemon.config_path(), daemon.directory().join("pg_hba.conf"));
+    let text = std::fs::read_to_string(&file).unwrap();
+    std::fs::write(&rules, "local all all trust\nhost all nobody all trust\n").unwrap();
+    let servers = [source.pid().expect("it runs"), target.pid().expect("it runs")];
+    servers.iter().for_each(|postmaster| pgcutover::demo::cluster::send_signal(*postmaster, "STOP"));
+    let logged = daemon.log_bytes();
+    daemon.spawn();
+    let says = |words: &str| daemon.log_since(logged).contains(words);
+    support::wait_for("HTTP to listen", || async { says("HTTP listens") }).await;
+    std::fs::write(&file, text.replace("method = \"trust\"", "hba_file = \"pg_hba.conf\"")).unwrap();
+    let changes = daemon.json(&["reload"]);
+    assert_eq!(changes["applied"], json!(["auth.method", "auth.hba_file"]));
+    assert!(!says("proxy::listener: listening"), "it is still starting");
+    servers.iter().for_each(|postmaster| pgcutover::demo::cluster::send_signal(*postmaster, "CONT"));
+    support::wait_for("the daemon to serve", || async { daemon.json(&["status"])["ready"] == true }).await;
+    let code = loop {
+        let refused = support::try_connect(&daemon.client("postgres")).await.expect_err("nobody but nobody");
+        match refused.code().map(|code| code.code().to_owned()) {
+            Some(code) if code != "57P03" => break code,
+            _ => tokio::time::sleep(std::time::Duration::from_millis(20)).await,
+        }
+    };
+    assert_eq!(code, "28000");
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn signals_reload_and_stop_and_a_wrong_configuration_changes_nothing() {
     let (source, target) = support::two_clusters();
@@ -137,6 +189,9 @@ async fn signals_reload_and_stop_and_a_wrong_configuration_changes_nothing() {
     support::wait_for("the reload", || async { users() == "postgres,ann" }).await;
 
     std::fs::write(&file, text.replace("users", "user")).unwrap();
+    let (status, _, err) = command(&daemon, &["--output", "json", "migration", "show", "a_b"]);
+    let told: Value = serde_json::from_str(&err).expect("one object");
+    assert_eq!((status, &told["error"]["code"]), (2, &json!("usage")), "{err}");
     let (status, _, err) = command(&daemon, &["reload"]);
     assert_eq!(status, 1, "{err}");
     assert!(err.contains("unknown key `user` in [admin]; did you mean `users`?"), "{err}");

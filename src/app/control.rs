@@ -1,6 +1,7 @@
 //! What the process can be told from outside: signals, reload, shutdown.
 
 use std::path::PathBuf;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 
 use arc_swap::ArcSwap;
@@ -10,9 +11,10 @@ use tokio_util::sync::CancellationToken;
 
 use super::supervisor::{Change, Supervisor};
 use crate::admin::check;
-use crate::admin::command::ShutdownWhen;
+use crate::admin::command::{Command, ShutdownWhen};
 use crate::admin::error::{AdminError, ErrorKind};
 use crate::admin::parts::Daemon;
+use crate::admin::service::Service;
 use crate::admin::view::CheckView;
 use crate::config::{self, Changes, Config, Environment, Live};
 use crate::proxy::AccessError;
@@ -34,6 +36,10 @@ pub(super) struct Control {
     followers: Mutex<Vec<Follower>>,
     /// What may refuse a reload.
     reader: OnceLock<Reader>,
+    /// Carries out what a signal orders, once there is something to order.
+    service: OnceLock<Service>,
+    /// Clients are let in, and the service manager was told.
+    serving: AtomicBool,
 }
 
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
@@ -63,7 +69,35 @@ impl Control {
             overrides: Mutex::default(),
             followers: Mutex::default(),
             reader: OnceLock::new(),
+            service: OnceLock::new(),
+            serving: AtomicBool::new(false),
         }
+    }
+
+    /// From now on a signal orders what an operator would: it is refused where an operator's order is.
+    pub(super) fn obey_through(&self, service: Service) {
+        // There is one in a process.
+        let _first = self.service.set(service);
+    }
+
+    /// Tells the service manager what becomes of the service.
+    pub(super) fn tell(&self, change: Change) {
+        self.serving.store(change != Change::Stopping, Ordering::SeqCst);
+        self.supervisor.tell(change);
+    }
+
+    /// Gives those who follow what came into force since `prepared_with`, while nobody did.
+    pub(super) fn catch_up(&self, prepared_with: &Config) {
+        let _nothing_changes = lock(&self.overrides);
+        let now = self.config.load_full();
+        if now.changes(prepared_with).applied.is_empty() {
+            return;
+        }
+        if let Some(Err(error)) = self.reader.get().map(|read| read(&now)) {
+            tracing::error!(%error, "what was reloaded while the daemon started cannot be taken over; reload once more");
+            return;
+        }
+        lock(&self.followers).iter().for_each(|follower| follower(&now));
     }
 
     /// From now on `reader` is asked first at every reload.
@@ -99,8 +133,11 @@ impl Control {
                 // Every arm is safe to drop: a signal that was not received yet stays pending.
                 let status = tokio::select! {
                     Some(()) = hangup.recv() => {
-                        // Logged there.
-                        let _outcome = self.reload();
+                        match self.service.get().cloned() {
+                            // Nothing keeps us from the next signal meanwhile; what came of it is logged there.
+                            Some(service) => drop(tokio::spawn(async move { service.execute(Command::Reload).await })),
+                            None => drop(self.reload()),
+                        }
                         continue;
                     }
                     Some(()) = terminate.recv() => 143,
@@ -125,9 +162,15 @@ impl Daemon for Control {
     }
 
     fn reload(&self) -> Result<Changes, AdminError> {
-        self.supervisor.tell(Change::Reloading);
+        // A service that is not there yet, or ends, is not made ready by this.
+        let tell = |change| {
+            if self.serving.load(Ordering::SeqCst) {
+                self.supervisor.tell(change);
+            }
+        };
+        tell(Change::Reloading);
         let result = self.try_reload();
-        self.supervisor.tell(Change::Ready);
+        tell(Change::Ready);
         match &result {
             Ok(changes) => {
                 tracing::info!(applied = ?changes.applied, needs_restart = ?changes.needs_restart, "configuration read again");

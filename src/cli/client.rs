@@ -62,6 +62,15 @@ pub(super) enum ClientError {
 }
 
 impl ClientError {
+    /// Whether a daemon that was there a moment ago may answer again in a while.
+    pub(super) fn may_pass(&self) -> bool {
+        match self {
+            Self::Unreachable { .. } | Self::Lost { .. } => true,
+            Self::Refused(refusal) => refusal.code == "unavailable",
+            Self::Stranger { .. } => false,
+        }
+    }
+
     pub(super) fn is_unreachable(&self) -> bool {
         matches!(self, Self::Unreachable { .. } | Self::Stranger { .. })
     }

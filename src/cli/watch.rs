@@ -1,7 +1,7 @@
 //! Follows a migration: a live view on a terminal, a line at every change elsewhere, one JSON object at the end for scripts.
 
 use std::io::IsTerminal;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use console::Term;
 use serde_json::Value;
@@ -15,6 +15,8 @@ use crate::admin::view::CutoverView;
 use crate::migration::view::{DatabaseView, MigrationName, MigrationView, TableView, VerificationView};
 
 const INTERVAL: Duration = Duration::from_millis(500);
+/// So long a daemon that was there may be away: it is restarted, or another process takes over.
+const AWAY: Duration = Duration::from_secs(120);
 /// Of a terminal that does not tell its size, in rows and columns.
 const COMMON_SIZE: (usize, usize) = (24, 80);
 
@@ -37,13 +39,28 @@ async fn follow(
     until: fn(&MigrationView) -> Option<Verdict>,
 ) -> Result<Verdict, CliError> {
     let mut progress = Progress::new(output);
+    let (mut seen, mut away) = (false, None);
     loop {
-        let answer = client.get(&path(name, "")).await?;
+        let answer = match client.get(&path(name, "")).await {
+            Ok(answer) => answer,
+            Err(error) if seen && error.may_pass() && away.is_none_or(|since: Instant| since.elapsed() < AWAY) => {
+                if away.is_none() {
+                    output.note(&format!("{error}; waiting for the daemon"));
+                }
+                away.get_or_insert_with(Instant::now);
+                tokio::time::sleep(INTERVAL).await;
+                continue;
+            }
+            Err(error) => return Err(error.into()),
+        };
+        (seen, away) = (true, None);
         let migration: MigrationView = typed(&answer)?;
         match &mut progress {
             Progress::Live(screen) => {
-                let tables: Vec<TableView> = typed(&client.get(&path(name, "/tables")).await?)?;
-                screen.draw(&migration, &tables);
+                // What cannot be read now is shown the next time.
+                if let Ok(tables) = client.get(&path(name, "/tables")).await {
+                    screen.draw(&migration, &typed::<Vec<TableView>>(&tables)?);
+                }
             }
             Progress::Lines(printed) => printed.print(&migration, output),
             Progress::None => {}

@@ -162,6 +162,10 @@ async fn the_console_gives_orders_and_names_what_it_refuses() {
             assert_eq!((error.code().code(), error.hint()), (code, hint), "{sql}: {error}");
         }
     }
+    // All rows of a message are in memory before the first is sent.
+    client.simple_query(&"SHOW CONFIG;".repeat(16)).await.expect("answered");
+    let error = client.simple_query(&"SHOW CONFIG;".repeat(17)).await.expect_err("too many");
+    assert!(error.as_db_error().is_some_and(|error| error.message().contains("more than 16 statements")), "{error}");
     // A typing error in the second order: the first is not carried out either.
     client.simple_query("RELOAD; CUTOVR m1").await.expect_err("misspelt");
     assert!(!admin.fake.orders().contains(&"reload".to_owned()));

@@ -17,7 +17,7 @@ use crate::support::{try_connect, wait_for};
 const CLIENTS: i64 = 8;
 
 /// They wait up to so many milliseconds between two operations, so that several stages can share a machine.
-const THINK_MS: u64 = 60;
+const THINK_MS: u64 = 300;
 
 /// Accounts, and what each begins with. Their sum never changes.
 const ACCOUNTS: i64 = 20;

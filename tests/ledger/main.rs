@@ -65,6 +65,7 @@ fn seeded_schedules_of_faults_lose_double_and_reorder_nothing() {
 async fn play(stage: &mut schedule::Stage, seed: u64) {
     let schedule = Schedule::of(seed);
     println!("LEDGER_SEED={seed} {:?}", schedule.steps);
+    stage.forget_entries().await;
     let clients = Clients::start(&stage.world.daemon, seed);
     for step in &schedule.steps {
         stage.play(step).await;

@@ -14,7 +14,7 @@ use crate::clients::{self, LEDGER, Memory, TABLES, Violations};
 use crate::support::daemon::{Daemon, DaemonOptions};
 use crate::support::link::Link;
 use crate::support::world::{COMPLETED, NAME, READY, World};
-use crate::support::{connect, try_connect, two_clusters, wait_for};
+use crate::support::{connect, connect_with, try_connect, two_clusters, wait_for};
 
 /// Steps of one schedule.
 const STEPS: usize = 3;
@@ -157,6 +157,13 @@ impl Stage {
         world.daemon.must(&["migration", "create", NAME, "--database", LEDGER]);
         world.wait_until(READY).await;
         Self { world, links, failpoints: failpoints.to_owned() }
+    }
+
+    /// Entries of earlier schedules are of no use to later ones, and would be compared again each time.
+    pub async fn forget_entries(&mut self) {
+        self.settle().await;
+        let client = connect_with(&self.world.daemon.client(LEDGER)).await;
+        client.batch_execute("TRUNCATE entry").await.expect("nobody writes");
     }
 
     /// Carries an order out, with its fault.

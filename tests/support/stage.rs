@@ -135,7 +135,11 @@ impl Stage {
     }
 
     pub async fn set() -> Self {
-        let (source, target) = two_clusters();
+        Self::on(two_clusters()).await
+    }
+
+    /// On these clusters, which are empty.
+    pub async fn on((source, target): (Cluster, Cluster)) -> Self {
         let stage = Self { source, target, connect_timeout: PATIENCE };
         stage.furnish().await;
         stage

@@ -22,6 +22,9 @@ use crate::admin::reply;
 use crate::admin::service::Service;
 use crate::admin::table::{Cell, Column, Kind};
 
+/// So many statements are answered in one message: all of their rows are in memory before the first is sent.
+const STATEMENTS: usize = 16;
+
 /// Answers one client.
 pub(super) struct Answerer {
     service: Service,
@@ -83,7 +86,12 @@ impl SimpleQueryHandler for Answerer {
         PgWireError: From<<C as Sink<PgWireBackendMessage>>::Error>,
     {
         // All is read before anything is done: a typing error in the second order must not leave the first one done.
-        let statements: Result<Vec<_>, _> = split(query).into_iter().map(parse).collect();
+        let statements = split(query);
+        if statements.len() > STATEMENTS {
+            let message = format!("more than {STATEMENTS} statements in one message");
+            return Err(to_pgwire(AdminError::new(ErrorKind::Invalid, message)));
+        }
+        let statements: Result<Vec<_>, _> = statements.into_iter().map(parse).collect();
         let mut responses = Vec::new();
         for statement in statements.map_err(to_pgwire)? {
             responses.push(self.answer(statement, &Format::UnifiedText).await?);

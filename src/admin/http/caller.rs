@@ -1,4 +1,4 @@
-//! Who makes a call, as the handlers see it. Decides nothing: that is the guard's.
+//! Who makes a call. Decides nothing: that is the guard's.
 
 use std::net::SocketAddr;
 

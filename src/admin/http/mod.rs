@@ -87,12 +87,12 @@ fn router(service: Service, tasks: &Tasks) -> Router {
         .method_not_allowed_fallback(|| async {
             Problem::new(StatusCode::METHOD_NOT_ALLOWED, "method_not_allowed", "this address takes another method")
         })
-        .layer(axum::middleware::from_fn_with_state(site.clone(), known_by_its_name))
+        .layer(axum::middleware::from_fn_with_state(site.clone(), let_through))
         .with_state(site)
 }
 
 /// Lets through who asks by a name of ours, and may give orders if this is one: before its body is read.
-async fn known_by_its_name(
+async fn let_through(
     State(site): Shared,
     caller: Caller,
     request: axum::extract::Request,

@@ -3,18 +3,17 @@
 use std::sync::Arc;
 
 use axum::extract::{Query, State};
-use axum::http::{HeaderValue, StatusCode, header};
+use axum::http::{HeaderMap, HeaderValue, StatusCode, header};
 use axum::response::{IntoResponse, Response};
 use axum::routing::{MethodRouter, delete, get, post, put};
 use schemars::{JsonSchema, Schema, SchemaGenerator};
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 
-use super::caller::Caller;
 use super::extract::{Body, Named};
 use super::operation::{Answers, Operation, Taken};
 use super::problem::Problem;
-use super::{Answer, Shared, Site, events, guard, idempotency, openapi};
+use super::{Answer, Shared, Site, events, idempotency, openapi};
 use crate::admin::command::{
     Command, CutoverRequest, Filter, FixRequest, SetRequest, ShadowRequest, ShutdownWhen, VerifyRequest,
 };
@@ -428,9 +427,7 @@ fn orders_on_databases() -> Vec<Operation> {
         body: None,
         answers: Answers::Json(shape::<Done>),
         problems,
-        handler: post(move |caller: Caller, state: Shared, Named(database): Named| {
-            change(state, caller, make(database))
-        }),
+        handler: post(move |state: Shared, Named(database): Named| change(state, make(database))),
     };
     vec![
         one("/api/v1/databases/{database}/pause", "pause", "Hold its new transactions", &[404, 409, 503], |name| {
@@ -484,7 +481,7 @@ fn ordering(
     problems: &'static [u16],
     command: Command,
 ) -> Operation {
-    let handler = post(move |caller: Caller, state: Shared| change(state, caller, command));
+    let handler = post(move |state: Shared| change(state, command));
     Operation { method: "post", path, id, summary, body: None, answers, problems, handler }
 }
 
@@ -495,9 +492,7 @@ fn get_named(make: fn(crate::migration::view::MigrationName) -> Command) -> Meth
 }
 
 fn post_named(make: fn(crate::migration::view::MigrationName) -> Command) -> MethodRouter<Arc<Site>> {
-    post(move |caller: Caller, state: Shared, Named(name): Named| async move {
-        change(state, caller, make(migration_name(&name)?)).await
-    })
+    post(move |state: Shared, Named(name): Named| async move { change(state, make(migration_name(&name)?)).await })
 }
 
 #[derive(Deserialize)]
@@ -516,9 +511,8 @@ async fn list(
 }
 
 /// 201 and the new migration, as it stands; 200 where the same call has made it before.
-async fn create(caller: Caller, State(site): Shared, Body(body): Body) -> Answer {
-    guard::may_change(&site.service.config(), caller.peer, &caller.headers)?;
-    let key = idempotency::key(&caller.headers)?;
+async fn create(headers: HeaderMap, State(site): Shared, Body(body): Body) -> Answer {
+    let key = idempotency::key(&headers)?;
     let spec: MigrationSpec = parse_strictly(&body)?;
     let name = spec.name.clone();
     let show = Command::Migration(name.clone());
@@ -551,47 +545,47 @@ fn created(mut answer: Response, name: &crate::migration::view::MigrationName) -
     Ok(answer)
 }
 
-async fn cutover(caller: Caller, state: Shared, Named(name): Named, Body(body): Body) -> Answer {
+async fn cutover(state: Shared, Named(name): Named, Body(body): Body) -> Answer {
     let request: CutoverRequest = if body.is_empty() { CutoverRequest::default() } else { parse(&body)? };
-    change(state, caller, Command::Cutover(migration_name(&name)?, request)).await
+    change(state, Command::Cutover(migration_name(&name)?, request)).await
 }
 
-async fn rollback(caller: Caller, state: Shared, Named(name): Named, Body(body): Body) -> Answer {
+async fn rollback(state: Shared, Named(name): Named, Body(body): Body) -> Answer {
     let request: CutoverRequest = if body.is_empty() { CutoverRequest::default() } else { parse(&body)? };
-    change(state, caller, Command::Rollback(migration_name(&name)?, request)).await
+    change(state, Command::Rollback(migration_name(&name)?, request)).await
 }
 
-async fn verify(caller: Caller, state: Shared, Named(name): Named, Body(body): Body) -> Answer {
+async fn verify(state: Shared, Named(name): Named, Body(body): Body) -> Answer {
     let request = if body.is_empty() { VerifyRequest::default() } else { parse(&body)? };
-    change(state, caller, Command::Verify(migration_name(&name)?, request)).await
+    change(state, Command::Verify(migration_name(&name)?, request)).await
 }
 
-async fn shadow(caller: Caller, state: Shared, Named(name): Named, Body(body): Body) -> Answer {
+async fn shadow(state: Shared, Named(name): Named, Body(body): Body) -> Answer {
     let request = if body.is_empty() { ShadowRequest::default() } else { parse(&body)? };
-    change(state, caller, Command::Shadow(migration_name(&name)?, request)).await
+    change(state, Command::Shadow(migration_name(&name)?, request)).await
 }
 
-async fn fix(caller: Caller, state: Shared, Named(name): Named, Body(body): Body) -> Answer {
-    change(state, caller, Command::Fix(migration_name(&name)?, parse(&body)?)).await
+async fn fix(state: Shared, Named(name): Named, Body(body): Body) -> Answer {
+    change(state, Command::Fix(migration_name(&name)?, parse(&body)?)).await
 }
 
-async fn kill(caller: Caller, state: Shared, Named(pid): Named) -> Answer {
+async fn kill(state: Shared, Named(pid): Named) -> Answer {
     let pid = pid.parse().map_err(|_| invalid(format!("{pid:?} is not a process id")))?;
-    change(state, caller, Command::Kill(pid)).await
+    change(state, Command::Kill(pid)).await
 }
 
-async fn kill_client(caller: Caller, state: Shared, Named(id): Named) -> Answer {
+async fn kill_client(state: Shared, Named(id): Named) -> Answer {
     let id = id.parse().map_err(|_| invalid(format!("{id:?} is not the id of a client")))?;
-    change(state, caller, Command::KillClient(id)).await
+    change(state, Command::KillClient(id)).await
 }
 
-async fn kill_database(caller: Caller, state: Shared, Named(name): Named) -> Answer {
-    change(state, caller, Command::KillDatabase(name)).await
+async fn kill_database(state: Shared, Named(name): Named) -> Answer {
+    change(state, Command::KillDatabase(name)).await
 }
 
-async fn set(caller: Caller, state: Shared, Named(key): Named, Body(body): Body) -> Answer {
+async fn set(state: Shared, Named(key): Named, Body(body): Body) -> Answer {
     let SetRequest { value } = parse(&body)?;
-    change(state, caller, Command::Set { key, value }).await
+    change(state, Command::Set { key, value }).await
 }
 
 /// When a shutdown ends the sessions.
@@ -603,13 +597,12 @@ struct ShutdownRequest {
     wait_for: ShutdownWhen,
 }
 
-async fn shutdown(caller: Caller, state: Shared, Body(body): Body) -> Answer {
+async fn shutdown(state: Shared, Body(body): Body) -> Answer {
     let request: ShutdownRequest = if body.is_empty() { ShutdownRequest::default() } else { parse(&body)? };
-    change(state, caller, Command::Shutdown(request.wait_for)).await
+    change(state, Command::Shutdown(request.wait_for)).await
 }
 
-async fn change(State(site): Shared, caller: Caller, command: Command) -> Answer {
-    guard::may_change(&site.service.config(), caller.peer, &caller.headers)?;
+async fn change(State(site): Shared, command: Command) -> Answer {
     json(site.service.execute(command).await?)
 }
 
