@@ -188,6 +188,15 @@ impl Ring {
         .await
     }
 
+    /// To be called on the ring's thread whenever it has slept. What arrives meanwhile cuts the runtime's wait short, and
+    /// its answer is made on the way out of the kernel: the runtime sees nothing, and would wait once more to be told of it.
+    pub fn look(&self) {
+        let mut state = self.state();
+        if state.kernel.has_answers() {
+            state.call_driver();
+        }
+    }
+
     fn state(&self) -> MutexGuard<'_, State> {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }

@@ -64,7 +64,7 @@ mod worker;
 
 use std::net::SocketAddr;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::Duration;
 
 use arc_swap::ArcSwap;
@@ -73,6 +73,7 @@ use tokio::sync::{mpsc, watch};
 
 use crate::config::{Config, Limits};
 use crate::failpoint::Failpoints;
+use crate::postgres::ring::Ring;
 use crate::postgres::{Connector, Stream};
 use crate::shutdown::Tasks;
 use crate::switch::{ServerRole, Switchboard};
@@ -458,8 +459,11 @@ fn start_workers(shared: &Arc<Shared>) -> Result<Workers, ProxyError> {
         let shared = shared.clone();
         let (report, started) = std::sync::mpsc::channel();
         let thread = std::thread::Builder::new().name(format!("worker-{number}")).spawn(move || {
+            let ring = Arc::new(OnceLock::<Ring>::new());
+            let sleeps = ring.clone();
             let runtime = tokio::runtime::Builder::new_current_thread()
                 .enable_all()
+                .on_thread_unpark(move || sleeps.get().into_iter().for_each(Ring::look))
                 .build_local(tokio::runtime::LocalOptions::default());
             let (runtime, outcome) = match runtime {
                 Ok(runtime) => (Some(runtime), Ok(())),
@@ -468,7 +472,7 @@ fn start_workers(shared: &Arc<Shared>) -> Result<Workers, ProxyError> {
             // Nobody listens only when starting was given up.
             let _heard = report.send(outcome);
             if let Some(runtime) = runtime {
-                runtime.block_on(worker::Worker::run(shared, number, accepted));
+                runtime.block_on(worker::Worker::run(shared, number, &ring, accepted));
             }
         });
         threads.push(thread.map_err(ProxyError::Thread)?);

@@ -8,7 +8,7 @@ use std::collections::HashMap;
 use std::future::Future;
 use std::pin::Pin;
 use std::rc::Rc;
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 use std::task::{Context, Poll};
 use std::time::Duration;
 
@@ -61,18 +61,24 @@ pub(super) struct Watch {
 }
 
 impl Worker {
-    fn new(shared: Arc<Shared>, number: usize) -> Rc<Self> {
+    fn new(shared: Arc<Shared>, number: usize, place: &OnceLock<Ring>) -> Rc<Self> {
         let pool = Pool::new(shared.config.limits.buffer_bytes);
         let ring = shared.config.listen.io_uring.then(Ring::open).and_then(|opened| {
             opened.inspect_err(|error| tracing::info!(%error, "the kernel offers no io_uring; sockets are polled")).ok()
         });
+        let ring = ring.map(|ring| place.get_or_init(|| ring).clone());
         Rc::new(Self { shared, pool, ring, databases: RefCell::default(), number, pools: RefCell::default() })
     }
 
-    /// Serves sockets until the channel closes and every session has ended.
-    pub(super) async fn run(shared: Arc<Shared>, number: usize, mut accepted: mpsc::Receiver<Accepted>) {
+    /// Serves sockets until the channel closes and every session has ended. Whoever runs the thread finds its ring in `place`.
+    pub(super) async fn run(
+        shared: Arc<Shared>,
+        number: usize,
+        place: &OnceLock<Ring>,
+        mut accepted: mpsc::Receiver<Accepted>,
+    ) {
         let alive = shared.workers_alive.subscribe();
-        let worker = Self::new(shared, number);
+        let worker = Self::new(shared, number, place);
         let sessions = tokio_util::task::TaskTracker::new();
         let ring = worker.ring.clone().map(|ring| tokio::task::spawn_local(ring.drive()));
         let timeouts = tokio::task::spawn_local(super::timeouts::sweep(worker.clone()));

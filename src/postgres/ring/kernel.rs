@@ -19,6 +19,9 @@ use tokio::io::unix::AsyncFd;
 
 /// Most that one request receives.
 pub(super) const CHUNK_BYTES: usize = 4096;
+/// From one chunk to the next: that all of them begin at the same place within a page would put their first lines, which are
+/// often all that is written, into the same few places of the processor's cache.
+const CHUNK_STRIDE: usize = CHUNK_BYTES + 192;
 /// Chunks of a ring: more sockets than this may have something to read at once, but then read it themselves.
 const CHUNKS: u16 = 256;
 /// Requests that wait to be submitted; with more of them they are submitted earlier.
@@ -153,7 +156,7 @@ impl Kernel {
         };
         let lent = Lent {
             offers: Box::new([Offers(std::array::from_fn(|_| offer()))]),
-            chunks: (0..usize::from(CHUNKS) * CHUNK_BYTES).map(|_| UnsafeCell::new(0)).collect(),
+            chunks: (0..usize::from(CHUNKS) * CHUNK_STRIDE).map(|_| UnsafeCell::new(0)).collect(),
             sending: Vec::new(),
         };
         let mut kernel = Self { ring, lent, under_way: 0 };
@@ -235,6 +238,11 @@ impl Kernel {
         }
     }
 
+    /// Whether there are answers that have not been looked at.
+    pub(super) fn has_answers(&mut self) -> bool {
+        !self.ring.completion().is_empty()
+    }
+
     /// The next answer.
     pub(super) fn answer(&mut self) -> Option<Answer> {
         let entry = self.ring.completion().next()?;
@@ -258,7 +266,7 @@ impl Kernel {
     /// Takes bytes from the front of a chunk, as many as fit.
     pub(super) fn take(&self, chunk: &mut Chunk, into: &mut tokio::io::ReadBuf<'_>) {
         let count = chunk.len().min(into.remaining());
-        let first = &self.lent.chunks[usize::from(chunk.id) * CHUNK_BYTES + usize::from(chunk.start)];
+        let first = &self.lent.chunks[usize::from(chunk.id) * CHUNK_STRIDE + usize::from(chunk.start)];
         // SAFETY: whoever has a Chunk has it alone, the kernel has written `end` bytes of it (at most CHUNK_BYTES), and
         // writes to it again only when it is given back, for which the caller's `chunk` is needed.
         into.put_slice(unsafe { std::slice::from_raw_parts(first.get(), count) });
@@ -274,7 +282,7 @@ impl Kernel {
         let list = &self.lent.offers[0].0;
         let tail = list[0].tail.load(Ordering::Relaxed);
         let offer = &list[usize::from(tail % CHUNKS)];
-        offer.address.store(self.lent.chunks[usize::from(id) * CHUNK_BYTES].get() as u64, Ordering::Relaxed);
+        offer.address.store(self.lent.chunks[usize::from(id) * CHUNK_STRIDE].get() as u64, Ordering::Relaxed);
         offer.bytes.store(CHUNK_BYTES as u32, Ordering::Relaxed);
         offer.id.store(id, Ordering::Relaxed);
         list[0].tail.store(tail.wrapping_add(1), Ordering::Release);

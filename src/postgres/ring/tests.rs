@@ -3,6 +3,7 @@
 use std::future::Future;
 use std::io::{Read as _, Write as _};
 use std::os::unix::net::UnixStream as Plain;
+use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
 use futures_util::FutureExt as _;
@@ -14,12 +15,17 @@ use crate::postgres::Stream;
 
 /// Runs `test` on a thread with a ring that is driven.
 fn with_ring<F: Future<Output = ()>>(test: impl FnOnce(Ring) -> F) {
-    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().expect("a runtime");
+    let place = Arc::new(OnceLock::<Ring>::new());
+    let sleeps = place.clone();
+    let look = move || sleeps.get().into_iter().for_each(Ring::look);
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().on_thread_unpark(look).build();
+    let runtime = runtime.expect("a runtime");
     tokio::task::LocalSet::new().block_on(&runtime, async {
         let Ok(ring) = Ring::open() else {
             eprintln!("no io_uring here");
             return;
         };
+        place.get_or_init(|| ring.clone());
         let driver = tokio::task::spawn_local(ring.clone().drive());
         tokio::time::timeout(Duration::from_secs(60), test(ring)).await.expect("it comes to an end");
         driver.abort();
