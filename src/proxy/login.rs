@@ -326,7 +326,7 @@ impl LoginInProgress<'_> {
             tls: self.peer.secured.is_some(),
             user: &startup.user,
             database,
-            physical_replication: is_physical(startup),
+            physical_replication: !is_console && is_physical(startup),
         };
         let rejected = match self.access.rules.decide(&client) {
             Verdict::Ask(demand) => return Ok(demand.clone()),

@@ -468,7 +468,7 @@ impl Session {
         } else if self.is_vacated_by(&end) {
             self.vacate(backend).await;
         } else if !matches!(end, End::ServerLost) {
-            self.entry.set_backend(None);
+            self.entry.leave_backend();
             drop(self.member.take());
             // The link may be gone; the server notices that too.
             let _closed = tokio::time::timeout(CLOSING, backend.connection.terminate()).await;

@@ -17,6 +17,9 @@ use super::shadow::{Desk, ShadowReads};
 use super::turns::Turns;
 use crate::switch::{Epoch, ServerRole};
 
+/// Most backends of a database that are remembered when sessions have left them.
+const LEFT_MAX: usize = 16_384;
+
 /// A session's answer to an order.
 #[derive(Clone, Debug)]
 pub struct MoveReport {
@@ -60,6 +63,8 @@ pub struct Sessions {
     pub(super) shadow: Desk,
     /// Backends of pools by database, whether a session has them now or none.
     pooled: Mutex<HashMap<(ServerRole, i32), PooledBackend>>,
+    /// By database, backends that sessions have left since a move was ordered last.
+    left: Mutex<HashMap<String, HashSet<(ServerRole, i32)>>>,
     /// When RECONNECT was last ordered, by database.
     retired: Mutex<HashMap<String, Instant>>,
     /// Told of each RECONNECT.
@@ -81,9 +86,20 @@ impl std::ops::Deref for Registration {
     }
 }
 
+impl Registration {
+    /// The session's backend is its own no more.
+    pub(super) fn leave_backend(&self) {
+        if let Some(left) = self.entry.backend() {
+            self.sessions.note_left(&self.entry.database(), left);
+        }
+        self.entry.set_backend(None);
+    }
+}
+
 impl Drop for Registration {
     fn drop(&mut self) {
         lock(&self.sessions.entries).remove(&self.entry.id());
+        self.leave_backend();
         // Whoever has found the entry before may order something yet.
         self.entry.take_no_more_orders();
     }
@@ -126,6 +142,26 @@ impl Sessions {
         pids
     }
 
+    /// Process ids of the backends from which sessions of `database` may have sent notifications on `server` since a move
+    /// was ordered: who has sent some and is gone is among them.
+    pub(super) fn senders(&self, server: ServerRole, database: &str) -> HashSet<i32> {
+        let mut pids: HashSet<i32> = self.backend_pids(server, database).into_iter().collect();
+        let left = lock(&self.left);
+        let left = left.get(database).into_iter().flatten();
+        pids.extend(left.filter(|(of, _)| *of == server).map(|(_, pid)| *pid));
+        pids
+    }
+
+    fn note_left(&self, database: &str, backend: (ServerRole, i32)) {
+        let mut left = lock(&self.left);
+        // Before any move has been ordered nobody will ask.
+        let Some(left) = left.get_mut(database) else { return };
+        // Long after a switch everybody has followed, and nobody asks any more.
+        if left.len() < LEFT_MAX {
+            left.insert(backend);
+        }
+    }
+
     /// A backend of a pool of `database`.
     pub(super) fn note_pooled(&self, backend: PooledBackend) {
         lock(&self.pooled).insert((backend.server, backend.pid), backend);
@@ -138,6 +174,7 @@ impl Sessions {
         // The server may have given the same process id to the next one meanwhile.
         if pooled.get(&key) == Some(backend) {
             pooled.remove(&key);
+            self.note_left(&backend.database, key);
         }
     }
 
@@ -244,6 +281,7 @@ impl Sessions {
     pub async fn prepare_moves(&self, databases: &[String], order: MoveOrder, deadline: Instant) -> Vec<MoveReport> {
         for database in databases {
             lock(&self.ordered).insert(database.clone(), order);
+            lock(&self.left).insert(database.clone(), HashSet::new());
         }
         // Its connections are closed before anything is counted or looked for. Who begins later finds the order.
         self.shadow.end("a cutover is prepared").await;

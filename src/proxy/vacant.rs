@@ -33,7 +33,10 @@ use crate::postgres::{Login, ParkedConnection};
 use crate::switch::{Epoch, ServerRole};
 
 /// 0 where the session has never had anything temporary: a schema that was made for it stays, empty, until it ends.
-const TEMPORARY_SCHEMA: &str = "SELECT pg_catalog.pg_my_temp_schema()";
+///
+/// The role that the login gave, by ALTER ROLE … SET or a startup parameter, is taken back first: before the minor releases
+/// of November 2024, SET SESSION AUTHORIZATION DEFAULT, and so DISCARD ALL, left none.
+const TEMPORARY_SCHEMA: &str = "RESET ROLE; SELECT pg_catalog.pg_my_temp_schema()";
 
 /// 0 where, moreover, none of the custom settings with these names is left empty, as RESET leaves what was not set by the
 /// login. Names beyond ASCII, which the session's encoding may not have, are not asked for.
@@ -303,7 +306,7 @@ impl Session {
         match origin {
             Some(origin) if is_wiped => vacancies.keep(login, backend, origin, epoch),
             Some(_) | None => {
-                entry.set_backend(None);
+                entry.leave_backend();
                 drop(member);
                 // The link may be gone; the server notices that too.
                 let _closed = tokio::time::timeout(PATIENCE, backend.connection.terminate()).await;

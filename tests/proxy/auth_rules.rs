@@ -63,6 +63,7 @@ async fn the_first_rule_that_fits_decides_and_a_reload_changes_the_rules() {
          host pgcutover ann all reject\n\
          host all ann 127.0.0.0/8 scram-sha-256\n\
          host \"pgcutover\" postgres samehost md5\n\
+         host replication ann all trust\n\
          host all \"Bob B\" 10.0.0.0/8 scram-sha-256\n",
     );
     let rig = Rig::start(server(&source), server(&target), |config| {
@@ -93,6 +94,10 @@ async fn the_first_rule_that_fits_decides_and_a_reload_changes_the_rules() {
     let mut alias = WireClient::connect(rig.port).await;
     alias.start(&[("user", "ann"), ("database", "pgbouncer")]).await;
     assert_eq!(alias.next().await.expect("an error").code(), "28000");
+    // Nor does a word that would make it a connection of no database.
+    let mut walsender = WireClient::connect(rig.port).await;
+    walsender.start(&[("user", "ann"), ("database", "pgcutover"), ("replication", "true")]).await;
+    assert_eq!(walsender.next().await.expect("an error").code(), "28000");
     let mut socket = tokio_postgres::Config::new();
     socket.host_path(&sockets).port(rig.port).user("postgres").password("super").dbname("postgres");
     assert_eq!(text(&connect_with(&socket).await, "SELECT 1").await, "1");

@@ -8,7 +8,7 @@ use pgcutover::switch::{Epoch, ServerRole};
 
 use crate::places::{POSTGRES, TO_TARGET, WHERE_AM_I, databases, soon, two_places};
 use crate::rig::{Rig, server, text};
-use crate::support::connect;
+use crate::support::{PATIENCE, connect};
 use crate::wire_client::{bind, execute, parse, query, rows, sync, tags};
 
 async fn two() -> (Cluster, Cluster, Rig) {
@@ -57,6 +57,41 @@ async fn a_prepared_session_goes_on_with_everything_it_had() {
     assert_eq!(client.next().await.map(|message| message.tag), Some('A'));
     let view = &rig.sessions.list()[0];
     assert_eq!((view.server, view.moving), (Some(ServerRole::Target), MoveState::Moved));
+    rig.stop().await;
+}
+
+/// Few are let in at a time: the one who waited longest has said what it had to say, and is gone, before the listener
+/// has followed.
+#[tokio::test(flavor = "multi_thread")]
+async fn who_was_held_is_heard_though_it_leaves_before_the_listener_has_followed() {
+    let (source, target) = two_places().await;
+    let rig = Rig::start(server(&source), server(&target), |config| {
+        config.limits.resume_rate = 1;
+        config.pool.server_linger = Duration::ZERO;
+    });
+    let database = rig.database();
+    let mut listener = rig.wire(POSTGRES).await;
+    listener.send(&query("LISTEN news")).await;
+    listener.until_ready().await;
+    let mut speaker = rig.wire(POSTGRES).await;
+    rig.sessions.prepare_moves(&databases(), TO_TARGET, soon()).await;
+    database.fence();
+    speaker.send(&query("NOTIFY news, 'said'")).await;
+    rig.until(SessionState::Held).await;
+    database.wait_empty().await;
+    rig.sessions.settle_moves(&databases(), soon()).await;
+    database.open(ServerRole::Target, Epoch(1));
+    speaker.until_ready().await;
+    drop(speaker);
+    let heard = tokio::time::timeout(PATIENCE, async {
+        loop {
+            let message = listener.next().await.expect("still connected");
+            if message.tag == 'A' {
+                return message.body;
+            }
+        }
+    });
+    assert!(heard.await.expect("the notification").ends_with(b"said\0"));
     rig.stop().await;
 }
 

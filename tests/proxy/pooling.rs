@@ -177,6 +177,9 @@ async fn startup_parameters_are_the_clients_own_and_reported() {
     ])
     .await;
     assert_eq!(reported(&second, "client_encoding"), "LATIN1");
+    for role in [("role", "pg_monitor"), ("options", "-c ROLE=pg_monitor")] {
+        assert_eq!(first_row(&mut start(&[role]).await.0, "SELECT current_user").await, "pg_monitor");
+    }
     let (_, refused) = start(&[("work_mem", "lots")]).await;
     assert_eq!(refused.iter().find(|message| message.tag == 'E').expect("refused").code(), "22023");
     rig.stop().await;

@@ -238,6 +238,28 @@ async fn a_statement_prepared_behind_the_rollback_of_a_failed_transaction_is_no_
     rig.stop().await;
 }
 
+/// The shared connection has the statement already.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_rollback_that_is_prepared_by_name_ends_a_failed_transaction() {
+    let cluster = one_cluster("rollback_by_name");
+    let rig = pooled(&cluster, 1);
+    let (mut ann, mut bob) = (rig.wire("postgres").await, rig.wire("postgres").await);
+    let end = |name: &str| [parse(name, "ROLLBACK"), bind(name), execute(0), sync()].concat();
+    let look = |name: &str| [parse(name, "SELECT 'known'"), bind(name), execute(0), sync()].concat();
+    for client in [&mut ann, &mut bob] {
+        assert_eq!(refusal(&ask(client, &look("look")).await), "");
+        for name in ["once", "twice"] {
+            assert_eq!(refusal(&ask(client, &query("BEGIN; SELECT 1/0")).await), "22012");
+            assert_eq!(refusal(&ask(client, &look("again")).await), "25P02");
+            assert_eq!(refusal(&ask(client, &end(name)).await), "", "{name}");
+            assert_eq!(first_row(client, "SELECT now() = statement_timestamp()").await, "t");
+        }
+        assert_eq!(rows(&ask(client, &look("again")).await), ["known"]);
+        assert_eq!(refusal(&ask(client, &[bind("once"), execute(0), sync()].concat()).await), "");
+    }
+    rig.stop().await;
+}
+
 async fn said_before_the_end(rig: &Rig, frames: &[u8]) -> String {
     let (mut early, mut client) = (rig.wire("postgres").await, rig.wire("postgres").await);
     // There is a connection, for which nobody waits.

@@ -333,7 +333,7 @@ impl Backend {
             let own = self.statements.iter().filter(|(name, _)| !name.is_empty() && *name != "pgcutover_handoff");
             return Some(own.map(|(name, text)| vec![word(name), word(text), word("f"), word("")]).collect());
         }
-        if text == "SELECT pg_catalog.pg_my_temp_schema()" {
+        if text == "RESET ROLE; SELECT pg_catalog.pg_my_temp_schema()" {
             return Some(vec![vec![word("0")]]);
         }
         if text == "SELECT pg_catalog.pg_backend_pid()" {

@@ -70,6 +70,26 @@ const STATE: &str = "SELECT pg_catalog.concat_ws(E'\\n', session_user, current_u
     (SELECT string_agg(relname, ',') FROM pg_catalog.pg_class WHERE relpersistence = 't'), \
     (SELECT count(*) FROM pg_catalog.pg_locks WHERE locktype = 'advisory'))";
 
+/// Before the minor releases of November 2024, DISCARD ALL took it away.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_role_that_the_login_gave_is_the_next_clients_too() {
+    let cluster = one_cluster("login_role");
+    let made = "CREATE ROLE helper; CREATE ROLE ann LOGIN IN ROLE helper; ALTER ROLE ann SET role = 'helper'";
+    connect(&cluster, POSTGRES).await.batch_execute(made).await.expect("made");
+    let rig = over(&cluster);
+    let mut seen = Vec::new();
+    for _ in 0..2 {
+        let mut client = WireClient::connect(rig.port).await;
+        client.start(&[("user", "ann"), ("database", POSTGRES)]).await;
+        assert!(client.tags_until_ready().await.ends_with("ZI"));
+        assert_eq!(first_row(&mut client, "SELECT current_user").await, "helper");
+        seen.push(pid(&mut client).await);
+        leave(&rig, client).await;
+    }
+    assert_eq!(seen[0], seen[1], "one connection");
+    rig.stop().await;
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn nothing_of_the_client_before_is_there() {
     let cluster = one_cluster("vacant");

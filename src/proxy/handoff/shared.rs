@@ -83,7 +83,13 @@ impl SessionState {
     #[must_use]
     pub fn with_settings<'a>(mut self, settings: impl IntoIterator<Item = (&'a str, &'a str)>) -> Self {
         for (name, value) in settings {
-            self.settings.insert(name.to_owned(), Bytes::copy_from_slice(value.as_bytes()));
+            let value = Bytes::copy_from_slice(value.as_bytes());
+            // Who the session acts as is brought behind the settings, and would take the place of these two.
+            match name.to_ascii_lowercase().as_str() {
+                "role" => self.identity.role = Some(value),
+                "session_authorization" => self.identity.session_authorization = Some(value),
+                _ => drop(self.settings.insert(name.to_owned(), value)),
+            }
         }
         self
     }

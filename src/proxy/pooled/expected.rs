@@ -34,8 +34,6 @@ pub(super) enum Sent {
         taken: u64,
         statement: Arc<Statement>,
     },
-    /// The client's Parse in a transaction that has failed.
-    Refused,
     /// The client's unnamed Parse.
     ParseUnnamed,
     /// A Parse of ours: the connection lacked the statement.

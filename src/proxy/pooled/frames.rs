@@ -277,9 +277,12 @@ impl PooledSession {
         let statement = self.statement_now(&self.body(header)[name_end + 1..], found);
         let known = self.link.as_mut().is_some_and(|link| link.held.touch(statement.id));
         if known && self.ledger.status() == TransactionStatus::Failed {
-            // Refused like every other statement in a failed transaction, where a Close would not be.
-            self.note(frontend::PARSE, Sent::Refused);
-            return self.pass_rewritten(header, name_end + 1, &[&statement.name, b"\0"]);
+            // The server decides: it refuses most of them in a failed transaction, where it would not refuse a Close, and
+            // takes what ends the transaction. Under a name of its own, because it has that of the statement.
+            let own = self.pool.central.own_statement(&self.body(header)[name_end + 1..], found);
+            self.give_room(&own);
+            self.note(frontend::PARSE, Sent::Parse { name, statement: own.clone(), known: false });
+            return self.pass_rewritten(header, name_end + 1, &[&own.name, b"\0"]);
         }
         if known {
             self.up.buffer.consume(HEADER_BYTES + body_bytes);

@@ -47,8 +47,7 @@ fn sent(choice: u8) -> Sent {
     match choice >> 1 & 15 {
         0 => Sent::Parse { name, statement, known: false },
         1 => Sent::Parse { name, statement, known: true },
-        2 if choice & 32 == 0 => Sent::Taken { name, taken: 1, statement },
-        2 => Sent::Refused,
+        2 => Sent::Taken { name, taken: 1, statement },
         3 => Sent::ParseUnnamed,
         4 => Sent::Added(statement),
         5 => Sent::AddedUnnamed,

@@ -164,6 +164,7 @@ impl PooledSession {
         self.expected.clear();
         if self.ledger.is_uncertain() || !self.ledger.is_quiet() {
             self.ledger = crate::wire::ledger::Ledger::new();
+            self.entered_turn = 0;
         }
         self.leave(Instant::now());
     }
