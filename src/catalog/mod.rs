@@ -166,7 +166,9 @@ pub async fn bootstrap(control: &Control, place: Place) -> Result<(), RecordErro
     // Each sent as one simple query, which is one transaction. Whoever made the schema a moment ago has not made it for us.
     let lock = format!("SELECT pg_catalog.pg_advisory_xact_lock({BOOTSTRAP_LOCK})");
     control.batch_execute(&format!("{lock}; CREATE SCHEMA IF NOT EXISTS pgcutover")).await.map_err(failed)?;
-    has_table(&**control, "part").await?;
+    if !has_table(&**control, "part").await? {
+        keep_to_owner(control).await.map_err(failed)?;
+    }
     let mut script = format!(
         "{lock};
          CREATE TABLE IF NOT EXISTS pgcutover.part (name text PRIMARY KEY, version integer NOT NULL);\n"
@@ -179,6 +181,20 @@ pub async fn bootstrap(control: &Control, place: Place) -> Result<(), RecordErro
         ));
     }
     control.batch_execute(&script).await.map_err(failed)
+}
+
+/// Takes back what the login role's default privileges have given others on the schema that it has just made. Without a
+/// right on the schema none on its tables is of use: who could write there could give orders in our name.
+async fn keep_to_owner(control: &Control) -> Result<(), tokio_postgres::Error> {
+    let query = "SELECT DISTINCT CASE x.grantee WHEN 0 THEN 'PUBLIC' ELSE pg_catalog.quote_ident(r.rolname) END
+                   FROM pg_catalog.pg_namespace n CROSS JOIN LATERAL pg_catalog.aclexplode(n.nspacl) x
+                   LEFT JOIN pg_catalog.pg_roles r ON r.oid = x.grantee
+                  WHERE n.nspname = 'pgcutover' AND x.grantee <> n.nspowner AND (x.grantee = 0 OR r.rolname <> current_user)";
+    for row in control.query(query, &[]).await? {
+        let grantee: &str = row.get(0);
+        control.batch_execute(&format!("REVOKE ALL ON SCHEMA pgcutover FROM {grantee}")).await?;
+    }
+    Ok(())
 }
 
 /// Whether a table of ours is there. A role with the right to create schemas can make one of our name, and a view, a

@@ -40,7 +40,9 @@ relation AS (
      WHERE c.relpersistence <> 't'
        AND NOT EXISTS (SELECT FROM member m WHERE m.classid = 'pg_catalog.pg_class'::regclass AND m.objid = c.oid)),
 col AS (
-    SELECT r.name || '.' || pg_catalog.quote_ident(a.attname) AS name, a.attnotnull, a.atthasdef, a.attidentity, r.relowner, a.attacl,
+    SELECT r.name || '.' || pg_catalog.quote_ident(a.attname) AS name, a.attnotnull, a.atthasdef, r.relowner, a.attacl,
+           -- Since version 17 partitions have it from their parents.
+           CASE WHEN r.relpartbound IS NULL THEN a.attidentity ELSE '' END AS attidentity,
            pg_catalog.format_type(a.atttypid, a.atttypmod) AS type
       FROM relation r JOIN pg_catalog.pg_attribute a ON a.attrelid = r.oid
      WHERE r.relkind IN ('r', 'p', 'v', 'm', 'f') AND a.attnum > 0 AND NOT a.attisdropped),
@@ -51,8 +53,11 @@ type AS (
        AND NOT EXISTS (SELECT FROM member m WHERE m.classid = 'pg_catalog.pg_type'::regclass AND m.objid = t.oid)),
 routine AS (
     SELECT p.proowner, p.proacl,
-           pg_catalog.format('%I.%I', n.nspname, p.proname) || '(' || pg_catalog.pg_get_function_identity_arguments(p.oid) || ')' AS name
+           -- Since version 14 the word IN stands before every argument of a procedure that only goes in.
+           pg_catalog.format('%I.%I(%s)', n.nspname, p.proname, CASE pg_catalog.to_jsonb(p) ->> 'prokind'
+               WHEN 'p' THEN pg_catalog.regexp_replace(a.arguments, '(^|, )IN ', '\\1', 'g') ELSE a.arguments END) AS name
       FROM pg_catalog.pg_proc p JOIN namespace n ON n.oid = p.pronamespace
+     CROSS JOIN LATERAL (SELECT pg_catalog.pg_get_function_identity_arguments(p.oid) AS arguments) a
      WHERE NOT EXISTS (SELECT FROM member m WHERE m.classid = 'pg_catalog.pg_proc'::regclass AND m.objid = p.oid)
        -- The constructors of a range come with it, and since version 14 there are more of them.
        AND NOT EXISTS (SELECT FROM pg_catalog.pg_depend d
@@ -70,7 +75,7 @@ owned (name, owner, acl) AS (
 const DEFINITIONS: &str = "
 SELECT CASE relkind WHEN 'v' THEN 'view' WHEN 'm' THEN 'materialized view' WHEN 'S' THEN 'sequence'
                     WHEN 'f' THEN 'foreign table'
-                    ELSE CASE relpersistence WHEN 'u' THEN 'unlogged table' ELSE 'table' END END || ' ' || name
+                    ELSE CASE WHEN relkind = 'r' AND relpersistence = 'u' THEN 'unlogged table' ELSE 'table' END END || ' ' || name
   FROM relation WHERE relkind IN ('r', 'p', 'v', 'm', 'S', 'f')
 UNION ALL
 SELECT 'sequence ' || r.name || ' by ' || s.seqincrement || ' from ' || s.seqmin || ' to ' || s.seqmax || ', cached ' || s.seqcache

@@ -20,8 +20,8 @@ pub const ROLE_ATTRIBUTES: &str = "role_attributes";
 pub const ROLE_PASSWORD: &str = "role_password";
 /// A membership.
 pub const ROLE_MEMBERSHIP: &str = "role_membership";
-/// A right of a role on a parameter.
-pub const PARAMETER_RIGHT: &str = "parameter_right";
+/// A right of a role on a parameter or a tablespace.
+pub const CLUSTER_RIGHT: &str = "cluster_right";
 /// A setting of a role.
 pub const ROLE_SETTING: &str = "role_setting";
 /// A database that did not exist.

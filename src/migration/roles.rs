@@ -1,11 +1,12 @@
-//! Roles, memberships, settings, rights on parameters and password verifiers: shared objects that no dump of a database and no stream carries.
+//! Roles, memberships, settings, rights on parameters and tablespaces, password verifiers: shared objects that no dump of a
+//! database and no stream carries.
 //!
 //! The proxy logs a client in to either server with what the client itself proved, so a role's verifier must be the same
 //! on both. Verifiers never reach a log, an error or the journal.
 
 mod carried;
 mod everyone;
-mod parameters;
+mod rights;
 mod server;
 mod taken;
 
@@ -78,7 +79,7 @@ pub enum RolesError {
 const ONE_AT_A_TIME: &str = "SELECT pg_catalog.pg_advisory_lock(pg_catalog.hashtext('pgcutover roles'))";
 
 /// Brings the target's roles in line with the source's: every role whose name does not start with `pg_`, its attributes,
-/// verifier (where it can be read), memberships, settings and rights on parameters, and the settings of everyone. Settings of a
+/// verifier (where it can be read), memberships, settings, rights on parameters and tablespaces, and the settings of everyone. Settings of a
 /// role in a database come with [`super::schema::create_database`]. Idempotent.
 ///
 /// `carried` is what came of the last time, in either direction: what was there then and is missing on the source now was
@@ -131,7 +132,7 @@ pub async fn copy_roles(
     }
     reports.extend(writer.settings_of_everyone(&wanted).await?);
     reports.extend(writer.gone(&wanted, source.label()));
-    let rights = parameters::copy(&from, &to, journal, &writer.before.rights, &mut reports).await?;
+    let rights = rights::copy(&from, &to, journal, &writer.before.rights, &mut reports).await?;
     let after = Roles::read(&to).await.map_err(read(target))?;
     let Writer { before, made, .. } = writer;
     *carried = before.next(&wanted, source.label(), &after, target.label(), &made, rights);

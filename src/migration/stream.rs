@@ -436,7 +436,8 @@ async fn attempt(context: &StreamContext, status: &StreamStatus) -> Result<Never
 async fn check_slot(source: &Control, slot: &str, applied: Lsn) -> Result<(), StreamError> {
     let row = source
         .query_opt(
-            "SELECT s.confirmed_flush_lsn, coalesce(to_jsonb(s) ->> 'wal_status', ''),
+            "SELECT s.confirmed_flush_lsn, to_jsonb(s) ->> 'wal_status' IS NOT DISTINCT FROM 'lost',
+                    coalesce(to_jsonb(s) ->> 'invalidation_reason', 'lost'),
                     (SELECT pg_terminate_backend(a.pid) FROM pg_stat_activity a
                       WHERE a.pid = s.active_pid AND a.application_name LIKE 'pgcutover/%')
                FROM pg_replication_slots s WHERE s.slot_name = $1",
@@ -445,9 +446,8 @@ async fn check_slot(source: &Control, slot: &str, applied: Lsn) -> Result<(), St
         .await
         .map_err(StreamError::Slot)?;
     let Some(row) = row else { return Err(StreamError::SlotMissing { slot: slot.to_owned() }) };
-    let why: &str = row.get(1);
-    if why == "lost" {
-        return Err(StreamError::SlotLost { slot: slot.to_owned(), why: why.to_owned() });
+    if row.get(1) {
+        return Err(StreamError::SlotLost { slot: slot.to_owned(), why: row.get(2) });
     }
     let confirmed = row.get::<_, Option<Lsn>>(0).unwrap_or_default();
     if confirmed > applied {

@@ -2,11 +2,11 @@
 #![expect(clippy::unwrap_used, reason = "a test fails by panicking")]
 
 mod carried;
+mod cluster_rights;
 mod dump;
 mod grants;
 #[path = "../support/objects.rs"]
 mod objects;
-mod parameter_rights;
 #[path = "../support/rig.rs"]
 mod rig;
 mod source_crash;

@@ -202,3 +202,32 @@ async fn a_publication_goes_without_standing_in_the_way_of_transactions() {
     world.assert_clean("shop").await;
     running.stop().await;
 }
+
+/// Nobody reads it in that time, and every hour of copying would be in vain.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_slot_that_is_lost_while_tables_are_copied_ends_the_copy() {
+    let world = World::same_major();
+    world.furnish("shop").await;
+    let running = world.engine("engine.after_schema=hang");
+    create(&running, spec("gone", &["shop"])).await;
+    let source = connect(&world.source, "shop").await;
+    wait_for("the slot to rest", || async {
+        let resting = "SELECT count(*) FROM pg_replication_slots WHERE NOT active AND confirmed_flush_lsn IS NOT NULL";
+        source.query_one(resting, &[]).await.expect("count").get::<_, i64>(0) == 1
+    })
+    .await;
+    source.batch_execute("ALTER SYSTEM SET max_slot_wal_keep_size = '1MB'").await.expect("set");
+    source.batch_execute("SELECT pg_reload_conf()").await.expect("reloaded");
+    wait_for("the end of the migration", || async {
+        for sql in ["SELECT pg_logical_emit_message(true, 'bulk', 'x')", "SELECT pg_switch_wal()", "CHECKPOINT"] {
+            source.batch_execute(sql).await.expect("written");
+        }
+        running.engine.show("gone").is_ok_and(|view| view.substate == "Failed")
+    })
+    .await;
+    let error = running.engine.show("gone").expect("known").error.expect("a reason");
+    assert_eq!(error.code, "slot_lost", "{error:?}");
+    running.engine.cancel("gone").await.expect("cancelled");
+    world.assert_clean("shop").await;
+    running.stop().await;
+}

@@ -106,6 +106,21 @@ pub const LINES: &[Line] = &[
     ),
     line("publications", &["CREATE PUBLICATION theirs FOR TABLE t"], "theirs", Mend::Printed),
     line(
+        "publications_of_all_tables",
+        &["CREATE PUBLICATION everything FOR ALL TABLES WITH (publish = 'insert')"],
+        "everything",
+        Mend::By(At::Source, &["DROP PUBLICATION IF EXISTS everything"]),
+    ),
+    line(
+        "shared_labels",
+        &[
+            "CREATE ROLE masked",
+            "INSERT INTO pg_shseclabel SELECT oid, 'pg_authid'::regclass, 'anon', 'MASKED' FROM pg_roles WHERE rolname = 'masked'",
+        ],
+        "ROLE masked, by provider anon",
+        Mend::By(At::Source, &["DELETE FROM pg_shseclabel"]),
+    ),
+    line(
         "foreign_tables",
         &["CREATE FOREIGN DATA WRAPPER wrapper", "CREATE SERVER elsewhere FOREIGN DATA WRAPPER wrapper"],
         "server elsewhere",
@@ -288,6 +303,7 @@ pub const SETTINGS: &[(&str, At, &str, &str, u16)] = &[
     ("replication_slots", At::Source, "max_replication_slots", "0", 10),
     ("wal_senders", At::Source, "max_wal_senders", "0", 10),
     ("slot_wal_size", At::Source, "max_slot_wal_keep_size", "64MB", 13),
+    ("slot_idle_timeout", At::Source, "idle_replication_slot_timeout", "1d", 18),
     ("source_connections", At::Source, "max_connections", "15", 10),
     ("target_connections", At::Target, "max_connections", "15", 10),
     ("shared_preload_libraries", At::Source, "shared_preload_libraries", "plpgsql", 10),

@@ -54,9 +54,18 @@ async fn nothing_of_anybodys_is_run_with_the_login_roles_rights() {
     assert!(refused.to_string().contains("belongs to mallory"), "{refused}");
     let risen = "SELECT rolsuper FROM pg_roles WHERE rolname = 'mallory'";
     assert!(!control.query_one(risen, &[]).await.unwrap().get::<_, bool>(0));
-    // Once it is gone, ours is made.
+    // Once it is gone, ours is made. What is written there is done in our name: default privileges open it to nobody.
     control.batch_execute("DROP SCHEMA pgcutover CASCADE").await.unwrap();
+    let open = "ALTER DEFAULT PRIVILEGES GRANT ALL ON SCHEMAS TO mallory, PUBLIC; ALTER DEFAULT PRIVILEGES GRANT ALL ON TABLES TO mallory";
+    control.batch_execute(open).await.unwrap();
     bootstrap(&control, Place::SourceDatabase).await.unwrap();
+    let may = "SELECT has_schema_privilege('mallory', 'pgcutover', 'USAGE')";
+    let may_use = async || control.query_one(may, &[]).await.unwrap().get::<_, bool>(0);
+    assert!(!may_use().await);
+    // What is granted later is meant.
+    control.batch_execute("GRANT USAGE ON SCHEMA pgcutover TO mallory").await.unwrap();
+    bootstrap(&control, Place::SourceControl).await.unwrap();
+    assert!(may_use().await);
 }
 
 /// pg_cron itself is not needed: a table that belongs to an extension of its name is all that is looked at.

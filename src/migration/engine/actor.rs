@@ -108,8 +108,8 @@ impl Actor {
                     self.ended(end).await;
                 }
                 () = tokio::time::sleep(AGAIN), if retry => self.try_again().await,
-                exceeded = &mut source => {
-                    self.give_up_slots(&exceeded).await;
+                finding = &mut source => {
+                    self.give_up_slots(&finding).await;
                     source.set(source_watch::watch(context.clone()));
                 }
                 () = tasks.stopping() => break,
@@ -251,9 +251,10 @@ impl Actor {
         }
     }
 
-    /// The source cannot afford the migration any longer. One that had failed before keeps slots too.
-    async fn give_up_slots(&mut self, exceeded: &source_watch::Exceeded) {
-        let problem = exceeded.problem();
+    /// The source cannot afford the migration any longer, or has thrown away what it needs. One that had failed before
+    /// keeps slots too.
+    async fn give_up_slots(&mut self, finding: &source_watch::Finding) {
+        let problem = finding.problem();
         tracing::error!(migration = self.context.live.name(), problem = problem.message, "the slots are dropped");
         self.stop_work().await;
         // Where this fails the watch finds the slot again.

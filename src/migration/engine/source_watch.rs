@@ -14,7 +14,7 @@ use crate::catalog::streams::Direction;
 use crate::config::units::format_size;
 use crate::migration::copy::Traffic;
 use crate::migration::state::State;
-use crate::migration::stream::describe;
+use crate::migration::stream::{StreamError, describe};
 use crate::migration::view::Problem;
 use crate::migration::wal_limit::{SlotWal, Verdict, judge};
 use crate::postgres::Control;
@@ -24,7 +24,8 @@ const INTERVAL: Duration = Duration::from_secs(1);
 
 const SLOTS: &str = "\
 SELECT s.slot_name::text, pg_catalog.pg_wal_lsn_diff(pg_catalog.pg_current_wal_insert_lsn(), s.restart_lsn)::bigint,
-       (pg_catalog.to_jsonb(s) ->> 'safe_wal_size')::bigint
+       (pg_catalog.to_jsonb(s) ->> 'safe_wal_size')::bigint, pg_catalog.to_jsonb(s) ->> 'wal_status',
+       pg_catalog.to_jsonb(s) ->> 'invalidation_reason'
   FROM pg_catalog.pg_replication_slots s WHERE s.slot_name = ANY ($1)";
 
 /// Physical standbys alone: a logical subscriber that is behind does not fall further behind by our reading. A server that
@@ -35,19 +36,22 @@ SELECT coalesce(extract(epoch FROM max(r.replay_lag)), 0)::float8
  WHERE r.state IN ('streaming', 'catchup') AND r.application_name !~ '^pgcutover/'
    AND NOT EXISTS (SELECT FROM pg_catalog.pg_replication_slots s WHERE s.active_pid = r.pid AND s.slot_type = 'logical')";
 
-/// A slot keeps more than the configuration allows.
+/// Why the migration cannot go on.
 #[derive(Debug)]
-pub(super) struct Exceeded {
-    database: String,
-    slot: String,
-    retained: u64,
-    limit: u64,
+pub(super) enum Finding {
+    /// A slot keeps more than the configuration allows.
+    Exceeded { database: String, slot: String, retained: u64, limit: u64 },
+    /// A slot is of no use any more. While tables are copied nobody else would notice.
+    Lost { database: String, error: WorkError },
 }
 
-impl Exceeded {
+impl Finding {
     /// For the operator.
     pub(super) fn problem(&self) -> Problem {
-        let Self { slot, retained, limit, .. } = self;
+        let (database, slot, retained, limit) = match self {
+            Self::Exceeded { database, slot, retained, limit } => (database, slot, retained, limit),
+            Self::Lost { database, error } => return error.problem(Some(database)),
+        };
         Problem {
             code: "wal_limit".to_owned(),
             message: format!(
@@ -55,7 +59,7 @@ impl Exceeded {
                 retained >> 20,
                 format_size(*limit)
             ),
-            object: Some(format!("database {}", self.database)),
+            object: Some(format!("database {database}")),
             hint: Some(
                 "cancel the migration; raise migration.max_retained_wal if the source has room, or choose a quieter hour, and create it again with --overwrite-target"
                     .to_owned(),
@@ -64,8 +68,8 @@ impl Exceeded {
     }
 }
 
-/// Resolves when a slot keeps too much. Can be begun again at any time.
-pub(super) async fn watch(context: Arc<Context>) -> Exceeded {
+/// Resolves when a slot keeps too much or is lost. Can be begun again at any time.
+pub(super) async fn watch(context: Arc<Context>) -> Finding {
     let mut connection = None;
     loop {
         let state = context.live.state();
@@ -73,7 +77,7 @@ pub(super) async fn watch(context: Arc<Context>) -> Exceeded {
         // A cutover ends within seconds, one way or the other; the slot is looked at again afterwards.
         if watched && state != State::CompletingMigration {
             match look(&context, &mut connection).await {
-                Ok(Some(exceeded)) => return exceeded,
+                Ok(Some(finding)) => return finding,
                 Ok(None) => {}
                 Err(error) => {
                     connection = None;
@@ -91,7 +95,7 @@ pub(super) async fn watch(context: Arc<Context>) -> Exceeded {
     }
 }
 
-async fn look(context: &Context, connection: &mut Option<Control>) -> Result<Option<Exceeded>, WorkError> {
+async fn look(context: &Context, connection: &mut Option<Control>) -> Result<Option<Finding>, WorkError> {
     let with_slots: Vec<_> =
         context.live.databases.iter().filter(|database| database.step() >= Step::Published).collect();
     if with_slots.is_empty() {
@@ -111,7 +115,15 @@ async fn look(context: &Context, connection: &mut Option<Control>) -> Result<Opt
         let Some(index) = names.iter().position(|known| known == name) else { continue };
         let Some(database) = with_slots.get(index) else { continue };
         let unsigned = |bytes: i64| u64::try_from(bytes).unwrap_or(0);
-        // A slot that was lost keeps nothing.
+        if row.get::<_, Option<&str>>(3) == Some("lost") {
+            // It keeps nothing. Who has been told of it once knows.
+            if context.live.state() == State::Failed {
+                continue;
+            }
+            let why = row.get::<_, Option<&str>>(4).unwrap_or("lost").to_owned();
+            let error = StreamError::SlotLost { slot: name.to_owned(), why };
+            return Ok(Some(Finding::Lost { database: database.name.clone(), error: error.into() }));
+        }
         let Some(retained) = row.get::<_, Option<i64>>(1).map(unsigned) else { continue };
         let wal = SlotWal { retained, safe: row.get::<_, Option<i64>>(2).map(unsigned) };
         let verdict = judge(wal, limit);
@@ -140,7 +152,8 @@ async fn look(context: &Context, connection: &mut Option<Control>) -> Result<Opt
         gauges.slot(Some(wal), limit);
         worst = worst.max(verdict);
         if let (Verdict::Exceeded, Some(limit)) = (verdict, limit) {
-            return Ok(Some(Exceeded { database: database.name.clone(), slot: name.to_owned(), retained, limit }));
+            let (database, slot) = (database.name.clone(), name.to_owned());
+            return Ok(Some(Finding::Exceeded { database, slot, retained, limit }));
         }
     }
     let traffic = if worst >= Verdict::Warning { Traffic::Unlimited } else { standbys(context, source).await? };

@@ -6,6 +6,7 @@
 use super::Outcome;
 use super::database::Finding;
 use super::definition::{Apply, Definition, Hosted, When};
+use crate::catalog::journal::Side;
 
 pub(super) const FINDINGS: &[Finding] = &[
     Finding {
@@ -196,14 +197,51 @@ pub(super) const FINDINGS: &[Finding] = &[
     },
     Finding {
         definition: Definition {
+            code: "publications_of_all_tables",
+            worst: Outcome::Warning,
+            why: "the tables that pgcutover makes in its schema are published too: a subscriber that lacks them stops at their first \
+                  change, and its slot makes the source keep write-ahead log",
+            evidence: "their names",
+            fix: "when the migration has begun, make these tables on every subscriber, which then goes on: pg_dump --schema-only \
+                  --table 'pgcutover.*' of the source's database, after CREATE SCHEMA pgcutover",
+            ..Finding::DEFINITION
+        },
+        query: "SELECT pubname::text, NULL FROM pg_publication WHERE puballtables ORDER BY 1",
+        ..Finding::OF_EVERY_VERSION
+    },
+    Finding {
+        definition: Definition {
+            code: "shared_labels",
+            worst: Outcome::Warning,
+            why: "security labels of roles and databases belong to the cluster and are not carried over: what a provider hides by \
+                  them would be seen on the target",
+            evidence: "the roles and databases, and the providers",
+            fix: "SECURITY LABEL … ON ROLE … (or DATABASE) on the target before the cutover",
+            apply: Apply::Refused("the roles come with the migration"),
+            on: Side::Target,
+            ..Finding::DEFINITION
+        },
+        query: "SELECT format('%s, by provider %I', o.name, l.provider), format('SECURITY LABEL FOR %I ON %s IS %L', l.provider, o.name, l.label) \
+                FROM pg_shseclabel l JOIN LATERAL (\
+                SELECT format('ROLE %I', rolname) FROM pg_roles WHERE oid = l.objoid AND l.classoid = 'pg_authid'::regclass UNION ALL \
+                SELECT format('DATABASE %I', datname) FROM pg_database WHERE oid = l.objoid AND l.classoid = 'pg_database'::regclass \
+                AND datname = current_database()) o (name) ON true ORDER BY 1",
+        ..Finding::OF_EVERY_VERSION
+    },
+    Finding {
+        definition: Definition {
             code: "foreign_tables",
             worst: Outcome::Warning,
             why: "the definition is carried over; the target must reach the foreign server too, and user mappings hold passwords",
-            evidence: "the foreign servers",
-            fix: "check that the target's host may connect to these servers",
+            evidence: "the foreign servers, and user mappings whose options only a superuser or their owner may read",
+            fix: "check that the target's host may connect to these servers; give mappings that could not be read their options by \
+                  ALTER USER MAPPING … OPTIONS (ADD …) on the target",
             ..Finding::DEFINITION
         },
-        query: "SELECT format('server %I', srvname), NULL FROM pg_foreign_server ORDER BY 1",
+        query: "SELECT format('server %I', srvname), NULL FROM pg_foreign_server UNION ALL \
+                SELECT format('user mapping of %s for server %I: its options cannot be read', m.usename, m.srvname), NULL \
+                FROM pg_user_mappings m JOIN pg_roles me ON me.rolname = current_user \
+                WHERE m.umoptions IS NULL AND NOT me.rolsuper ORDER BY 1",
         ..Finding::OF_EVERY_VERSION
     },
     Finding {

@@ -71,6 +71,18 @@ const SLOT_WAL: Definition = Definition {
     ..STREAMED
 };
 
+const SLOT_IDLE: Definition = Definition {
+    code: "slot_idle_timeout",
+    worst: Outcome::Warning,
+    why: "nobody reads the slot while tables are copied, or while the migration has failed and waits for somebody: after this \
+          time it is invalidated, and the migration begins anew",
+    evidence: "idle_replication_slot_timeout, which came with PostgreSQL 18",
+    fix: "set idle_replication_slot_timeout to 0, or well above the time that the copy takes (see the rule forecast)",
+    hosted: Hosted::Parameter("idle_replication_slot_timeout"),
+    apply: Apply::Refused("slots that are forgotten could then fill the source's disk"),
+    ..STREAMED
+};
+
 const TRUNCATE: Definition = Definition {
     code: "truncate",
     when: When::Before,
@@ -141,6 +153,7 @@ pub(super) const DEFINITIONS: [&Definition; 10] = [
     &SENDERS,
     &REPLICATION,
     &SLOT_WAL,
+    &SLOT_IDLE,
     &TRUNCATE,
     &FENCE_SETTINGS,
     &LONG_TRANSACTIONS,
@@ -163,7 +176,8 @@ impl Servers<'_> {
                 "replication_slots" => self.slots().await,
                 "wal_senders" => self.senders().await,
                 "replication_right" => self.replication_right().await,
-                "slot_wal_size" => self.slot_wal().await,
+                "slot_wal_size" => self.slot_limit(&SLOT_WAL, "max_slot_wal_keep_size", "-1").await,
+                "slot_idle_timeout" => self.slot_limit(&SLOT_IDLE, "idle_replication_slot_timeout", "0").await,
                 "truncate" => self.truncate(),
                 "fence_settings" => self.fence_settings().await,
                 "long_transactions" => self.long_transactions().await,
@@ -274,18 +288,16 @@ impl Servers<'_> {
         rule.mended_by(statements).unless_any(Outcome::Warning, lacking)
     }
 
-    async fn slot_wal(&self) -> RuleResult {
-        let mut lift = self.on_source("ALTER SYSTEM SET max_slot_wal_keep_size = -1");
+    /// A parameter that bounds what slots keep, and its value that does not. Older versions have no such bound.
+    async fn slot_limit(&self, definition: &'static Definition, parameter: &str, never: &str) -> RuleResult {
+        let mut lift = self.on_source(format!("ALTER SYSTEM SET {parameter} = {never}"));
         lift.extend(self.on_source("SELECT pg_catalog.pg_reload_conf()"));
-        let rule = self.rule(&SLOT_WAL).mended_by(lift);
-        if self.source.version_num() < 130_000 {
-            return rule.succeeded();
-        }
-        match self.source.query_one("SELECT current_setting('max_slot_wal_keep_size')", &[]).await {
-            Ok(row) => {
-                let size: String = row.get(0);
-                rule.expect(size == "-1", Outcome::Warning, format!("max_slot_wal_keep_size = {size}"))
-            }
+        let rule = self.rule(definition).mended_by(lift);
+        match self.source.query_one("SELECT current_setting($1, true)", &[&parameter]).await {
+            Ok(row) => match row.get::<_, Option<&str>>(0) {
+                Some(value) => rule.expect(value == never, Outcome::Warning, format!("{parameter} = {value}")),
+                None => rule.succeeded(),
+            },
             Err(error) => rule.unknown(&error),
         }
     }

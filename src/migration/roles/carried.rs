@@ -13,7 +13,7 @@ use std::collections::{BTreeMap, BTreeSet, HashSet};
 
 use serde::{Deserialize, Serialize};
 
-use super::parameters::Right;
+use super::rights::Right;
 use super::server::{Attributes, Role, Roles};
 use crate::migration::settings::Setting;
 
@@ -25,7 +25,7 @@ pub struct Carried {
     pub(super) roles: BTreeMap<String, CarriedRole>,
     /// Names of the settings of everyone.
     pub(super) of_everyone: BTreeSet<String>,
-    /// Rights on parameters.
+    /// Rights on parameters and tablespaces.
     pub(super) rights: BTreeSet<Right>,
 }
 

@@ -14,8 +14,11 @@ relation AS (
        AND NOT EXISTS (SELECT FROM member m WHERE m.classid = 'pg_class'::regclass AND m.objid = c.oid)),
 routine AS (
     SELECT p.oid, p.proowner, p.proacl, to_jsonb(p) AS j,
-           format('%I.%I(%s)', n.nspname, p.proname, pg_get_function_identity_arguments(p.oid)) AS name
+           -- Since version 14 the word IN stands before every argument of a procedure that only goes in.
+           format('%I.%I(%s)', n.nspname, p.proname, CASE to_jsonb(p) ->> 'prokind'
+               WHEN 'p' THEN regexp_replace(a.arguments, '(^|, )IN ', '\1', 'g') ELSE a.arguments END) AS name
       FROM pg_proc p JOIN namespace n ON n.oid = p.pronamespace
+     CROSS JOIN LATERAL (SELECT pg_get_function_identity_arguments(p.oid) AS arguments) a
      WHERE NOT EXISTS (SELECT FROM member m WHERE m.classid = 'pg_proc'::regclass AND m.objid = p.oid)
        -- The constructors of a range come with it, and since version 14 there are more of them.
        AND NOT EXISTS (SELECT FROM pg_depend d WHERE d.classid = 'pg_proc'::regclass AND d.objid = p.oid AND d.deptype = 'i')),
@@ -58,7 +61,7 @@ UNION ALL
 SELECT CASE relkind WHEN 'v' THEN 'view' WHEN 'm' THEN 'materialized view' WHEN 'f' THEN 'foreign table'
                     WHEN 'p' THEN 'partitioned table' WHEN 'c' THEN 'composite type' ELSE 'table' END,
        name,
-       concat_ws(' ', pg_get_userbyid(relowner), relpersistence, relrowsecurity, relforcerowsecurity,
+       concat_ws(' ', pg_get_userbyid(relowner), CASE WHEN relkind <> 'p' THEN relpersistence END, relrowsecurity, relforcerowsecurity,
            (SELECT string_agg(o, ',' ORDER BY o) FROM unnest(relation.reloptions) o),
            (SELECT string_agg('toast.' || o, ',' ORDER BY o) FROM pg_class t, unnest(t.reloptions) o WHERE t.oid = relation.reltoastrelid),
            nullif(reloftype, 0)::regtype, method,
@@ -73,9 +76,10 @@ UNION ALL
 SELECT 'column', r.name || '.' || quote_ident(a.attname),
        concat_ws(' ', format_type(a.atttypid, a.atttypmod),
            CASE WHEN a.attnotnull THEN 'NOT NULL' END, pg_get_expr(d.adbin, d.adrelid),
-           nullif(a.attidentity::text, ''), nullif(to_jsonb(a) ->> 'attgenerated', ''), a.attstorage,
+           -- Since version 17 partitions have an identity from their parents.
+           CASE WHEN r.relpartbound IS NULL THEN nullif(a.attidentity::text, '') END, nullif(to_jsonb(a) ->> 'attgenerated', ''),
+           a.attstorage,
            nullif(to_jsonb(a) ->> 'attcompression', ''), nullif(to_jsonb(a) ->> 'attstattarget', '-1'),
-           
            -- Minor releases such as 15.20 note versions of columns there.
            (SELECT string_agg(o, ',' ORDER BY o) FROM unnest(a.attoptions) o WHERE o NOT LIKE 'pg\_attver=%'), array_to_string(a.attfdwoptions, ','),
            CASE WHEN a.attcollation <> t.typcollation THEN a.collation_name END)

@@ -1,7 +1,7 @@
-//! Rights on parameters (`GRANT SET ON PARAMETER … TO …`), which belong to the cluster and came with PostgreSQL 15.
+//! Rights on what belongs to the cluster: parameters (`GRANT SET ON PARAMETER … TO …`, since PostgreSQL 15) and tablespaces.
 //!
-//! A role that may set a parameter on the source and not on the target gets an error from a statement that it has always
-//! used. Rights that are missing are given; only those are taken away that both servers had the last time (see
+//! A role that may set a parameter on the source and not on the target, or make tables in a tablespace, gets an error from a
+//! statement that it has always used. Rights that are missing are given; only those are taken away that both servers had the last time (see
 //! [`super::carried`]), because whoever runs the target may have reasons of their own.
 
 use std::collections::{BTreeSet, HashSet};
@@ -14,13 +14,13 @@ use crate::ident::quote_ident;
 use crate::migration::made::{self, Journal};
 use crate::postgres::Control;
 
-/// The first version that has them.
-const SINCE: u32 = 150_000;
+/// The first version that has rights on parameters.
+const PARAMETERS_SINCE: u32 = 150_000;
 
 /// What belongs to the cluster's owner by itself, and what roles have that every server makes, is left out. The name is of the
 /// server's making: words of letters, digits and underscores, with dots between them.
-const GRANTED: &str = "\
-SELECT p.parname, coalesce(r.rolname::text, ''), a.privilege_type, a.is_grantable
+const ON_PARAMETERS: &str = "\
+SELECT 'PARAMETER ' || p.parname, coalesce(r.rolname::text, ''), a.privilege_type, a.is_grantable
   FROM pg_catalog.pg_parameter_acl p
  CROSS JOIN LATERAL pg_catalog.aclexplode(p.paracl) a
   LEFT JOIN pg_catalog.pg_roles r ON r.oid = a.grantee
@@ -28,13 +28,23 @@ SELECT p.parname, coalesce(r.rolname::text, ''), a.privilege_type, a.is_grantabl
    AND p.parname ~ '^[a-z_][a-z0-9_]*(\\.[a-z_][a-z0-9_]*)*$'
  ORDER BY 1, 2, 3";
 
+/// What the owner of a tablespace has by itself is left out.
+const ON_TABLESPACES: &str = "\
+SELECT 'TABLESPACE ' || pg_catalog.quote_ident(t.spcname), coalesce(r.rolname::text, ''), a.privilege_type, a.is_grantable
+  FROM pg_catalog.pg_tablespace t
+ CROSS JOIN LATERAL pg_catalog.aclexplode(t.spcacl) a
+  LEFT JOIN pg_catalog.pg_roles r ON r.oid = a.grantee
+ WHERE a.grantee <> t.spcowner AND (a.grantee = 0 OR r.oid IS NOT NULL AND r.oid <> 10 AND r.rolname !~ '^pg_')
+ ORDER BY 1, 2, 3";
+
 /// One right.
 #[derive(Clone, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
 pub(super) struct Right {
-    parameter: String,
+    /// `PARAMETER work_mem`, `TABLESPACE fast`.
+    object: String,
     /// Empty: PUBLIC.
     role: String,
-    /// `SET` or `ALTER SYSTEM`.
+    /// `SET`, `ALTER SYSTEM` or `CREATE`.
     privilege: String,
     grantable: bool,
 }
@@ -45,13 +55,13 @@ impl Right {
     }
 
     fn grant(&self) -> String {
-        let Self { parameter, privilege, grantable, .. } = self;
+        let Self { object, privilege, grantable, .. } = self;
         let option = if *grantable { " WITH GRANT OPTION" } else { "" };
-        format!("GRANT {privilege} ON PARAMETER {parameter} TO {}{option}", self.grantee())
+        format!("GRANT {privilege} ON {object} TO {}{option}", self.grantee())
     }
 
     fn revoke(&self) -> String {
-        format!("REVOKE {} ON PARAMETER {} FROM {}", self.privilege, self.parameter, self.grantee())
+        format!("REVOKE {} ON {} FROM {}", self.privilege, self.object, self.grantee())
     }
 }
 
@@ -64,11 +74,9 @@ pub(super) async fn copy(
     before: &BTreeSet<Right>,
     reports: &mut [RoleReport],
 ) -> Result<BTreeSet<Right>, RolesError> {
-    if from.version_num() < SINCE || to.version_num() < SINCE {
-        return Ok(BTreeSet::new());
-    }
-    let wanted = read(from, "source").await?;
-    let found: HashSet<Right> = read(to, "target").await?.into_iter().collect();
+    let with_parameters = from.version_num().min(to.version_num()) >= PARAMETERS_SINCE;
+    let wanted = read(from, "source", with_parameters).await?;
+    let found: HashSet<Right> = read(to, "target", with_parameters).await?.into_iter().collect();
     let here: HashSet<Right> = wanted.iter().cloned().collect();
     let (goes, stays): (HashSet<Right>, _) =
         found.into_iter().partition(|right| before.contains(right) && !here.contains(right));
@@ -84,8 +92,8 @@ pub(super) async fn copy(
         let made = MadeObject {
             side: Side::Target,
             database: None,
-            kind: made::PARAMETER_RIGHT.to_owned(),
-            name: format!("{} on {} {word} {}", right.privilege, right.parameter, right.grantee()),
+            kind: made::CLUSTER_RIGHT.to_owned(),
+            name: format!("{} on {} {word} {}", right.privilege, right.object, right.grantee()),
             undo: None,
             note,
         };
@@ -95,7 +103,7 @@ pub(super) async fn copy(
         match (done, report) {
             (Ok(()), Some(report)) if report.action == RoleAction::Unchanged => report.action = RoleAction::Altered,
             (Ok(()), _) => {}
-            // Answers of the server: no right to, no such parameter. The role can do without until it is set.
+            // Answers of the server: no right to, no such object. The role can do without until it is used.
             (Err(error), report) if error.as_db_error().is_some() => {
                 let why = error.as_db_error().map_or_else(String::new, |refusal| refusal.message().to_owned());
                 let warning = format!("{statement} was refused by the target: {why}");
@@ -105,11 +113,15 @@ pub(super) async fn copy(
                 }
             }
             (Err(source), _) => {
-                return Err(RolesError::Write { role: right.role, doing: "given rights on parameters", source });
+                return Err(RolesError::Write {
+                    role: right.role,
+                    doing: "given rights on parameters and tablespaces",
+                    source,
+                });
             }
         }
     }
-    let after = read(to, "target").await?.into_iter();
+    let after = read(to, "target", with_parameters).await?.into_iter();
     Ok(after.filter(|right| here.contains(right) || before.contains(right)).collect())
 }
 
@@ -121,11 +133,14 @@ fn missing(wanted: Vec<Right>, found: &HashSet<Right>) -> Vec<Right> {
     wanted.into_iter().filter(|right| !covers(right)).collect()
 }
 
-async fn read(control: &Control, server: &str) -> Result<Vec<Right>, RolesError> {
-    let rows = control.query(GRANTED, &[]).await;
-    let rows = rows.map_err(|source| RolesError::Read { server: server.to_owned(), source })?;
+async fn read(control: &Control, server: &str, with_parameters: bool) -> Result<Vec<Right>, RolesError> {
+    let failed = |source| RolesError::Read { server: server.to_owned(), source };
+    let mut rows = control.query(ON_TABLESPACES, &[]).await.map_err(failed)?;
+    if with_parameters {
+        rows.extend(control.query(ON_PARAMETERS, &[]).await.map_err(failed)?);
+    }
     let right = |row: &tokio_postgres::Row| Right {
-        parameter: row.get(0),
+        object: row.get(0),
         role: row.get(1),
         privilege: row.get(2),
         grantable: row.get(3),
@@ -138,7 +153,7 @@ mod tests {
     use super::*;
 
     fn right(role: &str, grantable: bool) -> Right {
-        Right { parameter: "work_mem".to_owned(), role: role.to_owned(), privilege: "SET".to_owned(), grantable }
+        Right { object: "PARAMETER work_mem".to_owned(), role: role.to_owned(), privilege: "SET".to_owned(), grantable }
     }
 
     #[test]
