@@ -435,3 +435,32 @@ fn kubernetes_manifests_start_the_program_that_there_is() {
     assert_eq!(cli::understands(&words), Ok(()));
     assert_eq!(words.last(), Some(&"/etc/pgcutover/pgcutover.toml"));
 }
+
+/// The unit starts what there is, and leaves its directory to a successor and to `pgcutover.socket`.
+#[test]
+fn the_unit_starts_the_program_that_there_is_and_leaves_its_sockets() {
+    let unit = fs::read_to_string(root().join("config/systemd/pgcutover.service")).unwrap();
+    let setting =
+        |key: &str| unit.lines().find_map(|line| line.strip_prefix(key)?.strip_prefix('=')).unwrap_or_default();
+    let started: Vec<&str> = setting("ExecStart").split(' ').collect();
+    assert_eq!(started[0], "/usr/bin/pgcutover");
+    assert_eq!(cli::understands(&started), Ok(()));
+    assert_eq!(setting("RuntimeDirectory"), "pgcutover");
+    assert_eq!(setting("RuntimeDirectoryPreserve"), "yes", "its end would remove the sockets of who goes on");
+    // The README's takeover is the same process otherwise.
+    let page = fs::read_to_string(root().join("README.md")).unwrap();
+    let command = page.split("sudo systemd-run ").nth(1).and_then(|rest| rest.split("```").next()).unwrap();
+    let (options, successor) = command.split_once("/usr/bin/").unwrap();
+    let successor: Vec<&str> = successor.split_whitespace().collect();
+    assert_eq!(cli::understands(&successor), Ok(()));
+    let others: Vec<&str> = successor.into_iter().filter(|word| *word != "--takeover").collect();
+    assert_eq!(others[1..], started[1..]);
+    for (option, key) in [("--service-type=", "Type"), ("--uid=", "User"), ("--gid=", "Group")] {
+        assert!(options.contains(&format!("{option}{} ", setting(key))), "{options}");
+    }
+    for key in ["LimitNOFILE", "NotifyAccess"] {
+        assert!(options.contains(&format!("-p {key}={} ", setting(key))), "{options}");
+    }
+    let socket = format!("takeover_socket = \"/run/{}/", setting("RuntimeDirectory"));
+    assert!(page.contains(&socket), "{socket}");
+}

@@ -417,7 +417,7 @@ impl Metrics {
             apply_rows: r.counters("apply_rows_total", "Rows applied from the stream.", &["operation"])?,
             slot_retained_wal_bytes: r.gauges(
                 "slot_retained_wal_bytes",
-                "Write-ahead log that a replication slot keeps on the source.",
+                "Write-ahead log that a replication slot keeps on the server that the changes come from.",
                 &slot,
             )?,
             slot_safe_wal_bytes: r.gauges(

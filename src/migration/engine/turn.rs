@@ -223,7 +223,7 @@ pub(super) async fn tombstones(context: &Context) -> Vec<Left> {
             let control = server.control(&context.config.control.database, "return").await.ok()?;
             fence::standing(&*control).await.ok()
         };
-        for Standing { fence, .. } in standing.await.unwrap_or_default() {
+        for Standing { fence, hard, .. } in standing.await.unwrap_or_default() {
             if fence.case.migration != context.live.name() {
                 continue;
             }
@@ -237,11 +237,16 @@ pub(super) async fn tombstones(context: &Context) -> Vec<Left> {
             };
             let reason = "tells who still uses this server where its databases have gone".to_owned();
             left.push(Left { object: made("fence_row", format!("pgcutover.fence {}", fence.case.epoch)), reason });
+            // What shuts a database depends on the rights of the role that did: so does what opens it.
+            let stays = if hard {
+                "stays shut and read-only by default on the server that was left; docs/runbook.md, \"When it is done \
+                 for good\", says how it is opened"
+            } else {
+                "stays read-only by default on the server that was left; ALTER DATABASE … RESET \
+                 default_transaction_read_only ends that"
+            };
             for database in &fence.case.databases {
-                let reason = "the databases of the server that was left stay shut and read-only; \
-                              ALTER DATABASE … ALLOW_CONNECTIONS true lets superusers in"
-                    .to_owned();
-                left.push(Left { object: made("fence", database.clone()), reason });
+                left.push(Left { object: made("fence", database.clone()), reason: stays.to_owned() });
             }
         }
     }

@@ -42,6 +42,10 @@ const REPLICA_ROLE: Definition = Definition {
     ..RIGHT
 };
 
+/// Neither stands for the other: the proxy knows passwords by the file, and the target's roles are made without.
+const NO_VERIFIERS: &str = "list the passwords in [auth] users_file, and set the same ones on the target by hand: the \
+                            service shows no verifiers";
+
 const VERIFIERS: Definition = Definition {
     code: "password_verifiers",
     worst: Outcome::Warning,
@@ -49,11 +53,7 @@ const VERIFIERS: Definition = Definition {
     evidence: "whether pg_authid can be read",
     fix: "GRANT SELECT ON pg_catalog.pg_authid TO the source's login role in the control database, log in as a superuser, or \
           set the same passwords on the target by hand",
-    hosted: Hosted::Words {
-        amazon: "set the same passwords on the target by hand, or list them in [auth] users: the service shows no verifiers",
-        azure: "set the same passwords on the target by hand, or list them in [auth] users: the service shows no verifiers",
-        google: "set the same passwords on the target by hand, or list them in [auth] users: the service shows no verifiers",
-    },
+    hosted: Hosted::Words { amazon: NO_VERIFIERS, azure: NO_VERIFIERS, google: NO_VERIFIERS },
     ..RIGHT
 };
 
