@@ -30,13 +30,22 @@ use super::handoff::{
     Blocker, HandoffError, ReplayReport, SessionState as State, apply_delta, capture, delta, replay, replay_and_plan,
 };
 use super::session::{End, Session, Step};
-use crate::postgres::{ConnectError, Frame, RawConnection, RawError};
+use crate::postgres::{ConnectError, Frame, RawError};
 use crate::switch::ServerRole;
 use crate::wire::frame::backend as server;
 use crate::wire::message;
 
 /// How long an old backend may take to hand over its last notifications and to close.
 const OLD_BACKEND: Duration = Duration::from_secs(1);
+
+/// Before the first of the backends that are left is closed.
+const BEFORE_CLOSING: Duration = Duration::from_millis(300);
+
+/// Between two of them.
+const BETWEEN_CLOSINGS: Duration = Duration::from_millis(10);
+
+/// So many have a moment of their own; with more sessions than this, several share one.
+const CLOSING_PLACES: u64 = 256;
 
 /// A backend on the other server, and the names that are needed to read the session's state.
 struct Opened {
@@ -456,6 +465,15 @@ fn append(buffer: &mut super::buffers::Buffer, frame: &Frame) {
     bytes.extend_from_slice(&(frame.body.len() as u32 + 4).to_be_bytes());
     bytes.extend_from_slice(&frame.body);
     buffer.append(&bytes);
+}
+
+/// Closes a backend of session `id` that is of no use any more, when the sessions that have just gone on have had a moment,
+/// and not together with all others: the end of a process costs its server, too. A link that is cut meanwhile, with this
+/// process or otherwise, ends it as well.
+async fn close_later(backend: Backend, id: u64) {
+    let place = u32::try_from(id % CLOSING_PLACES).unwrap_or_default();
+    tokio::time::sleep(BEFORE_CLOSING + BETWEEN_CLOSINGS * place).await;
+    close(backend).await;
 }
 
 async fn close(backend: Backend) {

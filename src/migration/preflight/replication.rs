@@ -147,7 +147,7 @@ const WAY_BACK: Definition = Definition {
     ..STREAMED
 };
 
-pub(super) const DEFINITIONS: [&Definition; 10] = [
+pub(super) const DEFINITIONS: [&Definition; 11] = [
     &WAL_LEVEL,
     &SLOTS,
     &SENDERS,

@@ -1,9 +1,7 @@
 //! The gate has opened on the other server: the session goes on there, with the backend that was prepared or with one that
 //! is opened and given its state now.
 
-use std::time::Duration;
-
-use super::{Moving, OLD_BACKEND, Opened, Stage, Unmoved, append, close, open};
+use super::{Moving, OLD_BACKEND, Opened, Stage, Unmoved, append, close_later, open};
 use crate::postgres::{Frame, RawConnection, RawError};
 use crate::proxy::backend::Backend;
 use crate::proxy::client_error::ClientError;
@@ -14,15 +12,6 @@ use crate::switch::{Epoch, Route, ServerRole};
 use crate::wire::frame::backend as server;
 use crate::wire::ledger::Ledger;
 use crate::wire::message;
-
-/// Before the first of the backends that are left is closed.
-const BEFORE_CLOSING: Duration = Duration::from_millis(300);
-
-/// Between two of them.
-const BETWEEN_CLOSINGS: Duration = Duration::from_millis(10);
-
-/// So many have a moment of their own; with more sessions than this, several share one.
-const CLOSING_PLACES: u64 = 256;
 
 impl Session {
     /// The gate is open and the session inside it; its backend is not where the database is now.
@@ -183,13 +172,4 @@ async fn last_words(connection: Option<&mut RawConnection>) -> Vec<Frame> {
 /// Process id of the backend that sent a notification.
 fn sender(frame: &Frame) -> Option<i32> {
     frame.body.first_chunk::<4>().map(|pid| i32::from_be_bytes(*pid))
-}
-
-/// Closes a backend of session `id` that is of no use any more, when the sessions that have just gone on have had a moment,
-/// and not together with all others: the end of a process costs its server, too. A link that is cut meanwhile, with this
-/// process or otherwise, ends it as well.
-async fn close_later(backend: Backend, id: u64) {
-    let place = u32::try_from(id % CLOSING_PLACES).unwrap_or_default();
-    tokio::time::sleep(BEFORE_CLOSING + BETWEEN_CLOSINGS * place).await;
-    close(backend).await;
 }
