@@ -263,7 +263,7 @@ pub(super) async fn tombstones(context: &Context) -> Vec<Left> {
 }
 
 /// Kinds of objects that are of use to streams only.
-const SERVED: [&str; 2] = [made::REPLICA_IDENTITY, "schema"];
+pub(super) const SERVED: [&str; 2] = [made::REPLICA_IDENTITY, "schema"];
 
 pub(super) fn is_stream(object: &MadeObject) -> bool {
     matches!(object.kind.as_str(), "slot" | "publication" | "event_trigger")
