@@ -12,7 +12,7 @@ use pgcutover::cutover::report::CutoverOutcome;
 use pgcutover::demo::cluster::Stop;
 use pgcutover::proxy::SessionState;
 use pgcutover::switch::ServerRole;
-use support::stage::Stage;
+use support::stage::{NAME, Stage};
 use support::{connect, connect_with, try_connect, wait_for};
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 use tokio::net::TcpStream;
@@ -90,6 +90,36 @@ impl Crowd {
             };
         }
     }
+}
+
+/// Nobody has asked for the database before the cutover begins; one session does while it is prepared.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_cutover_whose_task_dies_leaves_nothing_of_a_session_that_came_meanwhile() {
+    let stage = Stage::set().await;
+    let failpoints = "prepare.before_fence=hold;drain.after_applied=hold;decide.before_boundary=panic";
+    let life = stage.life_with_proxy(failpoints).resolved().await;
+    let (coordinator, options) = (life.coordinator.clone(), life.options());
+    assert!(life.switchboard.existing("shop").is_none(), "nobody has asked for it");
+    let running = tokio::spawn(async move { coordinator.run(NAME, options).await });
+    wait_for("the sessions to be prepared", || async { life.failpoints.is_held("prepare.before_fence") }).await;
+    let late = connect_with(&life.client("late")).await;
+    late.batch_execute("SELECT 1").await.expect("is let in");
+    life.failpoints.release("prepare.before_fence");
+    wait_for("the drain", || async { life.failpoints.is_held("drain.after_applied") }).await;
+
+    let target = connect(&stage.target, "postgres").await;
+    let prepared = async || {
+        let ours = "SELECT count(*) FROM pg_stat_activity WHERE datname = 'shop' AND backend_type = 'client backend'
+                       AND application_name NOT LIKE 'pgcutover/%'";
+        target.query_one(ours, &[]).await.expect("readable").get::<_, i64>(0)
+    };
+    assert!(prepared().await > 0, "it would be moved");
+    life.failpoints.release("drain.after_applied");
+    let died = running.await.expect("it is another task that dies").expect_err("and that is said").to_string();
+    assert!(died.contains("task died"), "{died}");
+    wait_for("the gate to open", || async { life.runs_on(ServerRole::Source, 0) }).await;
+    wait_for("what was prepared to be closed", || async { prepared().await == 0 }).await;
+    assert_eq!(port(&late).await, i32::from(stage.source.port()));
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

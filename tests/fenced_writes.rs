@@ -159,6 +159,44 @@ async fn an_aborted_rollback_is_no_end_of_the_watch() {
     assert_eq!((slots(&world.source).await, slots(&world.target).await), (1, 1));
 }
 
+/// A soft fence does not hold whoever was there before, only our locks do. What waits for one of them is written behind
+/// all that the stream has brought over, and nothing brings it over any more.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn who_has_waited_for_the_locks_of_a_cutover_writes_on_the_server_that_was_left_alone() {
+    let mut world = World::begin_with(0.01, |options| options.section("control", "fence = \"soft\"")).await;
+    world.migrate().await;
+    // Time for the stranger to come before it is decided, and for a stream that goes on to bring its row over.
+    world.daemon.set_failpoints("decide.before_boundary=sleep:5000;engine.after_state=sleep:1000");
+    world.daemon.restart();
+    world.wait_until(READY).await;
+    let (admin, stranger) = (connect(&world.source, "postgres").await, connect(&world.source, SHOP).await);
+    let pid: i32 = stranger.query_one("SELECT pg_backend_pid()", &[]).await.expect("answers").get(0);
+
+    let mut order = world.daemon.begin(&["migration", "cutover", NAME]);
+    let locked = "SELECT EXISTS (SELECT FROM pg_locks l JOIN pg_database d ON d.oid = l.database
+                                  WHERE d.datname = 'shop' AND l.locktype = 'relation'
+                                    AND l.mode = 'ExclusiveLock' AND l.granted)";
+    wait_for("the tables to be locked", || async {
+        admin.query_one(locked, &[]).await.expect("readable").get::<_, bool>(0)
+    })
+    .await;
+    let write = "INSERT INTO shop.film (id, title, rate, length, languages)
+                 VALUES (900000001, 'never shown', 1, '1 hour', '{}')";
+    let writing = tokio::spawn(async move { stranger.batch_execute(write).await });
+    let waits = "SELECT wait_event_type IS NOT DISTINCT FROM 'Lock' FROM pg_stat_activity WHERE pid = $1";
+    wait_for("the stranger to wait", || async {
+        admin.query_one(waits, &[&pid]).await.expect("connected").get::<_, bool>(0)
+    })
+    .await;
+    assert!(order.wait().expect("it ends").success(), "{}", world.daemon.log());
+    writing.await.expect("no panic").expect("nothing else is in its way");
+    world.wait_until(COMPLETED).await;
+    wait_until_found(&world, &[film("source", 1, "insert", 1)]).await;
+    let target = connect(&world.target, SHOP).await;
+    let brought = "SELECT count(*) FROM shop.film WHERE id > 900000000";
+    assert_eq!(target.query_one(brought, &[]).await.expect("readable").get::<_, i64>(0), 0);
+}
+
 /// Work that goes through the door of a fenced database is ended at any moment by who completes or retries a migration.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn who_is_called_away_on_the_doorstep_leaves_no_door_open() {

@@ -4,7 +4,7 @@
 //! it: every write names the generation and must hit its row, so an engine that was replaced without noticing changes
 //! nothing.
 
-use std::collections::HashSet;
+use std::collections::{HashMap, HashSet};
 use std::sync::Arc;
 
 use tokio::sync::Mutex;
@@ -328,6 +328,25 @@ impl MigrationCatalog {
                 finished_at: row.get(6),
             })
             .collect())
+    }
+
+    /// Databases of a migration that one which was accepted later has, too, and may be using: its name by theirs.
+    pub async fn taken_over(&self, name: &str) -> Result<HashMap<String, String>, CatalogError> {
+        let client = self.client().await?;
+        let rows = client
+            .query(
+                "SELECT mine.database, later.name
+                 FROM pgcutover.migration own
+                 JOIN pgcutover.migration_database mine ON mine.migration = own.name
+                 JOIN pgcutover.migration_database d ON d.database = mine.database
+                 JOIN pgcutover.migration later ON later.name = d.migration AND later.created_at > own.created_at
+                 WHERE own.name = $1 AND later.state NOT IN ('Cancelled', 'Closed')
+                   AND NOT (later.state = 'Completed' AND d.step = 'Waiting')",
+                &[&name],
+            )
+            .await
+            .map_err(|source| CatalogError::query("look for later migrations of the same databases", source))?;
+        Ok(rows.iter().map(|row| (row.get(0), row.get(1))).collect())
     }
 
     /// Makes a change of state durable. `finished` also sets the time at which the migration ended.

@@ -70,6 +70,8 @@ struct Running {
     cancel: CancellationToken,
     /// Set when it has ended.
     report: Option<CutoverReport>,
+    /// Its databases, and where they ran when it began; none once it has ended.
+    served: Vec<(Arc<Database>, Arc<Route>)>,
 }
 
 /// The running cutover of a migration, or its last one.
@@ -105,6 +107,7 @@ impl Coordinator {
     pub fn start(deps: CoordinatorDeps) -> Arc<Self> {
         let resolver = Resolver::new(
             deps.switchboard.clone(),
+            deps.sessions.clone(),
             deps.engine.clone(),
             deps.source.clone(),
             deps.target.clone(),
@@ -155,8 +158,6 @@ impl Coordinator {
     ) -> Result<CutoverReport, CutoverError> {
         let (report, answer) = oneshot::channel();
         let (coordinator, name) = (self.clone(), migration.to_owned());
-        let served: Vec<(Arc<Database>, Arc<Route>)> =
-            self.deps.switchboard.all().into_iter().map(|database| (database.clone(), database.route())).collect();
         self.deps.tasks.spawn(async move {
             let inner = {
                 let (coordinator, name) = (coordinator.clone(), name.clone());
@@ -167,7 +168,7 @@ impl Coordinator {
                 Err(died) => {
                     tracing::error!(migration = name, error = %died, "the cutover's task died; settling what it left");
                     coordinator.resolver.clone().resolve_until_settled(&coordinator.deps.tasks).await;
-                    coordinator.forget(&name, &served);
+                    coordinator.forget(&name);
                     Err(CutoverError::Unexpected("the cutover's task died; what it left was settled".to_owned()))
                 }
             };
@@ -177,10 +178,11 @@ impl Coordinator {
         answer.await.unwrap_or(Err(CutoverError::Stopped("pgcutover is stopping")))
     }
 
-    /// Takes back what nobody but this process remembers of a cutover whose task died. Where it was not decided, sessions stay on
-    /// the server that `served` before, and what they have on the other one is closed.
-    fn forget(&self, migration: &str, served: &[(Arc<Database>, Arc<Route>)]) {
-        self.running().remove(migration);
+    /// Takes back what nobody but this process remembers of a cutover whose task died. Where it was not decided,
+    /// sessions stay on the server that served before, and what they have on the other one is closed. Databases that
+    /// nobody is let into yet are left to whoever opens them.
+    fn forget(&self, migration: &str) {
+        let served = self.running().remove(migration).map(|running| running.served).unwrap_or_default();
         let stayed = served.iter().filter(|(database, before)| database.route() == *before && !is_closed(database));
         let stayed: Vec<String> = stayed
             .map(|(database, _)| {
@@ -279,7 +281,7 @@ impl Coordinator {
         let (progress, seen) =
             watch::channel(Some(CutoverProgress { direction, epoch: 0, phase, elapsed_ms: 0, paused_ms: None }));
         let cancel = CancellationToken::new();
-        let running = Running { progress: seen, cancel: cancel.clone(), report: None };
+        let running = Running { progress: seen, cancel: cancel.clone(), report: None, served: Vec::new() };
         // Before anything that may wait for somebody: what is shown can be stopped.
         let earlier = self.running().insert(migration.to_owned(), running);
         let orders = Orders { cancel, tasks: self.deps.tasks.clone() };
@@ -300,6 +302,12 @@ impl Coordinator {
                 return Err(error);
             }
         };
+        // Made here where nobody has asked for them yet: sessions that come while it is prepared are to be found too.
+        let databases = lease.databases().into_iter().map(|name| self.deps.switchboard.database(&name));
+        let served = databases.map(|database| (database.clone(), database.route())).collect();
+        if let Some(running) = self.running().get_mut(migration) {
+            running.served = served;
+        }
         let mut leaves_chores = Arc::<AtomicBool>::default();
         let report = match Box::pin(self.accept(sides, migration, options, lease.clone(), orders, progress)).await {
             Ok(work) => {
@@ -318,6 +326,7 @@ impl Coordinator {
         report.count(&self.deps.metrics, options.max_pause);
         if let Some(running) = self.running().get_mut(migration) {
             running.report = Some(report.clone());
+            running.served.clear();
         }
         tracing::info!(migration, outcome = ?report.outcome, pause_ms = report.pause_ms, reason = report.reason, "cutover ended");
         if self.deps.switchboard.all().iter().any(|database| is_closed(database)) {

@@ -23,6 +23,7 @@ use crate::catalog::decision::{self, Case, Outcome};
 use crate::catalog::resolve::{self, Verdict};
 use crate::catalog::{fence, migrations};
 use crate::postgres::{Connector, Control};
+use crate::proxy::Sessions;
 use crate::shutdown::Tasks;
 use crate::switch::{Database, Epoch, Route, ServerRole, Switchboard};
 
@@ -32,6 +33,7 @@ const TRY_AGAIN: Duration = Duration::from_millis(500);
 /// See the module.
 pub(super) struct Resolver {
     switchboard: Arc<Switchboard>,
+    sessions: Arc<Sessions>,
     engine: Arc<dyn Engine>,
     source: Connector,
     target: Connector,
@@ -60,6 +62,7 @@ struct Readable {
 impl Resolver {
     pub(super) fn new(
         switchboard: Arc<Switchboard>,
+        sessions: Arc<Sessions>,
         engine: Arc<dyn Engine>,
         source: Connector,
         target: Connector,
@@ -67,6 +70,7 @@ impl Resolver {
     ) -> Self {
         Self {
             switchboard,
+            sessions,
             engine,
             source,
             target,
@@ -284,15 +288,35 @@ impl Resolver {
         let elsewhere = resolve::resolve("", source, target);
         let mut known = matches!(elsewhere, Verdict::Active { .. });
         self.switchboard.set_initial(route(&elsewhere));
+        let mut verdicts = Vec::new();
         for database in self.switchboard.all().into_iter().filter(|database| is_closed(database)) {
             let verdict = match unsettled.get(database.name()) {
                 Some(reason) => Verdict::Refuse { reason: reason.clone() },
                 None => resolve::resolve(database.name(), source, target),
             };
             known &= matches!(verdict, Verdict::Active { .. });
-            apply(&database, &verdict);
+            verdicts.push((database, verdict));
+        }
+        self.forget_cutovers(&verdicts);
+        for (database, verdict) in &verdicts {
+            apply(database, verdict);
         }
         known
+    }
+
+    /// Where a cutover came to nothing, sessions go on at the epoch at which they were stopped: they must find nothing
+    /// of what they had prepared for it.
+    fn forget_cutovers(&self, verdicts: &[(Arc<Database>, Verdict)]) {
+        let mut stayed = Vec::new();
+        for (database, verdict) in verdicts {
+            if matches!(verdict, Verdict::Active { epoch, .. } if *epoch == database.epoch()) {
+                database.set_return_window(None);
+                stayed.push(database.name().to_owned());
+            }
+        }
+        if !stayed.is_empty() {
+            self.sessions.discard_moves(&stayed);
+        }
     }
 
     /// Fences that stand since a decision: lifted where a later one has brought the databases back, or the migration was

@@ -311,12 +311,13 @@ impl Decided {
         }
         work.pass("switch.after_note").await;
         work.let_sessions_go_on().await;
-        // Our locks on the tables of the old server are of no use to anybody now.
-        work.lines.iter_mut().for_each(|line| line.sessions = None);
         if let Err(reason) = work.lease.finish(Outcome::Decided).await {
             tracing::error!(reason, "the engine could not finish the migration; the next start tries again");
             work.notes.push(format!("the engine could not finish the migration: {reason}"));
         }
+        // Not before the stream has ended: whoever waits for our locks on the tables of the old server writes as soon as
+        // they are gone, and that would be applied to the server which is in use.
+        work.lines.iter_mut().for_each(|line| line.sessions = None);
         work.pass("switch.after_finish").await;
         work.report(CutoverOutcome::Switched, None)
     }

@@ -8,6 +8,7 @@ mod faults;
 mod fixes;
 mod history;
 mod source;
+mod successors;
 #[path = "../support/mod.rs"]
 mod support;
 mod tables;

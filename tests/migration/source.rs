@@ -4,7 +4,9 @@ use std::collections::BTreeSet;
 use std::sync::Mutex;
 use std::time::Duration;
 
+use pgcutover::catalog::decision::Outcome;
 use pgcutover::demo::cluster::Stop;
+use pgcutover::switch::Epoch;
 
 use crate::support::{connect, wait_for};
 use crate::world::{World, create, reach, spec};
@@ -78,6 +80,36 @@ async fn a_migration_that_has_failed_does_not_fill_the_disk_either() {
         .await;
     wait_for("the reason", || async {
         running.engine.show("idle").is_ok_and(|view| view.error.is_some_and(|error| error.code == "wal_limit"))
+    })
+    .await;
+    running.stop().await;
+}
+
+/// Nobody reads the slot that watches the server that was left, and that goes on writing.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_watch_that_keeps_too_much_is_given_up_with_its_slot() {
+    let world = World::same_major().with(|config| config.migration.max_retained_wal_bytes = Some(32 << 20));
+    world.furnish("shop").await;
+    let running = world.engine("watch.after_start=hang");
+    create(&running, spec("left", &["shop"])).await;
+    reach(&running, "left", "WaitingForCutoverTrigger").await;
+    let lease = running.engine.begin_cutover("left").await.expect("ready");
+    lease.prepare_return(Epoch(1)).await.expect("prepared");
+    lease.finish(Outcome::Decided).await.expect("recorded");
+    reach(&running, "left", "Completed").await;
+    wait_for("the watch", || std::future::ready(running.failpoints.is_held("watch.after_start"))).await;
+    let source = connect(&world.source, "shop").await;
+    let slots: i64 = source.query_one(SLOTS, &[]).await.expect("count").get(0);
+    assert_eq!(slots, 1, "it watches");
+    let write = "SELECT pg_logical_emit_message(false, 'bulk', repeat('x', 1024 * 1024)) FROM generate_series(1, 40)";
+    source.batch_execute(write).await.expect("written");
+    wait_for("the slot to go", || async { source.query_one(SLOTS, &[]).await.expect("count").get::<_, i64>(0) == 0 })
+        .await;
+    wait_for("the reason", || async {
+        let view = running.engine.show("left").expect("known");
+        let watch = view.databases[0].fence_watch.as_ref();
+        let why = watch.and_then(|watch| watch.trouble.as_deref());
+        why.is_some_and(|why| why.contains("max_retained_wal"))
     })
     .await;
     running.stop().await;

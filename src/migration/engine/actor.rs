@@ -162,6 +162,10 @@ impl Actor {
             Outcome::Decided => Event::CutoverDecided,
             Outcome::Aborted => Event::CutoverAborted,
         };
+        if outcome == Outcome::Decided {
+            // Recorded or not: sessions write on the other server now, and nothing is applied over that.
+            self.stop_work().await;
+        }
         let settled = self.ordered(event).await;
         if settled.is_err() {
             self.unfinished = Some(Unfinished::Verdict(outcome));

@@ -8,6 +8,7 @@ use std::time::Duration;
 
 use super::context::Context;
 use super::error::WorkError;
+use super::turn::SERVED;
 use crate::catalog::door::Door;
 use crate::catalog::journal::{Journal, MadeObject, Side};
 use crate::migration::ddl;
@@ -50,6 +51,7 @@ pub(super) async fn undo(
     let mut objects: Vec<MadeObject> = journal.list().await?.into_iter().filter(chosen).collect();
     objects.reverse();
     objects.sort_by_key(rank);
+    let taken_over = context.catalog.taken_over(context.live.name()).await?;
     let mut sessions = Sessions { context, shut, open: HashMap::new() };
     let mut undone = Undone { report: CancelReport::default(), complete: true };
     // Where tables are still published, updates of those without an identity would fail.
@@ -66,6 +68,14 @@ pub(super) async fn undo(
             undone.report.left.push(Left { object, reason });
             continue;
         };
+        // It found that made, and needs it all the same.
+        let heir = object.database.as_ref().and_then(|database| taken_over.get(database));
+        if let Some(heir) = heir.filter(|_| SERVED.contains(&object.kind.as_str())) {
+            undone.complete = false;
+            let reason = format!("migration {heir:?} needs it; complete or cancel that one first");
+            undone.report.left.push(Left { object, reason });
+            continue;
+        }
         context.failpoints.hit("engine.before_undo").await?;
         match sessions.remove(&object, &sql).await {
             Ok(()) => {

@@ -118,32 +118,46 @@ impl FenceWatch<'_> {
         loop {
             let watch = watched.borrow_and_update().clone();
             // What was being looked at is looked at again from where it was kept.
-            tokio::select! {
-                changed = watched.changed() => if changed.is_err() { return },
-                () = self.over(watch) => {}
-            }
+            let why = tokio::select! {
+                changed = watched.changed() => {
+                    if changed.is_err() {
+                        return;
+                    }
+                    continue;
+                }
+                why = self.over(watch.as_ref()) => why,
+            };
+            // Not beside the wait for a change: that it has ended is one, and its slot would stay.
+            self.give_up(watch.as_ref(), &why).await;
         }
     }
 
-    async fn over(&self, watch: Option<Watch>) {
+    /// Resolves with the reason once the watch must not go on.
+    async fn over(&self, watch: Option<&Watch>) -> String {
         let Some(watch) = watch else {
             self.show(None);
             return std::future::pending().await;
         };
-        if let Some(why) = watch.ended {
-            self.show(Some(Looking::No(why)));
+        if let Some(why) = &watch.ended {
+            self.show(Some(Looking::No(why.clone())));
             return std::future::pending().await;
         }
         let retained = tokio::select! {
-            never = self.patiently(&watch) => match never {},
-            retained = self.guard(&watch) => retained,
+            never = self.patiently(watch) => match never {},
+            retained = self.guard(watch) => retained,
         };
-        let why = format!(
+        format!(
             "the {} kept {} MB of write-ahead log for it (migration.max_retained_wal)",
             self.label(),
             retained >> 20
-        );
-        if let Err(error) = end(self.context, self.live, self.server(), &why).await {
+        )
+    }
+
+    /// Tries until the slot is gone, or something else is to be watched. For one that stays, all WAL is kept.
+    async fn give_up(&self, watch: Option<&Watch>, why: &str) {
+        let slot = watch.map(|watch| watch.slot.clone());
+        while self.live.fenced.watched_slot() == slot {
+            let Err(error) = end(self.context, self.live, self.server(), why).await else { return };
             self.show(Some(Looking::No(describe(&error))));
             tokio::time::sleep(GUARD).await;
         }

@@ -88,6 +88,11 @@ impl FencedLive {
     pub(super) fn set_watch(&self, watch: Option<Watch>) {
         self.watch.send_if_modified(|watched| std::mem::replace(watched, watch.clone()) != watch);
     }
+
+    /// The slot that watches, or did so until the watch was given up.
+    pub(super) fn watched_slot(&self) -> Option<String> {
+        self.watch.borrow().as_ref().map(|watch| watch.slot.clone())
+    }
 }
 
 /// Whether somebody looks at what is written on the server that was left.

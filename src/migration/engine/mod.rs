@@ -124,6 +124,8 @@ pub struct Engine {
     verdicts: Mutex<HashMap<String, Outcome>>,
     /// Held while a cutover begins: an earlier verdict must not be told to it.
     begins: tokio::sync::Mutex<()>,
+    /// Held while a migration is accepted: of two that want the same database one must see the other.
+    creates: tokio::sync::Mutex<()>,
     /// Why it is not the owner, as logged last.
     last_reason: Mutex<String>,
     /// One budget of connections for every database of every migration.
@@ -169,6 +171,7 @@ impl Engine {
             changes: watch::Sender::new(0),
             verdicts: Mutex::default(),
             begins: tokio::sync::Mutex::default(),
+            creates: tokio::sync::Mutex::default(),
             last_reason: Mutex::default(),
         });
         let owning = engine.clone();
@@ -187,6 +190,7 @@ impl Engine {
             spec.databases = self.all_databases().await?;
         }
         spec.databases.sort();
+        let _only = self.creates.lock().await;
         self.check(&spec)?;
         let name = spec.name.to_string();
         let databases: Vec<NewDatabase> = spec
@@ -382,23 +386,17 @@ impl Engine {
             return bad(format!("database {:?} is named twice", pair[0]));
         }
         for entry in self.entries() {
-            let live = entry.live;
-            let over = match live.state() {
-                State::Cancelled | State::Closed => true,
-                // A validation alone has begun nothing.
-                State::Completed => {
-                    !live.databases.iter().any(|database| database.step() > Step::Waiting && database.current().flows())
-                }
-                _ => false,
-            };
-            if over {
+            let (live, state) = (&entry.live, entry.live.state());
+            // Whatever else has come to its end still has to undo what the next one would find made, and need.
+            let only_validated =
+                state == State::Completed && live.databases.iter().all(|database| database.step() == Step::Waiting);
+            if only_validated || matches!(state, State::Cancelled | State::Closed) {
                 continue;
             }
             if let Some(taken) = spec.databases.iter().find(|name| live.database(name).is_some()) {
-                return bad(format!(
-                    "database {taken:?} is being migrated by {:?} already; cancel that migration first, or complete it if it was cut over",
-                    live.name()
-                ));
+                let name = live.name();
+                let order = if matches!(state, State::Completed | State::Closing) { "complete" } else { "cancel" };
+                return bad(format!("database {taken:?} belongs to migration {name:?}; {order} that migration first"));
             }
         }
         Ok(())

@@ -55,10 +55,7 @@ pub(super) async fn prepare(context: &Context, epoch: Epoch) -> Result<Option<St
 
 /// The slots that watch the server which is fenced now. A cutover leads back to it, and ends the watch.
 pub(super) fn watching(live: &Live) -> Vec<String> {
-    live.databases
-        .iter()
-        .filter_map(|live| live.fenced.watch.borrow().as_ref().map(|watch| watch.slot.clone()))
-        .collect()
+    live.databases.iter().filter_map(|live| live.fenced.watched_slot()).collect()
 }
 
 /// Why `server` cannot send so many streams, in words for the operator. The slots of `spare` count as free.
@@ -268,7 +265,7 @@ pub(super) async fn tombstones(context: &Context) -> Vec<Left> {
 }
 
 /// Kinds of objects that are of use to streams only.
-const SERVED: [&str; 2] = [made::REPLICA_IDENTITY, "schema"];
+pub(super) const SERVED: [&str; 2] = [made::REPLICA_IDENTITY, "schema"];
 
 pub(super) fn is_stream(object: &MadeObject) -> bool {
     matches!(object.kind.as_str(), "slot" | "publication" | "event_trigger")
