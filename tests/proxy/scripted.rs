@@ -286,6 +286,7 @@ impl Backend {
                 self.session = self.startup.clone();
                 return done("RESET");
             }
+            "RESET ROLE" => return done("RESET"),
             "DISCARD ALL" => {
                 self.session = self.startup.clone();
                 self.statements.clear();
@@ -333,7 +334,7 @@ impl Backend {
             let own = self.statements.iter().filter(|(name, _)| !name.is_empty() && *name != "pgcutover_handoff");
             return Some(own.map(|(name, text)| vec![word(name), word(text), word("f"), word("")]).collect());
         }
-        if text == "RESET ROLE; SELECT pg_catalog.pg_my_temp_schema()" {
+        if text == "SELECT pg_catalog.pg_my_temp_schema()" {
             return Some(vec![vec![word("0")]]);
         }
         if text == "SELECT pg_catalog.pg_backend_pid()" {

@@ -1,7 +1,7 @@
 //! The gate has opened on the other server: the session goes on there, with the backend that was prepared or with one that
 //! is opened and given its state now.
 
-use super::{Moving, OLD_BACKEND, Opened, Stage, Unmoved, append, close_later, open};
+use super::{Moving, OLD_BACKEND, Opened, Stage, Unmoved, append, close, close_later, open};
 use crate::postgres::{Frame, RawConnection, RawError};
 use crate::proxy::backend::Backend;
 use crate::proxy::client_error::ClientError;
