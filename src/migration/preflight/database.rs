@@ -190,8 +190,7 @@ impl Database<'_> {
         match self.session.query(finding.query.replace("{ours}", OURS).as_str(), &[]).await {
             Ok(rows) => {
                 let statements = rows.iter().filter_map(|row| row.get::<_, Option<String>>(1));
-                let server = finding.definition.on;
-                let statements = statements.map(|sql| Statement { server, ..self.statement(sql) }).collect();
+                let statements = statements.map(|sql| self.statement(sql)).collect();
                 let found = rows.iter().map(|row| row.get(0)).collect();
                 let outcome = finding.to_superusers.filter(|_| self.target_superuser);
                 rule.mended_by(statements).unless_any(outcome.unwrap_or(finding.definition.worst), found)

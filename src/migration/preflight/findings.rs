@@ -6,7 +6,6 @@
 use super::Outcome;
 use super::database::Finding;
 use super::definition::{Apply, Definition, Hosted, When};
-use crate::catalog::journal::Side;
 
 pub(super) const FINDINGS: &[Finding] = &[
     Finding {
@@ -215,13 +214,11 @@ pub(super) const FINDINGS: &[Finding] = &[
             worst: Outcome::Warning,
             why: "security labels of roles and databases belong to the cluster and are not carried over: what a provider hides by \
                   them would be seen on the target",
-            evidence: "the roles and databases, and the providers",
+            evidence: "the roles and databases, the providers and the labels",
             fix: "SECURITY LABEL … ON ROLE … (or DATABASE) on the target before the cutover",
-            apply: Apply::Refused("the roles come with the migration"),
-            on: Side::Target,
             ..Finding::DEFINITION
         },
-        query: "SELECT format('%s, by provider %I', o.name, l.provider), format('SECURITY LABEL FOR %I ON %s IS %L', l.provider, o.name, l.label) \
+        query: "SELECT format('%s, by provider %I: %s', o.name, l.provider, l.label), NULL \
                 FROM pg_shseclabel l JOIN LATERAL (\
                 SELECT format('ROLE %I', rolname) FROM pg_roles WHERE oid = l.objoid AND l.classoid = 'pg_authid'::regclass UNION ALL \
                 SELECT format('DATABASE %I', datname) FROM pg_database WHERE oid = l.objoid AND l.classoid = 'pg_database'::regclass \
