@@ -166,7 +166,7 @@ async fn who_has_waited_for_the_locks_of_a_cutover_writes_on_the_server_that_was
     let mut world = World::begin_with(0.01, |options| options.section("control", "fence = \"soft\"")).await;
     world.migrate().await;
     // Time for the stranger to come before it is decided, and for a stream that goes on to bring its row over.
-    world.daemon.set_failpoints("decide.before_boundary=sleep:5000;engine.after_state=sleep:1000");
+    world.daemon.set_failpoints("decide.before_boundary=sleep:5000ms;engine.after_state=sleep:1000ms");
     world.daemon.restart();
     world.wait_until(READY).await;
     let (admin, stranger) = (connect(&world.source, "postgres").await, connect(&world.source, SHOP).await);
