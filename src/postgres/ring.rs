@@ -3,7 +3,8 @@
 //! A thread that relays small messages spends its time in system calls, one for each message that it reads or writes, and
 //! one to wait. A [`Ring`] gathers them: a [`Socket`] only notes what it wants; when every task that could run has run, the
 //! ring's own task ([`Ring::drive`]) submits all of it at once. The runtime goes on waiting as it always does: to its
-//! poller, the ring is one more descriptor that becomes readable.
+//! poller, the ring is one more descriptor that becomes readable. What comes while it sleeps ends the wait before that, and
+//! is looked at when the thread wakes ([`Ring::look`]).
 //!
 //! ```text
 //! the runtime wakes ─▶ drive: looks at the answers, wakes the tasks ─▶ tasks read what came, note what they send

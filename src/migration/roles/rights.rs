@@ -1,8 +1,8 @@
 //! Rights on what belongs to the cluster: parameters (`GRANT SET ON PARAMETER … TO …`, since PostgreSQL 15) and tablespaces.
 //!
 //! A role that may set a parameter on the source and not on the target, or make tables in a tablespace, gets an error from a
-//! statement that it has always used. Rights that are missing are given; only those are taken away that both servers had the last time (see
-//! [`super::carried`]), because whoever runs the target may have reasons of their own.
+//! statement that it has always used. Rights that are missing are given; only those are taken away that both servers had the
+//! last time (see [`super::carried`]), because whoever runs the target may have reasons of their own.
 
 use std::collections::{BTreeSet, HashSet};
 
