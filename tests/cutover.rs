@@ -127,7 +127,9 @@ async fn during_the_fence_roles_with_their_own_setting_are_read_only_too() {
     let life = stage.life("prepare.after_fence=hold;pause.after_gate=error").resolved().await;
     let database = life.switchboard.database("shop");
     let running = life.cut_over_up_to("prepare.after_fence", life.options()).await;
-    let window = database.prepare_window().expect("opened before the fence commits");
+    let opened = database.prepare_window().expect("opened before the fence commits");
+    let (server, window) = &*opened;
+    assert_eq!(*server, ServerRole::Source);
     assert_eq!((window.earlier_read_only_of("postgres"), window.earlier_read_only_of("reader")), ("off", "on"));
     for role in ["postgres", "writer"] {
         let mut config = stage.source.config("shop");

@@ -122,6 +122,45 @@ async fn a_cutover_whose_task_dies_leaves_nothing_of_a_session_that_came_meanwhi
     assert_eq!(port(&late).await, i32::from(stage.source.port()));
 }
 
+/// A login that is on its way when the pause begins: the soft fence stands, and stays until the abort lifts it.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn who_logs_in_as_the_pause_begins_may_write_when_it_was_aborted() {
+    let stage = Stage::set().await;
+    let delay_logins = async |delay: &str| {
+        stage.source.configure(&[("pre_auth_delay", delay)]).expect("writable");
+        stage.source.reload();
+        wait_for("the setting to be read", || async {
+            let client = connect(&stage.source, "postgres").await;
+            client.query_one("SHOW pre_auth_delay", &[]).await.expect("shown").get::<_, &str>(0) == delay
+        })
+        .await;
+    };
+    for pool in [None, Some(1)] {
+        let failpoints = "prepare.after_fence=hold;drain.after_marker=error";
+        let life = match pool {
+            None => stage.life_with_proxy(failpoints),
+            Some(size) => stage.life_with_pool(failpoints, size),
+        };
+        let life = life.resolved().await;
+        let running = life.cut_over_up_to("prepare.after_fence", life.options()).await;
+        delay_logins("1s").await;
+        let config = life.client("late");
+        let logging_in = tokio::spawn(async move { connect_with(&config).await });
+        let database = life.switchboard.database("shop");
+        wait_for("a login to be on its way", || async { database.inside() > 0 }).await;
+        life.failpoints.release("prepare.after_fence");
+        let report = running.await.expect("no panic");
+        assert_eq!(report.outcome, CutoverOutcome::Aborted, "{report:?}");
+        let client = logging_in.await.expect("let in");
+        let shown = client.query_one("SHOW default_transaction_read_only", &[]).await.expect("shown");
+        assert_eq!(shown.get::<_, &str>(0), "off", "{pool:?}");
+        client.batch_execute("INSERT INTO item (name) VALUES ('late')").await.expect("nothing is fenced any more");
+        drop(client);
+        delay_logins("0").await;
+        life.stop().await;
+    }
+}
+
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn clients_at_work_and_clients_that_come_and_go_see_no_error() {
     let stage = Stage::set().await;

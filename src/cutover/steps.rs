@@ -301,6 +301,7 @@ impl Decided {
         }
         let (to, epoch) = (work.to.role, work.case.epoch);
         work.open_gates(to, |_| epoch);
+        work.lines.iter().for_each(|line| line.gate.set_prepare_window(None));
         work.pass("switch.after_open").await;
         work.give_back().await;
         if let Err(error) = work.advance(Event::Finished) {
@@ -479,7 +480,7 @@ impl Work {
         self.undo.fence = Some(fence.clone());
         for Before { saved, window, .. } in before {
             if let Some(line) = self.lines.iter().find(|line| line.name == saved.name) {
-                line.gate.set_prepare_window(Some(window));
+                line.gate.set_prepare_window(Some((self.from.role, window)));
             }
         }
         for role in soft_fence::raise(&mut self.from.control, &fence).await? {
@@ -498,7 +499,6 @@ impl Work {
                 Reads::Pause => line.gate.fence(),
                 Reads::Continue => line.gate.fence_writers(),
             }
-            line.gate.set_prepare_window(None);
         }
         self.publish();
         // Those that are at a safe point begin at once; the others when their transaction has ended.

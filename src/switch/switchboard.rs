@@ -61,8 +61,8 @@ pub enum Route {
     },
 }
 
-/// What a backend of the old server needs to know when it is started between prepare and pause: the soft fence has
-/// already made read-only the default, and a session of an acknowledged member must not feel it.
+/// What a backend of the old server needs to know when it is started from prepare on: the soft fence has already made
+/// read-only the default, and a session of an acknowledged member must not feel it, nor keep it after an abort.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct PrepareWindow {
     /// The cutover being prepared.
@@ -104,7 +104,8 @@ pub struct Database {
     /// None but those enter by it who end a prepared transaction.
     finishing: AtomicBool,
     route: ArcSwap<Route>,
-    prepare: ArcSwapOption<PrepareWindow>,
+    /// For the server that a cutover leads away from.
+    prepare: ArcSwapOption<(ServerRole, PrepareWindow)>,
     /// The same for the server that a rollback leads back to, whose fence stands until it has.
     returning: ArcSwapOption<(ServerRole, PrepareWindow)>,
     members: Mutex<HashMap<u64, Arc<Cells>>>,
@@ -226,13 +227,13 @@ impl Database {
         self.gate.epoch()
     }
 
-    /// Set between prepare and pause of a cutover that this process acknowledged.
-    pub fn prepare_window(&self) -> Option<Arc<PrepareWindow>> {
+    /// Set from the soft fence of a cutover that this process acknowledged to its end.
+    pub fn prepare_window(&self) -> Option<Arc<(ServerRole, PrepareWindow)>> {
         self.prepare.load_full()
     }
 
-    /// Opens or closes the prepare window.
-    pub fn set_prepare_window(&self, window: Option<PrepareWindow>) {
+    /// Opens or closes the prepare window, with the server that it is for.
+    pub fn set_prepare_window(&self, window: Option<(ServerRole, PrepareWindow)>) {
         self.prepare.store(window.map(Arc::new));
     }
 
@@ -243,14 +244,9 @@ impl Database {
 
     /// What a backend that `role` starts on `server` must be given as its read-only default; none: nothing.
     pub fn read_only_default(&self, server: ServerRole, role: &str) -> Option<String> {
-        if let Some(returning) = self.returning.load_full()
-            && returning.0 == server
-        {
-            return Some(returning.1.earlier_read_only_of(role).to_owned());
-        }
-        let window = self.prepare.load_full()?;
-        let is_active = matches!(&*self.route(), Route::To { server: active, .. } if *active == server);
-        is_active.then(|| window.earlier_read_only_of(role).to_owned())
+        let windows = [self.returning.load_full(), self.prepare.load_full()];
+        let window = windows.into_iter().flatten().find(|window| window.0 == server)?;
+        Some(window.1.earlier_read_only_of(role).to_owned())
     }
 
     /// Holds new transactions from now on. Does not wait for those that run: see [`Database::wait_empty`].

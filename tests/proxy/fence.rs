@@ -215,7 +215,7 @@ async fn in_the_prepare_window_a_backend_starts_as_if_there_were_no_fence() {
     let reported = cluster.major() >= 14;
     assert!(!reported || rig.sessions.idle_backends().is_empty());
     let window = PrepareWindow { epoch: Epoch(1), earlier_read_only: "off".to_owned(), earlier_of_roles: [].into() };
-    rig.database().set_prepare_window(Some(window));
+    rig.database().set_prepare_window(Some((ServerRole::Source, window)));
     assert_eq!(text(&rig.connect("postgres").await, show).await, "off");
     let mut own = rig.client("postgres");
     own.options("-c default_transaction_read_only=on");

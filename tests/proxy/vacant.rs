@@ -255,13 +255,11 @@ async fn a_switch_leaves_none_of_the_old_server() {
         rig.sessions.backend_pids(ServerRole::Source, POSTGRES).contains(&kept.parse().expect("a number")),
         "a cutover knows it as ours"
     );
-    // Between prepare and pause a login is given what it would have had before; a connection that was given nothing is
+    // While a fence stands, a login is given what it would have had before; a connection that was given nothing is
     // not the same.
-    database.set_prepare_window(Some(PrepareWindow {
-        epoch: Epoch(1),
-        earlier_read_only: "off".to_owned(),
-        earlier_of_roles: Default::default(),
-    }));
+    let earlier =
+        PrepareWindow { epoch: Epoch(1), earlier_read_only: "off".to_owned(), earlier_of_roles: Default::default() };
+    database.set_prepare_window(Some((ServerRole::Source, earlier)));
     let mut within = rig.wire(POSTGRES).await;
     let given = pid(&mut within).await;
     assert_ne!(given, kept);
