@@ -62,6 +62,10 @@ async fn own_sessions_keep_their_settings_on_every_major() {
             ("bytea_output", "escape", "hex"),
             ("\"TimeZone\"", "Asia/Tokyo", "UTC"),
             ("default_transaction_isolation", "serializable", "read committed"),
+            // What the kernel has for this connection.
+            ("tcp_keepalives_idle", "7200", "15"),
+            ("tcp_keepalives_interval", "75", "5"),
+            ("tcp_keepalives_count", "9", "3"),
         ];
         if installation.major >= 14 {
             harm.push(("idle_session_timeout", "1h", "0"));

@@ -9,7 +9,7 @@ use pgcutover::demo::compare;
 use pgcutover::demo::shop::SHOP;
 use support::daemon::DaemonOptions;
 use support::world::{COMPLETED, NAME, READY, World};
-use support::{connect, shop, try_connect, wait_for};
+use support::{connect, connect_with, shop, try_connect, wait_for};
 
 /// Five times there and back while 16 clients write; then nobody writes any more, and both servers hold the same.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -91,6 +91,49 @@ async fn killed_at_any_step_of_a_rollback_it_is_wholly_on_one_side() {
     shop::nothing_lost(&outcomes, &world.target, &world.source).await;
     let (source, target) = (connect(&world.source, SHOP).await, connect(&world.target, SHOP).await);
     assert_eq!(compare::differences(&source, &target).await.expect("both can be read"), Vec::<String>::new());
+}
+
+/// The host of the process that decided a rollback is lost: on the server its session still stands, and holds the lock.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn who_is_let_in_before_the_fence_is_lifted_may_write() {
+    let mut world = World::begin(0.01).await;
+    world.migrate().await;
+    let report = world.daemon.json(&["migration", "cutover", NAME]);
+    assert_eq!(report["outcome"], "switched", "{report}");
+    world.wait_until(COMPLETED).await;
+    world.daemon.kill();
+    world.daemon.set_failpoints("switch.after_open=hang");
+    world.daemon.start_again();
+    world.wait_until(COMPLETED).await;
+    let mut order = world.daemon.begin(&["migration", "rollback", NAME]);
+    wait_for("the gates to open", || async { world.daemon.log().contains("failpoint=\"switch.after_open\"") }).await;
+    // Next in line for the coordinator's lock.
+    let dead = connect(&world.source, "postgres").await;
+    let lock = format!("SELECT pg_advisory_lock({}, hashtext('{NAME}'))", 0x7067_6375);
+    let taken = tokio::spawn(async move { dead.batch_execute(&lock).await.map(|()| dead) });
+    let admin = connect(&world.source, "postgres").await;
+    wait_for("it to be waited for", || async {
+        let waits = "SELECT count(*) FROM pg_locks WHERE locktype = 'advisory' AND NOT granted";
+        admin.query_one(waits, &[]).await.expect("readable").get::<_, i64>(0) > 0
+    })
+    .await;
+    world.daemon.kill();
+    order.wait().expect("the command ends when its daemon does");
+    let dead = taken.await.expect("no panic").expect("it is free when its session has ended");
+    world.daemon.set_failpoints("");
+    world.daemon.start_again();
+    assert_eq!(world.serving_port().await, world.source.port());
+    let client = connect_with(&world.daemon.client(SHOP)).await;
+    client.batch_execute("CREATE TABLE written (); DROP TABLE written").await.expect("the fence is not felt");
+    let stranger = async || {
+        let stranger = connect(&world.source, SHOP).await;
+        let shown = stranger.query_one("SHOW default_transaction_read_only", &[]).await.expect("shown");
+        shown.get::<_, String>(0)
+    };
+    assert_eq!(stranger().await, "on", "it stands");
+    drop(dead);
+    wait_for("it to be lifted", || async { stranger().await == "off" }).await;
+    world.wait_until(READY).await;
 }
 
 /// Who has rolled back says when it is cut over again, also where nobody had to say so the first time.

@@ -20,6 +20,7 @@ use super::parts::Engine;
 use super::settle;
 use crate::catalog::claims::{self, Claims};
 use crate::catalog::decision::{self, Case, Outcome};
+use crate::catalog::fence::Fence;
 use crate::catalog::resolve::{self, Verdict};
 use crate::catalog::{fence, migrations};
 use crate::postgres::{Connector, Control};
@@ -349,6 +350,9 @@ impl Resolver {
                 }
                 // A rollback under way has opened it, or is about to lift it.
                 if !claim_coordination(&server.control, migration).await? {
+                    if came_back {
+                        self.override_fence(role, server, &standing.fence, since).await?;
+                    }
                     in_order = false;
                     continue;
                 }
@@ -371,6 +375,24 @@ impl Resolver {
             }
         }
         Ok(in_order)
+    }
+
+    /// Until the fence of a server that was led back to is lifted, sessions that are let in there are given the default
+    /// that they would have had. Who serves already does so by itself.
+    async fn override_fence(
+        &self,
+        role: ServerRole,
+        server: &Readable,
+        fence: &Fence,
+        since: Epoch,
+    ) -> Result<(), CutoverError> {
+        for (name, window) in home::windows(&server.control, fence, since).await? {
+            let database = self.switchboard.database(&name);
+            if is_closed(&database) {
+                database.set_return_window(Some((role, window)));
+            }
+        }
+        Ok(())
     }
 
     /// The engine may have been stopped between a verdict and its own note of it, or before there was a fence.

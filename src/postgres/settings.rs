@@ -29,6 +29,11 @@ const PINNED: &[(&str, &str)] = &[
     ("row_security", "off"),
     // "Already exists, skipping" is no news for a log.
     ("client_min_messages", "warning"),
+    // When our host is lost the server has to notice, because our sessions hold locks; the default is two hours. Ignored
+    // on Unix sockets.
+    ("tcp_keepalives_idle", "15"),
+    ("tcp_keepalives_interval", "5"),
+    ("tcp_keepalives_count", "3"),
 ];
 
 /// Time-outs that came later: the version that brought each, and its name.
