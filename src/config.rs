@@ -257,7 +257,7 @@ pub struct Server {
     pub sslrootcert: Option<PathBuf>,
     /// Client certificate chain and key, PEM.
     pub client_certificate: Option<(PathBuf, PathBuf)>,
-    /// Bound on TCP connect, TLS and login together; zero: as long as it takes.
+    /// Bound on TCP connect, TLS and login together, and on the answer to a decision; more than zero.
     pub connect_timeout: Duration,
     /// Silence after which the server is asked whether it waits for us; zero: never.
     pub stall_timeout: Duration,

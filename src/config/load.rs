@@ -151,6 +151,10 @@ fn server(mut section: Section<'_>) -> Server {
     let sslrootcert = section.path("sslrootcert");
     let client_certificate = client_certificate(&mut section);
     let connect_timeout = section.duration("connect_timeout", Duration::from_secs(10));
+    if connect_timeout.is_zero() {
+        let origin = section.origin("connect_timeout").unwrap_or(Origin::Whole);
+        section.bad("connect_timeout", origin, "has to be more than zero; a decision waits no longer for its answer");
+    }
     let stall_timeout = section.duration("stall_timeout", Duration::from_secs(30));
     let tcp = Tcp::read(&mut section, Tcp::OF_SERVERS);
     let kind = section.choice("kind", ServerKind::Postgres, &ServerKind::WORDS);

@@ -135,7 +135,7 @@ fn show_config_lists_every_key_and_no_secret() {
 #[test]
 fn mistakes_are_named_with_their_line_and_the_nearest_key() {
     type Case = (fn(String) -> String, &'static str);
-    let cases: [Case; 22] = [
+    let cases: [Case; 23] = [
         (|f| f.replace("users =", "user ="), "f:7: unknown key `user` in [admin]; did you mean `users`?"),
         (|f| f.replace("[target]", "[targets]"), "f:14: unknown section [targets]; did you mean `target`?"),
         (|f| f + "sslmod = \"require\"\n", "f:18: unknown key `sslmod` in [target]; did you mean `sslmode`?"),
@@ -144,6 +144,7 @@ fn mistakes_are_named_with_their_line_and_the_nearest_key() {
         (|f| f + "port = 99999\n", "f:18: [target] port: 99999 is not a whole number between 1 and 65535"),
         (|f| f + "connect_timeout = \"5\"\n", "f:18: [target] connect_timeout: \"5\" is not a duration"),
         (|f| f + "connect_timeout = 5\n", "f:18: [target] connect_timeout: expected a duration in quotes"),
+        (|f| f + "connect_timeout = \"0s\"\n", "f:18: [target] connect_timeout: has to be more than zero"),
         (|f| f + "sslcert = \"c.pem\"\n", "f:18: [target] sslcert: needs sslkey as well"),
         (|f| f + "password = \"x\"\n", "f:18: [target] password: set only one of password, password_file"),
         (|f| f.replace("10.0.0.6", "10.0.0.5"), "f:15: [target] host: 10.0.0.5:5432 is the source as well"),

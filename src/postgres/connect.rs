@@ -288,9 +288,6 @@ impl Connector {
     /// Bounds everything from the first packet to ReadyForQuery by `connect_timeout`.
     async fn bounded<T>(&self, attempt: impl Future<Output = Result<T, ConnectError>>) -> Result<T, ConnectError> {
         let limit = self.inner.server.connect_timeout;
-        if limit.is_zero() {
-            return attempt.await;
-        }
         match tokio::time::timeout(limit, attempt).await {
             Ok(outcome) => outcome,
             Err(_) => Err(self.error(
