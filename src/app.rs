@@ -205,13 +205,18 @@ impl Daemon {
             tasks: cutover_tasks.clone(),
         });
         control.obey_through(service.clone());
-        let mut http = None;
+        let (mut http, mut http_waits) = (None, None);
         if let Some(address) = config.admin.address {
             let listener = http_listener(address, &mut inherited);
             let listener = listener.with_context(|| format!("[admin] address: cannot listen on {address}"))?;
             tracing::info!(address = %listener.local_addr()?, "HTTP listens");
             http = Some(listener.try_clone()?);
-            http::serve(tokio::net::TcpListener::from_std(listener)?, service.clone(), &http_tasks);
+            let listener = tokio::net::TcpListener::from_std(listener)?;
+            match begin {
+                Begin::Fresh => http::serve(listener, service.clone(), &http_tasks),
+                // The predecessor answers for the clients, until they come here.
+                Begin::Takeover => http_waits = Some(listener),
+            }
         }
         coordinator.resolve_at_startup().await;
         when_ready::spawn(cutovers, service.clone(), &cutover_tasks);
@@ -234,6 +239,9 @@ impl Daemon {
         let proxy = Proxy::prepare(deps, inherited)?;
         if let Some(successor) = successor {
             successor.ready().await;
+        }
+        if let Some(listener) = http_waits {
+            http::serve(listener, service.clone(), &http_tasks);
         }
         proxy.listen();
         control.consult(proxy.access_reader());

@@ -167,6 +167,12 @@ async fn a_takeover_is_refused_where_it_would_lose_something_and_the_old_process
     connect_with(&daemon.client("shop")).await.batch_execute("SELECT 1").await.unwrap();
     wait_for_end(&mut second).await;
     client.batch_execute("SELECT 1").await.expect("served by the first of three");
+    // What would look as if it held or ended everybody.
+    for order in [&["pause", "shop"], &["kill-database", "shop"]] {
+        let refused = daemon.command(order);
+        let said = String::from_utf8_lossy(&refused.stderr).into_owned();
+        assert!(!refused.status.success() && said.contains(&format!("process {}", first.id())), "{order:?}: {said}");
+    }
     let mut kill = std::process::Command::new("kill");
     assert!(kill.args(["-TERM", &first.id().to_string()]).status().unwrap().success());
     wait_for_end(&mut first).await;

@@ -37,6 +37,7 @@ impl Inner {
 
     /// PAUSE: answers once every transaction that was running has ended.
     pub(super) async fn pause(&self, database: Option<String>) -> Answer {
+        self.deps.cutovers.has_every_client("a pause").await?;
         for database in self.close_gates(database)? {
             tracing::info!(database = database.name(), "paused by an operator");
             tokio::select! {
@@ -97,7 +98,8 @@ impl Inner {
     }
 
     /// KILL of a database: new transactions and sessions are held before the present ones are ended.
-    pub(super) fn kill_database(&self, name: &str) -> Answer {
+    pub(super) async fn kill_database(&self, name: &str) -> Answer {
+        self.deps.cutovers.has_every_client("a kill").await?;
         let _staying = self.staying()?;
         let _first = self.known(name)?.pause().map_err(|_| under_way(name))?;
         let ended = self.deps.clients.end_database(name);

@@ -59,6 +59,11 @@ pub trait Cutovers: Send + Sync {
     async fn stop(&self, name: &MigrationName) -> Result<(), AdminError>;
     /// What would keep sessions from being moved.
     async fn blockers(&self) -> Result<Vec<BlockerView>, AdminError>;
+    /// Refuses `order` (`a cutover`), which would not reach the clients that a process is still serving from which this one
+    /// has taken over.
+    async fn has_every_client(&self, _order: &str) -> Result<(), AdminError> {
+        Ok(())
+    }
     /// The proxies that take part.
     async fn members(&self) -> Result<Vec<MemberView>, AdminError>;
 }

@@ -349,7 +349,7 @@ impl Inner {
                 let message = format!("there is no session with id {id}");
                 Err(AdminError::new(ErrorKind::NotFound, message).hint("SHOW CLIENTS lists them as id"))
             }
-            Command::KillDatabase(database) => self.kill_database(&database),
+            Command::KillDatabase(database) => self.kill_database(&database).await,
             other => self.read(other).await,
         }
     }

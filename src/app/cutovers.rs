@@ -45,14 +45,7 @@ impl Cutovers for CutoverDesk {
     ) -> Result<CutoverView, AdminError> {
         // Says "no such migration" before anything else does.
         self.migrations.show(name).await?;
-        if let Some(one) = self.predecessors().await.first() {
-            let message = format!(
-                "process {}, which this one has taken over from, still serves {} clients: a cutover would not include them",
-                one.pid, one.clients
-            );
-            let hint = "wait until they have gone, or end that process (SIGTERM)";
-            return Err(AdminError::new(ErrorKind::Conflict, message).hint(hint));
-        }
+        self.has_every_client("a cutover").await?;
         let (config, defaults) = (self.config.load(), self.coordinator.default_options());
         let options = CutoverOptions {
             direction,
@@ -105,6 +98,16 @@ impl Cutovers for CutoverDesk {
         blockers.retain(|blocker| !obstacles.iter().any(|obstacle| Some(obstacle.pid) == blocker.pid));
         blockers.extend(obstacles.into_iter().map(of_obstacle));
         Ok(blockers)
+    }
+
+    async fn has_every_client(&self, order: &str) -> Result<(), AdminError> {
+        let Some(one) = self.predecessors().await.into_iter().next() else { return Ok(()) };
+        let message = format!(
+            "process {}, which this one has taken over from, still serves {} clients: {order} would not include them",
+            one.pid, one.clients
+        );
+        let hint = "wait until they have gone, or end that process (SIGTERM)";
+        Err(AdminError::new(ErrorKind::Conflict, message).hint(hint))
     }
 
     async fn members(&self) -> Result<Vec<MemberView>, AdminError> {
