@@ -167,6 +167,30 @@ async fn the_database_is_made_like_the_sources() {
     }
 }
 
+/// A parameter of an application is a superuser's, as those of the server are that its log is written by.
+#[tokio::test(flavor = "multi_thread")]
+async fn what_only_a_superuser_may_set_for_a_database_is_left_out_and_told() {
+    let mut rig = Rig::start();
+    for cluster in [&rig.source_cluster, &rig.target_cluster] {
+        let client = support::connect(cluster, "postgres").await;
+        client.batch_execute("CREATE ROLE migrator LOGIN CREATEDB CREATEROLE").await.unwrap();
+    }
+    let source = support::connect(&rig.source_cluster, "postgres").await;
+    source.batch_execute("CREATE DATABASE shop OWNER migrator").await.unwrap();
+    let set = "ALTER DATABASE shop SET app.x = 'y'; ALTER DATABASE shop SET work_mem = '5MB'; \
+        ALTER DATABASE shop SET log_min_duration_statement = '1s'";
+    source.batch_execute(set).await.unwrap();
+    rig.log_in_as("migrator");
+    schema::create_database(&rig.source, &rig.target, "shop", Existing::Keep, &rig.journal).await.unwrap();
+    let target = support::connect(&rig.target_cluster, "postgres").await;
+    let settings = "SELECT array_to_string(setconfig, ',') FROM pg_db_role_setting WHERE setdatabase = \
+        (SELECT oid FROM pg_database WHERE datname = 'shop')";
+    assert_eq!(text(&target, settings).await, "work_mem=5MB");
+    let limit = ConnectionLimit::IsCarried;
+    let synced = schema::sync_database(&rig.source, &rig.target, "shop", &[], limit).await.unwrap();
+    assert_eq!((synced.changed, synced.left.len()), (0, 2), "{synced:?}");
+}
+
 /// Everything about roles but what is their own servers' on purpose.
 const ROLES: &str = "SELECT string_agg(concat_ws('|', rolname, rolcanlogin, nullif(rolvaliduntil, 'infinity'), rolpassword, s.setconfig,
         shobj_description(r.oid, 'pg_authid'),

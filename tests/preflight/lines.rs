@@ -274,6 +274,7 @@ pub const RIGHTS: &[(&str, &str)] = &[
     ("session_replication_role", "permission denied"),
     ("create_database", "may not create databases"),
     ("settings_of_everyone", "SET \"app.everyone\" TO 'it''s'"),
+    ("settings_of_databases", "SET \"app.of_database\""),
     ("user_casts", "cast (public.shown AS bytea)"),
     ("user_languages", "mine"),
     ("text_search_parsers", "parser public.words"),
@@ -284,6 +285,7 @@ pub const RIGHTS: &[(&str, &str)] = &[
 /// What the source holds for them.
 pub const GUARDED: &str = "
     CREATE ROLE limited LOGIN; CREATE ROLE owner; ALTER ROLE ALL SET app.everyone = 'it''s'; SELECT lo_from_bytea(4711, 'x');
+    DO 'BEGIN EXECUTE format(''ALTER DATABASE %I SET app.of_database = 1'', current_database()); END';
     CREATE TABLE guarded (id int PRIMARY KEY); CREATE POLICY p ON guarded USING (false);
     ALTER TABLE guarded ENABLE ROW LEVEL SECURITY; ALTER TABLE guarded FORCE ROW LEVEL SECURITY; ALTER TABLE guarded OWNER TO owner;
     ALTER TABLE t OWNER TO owner;
