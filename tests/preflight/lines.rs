@@ -54,6 +54,16 @@ pub const LINES: &[Line] = &[
         Mend::Printed,
     ),
     line(
+        "extension_tables",
+        &[
+            "CREATE TABLE kept (id int PRIMARY KEY)",
+            "INSERT INTO kept VALUES (1)",
+            "ALTER EXTENSION plpgsql ADD TABLE kept",
+        ],
+        "public.kept of ",
+        Mend::Printed,
+    ),
+    line(
         "temporary_tables",
         &["CREATE TEMPORARY TABLE passing (id int)"],
         ".passing",
