@@ -25,6 +25,7 @@ use crate::migration::made::{Journal, JournalError};
 use crate::postgres::{ConnectError, Connector};
 
 pub use archive::Archive;
+pub use database::CarriedDatabase;
 pub(in crate::migration) use database::parameters as database_parameters;
 
 pub(in crate::migration) use restore::{Locking, Restorer};
@@ -225,27 +226,30 @@ pub async fn dump(
 
 /// Makes `database` on the target with the source's encoding, locale and owner, and carries over its settings,
 /// connection limit, comment and grants, and the settings of roles in it. Idempotent with [`Existing::Keep`].
+/// Returns what both servers have by now.
 pub async fn create_database(
     source: &Connector,
     target: &Connector,
     database: &str,
     existing: Existing,
     journal: &dyn Journal,
-) -> Result<(), SchemaError> {
+) -> Result<CarriedDatabase, SchemaError> {
     database::create(source, target, database, existing, journal).await
 }
 
 /// Brings the settings of `database`, and of roles in it, its owner, grants, comment and connection limit in line with the
-/// source's once more, also by resetting what the source no longer has; the settings in `except` (in lower case) are left
-/// alone: those that a fence has set. Whether connections are allowed at all is the fence's alone.
+/// source's once more, also by resetting what both had by `carried`, which is brought up to date, and the source no
+/// longer has; the settings in `except` (in lower case) are left alone: those that a fence has set. Whether connections
+/// are allowed at all is the fence's alone.
 pub async fn sync_database(
     source: &Connector,
     target: &Connector,
     database: &str,
     except: &[&str],
     limit: ConnectionLimit,
+    carried: &mut CarriedDatabase,
 ) -> Result<Synced, SchemaError> {
-    database::sync(source, target, database, except, limit).await
+    database::sync(source, target, database, except, limit, carried).await
 }
 
 /// Types, functions, tables, views: everything before the rows.
