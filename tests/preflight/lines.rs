@@ -169,6 +169,20 @@ pub const LINES: &[Line] = &[
         "SELECT to curious on pg_authid",
         Mend::Printed,
     ),
+    Line {
+        majors: (11, u16::MAX),
+        ..line(
+            "hash_of_enum",
+            &[
+                "CREATE TYPE shade AS ENUM ('light', 'dark')",
+                "CREATE DOMAIN shades AS shade[]",
+                "CREATE TABLE shaded (s shade PRIMARY KEY) PARTITION BY HASH (s)",
+                "CREATE TABLE of_shades (l shades PRIMARY KEY) PARTITION BY HASH (l)",
+            ],
+            "public.of_shades by HASH (l)",
+            Mend::By(At::Source, &["DROP TABLE shaded, of_shades"]),
+        )
+    },
     line(
         "c_functions",
         &["CREATE FUNCTION in_c() RETURNS language_handler LANGUAGE c AS '$libdir/plpgsql', 'plpgsql_call_handler'"],
