@@ -341,8 +341,8 @@ pub(super) const FINDINGS: &[Finding] = &[
     Finding {
         definition: Definition {
             code: "hash_of_enum",
-            why: "labels of enums are hashed by their numbers, which are others on the target: rows are refused there by \
-                  the partition that they come from",
+            why: "labels of enums are hashed by their numbers, which are others on the target: rows are refused there \
+                  by the partition that they come from",
             evidence: "the partitioned tables, and what they are partitioned by",
             fix: "partition them by LIST of the enum, or by HASH of a column of another type (text), before the \
                   migration",

@@ -304,13 +304,16 @@ pub async fn analyze(target: &Connector, database: &str) -> Result<(), SchemaErr
     Ok(())
 }
 
-/// Never analysed: -1 tuples from PostgreSQL 14 on, 0 in 0 pages before.
+/// Building an index on a table tells how many rows it has, and nothing of what they hold: statistics of columns are
+/// looked for. Empty tables have none either, and those of tables that the role may not read are not shown to it.
 const WITHOUT_STATISTICS: &str = "\
 SELECT pg_catalog.format('%I.%I', n.nspname, c.relname)
   FROM pg_catalog.pg_class c JOIN pg_catalog.pg_namespace n ON n.oid = c.relnamespace
  WHERE n.nspname NOT IN ('information_schema', 'pgcutover') AND n.nspname !~ '^pg_'
    AND (c.relkind = 'm' AND c.relispopulated OR c.relkind = 'p'
-        OR c.relkind = 'r' AND (c.reltuples < 0 OR c.reltuples = 0 AND c.relpages = 0 OR c.relhassubclass
+        OR c.relkind = 'r' AND (c.relhassubclass
+             OR NOT EXISTS (SELECT FROM pg_catalog.pg_stats s
+                             WHERE s.schemaname = n.nspname AND s.tablename = c.relname)
              OR EXISTS (SELECT FROM pg_catalog.pg_statistic_ext s WHERE s.stxrelid = c.oid)
              OR EXISTS (SELECT FROM pg_catalog.pg_index i WHERE i.indrelid = c.oid AND i.indexprs IS NOT NULL)))
  ORDER BY c.relkind DESC, 1";
