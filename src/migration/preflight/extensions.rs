@@ -1,4 +1,5 @@
-//! The rule about rows in tables of extensions, which are carried only where the extension says that they are its users'.
+//! The rule about rows in tables of extensions, which are carried only where the extension says that they are its
+//! users'.
 //!
 //! Only tables are read, and none with policies that hold for us: what a policy calls runs with our rights.
 
@@ -11,11 +12,12 @@ const EXTENSION_TABLES: Definition = Definition {
     code: "extension_tables",
     worst: Outcome::Warning,
     why: "rows of an extension's tables are carried where the extension has marked them as its users' \
-          (pg_extension_config_dump), as by pg_dump: of the others the target has what CREATE EXTENSION makes there, and \
-          none that were added to the extension since",
+          (pg_extension_config_dump), as by pg_dump: of the others the target has what CREATE EXTENSION makes there, \
+          and none that were added to the extension since",
     evidence: "the tables that hold rows, or that the source's login role may not read, and their extensions",
-    fix: "ALTER EXTENSION … DROP TABLE … where CREATE EXTENSION does not make the table, which is then carried like any \
-          other; otherwise copy the rows by hand; nothing has to be done where the extension has written them itself",
+    fix: "ALTER EXTENSION … DROP TABLE … where CREATE EXTENSION does not make the table, which is then carried like \
+          any other; otherwise copy the rows by hand; nothing has to be done where the extension has written them \
+          itself",
     apply: Apply::Refused("where CREATE EXTENSION makes the table, the two would be in each other's way on the target"),
     ..Finding::DEFINITION
 };

@@ -102,8 +102,9 @@ const EVERYONES_SETTINGS: Definition = Definition {
 const DATABASES_SETTINGS: Definition = Definition {
     code: "settings_of_databases",
     worst: Outcome::Warning,
-    why: "what ALTER DATABASE … SET has set is set on the target by its login role, which may set neither the parameters \
-          of superusers nor those of an application unless it is one; they are left out, and sessions go without",
+    why: "what ALTER DATABASE … SET has set is set on the target by its login role, which may set neither the \
+          parameters of superusers nor those of an application unless it is one; they are left out, and sessions go \
+          without",
     evidence: "the settings that will not be carried over",
     fix: "GRANT SET ON PARAMETER … TO the target's login role (from PostgreSQL 15 on), make it a superuser, or set \
           them there as a superuser before the cutover",
