@@ -56,6 +56,7 @@ ALTER TABLE pgcutover.migration_database ADD COLUMN IF NOT EXISTS watch_publicat
 ALTER TABLE pgcutover.migration_database ADD COLUMN IF NOT EXISTS watch_position pg_lsn;
 ALTER TABLE pgcutover.migration_database ADD COLUMN IF NOT EXISTS watch_stream bigint;
 ALTER TABLE pgcutover.migration_database ADD COLUMN IF NOT EXISTS watch_ended text;
+ALTER TABLE pgcutover.migration_database ADD COLUMN IF NOT EXISTS carried jsonb;
 CREATE TABLE IF NOT EXISTS pgcutover.migration_table (
     migration   text NOT NULL,
     database    text NOT NULL,

@@ -147,6 +147,35 @@ impl MigrationCatalog {
             .collect()
     }
 
+    /// What is kept of a database's settings and grants that were brought over, if they were.
+    pub async fn carried(&self, migration: &str, database: &str) -> Result<Option<serde_json::Value>, CatalogError> {
+        let client = self.client().await?;
+        let select = "SELECT carried FROM pgcutover.migration_database WHERE migration = $1 AND database = $2";
+        let row = client.query_opt(select, &[&migration, &database]).await;
+        let row = row.map_err(|source| CatalogError::query("read what was brought over of a database", source))?;
+        Ok(row.and_then(|row| row.get(0)))
+    }
+
+    /// Keeps what has been brought over of a database's settings and grants.
+    pub async fn set_carried(
+        &self,
+        migration: &str,
+        database: &str,
+        carried: &serde_json::Value,
+    ) -> Result<(), CatalogError> {
+        let client = self.client().await?;
+        let written = client
+            .execute(
+                "UPDATE pgcutover.migration_database d SET carried = $3, changed_at = now()
+                 FROM pgcutover.engine e
+                 WHERE d.migration = $1 AND d.database = $2 AND e.generation = $4",
+                &[&migration, &database, carried, &self.generation().0],
+            )
+            .await
+            .map_err(|source| CatalogError::query("keep what was brought over of a database", source))?;
+        self.must_be_one(written)
+    }
+
     /// Keeps the last completed step of a database with the slot's start and the barrier.
     pub async fn set_database(&self, migration: &str, row: &DatabaseRow) -> Result<(), CatalogError> {
         let client = self.client().await?;

@@ -47,6 +47,21 @@ const SET: &str = "
       FROM unnest($1::text[], $2::text[], $3::bigint[], $4::boolean[]) AS s (schema_name, name, value, called)
      WHERE pg_catalog.setval(pg_catalog.to_regclass(pg_catalog.format('%I.%I', s.schema_name, s.name)), s.value, s.called) IS NULL";
 
+/// Which of these of the source the target has to have: all but those of extensions, of which it has what its own
+/// version makes. One that numbers the rows of a table belongs where the table does.
+const OF_NO_EXTENSION: &str = "
+    SELECT s.schema_name, s.name
+      FROM unnest($1::text[], $2::text[]) AS s (schema_name, name)
+     CROSS JOIN LATERAL (
+        SELECT pg_catalog.to_regclass(pg_catalog.format('%I.%I', s.schema_name, s.name))::oid) AS q (oid)
+     WHERE NOT EXISTS (
+        SELECT FROM pg_catalog.pg_depend d
+         WHERE d.classid = 'pg_catalog.pg_class'::regclass AND d.deptype = 'e'
+           AND (d.objid = q.oid OR d.objid IN (
+                SELECT o.refobjid FROM pg_catalog.pg_depend o
+                 WHERE o.classid = 'pg_catalog.pg_class'::regclass AND o.objid = q.oid
+                   AND o.refclassid = 'pg_catalog.pg_class'::regclass AND o.deptype IN ('a', 'i'))))";
+
 /// Key of the advisory lock, in each database, whose holder may set its sequences (`pgcut` in ASCII, then 3).
 const SETTER_LOCK: i64 = 0x70_67_63_75_74_03;
 
@@ -78,7 +93,7 @@ pub enum SequenceError {
         /// Why.
         source: tokio_postgres::Error,
     },
-    /// The target lacks sequences.
+    /// The target lacks sequences that are no extension's.
     #[error("sequences are missing on the target: {0}")]
     Missing(String),
     /// A session that may still set them does not end.
@@ -192,7 +207,7 @@ impl SequencePair {
     pub async fn bring_over(&mut self, from: &Client, to: &Client) -> Result<usize, SequenceError> {
         let (wanted, found) = try_join(self.from.read_all(from), self.to.read_all(to)).await.map_err(read_failed)?;
         self.standing = found.into_iter().collect();
-        let moved = self.set_moved(&wanted, to).await?;
+        let moved = self.set_moved(&wanted, from, to).await?;
         self.standing = wanted.into_iter().collect();
         Ok(moved)
     }
@@ -205,10 +220,10 @@ impl SequencePair {
             Some(wanted) => wanted,
             None => read(from).await.map_err(read_failed)?,
         };
-        self.set_moved(&wanted, to).await
+        self.set_moved(&wanted, from, to).await
     }
 
-    async fn set_moved(&self, wanted: &[Position], to: &Client) -> Result<usize, SequenceError> {
+    async fn set_moved(&self, wanted: &[Position], from: &Client, to: &Client) -> Result<usize, SequenceError> {
         let moved = Columns::of(wanted.iter().filter(|position| !self.standing.contains(position)));
         if moved.names.is_empty() {
             return Ok(0);
@@ -218,9 +233,19 @@ impl SequencePair {
         let (_, missing) = try_join(to.execute(&self.note, &parameters), to.query(&self.set, &parameters))
             .await
             .map_err(set_failed)?;
+        if missing.is_empty() {
+            return Ok(moved.names.len());
+        }
+        let schemas: Vec<&str> = missing.iter().map(|row| row.get(0)).collect();
+        let names: Vec<&str> = missing.iter().map(|row| row.get(1)).collect();
+        let needed = from.query(OF_NO_EXTENSION, &[&schemas, &names]).await.map_err(read_failed)?;
         let name = |row: &Row| format!("{}.{}", row.get::<_, &str>(0), row.get::<_, &str>(1));
-        let missing: Vec<String> = missing.iter().map(name).collect();
-        if missing.is_empty() { Ok(moved.names.len()) } else { Err(SequenceError::Missing(missing.join(", "))) }
+        let needed: Vec<String> = needed.iter().map(name).collect();
+        if needed.is_empty() {
+            Ok(moved.names.len() - missing.len())
+        } else {
+            Err(SequenceError::Missing(needed.join(", ")))
+        }
     }
 }
 

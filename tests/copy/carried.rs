@@ -88,7 +88,8 @@ async fn the_database_is_made_like_the_sources() {
     drop(client);
 
     rig.copy_roles().await.unwrap();
-    schema::create_database(&rig.source, &rig.target, "latin", Existing::Keep, &rig.journal).await.unwrap();
+    let made = schema::create_database(&rig.source, &rig.target, "latin", Existing::Keep, &rig.journal).await;
+    let mut carried = made.unwrap();
     let target = support::connect(&rig.target_cluster, "postgres").await;
     let everything = "SELECT concat_ws('|', pg_get_userbyid(datdba), pg_encoding_to_char(encoding), datcollate, datctype, \
         datconnlimit, shobj_description(d.oid, 'pg_database'), (SELECT string_agg(a::text, ',' ORDER BY a::text) FROM \
@@ -109,7 +110,9 @@ async fn the_database_is_made_like_the_sources() {
         .await
         .unwrap();
     let except = ["default_transaction_read_only"];
-    let sync = async |limit| schema::sync_database(&rig.source, &rig.target, "latin", &except, limit).await.unwrap();
+    let mut sync = async |limit| {
+        schema::sync_database(&rig.source, &rig.target, "latin", &except, limit, &mut carried).await.unwrap()
+    };
     assert_eq!(sync(ConnectionLimit::IsCarried).await, Synced { changed: 2, left: Vec::new() });
     assert_eq!(sync(ConnectionLimit::IsCarried).await, Synced::default());
     source.batch_execute("ALTER DATABASE latin RESET default_transaction_read_only").await.unwrap();
@@ -165,6 +168,79 @@ async fn the_database_is_made_like_the_sources() {
         dropped.unwrap_or_else(|error| panic!("{left}: {error:?}"));
         assert_eq!(read(&source).await, read(&target).await, "{left}");
     }
+}
+
+/// A parameter of an application is a superuser's, as those of the server are that its log is written by.
+#[tokio::test(flavor = "multi_thread")]
+async fn what_only_a_superuser_may_set_for_a_database_is_left_out_and_told() {
+    let mut rig = Rig::start();
+    for cluster in [&rig.source_cluster, &rig.target_cluster] {
+        let client = support::connect(cluster, "postgres").await;
+        client.batch_execute("CREATE ROLE migrator LOGIN CREATEDB CREATEROLE").await.unwrap();
+    }
+    let source = support::connect(&rig.source_cluster, "postgres").await;
+    source.batch_execute("CREATE DATABASE shop OWNER migrator").await.unwrap();
+    let set = "ALTER DATABASE shop SET app.x = 'y'; ALTER DATABASE shop SET work_mem = '5MB'; \
+        ALTER DATABASE shop SET log_min_duration_statement = '1s'";
+    source.batch_execute(set).await.unwrap();
+    rig.log_in_as("migrator");
+    let made = schema::create_database(&rig.source, &rig.target, "shop", Existing::Keep, &rig.journal).await;
+    let target = support::connect(&rig.target_cluster, "postgres").await;
+    let settings = "SELECT array_to_string(setconfig, ',') FROM pg_db_role_setting WHERE setdatabase = \
+        (SELECT oid FROM pg_database WHERE datname = 'shop')";
+    assert_eq!(text(&target, settings).await, "work_mem=5MB");
+    let limit = ConnectionLimit::IsCarried;
+    let mut carried = made.unwrap();
+    let synced = schema::sync_database(&rig.source, &rig.target, "shop", &[], limit, &mut carried).await.unwrap();
+    assert_eq!((synced.changed, synced.left.len()), (0, 2), "{synced:?}");
+    // Nor does the way back take it from the source, which the target never had it from.
+    let back = schema::sync_database(&rig.target, &rig.source, "shop", &[], limit, &mut carried).await.unwrap();
+    assert_eq!(back, Synced::default());
+    assert_eq!(text(&source, settings).await, "app.x=y,work_mem=5MB,log_min_duration_statement=1s");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_only_one_server_has_set_or_granted_for_a_database_stays() {
+    let rig = Rig::start();
+    let source = support::connect(&rig.source_cluster, "postgres").await;
+    let target = support::connect(&rig.target_cluster, "postgres").await;
+    source.batch_execute("CREATE ROLE app; CREATE ROLE own_backup; CREATE ROLE own_monitoring").await.unwrap();
+    source.batch_execute("CREATE DATABASE shop").await.unwrap();
+    let make = "ALTER DATABASE shop SET work_mem = '5MB'; ALTER DATABASE shop SET app.x = '1'; \
+        GRANT CREATE ON DATABASE shop TO app";
+    source.batch_execute(make).await.unwrap();
+    rig.copy_roles().await.unwrap();
+    let made = schema::create_database(&rig.source, &rig.target, "shop", Existing::Keep, &rig.journal).await;
+    let mut carried = made.unwrap();
+    let mut go = async |from: &Connector, to: &Connector| {
+        // Kept between one time and the next as the engine keeps it.
+        let kept = serde_json::to_value(&carried).unwrap();
+        carried = serde_json::from_value(kept).unwrap();
+        let limit = ConnectionLimit::IsCarried;
+        let synced = schema::sync_database(from, to, "shop", &[], limit, &mut carried).await.unwrap();
+        assert_eq!(synced.left, [""; 0]);
+        synced.changed
+    };
+    let has = "SELECT concat_ws(' ', array_to_string(s.setconfig, ','), \
+        (SELECT string_agg(rolname::text, ',' ORDER BY rolname) FROM pg_roles \
+        WHERE rolname !~ '^(pg_|postgres)' AND has_database_privilege(rolname, d.oid, 'CREATE'))) \
+        FROM pg_database d JOIN pg_db_role_setting s ON s.setdatabase = d.oid WHERE d.datname = 'shop'";
+
+    let tune = "ALTER DATABASE shop SET enable_sort = off; GRANT CREATE ON DATABASE shop TO own_monitoring";
+    target.batch_execute(tune).await.unwrap();
+    assert_eq!(go(&rig.source, &rig.target).await, 0);
+    assert_eq!(text(&target, has).await, "work_mem=5MB,app.x=1,enable_sort=off app,own_monitoring");
+    source.batch_execute("ALTER DATABASE shop RESET app.x; REVOKE CREATE ON DATABASE shop FROM app").await.unwrap();
+    assert_eq!(go(&rig.source, &rig.target).await, 2);
+    assert_eq!(text(&target, has).await, "work_mem=5MB,enable_sort=off own_monitoring");
+
+    // The way back takes what both had, and leaves what only the server has that it leads to.
+    let tune = "ALTER DATABASE shop SET enable_hashjoin = off; GRANT CREATE ON DATABASE shop TO own_backup";
+    source.batch_execute(tune).await.unwrap();
+    target.batch_execute("ALTER DATABASE shop RESET work_mem").await.unwrap();
+    assert_eq!(go(&rig.target, &rig.source).await, 3);
+    assert_eq!(text(&source, has).await, "enable_hashjoin=off,enable_sort=off own_backup,own_monitoring");
+    assert_eq!(go(&rig.target, &rig.source).await, 0);
 }
 
 /// Everything about roles but what is their own servers' on purpose.

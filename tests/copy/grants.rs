@@ -1,5 +1,8 @@
 //! What is granted by somebody else than the owner, who was given it to give on.
 
+use pgcutover::demo::cluster::Cluster;
+use pgcutover::migration::schema;
+
 use crate::rig::{DATABASE, Rig};
 use crate::support;
 
@@ -46,7 +49,7 @@ fn chains(given: &[&str]) -> String {
 }
 
 /// Who has given what, by the servers themselves: not every pg_dump can read the target.
-async fn given(cluster: &pgcutover::demo::cluster::Cluster) -> Vec<String> {
+async fn given(cluster: &Cluster) -> Vec<String> {
     let sql = "
         SELECT format('%s %s: %s to %s by %s', what, name, a.privilege_type, a.grantee::regrole, a.grantor::regrole) FROM (
             SELECT 'relation', oid::regclass::text, relacl FROM pg_class UNION ALL
@@ -107,4 +110,29 @@ async fn members_of_the_granting_roles_need_be_no_superusers() {
     rig.log_in_as("migrator");
     rig.copy_roles().await.unwrap();
     arrive(&rig).await;
+}
+
+/// The extension is on the target already, and belongs to whoever made the cluster. A dump leaves out what initdb made.
+#[tokio::test(flavor = "multi_thread")]
+async fn comments_on_extensions_of_somebody_else_are_left_out() {
+    let mut rig = Rig::start();
+    let admin = support::connect(&rig.source_cluster, "postgres").await;
+    admin.batch_execute(ROLES).await.unwrap();
+    rig.make_source("DROP EXTENSION plpgsql; CREATE EXTENSION plpgsql; COMMENT ON EXTENSION plpgsql IS 'ours'").await;
+    let database = format!("ALTER DATABASE \"{}\" OWNER TO owner", DATABASE.replace('"', "\"\""));
+    admin.batch_execute(&database).await.unwrap();
+    let there = support::connect(&rig.target_cluster, "postgres").await;
+    there.batch_execute("CREATE ROLE migrator LOGIN CREATEDB CREATEROLE").await.unwrap();
+    rig.log_in_as("migrator");
+    rig.copy_roles().await.unwrap();
+    let archive = rig.dump().await;
+    rig.restore_pre_data(&archive).await;
+    let comment = "SELECT obj_description(oid, 'pg_extension') FROM pg_extension WHERE extname = 'plpgsql'";
+    let comment = async |cluster: &Cluster| -> String {
+        support::connect(cluster, DATABASE).await.query_one(comment, &[]).await.unwrap().get(0)
+    };
+    assert_eq!(comment(&rig.source_cluster).await, "ours");
+    assert_ne!(comment(&rig.target_cluster).await, "ours", "it was nobody's to change");
+    let again = schema::restore_pre_data(&rig.restore_target(), &archive).await.unwrap();
+    assert_eq!((again.executed, again.failures), (0, Vec::new()), "what was left out is not tried again");
 }

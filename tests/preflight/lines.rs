@@ -54,6 +54,16 @@ pub const LINES: &[Line] = &[
         Mend::Printed,
     ),
     line(
+        "extension_tables",
+        &[
+            "CREATE TABLE kept (id int PRIMARY KEY)",
+            "INSERT INTO kept VALUES (1)",
+            "ALTER EXTENSION plpgsql ADD TABLE kept",
+        ],
+        "public.kept of ",
+        Mend::Printed,
+    ),
+    line(
         "temporary_tables",
         &["CREATE TEMPORARY TABLE passing (id int)"],
         ".passing",
@@ -159,6 +169,20 @@ pub const LINES: &[Line] = &[
         "SELECT to curious on pg_authid",
         Mend::Printed,
     ),
+    Line {
+        majors: (11, u16::MAX),
+        ..line(
+            "hash_of_enum",
+            &[
+                "CREATE TYPE shade AS ENUM ('light', 'dark')",
+                "CREATE DOMAIN shades AS shade[]",
+                "CREATE TABLE shaded (s shade PRIMARY KEY) PARTITION BY HASH (s)",
+                "CREATE TABLE of_shades (l shades PRIMARY KEY) PARTITION BY HASH (l)",
+            ],
+            "public.of_shades by HASH (l)",
+            Mend::By(At::Source, &["DROP TABLE shaded, of_shades"]),
+        )
+    },
     line(
         "c_functions",
         &["CREATE FUNCTION in_c() RETURNS language_handler LANGUAGE c AS '$libdir/plpgsql', 'plpgsql_call_handler'"],
@@ -274,6 +298,7 @@ pub const RIGHTS: &[(&str, &str)] = &[
     ("session_replication_role", "permission denied"),
     ("create_database", "may not create databases"),
     ("settings_of_everyone", "SET \"app.everyone\" TO 'it''s'"),
+    ("settings_of_databases", "SET \"app.of_database\""),
     ("user_casts", "cast (public.shown AS bytea)"),
     ("user_languages", "mine"),
     ("text_search_parsers", "parser public.words"),
@@ -284,6 +309,7 @@ pub const RIGHTS: &[(&str, &str)] = &[
 /// What the source holds for them.
 pub const GUARDED: &str = "
     CREATE ROLE limited LOGIN; CREATE ROLE owner; ALTER ROLE ALL SET app.everyone = 'it''s'; SELECT lo_from_bytea(4711, 'x');
+    DO 'BEGIN EXECUTE format(''ALTER DATABASE %I SET app.of_database = 1'', current_database()); END';
     CREATE TABLE guarded (id int PRIMARY KEY); CREATE POLICY p ON guarded USING (false);
     ALTER TABLE guarded ENABLE ROW LEVEL SECURITY; ALTER TABLE guarded FORCE ROW LEVEL SECURITY; ALTER TABLE guarded OWNER TO owner;
     ALTER TABLE t OWNER TO owner;

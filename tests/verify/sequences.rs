@@ -131,3 +131,22 @@ async fn what_an_attempt_was_about_to_set_is_not_set_after_the_next_one() {
     let stand: String = there.query_one(stand, &[]).await.expect("readable").get(0);
     assert_eq!(stand, "(1,f)(900,t)");
 }
+
+/// No dump names what was added to an extension, and what its versions make differs.
+#[tokio::test(flavor = "multi_thread")]
+async fn sequences_of_extensions_need_not_be_on_the_target() {
+    let all = installations();
+    let majors = all.pair().expect("checked by installations()");
+    let bench = Streamed::between(majors, "CREATE TABLE anchor (id int PRIMARY KEY)", &["anchor"]).await;
+    let here = connect(&bench.source, "shop").await;
+    let add = "CREATE TABLE queue (id int GENERATED ALWAYS AS IDENTITY); ALTER EXTENSION plpgsql ADD TABLE queue;
+        CREATE SEQUENCE member; ALTER EXTENSION plpgsql ADD SEQUENCE member; SELECT nextval('member')";
+    run(&here, add).await;
+    rehearse(&bench.context.source, &bench.context.target).await;
+
+    run(&here, "CREATE SEQUENCE ordinary").await;
+    let control = async |server: &Connector| server.control("shop", "test").await.expect("a session");
+    let (from, to) = (control(&bench.context.source).await, control(&bench.context.target).await);
+    let missing = SequencePair::prepare(&from, &to).await.expect_err("it is the application's own");
+    assert_eq!(missing.to_string(), "sequences are missing on the target: public.ordinary");
+}

@@ -13,6 +13,7 @@ use super::error::WorkError;
 use super::lag_watch::Watch;
 use super::live::{DatabaseLive, Step};
 use super::recorder::Recorder;
+use super::synchronise::keep_carried_database;
 use crate::catalog::door::Door;
 use crate::catalog::journal::{Journal, MadeObject, Side};
 use crate::catalog::progress::{self, LANE};
@@ -323,7 +324,8 @@ impl DatabaseWork {
             let (from, to) = (source.control(home, "overwrite").await?, target.control(home, "overwrite").await?);
             must_lead_away(std::iter::once(row.database.as_str()), &from, &to).await?;
         }
-        schema::create_database(source, target, &row.database, existing, &journal).await?;
+        let carried = schema::create_database(source, target, &row.database, existing, &journal).await?;
+        keep_carried_database(&self.context.catalog, self.migration(), &row.database, &carried).await?;
         let migration = quote_literal(self.migration());
         // What was restored is remembered too: it would not be restored again.
         let forget = format!(

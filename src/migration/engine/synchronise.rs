@@ -14,7 +14,7 @@ use crate::catalog::streams::Direction;
 use crate::config::Ddl;
 use crate::migration::made::Mirrored;
 use crate::migration::roles::{self, Carried, RoleReport, RolesError};
-use crate::migration::schema::ConnectionLimit;
+use crate::migration::schema::{CarriedDatabase, ConnectionLimit};
 use crate::migration::stream::describe;
 use crate::migration::{drift, late, materialized, schema, unstreamed, warm};
 use crate::postgres::Connector;
@@ -45,6 +45,33 @@ pub(super) async fn bring_roles_over<E: From<CatalogError> + From<RolesError>>(
     Ok(reports)
 }
 
+fn unreadable_database(error: serde_json::Error) -> CatalogError {
+    CatalogError::Unreadable { what: format!("a database that was brought over: {error}") }
+}
+
+/// What `database` had on both servers the last time.
+async fn carried_database(
+    catalog: &MigrationCatalog,
+    migration: &str,
+    database: &str,
+) -> Result<CarriedDatabase, CatalogError> {
+    match catalog.carried(migration, database).await? {
+        Some(kept) => serde_json::from_value(kept).map_err(unreadable_database),
+        None => Ok(CarriedDatabase::default()),
+    }
+}
+
+/// Keeps that for the next time.
+pub(super) async fn keep_carried_database(
+    catalog: &MigrationCatalog,
+    migration: &str,
+    database: &str,
+    carried: &CarriedDatabase,
+) -> Result<(), CatalogError> {
+    let carried = serde_json::to_value(carried).map_err(unreadable_database)?;
+    catalog.set_carried(migration, database, &carried).await
+}
+
 impl Engine {
     /// See [`super::CutoverLease::synchronise`].
     pub(super) async fn synchronise(&self, live: &Live) -> Result<Vec<String>, EngineError> {
@@ -57,8 +84,11 @@ impl Engine {
         };
         let mut notes: Vec<String> = reports.into_iter().flat_map(note).collect();
         for database in &live.databases {
-            let fences = self.fence_stands(to, &database.name).await?;
-            let synced = schema::sync_database(from, to, &database.name, &[READ_ONLY_SETTING], fences).await?;
+            let (name, except) = (&database.name, [READ_ONLY_SETTING]);
+            let fences = self.fence_stands(to, name).await?;
+            let mut carried = carried_database(&catalog, live.name(), name).await?;
+            let synced = schema::sync_database(from, to, name, &except, fences, &mut carried).await?;
+            keep_carried_database(&catalog, live.name(), name, &carried).await?;
             if synced.changed > 0 {
                 let changed = synced.changed;
                 tracing::info!(migration = live.name(), database = database.name, changed, "properties brought over");

@@ -10,7 +10,7 @@ use crate::migration::identity::{self, Remedy};
 use crate::postgres::Control;
 
 /// Tables that are migrated: what [`crate::migration::copy::list_tables`] lists, near enough for a rule.
-const OURS: &str = "n.nspname NOT IN ('information_schema', 'pgcutover') AND n.nspname !~ '^pg_'";
+pub(super) const OURS: &str = "n.nspname NOT IN ('information_schema', 'pgcutover') AND n.nspname !~ '^pg_'";
 
 /// A rule that is a query for what must not be there.
 pub(super) struct Finding {
@@ -139,6 +139,7 @@ pub(super) async fn check(servers: &Servers<'_>, name: &str) -> Vec<RuleResult> 
         results.extend(database.unknown().await);
         results.extend(database.unstreamed().await);
         results.push(database.scheduled_jobs().await);
+        results.push(database.extension_tables().await);
         (results, database.findings().await)
     };
     // It watches for a while, which is time enough for the others.

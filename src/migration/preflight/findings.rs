@@ -338,4 +338,38 @@ pub(super) const FINDINGS: &[Finding] = &[
                 WHERE b.grantee = a.grantee AND b.privilege_type = a.privilege_type) ORDER BY 1",
         ..Finding::OF_EVERY_VERSION
     },
+    Finding {
+        definition: Definition {
+            code: "hash_of_enum",
+            why: "labels of enums are hashed by their numbers, which are others on the target: rows are refused there \
+                  by the partition that they come from",
+            evidence: "the partitioned tables, and what they are partitioned by",
+            fix: "partition them by LIST of the enum, or by HASH of a column of another type (text), before the \
+                  migration",
+            ..Finding::DEFINITION
+        },
+        versions: (110_000, u32::MAX),
+        // By the operator class of a pseudo-type: one that somebody made for the enum itself may hash its labels. What
+        // an expression yields is not followed further than that.
+        query: "WITH RECURSIVE key AS (SELECT c.oid, format('%I.%I by %s', n.nspname, c.relname, \
+                pg_get_partkeydef(c.oid)) AS shown, f.typname = 'anyenum' AS is_enum, a.atttypid \
+                FROM pg_partitioned_table p JOIN pg_class c ON c.oid = p.partrelid \
+                JOIN pg_namespace n ON n.oid = c.relnamespace \
+                CROSS JOIN LATERAL unnest(p.partattrs::int2[], p.partclass::oid[]) AS k (part, class) \
+                JOIN pg_opclass o ON o.oid = k.class JOIN pg_type f ON f.oid = o.opcintype AND f.typtype = 'p' \
+                LEFT JOIN pg_attribute a ON a.attrelid = c.oid AND a.attnum = k.part AND k.part <> 0 \
+                WHERE p.partstrat = 'h' AND {ours} AND NOT EXISTS (SELECT FROM pg_depend x \
+                WHERE x.classid = 'pg_class'::regclass AND x.objid = c.oid AND x.deptype = 'e')), \
+                used AS (SELECT oid, atttypid AS type FROM key UNION \
+                SELECT u.oid, x.type FROM used u JOIN pg_type t ON t.oid = u.type CROSS JOIN LATERAL ( \
+                SELECT t.typbasetype WHERE t.typtype = 'd' \
+                UNION ALL SELECT t.typelem WHERE t.typcategory = 'A' AND t.typelem <> 0 \
+                UNION ALL SELECT r.rngsubtype FROM pg_range r \
+                WHERE t.oid IN (r.rngtypid, (to_jsonb(r) ->> 'rngmultitypid')::oid) \
+                UNION ALL SELECT a.atttypid FROM pg_attribute a WHERE t.typtype = 'c' AND a.attrelid = t.typrelid \
+                AND a.attnum > 0 AND NOT a.attisdropped) x (type)) \
+                SELECT DISTINCT k.shown, NULL::text FROM key k WHERE k.is_enum OR EXISTS (SELECT FROM used u \
+                JOIN pg_type t ON t.oid = u.type WHERE u.oid = k.oid AND t.typtype = 'e') ORDER BY 1",
+        ..Finding::OF_EVERY_VERSION
+    },
 ];

@@ -5,6 +5,7 @@
 
 mod database;
 pub mod definition;
+mod extensions;
 mod findings;
 mod forecast;
 mod instance;
@@ -162,6 +163,7 @@ pub fn rules() -> impl Iterator<Item = &'static Definition> {
         .chain(locale::DEFINITIONS)
         .chain(unstreamed::DEFINITIONS)
         .chain(jobs::DEFINITIONS)
+        .chain(extensions::DEFINITIONS)
         .chain(unknown::DEFINITIONS)
         .chain(forecast::DEFINITIONS)
         .chain(findings)

@@ -99,8 +99,49 @@ const EVERYONES_SETTINGS: Definition = Definition {
     ..RIGHT
 };
 
-pub(super) const DEFINITIONS: [&Definition; 7] =
-    [&CREATE_ROLES, &REPLICA_ROLE, &VERIFIERS, &SOURCE_SIGNAL, &TARGET_SIGNAL, &APPLY_DDL, &EVERYONES_SETTINGS];
+const DATABASES_SETTINGS: Definition = Definition {
+    code: "settings_of_databases",
+    worst: Outcome::Warning,
+    why: "what ALTER DATABASE … SET has set is set on the target by its login role, which may set neither the \
+          parameters of superusers nor those of an application unless it is one; they are left out, and sessions go \
+          without",
+    evidence: "the settings that will not be carried over",
+    fix: "GRANT SET ON PARAMETER … TO the target's login role (from PostgreSQL 15 on), make it a superuser, or set \
+          them there as a superuser before the cutover",
+    on: Side::Target,
+    hosted: Hosted::Words {
+        amazon: "set these parameters in the target's parameter group, or have the application set its own at connect",
+        azure: "set these server parameters of the target, or have the application set its own at connect",
+        google: "set these flags of the target, or have the application set its own at connect",
+    },
+    ..RIGHT
+};
+
+/// Database, or role in a database, and setting.
+const OF_DATABASES: &str = "\
+SELECT CASE WHEN r.rolname IS NULL THEN '' ELSE format('ROLE %I IN ', r.rolname) END
+       || format('DATABASE %I', d.datname), u
+  FROM pg_db_role_setting s JOIN pg_database d ON d.oid = s.setdatabase LEFT JOIN pg_roles r ON r.oid = s.setrole
+ CROSS JOIN unnest(s.setconfig) AS u
+ WHERE d.datname::text = ANY ($1) AND (s.setrole = 0 OR r.oid IS NOT NULL) ORDER BY 1, 2";
+
+/// Which of the parameters $1 the login role may not set. One that is not listed belongs to a library or to an
+/// application, and is a superuser's as long as nobody has said otherwise.
+const REFUSED: &str = "\
+SELECT p.name FROM unnest($1::text[]) AS p (name) LEFT JOIN pg_settings s ON lower(s.name) = lower(p.name)
+ WHERE coalesce(s.context, 'superuser') IN ('superuser', 'superuser-backend')
+   AND NOT (SELECT rolsuper FROM pg_roles WHERE rolname = current_user)";
+
+pub(super) const DEFINITIONS: [&Definition; 8] = [
+    &CREATE_ROLES,
+    &REPLICA_ROLE,
+    &VERIFIERS,
+    &SOURCE_SIGNAL,
+    &TARGET_SIGNAL,
+    &APPLY_DDL,
+    &EVERYONES_SETTINGS,
+    &DATABASES_SETTINGS,
+];
 
 impl Servers<'_> {
     /// Every rule of this file that is asked now.
@@ -113,6 +154,7 @@ impl Servers<'_> {
                 "password_verifiers" => self.verifiers().await,
                 "apply_ddl" => self.apply_ddl().await,
                 "settings_of_everyone" => self.settings_of_everyone().await,
+                "settings_of_databases" => self.settings_of_databases().await,
                 "source_signal" => self.signal(definition, self.source).await,
                 _ => self.signal(definition, self.target).await,
             });
@@ -223,6 +265,51 @@ impl Servers<'_> {
         let shown = left.iter().map(Setting::clause).collect();
         let statements = left.iter().flat_map(|left| self.on_target(format!("ALTER ROLE ALL {}", left.clause())));
         rule.mended_by(statements.collect()).unless_any(Outcome::Warning, shown)
+    }
+
+    async fn settings_of_databases(&self) -> RuleResult {
+        let rule = self.rule(&DATABASES_SETTINGS);
+        let databases = self.preflight.databases;
+        let grantable = self.target.version_num() >= 150_000;
+        let refused = if grantable {
+            format!("{REFUSED} AND NOT has_parameter_privilege(p.name, 'SET')")
+        } else {
+            REFUSED.to_owned()
+        };
+        let read = async {
+            let there = self.target.query(OF_DATABASES, &[&databases]).await?;
+            let there: HashSet<(String, String)> = there.iter().map(|row| (row.get(0), row.get(1))).collect();
+            let known = database_parameters(self.target).await?;
+            let mut wanted: Vec<(String, String)> = Vec::new();
+            for row in self.source.query(OF_DATABASES, &[&databases]).await? {
+                let (whose, text): (String, String) = (row.get(0), row.get(1));
+                let Some(setting) = Setting::parse(&text) else { continue };
+                // Another rule tells of settings that the target does not know.
+                let is_known = setting.is_custom() || known.contains(&setting.name.to_lowercase());
+                if is_known && !there.contains(&(whose.clone(), text)) {
+                    wanted.push((whose, setting.name));
+                }
+            }
+            let names: Vec<&String> = wanted.iter().map(|(_, name)| name).collect();
+            let refused: HashSet<String> = column(self.target, &refused, &[&names]).await?.into_iter().collect();
+            wanted.retain(|(_, name)| refused.contains(name));
+            Ok::<_, tokio_postgres::Error>(wanted)
+        };
+        let left = match read.await {
+            Ok(left) => left,
+            Err(error) => return rule.unknown(&error),
+        };
+        let login = self.login(Side::Target);
+        let grant = |name: &str| {
+            if grantable {
+                format!("GRANT SET ON PARAMETER {} TO {login}", quote_ident(name))
+            } else {
+                format!("ALTER ROLE {login} SUPERUSER")
+            }
+        };
+        let statements = left.iter().flat_map(|(_, name)| self.on_target(grant(name))).collect();
+        let shown = left.iter().map(|(whose, name)| format!("ALTER {whose} SET {}", quote_ident(name))).collect();
+        rule.mended_by(statements).unless_any(Outcome::Warning, shown)
     }
 
     async fn apply_ddl(&self) -> RuleResult {

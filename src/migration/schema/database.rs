@@ -2,6 +2,7 @@
 
 use std::collections::{BTreeSet, HashSet};
 
+use serde::{Deserialize, Serialize};
 use tokio_postgres::Error;
 use tokio_postgres::error::SqlState;
 
@@ -38,6 +39,52 @@ struct Database {
 /// Grantee (none: PUBLIC), privilege, with grant option.
 type Grant = (Option<String>, String, bool);
 
+/// Settings and grants that a database had on both servers when it was last brought in line. What one server has lost
+/// since is told by it from what only the other has ever had, which stays: see [`crate::migration::roles::Carried`].
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default)]
+pub struct CarriedDatabase {
+    /// Role (none: everyone) and name: values may be secrets.
+    settings: BTreeSet<(Option<String>, String)>,
+    /// Grantee (none: PUBLIC) and privilege.
+    grants: BTreeSet<(Option<String>, String)>,
+}
+
+impl CarriedDatabase {
+    fn had_setting(&self, role: Option<&str>, name: &str) -> bool {
+        self.settings.contains(&(role.map(str::to_owned), name.to_owned()))
+    }
+
+    /// `wanted`, with the grants beside it that only the other server has ever made. What owners and everyone have
+    /// comes with a database that is made, and is as on the server that is led from.
+    fn with_own_grants(&self, wanted: &Database, found: &Database) -> Database {
+        let is_own = |(grantee, privilege, _): &&Grant| {
+            let has_name = grantee.as_ref().is_some_and(|name| *name != wanted.owner && *name != found.owner);
+            let is_wanted = wanted.grants.iter().any(|(who, what, _)| who == grantee && what == privilege);
+            has_name && !is_wanted && !self.grants.contains(&(grantee.clone(), privilege.clone()))
+        };
+        let mut with_own = wanted.clone();
+        with_own.grants.extend(found.grants.iter().filter(is_own).cloned());
+        with_own
+    }
+
+    /// What is to be known the next time, where `wanted` is what the server has that was led from, and `after` what the
+    /// other has by now. What could not be taken away stays in it, so that it is tried and told again.
+    fn next(&self, wanted: &Database, after: &Database) -> Self {
+        let settings = |of: &Database| -> BTreeSet<(Option<String>, String)> {
+            of.settings.iter().map(|(role, setting)| (role.clone(), setting.name.clone())).collect()
+        };
+        let grants = |of: &Database| -> BTreeSet<(Option<String>, String)> {
+            of.grants.iter().map(|(grantee, privilege, _)| (grantee.clone(), privilege.clone())).collect()
+        };
+        let (mut next, here) = (Self { settings: settings(after), grants: grants(after) }, settings(wanted));
+        next.settings.retain(|setting| here.contains(setting) || self.settings.contains(setting));
+        let here = grants(wanted);
+        next.grants.retain(|grant| here.contains(grant) || self.grants.contains(grant));
+        next
+    }
+}
+
 /// See [`super::create_database`].
 pub(super) async fn create(
     source: &Connector,
@@ -45,7 +92,7 @@ pub(super) async fn create(
     name: &str,
     existing: Existing,
     journal: &dyn Journal,
-) -> Result<(), SchemaError> {
+) -> Result<CarriedDatabase, SchemaError> {
     let from = source.control(name, "schema").await?;
     let wanted = read(&from, name).await.map_err(|source| read_error(name, source))?;
     let wanted = wanted.ok_or_else(|| SchemaError::NoDatabase(name.to_owned()))?;
@@ -81,7 +128,9 @@ pub(super) async fn create(
     }
     let found = read(&control, name).await.map_err(|source| read_error(name, source))?;
     let found = found.ok_or_else(|| SchemaError::NoDatabase(name.to_owned()))?;
-    let mut statements = properties(name, &wanted, &found, ConnectionLimit::IsCarried);
+    let carried = CarriedDatabase::default();
+    let with_own = carried.with_own_grants(&wanted, &found);
+    let mut statements = properties(name, &with_own, &found, ConnectionLimit::IsCarried);
     let known = parameters(&control).await.map_err(|source| read_error(name, source))?;
     for (role, setting) in &wanted.settings {
         if !setting.is_custom() && !known.contains(&setting.name.to_lowercase()) {
@@ -91,9 +140,17 @@ pub(super) async fn create(
         statements.push(format!("{} {}", whose(name, role.as_deref()), setting.clause()));
     }
     for statement in statements {
-        run(&control, name, &doing(&statement), &statement).await?;
+        match run(&control, name, &doing(&statement), &statement).await {
+            // Before each cutover it is tried, and told, once more.
+            Err(SchemaError::Database { doing, source, .. }) if is_right(&source) => {
+                tracing::warn!(database = name, doing, "more than the target's login role may do; left out");
+            }
+            done => done?,
+        }
     }
-    Ok(())
+    let after = read(&control, name).await.map_err(|source| read_error(name, source))?;
+    let after = after.ok_or_else(|| SchemaError::NoDatabase(name.to_owned()))?;
+    Ok(carried.next(&wanted, &after))
 }
 
 /// See [`super::sync_database`].
@@ -103,6 +160,7 @@ pub(super) async fn sync(
     name: &str,
     except: &[&str],
     limit: ConnectionLimit,
+    carried: &mut CarriedDatabase,
 ) -> Result<Synced, SchemaError> {
     let from = source.control(name, "schema").await?;
     let wanted = read(&from, name).await.map_err(|source| read_error(name, source))?;
@@ -112,7 +170,8 @@ pub(super) async fn sync(
     let found = found.ok_or_else(|| SchemaError::NoDatabase(name.to_owned()))?;
     let known = parameters(&control).await.map_err(|source| read_error(name, source))?;
     let counts = |setting: &Setting| !except.contains(&setting.name.to_lowercase().as_str());
-    let mut statements = properties(name, &wanted, &found, limit);
+    let with_own = carried.with_own_grants(&wanted, &found);
+    let mut statements = properties(name, &with_own, &found, limit);
     for (role, setting) in wanted.settings.iter().filter(|(_, setting)| counts(setting)) {
         let same = found.settings.iter().any(|there| there == &(role.clone(), setting.clone()));
         if !same && (setting.is_custom() || known.contains(&setting.name.to_lowercase())) {
@@ -121,7 +180,7 @@ pub(super) async fn sync(
     }
     for (role, setting) in found.settings.iter().filter(|(_, setting)| counts(setting)) {
         let stays = |(whose, wanted): &(Option<String>, Setting)| whose == role && wanted.name == setting.name;
-        if !wanted.settings.iter().any(stays) {
+        if carried.had_setting(role.as_deref(), &setting.name) && !wanted.settings.iter().any(stays) {
             statements.push(format!("{} RESET {}", whose(name, role.as_deref()), quote_ident(&setting.name)));
         }
     }
@@ -141,6 +200,9 @@ pub(super) async fn sync(
             Err(error) => return Err(error),
         }
     }
+    let after = read(&control, name).await.map_err(|source| read_error(name, source))?;
+    let after = after.ok_or_else(|| SchemaError::NoDatabase(name.to_owned()))?;
+    *carried = carried.next(&wanted, &after);
     Ok(synced)
 }
 

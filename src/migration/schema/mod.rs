@@ -25,6 +25,7 @@ use crate::migration::made::{Journal, JournalError};
 use crate::postgres::{ConnectError, Connector};
 
 pub use archive::Archive;
+pub use database::CarriedDatabase;
 pub(in crate::migration) use database::parameters as database_parameters;
 
 pub(in crate::migration) use restore::{Locking, Restorer};
@@ -225,27 +226,30 @@ pub async fn dump(
 
 /// Makes `database` on the target with the source's encoding, locale and owner, and carries over its settings,
 /// connection limit, comment and grants, and the settings of roles in it. Idempotent with [`Existing::Keep`].
+/// Returns what both servers have by now.
 pub async fn create_database(
     source: &Connector,
     target: &Connector,
     database: &str,
     existing: Existing,
     journal: &dyn Journal,
-) -> Result<(), SchemaError> {
+) -> Result<CarriedDatabase, SchemaError> {
     database::create(source, target, database, existing, journal).await
 }
 
 /// Brings the settings of `database`, and of roles in it, its owner, grants, comment and connection limit in line with the
-/// source's once more, also by resetting what the source no longer has; the settings in `except` (in lower case) are left
-/// alone: those that a fence has set. Whether connections are allowed at all is the fence's alone.
+/// source's once more, also by resetting what both had by `carried`, which is brought up to date, and the source no
+/// longer has; the settings in `except` (in lower case) are left alone: those that a fence has set. Whether connections
+/// are allowed at all is the fence's alone.
 pub async fn sync_database(
     source: &Connector,
     target: &Connector,
     database: &str,
     except: &[&str],
     limit: ConnectionLimit,
+    carried: &mut CarriedDatabase,
 ) -> Result<Synced, SchemaError> {
-    database::sync(source, target, database, except, limit).await
+    database::sync(source, target, database, except, limit, carried).await
 }
 
 /// Types, functions, tables, views: everything before the rows.
@@ -300,13 +304,16 @@ pub async fn analyze(target: &Connector, database: &str) -> Result<(), SchemaErr
     Ok(())
 }
 
-/// Never analysed: -1 tuples from PostgreSQL 14 on, 0 in 0 pages before.
+/// Building an index on a table tells how many rows it has, and nothing of what they hold: statistics of columns are
+/// looked for. Empty tables have none either, and those of tables that the role may not read are not shown to it.
 const WITHOUT_STATISTICS: &str = "\
 SELECT pg_catalog.format('%I.%I', n.nspname, c.relname)
   FROM pg_catalog.pg_class c JOIN pg_catalog.pg_namespace n ON n.oid = c.relnamespace
  WHERE n.nspname NOT IN ('information_schema', 'pgcutover') AND n.nspname !~ '^pg_'
    AND (c.relkind = 'm' AND c.relispopulated OR c.relkind = 'p'
-        OR c.relkind = 'r' AND (c.reltuples < 0 OR c.reltuples = 0 AND c.relpages = 0 OR c.relhassubclass
+        OR c.relkind = 'r' AND (c.relhassubclass
+             OR NOT EXISTS (SELECT FROM pg_catalog.pg_stats s
+                             WHERE s.schemaname = n.nspname AND s.tablename = c.relname)
              OR EXISTS (SELECT FROM pg_catalog.pg_statistic_ext s WHERE s.stxrelid = c.oid)
              OR EXISTS (SELECT FROM pg_catalog.pg_index i WHERE i.indrelid = c.oid AND i.indexprs IS NOT NULL)))
  ORDER BY c.relkind DESC, 1";

@@ -130,7 +130,7 @@ impl<'a> Restorer<'a> {
             Locking::Brief => BRIEF_LOCK_TIMEOUT,
         };
         let mut text = self.transaction_text(entry, key, &by_members(&entry.kind, sql), lock_timeout);
-        let mut may_be_left_out = self.public_is_the_makers && gives_public_away(entry);
+        let mut may_be_left_out = self.may_be_left_out(entry);
         let mut attempts = 0;
         loop {
             attempts += 1;
@@ -147,8 +147,10 @@ impl<'a> Restorer<'a> {
                 self.report.already_done += 1;
                 return Ok(true);
             }
-            if std::mem::take(&mut may_be_left_out) && code == sqlstate::INSUFFICIENT_PRIVILEGE {
-                tracing::warn!(database = self.target.database, message, "schema public keeps the owner that it has");
+            if code == sqlstate::INSUFFICIENT_PRIVILEGE
+                && let Some(stays) = may_be_left_out.take()
+            {
+                tracing::warn!(database = self.target.database, object = entry.object(), message, "{stays}");
                 text = self.transaction_text(entry, key, "", lock_timeout);
                 continue;
             }
@@ -172,6 +174,17 @@ impl<'a> Restorer<'a> {
         self.done.insert(key.to_owned());
         self.report.executed += 1;
         Ok(true)
+    }
+
+    /// What stays as it is where our rights do not reach, for an entry that nothing is lost without.
+    fn may_be_left_out(&self, entry: &Entry) -> Option<&'static str> {
+        if self.public_is_the_makers && gives_public_away(entry) {
+            Some("schema public keeps the owner that it has")
+        } else if comments_on_extension(entry) {
+            Some("the extension keeps the comment that it has")
+        } else {
+            None
+        }
     }
 
     /// After a refused entry: ends its transaction, and finds out whether it was the guard that refused.
@@ -236,6 +249,12 @@ fn gives_public_away(entry: &Entry) -> bool {
     entry.kind == "SCHEMA"
         && statements.next().is_some_and(|first| first.starts_with("ALTER SCHEMA public OWNER TO "))
         && statements.next().is_none()
+}
+
+/// Whether all that the entry does is to comment on an extension, which only its owner may: one that is there already
+/// may belong to whoever set up the server. CREATE EXTENSION itself gives it the comment of its control file.
+fn comments_on_extension(entry: &Entry) -> bool {
+    entry.kind == "COMMENT" && entry.name.starts_with("EXTENSION ")
 }
 
 /// The mark of a foreign key's second step.
