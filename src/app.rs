@@ -47,7 +47,7 @@ use crate::failpoint::Failpoints;
 use crate::migration::engine::{Engine, EngineDeps};
 use crate::postgres::{Connector, InstanceId, Stream};
 use crate::proxy::takeover::{Handle, Purpose, Rendezvous, Successor};
-use crate::proxy::{ConsoleHandler, Proxy, ProxyDeps};
+use crate::proxy::{ConsoleHandler, ConsoleKey, Proxy, ProxyDeps};
 use crate::shutdown::Tasks;
 use crate::switch::{Route, Switchboard};
 use crate::telemetry;
@@ -325,7 +325,7 @@ impl ConsoleHandler for ConsoleDesk {
         admin.users.iter().chain(&admin.stats_users).any(|known| known == user)
     }
 
-    fn serve(&self, stream: Stream, user: String, _parameters: Vec<(String, String)>) -> BoxFuture<'static, ()> {
-        Box::pin(self.console.clone().serve(stream, user))
+    fn serve(&self, stream: Stream, user: String, key: ConsoleKey) -> BoxFuture<'static, ()> {
+        Box::pin(self.console.clone().serve(stream, user, key))
     }
 }

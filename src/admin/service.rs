@@ -131,6 +131,16 @@ impl Service {
 
     /// Carries out `command`. Dropping the future does not stop what it has begun, unless that only waits.
     pub async fn execute(&self, command: Command) -> Result<Reply, AdminError> {
+        self.execute_until(command, std::future::pending()).await
+    }
+
+    /// The same for who may take the order back while it waits: a PAUSE then lets go on what it has held. All other orders
+    /// run to their end.
+    pub async fn execute_until(
+        &self,
+        command: Command,
+        cancelled: impl Future<Output = ()> + Send + 'static,
+    ) -> Result<Reply, AdminError> {
         if !command.changes_state() {
             return self.0.read(command).await;
         }
@@ -140,7 +150,7 @@ impl Service {
         self.0.deps.tasks.spawn(async move {
             let (only_waits, can_be_left) = (command.only_waits(), command.can_be_left());
             let result = tokio::select! {
-                result = inner.change(command) => result,
+                result = inner.change(command, cancelled) => result,
                 // Safe to drop: nothing is half done.
                 () = sender.closed(), if only_waits => return,
                 // How far it has come is kept.
@@ -275,7 +285,7 @@ impl Inner {
         }
     }
 
-    async fn change(&self, command: Command) -> Result<Reply, AdminError> {
+    async fn change(&self, command: Command, cancelled: impl Future<Output = ()>) -> Result<Reply, AdminError> {
         let deps = &self.deps;
         match command {
             Command::Create(spec) => {
@@ -334,7 +344,7 @@ impl Inner {
                 deps.daemon.shutdown(when);
                 Ok(Reply::Done("SHUTDOWN"))
             }
-            Command::Pause(database) => self.pause(database).await,
+            Command::Pause(database) => self.pause(database, cancelled).await,
             Command::Resume(database) => self.resume(database),
             Command::Disable(database) => self.set_disabled(&database, true).await,
             Command::Enable(database) => self.set_disabled(&database, false).await,
