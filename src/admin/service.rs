@@ -113,7 +113,8 @@ impl Service {
         let deps = &self.0.deps;
         deps.metrics.ready.set(i64::from(self.not_ready().is_none()));
         gauges::set_limits(&deps.metrics, &deps.config.load());
-        gauges::set_sessions(&deps.metrics, &deps.switchboard, &deps.clients.list());
+        let (clients, idle_servers) = (deps.clients.list(), deps.clients.idle_servers());
+        gauges::set_sessions(&deps.metrics, &deps.switchboard, &clients, &idle_servers);
         // A scrape does not wait for an engine that is still looking for its target, nor for a server that does not answer.
         let mut is_any_active = false;
         if let Ok(Ok(migrations)) = tokio::time::timeout(SCRAPE_BOUND, deps.migrations.list()).await {
