@@ -267,6 +267,24 @@ async fn a_setting_is_changed_live_and_a_shutdown_waits_for_clients() {
     daemon.wait_for_end();
 }
 
+/// Who cannot wait any longer for a client that does not go says so.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_shutdown_that_waits_for_clients_is_told_to_wait_for_transactions_alone() {
+    let (source, target) = support::two_clusters();
+    let mut daemon = Daemon::start(&source, &target, DaemonOptions::default());
+    let idle = support::connect_with(&daemon.client("postgres")).await;
+    let console = support::connect_with(&daemon.client("pgcutover")).await;
+    console.batch_execute("SHUTDOWN WAIT_FOR_CLIENTS").await.unwrap();
+    support::wait_for("new clients to be refused", || async {
+        support::try_connect(&daemon.client("postgres")).await.is_err()
+    })
+    .await;
+    idle.batch_execute("SELECT 1").await.expect("it is waited for");
+    console.batch_execute("SHUTDOWN WAIT_FOR_SERVERS").await.unwrap();
+    daemon.wait_for_end();
+    assert!(idle.simple_query("SELECT 1").await.is_err(), "its session was ended");
+}
+
 /// Ctrl-C in psql: who thinks better of a PAUSE while it waits must not leave everybody held.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_pause_that_waits_is_cancelled_like_a_statement() {
