@@ -253,8 +253,8 @@ impl Daemon {
         })
     }
 
-    /// Waits for the order to stop later, and then until the time has come. Who waits for clients may be told to wait for
-    /// transactions alone; not the other way round, because those who have none are held then.
+    /// Waits for the order to stop later, and then until the time has come. Who waits for clients may be told to wait
+    /// for transactions alone; not the other way round, because those who have none are held then.
     async fn wind_down(&self, control: &Control) {
         let mut orders = control.winding_down();
         let mut when = orders.next().await;

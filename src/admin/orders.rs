@@ -50,8 +50,8 @@ impl Inner {
         self.leaving.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// PAUSE: answers once every transaction that was running has ended. One that is cancelled before that opens what it
-    /// has closed, as PgBouncer's does; one whose client has gone stays in force, as there.
+    /// PAUSE: answers once every transaction that was running has ended. One that is cancelled before that opens what
+    /// it has closed, as PgBouncer's does; one whose client has gone stays in force, as there.
     pub(super) async fn pause(&self, database: Option<String>, cancelled: impl Future<Output = ()>) -> Answer {
         let closed = self.close_gates(database)?;
         tokio::select! {

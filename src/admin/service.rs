@@ -135,8 +135,8 @@ impl Service {
         self.execute_until(command, std::future::pending()).await
     }
 
-    /// The same for who may take the order back while it waits: a PAUSE then lets go on what it has held. All other orders
-    /// run to their end.
+    /// The same for who may take the order back while it waits: a PAUSE then lets go on what it has held. All other
+    /// orders run to their end.
     pub async fn execute_until(
         &self,
         command: Command,

@@ -184,7 +184,8 @@ async fn cancel(shared: &Shared, channel: ClientChannel, pid: i32, key: &[u8]) {
     drop(channel);
 }
 
-/// Passes a cancel to its session, or to the console, if the key is one of this process. Returns when it was dealt with.
+/// Passes a cancel to its session, or to what waits in the console, if the key is one of this process. Returns when it
+/// was dealt with.
 pub(super) async fn cancel_own(shared: &Shared, pid: i32, key: &[u8]) -> bool {
     let entry = match shared.keys.find(pid, key) {
         None => return false,
