@@ -47,7 +47,7 @@ use crate::failpoint::Failpoints;
 use crate::migration::engine::{Engine, EngineDeps};
 use crate::postgres::{Connector, InstanceId, Stream};
 use crate::proxy::takeover::{Handle, Purpose, Rendezvous, Successor};
-use crate::proxy::{ConsoleHandler, Proxy, ProxyDeps};
+use crate::proxy::{ConsoleHandler, ConsoleKey, Proxy, ProxyDeps};
 use crate::shutdown::Tasks;
 use crate::switch::{Route, Switchboard};
 use crate::telemetry;
@@ -261,28 +261,40 @@ impl Daemon {
         })
     }
 
-    /// Waits for the order to stop later, and then until the time has come.
+    /// Waits for the order to stop later, and then until the time has come. Who waits for clients may be told to wait
+    /// for transactions alone; not the other way round, because those who have none are held then.
     async fn wind_down(&self, control: &Control) {
-        let when = control.winding_down().await;
+        let mut orders = control.winding_down();
+        let mut when = orders.next().await;
         self.service.close();
         self.proxy.stop_accepting().await;
-        match when {
-            ShutdownWhen::Now => {}
-            ShutdownWhen::Clients => {
-                while !self.proxy.sessions().list().is_empty() {
-                    tokio::time::sleep(LOOK_AGAIN).await;
-                }
+        while when == ShutdownWhen::Clients {
+            tokio::select! {
+                // Both arms only wait, so dropping them is safe.
+                () = self.clients_gone() => return,
+                next = orders.next() => when = next,
             }
-            ShutdownWhen::Servers => {
-                // A cutover that is under way ends by itself, and with it its hold on transactions.
-                while let Err(database) = self.switchboard.pause_all() {
-                    tracing::info!(database, "waiting for a cutover to end");
-                    tokio::time::sleep(LOOK_AGAIN).await;
-                }
-                for database in self.switchboard.all() {
-                    database.wait_empty().await;
-                }
-            }
+        }
+        if when == ShutdownWhen::Servers {
+            self.transactions_ended().await;
+        }
+    }
+
+    async fn clients_gone(&self) {
+        while !self.proxy.sessions().list().is_empty() {
+            tokio::time::sleep(LOOK_AGAIN).await;
+        }
+    }
+
+    /// Holds new transactions, and waits for those that run.
+    async fn transactions_ended(&self) {
+        // A cutover that is under way ends by itself, and with it its hold on transactions.
+        while let Err(database) = self.switchboard.pause_all() {
+            tracing::info!(database, "waiting for a cutover to end");
+            tokio::time::sleep(LOOK_AGAIN).await;
+        }
+        for database in self.switchboard.all() {
+            database.wait_empty().await;
         }
     }
 
@@ -333,7 +345,7 @@ impl ConsoleHandler for ConsoleDesk {
         admin.users.iter().chain(&admin.stats_users).any(|known| known == user)
     }
 
-    fn serve(&self, stream: Stream, user: String, _parameters: Vec<(String, String)>) -> BoxFuture<'static, ()> {
-        Box::pin(self.console.clone().serve(stream, user))
+    fn serve(&self, stream: Stream, user: String, key: ConsoleKey) -> BoxFuture<'static, ()> {
+        Box::pin(self.console.clone().serve(stream, user, key))
     }
 }

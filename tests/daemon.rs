@@ -266,3 +266,45 @@ async fn a_setting_is_changed_live_and_a_shutdown_waits_for_clients() {
     drop(client);
     daemon.wait_for_end();
 }
+
+/// Who cannot wait any longer for a client that does not go says so.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_shutdown_that_waits_for_clients_is_told_to_wait_for_transactions_alone() {
+    let (source, target) = support::two_clusters();
+    let mut daemon = Daemon::start(&source, &target, DaemonOptions::default());
+    let idle = support::connect_with(&daemon.client("postgres")).await;
+    let console = support::connect_with(&daemon.client("pgcutover")).await;
+    console.batch_execute("SHUTDOWN WAIT_FOR_CLIENTS").await.unwrap();
+    support::wait_for("new clients to be refused", || async {
+        support::try_connect(&daemon.client("postgres")).await.is_err()
+    })
+    .await;
+    idle.batch_execute("SELECT 1").await.expect("it is waited for");
+    console.batch_execute("SHUTDOWN WAIT_FOR_SERVERS").await.unwrap();
+    daemon.wait_for_end();
+    assert!(idle.simple_query("SELECT 1").await.is_err(), "its session was ended");
+}
+
+/// Ctrl-C in psql: who thinks better of a PAUSE while it waits must not leave everybody held.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_pause_that_waits_is_cancelled_like_a_statement() {
+    let (source, target) = support::two_clusters();
+    let daemon = Daemon::start(&source, &target, DaemonOptions::default());
+    let busy = support::connect_with(&daemon.client("postgres")).await;
+    busy.batch_execute("BEGIN; SELECT 1").await.unwrap();
+    let console = support::connect_with(&daemon.client("pgcutover")).await;
+    let cancel = console.cancel_token();
+    let pausing = tokio::spawn(async move { console.batch_execute("PAUSE postgres").await });
+    let watching = support::connect_with(&daemon.client("pgcutover")).await;
+    support::wait_for("the database to be paused", || async {
+        let rows = watching.query("SHOW DATABASES", &[]).await.unwrap();
+        rows.iter().any(|row| row.get::<_, &str>("name") == "postgres" && row.get::<_, i64>("paused") == 1)
+    })
+    .await;
+    cancel.cancel_query(tokio_postgres::NoTls).await.unwrap();
+    let error = pausing.await.unwrap().expect_err("taken back");
+    assert_eq!(error.code().map(|code| code.code()), Some("57014"));
+    let client = support::connect_with(&daemon.client("postgres")).await;
+    client.simple_query("SELECT 1").await.expect("nobody is held");
+    busy.batch_execute("COMMIT").await.expect("it was let be");
+}

@@ -423,6 +423,13 @@ fn kubernetes_manifests_start_the_program_that_there_is() {
         listening.iter().all(|address| address.ip().is_unspecified()),
         "nothing outside the pod reaches {listening:?}"
     );
+    // The only pod is reached whatever it says of one database.
+    let is_service = |part: &&str| part.lines().any(|line| line == "kind: Service");
+    let services: Vec<&str> = manifest.split("\n---").filter(is_service).collect();
+    assert_eq!((services.len(), values(&manifest, "replicas")), (2, vec!["1"]));
+    for service in services {
+        assert_eq!(values(service, "publishNotReadyAddresses"), ["true"], "{service}");
+    }
     let router = fs::read_to_string(root().join("src/admin/http/mod.rs")).unwrap();
     let mut asked = values(&manifest, "path");
     asked.extend(values(&monitor, "path"));

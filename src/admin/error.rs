@@ -21,6 +21,8 @@ pub enum ErrorKind {
     Unavailable,
     /// It was tried, and failed.
     Failed,
+    /// Taken back by who had given the order, while it waited.
+    Cancelled,
 }
 
 impl ErrorKind {
@@ -30,7 +32,7 @@ impl ErrorKind {
             Self::Invalid => 400,
             Self::Forbidden => 403,
             Self::NotFound => 404,
-            Self::Conflict => 409,
+            Self::Conflict | Self::Cancelled => 409,
             Self::Failed => 500,
             Self::Unsupported => 501,
             Self::Unavailable => 503,
@@ -47,6 +49,7 @@ impl ErrorKind {
             Self::Failed => sqlstate::INTERNAL_ERROR,
             Self::Unsupported => sqlstate::FEATURE_NOT_SUPPORTED,
             Self::Unavailable => sqlstate::CANNOT_CONNECT_NOW,
+            Self::Cancelled => sqlstate::QUERY_CANCELED,
         }
     }
 
@@ -60,6 +63,7 @@ impl ErrorKind {
             Self::Failed => "failed",
             Self::Unsupported => "unsupported",
             Self::Unavailable => "unavailable",
+            Self::Cancelled => "cancelled",
         }
     }
 }
@@ -80,6 +84,11 @@ impl AdminError {
     /// An error without a hint.
     pub fn new(kind: ErrorKind, message: impl Into<String>) -> Self {
         Self { kind, message: message.into(), hint: None }
+    }
+
+    /// The one who gave the order does not want it any more. In the words of a server, which clients know.
+    pub fn cancelled() -> Self {
+        Self::new(ErrorKind::Cancelled, "canceling statement due to user request")
     }
 
     /// Adds what mends it.

@@ -9,8 +9,13 @@ use crate::migration::view::MigrationView;
 use crate::switch::{Route, ServerRole, Switchboard};
 use crate::telemetry::metrics::{BackendState, ClientState, Metrics};
 
-/// Sets every gauge that belongs to routes and sessions.
-pub(super) fn set_sessions(metrics: &Metrics, switchboard: &Switchboard, clients: &[ClientView]) {
+/// Sets every gauge that belongs to routes and sessions, with `idle_servers`, the connections of pools that nobody has.
+pub(super) fn set_sessions(
+    metrics: &Metrics,
+    switchboard: &Switchboard,
+    clients: &[ClientView],
+    idle_servers: &[ClientView],
+) {
     // A database that has gone must not keep its last value.
     metrics.client_connections.reset();
     metrics.server_connections.reset();
@@ -18,13 +23,11 @@ pub(super) fn set_sessions(metrics: &Metrics, switchboard: &Switchboard, clients
     metrics.write_delay_seconds.reset();
     for database in switchboard.all() {
         let name = database.name();
-        let own: Vec<&ClientView> = clients.iter().filter(|client| client.database == name).collect();
-        let count = |wanted: &dyn Fn(&ClientView) -> bool| {
-            i64::try_from(own.iter().filter(|client| wanted(client)).count()).unwrap_or(i64::MAX)
-        };
+        let own = of(clients, name);
+        let servers = [own.clone(), of(idle_servers, name)].concat();
         for state in ClientState::ALL {
             let gauge = metrics.client_connections.with_label_values(&[name, state.as_str()]);
-            gauge.set(count(&|client| client_state(client) == *state));
+            gauge.set(count(&own, |client| client_state(client) == *state));
         }
         for server in [ServerRole::Source, ServerRole::Target] {
             for state in [BackendState::Idle, BackendState::Active] {
@@ -32,13 +35,13 @@ pub(super) fn set_sessions(metrics: &Metrics, switchboard: &Switchboard, clients
                 let here = |client: &ClientView| client.server == Some(server) && client.backend_pid.is_some();
                 let active = state == BackendState::Active;
                 let gauge = metrics.server_connections.with_label_values(&labels);
-                gauge.set(count(&|client| here(client) && client.in_transaction == active));
+                gauge.set(count(&servers, |client| here(client) && client.in_transaction == active));
             }
             let labels = [name, role(server), BackendState::Prepared.as_str()];
             let there = |client: &ClientView| client.prepared && client.server == Some(server.other());
-            metrics.server_connections.with_label_values(&labels).set(count(&there));
+            metrics.server_connections.with_label_values(&labels).set(count(&own, there));
         }
-        metrics.held_sessions.with_label_values(&[name]).set(count(&|client| client.held));
+        metrics.held_sessions.with_label_values(&[name]).set(count(&own, |client| client.held));
         metrics.write_delay_seconds.with_label_values(&[name]).set(database.write_delay().as_secs_f64());
         metrics.route_epoch.with_label_values(&[name]).set(i64::try_from(database.epoch().0).unwrap_or(i64::MAX));
         let route = database.route();
@@ -47,6 +50,14 @@ pub(super) fn set_sessions(metrics: &Metrics, switchboard: &Switchboard, clients
             metrics.active_server.with_label_values(&[name, role(server)]).set(i64::from(is_active));
         }
     }
+}
+
+fn of<'a>(views: &'a [ClientView], database: &str) -> Vec<&'a ClientView> {
+    views.iter().filter(|view| view.database == database).collect()
+}
+
+fn count(views: &[&ClientView], wanted: impl Fn(&ClientView) -> bool) -> i64 {
+    i64::try_from(views.iter().filter(|view| wanted(view)).count()).unwrap_or(i64::MAX)
 }
 
 /// Sets what the configuration allows, which a reload may change.
@@ -107,9 +118,25 @@ mod tests {
         );
         let _known = board.database("shop");
         let waiting = ClientView { database: "shop".to_owned(), state: "waiting".to_owned(), ..ClientView::default() };
-        set_sessions(&metrics, &board, &[waiting.clone(), ClientView { held: true, ..waiting }]);
+        set_sessions(&metrics, &board, &[waiting.clone(), ClientView { held: true, ..waiting }], &[]);
         assert_eq!(metrics.held_sessions.with_label_values(&["shop"]).get(), 1);
         assert_eq!(metrics.client_connections.with_label_values(&["shop", "waiting"]).get(), 2);
+    }
+
+    #[test]
+    fn a_connection_that_waits_in_a_pool_is_one_to_its_server_and_of_no_client() {
+        let (metrics, board) = (
+            Metrics::new().expect("names are distinct"),
+            Switchboard::new(Route::To { server: ServerRole::Source, epoch: Epoch(0) }),
+        );
+        let _known = board.database("shop");
+        let session = ClientView { database: "shop".to_owned(), state: "idle".to_owned(), ..ClientView::default() };
+        let server =
+            ClientView { server: Some(ServerRole::Source), backend_pid: Some(7), pooled: true, ..session.clone() };
+        set_sessions(&metrics, &board, &[session], &[server]);
+        let servers = |server, state| metrics.server_connections.with_label_values(&["shop", server, state]).get();
+        assert_eq!((servers("source", "idle"), servers("source", "active"), servers("target", "idle")), (1, 0, 0));
+        assert_eq!(metrics.client_connections.with_label_values(&["shop", "idle"]).get(), 1);
     }
 
     #[test]

@@ -29,6 +29,9 @@ const SAMPLES: usize = 7200;
 /// Samples of one database that an answer has: fifteen minutes.
 const SAMPLES_SHOWN: usize = 450;
 
+/// None of them is older: where it is rarely looked, or no more, so many would be hours old.
+const SHOWN: Duration = Duration::from_secs(15 * 60);
+
 /// Events that are remembered.
 const EVENTS: usize = 1000;
 
@@ -155,12 +158,17 @@ impl Live {
         self.kept().newest_event
     }
 
-    /// Oldest first, at most fifteen minutes of each database.
+    /// Oldest first, the last fifteen minutes of each database.
     pub(super) fn history(&self, migration: &str) -> Vec<SampleView> {
-        let kept = self.kept();
+        self.history_at(now(), migration)
+    }
+
+    fn history_at(&self, at: f64, migration: &str) -> Vec<SampleView> {
+        let (kept, oldest) = (self.kept(), at - SHOWN.as_secs_f64());
         let mut left: BTreeMap<&str, usize> = BTreeMap::new();
         let mut samples = Vec::new();
-        for (_, sample) in kept.samples.iter().rev().filter(|(of, _)| of == migration) {
+        let is_shown = |(of, sample): &&(String, SampleView)| of == migration && sample.at >= oldest;
+        for (_, sample) in kept.samples.iter().rev().filter(is_shown) {
             let left = left.entry(&sample.database).or_insert(SAMPLES_SHOWN);
             if *left > 0 {
                 *left -= 1;
@@ -238,7 +246,7 @@ impl Kept {
     }
 
     fn sample(&mut self, at: f64, migrations: &[MigrationView], (copied_rows, copied_bytes): (u64, u64)) {
-        for migration in migrations.iter().filter(|migration| super::service::is_active(migration)) {
+        for migration in migrations.iter().filter(|migration| is_behind(migration)) {
             for database in &migration.databases {
                 let sample = SampleView {
                     at,
@@ -256,6 +264,11 @@ impl Kept {
             }
         }
     }
+}
+
+/// Whether a server follows another one: the target, or after a cutover the source.
+fn is_behind(migration: &MigrationView) -> bool {
+    super::service::is_active(migration) || migration.databases.iter().any(|database| database.rollback_possible)
 }
 
 fn of_cutover(cutover: &CutoverView) -> String {
@@ -361,6 +374,24 @@ mod tests {
         assert!(history.windows(2).all(|pair| pair[0].latency_bytes < pair[1].latency_bytes));
         assert_eq!(live.events().len(), EVENTS);
         assert!(live.history("m2").is_empty());
+    }
+
+    #[test]
+    fn the_way_back_is_sampled_and_what_is_old_is_not_shown() {
+        let live = Live::new();
+        let mut switched = migration("Succeeded", Some(7));
+        let look = |migration: &MigrationView| {
+            for _ in 0..LOOKS_PER_SAMPLE {
+                live.observe(std::slice::from_ref(migration), &BTreeMap::new(), &[], (0, 0));
+            }
+        };
+        look(&switched);
+        assert!(live.history("m1").is_empty(), "nothing follows it");
+        switched.databases[0].rollback_possible = true;
+        look(&switched);
+        let behind: Vec<_> = live.history("m1").iter().map(|sample| sample.latency_bytes).collect();
+        assert_eq!(behind, [Some(7)]);
+        assert!(live.history_at(now() + SHOWN.as_secs_f64() + 1.0, "m1").is_empty());
     }
 
     #[test]

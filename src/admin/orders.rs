@@ -11,12 +11,27 @@ use super::error::{AdminError, ErrorKind};
 use super::reply::Reply;
 use super::service::Inner;
 use super::view::ClientView;
-use crate::switch::Database;
+use crate::switch::{Database, PausedAll};
 
 /// How often WAIT_CLOSE looks.
 const LOOK_AGAIN: Duration = Duration::from_millis(50);
 
 type Answer = Result<Reply, AdminError>;
+
+/// What a PAUSE has closed.
+enum Closed {
+    One(Arc<Database>),
+    All(PausedAll),
+}
+
+impl Closed {
+    fn databases(&self) -> &[Arc<Database>] {
+        match self {
+            Self::One(database) => std::slice::from_ref(database),
+            Self::All(paused) => &paused.databases,
+        }
+    }
+}
 
 impl Inner {
     /// For who brings something into force that a successor would not know of. To be held until it is in force: who
@@ -35,15 +50,29 @@ impl Inner {
         self.leaving.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// PAUSE: answers once every transaction that was running has ended.
-    pub(super) async fn pause(&self, database: Option<String>) -> Answer {
+    /// PAUSE: answers once every transaction that was running has ended. One that is cancelled before that opens what
+    /// it has closed, as PgBouncer's does; one whose client has gone stays in force, as there.
+    pub(super) async fn pause(&self, database: Option<String>, cancelled: impl Future<Output = ()>) -> Answer {
         self.deps.cutovers.has_every_client("a pause").await?;
-        for database in self.close_gates(database)? {
+        let closed = self.close_gates(database)?;
+        tokio::select! {
+            // Both arms only wait, so dropping them is safe.
+            emptied = self.emptied(closed.databases()) => emptied.map(|()| Reply::Done("PAUSE")),
+            () = cancelled => {
+                self.open_again(&closed);
+                Err(AdminError::cancelled())
+            }
+        }
+    }
+
+    /// Waits until nobody is inside of these databases, which are paused.
+    async fn emptied(&self, databases: &[Arc<Database>]) -> Result<(), AdminError> {
+        for database in databases {
             tracing::info!(database = database.name(), "paused by an operator");
             tokio::select! {
                 // Each arm only waits, so dropping it is safe.
                 () = database.wait_empty() => {}
-                () = resumed(&database) => {
+                () = resumed(database) => {
                     let message = format!("database {:?} was resumed before its transactions had ended", database.name());
                     return Err(AdminError::new(ErrorKind::Conflict, message));
                 }
@@ -52,23 +81,32 @@ impl Inner {
                 }
             }
         }
-        Ok(Reply::Done("PAUSE"))
+        Ok(())
+    }
+
+    /// Takes a PAUSE back.
+    fn open_again(&self, closed: &Closed) {
+        match closed {
+            Closed::One(database) => _ = database.resume(),
+            Closed::All(paused) => self.deps.switchboard.take_back(paused),
+        }
+        tracing::info!("a pause was cancelled while it waited");
     }
 
     /// Holds new transactions from now on, and says of which databases.
-    fn close_gates(&self, database: Option<String>) -> Result<Vec<Arc<Database>>, AdminError> {
+    fn close_gates(&self, database: Option<String>) -> Result<Closed, AdminError> {
         let _staying = self.staying()?;
         let Some(name) = &database else {
             if self.deps.switchboard.is_paused() {
                 return Err(AdminError::new(ErrorKind::Conflict, "already paused"));
             }
-            return self.deps.switchboard.pause_all().map_err(|name| under_way(&name));
+            return self.deps.switchboard.pause_all().map(Closed::All).map_err(|name| under_way(&name));
         };
         let database = self.known(name)?;
         if !database.pause().map_err(|_| under_way(name))? {
             return Err(AdminError::new(ErrorKind::Conflict, format!("database {name:?} is paused already")));
         }
-        Ok(vec![database])
+        Ok(Closed::One(database))
     }
 
     /// RESUME

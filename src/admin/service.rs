@@ -113,7 +113,8 @@ impl Service {
         let deps = &self.0.deps;
         deps.metrics.ready.set(i64::from(self.not_ready().is_none()));
         gauges::set_limits(&deps.metrics, &deps.config.load());
-        gauges::set_sessions(&deps.metrics, &deps.switchboard, &deps.clients.list());
+        let (clients, idle_servers) = (deps.clients.list(), deps.clients.idle_servers());
+        gauges::set_sessions(&deps.metrics, &deps.switchboard, &clients, &idle_servers);
         // A scrape does not wait for an engine that is still looking for its target, nor for a server that does not answer.
         let mut is_any_active = false;
         if let Ok(Ok(migrations)) = tokio::time::timeout(SCRAPE_BOUND, deps.migrations.list()).await {
@@ -131,6 +132,16 @@ impl Service {
 
     /// Carries out `command`. Dropping the future does not stop what it has begun, unless that only waits.
     pub async fn execute(&self, command: Command) -> Result<Reply, AdminError> {
+        self.execute_until(command, std::future::pending()).await
+    }
+
+    /// The same for who may take the order back while it waits: a PAUSE then lets go on what it has held. All other
+    /// orders run to their end.
+    pub async fn execute_until(
+        &self,
+        command: Command,
+        cancelled: impl Future<Output = ()> + Send + 'static,
+    ) -> Result<Reply, AdminError> {
         if !command.changes_state() {
             return self.0.read(command).await;
         }
@@ -140,7 +151,7 @@ impl Service {
         self.0.deps.tasks.spawn(async move {
             let (only_waits, can_be_left) = (command.only_waits(), command.can_be_left());
             let result = tokio::select! {
-                result = inner.change(command) => result,
+                result = inner.change(command, cancelled) => result,
                 // Safe to drop: nothing is half done.
                 () = sender.closed(), if only_waits => return,
                 // How far it has come is kept.
@@ -275,7 +286,7 @@ impl Inner {
         }
     }
 
-    async fn change(&self, command: Command) -> Result<Reply, AdminError> {
+    async fn change(&self, command: Command, cancelled: impl Future<Output = ()>) -> Result<Reply, AdminError> {
         let deps = &self.deps;
         match command {
             Command::Create(spec) => {
@@ -334,7 +345,7 @@ impl Inner {
                 deps.daemon.shutdown(when);
                 Ok(Reply::Done("SHUTDOWN"))
             }
-            Command::Pause(database) => self.pause(database).await,
+            Command::Pause(database) => self.pause(database, cancelled).await,
             Command::Resume(database) => self.resume(database),
             Command::Disable(database) => self.set_disabled(&database, true).await,
             Command::Enable(database) => self.set_disabled(&database, false).await,

@@ -116,11 +116,11 @@ impl Control {
         self.stop.cancelled().await;
     }
 
-    /// Resolves once the daemon was told to stop when its clients or their transactions have ended.
-    pub(super) async fn winding_down(&self) -> ShutdownWhen {
+    /// The orders to stop when the clients or their transactions have ended, one that was given before included.
+    pub(super) fn winding_down(&self) -> WindingDown {
         let mut orders = self.winding_down.subscribe();
-        // The sender lives as long as this does.
-        orders.wait_for(Option::is_some).await.ok().and_then(|when| *when).unwrap_or_default()
+        orders.mark_changed();
+        WindingDown(orders)
     }
 
     /// Obeys signals until the process ends: SIGHUP reloads; SIGTERM and SIGINT stop in good order, a second one at once.
@@ -152,6 +152,25 @@ impl Control {
             }
         });
         Ok(())
+    }
+}
+
+/// Orders to stop later, as they are given.
+pub(super) struct WindingDown(watch::Receiver<Option<ShutdownWhen>>);
+
+impl WindingDown {
+    /// The next one; of several at once the last. Dropping the future loses none.
+    pub(super) async fn next(&mut self) -> ShutdownWhen {
+        loop {
+            if self.0.changed().await.is_err() {
+                // Who gives orders lives as long as the process.
+                return std::future::pending().await;
+            }
+            let order = *self.0.borrow_and_update();
+            if let Some(when) = order {
+                return when;
+            }
+        }
     }
 }
 

@@ -5,7 +5,7 @@ use std::time::Duration;
 use http_body_util::{BodyExt, Full};
 use hyper::body::Bytes;
 use hyper::header::{AUTHORIZATION, CONTENT_TYPE, HOST};
-use hyper::{Method, Request};
+use hyper::{Method, Request, StatusCode};
 use hyper_util::rt::TokioIo;
 use serde::Deserialize;
 use serde_json::Value;
@@ -18,6 +18,10 @@ const CONNECT_BOUND: Duration = Duration::from_secs(5);
 
 /// An answer of a few hundred thousand tables; more is a mistake.
 const MAX_BODY_BYTES: usize = 256 << 20;
+
+/// What a reverse proxy answers for a daemon that it has no answer of. It may have passed the request on.
+const IN_BETWEEN: [StatusCode; 3] =
+    [StatusCode::BAD_GATEWAY, StatusCode::SERVICE_UNAVAILABLE, StatusCode::GATEWAY_TIMEOUT];
 
 /// What the daemon answered when it refused (RFC 9457).
 #[derive(Clone, Debug, Deserialize)]
@@ -38,7 +42,7 @@ pub(super) enum ClientError {
         /// Why.
         reason: String,
     },
-    /// An order was sent, and the connection was lost before the answer.
+    /// An order was sent, and the connection was lost before the answer, or somebody in between has answered.
     #[error(
         "the connection to the daemon at {address} was lost ({reason}): whether the order was carried out is not known"
     )]
@@ -141,10 +145,13 @@ impl Client {
         let (status, body) = answer.map_err(|error| lost(error.to_string()))?;
         let body = body.map_err(|error| lost(error.to_string()))?;
         if status.is_success() {
-            return serde_json::from_slice(&body).map_err(|error| self.stranger(error));
+            return serde_json::from_slice(&body).map_err(|error| lost(format!("the answer cannot be read: {error}")));
         }
-        let refusal = serde_json::from_slice(&body).map_err(|_| self.stranger(format!("it answered {status}")))?;
-        Err(ClientError::Refused(refusal))
+        match serde_json::from_slice(&body) {
+            Ok(refusal) => Err(ClientError::Refused(refusal)),
+            Err(_) if IN_BETWEEN.contains(&status) => Err(lost(format!("somebody in between answered {status}"))),
+            Err(_) => Err(self.stranger(format!("it answered {status}"))),
+        }
     }
 
     fn unreachable(&self, reason: impl std::fmt::Display) -> ClientError {
@@ -158,7 +165,7 @@ impl Client {
 
 #[cfg(test)]
 mod tests {
-    use tokio::io::AsyncReadExt;
+    use tokio::io::{AsyncReadExt, AsyncWriteExt};
 
     use super::*;
 
@@ -178,5 +185,29 @@ mod tests {
         let question = client.get("/api/v1/status").await.expect_err("no answer");
         assert!(question.is_unreachable(), "{question}");
         daemon.await.expect("has heard both");
+    }
+
+    /// Nor must who has sent it through a reverse proxy that did not wait for the daemon.
+    #[tokio::test]
+    async fn what_a_reverse_proxy_says_is_not_the_daemons_word() {
+        let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.expect("listens");
+        let client = Client::new(listener.local_addr().expect("bound").to_string(), None);
+        let proxy = tokio::spawn(async move {
+            for status in ["504 Gateway Timeout", "504 Gateway Timeout", "200 OK", "200 OK", "404 Not Found"] {
+                let (mut stream, _) = listener.accept().await.expect("a client");
+                let _request = stream.read(&mut [0; 4096]).await.expect("a request");
+                let answer = format!("HTTP/1.1 {status}\r\ncontent-length: 6\r\n\r\n<html>");
+                stream.write_all(answer.as_bytes()).await.expect("sent");
+            }
+        });
+        for _ in 0..2 {
+            let order = client.post("/api/v1/migrations/m/cutover", None).await.expect_err("nothing of the daemon");
+            assert!(matches!(order, ClientError::Lost { .. }) && !order.is_unreachable(), "{order}");
+            let question = client.get("/api/v1/status").await.expect_err("nothing of the daemon");
+            assert!(question.may_pass() && question.is_unreachable(), "{question}");
+        }
+        let question = client.get("/api/v1/status").await.expect_err("nothing of the daemon");
+        assert!(matches!(question, ClientError::Stranger { .. }), "{question}");
+        proxy.await.expect("has answered all");
     }
 }

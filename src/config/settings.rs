@@ -193,7 +193,13 @@ impl Config {
         config.listen.tls = new.listen.tls;
         config.listen.proxy_protocol_from = new.listen.proxy_protocol_from;
         config.auth = new.auth;
-        config.cutover = new.cutover;
+        // What the engine and the coordinator have been started with stays as it is.
+        config.cutover = Cutover {
+            max_unstreamed_bytes: self.cutover.max_unstreamed_bytes,
+            warm_target: self.cutover.warm_target,
+            require_verified: self.cutover.require_verified,
+            ..new.cutover
+        };
         // What a session's memory is made of stays as it is.
         config.limits = Limits {
             max_message_bytes: self.limits.max_message_bytes,

@@ -1,5 +1,6 @@
 //! The configuration as operators meet it: the two documented files, and what each mistake is answered with.
 
+use std::collections::BTreeSet;
 use std::path::Path;
 
 use super::load::read;
@@ -24,6 +25,152 @@ password_file = "source"
 host = "10.0.0.6"
 user = "postgres"
 password_env = "TARGET_PASSWORD"
+"#;
+
+/// Every key with another value than in MINIMAL, but `[auth] method`, which goes with no `hba_file`.
+const OTHERWISE: &str = r#"
+[listen]
+address = "127.0.0.1:6433"
+unix_socket_dir = "s"
+tls_certificate = "c"
+tls_key = "k"
+tls_required = true
+tls_min_version = "1.3"
+tls_client_ca = "ca"
+tls_client_cert = "require"
+proxy_protocol_from = ["10.0.0.0/8"]
+replication = "refuse"
+takeover_socket = "t"
+tcp_keepalives_idle = "7s"
+tcp_keepalives_interval = "7s"
+tcp_keepalives_count = 7
+tcp_user_timeout = "7s"
+workers = 1023
+io_uring = false
+[control]
+database = "d"
+fence = "soft"
+[source]
+host = "10.0.0.7"
+port = 5433
+user = "u"
+password = "p"
+sslmode = "disable"
+sslrootcert = "r"
+sslcert = "c"
+sslkey = "k"
+connect_timeout = "7s"
+stall_timeout = "7s"
+tcp_keepalives_idle = "7s"
+tcp_keepalives_interval = "7s"
+tcp_keepalives_count = 7
+tcp_user_timeout = "7s"
+kind = "other"
+[target]
+host = "10.0.0.8"
+port = 5433
+user = "u"
+password = "p"
+sslmode = "disable"
+sslrootcert = "r"
+sslcert = "c"
+sslkey = "k"
+connect_timeout = "7s"
+stall_timeout = "7s"
+tcp_keepalives_idle = "7s"
+tcp_keepalives_interval = "7s"
+tcp_keepalives_count = 7
+tcp_user_timeout = "7s"
+kind = "other"
+[auth]
+hba_file = "h"
+ident_file = "i"
+users_file = "u"
+auth_query = "q"
+auth_database = "d"
+verifier_cache = "7s"
+[pool]
+mode = "transaction"
+default_pool_size = 7
+min_pool_size = 7
+reserve_pool_size = 7
+reserve_pool_timeout = "7s"
+max_db_connections = 7
+max_user_connections = 7
+max_prepared_statements = 7
+max_client_statements = 7
+server_lifetime = "7s"
+server_idle_timeout = "7s"
+server_linger = "7s"
+server_check_delay = "7s"
+server_check_query = "q"
+server_reset_query = "q"
+server_reset_query_always = true
+[pool.database.shop]
+mode = "session"
+[pool.user.ann]
+mode = "session"
+[limits]
+max_client_connections = 7
+reserved_admin_connections = 7
+max_user_connections = 7
+max_database_connections = 7
+max_address_connections = 7
+client_login_timeout = "7s"
+query_timeout = "7s"
+idle_timeout = "7s"
+idle_transaction_timeout = "7s"
+transaction_timeout = "7s"
+query_wait_timeout = "7s"
+client_lifetime = "7s"
+shadow_connections = 7
+resume_rate = 7
+max_message = "7MB"
+buffer = "8kB"
+[limits.user.ann]
+query_timeout = "7s"
+[limits.database.shop]
+query_timeout = "7s"
+[migration]
+copy_workers = 7
+index_workers = 7
+part_size = "7MB"
+maintenance_work_mem = "7MB"
+without_identity = "refuse"
+ddl = "refuse"
+apply_queue = "7MB"
+bindir = "b"
+verify_workers = 7
+verify_part_size = "7MB"
+verify_load = 7
+verify_load_busy = 7
+slot_timeout = "7s"
+validation_interval = "7s"
+long_transaction = "7s"
+lock_timeout = "7s"
+copy_rate = "7MB"
+max_standby_lag = "7s"
+max_retained_wal = "7MB"
+[cutover]
+max_pause = "7s"
+drain_timeout = "7s"
+max_lag_at_start = "7MB"
+throttle_writes = "7ms"
+throttle_for = "7s"
+max_unstreamed = "7MB"
+warm_target = "7s"
+require_verified = true
+reads = "continue"
+stragglers = "terminate"
+[admin]
+address = "127.0.0.1:8433"
+users = ["ann"]
+stats_users = ["bob"]
+hosts = ["h"]
+token = "t"
+[telemetry]
+log = "debug"
+format = "json"
 "#;
 
 fn environment(pairs: &[(&str, &str)]) -> Environment {
@@ -85,7 +232,7 @@ fn the_example_explains_every_key_and_says_the_defaults() {
     let (config, problems, known) = read(&text, directory.path(), &environment);
     assert_eq!(problems, []);
     let mut section = "";
-    let mut mentioned = std::collections::BTreeSet::new();
+    let mut mentioned = BTreeSet::new();
     for line in text.lines() {
         if let Some(table) = line.strip_prefix("# [").and_then(|line| line.strip_suffix(']')) {
             // `[section.key.name]`: what is said otherwise for one user or database.
@@ -262,6 +409,24 @@ fn a_reload_says_what_it_cannot_change() {
     let merged = old.with_live_changes(both.clone());
     assert_eq!(merged.changes(&both).applied, [""; 0], "everything that a reload applies was applied");
     assert_eq!(merged.changes(&both).needs_restart, ["limits.buffer"]);
+}
+
+/// What is shown as in force is: a value that waits for a restart is neither shown nor forgotten.
+#[test]
+fn a_reload_takes_every_key_that_it_may_and_no_other() {
+    let old = good(MINIMAL, &[("TARGET_PASSWORD", "t4rget")]);
+    let mut new = good(OTHERWISE, &[]);
+    new.auth.method = AuthMethod::Md5;
+    let keys = |live: Live| -> BTreeSet<String> {
+        let those = old.settings().into_iter().filter(|setting| setting.live == live);
+        those.map(|setting| format!("{}.{}", setting.section, setting.key)).collect()
+    };
+    let changes = old.changes(&new);
+    assert_eq!(BTreeSet::from_iter(changes.applied), keys(Live::Reload), "every key has another value");
+    assert_eq!(BTreeSet::from_iter(changes.needs_restart), keys(Live::Restart), "every key has another value");
+    let left = old.with_live_changes(new.clone()).changes(&new);
+    assert_eq!(left.applied, [""; 0]);
+    assert_eq!(BTreeSet::from_iter(left.needs_restart), keys(Live::Restart));
 }
 
 #[test]

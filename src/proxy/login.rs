@@ -13,7 +13,7 @@ use self::standing::Proof;
 use super::access::Access;
 use super::auth::hba::{Client, Demand, Verdict};
 use super::auth::{Asked, AuthError, authenticate};
-use super::cancel::CancelKey;
+use super::cancel::{CancelKey, Holder};
 use super::client_error::ClientError;
 use super::entry::{Entry, Order, SessionState};
 use super::handshake::{ClientChannel, Entrance, HandshakeError, Peer, Request, negotiate, wants_replication};
@@ -184,9 +184,17 @@ async fn cancel(shared: &Shared, channel: ClientChannel, pid: i32, key: &[u8]) {
     drop(channel);
 }
 
-/// Passes a cancel to its session, if it is one of this process. Returns when it was dealt with.
+/// Passes a cancel to its session, or to what waits in the console, if the key is one of this process. Returns when it
+/// was dealt with.
 pub(super) async fn cancel_own(shared: &Shared, pid: i32, key: &[u8]) -> bool {
-    let Some(entry) = shared.keys.find(pid, key) else { return false };
+    let entry = match shared.keys.find(pid, key) {
+        None => return false,
+        Some(Holder::Console(asked)) => {
+            asked.notify_waiters();
+            return true;
+        }
+        Some(Holder::Session(entry)) => entry,
+    };
     let (done, dealt_with) = tokio::sync::oneshot::channel();
     entry.order(Order::Cancel { done });
     // An error means that the session has ended: dealt with.
@@ -405,15 +413,18 @@ impl LoginInProgress<'_> {
     /// would have it after the listeners are closed, the answer to the order to stop would never be read.
     async fn hand_to_console(mut self) {
         let shared = self.worker.shared.clone();
-        let SessionStartup { user, parameters, .. } = self.startup;
+        let SessionStartup { user, .. } = self.startup;
         // Who orders a shutdown that waits for the sessions is not one of them.
         drop(self.registration);
+        let (key, console_key) = shared.keys.issue_to_console();
         let runtime = shared.runtime.clone();
         let served = runtime.spawn(async move {
             // Held until the console is left, so that its clients count as clients.
             let _slot = self.slot;
+            // It cancels nothing after that.
+            let _key = key;
             if self.channel.input.is_empty() && self.channel.flush().await.is_ok() {
-                shared.console.serve(self.channel.stream, user, parameters).await;
+                shared.console.serve(self.channel.stream, user, console_key).await;
             }
         });
         // A console that panicked has reported it already.

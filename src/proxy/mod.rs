@@ -80,6 +80,7 @@ use crate::switch::{ServerRole, Switchboard};
 use crate::telemetry::metrics::Metrics;
 
 pub use access::AccessError;
+pub use cancel::ConsoleKey;
 pub use entry::{MoveOrder, MoveOutcome, MoveState, SessionState, SessionView};
 use listener::Listener;
 pub use sessions::{MoveReport, PooledBackend, Sessions};
@@ -109,8 +110,8 @@ pub trait ConsoleHandler: Send + Sync {
     fn admits(&self, user: &str) -> bool;
 
     /// Takes over a client that has proved that it is `user`, who is admitted. AuthenticationOk has been sent and
-    /// nothing after it. Runs on the main runtime.
-    fn serve(&self, stream: Stream, user: String, parameters: Vec<(String, String)>) -> BoxFuture<'static, ()>;
+    /// nothing after it. What the client cancels is asked for by `key`. Runs on the main runtime.
+    fn serve(&self, stream: Stream, user: String, key: ConsoleKey) -> BoxFuture<'static, ()>;
 }
 
 /// What the proxy is made of.

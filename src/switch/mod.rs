@@ -23,4 +23,4 @@ mod gate;
 mod switchboard;
 
 pub use gate::{Admission, Cell, Epoch, Gate};
-pub use switchboard::{CutoverUnderWay, Database, Member, PrepareWindow, Route, ServerRole, Switchboard};
+pub use switchboard::{CutoverUnderWay, Database, Member, PausedAll, PrepareWindow, Route, ServerRole, Switchboard};

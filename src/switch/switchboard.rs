@@ -384,6 +384,15 @@ impl Database {
     }
 }
 
+/// What a PAUSE of every database has found, and closed.
+#[derive(Debug)]
+pub struct PausedAll {
+    /// Every database that was known.
+    pub databases: Vec<Arc<Database>>,
+    /// Those of them that were paused before.
+    before: Vec<Arc<Database>>,
+}
+
 /// All databases that were ever asked for. Cloned as `Arc`.
 #[derive(Debug)]
 pub struct Switchboard {
@@ -424,13 +433,13 @@ impl Switchboard {
 
     /// PAUSE of every database, and of those that are asked for later. All or none: where a cutover is under way, its
     /// database's name is returned and nothing is paused that was not before.
-    pub fn pause_all(&self) -> Result<Vec<Arc<Database>>, String> {
+    pub fn pause_all(&self) -> Result<PausedAll, String> {
         let databases = self.databases.write().unwrap_or_else(PoisonError::into_inner);
-        let mut new: Vec<&Arc<Database>> = Vec::new();
+        let (mut new, mut before): (Vec<&Arc<Database>>, Vec<_>) = (Vec::new(), Vec::new());
         for database in databases.values() {
             match database.pause() {
                 Ok(true) => new.push(database),
-                Ok(false) => {}
+                Ok(false) => before.push(database.clone()),
                 Err(CutoverUnderWay) => {
                     new.into_iter().for_each(|database| _ = database.resume());
                     return Err(database.name().to_owned());
@@ -438,7 +447,17 @@ impl Switchboard {
             }
         }
         self.paused.store(true, Ordering::Release);
-        Ok(databases.values().cloned().collect())
+        Ok(PausedAll { databases: databases.values().cloned().collect(), before })
+    }
+
+    /// Ends that PAUSE as if it had not been: what was paused before it stays so.
+    pub fn take_back(&self, paused: &PausedAll) {
+        let databases = self.databases.write().unwrap_or_else(PoisonError::into_inner);
+        self.paused.store(false, Ordering::Release);
+        let was_open = |database: &&Arc<Database>| !paused.before.iter().any(|before| Arc::ptr_eq(before, database));
+        for database in databases.values().filter(was_open) {
+            database.resume();
+        }
     }
 
     /// Whether PAUSE without a name is in force.
@@ -554,6 +573,20 @@ mod tests {
         database.reopen();
         assert!(member.try_enter().is_some());
         assert!(!database.resume(), "was not paused");
+    }
+
+    #[test]
+    fn a_pause_of_all_that_is_taken_back_leaves_what_was_paused_before() {
+        let board = Switchboard::new(Route::To { server: ServerRole::Source, epoch: Epoch(0) });
+        let (shop, billing) = (board.database("shop"), board.database("billing"));
+        assert_eq!(billing.pause(), Ok(true));
+        let paused = board.pause_all().expect("no cutover");
+        assert_eq!(paused.databases.len(), 2);
+        let later = board.database("later");
+        assert!(shop.is_paused() && later.is_paused());
+        board.take_back(&paused);
+        assert!(!board.is_paused() && !shop.is_paused() && !later.is_paused());
+        assert!(billing.is_paused());
     }
 
     #[tokio::test]

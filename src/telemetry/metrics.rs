@@ -54,7 +54,7 @@ label_words! {
 label_words! {
     /// `state` of `server_connections`.
     BackendState {
-        /// Waits for its session's next transaction.
+        /// Waits for its session's next transaction; in a pool, for anybody's.
         Idle = "idle",
         /// In a transaction.
         Active = "active",
@@ -350,7 +350,7 @@ impl Metrics {
             )?,
             server_connections: r.gauges(
                 "server_connections",
-                "Connections of client sessions to the servers.",
+                "Connections to the servers: those that sessions have, and idle ones of pools.",
                 &["database", "server", "state"],
             )?,
             transactions: r.counters("transactions_total", "Transactions relayed.", &["database"])?,

@@ -25,6 +25,7 @@ use pgcutover::migration::view::{
     TableView, VerifyReport,
 };
 use pgcutover::postgres::Stream;
+use pgcutover::proxy::ConsoleKey;
 use pgcutover::shutdown::Tasks;
 use pgcutover::switch::{Epoch, Route, ServerRole, Switchboard};
 use pgcutover::telemetry::metrics::Metrics;
@@ -291,6 +292,8 @@ pub struct Admin {
     pub switchboard: Arc<Switchboard>,
     pub http: SocketAddr,
     pub console: SocketAddr,
+    /// What every client of the console cancels with.
+    pub key: ConsoleKey,
     pub tasks: Tasks,
 }
 
@@ -317,24 +320,26 @@ pub async fn admin(change: impl FnOnce(&mut Config)) -> Admin {
     let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
     let address = listener.local_addr().unwrap();
     let console = Console::new(service, tasks.clone());
+    let key = ConsoleKey::default();
+    let given = key.clone();
     tasks.spawn(async move {
         loop {
             let (stream, _) = listener.accept().await.unwrap();
-            tokio::spawn(authenticated(stream, console.clone()));
+            tokio::spawn(authenticated(stream, console.clone(), given.clone()));
         }
     });
-    Admin { fake, switchboard, http, console: address, tasks }
+    Admin { fake, switchboard, http, console: address, key, tasks }
 }
 
 /// What the proxy does before it hands a client to the console: the startup, here without any proof.
-async fn authenticated(mut stream: tokio::net::TcpStream, console: Console) {
+async fn authenticated(mut stream: tokio::net::TcpStream, console: Console, key: ConsoleKey) {
     let length = stream.read_u32().await.unwrap() as usize;
     let mut startup = vec![0; length - 4];
     stream.read_exact(&mut startup).await.unwrap();
     let words: Vec<&[u8]> = startup[4..].split(|byte| *byte == 0).collect();
     let user = words.chunks(2).find(|pair| pair[0] == b"user").map(|pair| pair[1]).unwrap();
     stream.write_all(b"R\0\0\0\x08\0\0\0\0").await.unwrap();
-    console.serve(Stream::Tcp(stream), String::from_utf8(user.to_vec()).unwrap()).await;
+    console.serve(Stream::Tcp(stream), String::from_utf8(user.to_vec()).unwrap(), key).await;
 }
 
 impl Admin {

@@ -288,6 +288,44 @@ async fn http_gives_the_same_orders() {
 }
 
 #[tokio::test]
+async fn what_waits_is_taken_back_by_who_cancels_it() {
+    let admin = admin(|_| {}).await;
+    let client = admin.connect("ann").await;
+    let (shop, billing) = (admin.switchboard.database("shop"), admin.switchboard.database("billing"));
+    assert_eq!(billing.pause(), Ok(true));
+    let member = shop.join();
+    let _admission = member.try_enter().expect("it is open");
+    for sql in ["PAUSE shop", "PAUSE"] {
+        let mut pause = std::pin::pin!(client.batch_execute(sql));
+        while !shop.is_paused() {
+            assert!(futures_util::poll!(pause.as_mut()).is_pending());
+            tokio::task::yield_now().await;
+        }
+        admin.key.ask();
+        let error = pause.await.expect_err("taken back");
+        assert_eq!(error.code().map(|code| code.code()), Some("57014"), "{sql}");
+        assert!(!shop.is_paused() && !admin.switchboard.is_paused(), "{sql}");
+        assert!(billing.is_paused(), "by an order of its own");
+    }
+    member.leave();
+    client.batch_execute("PAUSE").await.unwrap();
+    admin.key.ask();
+    assert!(shop.is_paused(), "it does not wait any more");
+
+    client.batch_execute("RESUME; RECONNECT shop").await.unwrap();
+    let looks = || admin.fake.looks.load(Ordering::SeqCst);
+    let before = looks();
+    let mut wait = std::pin::pin!(client.batch_execute("WAIT_CLOSE shop"));
+    while looks() == before {
+        assert!(futures_util::poll!(wait.as_mut()).is_pending());
+        tokio::task::yield_now().await;
+    }
+    admin.key.ask();
+    let error = wait.await.expect_err("taken back");
+    assert_eq!(error.code().map(|code| code.code()), Some("57014"));
+}
+
+#[tokio::test]
 async fn who_waits_for_connections_to_close_and_goes_is_not_waited_for() {
     let admin = admin(|_| {}).await;
     let looks = || admin.fake.looks.load(Ordering::SeqCst);

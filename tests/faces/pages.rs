@@ -157,3 +157,31 @@ async fn what_differs_is_repaired_and_a_rule_is_mended_by_clicks() {
     assert_eq!(enabled().await, "O");
     assert_eq!(browser.complaints(), [""; 0]);
 }
+
+/// Nothing has moved, and the page must not say that it has.
+#[tokio::test(flavor = "multi_thread")]
+async fn what_was_only_validated_or_copied_is_not_shown_as_switched() {
+    let Some(browser) = Browser::found("validated") else { return };
+    let (source, target) = shop().await;
+    let daemon = Daemon::start(&source, &target, DaemonOptions::default());
+    let steps = || {
+        let script = "const list = document.querySelector('[aria-label=\"Steps of the migration\"]');
+            return [...list.children].map((step) => `${step.textContent} ${step.className}`);";
+        browser.run(script)
+    };
+    let buttons = || browser.run("return document.querySelectorAll('section[aria-labelledby=cutover] button').length");
+    let page = |name: &str| format!("http://127.0.0.1:{}/#/m/{name}/overview", daemon.admin_port);
+    daemon.must(&["migration", "create", "looked", "--database", "shop", "--option", "validate", "--wait"]);
+    browser.open(&page("looked"));
+    browser.wait_for("section[aria-labelledby=cutover]", "the databases run where they ran");
+    browser.wait_for(".pill", "Succeeded");
+    assert_eq!(steps(), json!(["Prepare done", "Validate done", "Completed done"]));
+    assert_eq!(buttons(), json!(0));
+    check(&browser, "01-validated");
+    daemon.must(&["migration", "create", "copied", "--database", "shop", "--mode", "offline", "--wait"]);
+    browser.open(&page("copied"));
+    browser.wait_for("h1", "copied");
+    browser.wait_for(".pill", "Succeeded");
+    assert_eq!(steps(), json!(["Prepare done", "Validate done", "Copy done", "Completed done"]));
+    assert_eq!(browser.complaints(), [""; 0]);
+}

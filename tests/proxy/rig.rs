@@ -7,7 +7,7 @@ use pgcutover::config::{self, AuthMethod, Config};
 use pgcutover::demo::cluster::Cluster;
 use pgcutover::failpoint::Failpoints;
 use pgcutover::postgres::{Connector, InstanceId, Stream};
-use pgcutover::proxy::{ConsoleHandler, Proxy, ProxyDeps, SessionState, SessionView, Sessions};
+use pgcutover::proxy::{ConsoleHandler, ConsoleKey, Proxy, ProxyDeps, SessionState, SessionView, Sessions};
 use pgcutover::shutdown::Tasks;
 use pgcutover::switch::{Database, Epoch, Route, ServerRole, Switchboard};
 use pgcutover::telemetry::metrics::Metrics;
@@ -27,7 +27,7 @@ impl ConsoleHandler for Console {
         self.users.iter().any(|known| known == user)
     }
 
-    fn serve(&self, mut stream: Stream, user: String, _: Vec<(String, String)>) -> BoxFuture<'static, ()> {
+    fn serve(&self, mut stream: Stream, user: String, _: ConsoleKey) -> BoxFuture<'static, ()> {
         Box::pin(async move {
             use tokio::io::AsyncWriteExt as _;
             let _ = stream.write_all(format!("console for {user}").as_bytes()).await;

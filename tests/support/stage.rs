@@ -16,7 +16,7 @@ use pgcutover::cutover::report::CutoverReport;
 use pgcutover::demo::cluster::Cluster;
 use pgcutover::failpoint::Failpoints;
 use pgcutover::postgres::{Connector, InstanceId, Stream};
-use pgcutover::proxy::{ConsoleHandler, Proxy, ProxyDeps, Sessions};
+use pgcutover::proxy::{ConsoleHandler, ConsoleKey, Proxy, ProxyDeps, Sessions};
 use pgcutover::shutdown::Tasks;
 use pgcutover::switch::{Epoch, Route, ServerRole, Switchboard};
 use pgcutover::telemetry::metrics::Metrics;
@@ -110,7 +110,7 @@ impl ConsoleHandler for NoConsole {
         false
     }
 
-    fn serve(&self, _: Stream, _: String, _: Vec<(String, String)>) -> BoxFuture<'static, ()> {
+    fn serve(&self, _: Stream, _: String, _: ConsoleKey) -> BoxFuture<'static, ()> {
         Box::pin(async {})
     }
 }

@@ -21,6 +21,7 @@ use crate::admin::error::{AdminError, ErrorKind};
 use crate::admin::reply;
 use crate::admin::service::Service;
 use crate::admin::table::{Cell, Column, Kind};
+use crate::proxy::ConsoleKey;
 
 /// So many statements are answered in one message: all of their rows are in memory before the first is sent.
 const STATEMENTS: usize = 16;
@@ -30,12 +31,13 @@ pub(super) struct Answerer {
     service: Service,
     user: String,
     client: Presence,
+    key: ConsoleKey,
     parser: Arc<Parser>,
 }
 
 impl Answerer {
-    pub(super) fn new(service: Service, user: String, client: Presence) -> Self {
-        Self { service, user, client, parser: Arc::new(Parser) }
+    pub(super) fn new(service: Service, user: String, client: Presence, key: ConsoleKey) -> Self {
+        Self { service, user, client, key, parser: Arc::new(Parser) }
     }
 
     async fn answer(&self, statement: Statement, format: &Format) -> PgWireResult<Response> {
@@ -56,11 +58,12 @@ impl Answerer {
         }
         let only_waits = command.only_waits();
         let reply = tokio::select! {
-            reply = self.service.execute(command) => reply,
-            // Safe to drop: what it waits for is nobody else's.
+            reply = self.service.execute_until(command, self.key.asked()) => reply,
+            // Safe to drop, both: what it waits for is nobody else's.
             () = self.client.ended(), if only_waits => {
                 Err(AdminError::new(ErrorKind::Unavailable, "the client has gone"))
             }
+            () = self.key.asked(), if only_waits => Err(AdminError::cancelled()),
         };
         let reply = reply.map_err(to_pgwire)?;
         match reply.into_table() {

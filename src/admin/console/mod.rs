@@ -28,6 +28,7 @@ use self::link::{Link, Unreadable};
 use self::parse::Statement;
 use super::service::Service;
 use crate::postgres::Stream;
+use crate::proxy::ConsoleKey;
 use crate::shutdown::Tasks;
 use crate::sqlstate;
 
@@ -57,14 +58,15 @@ impl Console {
         Self { service, tasks }
     }
 
-    /// Serves one client until it goes. It has been sent AuthenticationOk and nothing more.
-    pub async fn serve(self, stream: Stream, user: String) {
+    /// Serves one client until it goes. It has been sent AuthenticationOk and nothing more; it cancels by `key`.
+    pub async fn serve(self, stream: Stream, user: String, key: ConsoleKey) {
         let is_private = stream.is_private();
         let link = Link::new(stream);
-        let answerer = Arc::new(Answerer::new(self.service, user, link.presence()));
+        let told = key.told();
+        let answerer = Arc::new(Answerer::new(self.service, user, link.presence(), key));
         let mut session = Session::new(link, is_private);
         let outcome = tokio::select! {
-            outcome = session.run(&answerer) => outcome,
+            outcome = session.run(&answerer, told) => outcome,
             // Safe to drop: what an order has begun runs in a task of the service.
             () = stopped(&self.tasks) => Ok(()),
         };
@@ -92,8 +94,8 @@ impl Session {
         Self { socket: Framed::new(link, PgWireMessageServerCodec::new(client)) }
     }
 
-    async fn run(&mut self, answerer: &Arc<Answerer>) -> Result<(), std::io::Error> {
-        self.greet().await?;
+    async fn run(&mut self, answerer: &Arc<Answerer>, key: (i32, [u8; 4])) -> Result<(), std::io::Error> {
+        self.greet(key).await?;
         let (startup, nothing) = (Arc::new(StartupDone), Arc::new(NoopHandler));
         while let Some(message) = self.socket.next().await {
             let message = match message {
@@ -134,7 +136,7 @@ impl Session {
     }
 
     /// What a server says between AuthenticationOk and its first ReadyForQuery.
-    async fn greet(&mut self) -> Result<(), std::io::Error> {
+    async fn greet(&mut self, (pid, secret): (i32, [u8; 4])) -> Result<(), std::io::Error> {
         let parameters = [
             // Drivers read features off the number in front.
             ("server_version", concat!("15.0 (pgcutover ", env!("CARGO_PKG_VERSION"), ")")),
@@ -151,8 +153,7 @@ impl Session {
             let status = ParameterStatus::new(name.to_owned(), value.to_owned());
             self.socket.feed(PgWireBackendMessage::ParameterStatus(status)).await?;
         }
-        // A key that cancels nothing: orders run to their end.
-        let key = BackendKeyData::new(0, SecretKey::I32(0));
+        let key = BackendKeyData::new(pid, SecretKey::I32(i32::from_be_bytes(secret)));
         self.socket.feed(PgWireBackendMessage::BackendKeyData(key)).await?;
         self.socket.set_state(PgWireConnectionState::ReadyForQuery);
         let ready = ReadyForQuery::new(TransactionStatus::Idle);

@@ -32,6 +32,9 @@ export function panel(m, state) {
 }
 
 function ready(m, state) {
+  if (m.option === 'validate') {
+    return h('p', { class: 'muted' }, 'A validation changes nothing: the databases run where they ran.');
+  }
   if (m.mode === 'offline') return h('p', { class: 'muted' }, 'An offline migration is a copy: there is nothing to cut over.');
   if (m.state === 'Succeeded') return after(m, state);
   if (m.state !== 'WaitingForUserAction') {

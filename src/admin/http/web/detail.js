@@ -35,13 +35,20 @@ export function draw(state) {
   ];
 }
 
+/** A validation ends before anything is copied, and what is only copied is never cut over. */
+function stepsOf(m) {
+  if (m.option === 'validate') return STEPS.filter(([label]) => !['Copy', 'Ready', 'Cut over'].includes(label));
+  return m.mode === 'offline' ? STEPS.filter(([label]) => !['Ready', 'Cut over'].includes(label)) : STEPS;
+}
+
 function steps(m) {
+  const all = stepsOf(m);
   const back = m.substate === 'RollingBack';
   const now = back ? 'CompletingMigration' : m.substate;
-  const at = m.state === 'Succeeded' ? STEPS.length : STEPS.findIndex(([, substate]) => substate === now);
+  const at = m.state === 'Succeeded' ? all.length : all.findIndex(([, substate]) => substate === now);
   const failed = m.state.endsWith('Failed');
   const reached = at < 0 ? (m.state === 'ValidationFailed' ? 1 : m.databases.some((d) => d.tables_ready > 0) ? 2 : 0) : at;
-  return h('ol', { class: 'steps', 'aria-label': 'Steps of the migration' }, STEPS.map(([label], index) =>
+  return h('ol', { class: 'steps', 'aria-label': 'Steps of the migration' }, all.map(([label], index) =>
     h('li', { class: index < reached ? 'done' : index === reached ? (failed ? 'failed' : m.state === 'Cancelled' ? null : 'now') : null, 'aria-current': index === reached ? 'step' : null }, back && index === reached ? 'Roll back' : label)));
 }
 
