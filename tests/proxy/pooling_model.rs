@@ -8,6 +8,7 @@ use pgcutover::config::{PoolMode, Server};
 use pgcutover::proxy::Sessions;
 use rand::rngs::StdRng;
 use rand::{Rng as _, SeedableRng as _};
+use tokio::io::AsyncWriteExt as _;
 use tokio_util::sync::CancellationToken;
 
 use crate::rig::Rig;
@@ -304,5 +305,26 @@ async fn a_notice_behind_the_end_of_a_transaction_does_not_keep_its_connection()
     second.send(&query("ECHO x")).await;
     assert_eq!(second.tags_until_ready().await, "DCZI");
     assert_eq!(first.next().await.map(|message| message.tag), Some('N'));
+    rig.stop().await;
+}
+
+/// The server refuses it while its client is ahead, so that the rest is still on its way. All of that is thrown away here.
+#[tokio::test(flavor = "multi_thread")]
+async fn the_rest_of_a_copy_that_has_failed_does_not_keep_its_client() {
+    let address = scripted::serve().await;
+    let server = || Server::new("127.0.0.1", address.port(), "postgres");
+    let rig = Rig::start(server(), server(), |config| {
+        config.pool.mode = PoolMode::Transaction;
+        config.pool.default_pool_size = 1;
+    });
+    let (read, mut write) = rig.wire("postgres").await.stream.into_split();
+    let mut client = WireClient { stream: tokio::io::join(read, tokio::io::sink()), key: None };
+    let data = frame(b'd', &[b'x'; 100]).repeat(160_000);
+    let asked = [query("COPY"), data, frame(b'c', &[]), query("ECHO x")].concat();
+    let answers = async { [client.tags_until_ready().await, client.tags_until_ready().await] };
+    let (sent, answers) = tokio::join!(write.write_all(&asked), answers);
+    sent.expect("all of it is read");
+    assert_eq!(answers, ["GEZI", "DCZI"]);
+    drop((write, client));
     rig.stop().await;
 }

@@ -48,6 +48,7 @@ impl PooledSession {
     /// Client to server, at most a block.
     fn pump_up(&mut self, cx: &mut Context<'_>) -> Result<Progress, Step> {
         let read = self.read_client(cx)?;
+        let before = self.up.buffer.len();
         self.pass_frames()?;
         let written = self.write_server(cx)?;
         if self.up.terminated {
@@ -63,7 +64,9 @@ impl PooledSession {
         if self.up.ended && self.up.out.is_empty() && !says_terminate(self.up.buffer.filled()) {
             return Err(Step::End(End::ClientLeft));
         }
-        Ok(read.or(written))
+        // What was thrown away has made room too: who does not read again is not woken when more comes.
+        let passed = if self.up.buffer.len() < before { Progress::Some } else { Progress::None };
+        Ok(read.or(passed).or(written))
     }
 
     fn read_client(&mut self, cx: &mut Context<'_>) -> Result<Progress, Step> {
