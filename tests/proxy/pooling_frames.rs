@@ -360,3 +360,24 @@ async fn what_changes_a_session_by_another_name_is_nobody_elses() {
     assert_eq!(first_row(&mut ann, "SELECT a FROM mine").await, "1");
     rig.stop().await;
 }
+
+/// To read what a client has set takes longer than that.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_client_with_a_short_statement_timeout_is_served_and_keeps_it() {
+    let cluster = one_cluster("impatient");
+    let rig = pooled(&cluster, 1);
+    let (mut ann, mut bob) = (rig.wire("postgres").await, rig.wire("postgres").await);
+    for _ in 0..20 {
+        ask(&mut ann, &query("SET statement_timeout = 1")).await;
+        assert_eq!(first_row(&mut bob, "SHOW statement_timeout").await, "0");
+    }
+    let shown = loop {
+        let answer = ask(&mut ann, &query("SHOW statement_timeout")).await;
+        // A busy machine takes its time.
+        if refusal(&answer) != "57014" {
+            break rows(&answer);
+        }
+    };
+    assert_eq!(shown, ["1ms"]);
+    rig.stop().await;
+}

@@ -326,7 +326,18 @@ impl Backend {
             self.session.insert(name.to_owned(), value.trim_matches('\'').to_owned());
             return done("SET");
         }
+        if self.is_out_of_time(text, values) {
+            return Err("57014");
+        }
         self.run_own(text, values).map_or_else(|| done("SELECT 0"), rows)
+    }
+
+    /// Whether what the proxy asks on its own account takes longer than is set: all but the setting of that.
+    fn is_out_of_time(&self, text: &str, values: &[Option<Vec<u8>>]) -> bool {
+        let is_short = self.session.get("statement_timeout").is_some_and(|value| value != "0");
+        let name = values.first().and_then(|name| name.as_deref());
+        let sets_it = text.contains("set_config('statement_timeout'") || name == Some(&b"statement_timeout"[..]);
+        is_short && text.contains("pg_catalog.") && !sets_it
     }
 
     /// What the proxy asks on its own account.
@@ -335,6 +346,19 @@ impl Backend {
         // Both queries for settings, with and without names: one that is not known here finds none.
         if text.contains("pg_settings") || text.contains("pg_show_all_settings") {
             return Some(self.session.iter().map(|(name, value)| vec![hex(name), hex(value)]).collect());
+        }
+        if text.starts_with("SELECT own.was, ") {
+            let was = self.session.insert("statement_timeout".to_owned(), "0".to_owned());
+            return Some(vec![vec![word(was.as_deref().unwrap_or("0")), word("0")]]);
+        }
+        if text.starts_with("SELECT CASE WHEN pg_catalog.set_config('statement_timeout', NULL") {
+            self.session.remove("statement_timeout");
+            let own = String::from_utf8(values[0].clone().expect("a value")).expect("text");
+            if own == "0" {
+                return Some(vec![vec![None]]);
+            }
+            self.session.insert("statement_timeout".to_owned(), own.clone());
+            return Some(vec![vec![word(&own)]]);
         }
         if text.starts_with("SELECT CASE WHEN session_user") {
             return Some(vec![vec![None, word("none"), word("on"), word("0"), word("0")]]);

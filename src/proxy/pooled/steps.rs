@@ -88,16 +88,19 @@ impl PooledSession {
             let checked = tokio::time::timeout(PATIENCE, link.connection().simple_query(&query)).await;
             if !matches!(checked, Ok(Ok(_))) {
                 tracing::info!(pid = link.pid(), "a connection that lay idle is of no use any more");
-                link.close();
-                self.entry.set_backend_pid(0);
-                self.member.leave();
-                self.place = Place::Outside;
+                self.replace(link);
                 return Ok(());
             }
             link.unnamed = 0;
             link.note_used();
         }
         if let Err(code) = bring(&mut link, &self.profile).await {
+            if code == sqlstate::QUERY_CANCELED {
+                // By what was meant for the client before, a cancel or a time-out.
+                tracing::info!(pid = link.pid(), "a connection could not be made as its next client needs it");
+                self.replace(link);
+                return Ok(());
+            }
             self.link = Some(link);
             return Err(End::Told(ClientError::SettingsLost { code }));
         }
@@ -105,6 +108,14 @@ impl PooledSession {
         self.link = Some(link);
         self.tell_changes();
         Ok(())
+    }
+
+    /// Closes a connection that is of no use; the client takes another one.
+    fn replace(&mut self, link: Box<Link>) {
+        link.close();
+        self.entry.set_backend_pid(0);
+        self.member.leave();
+        self.place = Place::Outside;
     }
 
     /// Reads what the transaction has left, and gives the connection back unless something ties the client to it.
