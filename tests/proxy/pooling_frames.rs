@@ -381,3 +381,27 @@ async fn a_client_with_a_short_statement_timeout_is_served_and_keeps_it() {
     assert_eq!(shown, ["1ms"]);
     rig.stop().await;
 }
+
+/// As drivers ask what a statement's parameters are before they bind them.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_long_unnamed_statement_is_bound_where_its_client_is_next() {
+    let cluster = one_cluster("long_unnamed");
+    let rig = pooled(&cluster, 1);
+    let (mut ann, mut bob) = (rig.wire("postgres").await, rig.wire("postgres").await);
+    for length in [20_000, 3_000_000, 100] {
+        let text = |what: &str| what.repeat(length);
+        for (client, what) in [(&mut ann, "a"), (&mut bob, "b")] {
+            let prepared = ask(client, &[parse("", &format!("SELECT '{}'", text(what))), sync()].concat()).await;
+            assert_eq!(tags(&prepared), "1ZI");
+        }
+        for _ in 0..2 {
+            for (client, what) in [(&mut ann, "a"), (&mut bob, "b")] {
+                let used = ask(client, &[bind(""), execute(0), sync()].concat()).await;
+                assert!(refusal(&used).is_empty() && rows(&used) == [text(what)], "{what} of {length}");
+            }
+        }
+    }
+    ask(&mut ann, &query("SELECT 1")).await;
+    assert_eq!(refusal(&ask(&mut ann, &[bind(""), sync()].concat()).await), "26000");
+    rig.stop().await;
+}

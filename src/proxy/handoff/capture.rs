@@ -1,8 +1,8 @@
 //! Reads a session's state from its own backend, in one round trip for almost every session.
 //!
 //! Everything is one implicit transaction, so that what is set for reading (an encoding of our own, no statement
-//! time-out) ends with it. Until that is set the session's own time-out is in force, because what it had set is not to be
-//! seen behind another value: where it ends the reading, the reading is done once more without it.
+//! time-out) ends with it. Until that is set the session's own time-out is in force, because behind another value it
+//! would not be seen whether the session has set it: where it ends the reading, that is done once more without it.
 //!
 //! The session may have any `search_path`, with operators and functions of its own in front: every name here says
 //! pg_catalog, and constructs that look an operator up by its bare name (`=`, `IN`, `CASE x WHEN`) are not used.
