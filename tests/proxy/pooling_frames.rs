@@ -1,9 +1,10 @@
 //! Transaction pooling, frame by frame: where a cut, an order of frames or a text must not mislead the proxy.
 
+use pgcutover::config::{self, PoolMode};
 use pgcutover::proxy::SessionState;
 
 use crate::pooling::{ask, first_row, pooled, pooled_with};
-use crate::rig::Rig;
+use crate::rig::{Rig, server};
 use crate::support::{one_cluster, wait_for};
 use crate::wire_client::{Message, WireClient, bind, execute, extended, frame, parse, query, rows, sync, tags};
 
@@ -403,5 +404,30 @@ async fn a_long_unnamed_statement_is_bound_where_its_client_is_next() {
     }
     ask(&mut ann, &query("SELECT 1")).await;
     assert_eq!(refusal(&ask(&mut ann, &[bind(""), sync()].concat()).await), "26000");
+    rig.stop().await;
+}
+
+/// Over a Unix socket each small answer takes much of what the server can send before somebody reads.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_client_with_many_statements_can_keep_its_connection() {
+    let cluster = one_cluster("many_statements");
+    let local = || config::Server { host: cluster.socket_dir().display().to_string(), ..server(&cluster) };
+    let rig = Rig::start(local(), local(), |config| {
+        config.pool.mode = PoolMode::Transaction;
+        config.pool.default_pool_size = 1;
+    });
+    let mut client = rig.wire("postgres").await;
+    let filler = "x".repeat(1000);
+    for number in 0..1000 {
+        let text = format!("SELECT '{number}', '{filler}'");
+        let answer = ask(&mut client, &[parse(&format!("s{number}"), &text), sync()].concat()).await;
+        assert_eq!(tags(&answer), "1ZI");
+    }
+    assert_eq!(tags(&ask(&mut client, &query("LISTEN news")).await), "CZI");
+    assert_eq!(first_row(&mut client, "SELECT 1").await, "1");
+    assert!(rig.sessions.list().iter().all(|session| session.pinned.is_some()));
+    for name in ["s0", "s999"] {
+        assert_eq!(rows(&ask(&mut client, &[bind(name), execute(0), sync()].concat()).await), [&name[1..]]);
+    }
     rig.stop().await;
 }

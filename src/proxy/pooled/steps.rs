@@ -150,7 +150,8 @@ impl PooledSession {
             ties.push(Tie::Statements);
         }
         if !ties.is_empty() {
-            if self.take_over_statements(&mut link).await.is_err() {
+            let taken_over = tokio::time::timeout(PATIENCE, self.take_over_statements(&mut link)).await;
+            if !matches!(taken_over, Ok(Ok(()))) {
                 self.link = Some(link);
                 return Err(End::ServerLost);
             }
@@ -263,7 +264,8 @@ impl PooledSession {
             count += 1;
         }
         let connection = link.connection();
-        connection.send(&messages).await?;
+        // A small answer each, which would fill up what the server can send before it has read them all.
+        connection.send_and_read(&messages).await?;
         let mut for_client = Vec::new();
         while count > 0 {
             let frame = connection.next_frame().await?;
