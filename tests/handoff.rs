@@ -209,6 +209,23 @@ async fn settings_and_roles_arrive_as_they_were() {
     }
 }
 
+/// To read what the session has takes longer than that.
+#[tokio::test]
+async fn a_short_statement_timeout_arrives_too() {
+    let setup = ["CREATE ROLE plain LOGIN", "CREATE ROLE hasty LOGIN", "ALTER ROLE hasty SET statement_timeout = 1"];
+    let (source, target) = oldest_to_newest(&setup).await;
+    let fresh = Session::open(&source, "plain", &[]).await.capture().await;
+    let mut old = Session::open(&source, "plain", &[]).await;
+    old.query("SET statement_timeout = 1").await;
+    for _ in 0..10 {
+        let (mut new, _) = old.moved(&target, "plain", &[]).await;
+        let (here, there) = (old.capture().await, new.capture().await);
+        assert!(here == there && here != fresh);
+    }
+    // The role's is not the session's own.
+    assert!(Session::open(&source, "hasty", &[]).await.capture().await == fresh);
+}
+
 #[tokio::test]
 async fn session_authorization_and_its_settings_arrive() {
     let setup = ["CREATE ROLE low LOGIN", "CREATE ROLE other NOLOGIN", "GRANT other TO low"];

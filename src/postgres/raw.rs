@@ -293,8 +293,9 @@ impl RawConnection {
         StallWatch::wait_for(watch, step).await.map_err(|error| self.lost("sending", error))
     }
 
-    /// Writes all of `bytes`, reading whatever comes meanwhile into `read_buf`, and takes what has arrived by the end.
-    pub(super) async fn send_and_read(&mut self, mut bytes: &[u8]) -> Result<(), RawError> {
+    /// Writes all of `bytes`, reading whatever comes meanwhile into `read_buf`, and takes what has arrived by the end. For
+    /// many messages at once: a server whose answers nobody reads stops reading too.
+    pub async fn send_and_read(&mut self, mut bytes: &[u8]) -> Result<(), RawError> {
         while !bytes.is_empty() {
             let sent = self.write_or_read(bytes).await?;
             bytes = &bytes[sent..];

@@ -1,9 +1,10 @@
 //! Transaction pooling, frame by frame: where a cut, an order of frames or a text must not mislead the proxy.
 
+use pgcutover::config::{self, PoolMode};
 use pgcutover::proxy::SessionState;
 
 use crate::pooling::{ask, first_row, pooled, pooled_with};
-use crate::rig::Rig;
+use crate::rig::{Rig, server};
 use crate::support::{one_cluster, wait_for};
 use crate::wire_client::{Message, WireClient, bind, execute, extended, frame, parse, query, rows, sync, tags};
 
@@ -358,5 +359,75 @@ async fn what_changes_a_session_by_another_name_is_nobody_elses() {
         assert_eq!(first_row(client, "SELECT to_regclass('mine') IS NULL").await, "t");
     }
     assert_eq!(first_row(&mut ann, "SELECT a FROM mine").await, "1");
+    rig.stop().await;
+}
+
+/// To read what a client has set takes longer than that.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_client_with_a_short_statement_timeout_is_served_and_keeps_it() {
+    let cluster = one_cluster("impatient");
+    let rig = pooled(&cluster, 1);
+    let (mut ann, mut bob) = (rig.wire("postgres").await, rig.wire("postgres").await);
+    for _ in 0..20 {
+        ask(&mut ann, &query("SET statement_timeout = 1")).await;
+        assert_eq!(first_row(&mut bob, "SHOW statement_timeout").await, "0");
+    }
+    let shown = loop {
+        let answer = ask(&mut ann, &query("SHOW statement_timeout")).await;
+        // A busy machine takes its time.
+        if refusal(&answer) != "57014" {
+            break rows(&answer);
+        }
+    };
+    assert_eq!(shown, ["1ms"]);
+    rig.stop().await;
+}
+
+/// As drivers ask what a statement's parameters are before they bind them.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_long_unnamed_statement_is_bound_where_its_client_is_next() {
+    let cluster = one_cluster("long_unnamed");
+    let rig = pooled(&cluster, 1);
+    let (mut ann, mut bob) = (rig.wire("postgres").await, rig.wire("postgres").await);
+    for length in [20_000, 3_000_000, 100] {
+        let text = |what: &str| what.repeat(length);
+        for (client, what) in [(&mut ann, "a"), (&mut bob, "b")] {
+            let prepared = ask(client, &[parse("", &format!("SELECT '{}'", text(what))), sync()].concat()).await;
+            assert_eq!(tags(&prepared), "1ZI");
+        }
+        for _ in 0..2 {
+            for (client, what) in [(&mut ann, "a"), (&mut bob, "b")] {
+                let used = ask(client, &[bind(""), execute(0), sync()].concat()).await;
+                assert!(refusal(&used).is_empty() && rows(&used) == [text(what)], "{what} of {length}");
+            }
+        }
+    }
+    ask(&mut ann, &query("SELECT 1")).await;
+    assert_eq!(refusal(&ask(&mut ann, &[bind(""), sync()].concat()).await), "26000");
+    rig.stop().await;
+}
+
+/// Over a Unix socket each small answer takes much of what the server can send before somebody reads.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_client_with_many_statements_can_keep_its_connection() {
+    let cluster = one_cluster("many_statements");
+    let local = || config::Server { host: cluster.socket_dir().display().to_string(), ..server(&cluster) };
+    let rig = Rig::start(local(), local(), |config| {
+        config.pool.mode = PoolMode::Transaction;
+        config.pool.default_pool_size = 1;
+    });
+    let mut client = rig.wire("postgres").await;
+    let filler = "x".repeat(1000);
+    for number in 0..1000 {
+        let text = format!("SELECT '{number}', '{filler}'");
+        let answer = ask(&mut client, &[parse(&format!("s{number}"), &text), sync()].concat()).await;
+        assert_eq!(tags(&answer), "1ZI");
+    }
+    assert_eq!(tags(&ask(&mut client, &query("LISTEN news")).await), "CZI");
+    assert_eq!(first_row(&mut client, "SELECT 1").await, "1");
+    assert!(rig.sessions.list().iter().all(|session| session.pinned.is_some()));
+    for name in ["s0", "s999"] {
+        assert_eq!(rows(&ask(&mut client, &[bind(name), execute(0), sync()].concat()).await), [&name[1..]]);
+    }
     rig.stop().await;
 }

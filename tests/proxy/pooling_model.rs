@@ -8,11 +8,14 @@ use pgcutover::config::{PoolMode, Server};
 use pgcutover::proxy::Sessions;
 use rand::rngs::StdRng;
 use rand::{Rng as _, SeedableRng as _};
+use tokio::io::AsyncWriteExt as _;
 use tokio_util::sync::CancellationToken;
 
+use crate::pooling::ask;
 use crate::rig::Rig;
 use crate::scripted::{self, Backend};
-use crate::wire_client::{Message, WireClient, bind, execute, frame, parse, query, sync};
+use crate::support::wait_for;
+use crate::wire_client::{Message, WireClient, bind, execute, frame, parse, query, rows, sync, tags};
 
 const CLIENTS: usize = 9;
 const STEPS: usize = 500;
@@ -289,20 +292,61 @@ async fn nobody_sees_anothers_bytes_or_settings_in_one_known_schedule() {
     play(20_261_121).await;
 }
 
+/// A proxy whose clients share one scripted connection.
+async fn on_one_connection() -> Rig {
+    let address = scripted::serve().await;
+    let server = || Server::new("127.0.0.1", address.port(), "postgres");
+    Rig::start(server(), server(), |config| {
+        config.pool.mode = PoolMode::Transaction;
+        config.pool.default_pool_size = 1;
+    })
+}
+
 /// What a server says unasked may come along behind the end of a transaction.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_notice_behind_the_end_of_a_transaction_does_not_keep_its_connection() {
-    let address = scripted::serve().await;
-    let server = || Server::new("127.0.0.1", address.port(), "postgres");
-    let rig = Rig::start(server(), server(), |config| {
-        config.pool.mode = PoolMode::Transaction;
-        config.pool.default_pool_size = 1;
-    });
+    let rig = on_one_connection().await;
     let (mut first, mut second) = (rig.wire("postgres").await, rig.wire("postgres").await);
     first.send(&query("LATE")).await;
     assert_eq!(first.tags_until_ready().await, "CZI");
     second.send(&query("ECHO x")).await;
     assert_eq!(second.tags_until_ready().await, "DCZI");
     assert_eq!(first.next().await.map(|message| message.tag), Some('N'));
+    rig.stop().await;
+}
+
+/// The server refuses it while its client is ahead: the rest is still on its way, and is thrown away.
+#[tokio::test(flavor = "multi_thread")]
+async fn the_rest_of_a_copy_that_has_failed_does_not_keep_its_client() {
+    let rig = on_one_connection().await;
+    let (read, mut write) = rig.wire("postgres").await.stream.into_split();
+    let mut client = WireClient { stream: tokio::io::join(read, tokio::io::sink()), key: None };
+    let data = frame(b'd', &[b'x'; 100]).repeat(160_000);
+    let asked = [query("COPY"), data, frame(b'c', &[]), query("ECHO x")].concat();
+    let answers = async { [client.tags_until_ready().await, client.tags_until_ready().await] };
+    let (sent, answers) = tokio::join!(write.write_all(&asked), answers);
+    sent.expect("all of it is read");
+    assert_eq!(answers, ["GEZI", "DCZI"]);
+    drop((write, client));
+    rig.stop().await;
+}
+
+/// All that the proxy asks on its own account takes longer than one of them lets its statements run.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_short_statement_timeout_ends_neither_its_client_nor_the_next() {
+    let rig = on_one_connection().await;
+    let (mut ann, mut bob) = (rig.wire("postgres").await, rig.wire("postgres").await);
+    let settings = async |client: &mut WireClient| rows(&ask(client, &query("ECHO x")).await).concat();
+    let open = || rig.sessions.idle_backends().iter().map(|one| one.pid).collect::<Vec<_>>();
+    assert!(!settings(&mut bob).await.contains("statement_timeout"));
+    wait_for("the connection to be given back", || async { open().len() == 1 }).await;
+    let before = open();
+    for _ in 0..3 {
+        assert_eq!(tags(&ask(&mut ann, &query("SET statement_timeout = 1ms")).await), "CZI");
+        let (of_bob, of_ann) = (settings(&mut bob).await, settings(&mut ann).await);
+        assert!(of_bob.starts_with("x|") && !of_bob.contains("statement_timeout"), "{of_bob}");
+        assert!(of_ann.contains("statement_timeout=1ms"), "{of_ann}");
+    }
+    wait_for("it to be given back once more", || async { open() == before }).await;
     rig.stop().await;
 }

@@ -8,6 +8,7 @@ use std::collections::BTreeMap;
 use std::net::SocketAddr;
 use std::sync::atomic::{AtomicI32, Ordering};
 use std::sync::{Arc, Mutex};
+use std::time::Duration;
 
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 use tokio::net::{TcpListener, TcpStream};
@@ -92,6 +93,11 @@ impl Backend {
         tag == b'Q' && body == b"WAIT\0"
     }
 
+    /// Whether it would ask for data now, and refuse it.
+    pub fn is_copy(tag: u8, body: &[u8]) -> bool {
+        tag == b'Q' && body == b"COPY\0"
+    }
+
     /// Takes one message and appends what it is answered with.
     pub fn take(&mut self, tag: u8, body: &[u8], out: &mut Vec<u8>) {
         if self.skipping && tag != b'S' {
@@ -124,7 +130,8 @@ impl Backend {
                 self.skipping = false;
                 self.ready(&mut answer);
             }
-            b'H' | b'X' => {}
+            // Data of a COPY that has failed is not looked at.
+            b'H' | b'X' | b'd' | b'c' | b'f' => {}
             _ => {
                 self.begin();
                 if let Err(code) = self.step(tag, body, &mut answer) {
@@ -281,7 +288,9 @@ impl Backend {
                 self.block = Block::Open;
                 return done("BEGIN");
             }
-            "FAIL" | "WAIT" => return Err(if text == "WAIT" { "57014" } else { "22012" }),
+            "FAIL" => return Err("22012"),
+            "WAIT" => return Err("57014"),
+            "COPY" => return Err("22P04"),
             "RESET ALL" => {
                 self.session = self.startup.clone();
                 return done("RESET");
@@ -317,7 +326,18 @@ impl Backend {
             self.session.insert(name.to_owned(), value.trim_matches('\'').to_owned());
             return done("SET");
         }
+        if self.is_out_of_time(text, values) {
+            return Err("57014");
+        }
         self.run_own(text, values).map_or_else(|| done("SELECT 0"), rows)
+    }
+
+    /// Whether what the proxy asks on its own account takes longer than is set: all but the setting of that.
+    fn is_out_of_time(&self, text: &str, values: &[Option<Vec<u8>>]) -> bool {
+        let is_short = self.session.get("statement_timeout").is_some_and(|value| value != "0");
+        let name = values.first().and_then(|name| name.as_deref());
+        let sets_it = text.contains("set_config('statement_timeout'") || name == Some(&b"statement_timeout"[..]);
+        is_short && text.contains("pg_catalog.") && !sets_it
     }
 
     /// What the proxy asks on its own account.
@@ -326,6 +346,19 @@ impl Backend {
         // Both queries for settings, with and without names: one that is not known here finds none.
         if text.contains("pg_settings") || text.contains("pg_show_all_settings") {
             return Some(self.session.iter().map(|(name, value)| vec![hex(name), hex(value)]).collect());
+        }
+        if text.starts_with("SELECT own.was, ") {
+            let was = self.session.insert("statement_timeout".to_owned(), "0".to_owned());
+            return Some(vec![vec![word(was.as_deref().unwrap_or("0")), word("0")]]);
+        }
+        if text.starts_with("SELECT CASE WHEN pg_catalog.set_config('statement_timeout', NULL") {
+            self.session.remove("statement_timeout");
+            let own = String::from_utf8(values[0].clone().expect("a value")).expect("text");
+            if own == "0" {
+                return Some(vec![vec![None]]);
+            }
+            self.session.insert("statement_timeout".to_owned(), own.clone());
+            return Some(vec![vec![word(&own)]]);
         }
         if text.starts_with("SELECT CASE WHEN session_user") {
             return Some(vec![vec![None, word("none"), word("on"), word("0"), word("0")]]);
@@ -447,6 +480,11 @@ async fn session(mut stream: TcpStream, pid: i32, waiting: Waiting) -> std::io::
                 cancelled.notified().await;
                 waiting.lock().expect("not poisoned").remove(&pid);
             }
+            if Backend::is_copy(read[0], &read[5..whole]) {
+                out.extend(frame(b'G', &[0; 3]));
+                stream.write_all(&std::mem::take(&mut out)).await?;
+                until_full(&stream).await?;
+            }
             if read[0] == b'X' {
                 return Ok(());
             }
@@ -458,4 +496,17 @@ async fn session(mut stream: TcpStream, pid: i32, waiting: Waiting) -> std::io::
             return Ok(());
         }
     }
+}
+
+/// Waits until nothing more comes, because none of it is read.
+async fn until_full(stream: &TcpStream) -> std::io::Result<()> {
+    let mut room = vec![0; 16 << 20];
+    let (mut seen, mut alike) = (0, 0);
+    while alike < 20 {
+        let now = stream.peek(&mut room).await?;
+        alike = if now == seen { alike + 1 } else { 0 };
+        seen = now;
+        tokio::time::sleep(Duration::from_millis(50)).await;
+    }
+    Ok(())
 }

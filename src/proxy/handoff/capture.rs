@@ -1,13 +1,16 @@
 //! Reads a session's state from its own backend, in one round trip for almost every session.
 //!
 //! Everything is one implicit transaction, so that what is set for reading (an encoding of our own, no statement
-//! time-out) ends with it. The session may have any `search_path`, with operators and functions of its own in front:
-//! every name here says pg_catalog, and constructs that look an operator up by its bare name (`=`, `IN`,
-//! `CASE x WHEN`) are not used.
+//! time-out) ends with it. Until that is set the session's own time-out is in force, because behind another value it
+//! would not be seen whether the session has set it: where it ends the reading, that is done once more without it.
+//!
+//! The session may have any `search_path`, with operators and functions of its own in front: every name here says
+//! pg_catalog, and constructs that look an operator up by its bare name (`=`, `IN`, `CASE x WHEN`) are not used.
 
 use bytes::{Bytes, BytesMut};
 
 use crate::postgres::RawConnection;
+use crate::sqlstate::QUERY_CANCELED;
 
 use super::exchange::{Answer, Pipeline, Row};
 use super::state::{Backslashes, Identity, Origin, SessionState, Statement, Transport, TypeForm, TypeName, Unnamed};
@@ -22,6 +25,11 @@ pub(super) const OWN_STATEMENT: &[u8] = b"pgcutover_handoff";
 pub const FIRST_UNSTABLE_OID: u32 = 10_000;
 
 const READING: &str = "reading a session's state";
+
+const STATEMENT_TIMEOUT: &str = "statement_timeout";
+
+/// So often is a query tried that takes next to no time and yet was ended, by a very short time-out or a late cancel.
+const ATTEMPTS: usize = 5;
 
 /// Settings of the session, and those of the names in `$2` that have a value and are not declared (custom settings are
 /// not in pg_settings). It runs in whatever encoding the client has, so everything comes as hexadecimal digits of the
@@ -52,6 +60,16 @@ const DECLARED_SETTINGS: &str = "SELECT pg_catalog.encode(pg_catalog.convert_to(
 /// After the settings, because it hides the session's own until the transaction ends.
 const PREPARE_TO_READ: &str = "SELECT pg_catalog.set_config('client_encoding', $1::pg_catalog.text, true), \
     pg_catalog.set_config('statement_timeout', '0', true)";
+
+/// For longer than the transaction: majors before 11 count from its beginning, with what was set then.
+const SET_ASIDE: &str = "SELECT own.was, pg_catalog.set_config('statement_timeout', '0', false) \
+    FROM (SELECT pg_catalog.current_setting('statement_timeout') OFFSET 0) own(was)";
+
+/// RESET, and then `$1` again where that is something else: the session has set it, and it is said. Nothing tells
+/// whether a session that has what RESET leads to has set that.
+const GIVE_BACK: &str = "SELECT CASE WHEN pg_catalog.set_config('statement_timeout', NULL, false) \
+        OPERATOR(pg_catalog.<>) $1::pg_catalog.text \
+    THEN pg_catalog.set_config('statement_timeout', $1::pg_catalog.text, false) END";
 
 /// Who it is, and how much it holds that cannot move. `session_user` is the role after SET SESSION AUTHORIZATION,
 /// usesysid the role that logged in.
@@ -109,6 +127,77 @@ pub async fn capture(
     catalogue_names: &[String],
     for_client: &mut BytesMut,
 ) -> Result<SessionState, HandoffError> {
+    let state = read_all(connection, tracked, catalogue_names, for_client).await;
+    if !state.as_ref().is_err_and(was_cancelled) {
+        return state;
+    }
+    let was = set_aside(connection, for_client).await?;
+    let state = read_all(connection, tracked, catalogue_names, for_client).await;
+    if !matches!(state, Ok(_) | Err(HandoffError::Refused { .. } | HandoffError::TooLarge { .. })) {
+        return state;
+    }
+    let own = give_back(connection, &was, for_client).await?;
+    let mut state = state?;
+    match own {
+        Some(value) => drop(state.settings.insert(STATEMENT_TIMEOUT.to_owned(), value)),
+        None => drop(state.settings.remove(STATEMENT_TIMEOUT)),
+    }
+    Ok(state)
+}
+
+fn was_cancelled(error: &HandoffError) -> bool {
+    matches!(error, HandoffError::Refused { sqlstate, .. } if sqlstate == QUERY_CANCELED)
+}
+
+/// From here on no statement of the session is ended for its time; says what its time-out was.
+async fn set_aside(connection: &mut RawConnection, for_client: &mut BytesMut) -> Result<Bytes, HandoffError> {
+    let [was, _] = read_row(connection, &(SET_ASIDE, Vec::new()), for_client).await?;
+    was.ok_or_else(odd)
+}
+
+/// Gives the session its time-out again; says which, where it is the session's own.
+async fn give_back(
+    connection: &mut RawConnection,
+    was: &[u8],
+    for_client: &mut BytesMut,
+) -> Result<Option<Bytes>, HandoffError> {
+    match read_row(connection, &(GIVE_BACK, vec![was]), for_client).await {
+        Ok([own]) => Ok(own.map(|value| Bytes::copy_from_slice(&value))),
+        // Without it the backend is not its client's any more.
+        Err(HandoffError::Refused { .. }) => {
+            Err(HandoffError::Protocol { doing: READING, what: "an error in answer to a RESET" })
+        }
+        Err(error) => Err(error),
+    }
+}
+
+/// The one row of a query that takes next to no time.
+async fn read_row<const N: usize>(
+    connection: &mut RawConnection,
+    query: &Query<'_>,
+    for_client: &mut BytesMut,
+) -> Result<[Option<Bytes>; N], HandoffError> {
+    let mut attempts = 1;
+    let mut sets = loop {
+        match read(connection, std::slice::from_ref(query), for_client).await {
+            Err(error) if was_cancelled(&error) && attempts < ATTEMPTS => attempts += 1,
+            answered => break answered?,
+        }
+    };
+    let row = sets.pop().and_then(|rows| rows.into_iter().next());
+    row.and_then(columns).ok_or_else(odd)
+}
+
+fn odd() -> HandoffError {
+    HandoffError::Protocol { doing: READING, what: "a result of another shape than was asked for" }
+}
+
+async fn read_all(
+    connection: &mut RawConnection,
+    tracked: &Tracked,
+    catalogue_names: &[String],
+    for_client: &mut BytesMut,
+) -> Result<SessionState, HandoffError> {
     let transport = transport_of(connection);
     let unnamed = match tracked.unnamed() {
         UnnamedStatement::Absent => Unnamed::Absent,
@@ -125,7 +214,6 @@ pub async fn capture(
     let [identity, statements, channels, locks] = [IDENTITY, STATEMENTS, CHANNELS, LOCKS].map(|sql| (sql, Vec::new()));
     let queries = [settings, prepare_to_read.clone(), identity, statements, channels, locks];
     let sets = read(connection, &queries, for_client).await?;
-    let odd = || HandoffError::Protocol { doing: READING, what: "a result of another shape than was asked for" };
     let unnamed_types: Vec<_> = unnamed_parameter_types(&unnamed).iter().map(u32::to_string).collect();
     let (mut state, temporary) = read_state(sets, transport, unnamed).ok_or_else(odd)?;
     if temporary == Schema::Made {

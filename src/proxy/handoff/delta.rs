@@ -6,6 +6,9 @@ use bytes::Bytes;
 
 use super::state::{Identity, SessionState, Statement, Transport, TypeName, Unnamed};
 
+/// Time-outs that could end our own work. The second is there from PostgreSQL 17 on.
+pub(super) const TIMEOUTS: [&str; 2] = ["statement_timeout", "transaction_timeout"];
+
 /// The way from one state to another; from a fresh backend's, it is the whole replay.
 #[derive(Clone, Default)]
 pub struct Delta {
@@ -15,6 +18,8 @@ pub struct Delta {
     pub(super) identity: IdentityChange,
     /// `client_encoding` as it has to be in the end; `None`: as the backend started.
     pub(super) client_encoding: Option<Bytes>,
+    /// [`TIMEOUTS`] as they have to be in the end; `None`: as the backend started.
+    pub(super) timeouts: [Option<Bytes>; 2],
     pub(super) close: BTreeSet<Bytes>,
     pub(super) prepare: BTreeMap<Bytes, Statement>,
     pub(super) types: BTreeMap<u32, TypeName>,
@@ -84,6 +89,7 @@ pub fn delta(old: &SessionState, new: &SessionState) -> Delta {
             .collect(),
         identity: IdentityChange { before: old.identity.clone(), after: new.identity.clone() },
         client_encoding: new.settings.get("client_encoding").cloned(),
+        timeouts: TIMEOUTS.map(|name| new.settings.get(name).cloned()),
         close: gone.map(|(name, _)| name.clone()).collect(),
         prepare: fresh.map(|(name, statement)| (name.clone(), statement.clone())).collect(),
         types: new.types.clone(),

@@ -2,8 +2,9 @@
 //!
 //! The order matters. The role is the session's own while settings are made, because a session may have set as a
 //! superuser what it could not set as the role it took on later. Settings come before statements, because a statement
-//! is read with the `search_path` in force. Settings that could end our own work (time-outs) or make it wait come after
-//! that, then the client's encoding, and last of all the unnamed statement, which nothing may follow.
+//! is read with the `search_path` in force. Settings that make a transaction wait or fail come after that, then the
+//! client's encoding, then the time-outs that could end our own work, which are off until then, and last of all the
+//! unnamed statement, which nothing may follow.
 
 use std::collections::BTreeMap;
 
@@ -12,7 +13,7 @@ use bytes::{BufMut, Bytes, BytesMut};
 use crate::postgres::RawConnection;
 
 use super::capture::{FIRST_UNSTABLE_OID, OWN_STATEMENT, array_literal, columns, oid_of, unnamed_types_at};
-use super::delta::{Delta, UnnamedChange, delta};
+use super::delta::{Delta, TIMEOUTS, UnnamedChange, delta};
 use super::exchange::{Answer, Pipeline, Row};
 use super::prepare::prepare_command;
 use super::state::{Origin, SessionState, Statement, TypeForm, TypeName};
@@ -43,7 +44,7 @@ const TYPES: &str = "SELECT w.position, CASE WHEN w.is_array THEN t.typarray ELS
     JOIN pg_catalog.pg_type t ON t.typnamespace OPERATOR(pg_catalog.=) n.oid \
     AND t.typname OPERATOR(pg_catalog.=) w.name::pg_catalog.name";
 
-/// Settings made after the statements: the first could end our own work, the others make a transaction wait or fail.
+/// Settings made after the statements: they end, delay or refuse what runs.
 const LATE: [&str; 9] = [
     "statement_timeout",
     "lock_timeout",
@@ -55,6 +56,9 @@ const LATE: [&str; 9] = [
     "default_transaction_read_only",
     "log_statement",
 ];
+
+/// The first version with `transaction_timeout`.
+const TRANSACTION_TIMEOUT_VERSION: u32 = 170_000;
 
 /// Settings that newer majors do without, and that never changed a result: not to have them is no reason to stay.
 const GONE: [&str; 4] = [
@@ -194,8 +198,10 @@ async fn bring(connection: &mut RawConnection, delta: &Delta, plans: Plans) -> R
         Plans::Now if !delta.prepare.is_empty() => plans_ahead(connection, &mut report).await?,
         plans => plans,
     };
+    let known = if connection.version_num() < TRANSACTION_TIMEOUT_VERSION { 1 } else { 2 };
+    let timeouts = &TIMEOUTS[..known];
     let mut script = Script::default();
-    script.begin(delta);
+    script.begin(delta, timeouts);
     let wanted = wanted_types(delta);
     let mut translated = BTreeMap::new();
     if !wanted.is_empty() {
@@ -211,7 +217,7 @@ async fn bring(connection: &mut RawConnection, delta: &Delta, plans: Plans) -> R
     if plans == Plans::Now {
         script.plan(delta);
     }
-    script.end(delta, &translated, &mut report);
+    script.end(delta, timeouts, &translated, &mut report);
     script.run(connection, &mut report).await?;
     Ok(report)
 }
@@ -306,10 +312,13 @@ impl Script {
         self.sync(step);
     }
 
-    /// Our own encoding, then settings and the role.
-    fn begin(&mut self, delta: &Delta) {
+    /// No time-outs, our own encoding, then settings and the role.
+    fn begin(&mut self, delta: &Delta, timeouts: &[&str]) {
+        // One unit with the first of them: nothing else is done under what was in force before, which may be another's.
         self.pipeline.parse(OWN_STATEMENT, SET.as_bytes(), &[]);
-        self.sync(Step::Own);
+        for name in timeouts {
+            self.set(name.as_bytes(), Some(b"0"), Step::Own);
+        }
         self.set(b"client_encoding", Some(delta.transport.as_bytes()), Step::Own);
         if !delta.changes_settings() {
             return;
@@ -409,11 +418,15 @@ impl Script {
         }
     }
 
-    /// Late settings, the client's encoding, the unnamed statement.
-    fn end(&mut self, delta: &Delta, translated: &Translated, report: &mut ReplayReport) {
-        self.settings(delta, |name| LATE.contains(&name));
+    /// Late settings, the client's encoding, its time-outs, the unnamed statement.
+    fn end(&mut self, delta: &Delta, timeouts: &[&str], translated: &Translated, report: &mut ReplayReport) {
+        self.settings(delta, |name| LATE.contains(&name) && !timeouts.contains(&name));
         let failed = Failed::Setting("client_encoding".to_owned());
         self.set(b"client_encoding", delta.client_encoding.as_deref(), Step::Of(failed));
+        // The one for statements last: the others are set by statements.
+        for (name, value) in timeouts.iter().zip(&delta.timeouts).rev() {
+            self.set(name.as_bytes(), value.as_deref(), Step::Of(Failed::Setting((*name).to_owned())));
+        }
         self.pipeline.close(OWN_STATEMENT);
         self.sync(Step::Own);
         match &delta.unnamed {

@@ -6,7 +6,7 @@ use super::expected::Sent;
 use super::passing::Passage;
 use super::{PooledSession, StashState, Step};
 use crate::proxy::client_error::ClientError;
-use crate::proxy::handoff::{Deallocated, SessionState, Traces, UNNAMED_LIMIT_BYTES, call_traces, deallocated, traces};
+use crate::proxy::handoff::{Deallocated, SessionState, Traces, call_traces, deallocated, traces};
 use crate::proxy::pool::{STATEMENT_PREFIX, Statement, Taken};
 use crate::proxy::session::End;
 use crate::wire::frame::{FrameError, HEADER_BYTES, Header, frontend, take_cstr};
@@ -299,10 +299,11 @@ impl PooledSession {
         self.unnamed.token = self.entry.id() << 32 | u64::from(self.next_token);
         self.unnamed.traces = found;
         self.unnamed.takes = None;
-        self.unnamed.body.clear();
-        if seen_whole && header.body_bytes as usize <= UNNAMED_LIMIT_BYTES {
+        let body_bytes = header.body_bytes as usize;
+        self.unnamed.make_room(body_bytes);
+        if seen_whole {
             let frame = &self.up.buffer.filled()[HEADER_BYTES..];
-            self.unnamed.body.extend_from_slice(&frame[..header.body_bytes as usize]);
+            self.unnamed.body.extend_from_slice(&frame[..body_bytes]);
         }
         if let Some(link) = &mut self.link {
             link.unnamed = self.unnamed.token;
@@ -318,7 +319,7 @@ impl PooledSession {
         self.unnamed.token = self.entry.id() << 32 | u64::from(self.next_token);
         self.unnamed.traces = statement.traces;
         self.unnamed.takes.clone_from(&statement.takes);
-        self.unnamed.body.clear();
+        self.unnamed.make_room(1 + statement.tail.len());
         self.unnamed.body.push(0);
         self.unnamed.body.extend_from_slice(&statement.tail);
         if let Some(link) = &mut self.link {

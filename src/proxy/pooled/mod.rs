@@ -69,6 +69,9 @@ use crate::wire::scanner::Scanner;
 /// How long a client may take to read its last words.
 const FAREWELL: Duration = Duration::from_secs(5);
 
+/// So much room for an unnamed statement is kept by a session that has none, or a shorter one.
+const UNNAMED_KEPT_BYTES: usize = 16 * 1024;
+
 /// What login hands to a pooled session, apart from the client's side.
 pub(super) struct Pooled {
     pub(super) login: Login,
@@ -129,12 +132,31 @@ enum Place {
 struct Unnamed {
     /// Tells it from every other one; 0: there is none.
     token: u64,
-    /// The body of its Parse message. Kept for its capacity.
+    /// The body of its Parse message; empty where that was too long to be held. Kept for its capacity, up to
+    /// [`UNNAMED_KEPT_BYTES`].
     body: Vec<u8>,
     /// What executing it may leave behind.
     traces: Traces,
     /// It is a DEALLOCATE of one of the client's statements.
     takes: Option<Taken>,
+}
+
+impl Unnamed {
+    /// Makes the body ready for another one.
+    fn make_room(&mut self, body_bytes: usize) {
+        if self.body.capacity() > UNNAMED_KEPT_BYTES.max(2 * body_bytes) {
+            self.body = Vec::new();
+        }
+        self.body.clear();
+    }
+
+    /// Gives the room of a long statement back once there is none any more.
+    #[inline]
+    fn release(&mut self) {
+        if self.token == 0 && self.body.capacity() > UNNAMED_KEPT_BYTES {
+            self.body = Vec::new();
+        }
+    }
 }
 
 /// The frames of a transaction that is one batch, as the client sent them, so that they can be sent again if the server

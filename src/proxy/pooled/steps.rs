@@ -88,16 +88,19 @@ impl PooledSession {
             let checked = tokio::time::timeout(PATIENCE, link.connection().simple_query(&query)).await;
             if !matches!(checked, Ok(Ok(_))) {
                 tracing::info!(pid = link.pid(), "a connection that lay idle is of no use any more");
-                link.close();
-                self.entry.set_backend_pid(0);
-                self.member.leave();
-                self.place = Place::Outside;
+                self.replace(link);
                 return Ok(());
             }
             link.unnamed = 0;
             link.note_used();
         }
         if let Err(code) = bring(&mut link, &self.profile).await {
+            if code == sqlstate::QUERY_CANCELED {
+                // By what was meant for the client before, a cancel or a time-out.
+                tracing::info!(pid = link.pid(), "a connection could not be made as its next client needs it");
+                self.replace(link);
+                return Ok(());
+            }
             self.link = Some(link);
             return Err(End::Told(ClientError::SettingsLost { code }));
         }
@@ -105,6 +108,14 @@ impl PooledSession {
         self.link = Some(link);
         self.tell_changes();
         Ok(())
+    }
+
+    /// Closes a connection that is of no use; the client takes another one.
+    fn replace(&mut self, link: Box<Link>) {
+        link.close();
+        self.entry.set_backend_pid(0);
+        self.member.leave();
+        self.place = Place::Outside;
     }
 
     /// Reads what the transaction has left, and gives the connection back unless something ties the client to it.
@@ -139,7 +150,8 @@ impl PooledSession {
             ties.push(Tie::Statements);
         }
         if !ties.is_empty() {
-            if self.take_over_statements(&mut link).await.is_err() {
+            let taken_over = tokio::time::timeout(PATIENCE, self.take_over_statements(&mut link)).await;
+            if !matches!(taken_over, Ok(Ok(()))) {
                 self.link = Some(link);
                 return Err(End::ServerLost);
             }
@@ -252,7 +264,8 @@ impl PooledSession {
             count += 1;
         }
         let connection = link.connection();
-        connection.send(&messages).await?;
+        // A small answer each, which would fill up what the server can send before it has read them all.
+        connection.send_and_read(&messages).await?;
         let mut for_client = Vec::new();
         while count > 0 {
             let frame = connection.next_frame().await?;

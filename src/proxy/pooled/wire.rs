@@ -42,11 +42,13 @@ impl PooledSession {
         self.up.buffer.release();
         self.up.out.release();
         self.down.buffer.release();
+        self.unnamed.release();
         Poll::Pending
     }
 
     /// Client to server, at most a block.
     fn pump_up(&mut self, cx: &mut Context<'_>) -> Result<Progress, Step> {
+        let was_full = self.up.buffer.is_full();
         let read = self.read_client(cx)?;
         self.pass_frames()?;
         let written = self.write_server(cx)?;
@@ -63,7 +65,9 @@ impl PooledSession {
         if self.up.ended && self.up.out.is_empty() && !says_terminate(self.up.buffer.filled()) {
             return Err(Step::End(End::ClientLeft));
         }
-        Ok(read.or(written))
+        // Room that was made, also by throwing away, is read into at once: nothing else has us woken when more comes.
+        let has_room = if was_full && !self.up.buffer.is_full() { Progress::Some } else { Progress::None };
+        Ok(read.or(has_room).or(written))
     }
 
     fn read_client(&mut self, cx: &mut Context<'_>) -> Result<Progress, Step> {
