@@ -8,7 +8,7 @@ use std::time::Duration;
 use rand::rngs::StdRng;
 use rand::{Rng as _, SeedableRng as _};
 use tokio::task::JoinHandle;
-use tokio_postgres::{Client, Config, Error};
+use tokio_postgres::{Client, Config, Error, Statement};
 
 use crate::support::daemon::Daemon;
 use crate::support::{try_connect, wait_for};
@@ -33,6 +33,9 @@ pub const TABLES: &str = "
     CREATE INDEX ON entry (seed, client, number);
     CREATE TABLE account (id bigint PRIMARY KEY, balance bigint NOT NULL);
     INSERT INTO account SELECT id, 1000 FROM generate_series(1, 20) id";
+
+/// A numbered entry.
+const ENTRY: &str = "INSERT INTO entry (seed, client, number) VALUES ($1, $2, $3)";
 
 /// What one client remembers.
 #[derive(Debug, Default)]
@@ -70,6 +73,29 @@ pub struct Violations {
     pub sums: u64,
     /// The two servers hold something different.
     pub differences: Vec<String>,
+}
+
+/// A connection with what its client runs again and again: prepared once, so that a switch has it to carry over.
+struct Connection {
+    client: Client,
+    update: Statement,
+    entry: Statement,
+    read: Statement,
+}
+
+impl Connection {
+    async fn open(config: &Config) -> Result<Self, Error> {
+        let client = try_connect(config).await?;
+        let update = client.prepare("UPDATE account SET balance = balance + $2 WHERE id = $1").await?;
+        let entry = client.prepare(ENTRY).await?;
+        let read = client
+            .prepare(
+                "SELECT coalesce(max(number), 0), (SELECT sum(balance)::bigint FROM account)
+                 FROM entry WHERE seed = $1 AND client = $2",
+            )
+            .await?;
+        Ok(Self { client, update, entry, read })
+    }
 }
 
 /// Clients at work.
@@ -127,12 +153,12 @@ struct Worker {
 impl Worker {
     async fn run(mut self) -> Memory {
         let mut number = 0;
-        let mut connection: Option<Client> = None;
+        let mut kept: Option<Connection> = None;
         while !self.stop.load(Ordering::SeqCst) {
-            let client = match connection.take() {
-                Some(client) => client,
-                None => match try_connect(&self.config).await {
-                    Ok(client) => client,
+            let connection = match kept.take() {
+                Some(connection) => connection,
+                None => match Connection::open(&self.config).await {
+                    Ok(connection) => connection,
                     Err(_) => {
                         self.memory.errors += 1;
                         tokio::time::sleep(Duration::from_millis(20)).await;
@@ -141,7 +167,7 @@ impl Worker {
                 },
             };
             number += 1;
-            match self.write(&client, number).await {
+            match self.write(&connection, number).await {
                 Ok(()) => {
                     self.memory.acknowledged.push(number);
                     self.written.fetch_add(1, Ordering::SeqCst);
@@ -152,8 +178,8 @@ impl Worker {
                     continue;
                 }
             }
-            if self.read(&client, number).await.is_ok() {
-                connection = Some(client);
+            if self.read(&connection, number).await.is_ok() {
+                kept = Some(connection);
             } else {
                 self.memory.errors += 1;
             }
@@ -163,11 +189,11 @@ impl Worker {
     }
 
     /// A numbered entry, by itself or together with a transfer.
-    async fn write(&mut self, client: &Client, number: i64) -> Result<(), Error> {
-        let (seed, own) = (self.memory.seed, self.memory.client);
-        let entry = "INSERT INTO entry (seed, client, number) VALUES ($1, $2, $3)";
+    async fn write(&mut self, connection: &Connection, number: i64) -> Result<(), Error> {
+        let (client, seed, own) = (&connection.client, self.memory.seed, self.memory.client);
         if self.dice.random_bool(0.5) {
-            client.execute(entry, &[&seed, &own, &number]).await?;
+            // As most libraries run a statement: prepared, and closed again.
+            client.execute(ENTRY, &[&seed, &own, &number]).await?;
             return Ok(());
         }
         let (from, to) = (self.dice.random_range(1..=ACCOUNTS), self.dice.random_range(1..=ACCOUNTS));
@@ -177,27 +203,21 @@ impl Worker {
         let mut moves = [(from, -amount), (to, amount)];
         moves.sort_unstable();
         for (account, change) in moves {
-            let update = "UPDATE account SET balance = balance + $2 WHERE id = $1";
-            client.execute(update, &[&account, &change]).await?;
+            client.execute(&connection.update, &[&account, &change]).await?;
         }
-        client.execute(entry, &[&seed, &own, &number]).await?;
+        client.execute(&connection.entry, &[&seed, &own, &number]).await?;
         client.batch_execute("COMMIT").await
     }
 
     /// Its own last entry is there, nothing that was seen is gone, and the accounts add up.
-    async fn read(&mut self, client: &Client, written: i64) -> Result<(), Error> {
+    async fn read(&mut self, connection: &Connection, written: i64) -> Result<(), Error> {
+        let client = &connection.client;
         // Such reads go on while a cutover holds everything else.
         let declared = self.dice.random_bool(0.5);
         if declared {
             client.batch_execute("BEGIN READ ONLY").await?;
         }
-        let row = client
-            .query_one(
-                "SELECT coalesce(max(number), 0), (SELECT sum(balance)::bigint FROM account)
-                 FROM entry WHERE seed = $1 AND client = $2",
-                &[&self.memory.seed, &self.memory.client],
-            )
-            .await?;
+        let row = client.query_one(&connection.read, &[&self.memory.seed, &self.memory.client]).await?;
         if declared {
             client.batch_execute("COMMIT").await?;
         }
