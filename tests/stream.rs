@@ -3,6 +3,7 @@
 
 mod support;
 
+use pgcutover::demo::cluster::Stop;
 use pgcutover::lsn::Lsn;
 use pgcutover::migration::stream::{StreamError, StreamStatus};
 use support::streamed::Streamed as Bench;
@@ -258,6 +259,49 @@ async fn a_backlog_of_long_transactions_becomes_durable_bit_by_bit() {
     assert!(largest <= 2000, "{largest} rows in one transaction");
     target.batch_execute("ALTER TABLE parent DROP COLUMN written_by").await.expect("dropped");
     bench.assert_equal().await;
+    running.abort();
+}
+
+/// Each transaction of the source locks one table. What is gathered of them while the target is busy would lock them all in
+/// one transaction, more than the target has room for.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_backlog_over_many_tables_does_not_use_up_the_locks_of_the_target() {
+    let found = installations();
+    let major = found.major(any_major()).expect("checked by any_major()");
+    let mut bench = Bench::between((major, major), "CREATE TABLE busy (id int PRIMARY KEY)", &["busy"]).await;
+    bench.context.queue_bytes = 64 << 20;
+    let each = |statement: &str, then: &str| {
+        format!("DO 'BEGIN FOR i IN 1..3000 LOOP EXECUTE format(''{statement}'', i); {then} END LOOP; END'")
+    };
+    for cluster in [&bench.source, &bench.target] {
+        let made = each("CREATE TABLE many_%s (id int PRIMARY KEY)", "");
+        connect(cluster, "shop").await.batch_execute(&made).await.expect("made");
+    }
+    let source = connect(&bench.source, "shop").await;
+    source.batch_execute(&each("ALTER PUBLICATION p ADD TABLE many_%s", "")).await.expect("published");
+    bench.target.configure(&[("max_locks_per_transaction", "10"), ("max_connections", "20")]).expect("configured");
+    bench.target.restart(Stop::Fast).expect("restarted");
+
+    // Once the tables are known, what comes of them is gathered at once.
+    let (status, running) = bench.run();
+    source.batch_execute(&each("INSERT INTO many_%s VALUES (1)", "COMMIT;")).await.expect("inserted");
+    bench.drain(&status, "known").await;
+    let busy = connect(&bench.target, "shop").await;
+    busy.batch_execute("BEGIN; LOCK TABLE busy").await.expect("locked");
+    source.batch_execute("INSERT INTO busy VALUES (1)").await.expect("inserted");
+    source.batch_execute(&each("INSERT INTO many_%s VALUES (2)", "COMMIT;")).await.expect("inserted");
+    let end: Lsn = source.query_one("SELECT pg_current_wal_lsn()", &[]).await.expect("LSN").get(0);
+    let sent = format!("SELECT EXISTS (SELECT FROM pg_stat_replication WHERE sent_lsn >= '{end}')");
+    wait_for("the backlog to be sent", || async {
+        source.query_one(&sent, &[]).await.expect("read").get::<_, bool>(0)
+    })
+    .await;
+    busy.batch_execute("COMMIT").await.expect("unlocked");
+    bench.drain(&status, "end").await;
+    for number in 1..=3000 {
+        let table = pgcutover::ident::QualifiedName::new("public", format!("many_{number}"));
+        assert_eq!(status.counters.of(&table).inserts, 2, "{table}");
+    }
     running.abort();
 }
 
