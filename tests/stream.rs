@@ -394,6 +394,57 @@ async fn a_row_is_found_by_what_it_says_and_not_by_what_a_cast_makes_of_it() {
     running.abort();
 }
 
+/// Keys WITHOUT OVERLAPS come with PostgreSQL 18. Their index is no btree, and finds rows all the same.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn rows_with_a_temporal_key_are_found_by_its_index() {
+    let found = installations();
+    let Some(major) = found.all().iter().find(|installation| installation.major >= 18) else {
+        eprintln!("not tested: PostgreSQL 18 is not there");
+        return;
+    };
+    // Ranges alone need no extension.
+    let tables = "
+        CREATE TABLE price (item int4range, valid daterange, cents int, PRIMARY KEY (item, valid WITHOUT OVERLAPS));
+        CREATE TABLE whole (item int4range, valid daterange, cents int, PRIMARY KEY (item, valid WITHOUT OVERLAPS));
+        ALTER TABLE whole REPLICA IDENTITY FULL";
+    let names = ["price", "whole"];
+    let bench = Bench::between((major, major), tables, &names).await;
+    let (status, running) = bench.run();
+    let (source, target) = (connect(&bench.source, "shop").await, connect(&bench.target, "shop").await);
+    for table in names {
+        // Many at once, and one by itself.
+        let fill = format!(
+            "INSERT INTO {table} SELECT int4range(g, g + 1), daterange('2026-01-01', '2027-01-01'), g
+             FROM generate_series(1, 100) g"
+        );
+        let many = format!(
+            "UPDATE {table} SET cents = cents + 1;
+             UPDATE {table} SET valid = daterange('2030-01-01', '2031-01-01') WHERE item = '[7,8)';
+             INSERT INTO {table} VALUES ('[7,8)', '[2026-06-01,2030-01-01)', 0);
+             DELETE FROM {table} WHERE lower(item) > 90"
+        );
+        let one = format!("UPDATE {table} SET valid = '[2027-01-01,2028-01-01)', cents = 0 WHERE item = '[5,6)'");
+        for (step, sql) in [fill, many, one].iter().enumerate() {
+            source.batch_execute(sql).await.expect("changed");
+            bench.drain(&status, &format!("{table} {step}")).await;
+        }
+    }
+    running.abort();
+    for table in names {
+        let counted = format!(
+            "SELECT n_tup_upd + n_tup_del, coalesce(seq_scan, 0) FROM pg_stat_user_tables WHERE relname = '{table}'"
+        );
+        wait_for("what the session has counted", || async {
+            target.query_one(&counted, &[]).await.expect("read").get::<_, i64>(0) > 90
+        })
+        .await;
+        let row = target.query_one(&counted, &[]).await.expect("read");
+        let (changes, scans): (i64, i64) = (row.get(0), row.get(1));
+        assert!(scans < 10, "{table} was scanned {scans} times for {changes} changes");
+        assert_eq!(rows(&source, table).await, rows(&target, table).await, "{table}");
+    }
+}
+
 /// A backlog of whole transactions fills many pieces: while one is refused and executed again, the one behind it is encoded
 /// already, with statements that are then gone.
 #[tokio::test(flavor = "multi_thread")]
