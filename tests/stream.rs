@@ -3,6 +3,7 @@
 
 mod support;
 
+use pgcutover::demo::cluster::Stop;
 use pgcutover::lsn::Lsn;
 use pgcutover::migration::stream::{StreamError, StreamStatus};
 use support::streamed::Streamed as Bench;
@@ -261,6 +262,49 @@ async fn a_backlog_of_long_transactions_becomes_durable_bit_by_bit() {
     running.abort();
 }
 
+/// Each transaction of the source locks one table. What is gathered of them while the target is busy would lock them all in
+/// one transaction, more than the target has room for.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_backlog_over_many_tables_does_not_use_up_the_locks_of_the_target() {
+    let found = installations();
+    let major = found.major(any_major()).expect("checked by any_major()");
+    let mut bench = Bench::between((major, major), "CREATE TABLE busy (id int PRIMARY KEY)", &["busy"]).await;
+    bench.context.queue_bytes = 64 << 20;
+    let each = |statement: &str, then: &str| {
+        format!("DO 'BEGIN FOR i IN 1..3000 LOOP EXECUTE format(''{statement}'', i); {then} END LOOP; END'")
+    };
+    for cluster in [&bench.source, &bench.target] {
+        let made = each("CREATE TABLE many_%s (id int PRIMARY KEY)", "");
+        connect(cluster, "shop").await.batch_execute(&made).await.expect("made");
+    }
+    let source = connect(&bench.source, "shop").await;
+    source.batch_execute(&each("ALTER PUBLICATION p ADD TABLE many_%s", "")).await.expect("published");
+    bench.target.configure(&[("max_locks_per_transaction", "10"), ("max_connections", "20")]).expect("configured");
+    bench.target.restart(Stop::Fast).expect("restarted");
+
+    // Once the tables are known, what comes of them is gathered at once.
+    let (status, running) = bench.run();
+    source.batch_execute(&each("INSERT INTO many_%s VALUES (1)", "COMMIT;")).await.expect("inserted");
+    bench.drain(&status, "known").await;
+    let busy = connect(&bench.target, "shop").await;
+    busy.batch_execute("BEGIN; LOCK TABLE busy").await.expect("locked");
+    source.batch_execute("INSERT INTO busy VALUES (1)").await.expect("inserted");
+    source.batch_execute(&each("INSERT INTO many_%s VALUES (2)", "COMMIT;")).await.expect("inserted");
+    let end: Lsn = source.query_one("SELECT pg_current_wal_lsn()", &[]).await.expect("LSN").get(0);
+    let sent = format!("SELECT EXISTS (SELECT FROM pg_stat_replication WHERE sent_lsn >= '{end}')");
+    wait_for("the backlog to be sent", || async {
+        source.query_one(&sent, &[]).await.expect("read").get::<_, bool>(0)
+    })
+    .await;
+    busy.batch_execute("COMMIT").await.expect("unlocked");
+    bench.drain(&status, "end").await;
+    for number in 1..=3000 {
+        let table = pgcutover::ident::QualifiedName::new("public", format!("many_{number}"));
+        assert_eq!(status.counters.of(&table).inserts, 2, "{table}");
+    }
+    running.abort();
+}
+
 /// Rows that exchange the values of a unique column cannot be changed at once: the target refuses the net effect, and takes
 /// the changes in the order in which the source made them. In a transaction of its own, and in the middle of a long one.
 #[tokio::test(flavor = "multi_thread")]
@@ -348,6 +392,57 @@ async fn a_row_is_found_by_what_it_says_and_not_by_what_a_cast_makes_of_it() {
         assert_eq!(left, "sad sad 11,glad mad 11, mad 22");
     }
     running.abort();
+}
+
+/// Keys WITHOUT OVERLAPS come with PostgreSQL 18. Their index is no btree, and finds rows all the same.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn rows_with_a_temporal_key_are_found_by_its_index() {
+    let found = installations();
+    let Some(major) = found.all().iter().find(|installation| installation.major >= 18) else {
+        eprintln!("not tested: PostgreSQL 18 is not there");
+        return;
+    };
+    // Ranges alone need no extension.
+    let tables = "
+        CREATE TABLE price (item int4range, valid daterange, cents int, PRIMARY KEY (item, valid WITHOUT OVERLAPS));
+        CREATE TABLE whole (item int4range, valid daterange, cents int, PRIMARY KEY (item, valid WITHOUT OVERLAPS));
+        ALTER TABLE whole REPLICA IDENTITY FULL";
+    let names = ["price", "whole"];
+    let bench = Bench::between((major, major), tables, &names).await;
+    let (status, running) = bench.run();
+    let (source, target) = (connect(&bench.source, "shop").await, connect(&bench.target, "shop").await);
+    for table in names {
+        // Many at once, and one by itself.
+        let fill = format!(
+            "INSERT INTO {table} SELECT int4range(g, g + 1), daterange('2026-01-01', '2027-01-01'), g
+             FROM generate_series(1, 100) g"
+        );
+        let many = format!(
+            "UPDATE {table} SET cents = cents + 1;
+             UPDATE {table} SET valid = daterange('2030-01-01', '2031-01-01') WHERE item = '[7,8)';
+             INSERT INTO {table} VALUES ('[7,8)', '[2026-06-01,2030-01-01)', 0);
+             DELETE FROM {table} WHERE lower(item) > 90"
+        );
+        let one = format!("UPDATE {table} SET valid = '[2027-01-01,2028-01-01)', cents = 0 WHERE item = '[5,6)'");
+        for (step, sql) in [fill, many, one].iter().enumerate() {
+            source.batch_execute(sql).await.expect("changed");
+            bench.drain(&status, &format!("{table} {step}")).await;
+        }
+    }
+    running.abort();
+    for table in names {
+        let counted = format!(
+            "SELECT n_tup_upd + n_tup_del, coalesce(seq_scan, 0) FROM pg_stat_user_tables WHERE relname = '{table}'"
+        );
+        wait_for("what the session has counted", || async {
+            target.query_one(&counted, &[]).await.expect("read").get::<_, i64>(0) > 90
+        })
+        .await;
+        let row = target.query_one(&counted, &[]).await.expect("read");
+        let (changes, scans): (i64, i64) = (row.get(0), row.get(1));
+        assert!(scans < 10, "{table} was scanned {scans} times for {changes} changes");
+        assert_eq!(rows(&source, table).await, rows(&target, table).await, "{table}");
+    }
 }
 
 /// A backlog of whole transactions fills many pieces: while one is refused and executed again, the one behind it is encoded

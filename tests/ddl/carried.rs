@@ -3,7 +3,7 @@
 use std::time::Duration;
 
 use pgcutover::config::{self, Environment};
-use pgcutover::demo::cluster::Cluster;
+use pgcutover::demo::cluster::{Cluster, Installation};
 use pgcutover::demo::compare;
 use pgcutover::migration::ddl::carry::{self, Carry};
 use pgcutover::migration::schema;
@@ -41,8 +41,11 @@ struct Carried {
 impl Carried {
     async fn start() -> Self {
         let found = installations();
-        let bench =
-            Streamed::between(found.pair().expect("checked by installations()"), TABLES, &["a", "b", "moods"]).await;
+        Self::between(found.pair().expect("checked by installations()")).await
+    }
+
+    async fn between(majors: (&Installation, &Installation)) -> Self {
+        let bench = Streamed::between(majors, TABLES, &["a", "b", "moods"]).await;
         let mut maker = bench.context.source.control("shop", "test").await.expect("source");
         let target = bench.context.target.control("shop", "test").await.expect("target");
         let carry =
@@ -369,6 +372,43 @@ async fn what_cannot_be_carried_is_refused_by_name() {
     carried.run("DROP TABLE passing, \"odd; one\"").await;
     carried.assert_equal().await;
     carried.running.abort();
+}
+
+/// The first comes through the stream as the key (tenant), which many rows share.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn no_table_is_let_in_whose_rows_cannot_be_told_apart() {
+    let found = installations();
+    // Generated columns come with PostgreSQL 12, virtual ones with 18.
+    let (oldest, newest) = (found.all().iter().find(|one| one.major >= 12), found.newest_with_client_tools());
+    let newest = newest.expect("checked by installations()");
+    let mut sources = vec![oldest.unwrap_or(newest), newest];
+    sources.dedup_by_key(|installation| installation.major);
+    for source in sources.into_iter().filter(|source| source.major >= 12) {
+        let carried = Carried::between((source, newest)).await;
+        carried.open().await;
+        let table = "CREATE TABLE o (tenant int, n int, code int GENERATED ALWAYS AS (n * 10) STORED,
+                     PRIMARY KEY (tenant, code))";
+        carried.refused(table, "rows of public.o would be identified by the generated column code").await;
+        let table = "CREATE TABLE c (id int PRIMARY KEY, n int, g int NOT NULL GENERATED ALWAYS AS (n) STORED UNIQUE)";
+        carried.run(table).await;
+        let index = "ALTER TABLE c REPLICA IDENTITY USING INDEX c_g_key";
+        carried.refused(index, "rows of public.c would be identified by the generated column g").await;
+        carried.run("CREATE TABLE keyless (a int)").await;
+        if source.major >= 18 {
+            let table = "CREATE TABLE v (a int, b int GENERATED ALWAYS AS (a + 1))";
+            carried.refused(table, "its virtual column b is in no publication").await;
+            let column = "ALTER TABLE keyless ADD b int GENERATED ALWAYS AS (a) VIRTUAL";
+            carried.refused(column, "public.keyless is identified by whole rows").await;
+            carried.run("CREATE TABLE v (a int PRIMARY KEY, b int GENERATED ALWAYS AS (a + 1))").await;
+            carried.run("INSERT INTO v VALUES (1), (2); UPDATE v SET a = 3 WHERE a = 1").await;
+        }
+        let rows = "INSERT INTO c (id, n) VALUES (1, 1), (2, 2); INSERT INTO keyless VALUES (1), (1), (2);
+                    UPDATE c SET n = 5 WHERE id = 2; DELETE FROM keyless WHERE a = 2";
+        carried.run(rows).await;
+        carried.drain("written").await;
+        carried.assert_equal().await;
+        carried.running.abort();
+    }
 }
 
 /// What the target does not take stops the stream before anything behind it is applied, and is tried again as it is.

@@ -184,6 +184,16 @@ pub const LINES: &[Line] = &[
         )
     },
     line(
+        "unvalidated_domains",
+        &[
+            "CREATE DOMAIN \"Qty\" AS int",
+            "CREATE TABLE counted (id int PRIMARY KEY, q \"Qty\")",
+            "ALTER DOMAIN \"Qty\" ADD CONSTRAINT \"no debt\" CHECK (VALUE >= 0) NOT VALID",
+        ],
+        "public.\"Qty\", \"no debt\"",
+        Mend::Printed,
+    ),
+    line(
         "c_functions",
         &["CREATE FUNCTION in_c() RETURNS language_handler LANGUAGE c AS '$libdir/plpgsql', 'plpgsql_call_handler'"],
         "public.in_c() in $libdir/plpgsql",

@@ -27,6 +27,10 @@ const FULL_PART: usize = 8;
 /// A part of either, with which it is better ended where a transaction of the source ends than filled to the last: a
 /// transaction of the target that never ends makes nothing durable.
 const NEARLY: (usize, usize) = (3, 4);
+/// With changes of so many tables, too: the target's transaction locks each of them and each of their indexes until it ends,
+/// and there is room for some 6,400 locks of all sessions as servers come (`max_locks_per_transaction` of every connection).
+/// What one transaction of the source has locked, one of the target can.
+const MANY_TABLES: usize = 256;
 
 /// As much as is executed at a time.
 #[derive(Debug, Default)]
@@ -178,7 +182,7 @@ impl Gatherer {
             |(part, whole)| changes * whole >= FULL_CHANGES * part || held * whole >= self.full_permits * part;
         if ended || reaches((1, 1)) {
             Fill::Full
-        } else if reaches(NEARLY) {
+        } else if reaches(NEARLY) || self.parts.parts.len() >= MANY_TABLES {
             Fill::NearlyFull
         } else if changes >= WORTHWHILE_CHANGES {
             Fill::Worthwhile
@@ -289,5 +293,51 @@ impl Part {
             (RowChange::Insert(new), _) => self.runs.push(Run::Inserts(vec![new])),
             (row @ (RowChange::Update { .. } | RowChange::Delete(_)), _) => self.runs.push(Run::Row(row)),
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::migration::apply::shape::{ColumnKind, KeyPart, TableShape, TargetColumn};
+    use crate::pgoutput::{Column, Relation, ReplicaIdentity, TupleValue};
+
+    fn table(number: u32) -> Arc<Table> {
+        let id = Column { key: true, name: "id".to_owned(), type_oid: 23, type_modifier: -1 };
+        let relation = Relation {
+            xid: None,
+            oid: number,
+            schema: "s".to_owned(),
+            name: format!("t{number}"),
+            replica_identity: ReplicaIdentity::Default,
+            columns: vec![id],
+        };
+        let id = TargetColumn {
+            type_sql: "integer".to_owned(),
+            kind: ColumnKind::Plain,
+            equality: Some("pg_catalog.=".to_owned()),
+            primary_key: KeyPart::Unique,
+            cast_from_text: false,
+            cast_to_text: false,
+        };
+        let shape = TableShape::new([("id".to_owned(), id)]);
+        Arc::new(Table::map(u64::from(number), relation, shape, |_| None).expect("mapped"))
+    }
+
+    #[test]
+    fn changes_of_many_tables_nearly_fill_a_piece() {
+        let mut gatherer = Gatherer::default();
+        let row = |value: &'static str| {
+            RowChange::Insert(Tuple { values: vec![TupleValue::Text(Bytes::from_static(value.as_bytes()))] })
+        };
+        for number in 1..=300 {
+            let table = table(number);
+            gatherer.change(Change { table: table.clone(), row: row("1") }, Bytes::new());
+            gatherer.change(Change { table, row: row("2") }, Bytes::new());
+            let wanted = if number < 256 { Fill::Little } else { Fill::NearlyFull };
+            assert_eq!(gatherer.fill(), wanted, "{number} tables");
+        }
+        assert_eq!(gatherer.take().parts.len(), 300);
+        assert_eq!(gatherer.fill(), Fill::Little, "of the next one");
     }
 }

@@ -124,6 +124,14 @@ pub enum PlanError {
         /// The column.
         column: String,
     },
+    /// The target's primary key has a generated column that the stream lacks: the rest of it identifies no row.
+    #[error("column {column:?} of the primary key of table {table} is generated, and not in the source's stream")]
+    PartOfKey {
+        /// The table.
+        table: QualifiedName,
+        /// The column.
+        column: String,
+    },
     /// The source did not say which row.
     #[error("{operation} of table {table} came without a replica identity")]
     NoIdentity {

@@ -158,7 +158,11 @@ impl Table {
             }
             ReplicaIdentity::Default | ReplicaIdentity::Index | ReplicaIdentity::Nothing => {
                 let keys = positions(&|index| relation.columns[index].key);
-                if keys.is_empty() { Identity::Nothing } else { Identity::Key(keys) }
+                match left_out(&relation, &shape) {
+                    _ if keys.is_empty() => Identity::Nothing,
+                    Some(column) => return Err(PlanError::PartOfKey { table: name, column: column.clone() }),
+                    None => Identity::Key(keys),
+                }
             }
         };
         shape.columns.shrink_to_fit();
@@ -389,6 +393,18 @@ impl Table {
         };
         Identified { find, values: values(tuple, &columns), columns }
     }
+}
+
+/// A generated column of the target's primary key that is not in that of the source. PostgreSQL before 18 leaves such
+/// columns out of the stream, and flags the others as if they were the whole key (`logicalrep_write_attrs` in proto.c).
+/// Keys that differ otherwise are let pass: somebody may be changing both servers by hand, one after the other.
+fn left_out<'a>(relation: &Relation, shape: &'a TableShape) -> Option<&'a String> {
+    if relation.replica_identity != ReplicaIdentity::Default {
+        return None;
+    }
+    let is_generated = |name: &str| shape.columns.get(name).is_some_and(|column| column.kind == ColumnKind::Generated);
+    let is_key = |name: &str| relation.columns.iter().any(|column| column.key && column.name == name);
+    shape.primary_key.iter().find(|name| is_generated(name) && !is_key(name))
 }
 
 /// The values at these positions.

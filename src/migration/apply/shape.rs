@@ -59,6 +59,10 @@ pub enum ColumnKind {
 
 /// Reads the shape of the table whose quoted name is `$1`: name, type, `attgenerated`, `attidentity`, equality, part in the
 /// primary key, cast from text, cast to text. No row: no table. Columns of the catalogue that older servers lack are read through jsonb.
+///
+/// The index of a key WITHOUT OVERLAPS (PostgreSQL 18) is GiST, where every operator class numbers its operators as it
+/// likes: equality is known by its name. Such a key is as unique as others are: equal ranges overlap, and empty ones are
+/// refused. Other GiST indexes, those of exclusion constraints among them, are not `indisunique`.
 pub const SHAPE_SQL: &str = "
 SELECT a.attname::text,
        pg_catalog.format_type(a.atttypid, -1),
@@ -67,10 +71,11 @@ SELECT a.attname::text,
           FROM pg_catalog.pg_index i
           CROSS JOIN LATERAL unnest(i.indclass::oid[], i.indkey::int2[]) AS k (opclass, attnum)
           JOIN pg_catalog.pg_opclass c ON c.oid = k.opclass
-          JOIN pg_catalog.pg_am am ON am.oid = c.opcmethod AND am.amname = 'btree'
-          JOIN pg_catalog.pg_amop m ON m.amopfamily = c.opcfamily AND m.amopstrategy = 3
+          JOIN pg_catalog.pg_am am ON am.oid = c.opcmethod AND am.amname IN ('btree', 'gist')
+          JOIN pg_catalog.pg_amop m ON m.amopfamily = c.opcfamily
                AND m.amoplefttype = c.opcintype AND m.amoprighttype = c.opcintype
           JOIN pg_catalog.pg_operator o ON o.oid = m.amopopr
+               AND CASE am.amname WHEN 'btree' THEN m.amopstrategy = 3 ELSE m.amoppurpose = 's' AND o.oprname = '=' END
           JOIN pg_catalog.pg_namespace n ON n.oid = o.oprnamespace
          WHERE i.indrelid = a.attrelid AND i.indisunique AND k.attnum = a.attnum
          ORDER BY i.indisprimary DESC, i.indexrelid LIMIT 1),

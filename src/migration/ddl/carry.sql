@@ -278,6 +278,25 @@ BEGIN
         EXECUTE format('ALTER TABLE ONLY %s REPLICA IDENTITY FULL', table_name);
         INSERT INTO pgcutover.full_identity VALUES (table_name) ON CONFLICT DO NOTHING;
     END LOOP;
+    -- What is left of a key without its generated column, which is in no stream before PostgreSQL 18, would be taken for the
+    -- whole, and rows for each other; the rule generated_identity refuses such tables too. Whole rows are all columns, and no
+    -- publication has virtual ones: UPDATE and DELETE of the application would fail.
+    IF current_setting('server_version_num')::integer >= 120000 THEN
+        FOR refusal IN
+            SELECT CASE k.relreplident
+                   WHEN 'f' THEN format('%s is identified by whole rows, and its virtual column %I is in no publication; give it a key, and that as its replica identity', k.oid::regclass, a.attname)
+                   ELSE format('rows of %s would be identified by the generated column %I; give it a key without that', k.oid::regclass, a.attname) END
+              FROM pg_publication p JOIN pg_publication_rel r ON r.prpubid = p.oid JOIN pg_class k ON k.oid = r.prrelid
+              JOIN pg_attribute a ON a.attrelid = k.oid AND a.attnum > 0 AND NOT a.attisdropped AND a.attgenerated <> ''
+             WHERE p.pubname = gate.publication AND k.relnamespace <> 'pgcutover'::regnamespace
+               AND CASE k.relreplident
+                   WHEN 'f' THEN a.attgenerated = 'v'
+                   ELSE EXISTS (SELECT FROM pg_index i WHERE i.indrelid = k.oid AND a.attnum = ANY (i.indkey::int2[])
+                                   AND (k.relreplident = 'd' AND i.indisprimary OR k.relreplident = 'i' AND i.indisreplident)) END
+        LOOP
+            PERFORM pgcutover.refuse(tag, refusal);
+        END LOOP;
+    END IF;
 END
 $body$;
 

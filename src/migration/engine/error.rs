@@ -374,6 +374,10 @@ fn stream_hint(error: &StreamError) -> &'static str {
         return "where nothing was written to it since, give it back its name on the source and retry; otherwise cancel the \
                 migration and create it again with --overwrite-target";
     }
+    if matches!(error, StreamError::Apply(ApplyError::Plan(PlanError::PartOfKey { .. }))) {
+        return "cancel the migration, give the table a key without generated columns, and create the migration again with \
+                --overwrite-target";
+    }
     match error.code() {
         "slot_missing" | "slot_lost" | "slot_ahead" | "source_history" => {
             "the target cannot catch up any more: cancel the migration and create it again with --overwrite-target"

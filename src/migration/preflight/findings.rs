@@ -372,4 +372,21 @@ pub(super) const FINDINGS: &[Finding] = &[
                 JOIN pg_type t ON t.oid = u.type WHERE u.oid = k.oid AND t.typtype = 'e') ORDER BY 1",
         ..Finding::OF_EVERY_VERSION
     },
+    Finding {
+        definition: Definition {
+            code: "unvalidated_domains",
+            why: "a constraint of a domain that is NOT VALID is not asked where a column stays as it is: an UPDATE of such \
+                  a row succeeds on the source, and the target, which is given the whole row, refuses it",
+            evidence: "the domains and constraints",
+            fix: "mend the values that violate them, then ALTER DOMAIN … VALIDATE CONSTRAINT; or DROP CONSTRAINT",
+            apply: Apply::Refused("every table that has the domain is read, and cannot be written meanwhile"),
+            ..Finding::DEFINITION
+        },
+        query: "SELECT format('%s, %I', format_type(t.oid, NULL), k.conname), \
+                format('ALTER DOMAIN %s VALIDATE CONSTRAINT %I', format_type(t.oid, NULL), k.conname) \
+                FROM pg_constraint k JOIN pg_type t ON t.oid = k.contypid JOIN pg_namespace n ON n.oid = t.typnamespace \
+                WHERE NOT k.convalidated AND {ours} AND NOT EXISTS (SELECT FROM pg_depend x \
+                WHERE x.classid = 'pg_type'::regclass AND x.objid = t.oid AND x.deptype = 'e') ORDER BY 1",
+        ..Finding::OF_EVERY_VERSION
+    },
 ];
