@@ -183,5 +183,13 @@ async fn what_was_only_validated_or_copied_is_not_shown_as_switched() {
     browser.wait_for("h1", "copied");
     browser.wait_for(".pill", "Succeeded");
     assert_eq!(steps(), json!(["Prepare done", "Validate done", "Copy done", "Completed done"]));
+    // It keeps its database from the next migration until it is completed.
+    browser.wait_for("#complete", "Complete");
+    browser.click("#complete");
+    browser.wait_for("#dialog", "free for the next migration");
+    browser.click("#dialog-yes");
+    support::wait_for("the buttons to go", || async { buttons() == json!(0) }).await;
+    let listed = daemon.must(&["migration", "status", "copied", "--output", "json"]);
+    assert!(listed.contains("Closed"), "{listed}");
     assert_eq!(browser.complaints(), [""; 0]);
 }

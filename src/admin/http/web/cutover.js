@@ -35,7 +35,7 @@ function ready(m, state) {
   if (m.option === 'validate') {
     return h('p', { class: 'muted' }, 'A validation changes nothing: the databases run where they ran.');
   }
-  if (m.mode === 'offline') return h('p', { class: 'muted' }, 'An offline migration is a copy: there is nothing to cut over.');
+  if (m.mode === 'offline') return copied(m, state);
   if (m.state === 'Succeeded') return after(m, state);
   if (m.state !== 'WaitingForUserAction') {
     return h('p', { class: 'muted' }, m.state === 'InProgress' ? 'It can be cut over once everything is copied and the target follows.' : 'This migration cannot be cut over.');
@@ -48,6 +48,18 @@ function ready(m, state) {
       h('button', { type: 'button', id: 'cut-over', class: 'primary', 'data-act': 'cutOver' }, 'Cut over …'),
       state.can && state.can.verify ? h('button', { type: 'button', id: 'verify', 'data-act': 'verify' }, 'Verify') : null),
     limits(),
+  ];
+}
+
+/** One that was copied keeps its databases from the next migration until it is completed. */
+function copied(m, state) {
+  const ended = m.substate === 'Completed';
+  const can = state.can || {};
+  return [
+    h('p', { class: 'muted' }, 'An offline migration is a copy: there is nothing to cut over.'),
+    ended ? h('div', { class: 'actions' },
+      can.complete ? h('button', { type: 'button', id: 'complete', 'data-act': 'complete' }, 'Complete …') : null,
+      can.verify ? h('button', { type: 'button', id: 'verify', 'data-act': 'verify' }, 'Verify') : null) : null,
   ];
 }
 
@@ -189,7 +201,9 @@ export function actions(order) {
       if (sure) run(state, draw, back, () => post(path(state, '/rollback'), body));
     },
     complete: async (_target, _event, state, draw) => {
-      const sure = await ask({ title: `Complete ${state.route.name}?`, good: 'Complete', danger: true, body: h('p', {}, 'The way back is closed: what brings changes back to the source is removed.') });
+      const what = current(state).mode === 'offline' ? 'The copy stays. What pgcutover has put on both servers is removed, and the databases are free for the next migration.'
+        : 'The way back is closed: what brings changes back to the source is removed.';
+      const sure = await ask({ title: `Complete ${state.route.name}?`, good: 'Complete', danger: true, body: h('p', {}, what) });
       if (sure) order(state, draw, 'Completed.', () => post(path(state, '/complete')));
     },
   };
