@@ -5,7 +5,7 @@ use std::net::SocketAddr;
 use axum::extract::ConnectInfo;
 use axum::http::{HeaderMap, StatusCode};
 
-use super::limit::Peer;
+use super::connections::Peer;
 use super::problem::Problem;
 
 /// Who asks: where from, and with which headers.

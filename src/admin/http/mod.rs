@@ -5,6 +5,7 @@
 //! document are both made from it, so that neither can know a call that the other does not.
 
 mod caller;
+mod connections;
 mod dashboard;
 mod events;
 mod extract;
@@ -12,7 +13,6 @@ mod extract;
 pub mod fuzzing;
 mod guard;
 mod idempotency;
-mod limit;
 mod openapi;
 mod operation;
 mod operations;
@@ -60,15 +60,8 @@ pub async fn start(address: SocketAddr, service: Service, tasks: &Tasks) -> std:
 
 /// Serves on a socket that listens already until `tasks` are told to stop.
 pub fn serve(listener: tokio::net::TcpListener, service: Service, tasks: &Tasks) {
-    let app = router(service, tasks).into_make_service_with_connect_info::<limit::Peer>();
-    let stopping = tasks.clone();
-    tasks.spawn(async move {
-        let served = axum::serve(limit::Limited::new(listener), app)
-            .with_graceful_shutdown(async move { stopping.stopping().await });
-        if let Err(error) = served.await {
-            tracing::error!(%error, "HTTP server ended");
-        }
-    });
+    let routes = router(service, tasks);
+    tasks.spawn(connections::serve(listener, routes, connections::Bounds::default(), tasks.clone()));
 }
 
 fn router(service: Service, tasks: &Tasks) -> Router {
