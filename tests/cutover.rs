@@ -498,6 +498,13 @@ async fn definitions_that_change_while_a_cutover_is_prepared_stop_it() {
         "DROP TABLE n; CREATE TABLE n (id int)",
         "CREATE FUNCTION f() RETURNS int LANGUAGE sql AS 'SELECT 1'",
         "ALTER TABLE n ADD CHECK (id > 0)",
+        // From here on names, types and kinds are as they were.
+        "CREATE OR REPLACE FUNCTION f() RETURNS int LANGUAGE sql AS 'SELECT 2'",
+        "ALTER SEQUENCE item_id_seq INCREMENT BY 50",
+        "ALTER TABLE item ALTER label TYPE varchar(50)",
+        "ALTER TABLE n ENABLE ROW LEVEL SECURITY",
+        "ALTER TABLE n ALTER id SET DEFAULT 3",
+        "GRANT SELECT ON n TO PUBLIC",
     ] {
         let running = life.cut_over_up_to("prepare.before_fence", life.options()).await;
         connect(&stage.source, "shop")
@@ -531,6 +538,30 @@ async fn definitions_that_change_while_a_cutover_is_prepared_stop_it() {
     life.failpoints.release("prepare.before_fence");
     let report = running.await.expect("no panic");
     assert_eq!(report.outcome, CutoverOutcome::Switched, "{report:?}");
+}
+
+/// They have been brought over by then, and would be as they were before.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn roles_that_change_while_a_cutover_is_prepared_stop_it() {
+    let stage = Stage::set().await;
+    let life = stage.life("prepare.before_fence=hold").resolved().await;
+    let source = connect(&stage.source, "postgres").await;
+    source.batch_execute("CREATE ROLE clerk; CREATE ROLE boss").await.expect("made");
+    for changed in [
+        "ALTER ROLE clerk PASSWORD 'new'",
+        "ALTER ROLE clerk SET work_mem = '8MB'",
+        "GRANT boss TO clerk",
+        "REVOKE TEMPORARY ON DATABASE shop FROM PUBLIC",
+    ] {
+        let running = life.cut_over_up_to("prepare.before_fence", life.options()).await;
+        source.batch_execute(changed).await.unwrap_or_else(|error| panic!("{changed}: {error:?}"));
+        life.failpoints.release("prepare.before_fence");
+        let report = running.await.expect("no panic");
+        assert_eq!(report.outcome, CutoverOutcome::Aborted, "{changed}: {report:?}");
+        assert!(report.reason.starts_with("roles, their passwords"), "{changed}: {}", report.reason);
+        assert!(!report.reason.contains("SCRAM"), "{}", report.reason);
+    }
+    assert!(life.runs_on(ServerRole::Source, 0));
 }
 
 /// There was nothing for which sessions would have been kept.

@@ -10,6 +10,7 @@ use pgcutover::demo::cluster::Cluster;
 use pgcutover::demo::shop::SHOP;
 use support::connect;
 use support::daemon::{Daemon, DaemonOptions};
+use support::wait_for;
 use support::world::{COMPLETED, NAME, READY, World};
 
 /// Objects of more than one piece, with holes, and of none at all; the names of roles need quotes.
@@ -175,4 +176,31 @@ async fn what_costs_no_data_is_refused_by_name_and_can_be_forced() {
     let there = connect(&world.target, SHOP).await;
     let left: i64 = there.query_one("SELECT count(*) FROM large", &[]).await.expect("it is there").get(0);
     assert_eq!(left, 0);
+}
+
+/// Between the moment in which these are brought over for the first time and the fence anybody may change them.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn what_is_changed_while_the_way_back_is_made_goes_with_the_cutover() {
+    let slow = |options: DaemonOptions| options.failpoints("prepare.after_return=sleep:5000ms");
+    let world = World::begin_with(0.01, slow).await;
+    let source = connect(&world.source, SHOP).await;
+    let made = "CREATE ROLE clerk LOGIN PASSWORD 'old'; SELECT lo_from_bytea(4711, 'the only one')";
+    source.batch_execute(made).await.expect("made");
+    world.migrate().await;
+    let mut order = world.daemon.begin(&["migration", "cutover", NAME]);
+    wait_for("the way back", || async { world.daemon.log().contains("failpoint=\"prepare.after_return\"") }).await;
+    let changed = "ALTER ROLE clerk PASSWORD 'new'; ALTER ROLE clerk SET work_mem = '8MB'; CREATE ROLE boss;
+                   GRANT boss TO clerk; SELECT lo_unlink(4711)";
+    source.batch_execute(changed).await.expect("changed");
+    assert!(order.wait().expect("it ends").success(), "{}", world.daemon.log());
+    let seen = "SELECT (SELECT string_agg(rolname || rolpassword, ' ') FROM pg_authid WHERE rolname = 'clerk')
+                       || (SELECT string_agg(setting, ' ') FROM pg_db_role_setting s, unnest(setconfig) setting
+                            WHERE setrole = 'clerk'::regrole)
+                       || pg_has_role('clerk', 'boss', 'member') || (SELECT count(*) FROM pg_largeobject_metadata)";
+    let told = async |cluster: &Cluster, database: &str| -> String {
+        connect(cluster, database).await.query_one(seen, &[]).await.expect("readable").get(0)
+    };
+    let there = told(&world.target, SHOP).await;
+    assert_eq!(there, told(&world.source, "postgres").await, "the password, and no large object");
+    assert!(there.ends_with("work_mem=8MBtrue0"), "{there}");
 }

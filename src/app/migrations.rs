@@ -187,6 +187,11 @@ impl parts::Lease for Lease {
         lease.lacking_rights().await.map_err(|error| refused(&error).message)
     }
 
+    async fn synchronise_rights(&self) -> Result<Vec<String>, String> {
+        let Some(lease) = self.with(CutoverLease::clone) else { return Ok(Vec::new()) };
+        lease.synchronise_rights().await.map_err(|error| refused(&error).message)
+    }
+
     async fn synchronise(&self) -> Result<Vec<String>, String> {
         let Some(lease) = self.with(CutoverLease::clone) else { return Ok(Vec::new()) };
         lease.synchronise().await.map_err(|error| refused(&error).message)

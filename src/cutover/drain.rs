@@ -429,8 +429,13 @@ impl Work {
             match broken {
                 None => Ok(()),
                 Some(Broken::Definitions) => Err(CutoverError::Definitions(format!(
-                    "definitions of database {name:?} were changed on the {role} while the cutover was being prepared, \
-                     behind their comparison"
+                    "definitions of database {name:?} were changed, or rights on them, on the {role} while the cutover was \
+                     being prepared, behind their comparison"
+                ))),
+                Some(Broken::Rights) => Err(CutoverError::Definitions(format!(
+                    "roles, their passwords, memberships or settings, or rights on database {name:?} were changed on the {role} \
+                     while the cutover was being prepared, behind the moment in which they were brought over: give the order \
+                     again"
                 ))),
                 Some(Broken::Rows(tables)) => Err(CutoverError::Definitions(format!(
                     "rows of {} in database {name:?} were written on the {role} while the cutover was being prepared; these \

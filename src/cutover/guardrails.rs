@@ -78,8 +78,11 @@ impl Work {
         if !self.options.force {
             return Err(CutoverError::Forceable(refusal));
         }
-        tracing::warn!(migration = self.case.migration, refusal, "gone past a guardrail, by --force");
-        self.forced.push(refusal);
+        // Some are asked twice.
+        if !self.forced.contains(&refusal) {
+            tracing::warn!(migration = self.case.migration, refusal, "gone past a guardrail, by --force");
+            self.forced.push(refusal);
+        }
         Ok(())
     }
 

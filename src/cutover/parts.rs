@@ -24,7 +24,11 @@ pub trait Lease: Send + Sync {
     /// Owners and grants that the server lacks to which the cutover leads, named by database.
     async fn lacking_rights(&self) -> Result<Vec<String>, String>;
 
-    /// Brings over once more what no stream carries: roles and settings. Returns notes for the operator.
+    /// Brings over once more roles with their passwords, memberships and settings, and the settings of the databases.
+    /// Returns notes for the operator.
+    async fn synchronise_rights(&self) -> Result<Vec<String>, String>;
+
+    /// Brings over once more what no stream carries, and warms the other server. Returns notes for the operator.
     async fn synchronise(&self) -> Result<Vec<String>, String>;
 
     /// Makes what the stream needs that will carry back what is written after cutover `epoch`, on the server that it leads

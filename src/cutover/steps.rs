@@ -336,6 +336,8 @@ impl Work {
         self.check_rights().await?;
         self.timings.step("guardrails", since);
         let since = Instant::now();
+        // Large objects have owners.
+        self.bring_rights().await?;
         let notes = self.lease.synchronise().await.map_err(CutoverError::Synchronise)?;
         self.notes.extend(notes);
         self.timings.step("roles, settings and what no stream carries", since);
@@ -350,6 +352,8 @@ impl Work {
         let since = Instant::now();
         self.open_sessions().await?;
         // Until now anybody may have made others; from now on the standstills tell.
+        self.bring_rights().await?;
+        self.check_rights().await?;
         self.compare_definitions().await?;
         self.check_fingerprints().await?;
         self.timings.step("our own sessions and a last comparison", since);
@@ -375,6 +379,16 @@ impl Work {
         self.bring_sequences().await?;
         self.timings.step("sequences once more", since);
         self.failpoint("prepare.after_fence").await?;
+        Ok(())
+    }
+
+    /// Roles with their passwords, memberships and settings, and the settings of the databases.
+    async fn bring_rights(&mut self) -> Result<(), CutoverError> {
+        for note in self.lease.synchronise_rights().await.map_err(CutoverError::Synchronise)? {
+            if !self.notes.contains(&note) {
+                self.notes.push(note);
+            }
+        }
         Ok(())
     }
 
@@ -426,7 +440,8 @@ impl Work {
             let weight = unstreamed::weigh(&marker).await?;
             let mut tables = published_tables(&marker, &publication).await?;
             tables.extend(weight.tables.iter().map(|(table, _)| table.to_string()));
-            let unstreamed = if weight.is_nothing() {
+            // What the other server has alone was removed here, and is to go there too.
+            let unstreamed = if weight.is_nothing() && !unstreamed::has_large_objects(&onward).await? {
                 None
             } else {
                 let from = self.from.connector.control(&line.name, "cutover-unstreamed").await?;

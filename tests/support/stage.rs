@@ -73,6 +73,9 @@ impl Lease for Instantly {
     async fn lacking_rights(&self) -> Result<Vec<String>, String> {
         Ok(Vec::new())
     }
+    async fn synchronise_rights(&self) -> Result<Vec<String>, String> {
+        Ok(Vec::new())
+    }
     async fn synchronise(&self) -> Result<Vec<String>, String> {
         Ok(Vec::new())
     }

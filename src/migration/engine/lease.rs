@@ -71,8 +71,14 @@ impl CutoverLease {
         self.engine.lacking_rights(&self.live).await
     }
 
-    /// Brings over once more what no stream carries and may have changed since the copy: roles with their passwords,
-    /// memberships and settings, and the settings of the databases. Returns what an operator should know.
+    /// Brings over once more roles with their passwords, memberships and settings, and the settings of the databases.
+    /// Returns what an operator should know.
+    pub async fn synchronise_rights(&self) -> Result<Vec<String>, EngineError> {
+        self.engine.synchronise_rights(&self.live).await
+    }
+
+    /// Brings over once more what no stream carries and may have changed since the copy: large objects, unlogged tables and
+    /// materialized views; and warms the server that it is brought to. Returns what an operator should know.
     pub async fn synchronise(&self) -> Result<Vec<String>, EngineError> {
         self.engine.synchronise(&self.live).await
     }

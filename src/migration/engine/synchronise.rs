@@ -73,8 +73,8 @@ pub(super) async fn keep_carried_database(
 }
 
 impl Engine {
-    /// See [`super::CutoverLease::synchronise`].
-    pub(super) async fn synchronise(&self, live: &Live) -> Result<Vec<String>, EngineError> {
+    /// See [`super::CutoverLease::synchronise_rights`].
+    pub(super) async fn synchronise_rights(&self, live: &Live) -> Result<Vec<String>, EngineError> {
         let (catalog, _actors) = self.owned()?;
         let direction = live.state().direction();
         let (from, to) = direction.ends(&self.deps.source, &self.deps.target);
@@ -94,6 +94,15 @@ impl Engine {
                 tracing::info!(migration = live.name(), database = database.name, changed, "properties brought over");
             }
             notes.extend(synced.left.into_iter().map(|left| format!("database {:?}: {left}", database.name)));
+        }
+        Ok(notes)
+    }
+
+    /// See [`super::CutoverLease::synchronise`].
+    pub(super) async fn synchronise(&self, live: &Live) -> Result<Vec<String>, EngineError> {
+        let (from, to) = live.state().direction().ends(&self.deps.source, &self.deps.target);
+        let mut notes = Vec::new();
+        for database in &live.databases {
             self.bring_over_unstreamed(from, to, &database.name).await?;
             notes.extend(self.refresh_once_more(from, to, &database.name).await?);
         }
