@@ -132,6 +132,9 @@ async fn prepare_one(context: &Context, row: &DatabaseRow, epoch: Epoch) -> Resu
         slot_start: None,
     };
     let undo = publication::drop_publication_sql(&next.publication);
+    if let Some(live) = context.live.database(&row.database) {
+        live.set_prepared(&next.slot);
+    }
     journal.record(&made("publication", &next.publication, undo)).await?;
     journal.record(&made("slot", &next.slot, publication::drop_slot_sql(&next.slot))).await?;
     context.catalog.set_next(context.live.name(), &row.database, &next).await?;
