@@ -198,6 +198,32 @@ async fn a_completed_migration_leaves_what_it_lists() {
     assert_eq!(oid().await, before);
 }
 
+/// What is left in the old server's database is removed through its fence's door. Who was killed in it has left it open, and
+/// nobody goes through it afterwards.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_door_that_was_left_open_is_shut_before_the_migration_is_closed() {
+    let mut world = World::begin(0.01).await;
+    world.migrate().await;
+    let report = world.daemon.json(&["migration", "cutover", NAME]);
+    assert_eq!(report["outcome"], "switched", "{report}");
+    world.wait_until(COMPLETED).await;
+    world.daemon.kill();
+    world.daemon.set_failpoints("engine.before_undo=hang");
+    world.daemon.start_again();
+    world.wait_until(COMPLETED).await;
+    let undoings = || world.daemon.log().matches("failpoint=\"engine.before_undo\"").count();
+    let before = undoings();
+    let mut order = world.daemon.begin(&["migration", "complete", NAME]);
+    wait_for("the undoing", || async { undoings() > before }).await;
+    shop::open_fenced(&world.source).await;
+    world.daemon.kill();
+    order.wait().expect("the command ends when its daemon does");
+    world.daemon.set_failpoints("");
+    world.daemon.start_again();
+    wait_for("the migration to be closed", || async { world.state() == "Succeeded/Closed" }).await;
+    assert!(try_connect(&world.source.config(SHOP)).await.is_err(), "the server that was left lets somebody in");
+}
+
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_migration_that_is_cancelled_after_a_rollback_leaves_no_fence() {
     let world = World::begin(0.01).await;

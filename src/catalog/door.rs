@@ -94,6 +94,13 @@ impl Door {
         connected
     }
 
+    /// Shuts it after somebody who has opened it and was killed before shutting it. Whoever goes through does so anyway:
+    /// this is for when nobody does any more.
+    pub async fn shut_again(&self) -> Result<(), DoorError> {
+        let _turn = self.turns.0.lock().await;
+        self.shut(&mut self.control().await?).await
+    }
+
     async fn control(&self) -> Result<Control, DoorError> {
         Ok(self.connector.control(&self.control_database, "door").await?)
     }
@@ -108,11 +115,7 @@ impl Door {
 
     async fn shut_later(self) {
         for _ in 0..SHUT_TRIES {
-            let shut = async {
-                let _turn = self.turns.0.lock().await;
-                self.shut(&mut self.control().await?).await
-            };
-            match shut.await {
+            match self.shut_again().await {
                 Ok(()) => return,
                 Err(error) => {
                     tracing::warn!(database = self.database, %error, "a fenced database could not be shut; it is tried again");
@@ -161,7 +164,7 @@ pub fn is_a_strangers(own_prefix: u8) -> String {
     )
 }
 
-/// Opens or shuts one database, if a hard fence stands over it and is not ajar. Returns whether one does.
+/// Opens or shuts one database, if it is there and a hard fence stands over it that is not ajar. Returns whether one does.
 async fn turn(control: &mut Control, database: &str, turn: Turn) -> Result<bool, RecordError> {
     let failed = |source| RecordError::query("open the door of a fenced database", source);
     if !super::has_table(&**control, "fence").await? {
@@ -185,6 +188,7 @@ async fn turn(control: &mut Control, database: &str, turn: Turn) -> Result<bool,
         .query_opt(
             "SELECT epoch FROM pgcutover.fence
              WHERE outcome = 'decided' AND returned_by IS NULL AND hard AND NOT ajar AND $1 = ANY(databases)
+               AND EXISTS (SELECT FROM pg_catalog.pg_database d WHERE d.datname = $1::text)
              ORDER BY epoch DESC LIMIT 1 FOR UPDATE",
             &[&database],
         )

@@ -252,6 +252,17 @@ impl MigrationCatalog {
         self.generation
     }
 
+    /// Whether this is still the engine that the catalogue knows last. Whoever takes over counts up there before it writes
+    /// anything anywhere.
+    pub async fn is_latest(&self) -> Result<bool, CatalogError> {
+        let client = self.client().await?;
+        let row = client
+            .query_one("SELECT generation FROM pgcutover.engine", &[])
+            .await
+            .map_err(|source| CatalogError::query("read which engine was the last", source))?;
+        Ok(row.get::<_, i64>(0) == self.generation.0)
+    }
+
     /// A live session in the control database.
     pub async fn client(&self) -> Result<Arc<Control>, CatalogError> {
         let mut client = self.client.lock().await;

@@ -1,10 +1,13 @@
 //! A source that is not what it was: restored, failed over to a standby that lagged, or to one that did not. Its slot comes
-//! along each time, so nothing but its history tells.
+//! along each time, so nothing but its history tells. After a cutover the same of the target.
 
 use std::path::{Path, PathBuf};
 use std::process::Command;
+use std::sync::atomic::{AtomicI64, Ordering};
 
-use pgcutover::demo::cluster::Stop;
+use pgcutover::catalog::decision::Outcome;
+use pgcutover::demo::cluster::{Cluster, Stop};
+use pgcutover::switch::Epoch;
 
 use crate::support::{connect, wait_for};
 use crate::world::{World, create, drain, reach, spec};
@@ -19,34 +22,34 @@ fn run(command: &mut Command) {
     assert!(command.status().expect("can be run").success(), "{command:?}");
 }
 
+fn stop_and_keep(cluster: &mut Cluster) -> Kept {
+    cluster.stop(Stop::Fast).expect("stopped");
+    let directory = tempfile::tempdir().expect("a directory");
+    let data = directory.path().join("data");
+    run(Command::new("cp").arg("-a").arg(cluster.data_dir()).arg(&data));
+    Kept { data, _directory: directory }
+}
+
+/// What the server has done since is gone.
+fn take_back(cluster: &mut Cluster, kept: &Kept, standby: bool) {
+    if cluster.pid().is_some() {
+        cluster.stop(Stop::Immediate).expect("stopped");
+    }
+    let data = cluster.data_dir();
+    run(Command::new("sh")
+        .arg("-c")
+        .arg(r#"find "$0" -mindepth 1 -delete && cp -a "$1"/. "$0""#)
+        .arg(&data)
+        .arg(&kept.data));
+    if standby {
+        // Of the same owner as the rest.
+        let signal = |from: &Path| run(Command::new("cp").arg("-a").arg(from).arg(data.join("standby.signal")));
+        signal(&data.join("PG_VERSION"));
+    }
+    cluster.start_again().expect("started");
+}
+
 impl World {
-    fn stop_and_keep(&mut self) -> Kept {
-        self.source.stop(Stop::Fast).expect("stopped");
-        let directory = tempfile::tempdir().expect("a directory");
-        let data = directory.path().join("data");
-        run(Command::new("cp").arg("-a").arg(self.source.data_dir()).arg(&data));
-        Kept { data, _directory: directory }
-    }
-
-    /// What the server has done since is gone.
-    fn take_back(&mut self, kept: &Kept, standby: bool) {
-        if self.source.pid().is_some() {
-            self.source.stop(Stop::Immediate).expect("stopped");
-        }
-        let data = self.source.data_dir();
-        run(Command::new("sh")
-            .arg("-c")
-            .arg(r#"find "$0" -mindepth 1 -delete && cp -a "$1"/. "$0""#)
-            .arg(&data)
-            .arg(&kept.data));
-        if standby {
-            // Of the same owner as the rest.
-            let signal = |from: &Path| run(Command::new("cp").arg("-a").arg(from).arg(data.join("standby.signal")));
-            signal(&data.join("PG_VERSION"));
-        }
-        self.source.start_again().expect("started");
-    }
-
     /// The standby that was started becomes the source, on another timeline.
     async fn promote(&self) {
         let admin = connect(&self.source, "postgres").await;
@@ -70,7 +73,7 @@ async fn followed(name: &str) -> (World, Kept) {
     create(&running, spec(name, &["shop"])).await;
     reach(&running, name, "WaitingForCutoverTrigger").await;
     running.stop().await;
-    let kept = world.stop_and_keep();
+    let kept = stop_and_keep(&mut world.source);
     world.source.start_again().expect("started");
     let running = world.engine("");
     reach(&running, name, "WaitingForCutoverTrigger").await;
@@ -98,7 +101,7 @@ async fn fails_with_what_to_do(world: &World, name: &str, words: &str) {
 #[tokio::test(flavor = "multi_thread")]
 async fn a_source_that_was_restored_is_not_followed() {
     let (mut world, kept) = followed("restored").await;
-    world.take_back(&kept, false);
+    take_back(&mut world.source, &kept, false);
     fails_with_what_to_do(&world, "restored", "taken back").await;
 }
 
@@ -106,7 +109,7 @@ async fn a_source_that_was_restored_is_not_followed() {
 #[tokio::test(flavor = "multi_thread")]
 async fn a_standby_that_lagged_is_not_followed_however_far_it_is_now() {
     let (mut world, kept) = followed("lagged").await;
-    world.take_back(&kept, true);
+    take_back(&mut world.source, &kept, true);
     world.promote().await;
     let source = connect(&world.source, "shop").await;
     source.batch_execute(WRITE).await.expect("written");
@@ -118,8 +121,8 @@ async fn a_standby_that_lagged_is_not_followed_however_far_it_is_now() {
 #[tokio::test(flavor = "multi_thread")]
 async fn a_standby_that_has_everything_is_followed_on() {
     let (mut world, _) = followed("promoted").await;
-    let kept = world.stop_and_keep();
-    world.take_back(&kept, true);
+    let kept = stop_and_keep(&mut world.source);
+    take_back(&mut world.source, &kept, true);
     // While it is a standby it is waited for.
     let running = world.engine("");
     wait_for("the reason why it waits", || async {
@@ -137,5 +140,53 @@ async fn a_standby_that_has_everything_is_followed_on() {
     .await;
     drain(&running, "promoted").await;
     world.assert_equal("shop").await;
+    running.stop().await;
+}
+
+/// The generation that has claimed the progress of the stream back, once it is later than this one.
+async fn claimed(world: &World, before: i64) -> i64 {
+    let source = connect(&world.source, "shop").await;
+    let found = AtomicI64::new(before);
+    wait_for("the stream back", || async {
+        let sql = "SELECT generation FROM pgcutover.progress WHERE migration = 'back/1'";
+        let row = source.query_opt(sql, &[]).await.expect("readable");
+        found.store(row.map_or(before, |row| row.get(0)), Ordering::Relaxed);
+        found.load(Ordering::Relaxed) > before
+    })
+    .await;
+    found.into_inner()
+}
+
+/// The source has been written to by engines that the target has forgotten; no other one has taken over.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_target_that_was_restored_is_told_after_any_number_of_starts() {
+    let mut world = World::same_major();
+    world.furnish("shop").await;
+    let running = world.engine("");
+    create(&running, spec("back", &["shop"])).await;
+    reach(&running, "back", "WaitingForCutoverTrigger").await;
+    let lease = running.engine.begin_cutover("back").await.expect("ready");
+    lease.prepare_return(Epoch(1)).await.expect("prepared");
+    lease.finish(Outcome::Decided).await.expect("recorded");
+    reach(&running, "back", "Completed").await;
+    let mut generation = claimed(&world, 0).await;
+    running.stop().await;
+    let kept = stop_and_keep(&mut world.target);
+    world.target.start_again().expect("started");
+    for _ in 0..2 {
+        let running = world.engine("");
+        generation = claimed(&world, generation).await;
+        running.stop().await;
+    }
+    take_back(&mut world.target, &kept, false);
+    let running = world.engine("");
+    wait_for("the reason", || async {
+        let error = running.engine.show("back").ok().and_then(|view| view.error);
+        error.is_some_and(|error| {
+            let is_told = error.code == "source_history" && error.message.contains("taken back");
+            is_told && error.hint.is_some_and(|hint| hint.contains("complete"))
+        })
+    })
+    .await;
     running.stop().await;
 }

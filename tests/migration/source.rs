@@ -64,6 +64,54 @@ async fn a_slot_that_keeps_too_much_is_dropped_before_the_disk_fills() {
     running.stop().await;
 }
 
+/// A target that does not answer is why most slots keep much, and what a migration is recorded in is gone with it.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_slot_that_keeps_too_much_is_dropped_while_the_target_is_down() {
+    let mut world = World::same_major().with(|config| config.migration.max_retained_wal_bytes = Some(64 << 20));
+    world.furnish("shop").await;
+    let running = world.engine("");
+    create(&running, spec("alone", &["shop"])).await;
+    reach(&running, "alone", "WaitingForCutoverTrigger").await;
+    world.target.stop(Stop::Immediate).expect("stopped");
+    wait_for("an order to be told that the target cannot be reached", || async {
+        let refused = running.engine.cancel("alone").await.expect_err("the target is down").to_string();
+        refused.starts_with("the engine is not running here: target ")
+    })
+    .await;
+
+    let source = connect(&world.source, "shop").await;
+    let slots = async || source.query_one(SLOTS, &[]).await.expect("count").get::<_, i64>(0);
+    let write = "SELECT pg_logical_emit_message(false, 'bulk', repeat('x', 1024 * 1024)) FROM generate_series(1, 40)";
+    source.batch_execute(write).await.expect("written");
+    wait_for("the warning", || async {
+        let view = running.engine.show("alone").expect("known");
+        view.databases[0].wal_warning && view.databases[0].retained_wal_bytes.is_some_and(|kept| kept > 32 << 20)
+    })
+    .await;
+    wait_for("the metric, by which an alert is raised", || async {
+        running.metrics.slot_retained_wal_bytes.with_label_values(&["alone", "shop"]).get() > 32 << 20
+    })
+    .await;
+    assert_eq!(slots().await, 1, "half of the limit is a warning");
+
+    source.batch_execute(write).await.expect("written");
+    wait_for("the slot to go", || async { slots().await == 0 }).await;
+    wait_for("the reason", || async {
+        running.engine.show("alone").is_ok_and(|view| view.error.is_some_and(|error| error.code == "wal_limit"))
+    })
+    .await;
+
+    world.target.start_again().expect("started");
+    wait_for("the failure", || async {
+        let view = running.engine.show("alone").expect("known");
+        view.substate == "Failed" && view.error.is_some_and(|error| error.code == "slot_missing")
+    })
+    .await;
+    running.engine.cancel("alone").await.expect("cancelled");
+    world.assert_clean("shop").await;
+    running.stop().await;
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn a_migration_that_has_failed_does_not_fill_the_disk_either() {
     let world = World::same_major().with(|config| config.migration.max_retained_wal_bytes = Some(32 << 20));

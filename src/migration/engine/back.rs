@@ -17,7 +17,15 @@ use crate::catalog::door::Door;
 use crate::catalog::migrations::CatalogError;
 use crate::catalog::streams::{Direction, progress_key};
 use crate::migration::backoff::Backoff;
-use crate::migration::stream::{self, StreamContext, Trouble, describe};
+use crate::migration::stream::history::HistoryError;
+use crate::migration::stream::{self, StreamContext, StreamError, Trouble, describe};
+
+/// Codes of what the stream cannot go on after.
+const LASTING: [&str; 4] = ["slot_missing", "slot_lost", "slot_ahead", "source_history"];
+
+/// Before a cutover the migration would be made anew.
+const NO_WAY_BACK: &str =
+    "the target stays in use, and the cutover cannot be taken back any more: complete the migration";
 
 /// The worker of one database.
 pub(super) struct BackWork {
@@ -31,9 +39,12 @@ impl BackWork {
     pub(super) async fn run(&self) -> WorkError {
         let mut backoff = Backoff::of_work();
         loop {
-            let error = Box::pin(self.once()).await;
+            let mut error = Box::pin(self.once()).await;
             if error.is_fenced() {
-                return error;
+                match self.not_really_fenced().await {
+                    Some(why) => error = why,
+                    None => return error,
+                }
             }
             let (retries, wait) = backoff.failed();
             let last_error = describe(&error);
@@ -46,8 +57,25 @@ impl BackWork {
             );
             self.live.broken.send_replace(Some(last_error.clone()));
             self.live.stream.trouble.send_replace(Some(Trouble { retries, last_error }));
-            self.context.live.publish(|status| status.error = Some(error.problem(Some(&self.live.name))));
+            let mut problem = error.problem(Some(&self.live.name));
+            if LASTING.contains(&problem.code.as_str()) {
+                problem.hint = Some(NO_WAY_BACK.to_owned());
+            }
+            self.context.live.publish(|status| status.error = Some(problem));
             tokio::time::sleep(wait).await;
+        }
+    }
+
+    /// Why the progress is refused although no engine has taken over; none: one has. The progress of the stream back is on
+    /// the source, but engines are counted on the target: of one that was restored, the source knows later engines.
+    async fn not_really_fenced(&self) -> Option<WorkError> {
+        match self.context.catalog.is_latest().await {
+            Ok(true) => {
+                let server = self.context.target.label().to_owned();
+                Some(StreamError::from(HistoryError::Forgotten { server }).into())
+            }
+            Ok(false) => None,
+            Err(error) => Some(error.into()),
         }
     }
 

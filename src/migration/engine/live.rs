@@ -107,6 +107,8 @@ pub(super) enum Looking {
 struct Inner {
     step: Step,
     current: Current,
+    /// The slot that a cutover has prepared last, on the server that it leads to.
+    prepared: Option<String>,
     tables: BTreeMap<QualifiedName, TableLive>,
     lag: LagMeter,
     slot: Option<SlotLive>,
@@ -335,6 +337,7 @@ impl DatabaseLive {
             inner: Mutex::new(Inner {
                 step,
                 current,
+                prepared: None,
                 tables: BTreeMap::new(),
                 lag: LagMeter::default(),
                 counted: Counted::default(),
@@ -369,6 +372,23 @@ impl DatabaseLive {
         drop(inner);
         self.stream.applied.send_replace(Applied::default());
         self.stream.trouble.send_replace(None);
+    }
+
+    /// A cutover prepares this slot.
+    pub(super) fn set_prepared(&self, slot: &str) {
+        self.lock().prepared = Some(slot.to_owned());
+    }
+
+    /// Every slot that may be on the source for it. After a cutover those are what watches the server that was left, and
+    /// what a rollback has prepared.
+    pub(super) fn slots_on_source(&self) -> Vec<String> {
+        let watches = self.fenced.watched_slot();
+        let inner = self.lock();
+        let slots = match inner.current.direction {
+            Direction::Forward => [Some(inner.current.slot.clone()), None],
+            Direction::Reverse => [watches, inner.prepared.clone()],
+        };
+        slots.into_iter().flatten().filter(|slot| !slot.is_empty()).collect()
     }
 
     /// So many foreign keys are left to validate.

@@ -8,7 +8,7 @@
 //! ```
 //!
 //! The target may be down at any time, also at the start: the engine then looks for it in the background, and answers
-//! from what it knew. The proxy does not depend on it.
+//! from what it knew; what migrations make the source keep is bounded meanwhile too. The proxy does not depend on it.
 //!
 //! # Failpoints
 //!
@@ -50,6 +50,7 @@ mod late;
 mod lease;
 mod live;
 mod recorder;
+mod source_guard;
 mod source_watch;
 mod synchronise;
 mod table_live;
@@ -141,10 +142,23 @@ impl std::fmt::Debug for Engine {
 /// Whether this process runs the engine.
 #[derive(Clone, Debug)]
 enum Ownership {
-    /// No, and why not.
+    /// No, and nobody else is known to: the target cannot be used, or it is stopping. And why.
     No(String),
+    /// No: another process does.
+    Another,
     /// Yes, in this generation; the actors are stopped and joined when it is over.
     Yes { catalog: MigrationCatalog, actors: Tasks },
+}
+
+impl Ownership {
+    /// Why this process does not run it; none: it does.
+    fn why_not(&self) -> Option<&str> {
+        match self {
+            Self::No(reason) => Some(reason),
+            Self::Another => Some("another pgcutover runs the engine of this target"),
+            Self::Yes { .. } => None,
+        }
+    }
 }
 
 #[derive(Clone)]
@@ -176,6 +190,7 @@ impl Engine {
         });
         let owning = engine.clone();
         tasks.spawn(async move { owning.own().await });
+        tasks.spawn(source_guard::guard(engine.clone()));
         engine
     }
 
@@ -358,9 +373,12 @@ impl Engine {
     }
 
     fn owned(&self) -> Result<(MigrationCatalog, Tasks), EngineError> {
-        match &*self.owner.borrow() {
+        let owner = self.owner.borrow();
+        match &*owner {
             Ownership::Yes { catalog, actors } => Ok((catalog.clone(), actors.clone())),
-            Ownership::No(reason) => Err(EngineError::Unavailable(reason.clone())),
+            Ownership::No(_) | Ownership::Another => {
+                Err(EngineError::Unavailable(owner.why_not().unwrap_or_default().to_owned()))
+            }
         }
     }
 
@@ -369,11 +387,15 @@ impl Engine {
         name: &str,
         command: impl FnOnce(oneshot::Sender<Result<T, EngineError>>) -> Command,
     ) -> Result<T, EngineError> {
-        let stopped = |_| EngineError::Unavailable("it is stopping, or another pgcutover has taken over".to_owned());
+        // Its migrations stay known when the engine is lost, and nobody works on them.
+        let stopped = || match self.owned() {
+            Err(why) => why,
+            Ok(_) => EngineError::Unavailable("it has just begun anew; give the order again".to_owned()),
+        };
         let entry = self.entry(name)?;
         let (reply, answer) = oneshot::channel();
-        entry.commands.send(command(reply)).await.map_err(|_| stopped(()))?;
-        answer.await.map_err(|_| stopped(()))?
+        entry.commands.send(command(reply)).await.map_err(|_| stopped())?;
+        answer.await.map_err(|_| stopped())?
     }
 
     /// What cannot be accepted.
@@ -454,8 +476,8 @@ impl Engine {
         loop {
             match Box::pin(self.take_over()).await {
                 Ok(Some((catalog, lock))) => Box::pin(self.work_while_owner(catalog, lock)).await,
-                Ok(None) => self.not_owner("another pgcutover runs the engine of this target"),
-                Err(error) => self.not_owner(&describe(&*error)),
+                Ok(None) => self.not_owner(Ownership::Another),
+                Err(error) => self.not_owner(Ownership::No(describe(&*error))),
             }
             // A sleep and a token: nothing is lost by dropping either.
             tokio::select! {
@@ -465,13 +487,14 @@ impl Engine {
         }
     }
 
-    fn not_owner(&self, reason: &str) {
+    fn not_owner(&self, now: Ownership) {
+        let reason = now.why_not().unwrap_or_default();
         let was =
             std::mem::replace(&mut *self.last_reason.lock().unwrap_or_else(PoisonError::into_inner), reason.to_owned());
         if was != reason {
             tracing::warn!(reason, "the engine does not run here for now");
         }
-        self.owner.send_replace(Ownership::No(reason.to_owned()));
+        self.owner.send_replace(now);
     }
 
     async fn take_over(
@@ -493,14 +516,17 @@ impl Engine {
             Ok(()) => {
                 self.owner.send_replace(Ownership::Yes { catalog, actors: actors.clone() });
                 self.changes.send_modify(|changes| *changes += 1);
-                tokio::select! {
-                    () = lock.lost(LOCK_CHECK) => tracing::warn!(generation, "the engine lock is lost; the work stops"),
-                    () = self.deps.tasks.stopping() => {}
-                }
-                self.not_owner("the connection that held the engine lock was lost");
+                let reason = tokio::select! {
+                    () = lock.lost(LOCK_CHECK) => {
+                        tracing::warn!(generation, "the engine lock is lost; the work stops");
+                        "the connection to the target that held the engine lock was lost"
+                    }
+                    () = self.deps.tasks.stopping() => "it is stopping",
+                };
+                self.not_owner(Ownership::No(reason.to_owned()));
                 self.break_streams("the engine does not run here any more");
             }
-            Err(error) => self.not_owner(&describe(&error)),
+            Err(error) => self.not_owner(Ownership::No(describe(&error))),
         }
         let left = actors.join(GRACE).await;
         if left > 0 {
@@ -558,6 +584,9 @@ impl Engine {
             let Some(step) = Step::parse(&database.step) else { return Ok(None) };
             let current = Current::of(&database);
             let live = DatabaseLive::new(database.database, current, step);
+            if let Some(next) = &database.next {
+                live.set_prepared(&next.slot);
+            }
             live.load_tables(&catalog.tables(&row.name, &live.name).await?);
             live.fenced.set_watch(database.watch);
             live.fenced.found.send_replace(catalog.fenced_writes(&row.name, &live.name).await?);

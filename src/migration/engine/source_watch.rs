@@ -1,7 +1,8 @@
 //! Looks after the source while a migration weighs on it: what the slots make it keep, and how far its standbys are behind.
 //!
 //! It runs as long as the migration's actor does, also while the migration has failed and waits for somebody: its slots
-//! still keep write-ahead log then.
+//! still keep write-ahead log then. While there is no actor, because the target is lost, [`super::source_guard`] does
+//! so.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -9,7 +10,7 @@ use std::time::Duration;
 use super::context::Context;
 use super::error::WorkError;
 use super::gauges::Gauges;
-use super::live::{SlotLive, Step};
+use super::live::{DatabaseLive, SlotLive, Step};
 use crate::catalog::streams::Direction;
 use crate::config::units::format_size;
 use crate::migration::copy::Traffic;
@@ -18,11 +19,13 @@ use crate::migration::stream::{StreamError, describe};
 use crate::migration::view::Problem;
 use crate::migration::wal_limit::{SlotWal, Verdict, judge};
 use crate::postgres::Control;
+use crate::telemetry::metrics::Metrics;
 
 /// How often the source is looked at.
-const INTERVAL: Duration = Duration::from_secs(1);
+pub(super) const INTERVAL: Duration = Duration::from_secs(1);
 
-const SLOTS: &str = "\
+/// Of the slots named in $1; read by [`kept`].
+pub(super) const SLOTS: &str = "\
 SELECT s.slot_name::text, pg_catalog.pg_wal_lsn_diff(pg_catalog.pg_current_wal_insert_lsn(), s.restart_lsn)::bigint,
        (pg_catalog.to_jsonb(s) ->> 'safe_wal_size')::bigint, pg_catalog.to_jsonb(s) ->> 'wal_status',
        pg_catalog.to_jsonb(s) ->> 'invalidation_reason'
@@ -114,7 +117,6 @@ async fn look(context: &Context, connection: &mut Option<Control>) -> Result<Opt
         let name: &str = row.get(0);
         let Some(index) = names.iter().position(|known| known == name) else { continue };
         let Some(database) = with_slots.get(index) else { continue };
-        let unsigned = |bytes: i64| u64::try_from(bytes).unwrap_or(0);
         if row.get::<_, Option<&str>>(3) == Some("lost") {
             // It keeps nothing. Who has been told of it once knows.
             if context.live.state() == State::Failed {
@@ -124,41 +126,55 @@ async fn look(context: &Context, connection: &mut Option<Control>) -> Result<Opt
             let error = StreamError::SlotLost { slot: name.to_owned(), why };
             return Ok(Some(Finding::Lost { database: database.name.clone(), error: error.into() }));
         }
-        let Some(retained) = row.get::<_, Option<i64>>(1).map(unsigned) else { continue };
-        let wal = SlotWal { retained, safe: row.get::<_, Option<i64>>(2).map(unsigned) };
-        let verdict = judge(wal, limit);
-        if database.show_slot(SlotLive { wal, limit, warning: verdict >= Verdict::Warning }) {
-            let (retained, safe) = (wal.retained, wal.safe);
-            if verdict >= Verdict::Warning {
-                tracing::warn!(
-                    migration = context.live.name(),
-                    database = database.name,
-                    retained,
-                    ?safe,
-                    ?limit,
-                    "the source keeps much write-ahead log for the migration; limits on the copy's speed are lifted"
-                );
-            } else {
-                tracing::info!(
-                    migration = context.live.name(),
-                    database = database.name,
-                    retained,
-                    "the source keeps less again"
-                );
-            }
-        }
-        let (migration, direction) = (context.live.name(), Direction::Forward);
-        let gauges = Gauges { metrics: &context.metrics, migration, database: &database.name, direction };
-        gauges.slot(Some(wal), limit);
+        let Some(wal) = kept(&row) else { continue };
+        let verdict = show(&context.metrics, context.live.name(), database, wal, limit);
         worst = worst.max(verdict);
         if let (Verdict::Exceeded, Some(limit)) = (verdict, limit) {
             let (database, slot) = (database.name.clone(), name.to_owned());
-            return Ok(Some(Finding::Exceeded { database, slot, retained, limit }));
+            return Ok(Some(Finding::Exceeded { database, slot, retained: wal.retained, limit }));
         }
     }
     let traffic = if worst >= Verdict::Warning { Traffic::Unlimited } else { standbys(context, source).await? };
     context.workers.direct(traffic);
     Ok(None)
+}
+
+/// What a slot keeps, by its row of [`SLOTS`]; none: nothing.
+pub(super) fn kept(row: &tokio_postgres::Row) -> Option<SlotWal> {
+    let unsigned = |bytes: i64| u64::try_from(bytes).unwrap_or(0);
+    if row.get::<_, Option<&str>>(3) == Some("lost") {
+        return None;
+    }
+    let retained = row.get::<_, Option<i64>>(1).map(unsigned)?;
+    Some(SlotWal { retained, safe: row.get::<_, Option<i64>>(2).map(unsigned) })
+}
+
+/// Shows what the slot of a stream keeps, and says so in the log when that is, or is no longer, much.
+pub(super) fn show(
+    metrics: &Metrics,
+    migration: &str,
+    database: &DatabaseLive,
+    wal: SlotWal,
+    limit: Option<u64>,
+) -> Verdict {
+    let verdict = judge(wal, limit);
+    if database.show_slot(SlotLive { wal, limit, warning: verdict >= Verdict::Warning }) {
+        let (retained, safe) = (wal.retained, wal.safe);
+        if verdict >= Verdict::Warning {
+            tracing::warn!(
+                migration,
+                database = database.name,
+                retained,
+                ?safe,
+                ?limit,
+                "the source keeps much write-ahead log for the migration; no limit on the copy's speed is in force"
+            );
+        } else {
+            tracing::info!(migration, database = database.name, retained, "the source keeps less again");
+        }
+    }
+    Gauges { metrics, migration, database: &database.name, direction: Direction::Forward }.slot(Some(wal), limit);
+    verdict
 }
 
 async fn standbys(context: &Context, source: &Control) -> Result<Traffic, WorkError> {

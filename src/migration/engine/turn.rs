@@ -11,6 +11,7 @@ use super::error::WorkError;
 use super::fence_watch;
 use super::late;
 use super::live::{Current, Live};
+use crate::catalog::door::Door;
 use crate::catalog::fence::{self, Standing};
 use crate::catalog::journal::{Journal, MadeObject, Side};
 use crate::catalog::streams::{Direction, NextStream};
@@ -132,6 +133,9 @@ async fn prepare_one(context: &Context, row: &DatabaseRow, epoch: Epoch) -> Resu
         slot_start: None,
     };
     let undo = publication::drop_publication_sql(&next.publication);
+    if let Some(live) = context.live.database(&row.database) {
+        live.set_prepared(&next.slot);
+    }
     journal.record(&made("publication", &next.publication, undo)).await?;
     journal.record(&made("slot", &next.slot, publication::drop_slot_sql(&next.slot))).await?;
     context.catalog.set_next(context.live.name(), &row.database, &next).await?;
@@ -209,7 +213,33 @@ pub(super) async fn end(context: &Context) -> Result<Undone, WorkError> {
         }
     }
     let chosen = |object: &MadeObject| is_stream(object) || SERVED.contains(&object.kind.as_str());
-    cancel::undo(context, chosen, Shut::Entered).await
+    let mut undone = cancel::undo(context, chosen, Shut::Entered).await?;
+    if undone.complete {
+        shut_again(context, &mut undone).await;
+    }
+    Ok(undone)
+}
+
+/// Shuts what fences cover. A process that was killed while it removed something in there may have left a door open, and
+/// from now on nobody goes through it.
+async fn shut_again(context: &Context, undone: &mut Undone) {
+    let control_database = &context.config.control.database;
+    for (side, server) in [(Side::Source, &context.source), (Side::Target, &context.target)] {
+        for live in &context.live.databases {
+            let door = Door::new(server, control_database, &live.name, &live.turns);
+            let Err(error) = Box::pin(door.shut_again()).await else { continue };
+            let object = MadeObject {
+                side,
+                database: Some(live.name.clone()),
+                kind: "fence".to_owned(),
+                name: live.name.clone(),
+                undo: None,
+                note: String::new(),
+            };
+            undone.complete = false;
+            undone.report.left.push(Left { object, reason: stream::describe(&error) });
+        }
+    }
 }
 
 /// What stays on the servers when a migration is closed, and why: who is active is read from it.

@@ -44,6 +44,14 @@ pub enum HistoryError {
         /// What was taken over.
         reached: Lsn,
     },
+    /// The same, seen by what the engine has written on the other server, where it counts up with every start.
+    #[error(
+        "the {server} has been taken back: its changes were taken over by a later run of the engine than any that it knows of; it was restored, or is a standby that lagged"
+    )]
+    Forgotten {
+        /// `source` or `target`.
+        server: String,
+    },
     /// It was promoted without the last changes.
     #[error(
         "the {server} was promoted at {switched}, before {reached}, up to which its changes were taken over: the target has changes that it has not"
@@ -72,7 +80,11 @@ impl HistoryError {
         match self {
             Self::InRecovery { .. } => true,
             Self::Record(RecordError::Query { source, .. }) => transient_query(source),
-            Self::Record(_) | Self::TakenBack { .. } | Self::Lagged { .. } | Self::Replaced { .. } => false,
+            Self::Record(_)
+            | Self::TakenBack { .. }
+            | Self::Forgotten { .. }
+            | Self::Lagged { .. }
+            | Self::Replaced { .. } => false,
         }
     }
 }
