@@ -468,7 +468,10 @@ impl Session {
         } else if self.is_vacated_by(&end) {
             self.vacate(backend).await;
         } else if !matches!(end, End::ServerLost) {
-            self.entry.leave_backend();
+            // No gate waits for a replication connection: until its backend has closed, a cutover finds it in the list.
+            if self.member.is_some() {
+                self.entry.leave_backend();
+            }
             drop(self.member.take());
             // The link may be gone; the server notices that too.
             let _closed = tokio::time::timeout(CLOSING, backend.connection.terminate()).await;
