@@ -200,9 +200,9 @@ impl Work {
         all
     }
 
-    /// Ends replication connections and waits for the proof. They are outside the gates, and those that name a database take
-    /// SQL as well: one could take a number of a sequence behind its reading. The switch would end them anyhow. With the
-    /// gates empty none can come. A dry run ends nobody. max_pause bounds the wait.
+    /// Ends replication connections and waits for the proof. They are outside the gates, and those that name a database
+    /// take SQL as well: one could take a number of a sequence behind its reading. The switch would end them anyhow.
+    /// With the gates empty none can come. A dry run ends nobody. max_pause bounds the wait.
     async fn end_replication(&mut self) -> Result<(), CutoverError> {
         let (replicating, since) = (self.replicating(), Instant::now());
         if replicating.is_empty() || self.options.dry_run {

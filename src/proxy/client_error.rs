@@ -125,7 +125,7 @@ pub enum ClientError {
     },
     /// A prepared statement too large to be shared.
     StatementTooLarge,
-    /// More named statements than a client may have in transaction mode.
+    /// More named statements than a client may have in transaction mode, or more bytes of them.
     TooManyStatements,
     /// The session's task failed; the backend is being looked after.
     Internal,
@@ -310,9 +310,9 @@ impl ClientError {
             | Self::ReplicationEnded
             | Self::LifetimeReached => Some("Connect again."),
             Self::RouteUnknown { .. } | Self::ServerUnreachable => Some("Try again in a moment."),
-            Self::TooManyStatements => {
-                Some("Close those that are not used any more, or raise [pool] max_client_statements.")
-            }
+            Self::TooManyStatements => Some(
+                "Close those that are not used any more, or raise max_client_statements or max_client_statements_size.",
+            ),
             Self::ConsoleForbidden { .. } => Some("The users that may are listed in the proxy's configuration."),
             _ => None,
         }

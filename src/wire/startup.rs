@@ -172,8 +172,8 @@ fn parse_session(major: u16, minor: u16, mut rest: &[u8]) -> Result<Startup, Sta
     Ok(Startup::Session(session))
 }
 
-/// `replication`, as `ProcessStartupPacket` (`postmaster.c`, since PostgreSQL 17 `backend_startup.c`) reads it: each that
-/// is given is checked, the last boolean counts, and `database` is not forgotten.
+/// `replication`, as `ProcessStartupPacket` reads it (`postmaster.c`, from PostgreSQL 17 on `backend_startup.c`): each
+/// that is given is checked, the last boolean counts, and `database` is not forgotten.
 #[derive(Default)]
 struct Walsender {
     is_wanted: bool,
