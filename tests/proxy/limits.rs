@@ -5,6 +5,7 @@ use std::time::Duration;
 use futures_util::StreamExt as _;
 use pgcutover::config::limits::Override;
 use pgcutover::config::{self, PoolMode};
+use pgcutover::proxy::SessionState;
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 use tokio::net::{TcpListener, TcpStream};
 
@@ -193,6 +194,28 @@ async fn a_pooled_client_has_only_so_many_statements() {
     let mut other = rig.wire("postgres").await;
     other.send(&query("SELECT 1")).await;
     assert!(other.tags_until_ready().await.ends_with("ZI"));
+    rig.stop().await;
+}
+
+/// Zero is no time at all to PgBouncer either: without one, there is no reserve.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_reserve_without_a_time_is_never_opened() {
+    let cluster = one_cluster("no_reserve");
+    let rig = Rig::start(server(&cluster), server(&cluster), |config| {
+        config.pool.mode = PoolMode::Transaction;
+        config.pool.default_pool_size = 1;
+        config.pool.reserve_pool_size = 1;
+        config.pool.reserve_pool_timeout = Duration::ZERO;
+    });
+    let (mut ann, mut bob) = (rig.wire("postgres").await, rig.wire("postgres").await);
+    ann.send(&query("BEGIN")).await;
+    assert_eq!(ann.tags_until_ready().await, "CZT");
+    bob.send(&query("SELECT 1")).await;
+    rig.until(SessionState::Waiting).await;
+    assert!(bob.is_silent(Duration::from_millis(500)).await);
+    ann.send(&query("COMMIT")).await;
+    assert_eq!(ann.tags_until_ready().await, "CZI");
+    assert_eq!(bob.tags_until_ready().await, "TDCZI");
     rig.stop().await;
 }
 
