@@ -372,8 +372,8 @@ impl LoginInProgress<'_> {
                 self.count_failure(if known { AuthFailure::Password } else { AuthFailure::UnknownUser });
                 Refused::With(ClientError::password_failed(&user))
             }
-            AuthError::Certificate { told, user } => {
-                tracing::info!(user, "the client's certificate is missing, or is of another name");
+            AuthError::Certificate { told, user, found } => {
+                tracing::info!(user, ?found, "the client's certificate is missing, or is of another name");
                 self.count_failure(AuthFailure::Certificate);
                 Refused::With(told)
             }
