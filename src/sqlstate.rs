@@ -10,6 +10,8 @@ pub const INVALID_AUTHORIZATION: &str = "28000";
 pub const INVALID_PASSWORD: &str = "28P01";
 /// `3D000` invalid_catalog_name: no such database.
 pub const INVALID_CATALOG_NAME: &str = "3D000";
+/// `22023` invalid_parameter_value.
+pub const INVALID_PARAMETER_VALUE: &str = "22023";
 /// `23503` foreign_key_violation.
 pub const FOREIGN_KEY_VIOLATION: &str = "23503";
 /// `42501` insufficient_privilege.

@@ -8,6 +8,7 @@ use std::time::Duration;
 
 use pgcutover::config::Stragglers;
 use pgcutover::cutover::coordinator::CutoverOptions;
+use pgcutover::cutover::forecast::Intention;
 use pgcutover::cutover::report::CutoverOutcome;
 use pgcutover::demo::cluster::Stop;
 use pgcutover::proxy::SessionState;
@@ -33,9 +34,11 @@ async fn connect_loosely(config: &tokio_postgres::Config) -> (Client, tokio::tas
 }
 
 /// A session without a driver: what is written goes out as it is.
-async fn connect_raw(port: u16) -> TcpStream {
+async fn connect_raw(port: u16, parameter: &[u8]) -> TcpStream {
     let mut startup = vec![0, 0, 0, 0, 0, 3, 0, 0];
-    startup.extend_from_slice(b"user\0postgres\0database\0shop\0application_name\0leaver\0\0");
+    startup.extend_from_slice(b"user\0postgres\0database\0shop\0");
+    startup.extend_from_slice(parameter);
+    startup.extend_from_slice(b"\0\0");
     startup[3] = u8::try_from(startup.len()).expect("a short packet");
     let mut stream = TcpStream::connect(("127.0.0.1", port)).await.expect("the proxy listens");
     stream.write_all(&startup).await.expect("taken");
@@ -315,6 +318,59 @@ async fn a_statement_whose_client_has_vanished_is_waited_for() {
     assert!(next > left, "{next} follows {left}");
 }
 
+/// A number of `item`'s sequence, taken on a session without a driver; none: the session is ended.
+async fn next_number(stream: &mut TcpStream) -> Option<i64> {
+    let sql = b"SELECT nextval('item_id_seq')\0";
+    let mut query = vec![b'Q', 0, 0, 0, u8::try_from(sql.len() + 4).expect("a short query")];
+    query.extend_from_slice(sql);
+    stream.write_all(&query).await.ok()?;
+    let mut answer = Vec::new();
+    while !answer.ends_with(b"Z\0\0\0\x05I") {
+        if stream.read_buf(&mut answer).await.ok()? == 0 {
+            return None;
+        }
+    }
+    let mut rest = &answer[..];
+    loop {
+        let (tag, length) = (*rest.first()?, rest.get(1..5)?);
+        let length = u32::from_be_bytes(length.try_into().expect("four bytes")) as usize;
+        if tag == b'D' {
+            // Behind how many columns there are, and how long the first one is.
+            return std::str::from_utf8(&rest[11..=length]).expect("ASCII").parse().ok();
+        }
+        rest = &rest[length + 1..];
+    }
+}
+
+/// A replication connection with a database takes SQL, and no gate holds it.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn no_replication_connection_takes_a_number_twice() {
+    let stage = Stage::set().await;
+    let life = stage.life_with_proxy("").resolved().await;
+    let port = life.proxy.as_ref().expect("there is one").address().expect("on TCP").port();
+    let mut walsender = connect_raw(port, b"replication\0database").await;
+    let first = next_number(&mut walsender).await.expect("it takes SQL");
+    let rehearsed = life.cut_over_with(CutoverOptions { dry_run: true, ..life.options() }).await;
+    assert_eq!((rehearsed.outcome, rehearsed.sessions_ended), (CutoverOutcome::DryRun, 0), "{rehearsed:?}");
+    let told = |one: &Intention| one.detail.contains("replication connection");
+    assert!(rehearsed.would.iter().any(told), "{rehearsed:?}");
+    assert_eq!(next_number(&mut walsender).await, Some(first + 1), "a dry run ends nobody");
+
+    let taking = tokio::spawn(async move {
+        let mut last = 0;
+        while let Some(number) = next_number(&mut walsender).await {
+            last = number;
+        }
+        last
+    });
+    let report = life.cut_over().await;
+    assert_eq!((report.outcome, report.sessions_ended), (CutoverOutcome::Switched, 1), "{report:?}");
+    let last = taking.await.expect("no panic");
+    let next = connect(&stage.target, "shop").await;
+    let next: i64 = next.query_one("SELECT nextval('item_id_seq')", &[]).await.expect("readable").get(0);
+    assert!(last > first && next > last, "{last} was taken on the source, {next} on the target");
+}
+
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_held_client_may_leave_and_may_cancel() {
     let stage = Stage::set().await;
@@ -323,7 +379,7 @@ async fn a_held_client_may_leave_and_may_cancel() {
     let sessions = proxy.sessions();
     let held =
         |name: &str| sessions.list().iter().any(|one| one.application_name == name && one.state == SessionState::Held);
-    let mut leaver = connect_raw(proxy.address().expect("on TCP").port()).await;
+    let mut leaver = connect_raw(proxy.address().expect("on TCP").port(), b"application_name\0leaver").await;
     let (torn, socket) = connect_loosely(&life.client("torn")).await;
     let canceller = connect_with(&life.client("canceller")).await;
     let patient = connect_with(&life.client("patient")).await;

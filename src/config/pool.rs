@@ -70,6 +70,8 @@ pub struct Pool {
     pub max_prepared_statements: usize,
     /// Named prepared statements of one client in transaction mode; 0: any number.
     pub max_client_statements: usize,
+    /// Bytes of their texts; 0: any number.
+    pub max_client_statement_bytes: u64,
     /// What databases have of their own, by name.
     pub databases: BTreeMap<String, PoolOverride>,
     /// What users have of their own, by name.
@@ -172,6 +174,7 @@ pub(super) fn read(reader: &mut Reader) -> Pool {
         server_reset_query_always: section.flag("server_reset_query_always", false),
         max_prepared_statements: section.number("max_prepared_statements", 200, 0..=1_000_000),
         max_client_statements: section.number("max_client_statements", 10_000, 0..=1_000_000),
+        max_client_statement_bytes: section.size("max_client_statements_size", 64 << 20, 0..=1 << 40),
         databases: BTreeMap::new(),
         users: BTreeMap::new(),
     };

@@ -107,6 +107,7 @@ impl Config {
         ] {
             add("pool", key, number.to_string(), Restart);
         }
+        add("pool", "max_client_statements_size", format_size(pool.max_client_statement_bytes), Restart);
         for (key, time) in [
             ("reserve_pool_timeout", pool.reserve_pool_timeout),
             ("server_lifetime", pool.server_lifetime),

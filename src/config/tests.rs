@@ -99,6 +99,7 @@ max_db_connections = 7
 max_user_connections = 7
 max_prepared_statements = 7
 max_client_statements = 7
+max_client_statements_size = "7MB"
 server_lifetime = "7s"
 server_idle_timeout = "7s"
 server_linger = "7s"

@@ -64,6 +64,7 @@ impl Work {
         };
         if timeout_at(deadline.into(), self.wait_empty()).await.is_ok() {
             self.timings.step(waits, since);
+            self.end_replication().await?;
             self.failpoint("drain.after_sessions").await?;
             if let Some(drained) = self.secure_at_once().await? {
                 return Ok(drained);
@@ -77,6 +78,7 @@ impl Work {
         self.judge_stragglers().await?;
         // Ordered is not ended: only the proof counts. max_pause bounds this wait.
         self.wait_quiet().await?;
+        self.end_replication().await?;
         self.failpoint("drain.after_sessions").await?;
         self.secure().await
     }
@@ -189,6 +191,52 @@ impl Work {
                 Err(CutoverError::Blocked { what, obstacles: blockers })
             }
         }
+    }
+
+    /// Replication connections through the proxy to the server that is left.
+    pub(super) fn replicating(&self) -> Vec<SessionView> {
+        let mut all: Vec<_> = self.lines.iter().flat_map(|line| self.sessions.replicating(&line.name)).collect();
+        all.retain(|session| session.server == Some(self.from.role));
+        all
+    }
+
+    /// Ends replication connections and waits for the proof. They are outside the gates, and those that name a database
+    /// take SQL as well: one could take a number of a sequence behind its reading. The switch would end them anyhow.
+    /// With the gates empty none can come. A dry run ends nobody. max_pause bounds the wait.
+    async fn end_replication(&mut self) -> Result<(), CutoverError> {
+        let (replicating, since) = (self.replicating(), Instant::now());
+        if replicating.is_empty() || self.options.dry_run {
+            return Ok(());
+        }
+        let sessions: Vec<u64> = replicating.iter().map(|session| session.id).collect();
+        let pids: Vec<i32> = replicating.iter().filter_map(|session| session.backend_pid).collect();
+        let told = "terminating replication connection: the database is moving to another server";
+        self.sessions.end(&sessions, sqlstate::ADMIN_SHUTDOWN, told);
+        for pid in &pids {
+            // Where the client does not read its last words, this is quicker than the session's end.
+            if let Err(error) = hard_fence::terminate(&self.from.control, *pid).await {
+                tracing::info!(pid, %error, "a replication connection is ended by the proxy alone");
+            }
+        }
+        while self.is_one_there(&pids).await? {
+            tokio::time::sleep(LOOK_AGAIN).await;
+        }
+        self.sessions_ended += pids.len() as u64;
+        self.timings.step("replication connections end", since);
+        Ok(())
+    }
+
+    async fn is_one_there(&self, pids: &[i32]) -> Result<bool, CutoverError> {
+        let row = self
+            .from
+            .control
+            .query_typed_one(
+                "SELECT EXISTS (SELECT FROM pg_catalog.pg_stat_get_activity(NULL) WHERE pid = ANY($1))",
+                &[(&pids, Type::INT4_ARRAY)],
+            )
+            .await
+            .map_err(|source| CutoverError::query("look for replication connections", source))?;
+        Ok(row.get(0))
     }
 
     /// Waits until everybody has left the gates.

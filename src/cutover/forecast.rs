@@ -7,6 +7,7 @@ use super::soft_fence::{self, Before};
 use super::work::{LineSessions, Work};
 use crate::catalog::fence::{SavedDatabase, SavedRole};
 use crate::config::FencePolicy;
+use crate::proxy::SessionView;
 
 /// At most so many sequences of a database are named.
 const NAMED: usize = 5;
@@ -17,7 +18,7 @@ const NAMED: usize = 5;
 pub enum Action {
     /// Sessions go on on the other server.
     MoveSessions,
-    /// A session that bypasses the proxy is ended.
+    /// A session that bypasses the proxy is ended, or a replication connection through it.
     EndSession,
     /// Sequences are set on the other server.
     SetSequences,
@@ -85,6 +86,10 @@ impl Work {
             let looking = Looking::Strangers;
             let strangers = hard_fence::backends(control, &self.case.databases, &self.known(), looking).await?;
             strangers.iter().for_each(|one| note(Action::EndSession, Some(&one.database), one.to_string()));
+        }
+        for SessionView { database, application_name, client_pid, .. } in self.replicating() {
+            let detail = format!("the replication connection of session {client_pid} ({application_name:?})");
+            note(Action::EndSession, Some(&database), detail);
         }
         for line in &self.lines {
             let Some(LineSessions { sequences, unstreamed, tables, .. }) = &line.sessions else { continue };

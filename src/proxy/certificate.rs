@@ -8,6 +8,8 @@ use x509_cert::der::Decode as _;
 use x509_cert::ext::pkix::SubjectAltName;
 use x509_cert::ext::pkix::name::GeneralName;
 
+use super::distinguished_name::rfc2253;
+
 /// Signature algorithms whose digest is SHA-256, or an older one for which RFC 5929 takes SHA-256.
 const SHA256_SIGNATURES: [&str; 5] = [
     "1.2.840.113549.1.1.11", // RSA with SHA-256
@@ -26,7 +28,7 @@ const SHA512_SIGNATURES: [&str; 2] = ["1.2.840.113549.1.1.13", "1.2.840.10045.4.
 pub(super) struct ClientCertificate {
     /// CN of the subject.
     pub(super) common_name: Option<String>,
-    /// The subject, as RFC 2253 and PostgreSQL's `clientname=DN` write it.
+    /// The subject, as PostgreSQL's `clientname=DN` has it.
     pub(super) distinguished_name: String,
     /// DNS names, e-mail addresses and URIs of subjectAltName.
     pub(super) alternative_names: Vec<String>,
@@ -45,7 +47,7 @@ impl ClientCertificate {
         Self {
             // As in PostgreSQL: a zero byte in a name is an attempt to be taken for somebody else.
             common_name: common_name.filter(|name| !name.contains('\0')),
-            distinguished_name: Some(subject.to_string()).filter(|name| !name.contains('\0')).unwrap_or_default(),
+            distinguished_name: rfc2253(subject).unwrap_or_default(),
             alternative_names: alternative_names.into_iter().filter(|name| !name.contains('\0')).collect(),
         }
     }
@@ -109,7 +111,7 @@ mod tests {
         });
         let read = ClientCertificate::read(&der);
         assert_eq!(read.common_name.as_deref(), Some("Ann \"A\" Größe"));
-        assert_eq!(read.distinguished_name, "CN=Ann \\\"A\\\" Größe,OU=Sales,O=Shop\\, Ltd");
+        assert_eq!(read.distinguished_name, "CN=Ann \\\"A\\\" Gr\\C3\\B6\\C3\\9Fe,OU=Sales,O=Shop\\, Ltd");
         assert_eq!(read.alternative_names, ["ann.example", "ann@example.org"]);
     }
 

@@ -26,6 +26,11 @@ pub enum ClientError {
     Unsupported(Cow<'static, str>),
     /// The startup packet names no user.
     NoUser,
+    /// The startup packet's `replication` is nothing that a server knows.
+    InvalidReplication {
+        /// What it is.
+        value: String,
+    },
     /// The client is not let in, in PostgreSQL's words for the case.
     Authorization(Cow<'static, str>),
     /// Bytes came in the clear behind a request for encryption: somebody may have injected them.
@@ -120,7 +125,7 @@ pub enum ClientError {
     },
     /// A prepared statement too large to be shared.
     StatementTooLarge,
-    /// More named statements than a client may have in transaction mode.
+    /// More named statements than a client may have in transaction mode, or more bytes of them.
     TooManyStatements,
     /// The session's task failed; the backend is being looked after.
     Internal,
@@ -163,6 +168,7 @@ impl ClientError {
             Self::PasswordFailed { code, .. } => code,
             Self::Protocol(_) | Self::PlaintextAfterRequest { .. } => sqlstate::PROTOCOL_VIOLATION,
             Self::Unsupported(_) => sqlstate::FEATURE_NOT_SUPPORTED,
+            Self::InvalidReplication { .. } => sqlstate::INVALID_PARAMETER_VALUE,
             Self::NoUser | Self::TlsRequired | Self::CleartextRefused | Self::Authorization(_) => {
                 sqlstate::INVALID_AUTHORIZATION
             }
@@ -225,6 +231,9 @@ impl ClientError {
             Self::PasswordFailed { user, .. } => format!("password authentication failed for user \"{user}\"").into(),
             Self::Protocol(text) | Self::Unsupported(text) | Self::Authorization(text) => text.as_ref().into(),
             Self::NoUser => "no PostgreSQL user name specified in startup packet".into(),
+            Self::InvalidReplication { value } => {
+                format!("invalid value for parameter \"replication\": \"{value}\"").into()
+            }
             Self::PlaintextAfterRequest { encryption } => {
                 format!("received unencrypted data after {encryption} request").into()
             }
@@ -290,6 +299,7 @@ impl ClientError {
             Self::ReplicationRefused => {
                 Some("Connect to the server itself, or change [listen] replication in the proxy's configuration.")
             }
+            Self::InvalidReplication { .. } => Some("Valid values are: \"false\", 0, \"true\", 1, \"database\"."),
             Self::TlsRequired => Some("Use sslmode=require or stronger."),
             Self::CleartextRefused => Some("Use sslmode=require or stronger, or the Unix socket."),
             Self::ServerLost { in_doubt: true } => {
@@ -300,9 +310,9 @@ impl ClientError {
             | Self::ReplicationEnded
             | Self::LifetimeReached => Some("Connect again."),
             Self::RouteUnknown { .. } | Self::ServerUnreachable => Some("Try again in a moment."),
-            Self::TooManyStatements => {
-                Some("Close those that are not used any more, or raise [pool] max_client_statements.")
-            }
+            Self::TooManyStatements => Some(
+                "Close those that are not used any more, or raise max_client_statements or max_client_statements_size.",
+            ),
             Self::ConsoleForbidden { .. } => Some("The users that may are listed in the proxy's configuration."),
             _ => None,
         }
@@ -368,6 +378,7 @@ mod tests {
             (ClientError::Protocol("x".into()), "FATAL", "08P01"),
             (ClientError::Unsupported("x".into()), "FATAL", "0A000"),
             (ClientError::NoUser, "FATAL", "28000"),
+            (ClientError::InvalidReplication { value: "x".to_owned() }, "FATAL", "22023"),
             (ClientError::Authorization("x".into()), "FATAL", "28000"),
             (ClientError::PlaintextAfterRequest { encryption: "SSL" }, "FATAL", "08P01"),
             (ClientError::TlsRequired, "FATAL", "28000"),

@@ -185,6 +185,7 @@ impl From<StartupError> for HandshakeError {
         Self::Refused(match error {
             StartupError::Version { .. } => ClientError::Unsupported(error.to_string().into()),
             StartupError::NoUser => ClientError::NoUser,
+            StartupError::Replication { value } => ClientError::InvalidReplication { value },
             StartupError::Length | StartupError::Layout | StartupError::Encoding => {
                 ClientError::Protocol(error.to_string().into())
             }
@@ -335,11 +336,4 @@ async fn read_startup(channel: &mut ClientChannel) -> Result<Startup, HandshakeE
     let body_bytes = startup::body_bytes([length[0], length[1], length[2], length[3]])?;
     let packet = channel.read_exact(body_bytes).await?;
     Ok(startup::parse(&packet)?)
-}
-
-/// Whether the `replication` parameter asks for a walsender, as PostgreSQL reads it.
-pub(super) fn wants_replication(session: &SessionStartup) -> bool {
-    session.parameter("replication").is_some_and(|value| {
-        !matches!(value.to_ascii_lowercase().as_str(), "" | "0" | "f" | "false" | "n" | "no" | "of" | "off")
-    })
 }

@@ -16,7 +16,7 @@ use super::auth::{Asked, AuthError, authenticate};
 use super::cancel::{CancelKey, Holder};
 use super::client_error::ClientError;
 use super::entry::{Entry, Order, SessionState};
-use super::handshake::{ClientChannel, Entrance, HandshakeError, Peer, Request, negotiate, wants_replication};
+use super::handshake::{ClientChannel, Entrance, HandshakeError, Peer, Request, negotiate};
 use super::limits::Place;
 use super::listener::Accepted;
 use super::pooled::{Pooled, PooledSession};
@@ -32,7 +32,7 @@ use crate::switch::{Admission, Member, Route, ServerRole};
 use crate::telemetry::metrics::AuthFailure;
 use crate::wire::ledger::TransactionStatus;
 use crate::wire::message;
-use crate::wire::startup::SessionStartup;
+use crate::wire::startup::{Replication, SessionStartup};
 use tokio::time::Instant;
 
 /// Connections beyond the limit that may be in handshake at one time, so that they can be told; others are just closed.
@@ -282,7 +282,7 @@ impl LoginInProgress<'_> {
             return self.may_use_console().map(|()| Done::Console);
         }
         let sizes = self.shared().config.pool.sizes(&self.startup.database, &self.startup.user);
-        if sizes.mode == PoolMode::Transaction && !wants_replication(&self.startup) {
+        if sizes.mode == PoolMode::Transaction && self.startup.replication == Replication::Off {
             return self.join_pool(credential).await.map(|parts| Done::Pooled(Box::new(parts)));
         }
         self.connect(credential).await.map(|link| Done::Session(Box::new(link)))
@@ -300,7 +300,7 @@ impl LoginInProgress<'_> {
             return Ok(());
         }
         let policy = shared.config.listen.replication;
-        if policy == ReplicationPolicy::Refuse && wants_replication(&self.startup) {
+        if policy == ReplicationPolicy::Refuse && self.startup.replication != Replication::Off {
             return Err(Refused::With(ClientError::ReplicationRefused));
         }
         let place = shared.places.of_address(&limits, self.registration.client_address());
@@ -334,7 +334,7 @@ impl LoginInProgress<'_> {
             tls: self.peer.secured.is_some(),
             user: &startup.user,
             database,
-            physical_replication: !is_console && is_physical(startup),
+            physical_replication: !is_console && startup.replication == Replication::Physical,
         };
         let rejected = match self.access.rules.decide(&client) {
             Verdict::Ask(demand) => return Ok(demand.clone()),
@@ -372,8 +372,8 @@ impl LoginInProgress<'_> {
                 self.count_failure(if known { AuthFailure::Password } else { AuthFailure::UnknownUser });
                 Refused::With(ClientError::password_failed(&user))
             }
-            AuthError::Certificate { told, user } => {
-                tracing::info!(user, "the client's certificate is missing, or is of another name");
+            AuthError::Certificate { told, user, found } => {
+                tracing::info!(user, ?found, "the client's certificate is missing, or is of another name");
                 self.count_failure(AuthFailure::Certificate);
                 Refused::With(told)
             }
@@ -470,8 +470,9 @@ impl LoginInProgress<'_> {
 
     /// Waits for admission and opens the backend inside it, so that a cutover never meets a login half done.
     async fn connect(&mut self, credential: Credential) -> Result<Link, Refused> {
-        let exempt = wants_replication(&self.startup);
-        if is_physical(&self.startup) && self.shared().switchboard.existing(&self.startup.database).is_none() {
+        let exempt = self.startup.replication != Replication::Off;
+        let is_physical = self.startup.replication == Replication::Physical;
+        if is_physical && self.shared().switchboard.existing(&self.startup.database).is_none() {
             // The server takes any name then, so an invented one must not be believed.
             PHYSICAL_REPLICATION.clone_into(&mut self.startup.database);
         }
@@ -520,11 +521,6 @@ impl LoginInProgress<'_> {
         let member = (!exempt).then_some(member);
         Ok(Link { login, local, member, backend, epoch: admission.epoch, origin, key })
     }
-}
-
-/// Whether the client asks for a walsender that belongs to no database.
-fn is_physical(startup: &SessionStartup) -> bool {
-    wants_replication(startup) && startup.parameter("replication") != Some("database")
 }
 
 /// Waits until the gate is open. A client that goes away meanwhile, or sends more than a client has reason to, ends it.

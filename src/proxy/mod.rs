@@ -35,6 +35,7 @@ mod client_error;
 mod complaints;
 mod departures;
 pub mod descriptors;
+mod distinguished_name;
 mod entry;
 mod flow;
 #[cfg(any(test, fuzzing))]

@@ -138,7 +138,9 @@ impl Session {
         if self.up.terminated {
             // Only the end of the stream is of interest now.
             self.up.buffer.consume(self.up.buffer.len());
-            if !self.ledger.awaits_ready() && self.down.buffer.is_empty() {
+            // A COPY that it leaves open fails: the server waits for its data, and would for ever.
+            let is_answered = !self.ledger.awaits_ready() || self.ledger.server_waits();
+            if is_answered && self.down.buffer.is_empty() {
                 return Err(Step::End(End::ClientLeft));
             }
         }

@@ -67,7 +67,8 @@ pub(super) struct Up {
     pub(super) discard_to_sync: bool,
     /// Nothing more can be read in this wake-up: the client's socket was found empty, and will wake the task.
     pub(super) is_drained: bool,
-    /// The client has closed its side.
+    /// The client has closed its side: it is gone. One that only writes no more cannot be told from one that has
+    /// crashed, whose statement must not wait for a pause to end, and so gets no answer.
     pub(super) ended: bool,
     /// The client has said Terminate while answers were due: it still gets them, as from PostgreSQL.
     pub(super) terminated: bool,
@@ -468,7 +469,10 @@ impl Session {
         } else if self.is_vacated_by(&end) {
             self.vacate(backend).await;
         } else if !matches!(end, End::ServerLost) {
-            self.entry.leave_backend();
+            // No gate waits for a replication connection: until its backend has closed, a cutover finds it in the list.
+            if self.member.is_some() {
+                self.entry.leave_backend();
+            }
             drop(self.member.take());
             // The link may be gone; the server notices that too.
             let _closed = tokio::time::timeout(CLOSING, backend.connection.terminate()).await;

@@ -224,6 +224,11 @@ impl Sessions {
         entries.iter().filter(|entry| wanted(entry.state())).map(|entry| entry.view()).collect()
     }
 
+    /// Replication connections of `database`, which no gate waits for.
+    pub fn replicating(&self, database: &str) -> Vec<SessionView> {
+        self.views(database, |state| state == SessionState::Replication)
+    }
+
     /// Ends these sessions; their clients get a FATAL error with this code and message. A session that is inside keeps
     /// counting as inside until its backend's end is proven. Returns how many there were.
     pub fn end(&self, session_ids: &[u64], sqlstate: &str, message: &str) -> usize {

@@ -43,6 +43,21 @@ pub struct SessionStartup {
     pub protocol_options: Vec<String>,
     /// Minor version that was asked for; 0 is what will be spoken.
     pub minor: u16,
+    /// What its `replication` parameters come to.
+    pub replication: Replication,
+}
+
+/// What a client asks for with `replication`. A server decides by the same rule what kind of backend it makes, so
+/// whoever reads the value otherwise lets an ordinary session pass for a walsender.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Replication {
+    /// An ordinary session.
+    #[default]
+    Off,
+    /// A walsender of no database, which takes no SQL.
+    Physical,
+    /// A walsender of a database, which takes SQL too.
+    Database,
 }
 
 impl SessionStartup {
@@ -80,6 +95,12 @@ pub enum StartupError {
     /// Text that is not UTF-8: it could not be passed on unchanged.
     #[error("invalid byte sequence in startup packet")]
     Encoding,
+    /// `replication` is neither a boolean nor `database`.
+    #[error("invalid value for parameter \"replication\": \"{value}\"")]
+    Replication {
+        /// What it is.
+        value: String,
+    },
 }
 
 /// The size of the packet after its length field, from that field.
@@ -117,13 +138,18 @@ fn parse_session(major: u16, minor: u16, mut rest: &[u8]) -> Result<Startup, Sta
         parameters: Vec::new(),
         protocol_options: Vec::new(),
         minor,
+        replication: Replication::Off,
     };
+    let mut walsender = Walsender::default();
     loop {
         let name = text(&mut rest)?;
         if name.is_empty() {
             break;
         }
         let value = text(&mut rest)?;
+        if name == "replication" {
+            walsender.take(value)?;
+        }
         match name {
             "user" => value.clone_into(&mut session.user),
             "database" => value.clone_into(&mut session.database),
@@ -142,7 +168,49 @@ fn parse_session(major: u16, minor: u16, mut rest: &[u8]) -> Result<Startup, Sta
     }
     cut(&mut session.user);
     cut(&mut session.database);
+    session.replication = walsender.asked();
     Ok(Startup::Session(session))
+}
+
+/// `replication`, as `ProcessStartupPacket` reads it (`postmaster.c`, from PostgreSQL 17 on `backend_startup.c`): each
+/// that is given is checked, the last boolean counts, and `database` is not forgotten.
+#[derive(Default)]
+struct Walsender {
+    is_wanted: bool,
+    of_database: bool,
+}
+
+impl Walsender {
+    fn take(&mut self, value: &str) -> Result<(), StartupError> {
+        if value == "database" {
+            (self.is_wanted, self.of_database) = (true, true);
+            return Ok(());
+        }
+        self.is_wanted = boolean(value).ok_or_else(|| StartupError::Replication { value: value.to_owned() })?;
+        Ok(())
+    }
+
+    fn asked(&self) -> Replication {
+        match (self.is_wanted, self.of_database) {
+            (false, _) => Replication::Off,
+            (true, false) => Replication::Physical,
+            (true, true) => Replication::Database,
+        }
+    }
+}
+
+/// A boolean as `parse_bool` (`bool.c`) reads it: 0, 1, or any beginning of a word that no other word has, in any case.
+fn boolean(text: &str) -> Option<bool> {
+    let begins = |word: &str, least: usize| {
+        text.len() >= least && word.get(..text.len()).is_some_and(|start| start.eq_ignore_ascii_case(text))
+    };
+    if text == "1" || begins("true", 1) || begins("yes", 1) || begins("on", 2) {
+        Some(true)
+    } else if text == "0" || begins("false", 1) || begins("no", 1) || begins("off", 2) {
+        Some(false)
+    } else {
+        None
+    }
 }
 
 /// Longest name that a server knows (`NAMEDATALEN` in PostgreSQL's `pg_config_manual.h`, less the byte at its end).
@@ -203,6 +271,36 @@ mod tests {
         assert_eq!(parse(&packet(2 << 16, b"")), Err(StartupError::Version { major: 2, minor: 0 }));
         assert_eq!(body_bytes(7u32.to_be_bytes()), Err(StartupError::Length));
         assert_eq!(body_bytes(10_001u32.to_be_bytes()), Err(StartupError::Length));
+    }
+
+    /// What PostgreSQL 15 was seen to make of each.
+    #[test]
+    fn replication_is_read_as_the_server_reads_it() {
+        let read = |values: &[&str]| {
+            let mut body = b"user\0ann\0".to_vec();
+            values.iter().for_each(|value| body.extend(format!("replication\0{value}\0").bytes()));
+            body.push(0);
+            match parse(&packet(PROTOCOL_3_0, &body)) {
+                Ok(Startup::Session(session)) => Ok(session.replication),
+                Ok(other) => panic!("{other:?}"),
+                Err(error) => Err(error),
+            }
+        };
+        assert_eq!(read(&[]), Ok(Replication::Off));
+        for off in ["0", "f", "fa", "fal", "fals", "false", "FALSE", "n", "no", "No", "of", "off"] {
+            assert_eq!(read(&[off]), Ok(Replication::Off), "{off}");
+        }
+        for on in ["1", "t", "tr", "tru", "true", "TRUE", "y", "ye", "yes", "on", "oN"] {
+            assert_eq!(read(&[on]), Ok(Replication::Physical), "{on}");
+        }
+        assert_eq!(read(&["database"]), Ok(Replication::Database));
+        for wrong in ["", "o", "2", "00", "01", "falsey", "offf", "nope", " on", "on ", "Database", "data", "é"] {
+            assert_eq!(read(&[wrong]), Err(StartupError::Replication { value: wrong.to_owned() }), "{wrong:?}");
+        }
+        assert_eq!(read(&["on", "off"]), Ok(Replication::Off));
+        assert_eq!(read(&["database", "off"]), Ok(Replication::Off));
+        assert_eq!(read(&["database", "on"]), Ok(Replication::Database));
+        assert_eq!(read(&["x", "on"]), Err(StartupError::Replication { value: "x".to_owned() }));
     }
 
     #[test]

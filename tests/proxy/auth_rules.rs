@@ -98,6 +98,12 @@ async fn the_first_rule_that_fits_decides_and_a_reload_changes_the_rules() {
     let mut walsender = WireClient::connect(rig.port).await;
     walsender.start(&[("user", "ann"), ("database", "pgcutover"), ("replication", "true")]).await;
     assert_eq!(walsender.next().await.expect("an error").code(), "28000");
+    // Nor does one that asks for an ordinary session, however short it is.
+    for no in ["fa", "fal", "fals"] {
+        let mut ordinary = WireClient::connect(rig.port).await;
+        ordinary.start(&[("user", "ann"), ("database", "template1"), ("replication", no)]).await;
+        assert_eq!(ordinary.next().await.expect("an error").code(), "28000", "{no}");
+    }
     let mut socket = tokio_postgres::Config::new();
     socket.host_path(&sockets).port(rig.port).user("postgres").password("super").dbname("postgres");
     assert_eq!(text(&connect_with(&socket).await, "SELECT 1").await, "1");

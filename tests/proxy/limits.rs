@@ -5,12 +5,13 @@ use std::time::Duration;
 use futures_util::StreamExt as _;
 use pgcutover::config::limits::Override;
 use pgcutover::config::{self, PoolMode};
+use pgcutover::proxy::SessionState;
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 use tokio::net::{TcpListener, TcpStream};
 
 use crate::rig::{Rig, server, text};
 use crate::support::{self, one_cluster, wait_for};
-use crate::wire_client::{WireClient, frame, parse, query, sync};
+use crate::wire_client::{WireClient, bind, execute, frame, parse, query, rows, sync};
 
 /// SQLSTATE and message of a refused login.
 async fn refusal(config: &tokio_postgres::Config) -> (String, String) {
@@ -193,5 +194,87 @@ async fn a_pooled_client_has_only_so_many_statements() {
     let mut other = rig.wire("postgres").await;
     other.send(&query("SELECT 1")).await;
     assert!(other.tags_until_ready().await.ends_with("ZI"));
+    rig.stop().await;
+}
+
+/// Zero is no time at all to PgBouncer either: without one, there is no reserve.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_reserve_without_a_time_is_never_opened() {
+    let cluster = one_cluster("no_reserve");
+    let rig = Rig::start(server(&cluster), server(&cluster), |config| {
+        config.pool.mode = PoolMode::Transaction;
+        config.pool.default_pool_size = 1;
+        config.pool.reserve_pool_size = 1;
+        config.pool.reserve_pool_timeout = Duration::ZERO;
+    });
+    let (mut ann, mut bob) = (rig.wire("postgres").await, rig.wire("postgres").await);
+    ann.send(&query("BEGIN")).await;
+    assert_eq!(ann.tags_until_ready().await, "CZT");
+    bob.send(&query("SELECT 1")).await;
+    rig.until(SessionState::Waiting).await;
+    assert!(bob.is_silent(Duration::from_millis(500)).await);
+    ann.send(&query("COMMIT")).await;
+    assert_eq!(ann.tags_until_ready().await, "CZI");
+    assert_eq!(bob.tags_until_ready().await, "TDCZI");
+    rig.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_pooled_client_has_only_so_many_bytes_of_statements() {
+    let cluster = one_cluster("statement_bytes");
+    let rig = Rig::start(server(&cluster), server(&cluster), |config| {
+        config.pool.mode = PoolMode::Transaction;
+        config.pool.max_client_statement_bytes = 2 << 20;
+    });
+    let large = |name: &str| parse(name, &format!("SELECT '{name}' -- {}", "x".repeat(900_000)));
+    let mut client = rig.wire("postgres").await;
+    for name in ["a", "b"] {
+        client.send(&[large(name), sync()].concat()).await;
+        assert_eq!(client.tags_until_ready().await, "1ZI");
+    }
+    // As with their number.
+    client.send(&[large(""), sync(), frame(b'C', b"Sa\0"), sync()].concat()).await;
+    assert_eq!(client.tags_until_ready().await, "1ZI");
+    assert_eq!(client.tags_until_ready().await, "3ZI");
+    client.send(&[large("c"), sync(), bind("b"), execute(0), sync()].concat()).await;
+    assert_eq!(client.tags_until_ready().await, "1ZI");
+    assert_eq!(client.tags_until_ready().await, "2DCZI");
+    client.send(&large("d")).await;
+    let error = client.next().await.expect("an error");
+    assert_eq!((error.tag, error.code().as_str()), ('E', "54000"));
+    assert_eq!(client.next().await, None);
+    // What is not answered counts as well.
+    let mut hasty = rig.wire("postgres").await;
+    hasty.send(&[large("a"), large("b"), large("c")].concat()).await;
+    let mut last = String::new();
+    while let Some(message) = hasty.next().await {
+        last = message.code();
+    }
+    assert_eq!(last, "54000");
+    rig.stop().await;
+}
+
+/// Statements outlive their clients on the connections that have them, where others would evict them one by one.
+#[tokio::test(flavor = "multi_thread")]
+async fn large_statements_go_for_others_on_a_connection() {
+    let cluster = one_cluster("evicted_bytes");
+    let rig = Rig::start(server(&cluster), server(&cluster), |config| {
+        config.pool.mode = PoolMode::Transaction;
+        config.pool.default_pool_size = 1;
+    });
+    let mut client = rig.wire("postgres").await;
+    for number in 0..8 {
+        let text = format!("SELECT {number} -- {}", "x".repeat(3 << 20));
+        client.send(&[parse(&number.to_string(), &text), sync()].concat()).await;
+        assert_eq!(client.tags_until_ready().await, "1ZI");
+    }
+    client.send(&query("SELECT sum(length(statement)) FROM pg_prepared_statements WHERE from_sql = false")).await;
+    let there: u64 = rows(&client.until_ready().await)[0].parse().expect("a number");
+    assert!((9 << 20..=16 << 20).contains(&there), "{there} bytes");
+    // Those that went are prepared again when they are asked for.
+    for number in 0..8 {
+        client.send(&[bind(&number.to_string()), execute(0), sync()].concat()).await;
+        assert_eq!(rows(&client.until_ready().await), [number.to_string()]);
+    }
     rig.stop().await;
 }

@@ -76,6 +76,35 @@ async fn a_transaction_a_copy_and_a_cut_frame_are_ended() {
     rig.stop().await;
 }
 
+/// As at a server: it does not wait for the rest of the data, nor for the client to close its socket.
+#[tokio::test(flavor = "multi_thread")]
+async fn terminate_within_a_copy_ends_it() {
+    let cluster = one_cluster("copy_terminate");
+    let rig = Rig::over(&cluster);
+    let direct = connect(&cluster, "postgres").await;
+    direct.batch_execute("CREATE TABLE t(a int)").await.expect("created");
+    let database = rig.database();
+    let (copy, leave) = (query("COPY t FROM STDIN"), [frame(b'd', b"1\n"), frame(b'X', &[])].concat());
+    for is_told_first in [true, false] {
+        let mut client = rig.wire("postgres").await;
+        if is_told_first {
+            client.send(&copy).await;
+            assert_eq!(client.next().await.expect("an answer").tag, 'G');
+            client.send(&leave).await;
+        } else {
+            client.send(&[&copy[..], &leave].concat()).await;
+            assert_eq!(client.next().await.expect("an answer").tag, 'G');
+        }
+        assert_eq!(client.next().await, None, "the session has ended");
+        database.fence();
+        tokio::time::timeout(crate::support::PATIENCE, database.wait_empty()).await.expect("it ends");
+        assert_eq!(text(&direct, "SELECT count(*) FROM t").await, "0");
+        database.reopen();
+        rig.until_no_session().await;
+    }
+    rig.stop().await;
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn an_ordered_end_is_told_and_proven() {
     let cluster = one_cluster("ordered");

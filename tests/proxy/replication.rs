@@ -3,7 +3,7 @@
 use std::path::Path;
 use std::process::{Command, Output, Stdio};
 
-use pgcutover::config::ReplicationPolicy;
+use pgcutover::config::{PoolMode, ReplicationPolicy};
 use pgcutover::demo::cluster::Cluster;
 use pgcutover::proxy::SessionState;
 use pgcutover::switch::{Epoch, ServerRole};
@@ -136,6 +136,35 @@ async fn they_are_refused_by_configuration() {
         assert!(String::from_utf8_lossy(&output.stderr).contains("refused by this proxy"), "{output:?}");
     }
     rig.stop().await;
+}
+
+/// For every beginning of "false" a server makes an ordinary backend, which a gate must hold.
+#[tokio::test(flavor = "multi_thread")]
+async fn who_says_no_in_few_letters_is_held_like_everybody() {
+    let cluster = one_cluster("replication_no");
+    for mode in [PoolMode::Session, PoolMode::Transaction] {
+        let rig = Rig::start(server(&cluster), server(&cluster), |config| config.pool.mode = mode);
+        let database = rig.database();
+        for no in ["fa", "fal", "fals", "FALS", "of", "0"] {
+            let mut client = WireClient::connect(rig.port).await;
+            client.start(&[("user", "postgres"), ("database", "postgres"), ("replication", no)]).await;
+            client.until_ready().await;
+            database.fence();
+            client.send(&query("SELECT 1")).await;
+            rig.until(SessionState::Held).await;
+            database.reopen();
+            assert!(client.tags_until_ready().await.ends_with("CZI"), "{no}");
+            drop(client);
+            rig.until_no_session().await;
+        }
+        for nothing in ["", "o", "maybe", "DATABASE"] {
+            let mut client = WireClient::connect(rig.port).await;
+            client.start(&[("user", "postgres"), ("database", "postgres"), ("replication", nothing)]).await;
+            let refused = client.next().await.expect("an error");
+            assert_eq!((refused.tag, refused.code().as_str()), ('E', "22023"), "{nothing}");
+        }
+        rig.stop().await;
+    }
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -46,6 +46,8 @@ pub(in crate::proxy) enum AuthError {
         told: ClientError,
         /// Role asked for.
         user: String,
+        /// The names that it has, of the kind that is asked for.
+        found: Vec<String>,
     },
     /// It has proved who it is, and that role may not log in.
     #[error("{user:?} is not permitted to log in")]
@@ -106,15 +108,20 @@ impl Asked<'_> {
 
     /// Whether the certificate is of a name that may be this role.
     fn is_named(&self) -> bool {
-        let CertificateCheck::Named(name) = self.demand.certificate else { return true };
-        let Some(certificate) = self.certificate() else { return false };
-        let names = match name {
+        let CertificateCheck::Named(_) = self.demand.certificate else { return true };
+        let map = self.demand.map.as_deref();
+        self.certificate_names().iter().any(|name| !name.is_empty() && self.maps.lets(map, name, self.user))
+    }
+
+    /// The certificate's names of the kind that is asked for.
+    fn certificate_names(&self) -> &[String] {
+        let CertificateCheck::Named(name) = self.demand.certificate else { return &[] };
+        let Some(certificate) = self.certificate() else { return &[] };
+        match name {
             CertificateName::Common => certificate.common_name.as_slice(),
             CertificateName::Distinguished => std::slice::from_ref(&certificate.distinguished_name),
             CertificateName::Alternative => &certificate.alternative_names,
-        };
-        let map = self.demand.map.as_deref();
-        names.iter().any(|name| !name.is_empty() && self.maps.lets(map, name, self.user))
+        }
     }
 
     /// The client is told what PostgreSQL tells where a certificate is missing or is of another name.
@@ -135,7 +142,7 @@ impl Asked<'_> {
                 }
             }
         };
-        AuthError::Certificate { told, user: user.to_owned() }
+        AuthError::Certificate { told, user: user.to_owned(), found: self.certificate_names().to_vec() }
     }
 }
 

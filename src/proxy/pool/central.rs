@@ -269,7 +269,8 @@ impl Central {
             return None;
         };
         let patience = self.settings().reserve_pool_timeout;
-        let late = first.wait.since().is_some_and(|since| since.elapsed() >= patience);
+        // Zero: there is no reserve, as with PgBouncer.
+        let late = !patience.is_zero() && first.wait.since().is_some_and(|since| since.elapsed() >= patience);
         let limit = self.sizes.pool_size + if late { self.sizes.reserve_pool_size } else { 0 };
         self.take_seat(&mut state, limit)
     }

@@ -5,13 +5,17 @@
 //! own names for it.
 
 use std::collections::HashMap;
-use std::hash::{BuildHasherDefault, Hasher};
+use std::hash::{BuildHasher as _, BuildHasherDefault, Hasher, RandomState};
 use std::sync::{Arc, Weak};
 
 use crate::proxy::handoff::{SessionState, Traces};
 
 /// What every name of ours begins with. No client may name one of them.
 pub(in crate::proxy) const NAME_PREFIX: &[u8] = b"pgcutover_s";
+
+/// Bytes of statements that one server connection has, unless a single one has more. They outlive the clients that sent
+/// them: without this bound one client could fill every connection with its largest.
+const HELD_BYTES: usize = 16 << 20;
 
 /// A prepared statement.
 #[derive(Debug)]
@@ -58,6 +62,7 @@ impl Taken {
 pub(super) struct Statements {
     /// By meaning (one object each, see [`super::Profile`]), then by what the client sent.
     known: HashMap<usize, Meaning>,
+    hashes: RandomState,
     next_id: u64,
     /// How many there may be before those that are gone are looked for.
     sweep_at: usize,
@@ -67,14 +72,17 @@ pub(super) struct Statements {
 struct Meaning {
     /// Keeps the address, which is the key, from standing for another one.
     _meaning: Arc<SessionState>,
-    statements: HashMap<Box<[u8]>, Weak<Statement>>,
+    /// By the hash of what the client sent: a text is kept once, and no longer than its statement.
+    statements: HashMap<u64, Vec<Weak<Statement>>>,
 }
 
 impl Statements {
     /// The statement that a client means by `tail`. `traces` are what its text may leave behind.
     pub(super) fn of(&mut self, meaning: &Arc<SessionState>, tail: &[u8], traces: Traces) -> Arc<Statement> {
         let key = Arc::as_ptr(meaning) as usize;
-        if let Some(known) = self.known.get(&key).and_then(|of| of.statements.get(tail)).and_then(Weak::upgrade) {
+        let hash = self.hashes.hash_one(tail);
+        let alike = self.known.get(&key).and_then(|of| of.statements.get(&hash)).into_iter().flatten();
+        if let Some(known) = alike.filter_map(Weak::upgrade).find(|known| *known.tail == *tail) {
             return known;
         }
         self.count += 1;
@@ -84,7 +92,7 @@ impl Statements {
         let statement = self.make(tail, traces, Some(meaning.clone()), None);
         let of =
             self.known.entry(key).or_insert_with(|| Meaning { _meaning: meaning.clone(), statements: HashMap::new() });
-        of.statements.insert(tail.into(), Arc::downgrade(&statement));
+        of.statements.entry(hash).or_default().push(Arc::downgrade(&statement));
         statement
     }
 
@@ -116,10 +124,13 @@ impl Statements {
 
     fn sweep(&mut self) {
         for of in self.known.values_mut() {
-            of.statements.retain(|_, statement| statement.strong_count() > 0);
+            of.statements.retain(|_, alike| {
+                alike.retain(|statement| statement.strong_count() > 0);
+                !alike.is_empty()
+            });
         }
         self.known.retain(|_, of| !of.statements.is_empty());
-        self.count = self.known.values().map(|of| of.statements.len()).sum();
+        self.count = self.known.values().flat_map(|of| of.statements.values()).map(Vec::len).sum();
         self.sweep_at = (self.count * 2).max(1024);
     }
 }
@@ -128,6 +139,7 @@ impl Statements {
 #[derive(Debug, Default)]
 pub(in crate::proxy) struct Held {
     statements: HashMap<u64, Use, BuildHasherDefault<IdHasher>>,
+    bytes: usize,
     tick: u64,
 }
 
@@ -154,17 +166,23 @@ impl Held {
     /// The connection has it from now on.
     pub(in crate::proxy) fn add(&mut self, statement: Arc<Statement>) {
         self.tick += 1;
-        self.statements.insert(statement.id, Use { statement, last: self.tick });
+        self.bytes += statement.tail.len();
+        if let Some(before) = self.statements.insert(statement.id, Use { statement, last: self.tick }) {
+            self.bytes -= before.statement.tail.len();
+        }
     }
 
     /// It does not have it any more.
     pub(in crate::proxy) fn remove(&mut self, id: u64) {
-        self.statements.remove(&id);
+        if let Some(gone) = self.statements.remove(&id) {
+            self.bytes -= gone.statement.tail.len();
+        }
     }
 
-    /// The one that was not used for the longest time, if there are `limit` or more.
-    pub(in crate::proxy) fn to_evict(&self, limit: usize) -> Option<Arc<Statement>> {
-        if self.statements.len() < limit {
+    /// The one that was not used for the longest time, if there are `limit` or more, or too many bytes of them for
+    /// another one of so many `bytes`.
+    pub(in crate::proxy) fn to_evict(&self, limit: usize, bytes: usize) -> Option<Arc<Statement>> {
+        if self.statements.len() < limit && self.bytes + bytes <= HELD_BYTES {
             return None;
         }
         self.statements.values().min_by_key(|used| used.last).map(|used| used.statement.clone())
@@ -173,11 +191,13 @@ impl Held {
     /// Keeps those that are still there.
     pub(in crate::proxy) fn retain(&mut self, is_there: impl Fn(&Statement) -> bool) {
         self.statements.retain(|_, used| is_there(&used.statement));
+        self.bytes = self.iter().map(|statement| statement.tail.len()).sum();
     }
 
     /// It has none any more.
     pub(in crate::proxy) fn clear(&mut self) {
         self.statements.clear();
+        self.bytes = 0;
     }
 
     /// All of them.
@@ -235,9 +255,34 @@ mod tests {
         let all: Vec<_> = (0..3).map(|number| statements.alone(&[number], Traces::NONE)).collect();
         all.iter().for_each(|statement| held.add(statement.clone()));
         assert!(held.touch(all[0].id) && !held.touch(99));
-        assert_eq!(held.to_evict(4).map(|one| one.id), None);
-        assert_eq!(held.to_evict(3).map(|one| one.id), Some(all[1].id));
+        assert_eq!(held.to_evict(4, 1).map(|one| one.id), None);
+        assert_eq!(held.to_evict(3, 1).map(|one| one.id), Some(all[1].id));
         held.remove(all[1].id);
-        assert_eq!(held.to_evict(2).map(|one| one.id), Some(all[2].id));
+        assert_eq!(held.to_evict(2, 1).map(|one| one.id), Some(all[2].id));
+    }
+
+    #[test]
+    fn a_connection_has_so_many_bytes_of_them_and_nobody_keeps_the_text_of_one_that_is_gone() {
+        let mut statements = Statements::default();
+        let mut held = Held::default();
+        let here = Arc::new(SessionState::default());
+        let large = |first: u8| vec![first; HELD_BYTES / 4];
+        let all: Vec<_> = (0..4).map(|number| statements.of(&here, &large(number), Traces::NONE)).collect();
+        all.iter().for_each(|statement| held.add(statement.clone()));
+        held.add(all[0].clone());
+        assert_eq!(held.bytes, HELD_BYTES);
+        assert_eq!(held.to_evict(200, 0).map(|one| one.id), None);
+        assert_eq!(held.to_evict(200, 1).map(|one| one.id), Some(all[1].id));
+        held.remove(all[1].id);
+        held.retain(|statement| statement.id != all[2].id);
+        assert_eq!(held.bytes, HELD_BYTES / 2);
+        assert_eq!(held.to_evict(200, HELD_BYTES / 2).map(|one| one.id), None);
+        assert_eq!(statements.of(&here, &large(3), Traces::NONE).id, all[3].id);
+        // A single one that is larger than all of them may be finds room, because nothing else is there.
+        held.clear();
+        assert_eq!((held.bytes, held.to_evict(200, 2 * HELD_BYTES).map(|one| one.id)), (0, None));
+        let watched = Arc::downgrade(&all[3]);
+        drop(all);
+        assert_eq!(watched.strong_count(), 0);
     }
 }

@@ -85,6 +85,8 @@ pub(super) struct Expected {
     sent: VecDeque<Sent>,
     /// How many of them change what a name stands for.
     names: usize,
+    /// Bytes of the texts that become a client's own if they are answered well.
+    bytes: usize,
     /// What was skipped, for who has counted on it.
     skipped: Vec<Sent>,
     /// The server skips up to a Sync that was not sent yet.
@@ -106,6 +108,7 @@ impl Expected {
             }
         }
         self.names += usize::from(sent.changes_names());
+        self.bytes += sent.new_bytes();
         self.sent.push_back(sent);
     }
 
@@ -122,10 +125,16 @@ impl Expected {
         self.sent.len() >= SENT_MAX
     }
 
-    /// Whether the count of names agrees with what is expected.
+    /// Bytes of texts that are the client's from now on unless the server refuses them.
+    pub(super) fn bytes(&self) -> usize {
+        self.bytes
+    }
+
+    /// Whether the counts agree with what is expected.
     #[cfg(any(test, fuzzing))]
     pub(super) fn is_consistent(&self) -> bool {
         self.names == self.sent.iter().filter(|sent| sent.changes_names()).count()
+            && self.bytes == self.sent.iter().map(Sent::new_bytes).sum::<usize>()
     }
 
     /// Whether some answer did not belong to what was sent.
@@ -137,7 +146,7 @@ impl Expected {
     pub(super) fn clear(&mut self) {
         self.sent.clear();
         self.skipped.clear();
-        (self.names, self.skipping, self.confused) = (0, false, false);
+        (self.names, self.bytes, self.skipping, self.confused) = (0, 0, false, false);
     }
 
     #[inline]
@@ -251,6 +260,7 @@ impl Expected {
     fn pop(&mut self) -> Option<Sent> {
         let sent = self.sent.pop_front();
         self.names -= usize::from(sent.as_ref().is_some_and(Sent::changes_names));
+        self.bytes -= sent.as_ref().map_or(0, Sent::new_bytes);
         sent
     }
 
@@ -264,6 +274,13 @@ impl Expected {
 impl Sent {
     fn changes_names(&self) -> bool {
         matches!(self, Self::Parse { .. } | Self::Close(_) | Self::Deallocate { .. })
+    }
+
+    fn new_bytes(&self) -> usize {
+        match self {
+            Self::Parse { statement, .. } | Self::Taken { statement, .. } => statement.tail.len(),
+            _ => 0,
+        }
     }
 }
 

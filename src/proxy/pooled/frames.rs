@@ -217,15 +217,18 @@ impl PooledSession {
         self.copy_frame(header, Sent::Call);
     }
 
-    /// Whether a Parse gives the client one named statement more than it may have. None of the others can be given up
-    /// for it: the client counts on each, and their texts are kept nowhere else.
+    /// Whether a Parse gives the client one named statement more than it may have, or more bytes of them. None of the
+    /// others can be given up for it: the client counts on each, and their texts are kept nowhere else.
     fn has_too_many_for(&self, header: Header) -> bool {
-        let most = self.pool.central.settings().max_client_statements;
-        if most == 0 || self.names.len() < most {
+        let settings = self.pool.central.settings();
+        let (most, most_bytes) = (settings.max_client_statements, settings.max_client_statement_bytes);
+        let bytes = (self.names.bytes() + self.expected.bytes()) as u64 + u64::from(header.body_bytes);
+        let (is_many, is_much) = (most > 0 && self.names.len() >= most, most_bytes > 0 && bytes > most_bytes);
+        if !is_many && !is_much {
             return false;
         }
         let name = self.body(header).split(|byte| *byte == 0).next().unwrap_or_default();
-        !name.is_empty() && !self.names.contains_key(name)
+        !name.is_empty() && (is_much || self.names.get(name).is_none())
     }
 
     fn forward_parse(&mut self, header: Header) {
@@ -515,7 +518,7 @@ impl PooledSession {
             return known.clone();
         }
         let made = self.statement_now(&statement.tail, statement.traces);
-        if self.stand_ins.len() > self.names.len() {
+        if self.stand_ins.len() > self.names.len() || self.stand_ins.bytes() > self.names.bytes() {
             // Most of them stand in for names that were given up.
             self.stand_ins.clear();
         }
@@ -523,16 +526,15 @@ impl PooledSession {
         made
     }
 
-    /// The connection is about to get a statement; another one goes for it.
+    /// The connection is about to get a statement; others go for it.
     fn give_room(&mut self, statement: &Arc<Statement>) {
         let limit = self.pool.central.settings().max_prepared_statements.max(1);
-        let Some(link) = &mut self.link else { return };
-        let evicted = link.held.to_evict(limit);
-        if let Some(evicted) = &evicted {
+        while let Some(link) = &mut self.link {
+            let Some(evicted) = link.held.to_evict(limit, statement.tail.len()) else {
+                link.held.add(statement.clone());
+                return;
+            };
             link.held.remove(evicted.id);
-        }
-        link.held.add(statement.clone());
-        if let Some(evicted) = evicted {
             let name = evicted.name.clone();
             self.send_own(frontend::CLOSE, &[b"S", &name, b"\0"], Sent::Evicted(evicted));
         }

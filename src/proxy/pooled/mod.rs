@@ -29,6 +29,7 @@ mod frames;
 #[cfg(any(test, fuzzing))]
 pub mod fuzzing;
 mod held;
+mod kept;
 mod login;
 mod passing;
 mod shadow;
@@ -36,7 +37,6 @@ mod steps;
 mod timeouts;
 mod wire;
 
-use std::collections::HashMap;
 use std::panic::AssertUnwindSafe;
 use std::rc::Rc;
 use std::sync::Arc;
@@ -46,6 +46,7 @@ use futures_util::FutureExt as _;
 use tokio::io::AsyncWriteExt as _;
 
 use self::expected::Expected;
+use self::kept::Kept;
 pub(super) use self::login::{known, learn, settings_of};
 use super::brake::Brake;
 use super::buffers::Buffer;
@@ -55,7 +56,7 @@ use super::entry::SessionState;
 use super::handoff::{Tie, Traces, Tracked};
 use super::login::{ClientSlot, LoggedIn};
 use super::orphan;
-use super::pool::{Link, LocalPool, Profile, Reported, Statement, Taken, Waiter};
+use super::pool::{Link, LocalPool, Profile, Reported, Taken, Waiter};
 use super::session::{End, Session};
 use super::sessions::Registration;
 use super::shadow::Sampling;
@@ -215,10 +216,10 @@ pub(super) struct PooledSession {
     ledger: Ledger,
     expected: Expected,
     /// What the client's names stand for.
-    names: HashMap<Box<[u8]>, Arc<Statement>>,
+    names: Kept<Box<[u8]>>,
     /// What stands in for a statement, by its number, where its connection lacks it and settings are others than those
     /// that it was meant under.
-    stand_ins: HashMap<u64, Arc<Statement>>,
+    stand_ins: Kept<u64>,
     unnamed: Unnamed,
     next_token: u32,
     /// Portals of this transaction whose execution takes a statement of the client's away.
@@ -304,8 +305,8 @@ impl PooledSession {
             server: None,
             ledger: Ledger::new(),
             expected: Expected::default(),
-            names: HashMap::new(),
-            stand_ins: HashMap::new(),
+            names: Kept::default(),
+            stand_ins: Kept::default(),
             unnamed: Unnamed::default(),
             next_token: 0,
             takers: Vec::new(),

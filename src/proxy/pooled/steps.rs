@@ -248,7 +248,7 @@ impl PooledSession {
         }
         messages.extend_from_slice(&message::SYNC);
         count += 1;
-        for (name, statement) in &self.names {
+        for (name, statement) in self.names.iter() {
             match &statement.takes {
                 Some(taken) => message::parse_raw(&mut messages, name, &taken.tail()),
                 None => message::parse_raw(&mut messages, name, &statement.tail),
