@@ -208,8 +208,8 @@ fn primary(target: &Facts) -> Found {
         return Err(("a standby, which takes no writes".to_owned(), "name the primary in [target] host".to_owned()));
     }
     if target.read_only {
-        let fix = "ALTER SYSTEM RESET default_transaction_read_only on the target, SELECT pg_reload_conf(); services set it when \
-                   the disk is full: give it more storage if that was why";
+        let fix = "ALTER SYSTEM RESET default_transaction_read_only on the target, SELECT pg_reload_conf(); services \
+                   set it when the disk is full: give it more storage if that was why";
         return Err((
             "a primary whose configuration has default_transaction_read_only = on".to_owned(),
             fix.to_owned(),

@@ -154,8 +154,8 @@ impl Work {
             };
             let (of_database, of_all): (Option<bool>, Option<bool>) = match &self.home {
                 None => (row.get(3), row.get(4)),
-                // The fence that stands there is ours, and is lifted when the databases come back. What the database was set to
-                // before that is what its sessions ran with.
+                // The fence that stands there is ours, and is lifted when the databases come back. What the database was
+                // set to before that is what its sessions ran with.
                 Some(home) => {
                     let saved = home.fence.saved.iter().find(|saved| saved.name == *name);
                     (saved.and_then(|saved| saved.read_only.as_ref()).map(|_| false), row.get(4))
@@ -293,11 +293,13 @@ impl Work {
         if stuck.is_empty() {
             return Ok(());
         }
-        let words = stuck.into_iter().map(|session| session.words);
         match self.options.stragglers {
-            Stragglers::Abort => Err(CutoverError::Sessions(words.collect())),
+            Stragglers::Abort => {
+                let (words, obstacles) = stuck.into_iter().map(|session| (session.words, session.obstacle)).unzip();
+                Err(CutoverError::Sessions { words, obstacles })
+            }
             Stragglers::Terminate => {
-                self.notes.extend(words.map(|words| format!("cannot be moved: {words}")));
+                self.notes.extend(stuck.into_iter().map(|session| format!("cannot be moved: {}", session.words)));
                 Ok(())
             }
         }
@@ -309,15 +311,17 @@ fn is_on(value: &str) -> bool {
     ["on", "true", "yes", "1"].iter().any(|word| value.trim().eq_ignore_ascii_case(word))
 }
 
-/// What makes a database read-only by default, and what ends that: the first one that is set wins, a database's own value, that
-/// of all databases, the server's (`process_settings` in PostgreSQL's `postinit.c`). Roles with values of their own are not asked.
+/// What makes a database read-only by default, and what ends that: the first one that is set wins, a database's own
+/// value, that of all databases, the server's (`process_settings` in PostgreSQL's `postinit.c`). Roles with values of
+/// their own are not asked.
 fn read_only_by(of_database: Option<bool>, of_all: Option<bool>, configured: bool) -> Option<&'static str> {
     match (of_database, of_all, configured) {
         (Some(true), _, _) => Some("ALTER DATABASE … RESET default_transaction_read_only there"),
         (None, Some(true), _) => Some("ALTER ROLE ALL RESET default_transaction_read_only there"),
         (None, None, true) => Some(
-            "its configuration has default_transaction_read_only = on, which services set when the disk is full: give it more \
-             storage if that was why, and ALTER SYSTEM RESET default_transaction_read_only; SELECT pg_reload_conf() there",
+            "its configuration has default_transaction_read_only = on, which services set when the disk is full: give it \
+             more storage if that was why, and ALTER SYSTEM RESET default_transaction_read_only; SELECT \
+             pg_reload_conf() there",
         ),
         (Some(false), _, _) | (None, Some(false), _) | (None, None, false) => None,
     }
