@@ -306,5 +306,21 @@ async fn a_pause_that_waits_is_cancelled_like_a_statement() {
     assert_eq!(error.code().map(|code| code.code()), Some("57014"));
     let client = support::connect_with(&daemon.client("postgres")).await;
     client.simple_query("SELECT 1").await.expect("nobody is held");
+
+    // The command line's way.
+    let mut pause = Command::new(env!("CARGO_BIN_EXE_pgcutover"));
+    pause.args(["pause", "postgres", "-c"]).arg(daemon.config_path()).stderr(std::process::Stdio::piped());
+    let pause = pause.spawn().unwrap();
+    let paused = || async {
+        let rows = watching.query("SHOW DATABASES", &[]).await.unwrap();
+        rows.iter().any(|row| row.get::<_, &str>("name") == "postgres" && row.get::<_, i64>("paused") == 1)
+    };
+    support::wait_for("the database to be paused", paused).await;
+    assert!(Command::new("kill").args(["-INT", &pause.id().to_string()]).status().unwrap().success());
+    let ended = tokio::task::spawn_blocking(|| pause.wait_with_output()).await.unwrap().unwrap();
+    let said = String::from_utf8_lossy(&ended.stderr);
+    assert_eq!((ended.status.code(), said.contains("`pgcutover resume postgres`")), (Some(130), true), "{said}");
+    support::wait_for("the pause to be taken back", || async { !paused().await }).await;
+    client.simple_query("SELECT 1").await.expect("nobody is held");
     busy.batch_execute("COMMIT").await.expect("it was let be");
 }

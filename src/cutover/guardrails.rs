@@ -154,8 +154,8 @@ impl Work {
             };
             let (of_database, of_all): (Option<bool>, Option<bool>) = match &self.home {
                 None => (row.get(3), row.get(4)),
-                // The fence that stands there is ours, and is lifted when the databases come back. What the database was
-                // set to before that is what its sessions ran with.
+                // The fence that stands there is ours, and is lifted when the databases come back. What the database
+                // was set to before that is what its sessions ran with.
                 Some(home) => {
                     let saved = home.fence.saved.iter().find(|saved| saved.name == *name);
                     (saved.and_then(|saved| saved.read_only.as_ref()).map(|_| false), row.get(4))
@@ -319,8 +319,8 @@ fn read_only_by(of_database: Option<bool>, of_all: Option<bool>, configured: boo
         (Some(true), _, _) => Some("ALTER DATABASE … RESET default_transaction_read_only there"),
         (None, Some(true), _) => Some("ALTER ROLE ALL RESET default_transaction_read_only there"),
         (None, None, true) => Some(
-            "its configuration has default_transaction_read_only = on, which services set when the disk is full: give it \
-             more storage if that was why, and ALTER SYSTEM RESET default_transaction_read_only; SELECT \
+            "its configuration has default_transaction_read_only = on, which services set when the disk is full: give \
+             it more storage if that was why, and ALTER SYSTEM RESET default_transaction_read_only; SELECT \
              pg_reload_conf() there",
         ),
         (Some(false), _, _) | (None, Some(false), _) | (None, None, false) => None,

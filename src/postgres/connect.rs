@@ -185,9 +185,9 @@ impl Connector {
         .await
     }
 
-    /// The server's own value of the setting `name`, as a session of `database` finds it that pins nothing, unlike ours.
-    /// None where the login role or the database has a value of its own, which hides it, or the server knows no such
-    /// setting.
+    /// The server's own value of the setting `name`, as a session of `database` finds it that pins nothing, unlike
+    /// ours. None where the login role or the database has a value of its own, which hides it, or the server knows no
+    /// such setting.
     pub async fn server_setting(&self, database: &str, name: &str) -> Result<Option<String>, ConnectError> {
         let mut login = self.own_login(database, "settings");
         login.parameters.retain(|(parameter, _)| parameter != "options");
