@@ -204,6 +204,7 @@ impl Daemon {
             daemon: control.clone(),
             tasks: cutover_tasks.clone(),
         });
+        service.expect_to_open();
         control.obey_through(service.clone());
         let (mut http, mut http_waits) = (None, None);
         if let Some(address) = config.admin.address {
@@ -244,6 +245,7 @@ impl Daemon {
             http::serve(listener, service.clone(), &http_tasks);
         }
         proxy.listen();
+        service.open();
         control.consult(proxy.access_reader());
         control.follow(proxy.follower());
         control.catch_up(&prepared_with);

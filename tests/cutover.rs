@@ -445,6 +445,14 @@ async fn an_engine_that_takes_a_cutover_for_open_is_told_what_became_of_it() {
     wait_for("the engine to be told", || async { !life.engine.settled.lock().expect("not poisoned").is_empty() }).await;
     assert_eq!(*life.engine.settled.lock().expect("not poisoned"), [Outcome::Aborted]);
     life.stop().await;
+    // After a restart nobody waits for what it puts away.
+    let life = stage.life("");
+    life.engine.is_settling.store(true, Ordering::SeqCst);
+    let life = life.resolved().await;
+    assert!(life.runs_on(ServerRole::Source, 0));
+    life.engine.is_settling.store(false, Ordering::SeqCst);
+    wait_for("the engine to be told", || async { !life.engine.settled.lock().expect("not poisoned").is_empty() }).await;
+    life.stop().await;
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

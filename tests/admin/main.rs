@@ -85,6 +85,11 @@ async fn changing_state_needs_the_token_or_this_machine() {
 #[tokio::test]
 async fn readiness_and_status_follow_the_route() {
     let admin = admin(|_| {}).await;
+    admin.service.expect_to_open();
+    let (status, problem) = admin.get("/readyz").await;
+    assert!(status == 503 && problem["detail"].as_str().unwrap().contains("is starting"), "{status} {problem}");
+    admin.service.open();
+    assert_eq!(admin.get("/readyz").await.0, 200);
     admin.switchboard.database("shop").set_unknown("both servers are away".to_owned());
     let (status, problem) = admin.get("/readyz").await;
     assert_eq!(status, 503);
