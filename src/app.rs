@@ -167,14 +167,15 @@ impl Daemon {
         let sessions = Arc::new(crate::proxy::Sessions::default());
         let session_desk = Arc::new(SessionDesk(sessions.clone()));
 
-        let engine = Arc::new(EngineDesk::new(Engine::start(EngineDeps {
+        let engine = Engine::start(EngineDeps {
             config: config.clone(),
             source: source.clone(),
             target: target.clone(),
             metrics: metrics.clone(),
             tasks: engine_tasks.clone(),
             failpoints: failpoints.clone(),
-        })));
+        });
+        let engine = Arc::new(EngineDesk::new(engine, cutover_tasks.clone()));
         let coordinator = Coordinator::start(CoordinatorDeps {
             config: config.clone(),
             switchboard: switchboard.clone(),

@@ -5,6 +5,7 @@
 mod support;
 
 use std::process::Command;
+use std::time::{Duration, Instant};
 
 use pgcutover::demo::cluster::{Cluster, ClusterAuth, Stop};
 use serde_json::{Value, json};
@@ -283,6 +284,23 @@ async fn a_shutdown_that_waits_for_clients_is_told_to_wait_for_transactions_alon
     console.batch_execute("SHUTDOWN WAIT_FOR_SERVERS").await.unwrap();
     daemon.wait_for_end();
     assert!(idle.simple_query("SELECT 1").await.is_err(), "its session was ended");
+}
+
+/// What is known to be away is said, and not waited for until it might have come.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_target_that_refuses_keeps_nobody_waiting() {
+    let (source, mut target) = support::two_clusters();
+    target.stop(Stop::Fast).unwrap();
+    let mut daemon = Daemon::start(&source, &target, DaemonOptions::default());
+    let begun = Instant::now();
+    let (status, _, err) = command(&daemon, &["migration", "list"]);
+    assert!(status == 1 && err.contains("target"), "{status} {err}");
+    let (_, out, err) = command(&daemon, &["status"]);
+    assert!(!out.is_empty(), "{err}");
+    signal(&daemon, "TERM");
+    daemon.wait_for_end();
+    // It was half a minute for each.
+    assert!(begun.elapsed() < Duration::from_secs(20), "{:?}", begun.elapsed());
 }
 
 /// Ctrl-C in psql: who thinks better of a PAUSE while it waits must not leave everybody held.
