@@ -25,8 +25,8 @@ use crate::switch::Epoch;
 /// not longer.
 const TIME_TO_BEGIN: Duration = Duration::from_secs(30);
 
-/// After the start of the process what has failed may succeed the next time, a few seconds later; and a process that was
-/// taken over from may still be giving its engine up.
+/// After the start of the process what has failed may succeed the next time, a few seconds later; and a process that
+/// was taken over from may still be giving its engine up.
 const TIME_TO_TRY_AGAIN: Duration = Duration::from_secs(10);
 
 /// How often it is looked why the engine does not run here; nobody is told of that.
