@@ -167,14 +167,15 @@ impl Daemon {
         let sessions = Arc::new(crate::proxy::Sessions::default());
         let session_desk = Arc::new(SessionDesk(sessions.clone()));
 
-        let engine = Arc::new(EngineDesk::new(Engine::start(EngineDeps {
+        let engine = Engine::start(EngineDeps {
             config: config.clone(),
             source: source.clone(),
             target: target.clone(),
             metrics: metrics.clone(),
             tasks: engine_tasks.clone(),
             failpoints: failpoints.clone(),
-        })));
+        });
+        let engine = Arc::new(EngineDesk::new(engine, cutover_tasks.clone()));
         let coordinator = Coordinator::start(CoordinatorDeps {
             config: config.clone(),
             switchboard: switchboard.clone(),
@@ -204,6 +205,7 @@ impl Daemon {
             daemon: control.clone(),
             tasks: cutover_tasks.clone(),
         });
+        service.expect_to_open();
         control.obey_through(service.clone());
         let (mut http, mut http_waits) = (None, None);
         if let Some(address) = config.admin.address {
@@ -244,6 +246,7 @@ impl Daemon {
             http::serve(listener, service.clone(), &http_tasks);
         }
         proxy.listen();
+        service.open();
         control.consult(proxy.access_reader());
         control.follow(proxy.follower());
         control.catch_up(&prepared_with);

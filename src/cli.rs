@@ -8,6 +8,7 @@ mod client;
 mod frame;
 #[cfg(any(test, fuzzing))]
 pub mod fuzzing;
+mod interrupted;
 mod manual;
 mod migration;
 mod output;
@@ -36,7 +37,8 @@ const EXIT_STATUSES: &str = "Exit status:\n  \
     0  done; for `migration cutover`: switched, or with --dry-run: it would have;\n     for `migration verify`: nothing differs\n  \
     1  it was tried and failed, was refused, a cutover was aborted, or a verification found differences\n  \
     2  wrong usage, or a configuration that cannot be used\n  \
-    3  the daemon cannot be reached";
+    3  the daemon cannot be reached\n  \
+    130  Ctrl-C, or another SIGINT, before the answer came";
 
 /// Moves a live PostgreSQL database to another server without the application noticing.
 #[derive(Debug, Parser)]
@@ -359,6 +361,9 @@ enum CliError {
     /// Status 1.
     #[error("{0:#}")]
     Failed(#[from] anyhow::Error),
+    /// Status 130.
+    #[error("interrupted: {0}")]
+    Interrupted(String),
 }
 
 impl CliError {
@@ -367,6 +372,7 @@ impl CliError {
             Self::Config(_) | Self::Usage(_) => 2,
             Self::Client(error) if error.is_unreachable() => 3,
             Self::Client(_) | Self::Failed(_) => 1,
+            Self::Interrupted(_) => 130,
         }
     }
 }
@@ -435,7 +441,15 @@ fn dispatch(cli: Cli, output: &Output) -> Result<ExitCode, CliError> {
     let verdict = runtime.block_on(async {
         match command {
             Command::Check => check::check(&load(&global)?, output).await,
-            other => order(other, &client(&global)?, output).await,
+            other => {
+                let (daemon, goes_on) = (client(&global)?, interrupted::what_goes_on(&other));
+                let Some(goes_on) = goes_on else { return order(other, &daemon, output).await };
+                tokio::select! {
+                    verdict = order(other, &daemon, output) => verdict,
+                    // Dropping the order hangs up; the daemon takes back what only waits.
+                    Ok(()) = tokio::signal::ctrl_c() => Err(CliError::Interrupted(goes_on)),
+                }
+            }
         }
     })?;
     Ok(if verdict == Verdict::Good { ExitCode::SUCCESS } else { ExitCode::FAILURE })

@@ -13,7 +13,7 @@ use pgcutover::cutover::steps::{ALL_FAILPOINTS, ROLLBACK_FAILPOINTS};
 use pgcutover::demo::cluster::Cluster;
 use pgcutover::demo::shop::SHOP;
 use support::world::{COMPLETED, NAME, READY, World};
-use support::{PATIENCE, connect, shop, wait_for};
+use support::{PATIENCE, connect, connect_with, shop, wait_for};
 
 /// What the engine does for the way back, before anything is fenced.
 const RETURN_FAILPOINTS: [&str; 3] = ["return.after_publication", "return.after_slot", "return.after_prepared"];
@@ -97,6 +97,33 @@ async fn whatever_does_not_switch_leaves_both_servers_as_they_were() {
     }
     let outcomes = application.finish().await;
     shop::nothing_lost(&outcomes, &world.source, &world.target).await;
+}
+
+/// What only a rehearsal finds out can be asked for afterwards, with whose it is.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn who_kept_a_rehearsal_from_moving_every_session_can_be_found_out() {
+    let world = World::begin(0.01).await;
+    world.migrate().await;
+    let mut config = world.daemon.client(SHOP);
+    let client = connect_with(config.application_name("report")).await;
+    client.batch_execute("CREATE TEMP TABLE mine (id int)").await.expect("anybody may");
+    let pid: i32 = client.query_one("SELECT pg_backend_pid()", &[]).await.expect("answers").get(0);
+    let answer = world.daemon.command(&["migration", "cutover", NAME, "--dry-run", "--output", "json"]);
+    let report: serde_json::Value = serde_json::from_slice(&answer.stdout).unwrap_or_default();
+    assert_eq!(report["outcome"], "aborted", "{report}");
+    let named = report["blockers"][0].as_str().expect("one");
+    assert!(named.starts_with(&format!("pid {pid} (\"report\")")) && named.contains("cannot be moved"), "{report}");
+    let listed = world.daemon.json(&["show", "blockers"]);
+    assert_eq!(listed.as_array().map(Vec::len), Some(1), "{listed}");
+    assert_eq!(
+        (&listed[0]["pid"], &listed[0]["user"]),
+        (&serde_json::json!(pid), &serde_json::json!("postgres")),
+        "{listed}"
+    );
+    assert!(listed[0]["client"].is_string(), "{listed}");
+    client.batch_execute("DROP TABLE mine").await.expect("its own");
+    wait_for("nobody to be listed", || async { world.daemon.json(&["show", "blockers"]) == serde_json::json!([]) })
+        .await;
 }
 
 /// The report of a dry run under load with a hard fence, as a superuser.

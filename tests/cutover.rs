@@ -17,7 +17,7 @@ use pgcutover::cutover::report::CutoverOutcome;
 use pgcutover::switch::{Route, ServerRole};
 use support::link::{Cut, Link};
 use support::stage::{Life, NAME, Stage};
-use support::{connect, connect_with, try_connect, wait_for};
+use support::{configure_read_only, connect, connect_with, try_connect, wait_for};
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_cutover_switches_and_leaves_the_old_server_fenced() {
@@ -445,6 +445,14 @@ async fn an_engine_that_takes_a_cutover_for_open_is_told_what_became_of_it() {
     wait_for("the engine to be told", || async { !life.engine.settled.lock().expect("not poisoned").is_empty() }).await;
     assert_eq!(*life.engine.settled.lock().expect("not poisoned"), [Outcome::Aborted]);
     life.stop().await;
+    // After a restart nobody waits for what it puts away.
+    let life = stage.life("");
+    life.engine.is_settling.store(true, Ordering::SeqCst);
+    let life = life.resolved().await;
+    assert!(life.runs_on(ServerRole::Source, 0));
+    life.engine.is_settling.store(false, Ordering::SeqCst);
+    wait_for("the engine to be told", || async { !life.engine.settled.lock().expect("not poisoned").is_empty() }).await;
+    life.stop().await;
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -474,6 +482,17 @@ async fn force_goes_past_what_cannot_lose_data_and_past_nothing_else() {
     behind(Some(0));
     refused(life.options(), "read-only by default", false).await;
     target.batch_execute("ALTER DATABASE shop RESET default_transaction_read_only").await.expect("a superuser may");
+    // This session goes on to write when the server's default changes.
+    target.batch_execute("SET default_transaction_read_only = off").await.expect("anybody may");
+    configure_read_only(&stage.target, "on").await;
+    refused(CutoverOptions { dry_run: true, ..forced }, "its configuration has", false).await;
+    refused(forced, "its configuration has", false).await;
+    // A database that says otherwise takes writes all the same.
+    target.batch_execute("ALTER DATABASE shop SET default_transaction_read_only = off").await.expect("a superuser may");
+    let rehearsed = life.cut_over_with(CutoverOptions { dry_run: true, ..forced }).await;
+    assert_eq!(rehearsed.outcome, CutoverOutcome::DryRun, "{rehearsed:?}");
+    target.batch_execute("ALTER DATABASE shop RESET default_transaction_read_only").await.expect("a superuser may");
+    configure_read_only(&stage.target, "off").await;
 
     behind(Some(1 << 40));
     assert_eq!(refused(life.options(), "max_lag_at_start", true).await, [""; 0]);

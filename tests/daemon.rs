@@ -5,6 +5,7 @@
 mod support;
 
 use std::process::Command;
+use std::time::{Duration, Instant};
 
 use pgcutover::demo::cluster::{Cluster, ClusterAuth, Stop};
 use serde_json::{Value, json};
@@ -285,6 +286,23 @@ async fn a_shutdown_that_waits_for_clients_is_told_to_wait_for_transactions_alon
     assert!(idle.simple_query("SELECT 1").await.is_err(), "its session was ended");
 }
 
+/// What is known to be away is said, and not waited for until it might have come.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_target_that_refuses_keeps_nobody_waiting() {
+    let (source, mut target) = support::two_clusters();
+    target.stop(Stop::Fast).unwrap();
+    let mut daemon = Daemon::start(&source, &target, DaemonOptions::default());
+    let begun = Instant::now();
+    let (status, _, err) = command(&daemon, &["migration", "list"]);
+    assert!(status == 1 && err.contains("target"), "{status} {err}");
+    let (_, out, err) = command(&daemon, &["status"]);
+    assert!(!out.is_empty(), "{err}");
+    signal(&daemon, "TERM");
+    daemon.wait_for_end();
+    // It was half a minute for each.
+    assert!(begun.elapsed() < Duration::from_secs(20), "{:?}", begun.elapsed());
+}
+
 /// Ctrl-C in psql: who thinks better of a PAUSE while it waits must not leave everybody held.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_pause_that_waits_is_cancelled_like_a_statement() {
@@ -305,6 +323,22 @@ async fn a_pause_that_waits_is_cancelled_like_a_statement() {
     let error = pausing.await.unwrap().expect_err("taken back");
     assert_eq!(error.code().map(|code| code.code()), Some("57014"));
     let client = support::connect_with(&daemon.client("postgres")).await;
+    client.simple_query("SELECT 1").await.expect("nobody is held");
+
+    // The command line's way.
+    let mut pause = Command::new(env!("CARGO_BIN_EXE_pgcutover"));
+    pause.args(["pause", "postgres", "-c"]).arg(daemon.config_path()).stderr(std::process::Stdio::piped());
+    let pause = pause.spawn().unwrap();
+    let paused = || async {
+        let rows = watching.query("SHOW DATABASES", &[]).await.unwrap();
+        rows.iter().any(|row| row.get::<_, &str>("name") == "postgres" && row.get::<_, i64>("paused") == 1)
+    };
+    support::wait_for("the database to be paused", paused).await;
+    assert!(Command::new("kill").args(["-INT", &pause.id().to_string()]).status().unwrap().success());
+    let ended = tokio::task::spawn_blocking(|| pause.wait_with_output()).await.unwrap().unwrap();
+    let said = String::from_utf8_lossy(&ended.stderr);
+    assert_eq!((ended.status.code(), said.contains("`pgcutover resume postgres`")), (Some(130), true), "{said}");
+    support::wait_for("the pause to be taken back", || async { !paused().await }).await;
     client.simple_query("SELECT 1").await.expect("nobody is held");
     busy.batch_execute("COMMIT").await.expect("it was let be");
 }

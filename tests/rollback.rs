@@ -9,7 +9,7 @@ use pgcutover::demo::compare;
 use pgcutover::demo::shop::SHOP;
 use support::daemon::DaemonOptions;
 use support::world::{COMPLETED, NAME, READY, World};
-use support::{connect, connect_with, shop, try_connect, wait_for};
+use support::{configure_read_only, connect, connect_with, shop, try_connect, wait_for};
 
 /// Five times there and back while 16 clients write; then nobody writes any more, and both servers hold the same.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -51,6 +51,32 @@ async fn ten_alternating_cutovers_and_rollbacks_under_load_lose_nothing() {
         assert_eq!(count.get::<_, i64>(0), 1);
     }
     assert_eq!(world.view()["databases"][0]["fenced_writes"], serde_json::json!([]), "nobody else wrote");
+}
+
+/// The server that is led back to is fenced by us, which its own configuration is no part of.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_server_that_became_read_only_is_not_led_back_to() {
+    let world = World::begin(0.01).await;
+    world.migrate().await;
+    let (cutover, rollback) = (("cutover", COMPLETED, &world.target), ("rollback", READY, &world.source));
+    for (order, then, onto) in [cutover, rollback, cutover] {
+        configure_read_only(onto, "on").await;
+        for rehearsed in [true, false] {
+            let mut arguments = vec!["migration", order, NAME, "--output", "json"];
+            arguments.extend(rehearsed.then_some("--dry-run"));
+            let answer = world.daemon.command(&arguments);
+            let report: serde_json::Value = serde_json::from_slice(&answer.stdout).unwrap_or_default();
+            assert!(!answer.status.success(), "{order}: {report}");
+            assert!(report["reason"].as_str().is_some_and(|said| said.contains("read-only by default")), "{report}");
+        }
+        let checked = world.daemon.command(&["check"]);
+        let said = String::from_utf8_lossy(&checked.stdout).contains("default_transaction_read_only = on");
+        assert_eq!(said, order == "cutover", "{checked:?}");
+        configure_read_only(onto, "off").await;
+        let report = world.daemon.json(&["migration", order, NAME]);
+        assert_eq!(report["outcome"], "switched", "{order}: {report}");
+        world.wait_until(then).await;
+    }
 }
 
 /// Killed at each step of a rollback: before the decision it goes on on the target and can be rolled back all the same,

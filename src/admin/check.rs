@@ -12,6 +12,8 @@ struct Facts {
     version_num: u32,
     system_identifier: Option<String>,
     in_recovery: bool,
+    /// Transactions are read-only there unless they say otherwise, by the server's own configuration.
+    read_only: bool,
     wal_level: String,
     /// The role may stream changes.
     may_replicate: bool,
@@ -101,10 +103,13 @@ async fn facts_of(connector: &Connector, database: &str) -> Result<Facts, (Strin
     // Needs a right that not every role has; without it the comparison of the two servers is left out.
     let sql = "SELECT system_identifier::text FROM pg_catalog.pg_control_system()";
     let system = control.query_one(sql, &[]).await.ok().map(|row| row.get(0));
+    let read_only = connector.server_setting(database, "default_transaction_read_only").await;
+    let read_only = read_only.map_err(|error| refused(connector.label(), &error))?;
     Ok(Facts {
         version_num: control.version_num(),
         system_identifier: system,
         in_recovery: row.get(0),
+        read_only: read_only.as_deref() == Some("on"),
         wal_level: row.get(1),
         may_replicate: rights.get(0),
         may_create_databases: rights.get(1),
@@ -201,6 +206,14 @@ fn quoted(role: &str) -> String {
 fn primary(target: &Facts) -> Found {
     if target.in_recovery {
         return Err(("a standby, which takes no writes".to_owned(), "name the primary in [target] host".to_owned()));
+    }
+    if target.read_only {
+        let fix = "ALTER SYSTEM RESET default_transaction_read_only on the target, SELECT pg_reload_conf(); services \
+                   set it when the disk is full: give it more storage if that was why";
+        return Err((
+            "a primary whose configuration has default_transaction_read_only = on".to_owned(),
+            fix.to_owned(),
+        ));
     }
     Ok("takes writes".to_owned())
 }

@@ -69,6 +69,8 @@ pub(super) struct Inner {
     pub(super) reconnects: Mutex<BTreeMap<String, f64>>,
     /// See [`Inner::staying`].
     pub(super) leaving: Mutex<bool>,
+    /// Nobody can connect yet.
+    opening: AtomicBool,
     /// Nobody new is let in any more.
     pub(super) closing: AtomicBool,
 }
@@ -85,6 +87,7 @@ impl Service {
             live,
             reconnects,
             leaving: Mutex::default(),
+            opening: AtomicBool::new(false),
             closing: AtomicBool::new(false),
         });
         let observer = inner.clone();
@@ -180,6 +183,16 @@ impl Service {
     /// Why clients are not served; `None`: they are.
     pub fn not_ready(&self) -> Option<String> {
         self.0.not_ready()
+    }
+
+    /// Until [`Self::open`] nobody can connect, wherever databases are known to run: balancers are told.
+    pub fn expect_to_open(&self) {
+        self.0.opening.store(true, Ordering::Relaxed);
+    }
+
+    /// From now on clients can connect.
+    pub fn open(&self) {
+        self.0.opening.store(false, Ordering::Relaxed);
     }
 
     /// From now on clients are not let in: balancers are told.
@@ -393,7 +406,8 @@ impl Inner {
             Route::To { .. } => None,
         });
         // Where every known database is served, others may not be: that is no reason to call this process not ready.
-        unknown.or_else(|| self.refused_elsewhere().filter(|_| databases.is_empty()))
+        let unknown = unknown.or_else(|| self.refused_elsewhere().filter(|_| databases.is_empty()));
+        unknown.or_else(|| self.opening.load(Ordering::Relaxed).then(|| "pgcutover is starting".to_owned()))
     }
 
     /// Why databases are refused that no cutover has covered; `None`: they are served.

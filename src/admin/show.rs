@@ -148,7 +148,7 @@ const COMMANDS: [(&str, &str); 49] = [
     ("SHOW USERS", "roles that have sessions"),
     ("SHOW STATUS", "where each database runs, and what is inside"),
     ("SHOW MEMBERS", "proxies that take part in a cutover"),
-    ("SHOW BLOCKERS", "what would keep a cutover from moving every session"),
+    ("SHOW BLOCKERS", "long transactions, and what a rehearsal has found that keeps sessions from being moved"),
     ("SHOW MIGRATIONS [ACTIVE]", "migrations, newest first"),
     ("SHOW MIGRATION name", "one migration, a row for each database"),
     ("SHOW TABLES name", "its tables: full load, incremental sync, indexes"),

@@ -279,7 +279,10 @@ impl Control {
 /// The way by which a value is set is nothing to who has set it: the setting's name is.
 fn named(error: AdminError, variable: &str, key: &str) -> AdminError {
     let section = key.split_once('.').map_or_else(String::new, |(section, key)| format!("[{section}] {key}: "));
-    let message = error.message.replace(&format!("environment variable {variable}: {section}"), &format!("{key}: "));
+    let way = format!("environment variable {variable}: ");
+    let message = error.message.replace(&format!("{way}{section}"), &format!("{key}: "));
+    // Of another setting, which does not go with this value.
+    let message = message.replace(&way, &format!("{key}: "));
     AdminError { message, ..error }.hint("SHOW CONFIG has its value now")
 }
 
@@ -334,12 +337,15 @@ mod tests {
             ("PGCUTOVER_SOURCE_USER".to_owned(), "u".to_owned()),
             ("PGCUTOVER_TARGET_HOST".to_owned(), "b".to_owned()),
             ("PGCUTOVER_TARGET_USER".to_owned(), "u".to_owned()),
-            (variable.to_owned(), "5".to_owned()),
         ]);
-        let error = config::load(None, &environment).expect_err("it has no unit");
-        let error = AdminError::new(ErrorKind::Invalid, error.to_string());
-        let named = named(error, variable, "cutover.max_pause").message;
-        assert!(named.starts_with("cutover.max_pause: "), "{named}");
-        assert!(!named.contains("environment"), "{named}");
+        // No unit; and less than what another setting is.
+        for (value, said) in [("5", "cutover.max_pause: "), ("1s", "cutover.max_pause: [cutover] drain_timeout: ")] {
+            let mut environment = environment.clone();
+            environment.insert(variable.to_owned(), value.to_owned());
+            let error = config::load(None, &environment).expect_err(value);
+            let error = AdminError::new(ErrorKind::Invalid, error.to_string());
+            let named = named(error, variable, "cutover.max_pause").message;
+            assert!(named.contains(said) && !named.contains("environment"), "{named}");
+        }
     }
 }

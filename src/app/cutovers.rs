@@ -9,7 +9,7 @@ use async_trait::async_trait;
 use crate::admin::command::CutoverRequest;
 use crate::admin::error::{AdminError, ErrorKind};
 use crate::admin::parts::{Clients, Cutovers, Migrations};
-use crate::admin::view::{BlockerView, CutoverView, IntentionView, MemberView, PhasesView, TimedStepView};
+use crate::admin::view::{BlockerView, ClientView, CutoverView, IntentionView, MemberView, PhasesView, TimedStepView};
 use crate::catalog::streams::Direction;
 use crate::config::Config;
 use crate::cutover::CutoverError;
@@ -92,11 +92,16 @@ impl Cutovers for CutoverDesk {
     }
 
     async fn blockers(&self) -> Result<Vec<BlockerView>, AdminError> {
-        let mut blockers: Vec<BlockerView> = self.clients.list().iter().flat_map(of_session).collect();
+        let sessions = self.clients.list();
+        let mut blockers: Vec<BlockerView> = sessions.iter().flat_map(of_session).collect();
         let obstacles = self.coordinator.long_work().await.map_err(|error| refused(&error))?;
         // A session of ours that is long at work is shown once, by what the server says of it.
         blockers.retain(|blocker| !obstacles.iter().any(|obstacle| Some(obstacle.pid) == blocker.pid));
-        blockers.extend(obstacles.into_iter().map(of_obstacle));
+        blockers.extend(obstacles.into_iter().map(|obstacle| {
+            let is_its = |one: &&ClientView| one.backend_pid == Some(obstacle.pid) && one.database == obstacle.database;
+            let session = sessions.iter().find(is_its);
+            of_obstacle(obstacle, session)
+        }));
         Ok(blockers)
     }
 
@@ -209,7 +214,7 @@ fn refused(error: &CutoverError) -> AdminError {
         | CutoverError::Definitions(_)
         | CutoverError::Engine(_)
         | CutoverError::Blocked { .. }
-        | CutoverError::Sessions(_)
+        | CutoverError::Sessions { .. }
         | CutoverError::MaxPause(_) => ErrorKind::Conflict,
         CutoverError::Query { .. }
         | CutoverError::Record(_)
@@ -228,20 +233,21 @@ fn refused(error: &CutoverError) -> AdminError {
     }
 }
 
-fn of_obstacle(obstacle: Obstacle) -> BlockerView {
+/// `session` is the one of ours whose backend it is.
+fn of_obstacle(obstacle: Obstacle, session: Option<&ClientView>) -> BlockerView {
     BlockerView {
         reason: format!("{} for {:.1}s", obstacle.doing, obstacle.age_seconds),
         database: obstacle.database,
         pid: Some(obstacle.pid),
-        user: None,
+        user: session.map(|session| session.user.clone()),
         application_name: Some(obstacle.application_name),
-        client: None,
+        client: session.map(|session| session.client.clone()),
         code: "long_transaction".to_owned(),
         hint: Some("let it end, or end the session".to_owned()),
     }
 }
 
-fn of_session(client: &crate::admin::view::ClientView) -> Vec<BlockerView> {
+fn of_session(client: &ClientView) -> Vec<BlockerView> {
     let blocker = |reason: &String| BlockerView {
         database: client.database.clone(),
         pid: client.backend_pid,

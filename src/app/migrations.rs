@@ -18,51 +18,102 @@ use crate::migration::preflight::RuleResult;
 use crate::migration::view::{
     CancelReport, FixReport, MigrationName, MigrationSpec, MigrationView, TableView, VerifyReport,
 };
+use crate::shutdown::Tasks;
 use crate::switch::Epoch;
 
-/// After the start of the process the engine needs a moment to find its target; orders wait for it, but not longer.
+/// After the start of the process the engine needs a moment to find its target. Who asks waits until it has tried, but
+/// not longer.
 const TIME_TO_BEGIN: Duration = Duration::from_secs(30);
+
+/// After the start of the process what has failed may succeed the next time, a few seconds later; and a process that
+/// was taken over from may still be giving its engine up.
+const TIME_TO_TRY_AGAIN: Duration = Duration::from_secs(10);
+
+/// How often it is looked why the engine does not run here; nobody is told of that.
+const LOOK_AGAIN: Duration = Duration::from_millis(50);
+
+/// In what the engine says while its lock is another's, which that of a process that has just ended may still be.
+const TAKEN: &str = "another pgcutover";
+
+/// What the engine is wanted for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Wanted {
+    /// To show what it knows.
+    ToShow,
+    /// To do something.
+    ToDo,
+}
 
 /// See the module.
 pub(super) struct EngineDesk {
     engine: Arc<Engine>,
-    patience_ends: tokio::time::Instant,
+    began: tokio::time::Instant,
+    /// Why it does not run before it has tried.
+    untried: Option<String>,
+    /// Who waits for the engine stops waiting when these are told to stop.
+    tasks: Tasks,
 }
 
 impl EngineDesk {
-    pub(super) fn new(engine: Arc<Engine>) -> Self {
-        Self { engine, patience_ends: tokio::time::Instant::now() + TIME_TO_BEGIN }
+    /// `engine` has just been started.
+    pub(super) fn new(engine: Arc<Engine>, tasks: Tasks) -> Self {
+        let untried = why_not(&engine);
+        Self { engine, began: tokio::time::Instant::now(), untried, tasks }
     }
 
-    /// The engine, once it runs here or has had its time to begin.
-    async fn engine(&self) -> &Arc<Engine> {
+    /// The engine, once it runs here, or nothing is to be waited for.
+    async fn engine(&self, wanted: Wanted) -> &Arc<Engine> {
         let mut changes = self.engine.changes();
-        while matches!(self.engine.list(), Err(EngineError::Unavailable(_))) {
-            match tokio::time::timeout_at(self.patience_ends, changes.changed()).await {
-                Ok(Ok(())) => {}
-                Ok(Err(_)) | Err(_) => break,
+        while let Some(reason) = why_not(&self.engine) {
+            let is_untried = self.untried.as_ref() == Some(&reason);
+            if self.began.elapsed() >= patience(is_untried, &reason, wanted) {
+                break;
+            }
+            tokio::select! {
+                // Nothing is lost by dropping any of these.
+                changed = changes.changed() => if changed.is_err() { break },
+                () = tokio::time::sleep(LOOK_AGAIN) => {}
+                () = self.tasks.stopping() => break,
             }
         }
         &self.engine
     }
 }
 
+/// Why the engine does not run here; none: it does.
+fn why_not(engine: &Engine) -> Option<String> {
+    match engine.list() {
+        Err(EngineError::Unavailable(reason)) => Some(reason),
+        Ok(_) | Err(_) => None,
+    }
+}
+
+/// Until when, from the start of the process, an engine is waited for that does not run for this reason.
+fn patience(is_untried: bool, reason: &str, wanted: Wanted) -> Duration {
+    match (is_untried, wanted) {
+        (true, _) => TIME_TO_BEGIN,
+        (false, Wanted::ToDo) => TIME_TO_TRY_AGAIN,
+        (false, Wanted::ToShow) if reason.contains(TAKEN) => TIME_TO_TRY_AGAIN,
+        (false, Wanted::ToShow) => Duration::ZERO,
+    }
+}
+
 #[async_trait]
 impl Migrations for EngineDesk {
     async fn create(&self, spec: MigrationSpec) -> Result<(), AdminError> {
-        self.engine().await.create(spec).await.map(|_view| ()).map_err(|error| refused(&error))
+        self.engine(Wanted::ToDo).await.create(spec).await.map(|_view| ()).map_err(|error| refused(&error))
     }
 
     async fn list(&self) -> Result<Vec<MigrationView>, AdminError> {
-        self.engine().await.list().map_err(|error| refused(&error))
+        self.engine(Wanted::ToShow).await.list().map_err(|error| refused(&error))
     }
 
     async fn show(&self, name: &MigrationName) -> Result<MigrationView, AdminError> {
-        self.engine().await.show(name.as_str()).map_err(|error| refused(&error))
+        self.engine(Wanted::ToShow).await.show(name.as_str()).map_err(|error| refused(&error))
     }
 
     async fn tables(&self, name: &MigrationName) -> Result<Vec<TableView>, AdminError> {
-        self.engine().await.tables(name.as_str()).map_err(|error| refused(&error))
+        self.engine(Wanted::ToShow).await.tables(name.as_str()).map_err(|error| refused(&error))
     }
 
     async fn validation(&self, name: &MigrationName) -> Result<Vec<RuleResult>, AdminError> {
@@ -73,31 +124,31 @@ impl Migrations for EngineDesk {
     }
 
     async fn cancel(&self, name: &MigrationName) -> Result<CancelReport, AdminError> {
-        self.engine().await.cancel(name.as_str()).await.map_err(|error| refused(&error))
+        self.engine(Wanted::ToDo).await.cancel(name.as_str()).await.map_err(|error| refused(&error))
     }
 
     async fn complete(&self, name: &MigrationName) -> Result<CancelReport, AdminError> {
-        self.engine().await.complete(name.as_str()).await.map_err(|error| refused(&error))
+        self.engine(Wanted::ToDo).await.complete(name.as_str()).await.map_err(|error| refused(&error))
     }
 
     async fn verify(&self, name: &MigrationName, request: VerifyRequest) -> Result<VerifyReport, AdminError> {
-        let engine = self.engine().await;
+        let engine = self.engine(Wanted::ToDo).await;
         let report =
             if request.repair { engine.repair(name.as_str()).await } else { engine.verify(name.as_str()).await };
         report.map_err(|error| refused(&error))
     }
 
     async fn verification(&self, name: &MigrationName) -> Result<Option<VerifyReport>, AdminError> {
-        self.engine().await.verification(name.as_str()).await.map_err(|error| refused(&error))
+        self.engine(Wanted::ToShow).await.verification(name.as_str()).await.map_err(|error| refused(&error))
     }
 
     async fn fix(&self, name: &MigrationName, request: FixRequest) -> Result<FixReport, AdminError> {
         let apply = if request.apply { Applied::Now } else { Applied::No };
-        self.engine().await.fix(name.as_str(), &request.rule, apply).await.map_err(|error| refused(&error))
+        self.engine(Wanted::ToDo).await.fix(name.as_str(), &request.rule, apply).await.map_err(|error| refused(&error))
     }
 
     async fn retry(&self, name: &MigrationName) -> Result<(), AdminError> {
-        self.engine().await.retry(name.as_str()).await.map_err(|error| refused(&error))
+        self.engine(Wanted::ToDo).await.retry(name.as_str()).await.map_err(|error| refused(&error))
     }
 }
 
@@ -222,5 +273,20 @@ impl parts::Lease for Lease {
         let lease = self.0.lock().unwrap_or_else(PoisonError::into_inner).take();
         let Some(lease) = lease else { return Ok(()) };
         lease.finish(outcome).await.map_err(|error| refused(&error).message)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn who_only_looks_does_not_wait_for_what_is_known_to_be_away() {
+        let refused = "target 10.0.0.6:5432: connecting: Connection refused";
+        let taken = "another pgcutover runs the engine of this target";
+        assert_eq!(patience(false, refused, Wanted::ToShow), Duration::ZERO);
+        assert_eq!(patience(false, taken, Wanted::ToShow), TIME_TO_TRY_AGAIN);
+        assert_eq!(patience(false, refused, Wanted::ToDo), TIME_TO_TRY_AGAIN);
+        assert_eq!(patience(true, "not yet", Wanted::ToShow), TIME_TO_BEGIN);
     }
 }

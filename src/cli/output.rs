@@ -56,6 +56,7 @@ impl Output {
             CliError::Config(_) => ("configuration", None),
             CliError::Usage(_) => ("usage", None),
             CliError::Failed(_) => ("failed", None),
+            CliError::Interrupted(_) => ("interrupted", None),
         };
         if self.is_json() {
             self.note(&json!({"error": {"code": code, "message": error.to_string(), "hint": hint}}).to_string());

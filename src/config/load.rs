@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use super::error::{ConfigError, Origin, Problem};
-use super::reader::{KnownKeys, Reader, Section};
+use super::reader::{KnownKeys, Reader, Section, nearest};
 use super::*;
 
 /// Reads what the active server knows of a role; only a superuser can run it. Elsewhere an operator writes a SECURITY
@@ -322,6 +322,15 @@ fn admin(mut section: Section<'_>) -> Admin {
     admin
 }
 
+/// What a filter says of everything that is logged.
+const LOG_LEVELS: [&str; 6] = ["off", "error", "warn", "info", "debug", "trace"];
+
+/// Whether a part of a filter is a word alone that is no level: it is taken for a module, and all else is silent.
+fn is_no_level(word: &str) -> bool {
+    let is_alone = !word.is_empty() && !word.contains(['=', '[', ']', ':', '"']);
+    is_alone && word != "pgcutover" && word.parse::<tracing_subscriber::filter::LevelFilter>().is_err()
+}
+
 fn telemetry(mut section: Section<'_>) -> Telemetry {
     let log = section.text("log").unwrap_or_else(|| "info".to_owned());
     if let Err(error) = tracing_subscriber::EnvFilter::try_new(&log) {
@@ -331,6 +340,13 @@ fn telemetry(mut section: Section<'_>) -> Telemetry {
             origin,
             &format!("{log:?} is not a filter, such as \"info\" or \"pgcutover=debug\": {error}"),
         );
+    } else if let Some(word) = log.split(',').map(str::trim).find(|word| is_no_level(word) && !log.contains('{')) {
+        let near = nearest(word, &LOG_LEVELS).map(|near| format!("; did you mean {near:?}?")).unwrap_or_default();
+        let levels = LOG_LEVELS.join(", ");
+        let message =
+            format!("{word:?} is not one of {levels}, and nothing but a module of that name would be logged{near}");
+        let origin = section.origin("log").unwrap_or(Origin::Whole);
+        section.bad("log", origin, &message);
     }
     Telemetry { log, json: section.choice("format", false, &[("text", false), ("json", true)]) }
 }

@@ -283,7 +283,7 @@ fn show_config_lists_every_key_and_no_secret() {
 #[test]
 fn mistakes_are_named_with_their_line_and_the_nearest_key() {
     type Case = (fn(String) -> String, &'static str);
-    let cases: [Case; 23] = [
+    let cases: [Case; 25] = [
         (|f| f.replace("users =", "user ="), "f:7: unknown key `user` in [admin]; did you mean `users`?"),
         (|f| f.replace("[target]", "[targets]"), "f:14: unknown section [targets]; did you mean `target`?"),
         (|f| f + "sslmod = \"require\"\n", "f:18: unknown key `sslmod` in [target]; did you mean `sslmode`?"),
@@ -319,6 +319,8 @@ fn mistakes_are_named_with_their_line_and_the_nearest_key() {
         ),
         (|f| f + "[pool.users.ann]\nmode = \"session\"\n", "f:18: unknown key `users` in [pool]"),
         (|f| f + "[auth]\nmethod = \"password\"\n", "f:19: [auth] method: sends passwords in clear text"),
+        (|f| f + "[telemetry]\nlog = \"inof\"\n", "f:19: [telemetry] log: \"inof\" is not one of off, error"),
+        (|f| f + "[telemetry]\nlog = \"a=info,warning\"\n", "f:19: [telemetry] log: \"warning\" is not one of off"),
     ];
     for (change, expected) in cases {
         let found = problems(change, &[]);

@@ -123,11 +123,9 @@ impl Coordinator {
     }
 
     /// Finds out who is active, settles what a crash has left, and sets the routes. Returns after one attempt; where
-    /// something could not be settled it is tried again in the background until it is.
+    /// something could not be settled it is tried again in the background until it is. The engine is told there, too.
     pub async fn resolve_at_startup(&self) {
-        self.resolver.clone().resolve_until_settled(&self.deps.tasks).await;
-        let tasks = self.deps.tasks.clone();
-        self.deps.tasks.spawn(self.resolver.clone().keep_engine_informed(tasks));
+        self.resolver.clone().resolve_at_startup(&self.deps.tasks).await;
     }
 
     /// What the command does when it names no bounds of its own.

@@ -8,6 +8,7 @@
 use std::time::{Duration, Instant};
 
 use super::CutoverError;
+use super::soft_fence;
 use super::work::{LineSessions, UnmovedSession, Work};
 use crate::config::{FencePolicy, Stragglers};
 use crate::migration::unstreamed;
@@ -130,43 +131,63 @@ impl Work {
 
     /// The databases that are about to become active must accept connections and writes.
     async fn check_writable(&self) -> Result<(), CutoverError> {
-        // The fence that stands there is ours, and is lifted when the databases come back.
-        if self.home.is_some() {
-            return Ok(());
-        }
         let rows = self
             .to
             .control
             .query(
                 "SELECT d.datname, d.datallowconn, d.datconnlimit,
-                        EXISTS (SELECT FROM pg_catalog.pg_db_role_setting s, unnest(s.setconfig) c
-                                WHERE s.setdatabase IN (0, d.oid) AND s.setrole = 0
-                                  AND lower(split_part(c, '=', 1)) = 'default_transaction_read_only'
-                                  AND substr(c, strpos(c, '=') + 1)::boolean)
+                        (SELECT substr(c, strpos(c, '=') + 1)::boolean
+                         FROM pg_catalog.pg_db_role_setting s, unnest(s.setconfig) c
+                         WHERE s.setdatabase = d.oid AND s.setrole = 0
+                           AND lower(split_part(c, '=', 1)) = 'default_transaction_read_only'),
+                        (SELECT substr(c, strpos(c, '=') + 1)::boolean
+                         FROM pg_catalog.pg_db_role_setting s, unnest(s.setconfig) c
+                         WHERE s.setdatabase = 0 AND s.setrole = 0
+                           AND lower(split_part(c, '=', 1)) = 'default_transaction_read_only')
                  FROM pg_catalog.pg_database d WHERE d.datname = ANY($1)",
                 &[&self.case.databases],
             )
             .await
             .map_err(|source| CutoverError::query("look at the databases that are led to", source))?;
+        let configured = self.is_configured_read_only().await?;
         let to = self.to.role;
         for name in &self.case.databases {
             let Some(row) = rows.iter().find(|row| row.get::<_, &str>(0) == name) else {
                 return Err(CutoverError::Guardrail(format!("database {name:?} does not exist on the {to}")));
             };
-            if !row.get::<_, bool>(1) || row.get::<_, i32>(2) == 0 {
+            let (of_database, of_all): (Option<bool>, Option<bool>) = match &self.home {
+                None => (row.get(3), row.get(4)),
+                // The fence that stands there is ours, and is lifted when the databases come back. What the database
+                // was set to before that is what its sessions ran with.
+                Some(home) => {
+                    let saved = home.fence.saved.iter().find(|saved| saved.name == *name);
+                    (saved.and_then(|saved| saved.read_only.as_ref()).map(|_| false), row.get(4))
+                }
+            };
+            if self.home.is_none() && (!row.get::<_, bool>(1) || row.get::<_, i32>(2) == 0) {
                 return Err(CutoverError::Guardrail(format!(
                     "database {name:?} accepts no connections on the {to}: ALTER DATABASE … ALLOW_CONNECTIONS true \
                      CONNECTION LIMIT -1"
                 )));
             }
-            if row.get::<_, bool>(3) {
+            if let Some(from_where) = read_only_by(of_database, of_all, configured) {
                 return Err(CutoverError::Guardrail(format!(
-                    "database {name:?} is read-only by default on the {to}: ALTER DATABASE … RESET \
-                     default_transaction_read_only there"
+                    "database {name:?} is read-only by default on the {to}: {from_where}"
                 )));
             }
         }
         Ok(())
+    }
+
+    /// Whether the server that is led to says so itself; our own sessions there pin it and cannot tell.
+    async fn is_configured_read_only(&self) -> Result<bool, CutoverError> {
+        let asked = self.to.connector.server_setting(&self.control_database, soft_fence::READ_ONLY).await?;
+        let value = match asked {
+            Some(value) => value,
+            // Hidden by a setting of our own role, or of the control database.
+            None => soft_fence::server_default(&*self.to.control).await?,
+        };
+        Ok(is_on(&value))
     }
 
     /// What no stream carries is carried in the pause; what does not get there in time is an abort by `max_pause`.
@@ -275,14 +296,37 @@ impl Work {
         if stuck.is_empty() {
             return Ok(());
         }
-        let words = stuck.into_iter().map(|session| session.words);
         match self.options.stragglers {
-            Stragglers::Abort => Err(CutoverError::Sessions(words.collect())),
+            Stragglers::Abort => {
+                let (words, obstacles) = stuck.into_iter().map(|session| (session.words, session.obstacle)).unzip();
+                Err(CutoverError::Sessions { words, obstacles })
+            }
             Stragglers::Terminate => {
-                self.notes.extend(words.map(|words| format!("cannot be moved: {words}")));
+                self.notes.extend(stuck.into_iter().map(|session| format!("cannot be moved: {}", session.words)));
                 Ok(())
             }
         }
+    }
+}
+
+/// Whether a setting is on, by the words that PostgreSQL takes for it and settings are stored with.
+fn is_on(value: &str) -> bool {
+    ["on", "true", "yes", "1"].iter().any(|word| value.trim().eq_ignore_ascii_case(word))
+}
+
+/// What makes a database read-only by default, and what ends that: the first one that is set wins, a database's own
+/// value, that of all databases, the server's (`process_settings` in PostgreSQL's `postinit.c`). Roles with values of
+/// their own are not asked.
+fn read_only_by(of_database: Option<bool>, of_all: Option<bool>, configured: bool) -> Option<&'static str> {
+    match (of_database, of_all, configured) {
+        (Some(true), _, _) => Some("ALTER DATABASE … RESET default_transaction_read_only there"),
+        (None, Some(true), _) => Some("ALTER ROLE ALL RESET default_transaction_read_only there"),
+        (None, None, true) => Some(
+            "its configuration has default_transaction_read_only = on, which services set when the disk is full: give \
+             it more storage if that was why, and ALTER SYSTEM RESET default_transaction_read_only; SELECT \
+             pg_reload_conf() there",
+        ),
+        (Some(false), _, _) | (None, Some(false), _) | (None, None, false) => None,
     }
 }
 
@@ -334,6 +378,22 @@ async fn check_fingerprint(database: &str, sessions: &LineSessions, tables: &[St
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn the_first_setting_that_is_there_says_whether_a_database_is_read_only() {
+        let says = |of_database, of_all, configured| read_only_by(of_database, of_all, configured).is_some();
+        for (of_database, of_all, configured, read_only) in [
+            (None, None, false, false),
+            (None, None, true, true),
+            (None, Some(false), true, false),
+            (None, Some(true), false, true),
+            (Some(false), Some(true), true, false),
+            (Some(true), Some(false), false, true),
+        ] {
+            assert_eq!(says(of_database, of_all, configured), read_only, "{of_database:?} {of_all:?} {configured}");
+        }
+        assert!(is_on("ON") && is_on("true") && !is_on("off") && !is_on(""));
+    }
 
     #[test]
     fn a_lag_that_is_too_large_is_foretold() {

@@ -113,8 +113,13 @@ pub enum CutoverError {
         obstacles: Vec<Obstacle>,
     },
     /// Sessions that cannot be moved.
-    #[error("sessions cannot be moved: {}", first(.0))]
-    Sessions(Vec<String>),
+    #[error("sessions cannot be moved: {}", first(words))]
+    Sessions {
+        /// Who, and why, in words.
+        words: Vec<String>,
+        /// The same for a list of all of them.
+        obstacles: Vec<Obstacle>,
+    },
     /// The engine could not take part, or lost the stream.
     #[error("replication: {0}")]
     Engine(String),
@@ -179,8 +184,9 @@ impl CutoverError {
                 "wait until they have ended, end them (`pgcutover kill PID`), allow more with --drain-timeout, \
                  or order it with --stragglers terminate",
             ),
-            Self::Sessions(_) => Some(
-                "`pgcutover show blockers` lists them: let their clients give it up, or end them with `pgcutover kill PID`",
+            Self::Sessions { .. } => Some(
+                "`blockers` of this report are all of them, and `pgcutover show blockers` lists those that have run \
+                 nothing since: let their clients give it up, or end them with `pgcutover kill PID`",
             ),
             Self::Engine(_) => Some(
                 "`pgcutover migration show NAME` has the last error of the stream; order it again when it has caught up",
@@ -196,7 +202,7 @@ impl CutoverError {
     /// Who was in the way, if that was it.
     fn obstacles(&self) -> &[Obstacle] {
         match self {
-            Self::Blocked { obstacles, .. } => obstacles,
+            Self::Blocked { obstacles, .. } | Self::Sessions { obstacles, .. } => obstacles,
             Self::Connect(_)
             | Self::Query { .. }
             | Self::Record(_)
@@ -208,7 +214,6 @@ impl CutoverError {
             | Self::Definitions(_)
             | Self::Guardrail(_)
             | Self::Forceable(_)
-            | Self::Sessions(_)
             | Self::Engine(_)
             | Self::MaxPause(_)
             | Self::Stopped(_)

@@ -18,7 +18,7 @@ use crate::postgres::Control;
 use crate::sqlstate;
 use crate::switch::{Epoch, PrepareWindow};
 
-const READ_ONLY: &str = "default_transaction_read_only";
+pub(super) const READ_ONLY: &str = "default_transaction_read_only";
 
 /// A database before the fence: what restores it, and what backends must be given until the pause.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -104,7 +104,7 @@ pub(super) async fn read_before(
 
 /// `default_transaction_read_only` of the configuration files; our own session pins it and cannot tell. A role that may
 /// not read the files leaves us with PostgreSQL's default.
-async fn server_default(control: &impl GenericClient) -> Result<String, CutoverError> {
+pub(super) async fn server_default(control: &impl GenericClient) -> Result<String, CutoverError> {
     let failed = |source| CutoverError::query("read the server's configuration", source);
     let readable = control
         .query_one("SELECT pg_catalog.has_function_privilege('pg_catalog.pg_show_all_file_settings()', 'execute')", &[])

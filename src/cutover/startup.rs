@@ -4,7 +4,8 @@
 //! proposing to abort it, unless its coordinator lives; a fence that was aborted is lifted, one that was decided is told
 //! so. Only then are routes published. What cannot be read now is tried again in the background: a restart never
 //! reverts a decided cutover and never stays paused. The engine is told the outcome of a cutover that it takes for open
-//! whenever its migrations change: the answer to its own note may have been lost, or another process have begun it.
+//! whenever its migrations change: the answer to its own note may have been lost, or another process have begun it. At
+//! a start nobody waits for what it then puts away, which takes connections to each database: who is active is known.
 
 use std::collections::{BTreeMap, HashSet};
 use std::sync::Arc;
@@ -54,6 +55,15 @@ enum Told {
     AllButTheLiving,
 }
 
+/// Whether a pass waits until the engine has acted on what it is told.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Telling {
+    /// It does.
+    Now,
+    /// It is told by [`Resolver::keep_engine_informed`]: clients wait for this pass.
+    Later,
+}
+
 /// A server that can be read.
 struct Readable {
     control: Control,
@@ -86,9 +96,17 @@ impl Resolver {
         self.turn.lock().await
     }
 
+    /// One pass now, which clients wait for. In the background: more while something remains, and the engine is told.
+    pub(super) async fn resolve_at_startup(self: Arc<Self>, tasks: &Tasks) {
+        if !self.pass(Telling::Later).await {
+            self.clone().settle_in_background(tasks);
+        }
+        tasks.spawn(self.keep_engine_informed(tasks.clone()));
+    }
+
     /// One pass now; more in the background while something remains.
     pub(super) async fn resolve_until_settled(self: Arc<Self>, tasks: &Tasks) {
-        if self.pass().await {
+        if self.pass(Telling::Now).await {
             return;
         }
         self.settle_in_background(tasks);
@@ -104,7 +122,7 @@ impl Resolver {
                     () = stop.stopping() => return,
                     () = tokio::time::sleep(TRY_AGAIN) => {}
                 }
-                if self.pass().await {
+                if self.pass(Telling::Now).await {
                     return;
                 }
             }
@@ -113,21 +131,40 @@ impl Resolver {
 
     /// Until the process stops: tells the engine what became of cutovers that it takes for open and nobody works on, and
     /// lifts the fences of migrations that were cancelled.
-    pub(super) async fn keep_engine_informed(self: Arc<Self>, tasks: Tasks) {
+    async fn keep_engine_informed(self: Arc<Self>, tasks: Tasks) {
         let mut changes = self.engine.changes();
-        // A watch that is kept, a sleep and a token: nothing is lost by dropping a wait for them.
+        // A read, a watch that is kept, a sleep and a token: nothing is lost by dropping a wait for them.
+        let mut untold = tokio::select! {
+            () = tasks.stopping() => return,
+            untold = self.has_to_be_told() => untold,
+        };
         loop {
-            tokio::select! {
-                () = tasks.stopping() => return,
-                changed = changes.changed() => if changed.is_err() { return },
+            if !untold {
+                tokio::select! {
+                    () = tasks.stopping() => return,
+                    changed = changes.changed() => if changed.is_err() { return },
+                }
             }
-            while !self.inform_engine().await {
+            untold = false;
+            loop {
+                tokio::select! {
+                    () = tasks.stopping() => return,
+                    // Each of its steps is one transaction, and what is left of them is found by the next start.
+                    informed = Box::pin(self.inform_engine()) => if informed { break },
+                }
                 tokio::select! {
                     () = tasks.stopping() => return,
                     () = tokio::time::sleep(TRY_AGAIN) => {}
                 }
             }
         }
+    }
+
+    /// Whether the engine may take a cutover for open. Not, as far as that is known, where the target cannot be read:
+    /// the engine cannot either, and changes when it can.
+    async fn has_to_be_told(&self) -> bool {
+        let Some(target) = self.read(ServerRole::Target).await else { return false };
+        !migrations::completing(&target.control).await.is_ok_and(|open| open.is_empty())
     }
 
     /// Returns whether nothing remains to be told or done.
@@ -148,7 +185,7 @@ impl Resolver {
 
     /// Reads, settles, publishes. Returns whether nothing remains to be done. A database into which sessions are let is left as
     /// it is: a server that does not answer just now takes nothing back.
-    async fn pass(&self) -> bool {
+    async fn pass(&self, telling: Telling) -> bool {
         let _turn = self.turn().await;
         let (source, target) = tokio::join!(self.read(ServerRole::Source), self.read(ServerRole::Target));
         let (mut source, mut target) = (source, target);
@@ -180,7 +217,9 @@ impl Resolver {
         // They would write what foreign keys refuse, and no trigger would see it.
         let unsettled = Box::pin(self.settle_late(source_claims, target_claims)).await;
         let published = self.publish(source_claims, target_claims, &unsettled);
-        if let Err(error) = Box::pin(self.tell_engine(source.as_ref(), target.as_ref())).await {
+        if telling == Telling::Now
+            && let Err(error) = Box::pin(self.tell_engine(source.as_ref(), target.as_ref())).await
+        {
             tracing::warn!(%error, "the engine does not know yet how its cutover ended");
             settled = false;
         }

@@ -9,7 +9,7 @@ use tokio_util::sync::CancellationToken;
 
 use super::CutoverError;
 use super::forecast::Intention;
-use super::hard_fence::{Known, Shutting};
+use super::hard_fence::{Known, Obstacle, Shutting};
 use super::parts::Lease;
 use super::phase::{Event, Phase};
 use super::report::{CutoverOutcome, CutoverProgress, CutoverReport, Timings};
@@ -289,12 +289,22 @@ pub(super) struct UnmovedSession {
     pub(super) id: u64,
     /// For operators.
     pub(super) words: String,
+    /// The same for a list of all that stood in the way.
+    pub(super) obstacle: Obstacle,
 }
 
 fn describe(session: &SessionView, why: &str) -> UnmovedSession {
     let SessionView { id, user, application_name, client_address, client_pid, .. } = session;
     let words = format!("session {client_pid} of {user:?} ({application_name:?}, from {client_address}): {why}");
-    UnmovedSession { id: *id, words }
+    let now = if session.in_transaction { "at work" } else { "idle" };
+    let obstacle = Obstacle {
+        pid: session.backend_pid.unwrap_or(*client_pid),
+        database: session.database.clone(),
+        application_name: application_name.clone(),
+        doing: format!("cannot be moved: {why}; {now}"),
+        age_seconds: session.for_time.as_secs_f64(),
+    };
+    UnmovedSession { id: *id, words, obstacle }
 }
 
 /// Runs a step that may be given up: until `deadline` at the latest, and until somebody says stop. The step is dropped

@@ -106,6 +106,8 @@ pub async fn copy_roles(
     let mut writer = Writer {
         control: &to,
         journal,
+        from: source.label(),
+        to: target.label(),
         own: &target.server().user,
         known: database_parameters(&to).await.map_err(read(target))?,
         found,
@@ -177,17 +179,13 @@ impl Done {
     }
 }
 
-/// It stays as it is on the target, and the operator is told.
-fn not_allowed(doing: &str) -> Done {
-    let warning =
-        format!("it could not be {doing}: the target's login role has not the right, so it stays as it is there");
-    Done { changed: false, warning: Some(warning) }
-}
-
 /// Writes to the target what differs.
 struct Writer<'a> {
     control: &'a Control,
     journal: &'a dyn Journal,
+    /// `source` and `target`, as the configuration calls them: in a rollback the other way round.
+    from: &'a str,
+    to: &'a str,
     /// The role that we log in with ourselves.
     own: &'a str,
     /// Parameters that the target knows.
@@ -201,6 +199,14 @@ struct Writer<'a> {
 }
 
 impl Writer<'_> {
+    /// It stays as it is on the server that is led to, and the operator is told.
+    fn not_allowed(&self, doing: &str) -> Done {
+        let to = self.to;
+        let warning =
+            format!("it could not be {doing}: the {to}'s login role has not the right, so it stays as it is there");
+        Done { changed: false, warning: Some(warning) }
+    }
+
     async fn role(&mut self, role: &Role) -> Result<RoleReport, RolesError> {
         let found = self.found.roles.iter().find(|found| found.name == role.name).cloned();
         let mut report = RoleReport { role: role.name.clone(), action: RoleAction::Unchanged, warnings: Vec::new() };
@@ -240,7 +246,7 @@ impl Writer<'_> {
 
     async fn alter(&self, role: &Role, found: &Role) -> Result<Done, RolesError> {
         if role.name == self.own {
-            let warning = "its attributes differ on the target; left, because pgcutover logs in with it".to_owned();
+            let warning = format!("its attributes differ on the {}; left, because pgcutover logs in with it", self.to);
             return Ok(Done { changed: false, warning: Some(warning) });
         }
         let note = format!(
@@ -256,7 +262,7 @@ impl Writer<'_> {
         let modest = role.attributes.modest(Some(&found.attributes));
         let fallback = (modest != role.attributes).then(|| statement(&modest));
         match self.with_fallback(role, "altered", &statement(&role.attributes), fallback).await {
-            Err(error) if error.is_right() => Ok(not_allowed("altered")),
+            Err(error) if error.is_right() => Ok(self.not_allowed("altered")),
             done => done,
         }
     }
@@ -272,19 +278,25 @@ impl Writer<'_> {
         match (self.run(role, doing, full).await, fallback) {
             (Err(error), Some(fallback)) if error.is_right() => {
                 self.run(role, doing, &fallback).await?;
-                let warning = "SUPERUSER, REPLICATION or BYPASSRLS could not be given: the target's login role has not \
-                               the right; sessions of this role may be refused what they could do on the source";
-                Ok(Done { changed: true, warning: Some(warning.to_owned()) })
+                let (from, to) = (self.from, self.to);
+                let warning = format!(
+                    "SUPERUSER, REPLICATION or BYPASSRLS could not be given: the {to}'s login role has not the right; \
+                     sessions of this role may be refused what they could do on the {from}"
+                );
+                Ok(Done { changed: true, warning: Some(warning) })
             }
             (done, _) => done.map(|()| Done { changed: true, warning: None }),
         }
     }
 
     async fn verifier(&self, role: &Role, found: Option<&Role>) -> Result<Done, RolesError> {
+        let (from, to) = (self.from, self.to);
         if !self.verifiers_readable {
-            let warning = "its password verifier cannot be read on the source; set the same password on the target, or \
-                           clients of this role cannot be moved";
-            return Ok(Done { changed: false, warning: role.attributes.login.then(|| warning.to_owned()) });
+            let warning = format!(
+                "its password verifier cannot be read on the {from}; set the same password on the {to}, or clients of \
+                 this role cannot be moved"
+            );
+            return Ok(Done { changed: false, warning: role.attributes.login.then_some(warning) });
         }
         let before = found.and_then(|found| found.verifier.as_ref());
         let Some(verifier) = role.verifier.as_ref() else { return self.take_password(role, found).await };
@@ -292,13 +304,15 @@ impl Writer<'_> {
             return Ok(Done::default());
         }
         if found.is_some() && !self.found.verifiers_readable {
-            let warning = "whether its password is the same on the target cannot be read";
-            return Ok(Done { changed: false, warning: Some(warning.to_owned()) });
+            let warning = format!("whether its password is the same on the {to} cannot be read");
+            return Ok(Done { changed: false, warning: Some(warning) });
         }
         if role.name == self.own {
-            let warning = "its password verifier differs on the target and was left, because pgcutover logs in with it; \
-                           clients that log in as this role cannot be moved";
-            return Ok(Done { changed: false, warning: Some(warning.to_owned()) });
+            let warning = format!(
+                "its password verifier differs on the {to} and was left, because pgcutover logs in with it; clients \
+                 that log in as this role cannot be moved"
+            );
+            return Ok(Done { changed: false, warning: Some(warning) });
         }
         if found.is_some() {
             let note = "had another password; it was replaced by the source's, and the old one cannot be brought back";
@@ -317,7 +331,7 @@ impl Writer<'_> {
         let before = found.map_or(&[][..], |found| &found.settings);
         for setting in role.settings.iter().filter(|setting| !before.contains(setting)) {
             if !setting.is_custom() && !self.known.contains(&setting.name.to_lowercase()) {
-                done.warning = Some(format!("the target does not know its setting {}; left out", setting.name));
+                done.warning = Some(format!("the {} does not know its setting {}; left out", self.to, setting.name));
                 continue;
             }
             if found.is_some() {
@@ -351,8 +365,8 @@ impl Writer<'_> {
             return Ok(Done::default());
         }
         let known = self.control.query_opt("SELECT 1 FROM pg_roles WHERE rolname::text = $1", &[&wanted.role]).await;
-        if known.map_err(|source| RolesError::Read { server: "target".to_owned(), source })?.is_none() {
-            let warning = format!("it is a member of {}, which the target does not have", wanted.role);
+        if known.map_err(|source| RolesError::Read { server: self.to.to_owned(), source })?.is_none() {
+            let warning = format!("it is a member of {}, which the {} does not have", wanted.role, self.to);
             return Ok(Done { changed: false, warning: Some(warning) });
         }
         let grant = format!("GRANT {} TO {}", quote_ident(&wanted.role), quote_ident(&wanted.member));
@@ -429,7 +443,7 @@ impl Writer<'_> {
     /// and what they are does not matter to what is moved.
     async fn where_allowed(&self, role: &Role, doing: &'static str, sql: &str) -> Result<Done, RolesError> {
         match self.run(role, doing, sql).await {
-            Err(error) if error.is_right() => Ok(not_allowed(doing)),
+            Err(error) if error.is_right() => Ok(self.not_allowed(doing)),
             done => done.map(|()| Done { changed: true, warning: None }),
         }
     }

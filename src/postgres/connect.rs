@@ -22,6 +22,12 @@ use crate::sqlstate;
 /// A control session whose server does not even acknowledge what it is sent is given up after this.
 const MAX_UNACKNOWLEDGED: Duration = Duration::from_secs(60);
 
+/// All of them, because a condition would need an operator, and the search_path of such a session is anybody's.
+const SETTINGS: &str = "SELECT name, setting, source FROM pg_catalog.pg_settings";
+
+/// Sources of values that are not the server's.
+const NOT_THE_SERVERS: [&str; 3] = ["user", "database", "database user"];
+
 /// A random name of this process, part of the `application_name` of everything it opens
 /// (`pgcutover/<instance>/<purpose>`), so that its own backends can be told from strangers.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -175,6 +181,28 @@ impl Connector {
                 attempt = Box::pin(self.raw_once(login, Encryption::Without)).await;
             }
             attempt
+        })
+        .await
+    }
+
+    /// The server's own value of the setting `name`, as a session of `database` finds it that pins nothing, unlike
+    /// ours. None where the login role or the database has a value of its own, which hides it, or the server knows no
+    /// such setting.
+    pub async fn server_setting(&self, database: &str, name: &str) -> Result<Option<String>, ConnectError> {
+        let mut login = self.own_login(database, "settings");
+        login.parameters.retain(|(parameter, _)| parameter != "options");
+        self.bounded(async {
+            let mut connection = Box::pin(self.raw(&login)).await?;
+            let rows = connection.simple_query(SETTINGS).await;
+            let rows = rows.map_err(|error| self.login_error(&login, &error.into()))?;
+            // The answer is here; how the session ends does not matter.
+            let _ended = connection.terminate().await;
+            Ok(rows.into_iter().find_map(|row| {
+                let [known, value, source] = <[Option<String>; 3]>::try_from(row).ok()?;
+                value
+                    .filter(|_| known.is_some_and(|known| known == name))
+                    .filter(|_| source.is_some_and(|source| !NOT_THE_SERVERS.contains(&source.as_str())))
+            }))
         })
         .await
     }

@@ -106,7 +106,7 @@ pub struct SessionView {
     pub tls: bool,
     /// A move in preparation.
     pub moving: MoveState,
-    /// Why it cannot be moved.
+    /// Why it cannot be moved: as of the last attempt, until it runs something more.
     pub blockers: Vec<Blocker>,
     /// Whether it has a backend for each transaction, or for as long as it lives.
     pub pooled: bool,
@@ -288,6 +288,14 @@ impl Entry {
         let mut facts = lock(&self.facts);
         facts.moving = moving;
         facts.blockers = blockers;
+    }
+
+    /// It has gone on since its last move was given up: what stood in its way then may be gone.
+    pub(super) fn forget_blockers(&self) {
+        let mut facts = lock(&self.facts);
+        if facts.moving == MoveState::None {
+            facts.blockers = Vec::new();
+        }
     }
 
     /// Set by the session's own task, which takes it back before it lets anything more pass.

@@ -197,11 +197,13 @@ impl Session {
         }
     }
 
-    /// Closes what was prepared.
+    /// Closes what was prepared. What stands in the way of the next attempt as well is shown on.
     pub(super) fn discard_move(&mut self) {
-        let Some(moving) = self.moving.take() else { return };
+        let Some(mut moving) = self.moving.take() else { return };
         self.entry.set_settled_for(None);
-        self.entry.set_moving(MoveState::None, Vec::new());
+        let blockers = if self.touched { Vec::new() } else { std::mem::take(&mut moving.blockers) };
+        self.shows_blockers = !blockers.is_empty();
+        self.entry.set_moving(MoveState::None, blockers);
         // Who waits for an answer learns that there is nothing to move: an abort, or a client that has left.
         drop(moving.replies);
         match moving.stage {

@@ -405,6 +405,9 @@ impl Session {
         if self.shadow.is_some() {
             self.end_sample(now - since);
         }
+        if std::mem::take(&mut self.shows_blockers) {
+            self.entry.forget_blockers();
+        }
     }
 
     /// Backend to client, at most a block.

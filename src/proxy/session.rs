@@ -132,6 +132,8 @@ pub(super) struct Session {
     pub(super) moving: Option<Box<Moving>>,
     /// Something was forwarded since the state was captured.
     pub(super) touched: bool,
+    /// What stood in the way of a move that was given up is still shown to operators.
+    pub(super) shows_blockers: bool,
     /// Cancels on their way to the backend, which must not be given up before they have arrived.
     pub(super) cancels: Vec<tokio::task::JoinHandle<()>>,
     /// The client has cancelled what is not on a server yet. If it is held, it is told at the next frame boundary.
@@ -247,6 +249,7 @@ impl Session {
             tracked: Tracked::new(),
             moving: None,
             touched: true,
+            shows_blockers: false,
             cancels: Vec::new(),
             cancelled: false,
             cancelled_by: None,
@@ -284,6 +287,7 @@ impl Session {
             tracked: taken.tracked,
             moving: None,
             touched: true,
+            shows_blockers: false,
             cancels: Vec::new(),
             cancelled: false,
             cancelled_by: None,

@@ -290,6 +290,7 @@ impl Daemon for Fake {
 pub struct Admin {
     pub fake: Arc<Fake>,
     pub switchboard: Arc<Switchboard>,
+    pub service: Service,
     pub http: SocketAddr,
     pub console: SocketAddr,
     /// What every client of the console cancels with.
@@ -319,7 +320,7 @@ pub async fn admin(change: impl FnOnce(&mut Config)) -> Admin {
     let http = http::start(([127, 0, 0, 1], 0).into(), service.clone(), &tasks).await.unwrap();
     let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
     let address = listener.local_addr().unwrap();
-    let console = Console::new(service, tasks.clone());
+    let console = Console::new(service.clone(), tasks.clone());
     let key = ConsoleKey::default();
     let given = key.clone();
     tasks.spawn(async move {
@@ -328,7 +329,7 @@ pub async fn admin(change: impl FnOnce(&mut Config)) -> Admin {
             tokio::spawn(authenticated(stream, console.clone(), given.clone()));
         }
     });
-    Admin { fake, switchboard, http, console: address, key, tasks }
+    Admin { fake, switchboard, service, http, console: address, key, tasks }
 }
 
 /// What the proxy does before it hands a client to the console: the startup, here without any proof.

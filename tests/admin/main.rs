@@ -85,6 +85,11 @@ async fn changing_state_needs_the_token_or_this_machine() {
 #[tokio::test]
 async fn readiness_and_status_follow_the_route() {
     let admin = admin(|_| {}).await;
+    admin.service.expect_to_open();
+    let (status, problem) = admin.get("/readyz").await;
+    assert!(status == 503 && problem["detail"].as_str().unwrap().contains("is starting"), "{status} {problem}");
+    admin.service.open();
+    assert_eq!(admin.get("/readyz").await.0, 200);
     admin.switchboard.database("shop").set_unknown("both servers are away".to_owned());
     let (status, problem) = admin.get("/readyz").await;
     assert_eq!(status, 503);
@@ -352,6 +357,34 @@ async fn who_waits_for_connections_to_close_and_goes_is_not_waited_for() {
     more_looks().await;
     drop(stream);
     nobody_looks(&looks).await;
+}
+
+#[tokio::test]
+async fn a_pause_whose_caller_hangs_up_is_taken_back() {
+    let admin = admin(|_| {}).await;
+    let shop = admin.switchboard.database("shop");
+    let member = shop.join();
+    let _admission = member.try_enter().expect("it is open");
+    let becomes = async |paused: bool| {
+        tokio::time::timeout(Duration::from_secs(30), async {
+            while shop.is_paused() != paused || (!paused && admin.switchboard.is_paused()) {
+                tokio::time::sleep(Duration::from_millis(5)).await;
+            }
+        })
+        .await
+        .unwrap_or_else(|_| panic!("paused: {paused}"));
+    };
+    for path in ["/api/v1/databases/shop/pause", "/api/v1/pause"] {
+        let mut stream = tokio::net::TcpStream::connect(admin.http).await.unwrap();
+        let request = format!("POST {path} HTTP/1.1\r\nhost: localhost\r\ncontent-length: 0\r\n\r\n");
+        stream.write_all(request.as_bytes()).await.unwrap();
+        becomes(true).await;
+        drop(stream);
+        becomes(false).await;
+    }
+    member.leave();
+    assert_eq!(admin.post("/api/v1/databases/shop/pause", &Value::Null).await.0, 200);
+    assert!(shop.is_paused(), "it was answered");
 }
 
 /// A client of the console that has sent its startup packet.

@@ -263,6 +263,18 @@ fn warnings(reports: &[RoleReport]) -> Vec<String> {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn on_the_way_back_it_is_the_source_that_is_named() {
+    let rig = Rig::start();
+    let target = support::connect(&rig.target_cluster, "postgres").await;
+    target.batch_execute("ALTER ROLE postgres PASSWORD 'of the target'").await.unwrap();
+    let (journal, mut carried) = (Mirrored(&rig.journal), Carried::default());
+    let reports = roles::copy_roles(&rig.target, &rig.source, &journal, &mut carried).await.unwrap();
+    let told = warnings(&reports);
+    let named = "postgres: its password verifier differs on the source and was left";
+    assert!(told.iter().any(|told| told.starts_with(named)), "{told:?}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn what_is_taken_away_from_roles_goes_and_what_is_the_targets_own_stays() {
     let rig = Rig::start();
     let source = support::connect(&rig.source_cluster, "postgres").await;

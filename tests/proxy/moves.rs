@@ -231,6 +231,25 @@ async fn what_cannot_move_is_named_and_ends_when_the_operator_says_so() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn what_stood_in_the_way_of_a_move_is_shown_until_the_session_runs_something_more() {
+    let (_source, _target, rig) = two().await;
+    let _database = rig.database();
+    let mut client = rig.wire(POSTGRES).await;
+    client.send(&query("CREATE TEMPORARY TABLE mine(a int)")).await;
+    client.until_ready().await;
+    rig.sessions.prepare_moves(&databases(), TO_TARGET, soon()).await;
+    rig.sessions.discard_moves(&databases());
+    let given_up = || async { rig.sessions.list()[0].moving == MoveState::None };
+    crate::support::wait_for("the move to be given up", given_up).await;
+    assert_eq!(rig.sessions.list()[0].blockers.len(), 1);
+    client.send(&query("DROP TABLE mine")).await;
+    client.until_ready().await;
+    let forgotten = || async { rig.sessions.list()[0].blockers.is_empty() };
+    crate::support::wait_for("what stood in the way to be forgotten", forgotten).await;
+    rig.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn a_session_whose_old_backend_is_ended_first_does_not_notice() {
     let (source, _target, rig) = two().await;
     let database = rig.database();

@@ -96,6 +96,20 @@ pub async fn try_connect(config: &tokio_postgres::Config) -> Result<tokio_postgr
     Ok(client)
 }
 
+/// Sets the server's own `default_transaction_read_only`; returns when new sessions find it.
+pub async fn configure_read_only(cluster: &Cluster, value: &str) {
+    let admin = connect(cluster, "postgres").await;
+    let statement = format!("ALTER SYSTEM SET default_transaction_read_only = {value}");
+    admin.batch_execute(&statement).await.expect("a superuser may");
+    admin.batch_execute("SELECT pg_reload_conf()").await.expect("a superuser may");
+    wait_for("the configuration to be read again", || async {
+        let session = connect(cluster, "postgres").await;
+        let row = session.query_one("SHOW default_transaction_read_only", &[]).await.expect("readable");
+        row.get::<_, String>(0) == value
+    })
+    .await;
+}
+
 /// Polls `condition` until it holds; panics with `what` after [`PATIENCE`].
 pub async fn wait_for<F, Fut>(what: &str, condition: F)
 where

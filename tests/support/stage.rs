@@ -40,6 +40,8 @@ pub struct Instantly {
     pub lag_bytes: Arc<Mutex<Option<u64>>>,
     /// It takes no migration, and does not answer, as when it waits for somebody's lock.
     pub is_waiting: Arc<AtomicBool>,
+    /// It takes long to act on the outcome of a cutover.
+    pub is_settling: Arc<AtomicBool>,
 }
 
 #[async_trait]
@@ -51,6 +53,9 @@ impl Engine for Instantly {
         Ok(Arc::new(self.clone()))
     }
     async fn cutover_settled(&self, _: &str, outcome: Outcome) -> Result<(), String> {
+        while self.is_settling.load(Ordering::SeqCst) {
+            tokio::time::sleep(Duration::from_millis(5)).await;
+        }
         self.settled.lock().expect("not poisoned").push(outcome);
         Ok(())
     }

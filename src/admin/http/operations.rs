@@ -393,7 +393,7 @@ fn orders() -> Vec<Operation> {
         ordering(
             "/api/v1/pause",
             "pauseAll",
-            "Hold new transactions; answers when those that run have ended",
+            "Hold new transactions; answers when those that run have ended. Who hangs up before that takes it back",
             done(),
             &[409, 503],
             Command::Pause(None),
@@ -602,8 +602,12 @@ async fn shutdown(state: Shared, Body(body): Body) -> Answer {
     change(state, Command::Shutdown(request.wait_for)).await
 }
 
+/// Who hangs up while a pause waits has given it up: nobody else knows that it would have to be resumed.
 async fn change(State(site): Shared, command: Command) -> Answer {
-    json(site.service.execute(command).await?)
+    // Dropped with this call, which ends when the connection does.
+    let (_call, ended) = tokio::sync::oneshot::channel::<()>();
+    let hung_up = async move { _ = ended.await };
+    json(site.service.execute_until(command, hung_up).await?)
 }
 
 fn json(reply: Reply) -> Answer {

@@ -14,14 +14,15 @@ impl Writer<'_> {
     /// Brings it over; none: there is nothing to tell.
     pub(super) async fn settings_of_everyone(&self, wanted: &Roles) -> Result<Option<RoleReport>, RolesError> {
         let mut report = RoleReport { role: EVERYONE.to_owned(), action: RoleAction::Unchanged, warnings: Vec::new() };
+        let to = self.to;
         let (found, carried) = (&self.found.of_everyone, &self.before.of_everyone);
         for setting in wanted.of_everyone.iter().filter(|setting| !found.contains(setting)) {
             let (name, clause) = (&setting.name, setting.clause());
             if !setting.is_custom() && !self.known.contains(&name.to_lowercase()) {
-                report.warnings.push(format!("the target does not know the setting {name}; left out"));
+                report.warnings.push(format!("the {to} does not know the setting {name}; left out"));
             } else if found.iter().any(|there| there.name == *name) && !carried.contains(name) {
                 report.warnings.push(format!(
-                    "the target has another value of {name}, which stays: ALTER ROLE ALL {clause}, or ALTER DATABASE … \
+                    "the {to} has another value of {name}, which stays: ALTER ROLE ALL {clause}, or ALTER DATABASE … \
                      {clause} for what is migrated"
                 ));
             } else {
@@ -49,7 +50,7 @@ impl Writer<'_> {
                 if !error.is_right() {
                     return Err(error);
                 }
-                let warning = format!("{statement} takes a superuser of the target");
+                let warning = format!("{statement} takes a superuser of the {}", self.to);
                 Ok(Done { changed: false, warning: Some(warning) })
             }
         }
