@@ -189,7 +189,6 @@ async fn what_was_only_validated_or_copied_is_not_shown_as_switched() {
     browser.wait_for("#dialog", "free for the next migration");
     browser.click("#dialog-yes");
     support::wait_for("the buttons to go", || async { buttons() == json!(0) }).await;
-    let listed = daemon.must(&["migration", "status", "copied", "--output", "json"]);
-    assert!(listed.contains("Closed"), "{listed}");
+    assert_eq!(daemon.json(&["migration", "show", "copied"])["substate"], "Closed");
     assert_eq!(browser.complaints(), [""; 0]);
 }
