@@ -385,7 +385,10 @@ async fn attempt(context: &StreamContext, status: &StreamStatus) -> Result<Never
     let copied = context.hand_overs.values().map(|hand_over| hand_over.position).max().unwrap_or(Lsn::ZERO);
     let reached = progress.end_lsn.max(copied);
     let (migration, generation) = (&context.migration, context.generation);
-    history::check(&context.source, &source, &target, migration, generation, reached).await?;
+    if let Err(found) = history::check(&context.source, &source, &target, migration, generation, reached).await {
+        history::keep_taken_back(&found, &target, migration, generation, progress.end_lsn).await?;
+        return Err(found);
+    }
     let names = publication::names(&source, &context.publication).await.map_err(StreamError::Slot)?;
     drop(source);
 

@@ -10,7 +10,7 @@ use pgcutover::demo::cluster::{Cluster, Stop};
 use pgcutover::switch::Epoch;
 
 use crate::support::{connect, wait_for};
-use crate::world::{World, create, drain, reach, spec};
+use crate::world::{Running, World, create, drain, reach, spec};
 
 /// A copy of a stopped server's files, with their owners.
 struct Kept {
@@ -103,6 +103,31 @@ async fn a_source_that_was_restored_is_not_followed() {
     let (mut world, kept) = followed("restored").await;
     take_back(&mut world.source, &kept, false);
     fails_with_what_to_do(&world, "restored", "taken back").await;
+}
+
+/// It has written past the position at which the target stands after somebody has looked, and its slot says nothing.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_source_that_was_restored_is_not_followed_when_it_has_written_as_much_again() {
+    let (mut world, kept) = followed("passed").await;
+    take_back(&mut world.source, &kept, false);
+    let said = |running: &Running| {
+        let view = running.engine.show("passed").ok().filter(|view| view.substate == "Failed");
+        view.and_then(|view| view.error).map(|error| error.message).unwrap_or_default()
+    };
+    let running = world.engine("");
+    wait_for("the failure", || async { said(&running).contains("taken back") }).await;
+    running.stop().await;
+    let source = connect(&world.source, "shop").await;
+    source.batch_execute(WRITE).await.expect("written");
+    let far = "SELECT pg_logical_emit_message(false, 'far', repeat('x', 1024 * 1024)) FROM generate_series(1, 20)";
+    source.batch_execute(far).await.expect("written");
+    // That it was found is kept on the target: another engine knows it too.
+    let running = world.engine("");
+    wait_for("the failure of before", || async { said(&running).contains("taken back") }).await;
+    running.engine.retry("passed").await.expect("accepted");
+    wait_for("another one", || async { said(&running).contains("had been taken back") }).await;
+    running.stop().await;
+    fails_with_what_to_do(&world, "passed", "had been taken back").await;
 }
 
 /// The new primary has written past the position at which the target stands before anybody looks.

@@ -11,6 +11,9 @@
 //!
 //! So identifier and timeline of the server stand beside the progress, and where the timeline has changed, the position at
 //! which the old one ended must not be behind what the target has. The judgement is pure.
+//!
+//! A server that was restored on its own timeline is behind only until it has written as much again: then nothing tells any
+//! more. So that it was behind is kept in the place of its identifier, and nobody follows it again.
 
 use super::{StreamError, transient_query};
 use crate::catalog::claims::{self, ServerIdentity};
@@ -43,6 +46,14 @@ pub enum HistoryError {
         flushed: Lsn,
         /// What was taken over.
         reached: Lsn,
+    },
+    /// It had been taken back when it was looked at before; how far it is now tells nothing.
+    #[error(
+        "the {server} had been taken back when it was looked at before, to where changes of it were missing that the target has; what it has written since stands in their place"
+    )]
+    WasTakenBack {
+        /// `source` or `target`.
+        server: String,
     },
     /// The same, seen by what the engine has written on the other server, where it counts up with every start.
     #[error(
@@ -82,6 +93,7 @@ impl HistoryError {
             Self::Record(RecordError::Query { source, .. }) => transient_query(source),
             Self::Record(_)
             | Self::TakenBack { .. }
+            | Self::WasTakenBack { .. }
             | Self::Forgotten { .. }
             | Self::Lagged { .. }
             | Self::Replaced { .. } => false,
@@ -99,11 +111,17 @@ enum Judgement {
     /// It was promoted since: its history tells where the timeline that was followed ended.
     Promoted,
     TakenBack,
+    /// It had been at an earlier look.
+    WasTakenBack,
     Replaced,
 }
 
+/// Stands where the identifier of the server was that had been taken back; no server has such a one.
+const TAKEN_BACK: &str = "taken back";
+
 fn judge(followed: Option<&ServerIdentity>, now: &ServerIdentity, flushed: Lsn, reached: Lsn) -> Judgement {
     match followed {
+        Some(followed) if followed.system_identifier == TAKEN_BACK => Judgement::WasTakenBack,
         Some(followed) if followed.system_identifier != now.system_identifier => Judgement::Replaced,
         Some(followed) if followed.timeline > now.timeline => Judgement::Replaced,
         Some(_) | None if flushed < reached => Judgement::TakenBack,
@@ -148,6 +166,7 @@ pub async fn check(
         Judgement::Same => return Ok(()),
         Judgement::First => {}
         Judgement::TakenBack => return Err(HistoryError::TakenBack { server: label(), flushed, reached }.into()),
+        Judgement::WasTakenBack => return Err(HistoryError::WasTakenBack { server: label() }.into()),
         Judgement::Replaced => return Err(HistoryError::Replaced { server: label() }.into()),
         Judgement::Promoted => {
             let before = followed.as_ref().map_or(now.timeline, |followed| followed.timeline);
@@ -172,6 +191,24 @@ pub async fn check(
     Ok(progress::follow(&**target, migration, generation, &now).await?)
 }
 
+/// Keeps what [`check`] has found, where it is certain: the server was behind `applied`, and nothing is applied that it had
+/// not flushed. Positions of a copy are no such proof.
+pub(super) async fn keep_taken_back(
+    found: &StreamError,
+    target: &Control,
+    migration: &str,
+    generation: Generation,
+    applied: Lsn,
+) -> Result<(), StreamError> {
+    match found {
+        StreamError::History(HistoryError::TakenBack { flushed, .. }) if *flushed < applied => {
+            let nobody = ServerIdentity { system_identifier: TAKEN_BACK.to_owned(), timeline: 0 };
+            Ok(progress::follow(&**target, migration, generation, &nobody).await?)
+        }
+        _ => Ok(()),
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -183,6 +220,7 @@ mod tests {
     #[test]
     fn only_a_server_that_lacks_nothing_is_followed() {
         let (a1, a2, b1) = (server("a", 1), server("a", 2), server("b", 1));
+        let was = server(TAKEN_BACK, 0);
         for (followed, now, flushed, judgement) in [
             (None, &a1, 9, Judgement::First),
             (None, &a1, 4, Judgement::TakenBack),
@@ -193,6 +231,9 @@ mod tests {
             (Some(&a1), &a2, 4, Judgement::TakenBack),
             (Some(&a2), &a1, 9, Judgement::Replaced),
             (Some(&a1), &b1, 9, Judgement::Replaced),
+            (Some(&was), &a1, 4, Judgement::WasTakenBack),
+            (Some(&was), &a1, 9, Judgement::WasTakenBack),
+            (Some(&was), &a2, 9, Judgement::WasTakenBack),
         ] {
             assert_eq!(judge(followed, now, Lsn(flushed), Lsn(5)), judgement, "{followed:?} {now:?} {flushed}");
         }
