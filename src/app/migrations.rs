@@ -13,7 +13,7 @@ use crate::catalog::decision::Outcome;
 use crate::catalog::migrations::CatalogError;
 use crate::catalog::streams::Direction;
 use crate::cutover::parts::{self, Replication};
-use crate::migration::engine::{Applied, CutoverLease, DatabaseHandle, Engine, EngineError};
+use crate::migration::engine::{Applied, CutoverLease, DatabaseHandle, Engine, EngineError, NotHere};
 use crate::migration::preflight::RuleResult;
 use crate::migration::view::{
     CancelReport, FixReport, MigrationName, MigrationSpec, MigrationView, TableView, VerifyReport,
@@ -32,9 +32,6 @@ const TIME_TO_TRY_AGAIN: Duration = Duration::from_secs(10);
 /// How often it is looked why the engine does not run here; nobody is told of that.
 const LOOK_AGAIN: Duration = Duration::from_millis(50);
 
-/// In what the engine says while its lock is another's, which that of a process that has just ended may still be.
-const TAKEN: &str = "another pgcutover";
-
 /// What the engine is wanted for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Wanted {
@@ -48,8 +45,6 @@ enum Wanted {
 pub(super) struct EngineDesk {
     engine: Arc<Engine>,
     began: tokio::time::Instant,
-    /// Why it does not run before it has tried.
-    untried: Option<String>,
     /// Who waits for the engine stops waiting when these are told to stop.
     tasks: Tasks,
 }
@@ -57,16 +52,14 @@ pub(super) struct EngineDesk {
 impl EngineDesk {
     /// `engine` has just been started.
     pub(super) fn new(engine: Arc<Engine>, tasks: Tasks) -> Self {
-        let untried = why_not(&engine);
-        Self { engine, began: tokio::time::Instant::now(), untried, tasks }
+        Self { engine, began: tokio::time::Instant::now(), tasks }
     }
 
     /// The engine, once it runs here, or nothing is to be waited for.
     async fn engine(&self, wanted: Wanted) -> &Arc<Engine> {
         let mut changes = self.engine.changes();
-        while let Some(reason) = why_not(&self.engine) {
-            let is_untried = self.untried.as_ref() == Some(&reason);
-            if self.began.elapsed() >= patience(is_untried, &reason, wanted) {
+        while let Some(why) = self.engine.not_here() {
+            if self.began.elapsed() >= patience(why, wanted) {
                 break;
             }
             tokio::select! {
@@ -80,21 +73,12 @@ impl EngineDesk {
     }
 }
 
-/// Why the engine does not run here; none: it does.
-fn why_not(engine: &Engine) -> Option<String> {
-    match engine.list() {
-        Err(EngineError::Unavailable(reason)) => Some(reason),
-        Ok(_) | Err(_) => None,
-    }
-}
-
 /// Until when, from the start of the process, an engine is waited for that does not run for this reason.
-fn patience(is_untried: bool, reason: &str, wanted: Wanted) -> Duration {
-    match (is_untried, wanted) {
-        (true, _) => TIME_TO_BEGIN,
-        (false, Wanted::ToDo) => TIME_TO_TRY_AGAIN,
-        (false, Wanted::ToShow) if reason.contains(TAKEN) => TIME_TO_TRY_AGAIN,
-        (false, Wanted::ToShow) => Duration::ZERO,
+fn patience(why: NotHere, wanted: Wanted) -> Duration {
+    match (why, wanted) {
+        (NotHere::Untried, _) => TIME_TO_BEGIN,
+        (NotHere::Another, _) | (NotHere::Away, Wanted::ToDo) => TIME_TO_TRY_AGAIN,
+        (NotHere::Away, Wanted::ToShow) => Duration::ZERO,
     }
 }
 
@@ -282,11 +266,9 @@ mod tests {
 
     #[test]
     fn who_only_looks_does_not_wait_for_what_is_known_to_be_away() {
-        let refused = "target 10.0.0.6:5432: connecting: Connection refused";
-        let taken = "another pgcutover runs the engine of this target";
-        assert_eq!(patience(false, refused, Wanted::ToShow), Duration::ZERO);
-        assert_eq!(patience(false, taken, Wanted::ToShow), TIME_TO_TRY_AGAIN);
-        assert_eq!(patience(false, refused, Wanted::ToDo), TIME_TO_TRY_AGAIN);
-        assert_eq!(patience(true, "not yet", Wanted::ToShow), TIME_TO_BEGIN);
+        assert_eq!(patience(NotHere::Away, Wanted::ToShow), Duration::ZERO);
+        assert_eq!(patience(NotHere::Another, Wanted::ToShow), TIME_TO_TRY_AGAIN);
+        assert_eq!(patience(NotHere::Away, Wanted::ToDo), TIME_TO_TRY_AGAIN);
+        assert_eq!(patience(NotHere::Untried, Wanted::ToShow), TIME_TO_BEGIN);
     }
 }

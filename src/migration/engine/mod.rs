@@ -139,9 +139,22 @@ impl std::fmt::Debug for Engine {
     }
 }
 
+/// Why the engine does not run in this process, for whoever waits for it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum NotHere {
+    /// It has not tried yet.
+    Untried,
+    /// Another process runs it.
+    Another,
+    /// The target cannot be used, or this process is stopping.
+    Away,
+}
+
 /// Whether this process runs the engine.
 #[derive(Clone, Debug)]
 enum Ownership {
+    /// It has just begun to look for the target.
+    Untried,
     /// No, and nobody else is known to: the target cannot be used, or it is stopping. And why.
     No(String),
     /// No: another process does.
@@ -154,6 +167,7 @@ impl Ownership {
     /// Why this process does not run it; none: it does.
     fn why_not(&self) -> Option<&str> {
         match self {
+            Self::Untried => Some("the target has not been reached yet"),
             Self::No(reason) => Some(reason),
             Self::Another => Some("another pgcutover runs the engine of this target"),
             Self::Yes { .. } => None,
@@ -180,7 +194,7 @@ impl Engine {
         let engine = Arc::new(Self {
             workers: Workers::new(&deps.config.migration),
             deps,
-            owner: watch::Sender::new(Ownership::No("the target has not been reached yet".to_owned())),
+            owner: watch::Sender::new(Ownership::Untried),
             migrations: RwLock::default(),
             changes: watch::Sender::new(0),
             verdicts: Mutex::default(),
@@ -372,11 +386,21 @@ impl Engine {
         }
     }
 
+    /// Why it does not run in this process; none: it does.
+    pub fn not_here(&self) -> Option<NotHere> {
+        match &*self.owner.borrow() {
+            Ownership::Untried => Some(NotHere::Untried),
+            Ownership::Another => Some(NotHere::Another),
+            Ownership::No(_) => Some(NotHere::Away),
+            Ownership::Yes { .. } => None,
+        }
+    }
+
     fn owned(&self) -> Result<(MigrationCatalog, Tasks), EngineError> {
         let owner = self.owner.borrow();
         match &*owner {
             Ownership::Yes { catalog, actors } => Ok((catalog.clone(), actors.clone())),
-            Ownership::No(_) | Ownership::Another => {
+            Ownership::Untried | Ownership::No(_) | Ownership::Another => {
                 Err(EngineError::Unavailable(owner.why_not().unwrap_or_default().to_owned()))
             }
         }
