@@ -450,7 +450,7 @@ async fn roles_settings_and_sequences_of_the_last_moment_are_brought_over() {
     target.batch_execute(same).await.expect("made");
 
     let lease = running.engine.begin_cutover("last").await.unwrap_or_else(|error| panic!("{error}"));
-    lease.synchronise().await.unwrap_or_else(|error| panic!("{error}"));
+    lease.synchronise_rights().await.unwrap_or_else(|error| panic!("{error}"));
     let handle = lease.handle("shop").expect("its own database");
     let (from, to) = (handle.source_control("test").await, handle.target_control("test").await);
     let (from, to) = (from.expect("source"), to.expect("target"));
