@@ -96,8 +96,18 @@ async fn operators_have_places_of_their_own() {
     let _first = support::connect_with(&ann).await;
     let full = ("53300".to_owned(), "sorry, too many clients already".to_owned());
     assert_eq!(refusal(&ann).await, full);
-    let _operator = rig.connect("postgres").await;
+    // Who was refused has its place until its connection is closed.
+    let let_in = async {
+        loop {
+            match support::try_connect(&rig.client("postgres")).await {
+                Ok(operator) => break operator,
+                Err(_) => tokio::time::sleep(Duration::from_millis(10)).await,
+            }
+        }
+    };
+    let operator = tokio::time::timeout(support::PATIENCE, let_in).await.expect("a place of its own");
     assert_eq!(refusal(&rig.client("postgres")).await, full, "their places are counted too");
+    drop(operator);
     rig.stop().await;
 }
 
