@@ -29,9 +29,6 @@ const TIME_TO_BEGIN: Duration = Duration::from_secs(30);
 /// was taken over from may still be giving its engine up.
 const TIME_TO_TRY_AGAIN: Duration = Duration::from_secs(10);
 
-/// How often it is looked why the engine does not run here; nobody is told of that.
-const LOOK_AGAIN: Duration = Duration::from_millis(50);
-
 /// What the engine is wanted for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Wanted {
@@ -57,15 +54,11 @@ impl EngineDesk {
 
     /// The engine, once it runs here, or nothing is to be waited for.
     async fn engine(&self, wanted: Wanted) -> &Arc<Engine> {
-        let mut changes = self.engine.changes();
         while let Some(why) = self.engine.not_here() {
-            if self.began.elapsed() >= patience(why, wanted) {
-                break;
-            }
             tokio::select! {
                 // Nothing is lost by dropping any of these.
-                changed = changes.changed() => if changed.is_err() { break },
-                () = tokio::time::sleep(LOOK_AGAIN) => {}
+                () = self.engine.no_longer(why) => {}
+                () = tokio::time::sleep_until(self.began + patience(why, wanted)) => break,
                 () = self.tasks.stopping() => break,
             }
         }

@@ -49,6 +49,7 @@ mod lag_watch;
 mod late;
 mod lease;
 mod live;
+mod ownership;
 mod recorder;
 mod source_guard;
 mod source_watch;
@@ -68,6 +69,7 @@ use tokio::sync::{mpsc, oneshot, watch};
 use self::actor::{Actor, Command};
 use self::context::Context;
 use self::live::{Current, DatabaseLive, Live, Status, Step};
+use self::ownership::Ownership;
 use crate::catalog::decision::Outcome;
 use crate::catalog::migrations::{CatalogError, EngineLock, MigrationCatalog, MigrationRow, NewDatabase};
 use crate::catalog::streams::Direction;
@@ -86,6 +88,7 @@ use crate::telemetry::metrics::Metrics;
 
 pub use error::EngineError;
 pub use lease::{CutoverLease, DatabaseHandle, StreamBroken};
+pub use ownership::NotHere;
 pub use validation::Applied;
 
 /// How often a lock that another engine has is asked for.
@@ -136,42 +139,6 @@ pub struct Engine {
 impl std::fmt::Debug for Engine {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.debug_struct("Engine").field("owner", &*self.owner.borrow()).finish_non_exhaustive()
-    }
-}
-
-/// Why the engine does not run in this process, for whoever waits for it.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum NotHere {
-    /// It has not tried yet.
-    Untried,
-    /// Another process runs it.
-    Another,
-    /// The target cannot be used, or this process is stopping.
-    Away,
-}
-
-/// Whether this process runs the engine.
-#[derive(Clone, Debug)]
-enum Ownership {
-    /// It has just begun to look for the target.
-    Untried,
-    /// No, and nobody else is known to: the target cannot be used, or it is stopping. And why.
-    No(String),
-    /// No: another process does.
-    Another,
-    /// Yes, in this generation; the actors are stopped and joined when it is over.
-    Yes { catalog: MigrationCatalog, actors: Tasks },
-}
-
-impl Ownership {
-    /// Why this process does not run it; none: it does.
-    fn why_not(&self) -> Option<&str> {
-        match self {
-            Self::Untried => Some("the target has not been reached yet"),
-            Self::No(reason) => Some(reason),
-            Self::Another => Some("another pgcutover runs the engine of this target"),
-            Self::Yes { .. } => None,
-        }
     }
 }
 
@@ -388,12 +355,14 @@ impl Engine {
 
     /// Why it does not run in this process; none: it does.
     pub fn not_here(&self) -> Option<NotHere> {
-        match &*self.owner.borrow() {
-            Ownership::Untried => Some(NotHere::Untried),
-            Ownership::Another => Some(NotHere::Another),
-            Ownership::No(_) => Some(NotHere::Away),
-            Ownership::Yes { .. } => None,
-        }
+        self.owner.borrow().not_here()
+    }
+
+    /// Resolves once it runs here, or does not for another reason than `why`. Dropping the future loses nothing.
+    pub async fn no_longer(&self, why: NotHere) {
+        let mut owner = self.owner.subscribe();
+        // The sender lives as long as this does.
+        drop(owner.wait_for(|owner| owner.not_here() != Some(why)).await);
     }
 
     fn owned(&self) -> Result<(MigrationCatalog, Tasks), EngineError> {
