@@ -32,11 +32,6 @@ impl Tasks {
         self.tracker.spawn(task);
     }
 
-    /// Tracks `task` without spawning it, for tasks that are not `Send`.
-    pub fn track<F: Future>(&self, task: F) -> impl Future<Output = F::Output> + use<F> {
-        self.tracker.track_future(task)
-    }
-
     /// Resolves once the group was told to stop.
     pub async fn stopping(&self) {
         self.stop.cancelled().await;

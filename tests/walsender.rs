@@ -86,10 +86,8 @@ async fn every_major_streams_its_changes() {
         admin.batch_execute(TABLES).await.expect("made");
         let mut control = replication(&cluster).await;
         assert_eq!(control.version_num() / 10_000, u32::from(installation.major));
-        let identity = control.identify_system().await.expect("answers");
-        assert_eq!(identity.timeline, 1);
         let created = control.create_logical_slot("s", support::PATIENCE).await.expect("made");
-        assert!(created.consistent_point >= identity.flushed);
+        assert!(created.consistent_point > Lsn::ZERO);
         assert!(matches!(
             control.create_logical_slot("s", support::PATIENCE).await,
             Err(WalsenderError::SlotExists { .. })

@@ -47,15 +47,6 @@ impl Direction {
         }
     }
 
-    /// The other way.
-    #[must_use]
-    pub fn reversed(self) -> Self {
-        match self {
-            Self::Forward => Self::Reverse,
-            Self::Reverse => Self::Forward,
-        }
-    }
-
     /// The server that a stream comes from, and a cutover leaves.
     pub fn from(self) -> ServerRole {
         match self {

@@ -146,17 +146,6 @@ impl WalsenderError {
     }
 }
 
-/// Answer to IDENTIFY_SYSTEM.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct SystemIdentity {
-    /// `system_identifier`, unique to a cluster and its standbys.
-    pub system_identifier: String,
-    /// Timeline; goes up with every promotion.
-    pub timeline: u32,
-    /// WAL flushed to disk.
-    pub flushed: Lsn,
-}
-
 /// What a new slot starts with.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct CreatedSlot {
@@ -200,23 +189,6 @@ impl ReplicationConnection {
     /// The walsender's process id.
     pub fn pid(&self) -> i32 {
         self.connection.pid
-    }
-
-    /// Which cluster this is, and where it stands.
-    pub async fn identify_system(&mut self) -> Result<SystemIdentity, WalsenderError> {
-        let rows = self.connection.simple_query("IDENTIFY_SYSTEM").await?;
-        let row = rows.first().map_or(&[][..], |row| row.as_slice());
-        let identity = match row {
-            [Some(system_identifier), Some(timeline), Some(position), ..] => {
-                timeline.parse().ok().zip(position.parse().ok()).map(|(timeline, flushed)| SystemIdentity {
-                    system_identifier: system_identifier.clone(),
-                    timeline,
-                    flushed,
-                })
-            }
-            _ => None,
-        };
-        Ok(identity.ok_or_else(|| self.connection.violation("answer to IDENTIFY_SYSTEM".to_owned()))?)
     }
 
     /// The history file of `timeline`: a line for each timeline before it, with its number and where it ended.

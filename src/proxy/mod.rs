@@ -72,7 +72,7 @@ use arc_swap::ArcSwap;
 use futures_util::future::BoxFuture;
 use tokio::sync::{mpsc, watch};
 
-use crate::config::{Config, Limits};
+use crate::config::{Config, DEFAULT_PORT, Limits};
 use crate::failpoint::Failpoints;
 use crate::postgres::ring::Ring;
 use crate::postgres::{Connector, Stream};
@@ -92,9 +92,6 @@ pub const CONSOLE_DATABASE: &str = "pgcutover";
 
 /// The name that it has in PgBouncer, for exporters and scripts that know no other.
 const CONSOLE_ALIAS: &str = "pgbouncer";
-
-/// Port in the name of the Unix socket where there is no TCP listener.
-const DEFAULT_UNIX_PORT: u16 = 6432;
 
 /// How often it is looked whether every session has ended.
 const LOOK_AGAIN: Duration = Duration::from_millis(50);
@@ -423,7 +420,7 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 
 fn bind(config: &Config, inherited: &mut Vec<Handle>) -> Result<Vec<Listener>, ProxyError> {
     let mut listeners = Vec::new();
-    let mut port = DEFAULT_UNIX_PORT;
+    let mut port = DEFAULT_PORT;
     if let Some(address) = config.listen.address {
         let bound = match Listener::inherited_tcp(address, &config.listen.tcp, inherited) {
             Ok(None) => Listener::tcp(address, &config.listen.tcp),

@@ -47,8 +47,6 @@ pub mod backend {
     pub const CLOSE_COMPLETE: u8 = b'3';
     /// CommandComplete.
     pub const COMMAND_COMPLETE: u8 = b'C';
-    /// CopyBothResponse.
-    pub const COPY_BOTH_RESPONSE: u8 = b'W';
     /// CopyInResponse.
     pub const COPY_IN_RESPONSE: u8 = b'G';
     /// EmptyQueryResponse.

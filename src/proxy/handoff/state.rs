@@ -175,11 +175,6 @@ impl SessionState {
     pub fn listens(&self) -> bool {
         !self.channels.is_empty()
     }
-
-    /// Whether its unnamed statement was too long to be remembered.
-    pub fn unnamed_lost(&self) -> bool {
-        self.unnamed == Unnamed::TooLong
-    }
 }
 
 impl fmt::Debug for SessionState {
