@@ -186,7 +186,7 @@ impl Walsender {
             (self.is_wanted, self.of_database) = (true, true);
             return Ok(());
         }
-        self.is_wanted = boolean(value).ok_or_else(|| StartupError::Replication { value: value.to_owned() })?;
+        self.is_wanted = parse_bool(value).ok_or_else(|| StartupError::Replication { value: value.to_owned() })?;
         Ok(())
     }
 
@@ -199,8 +199,9 @@ impl Walsender {
     }
 }
 
-/// A boolean as `parse_bool` (`bool.c`) reads it: 0, 1, or any beginning of a word that no other word has, in any case.
-fn boolean(text: &str) -> Option<bool> {
+/// A boolean as PostgreSQL's `parse_bool` (`bool.c`) reads it: 0, 1, or any beginning of a word that no other word has,
+/// in any case.
+pub fn parse_bool(text: &str) -> Option<bool> {
     let begins = |word: &str, least: usize| {
         text.len() >= least && word.get(..text.len()).is_some_and(|start| start.eq_ignore_ascii_case(text))
     };
