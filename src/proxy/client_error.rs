@@ -24,13 +24,8 @@ pub enum ClientError {
     Protocol(Cow<'static, str>),
     /// The startup packet asks for something that does not exist here.
     Unsupported(Cow<'static, str>),
-    /// The startup packet names no user.
-    NoUser,
     /// The startup packet's `replication` is nothing that a server knows.
-    InvalidReplication {
-        /// What it is.
-        value: String,
-    },
+    InvalidReplication(Cow<'static, str>),
     /// The client is not let in, in PostgreSQL's words for the case.
     Authorization(Cow<'static, str>),
     /// Bytes came in the clear behind a request for encryption: somebody may have injected them.
@@ -168,10 +163,8 @@ impl ClientError {
             Self::PasswordFailed { code, .. } => code,
             Self::Protocol(_) | Self::PlaintextAfterRequest { .. } => sqlstate::PROTOCOL_VIOLATION,
             Self::Unsupported(_) => sqlstate::FEATURE_NOT_SUPPORTED,
-            Self::InvalidReplication { .. } => sqlstate::INVALID_PARAMETER_VALUE,
-            Self::NoUser | Self::TlsRequired | Self::CleartextRefused | Self::Authorization(_) => {
-                sqlstate::INVALID_AUTHORIZATION
-            }
+            Self::InvalidReplication(_) => sqlstate::INVALID_PARAMETER_VALUE,
+            Self::TlsRequired | Self::CleartextRefused | Self::Authorization(_) => sqlstate::INVALID_AUTHORIZATION,
             Self::TooManyClients | Self::TooManyOf { .. } | Self::QueryWaitTimeout => sqlstate::TOO_MANY_CONNECTIONS,
             Self::ReplicationRefused => sqlstate::INVALID_AUTHORIZATION,
             Self::DatabaseDisabled { .. } => sqlstate::OBJECT_NOT_IN_PREREQUISITE_STATE,
@@ -229,11 +222,10 @@ impl ClientError {
     fn message(&self) -> Cow<'_, str> {
         match self {
             Self::PasswordFailed { user, .. } => format!("password authentication failed for user \"{user}\"").into(),
-            Self::Protocol(text) | Self::Unsupported(text) | Self::Authorization(text) => text.as_ref().into(),
-            Self::NoUser => "no PostgreSQL user name specified in startup packet".into(),
-            Self::InvalidReplication { value } => {
-                format!("invalid value for parameter \"replication\": \"{value}\"").into()
-            }
+            Self::Protocol(text)
+            | Self::Unsupported(text)
+            | Self::InvalidReplication(text)
+            | Self::Authorization(text) => text.as_ref().into(),
             Self::PlaintextAfterRequest { encryption } => {
                 format!("received unencrypted data after {encryption} request").into()
             }
@@ -299,7 +291,7 @@ impl ClientError {
             Self::ReplicationRefused => {
                 Some("Connect to the server itself, or change [listen] replication in the proxy's configuration.")
             }
-            Self::InvalidReplication { .. } => Some("Valid values are: \"false\", 0, \"true\", 1, \"database\"."),
+            Self::InvalidReplication(_) => Some("Valid values are: \"false\", 0, \"true\", 1, \"database\"."),
             Self::TlsRequired => Some("Use sslmode=require or stronger."),
             Self::CleartextRefused => Some("Use sslmode=require or stronger, or the Unix socket."),
             Self::ServerLost { in_doubt: true } => {
@@ -377,8 +369,7 @@ mod tests {
             (ClientError::password_failed("ann"), "FATAL", "28P01"),
             (ClientError::Protocol("x".into()), "FATAL", "08P01"),
             (ClientError::Unsupported("x".into()), "FATAL", "0A000"),
-            (ClientError::NoUser, "FATAL", "28000"),
-            (ClientError::InvalidReplication { value: "x".to_owned() }, "FATAL", "22023"),
+            (ClientError::InvalidReplication("x".into()), "FATAL", "22023"),
             (ClientError::Authorization("x".into()), "FATAL", "28000"),
             (ClientError::PlaintextAfterRequest { encryption: "SSL" }, "FATAL", "08P01"),
             (ClientError::TlsRequired, "FATAL", "28000"),

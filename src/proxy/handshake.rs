@@ -182,13 +182,12 @@ pub(super) enum HandshakeError {
 
 impl From<StartupError> for HandshakeError {
     fn from(error: StartupError) -> Self {
+        let text = error.to_string().into();
         Self::Refused(match error {
-            StartupError::Version { .. } => ClientError::Unsupported(error.to_string().into()),
-            StartupError::NoUser => ClientError::NoUser,
-            StartupError::Replication { value } => ClientError::InvalidReplication { value },
-            StartupError::Length | StartupError::Layout | StartupError::Encoding => {
-                ClientError::Protocol(error.to_string().into())
-            }
+            StartupError::Version { .. } => ClientError::Unsupported(text),
+            StartupError::NoUser => ClientError::Authorization(text),
+            StartupError::Replication { .. } => ClientError::InvalidReplication(text),
+            StartupError::Length | StartupError::Layout | StartupError::Encoding => ClientError::Protocol(text),
         })
     }
 }
