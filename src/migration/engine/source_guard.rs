@@ -17,10 +17,9 @@ use super::error::WorkError;
 use super::gauges::Gauges;
 use super::live::{DatabaseLive, Live};
 use super::ownership::Ownership;
-use super::source_watch::{self, INTERVAL, SLOTS};
+use super::source_watch::{self, Finding, INTERVAL, SLOTS};
 use super::{Engine, EngineDeps};
 use crate::catalog::streams::Direction;
-use crate::config::units::format_size;
 use crate::migration::stream::describe;
 use crate::migration::view::Problem;
 use crate::postgres::Control;
@@ -127,7 +126,7 @@ impl SourceGuard<'_> {
                 if let (Some(wal), Some(limit)) = (wal, limit)
                     && wal.retained >= limit
                 {
-                    self.give_up(source, (live, database), &slot, limit).await?;
+                    self.give_up(source, (live, database), &slot, wal.retained, limit).await?;
                 }
             }
         }
@@ -139,6 +138,7 @@ impl SourceGuard<'_> {
         source: &Control,
         (live, database): (&Live, &DatabaseLive),
         slot: &str,
+        retained: u64,
         limit: u64,
     ) -> Result<(), WorkError> {
         let bytes = i64::try_from(limit).unwrap_or(i64::MAX);
@@ -148,27 +148,17 @@ impl SourceGuard<'_> {
             // Somebody reads it.
             return Ok(());
         }
-        let message = format!(
-            "replication slot {slot} made the source keep more write-ahead log than migration.max_retained_wal, which is {}, while the target could not be reached: the slot was dropped, before the source's disk fills",
-            format_size(limit)
-        );
+        let found = Finding::Exceeded { database: database.name.clone(), slot: slot.to_owned(), retained, limit };
+        let hint = "bring the target back, cancel the migration, and create it again with --overwrite-target";
+        let problem = Problem { hint: Some(hint.to_owned()), ..found.problem() };
         tracing::error!(
             migration = live.name(),
             database = database.name,
             slot,
-            reason = message,
-            "the slot is dropped"
+            reason = problem.message,
+            "the slot is dropped: the target could not be reached"
         );
         if database.current().direction == Direction::Forward {
-            let problem = Problem {
-                code: "wal_limit".to_owned(),
-                message,
-                object: Some(format!("database {}", database.name)),
-                hint: Some(
-                    "bring the target back, cancel the migration, and create it again with --overwrite-target"
-                        .to_owned(),
-                ),
-            };
             live.publish(|status| status.error = Some(problem));
         }
         Ok(())

@@ -58,7 +58,7 @@ impl Finding {
         Problem {
             code: "wal_limit".to_owned(),
             message: format!(
-                "replication slot {slot} made the source keep {} MB of write-ahead log, and migration.max_retained_wal is {}: the migration was ended and the slot dropped, before the source's disk fills",
+                "replication slot {slot} made the source keep {} MB of write-ahead log, and migration.max_retained_wal is {}: the slot was dropped, before the source's disk fills",
                 retained >> 20,
                 format_size(*limit)
             ),
