@@ -69,8 +69,7 @@ async fn whatever_does_not_switch_leaves_both_servers_as_they_were() {
         world.wait_for_writes(&application, 10).await;
     }
 
-    world.daemon.set_failpoints("");
-    world.daemon.restart();
+    world.daemon.restart_with("");
     world.wait_until(READY).await;
     world.wait_for_writes(&application, 10).await;
     let rehearse = || world.daemon.json(&["migration", "cutover", NAME, "--dry-run"]);
@@ -84,8 +83,7 @@ async fn whatever_does_not_switch_leaves_both_servers_as_they_were() {
     must_say_what_it_would_do(&report);
     before.must_be_found_again(&world, "a dry run").await;
 
-    let report = world.daemon.json(&["migration", "cutover", NAME]);
-    assert_eq!(report["outcome"], "switched", "{report}");
+    world.must_switch("cutover");
     world.wait_until(COMPLETED).await;
     // The source is shut, and only its catalogues of the whole server can be read.
     let before = Both::settled(&world, Entered::Target).await;
@@ -173,8 +171,7 @@ async fn abort_at(world: &mut World, order: &str, state: &str, name: &str) {
         Some(_) => format!("decide.before_decision=error;{name}=error"),
         None => format!("{name}=error"),
     };
-    world.daemon.set_failpoints(&failpoints);
-    world.daemon.restart();
+    world.daemon.restart_with(&failpoints);
     world.wait_until(state).await;
     let answer = world.daemon.command(&["migration", order, NAME, "--output", "json"]);
     let report: serde_json::Value = serde_json::from_slice(&answer.stdout).unwrap_or_default();

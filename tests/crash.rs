@@ -34,8 +34,7 @@ async fn killed_before_the_decision_it_resumes_on_the_source() {
         assert!(decisions.iter().all(|outcome| outcome == "aborted"), "{name}: {decisions:?}");
         world.wait_for_writes(&application, 20).await;
     }
-    let report = world.daemon.json(&["migration", "cutover", NAME]);
-    assert_eq!(report["outcome"], "switched", "{report}");
+    world.must_switch("cutover");
     world.wait_for_writes(&application, 200).await;
     assert_eq!(world.serving_port().await, world.target.port());
     let outcomes = application.finish().await;
@@ -148,8 +147,7 @@ async fn killed_at_random_moments_of_copy_and_stream_it_goes_on() {
         tokio::time::sleep(Duration::from_millis(dice.random_range(50..2_500))).await;
         world.daemon.restart();
     }
-    world.daemon.set_failpoints("");
-    world.daemon.restart();
+    world.daemon.restart_with("");
     world.wait_until(READY).await;
     for _ in 0..4 {
         world.wait_for_writes(&application, 50).await;
@@ -159,8 +157,7 @@ async fn killed_at_random_moments_of_copy_and_stream_it_goes_on() {
     }
     // Nobody writes from here on, so that every table can be compared.
     let outcomes = application.finish().await;
-    let report = world.daemon.json(&["migration", "cutover", NAME]);
-    assert_eq!(report["outcome"], "switched", "{report}");
+    world.must_switch("cutover");
     shop::nothing_lost(&outcomes, &world.source, &world.target).await;
     let (source, target) = (connect(&world.source, SHOP).await, connect(&world.target, SHOP).await);
     let differences = compare::differences(&source, &target).await.expect("both can be read");

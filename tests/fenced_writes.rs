@@ -58,8 +58,7 @@ async fn strangers_are_found_on_whichever_server_was_left_and_nobody_else_is() {
     let mut world = World::begin(0.01).await;
     let application = world.application(6);
     world.migrate().await;
-    let report = world.daemon.json(&["migration", "cutover", NAME]);
-    assert_eq!(report["outcome"], "switched", "{report}");
+    world.must_switch("cutover");
     world.wait_until(COMPLETED).await;
     wait_until_watched(&world, "source").await;
     world.wait_for_writes(&application, 100).await;
@@ -82,8 +81,7 @@ async fn strangers_are_found_on_whichever_server_was_left_and_nobody_else_is() {
 
     // A rollback warns, and the server that it leaves is watched instead.
     world.wait_until(COMPLETED).await;
-    let report = world.daemon.json(&["migration", "rollback", NAME]);
-    assert_eq!(report["outcome"], "switched", "{report}");
+    let report = world.must_switch("rollback");
     assert!(report["notes"].to_string().contains("shop.film on the source"), "{report}");
     world.wait_until(READY).await;
     wait_until_watched(&world, "target").await;
@@ -97,8 +95,7 @@ async fn strangers_are_found_on_whichever_server_was_left_and_nobody_else_is() {
     // There again, which brings the sequences over; `complete` lists what was found and leaves no slot.
     world.wait_for_writes(&application, 100).await;
     let outcomes = application.finish().await;
-    let report = world.daemon.json(&["migration", "cutover", NAME]);
-    assert_eq!(report["outcome"], "switched", "{report}");
+    world.must_switch("cutover");
     world.wait_until(COMPLETED).await;
     wait_until_watched(&world, "source").await;
     assert_eq!(found(&world.view()), everywhere);
@@ -118,8 +115,7 @@ async fn strangers_are_found_on_whichever_server_was_left_and_nobody_else_is() {
 async fn killed_while_it_counts_it_counts_once() {
     let mut world = World::begin(0.01).await;
     world.migrate().await;
-    let report = world.daemon.json(&["migration", "cutover", NAME]);
-    assert_eq!(report["outcome"], "switched", "{report}");
+    world.must_switch("cutover");
     world.wait_until(COMPLETED).await;
     wait_until_watched(&world, "source").await;
     let mut rows = 0;
@@ -131,9 +127,7 @@ async fn killed_while_it_counts_it_counts_once() {
         world.daemon.start_again();
         let seen = format!("failpoint=\"{name}\"");
         wait_for(name, || async { world.daemon.log().contains(&seen) }).await;
-        world.daemon.kill();
-        world.daemon.set_failpoints("");
-        world.daemon.start_again();
+        world.daemon.restart_with("");
         wait_until_found(&world, &[film("source", 1, "delete", rows), film("source", 1, "insert", rows)]).await;
     }
 }
@@ -143,11 +137,9 @@ async fn killed_while_it_counts_it_counts_once() {
 async fn an_aborted_rollback_is_no_end_of_the_watch() {
     let mut world = World::begin(0.01).await;
     world.migrate().await;
-    let report = world.daemon.json(&["migration", "cutover", NAME]);
-    assert_eq!(report["outcome"], "switched", "{report}");
+    world.must_switch("cutover");
     world.wait_until(COMPLETED).await;
-    world.daemon.set_failpoints("decide.before_decision=error");
-    world.daemon.restart();
+    world.daemon.restart_with("decide.before_decision=error");
     world.wait_until(COMPLETED).await;
     wait_until_watched(&world, "source").await;
     let aborted = world.daemon.command(&["migration", "rollback", NAME]);
@@ -166,8 +158,7 @@ async fn who_has_waited_for_the_locks_of_a_cutover_writes_on_the_server_that_was
     let mut world = World::begin_with(0.01, |options| options.section("control", "fence = \"soft\"")).await;
     world.migrate().await;
     // Time for the stranger to come before it is decided, and for a stream that goes on to bring its row over.
-    world.daemon.set_failpoints("decide.before_boundary=sleep:5000ms;engine.after_state=sleep:1000ms");
-    world.daemon.restart();
+    world.daemon.restart_with("decide.before_boundary=sleep:5000ms;engine.after_state=sleep:1000ms");
     world.wait_until(READY).await;
     let (admin, stranger) = (connect(&world.source, "postgres").await, connect(&world.source, SHOP).await);
     let pid: i32 = stranger.query_one("SELECT pg_backend_pid()", &[]).await.expect("answers").get(0);

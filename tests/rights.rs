@@ -157,8 +157,7 @@ async fn there_and_back(from: Profile, to: Profile) {
         ("cutover", COMPLETED, &world.source),
     ] {
         world.wait_for_writes(&application, 100).await;
-        let report = world.daemon.json(&["migration", order, NAME]);
-        assert_eq!(report["outcome"], "switched", "{order}: {report}");
+        world.must_switch(order);
         world.wait_until(then).await;
         let login = application_login(left);
         wait_for("the application's role to be shut out", || async { try_connect(&login).await.is_err() }).await;
@@ -186,8 +185,7 @@ async fn there_and_back(from: Profile, to: Profile) {
     let outcomes = application.finish().await;
     shop::nobody_noticed(&outcomes);
     // Sequences are brought over by a cutover, backwards too.
-    let report = world.daemon.json(&["migration", "rollback", NAME]);
-    assert_eq!(report["outcome"], "switched", "{report}");
+    world.must_switch("rollback");
     shop::open_fenced(&world.target).await;
     shop::nothing_lost(&outcomes, &world.target, &world.source).await;
     let (source, target) = (connect(&world.source, SHOP).await, connect(&world.target, SHOP).await);
@@ -238,8 +236,7 @@ async fn where_no_verifier_can_be_read_passwords_are_set_by_hand() {
     let mut login = world.target.config("postgres");
     let admin = connect_with(login.user(LOGIN)).await;
     admin.batch_execute(&format!("ALTER ROLE {SHOP} PASSWORD 'a shop''s password'")).await.expect("its own role");
-    let report = world.daemon.json(&["migration", "cutover", NAME]);
-    assert_eq!(report["outcome"], "switched", "{report}");
+    world.must_switch("cutover");
     world.wait_for_writes(&application, 100).await;
     let outcomes = application.finish().await;
     shop::nobody_noticed(&outcomes);

@@ -23,8 +23,7 @@ async fn ten_alternating_cutovers_and_rollbacks_under_load_lose_nothing() {
             [("cutover", COMPLETED, world.target.port()), ("rollback", READY, world.source.port())]
         {
             world.wait_for_writes(&application, 100).await;
-            let report = world.daemon.json(&["migration", order, NAME]);
-            assert_eq!(report["outcome"], "switched", "{order}: {report}");
+            let report = world.must_switch(order);
             epoch += 1;
             assert_eq!(report["epoch"], epoch, "{order}");
             assert_eq!(world.serving_port().await, port, "{order}");
@@ -39,8 +38,7 @@ async fn ten_alternating_cutovers_and_rollbacks_under_load_lose_nothing() {
     let outcomes = application.finish().await;
     shop::nobody_noticed(&outcomes);
     // Sequences are brought over by a cutover.
-    let report = world.daemon.json(&["migration", "cutover", NAME]);
-    assert_eq!(report["outcome"], "switched", "{report}");
+    world.must_switch("cutover");
     shop::nothing_lost(&outcomes, &world.source, &world.target).await;
     let (source, target) = (connect(&world.source, SHOP).await, connect(&world.target, SHOP).await);
     assert_eq!(compare::differences(&source, &target).await.expect("both can be read"), Vec::<String>::new());
@@ -73,8 +71,7 @@ async fn a_server_that_became_read_only_is_not_led_back_to() {
         let said = String::from_utf8_lossy(&checked.stdout).contains("default_transaction_read_only = on");
         assert_eq!(said, order == "cutover", "{checked:?}");
         configure_read_only(onto, "off").await;
-        let report = world.daemon.json(&["migration", order, NAME]);
-        assert_eq!(report["outcome"], "switched", "{order}: {report}");
+        world.must_switch(order);
         world.wait_until(then).await;
     }
 }
@@ -86,8 +83,7 @@ async fn killed_at_any_step_of_a_rollback_it_is_wholly_on_one_side() {
     let mut world = World::begin(0.01).await;
     let application = world.application(6);
     world.migrate().await;
-    let report = world.daemon.json(&["migration", "cutover", NAME]);
-    assert_eq!(report["outcome"], "switched", "{report}");
+    world.must_switch("cutover");
     let engine = ["return.after_publication", "return.after_slot", "return.after_prepared", "return.after_turn"];
     for name in ALL_FAILPOINTS.iter().chain(ROLLBACK_FAILPOINTS).chain(&engine) {
         let failpoints = match name.strip_prefix("abort.") {
@@ -111,8 +107,7 @@ async fn killed_at_any_step_of_a_rollback_it_is_wholly_on_one_side() {
         world.wait_for_writes(&application, 20).await;
     }
     let outcomes = application.finish().await;
-    let report = world.daemon.json(&["migration", "rollback", NAME]);
-    assert_eq!(report["outcome"], "switched", "{report}");
+    world.must_switch("rollback");
     // What was lost or late is looked for on the server that serves now: the source.
     shop::nothing_lost(&outcomes, &world.target, &world.source).await;
     let (source, target) = (connect(&world.source, SHOP).await, connect(&world.target, SHOP).await);
@@ -124,12 +119,9 @@ async fn killed_at_any_step_of_a_rollback_it_is_wholly_on_one_side() {
 async fn who_is_let_in_before_the_fence_is_lifted_may_write() {
     let mut world = World::begin(0.01).await;
     world.migrate().await;
-    let report = world.daemon.json(&["migration", "cutover", NAME]);
-    assert_eq!(report["outcome"], "switched", "{report}");
+    world.must_switch("cutover");
     world.wait_until(COMPLETED).await;
-    world.daemon.kill();
-    world.daemon.set_failpoints("switch.after_open=hang");
-    world.daemon.start_again();
+    world.daemon.restart_with("switch.after_open=hang");
     world.wait_until(COMPLETED).await;
     let mut order = world.daemon.begin(&["migration", "rollback", NAME]);
     wait_for("the gates to open", || async { world.daemon.log().contains("failpoint=\"switch.after_open\"") }).await;
@@ -168,8 +160,7 @@ async fn what_was_rolled_back_is_not_cut_over_again_by_itself() {
     let world = World::begin(0.01).await;
     world.daemon.must(&["migration", "create", NAME, "--database", SHOP, "--cutover-when-ready"]);
     world.wait_until(COMPLETED).await;
-    let report = world.daemon.json(&["migration", "rollback", NAME]);
-    assert_eq!(report["outcome"], "switched", "{report}");
+    world.must_switch("rollback");
     assert_eq!(world.view()["cutover_when_ready"], false, "it is looked for such migrations once a second");
     let report = world.daemon.json(&["migration", "cutover", NAME]);
     assert_eq!(
@@ -186,8 +177,7 @@ async fn a_completed_migration_leaves_what_it_lists() {
     world.migrate().await;
     let refused = world.daemon.command(&["migration", "rollback", NAME]);
     assert!(!refused.status.success(), "nothing was cut over yet");
-    let report = world.daemon.json(&["migration", "cutover", NAME]);
-    assert_eq!(report["outcome"], "switched", "{report}");
+    world.must_switch("cutover");
     world.wait_until(COMPLETED).await;
     let report = world.daemon.json(&["migration", "complete", NAME]);
     let left: Vec<&str> =
@@ -230,12 +220,9 @@ async fn a_completed_migration_leaves_what_it_lists() {
 async fn a_door_that_was_left_open_is_shut_before_the_migration_is_closed() {
     let mut world = World::begin(0.01).await;
     world.migrate().await;
-    let report = world.daemon.json(&["migration", "cutover", NAME]);
-    assert_eq!(report["outcome"], "switched", "{report}");
+    world.must_switch("cutover");
     world.wait_until(COMPLETED).await;
-    world.daemon.kill();
-    world.daemon.set_failpoints("engine.before_undo=hang");
-    world.daemon.start_again();
+    world.daemon.restart_with("engine.before_undo=hang");
     world.wait_until(COMPLETED).await;
     let undoings = || world.daemon.log().matches("failpoint=\"engine.before_undo\"").count();
     let before = undoings();
@@ -255,8 +242,7 @@ async fn a_migration_that_is_cancelled_after_a_rollback_leaves_no_fence() {
     let world = World::begin(0.01).await;
     world.migrate().await;
     for (order, then) in [("cutover", COMPLETED), ("rollback", READY)] {
-        let report = world.daemon.json(&["migration", order, NAME]);
-        assert_eq!(report["outcome"], "switched", "{report}");
+        world.must_switch(order);
         world.wait_until(then).await;
     }
     world.must_be_shut(&world.target).await;
@@ -290,8 +276,7 @@ async fn a_source_that_restarts_as_it_is_left_can_be_gone_back_to() {
     assert!(order.wait().expect("it ends").success(), "{}", world.daemon.log());
     wait_for("the note", || async { world.rows(&world.source).await.0 == [Some("decided".to_owned())] }).await;
     world.wait_until(COMPLETED).await;
-    let report = world.daemon.json(&["migration", "rollback", NAME]);
-    assert_eq!(report["outcome"], "switched", "{report}");
+    world.must_switch("rollback");
     assert_eq!(world.serving_port().await, world.source.port());
 }
 

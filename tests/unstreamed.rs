@@ -102,8 +102,7 @@ async fn what_no_stream_carries_goes_there_and_back() {
     assert_eq!(rehearsal["outcome"], "dry-run", "{rehearsal}");
     source.batch_execute("INSERT INTO counter VALUES (-1, 1, 'after the rehearsal')").await.expect("written");
     drop(source);
-    let switched = world.daemon.json(&["migration", "cutover", NAME]);
-    assert_eq!(switched["outcome"], "switched", "{switched}");
+    world.must_switch("cutover");
     world.wait_until(COMPLETED).await;
     let there = state(&world.target).await;
     before.insert("counter (-1,1,\"after the rehearsal\",) #1".to_owned());
@@ -122,8 +121,7 @@ async fn what_no_stream_carries_goes_there_and_back() {
         .expect("written");
     drop(target);
     let there = state(&world.target).await;
-    let back = world.daemon.json(&["migration", "rollback", NAME]);
-    assert_eq!(back["outcome"], "switched", "{back}");
+    world.must_switch("rollback");
     world.wait_until(READY).await;
     assert_same(&state(&world.source).await, &there);
 }

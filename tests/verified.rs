@@ -64,8 +64,7 @@ async fn every_direction_of_the_stream_is_verified_and_repaired() {
     assert_eq!((journal.get(0), journal.get(1)), ("film", format!("{{\"keys\": [[\"{id}\"]]}}").as_str()));
 
     // There: the server that was left follows, and is shut.
-    let report = world.daemon.json(&["migration", "cutover", NAME]);
-    assert_eq!(report["outcome"], "switched", "{report}");
+    world.must_switch("cutover");
     world.wait_until(COMPLETED).await;
     world.wait_for_writes(&application, 50).await;
     text(&world.target, "SELECT setval('shop.turned', 1)::text").await;
@@ -73,8 +72,7 @@ async fn every_direction_of_the_stream_is_verified_and_repaired() {
     world.must_be_shut(&world.source).await;
 
     // And back.
-    let report = world.daemon.json(&["migration", "rollback", NAME]);
-    assert_eq!(report["outcome"], "switched", "{report}");
+    world.must_switch("rollback");
     world.wait_until(READY).await;
     world.wait_for_writes(&application, 50).await;
     assert_equal(&verify(&world), "after the rollback");

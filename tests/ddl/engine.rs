@@ -58,8 +58,7 @@ async fn definitions_change_under_load_and_kills_and_both_servers_stay_equal() {
     let writing = writer(&source, stop.clone()).await;
     let client = connect(&source, SHOP).await;
     for (round, failpoint) in ["", "apply.before_commit=hang", "apply.after_commit=hang", ""].into_iter().enumerate() {
-        daemon.set_failpoints(failpoint);
-        daemon.restart();
+        daemon.restart_with(failpoint);
         for sql in [
             format!("CREATE TABLE made_{round} (id serial PRIMARY KEY, v text)"),
             format!("INSERT INTO made_{round} (v) SELECT 'x' FROM generate_series(1, 200)"),

@@ -174,8 +174,7 @@ impl Stage {
         if let Fault::Fail(name) | Fault::DieAt(name) = step.fault {
             let action = if matches!(step.fault, Fault::Fail(_)) { "error" } else { "abort" };
             let needs_abort = if name.starts_with("abort.") { "decide.before_decision=error;" } else { "" };
-            self.world.daemon.set_failpoints(&format!("{};{needs_abort}{name}={action}", self.failpoints));
-            self.world.daemon.restart();
+            self.world.daemon.restart_with(&format!("{};{needs_abort}{name}={action}", self.failpoints));
             self.world.wait_until(&state).await;
         }
         let arguments: &[&str] =
@@ -195,8 +194,7 @@ impl Stage {
         })
         .await;
         if matches!(step.fault, Fault::Fail(_) | Fault::DieAt(_)) {
-            self.world.daemon.set_failpoints(&self.failpoints);
-            self.world.daemon.restart();
+            self.world.daemon.restart_with(&self.failpoints);
         }
     }
 

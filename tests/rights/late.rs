@@ -86,8 +86,7 @@ async fn without_session_replication_role_foreign_keys_and_triggers_come_with_th
     assert_eq!(acting(&world.target).await, Vec::<String>::new());
 
     world.wait_for_writes(&application, 100).await;
-    let report = world.daemon.json(&["migration", "cutover", NAME]);
-    assert_eq!(report["outcome"], "switched", "{report}");
+    let report = world.must_switch("cutover");
     assert!(report["notes"].to_string().contains("may not set session_replication_role"), "{report}");
     world.wait_for_writes(&application, 100).await;
     world.wait_validated().await;
@@ -187,8 +186,7 @@ async fn rows_that_violate_a_foreign_key_are_told_after_the_cutover_until_they_a
                    UPDATE shop.rental SET customer_id = -1 WHERE id = (SELECT min(id) FROM shop.rental); COMMIT";
     connect(&world.source, SHOP).await.batch_execute(violate).await.expect("written");
     world.migrate().await;
-    let report = world.daemon.json(&["migration", "cutover", NAME]);
-    assert_eq!(report["outcome"], "switched", "{report}");
+    world.must_switch("cutover");
     wait_for("the violation to be told", || async { error_code(&world.view()) == "not_valid" }).await;
     let view = world.view();
     assert!(

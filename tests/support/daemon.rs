@@ -203,6 +203,12 @@ impl Daemon {
         self.start_again();
     }
 
+    /// The same with other failpoints.
+    pub fn restart_with(&mut self, failpoints: &str) {
+        self.set_failpoints(failpoints);
+        self.restart();
+    }
+
     /// Runs `pgcutover ARGUMENTS -c CONFIG` to its end.
     pub fn command(&self, arguments: &[&str]) -> Output {
         Command::new(env!("CARGO_BIN_EXE_pgcutover"))

@@ -70,6 +70,14 @@ impl World {
         self.wait_until(READY).await;
     }
 
+    /// Orders a cutover or a rollback, which must go through, and returns its report.
+    #[track_caller]
+    pub fn must_switch(&self, order: &str) -> serde_json::Value {
+        let report = self.daemon.json(&["migration", order, NAME]);
+        assert_eq!(report["outcome"], "switched", "{order}: {report}");
+        report
+    }
+
     /// Waits until the migration is in this state and substate, with a stream whose lag is known.
     pub async fn wait_until(&self, wanted: &str) {
         wait_for_within(COPY_PATIENCE, &format!("the migration to be {wanted}"), || async {
@@ -98,9 +106,7 @@ impl World {
 
     /// Restarts the daemon with these failpoints, waits for the state, gives the order, and kills the daemon when it hangs.
     pub async fn crash_at(&mut self, wanted: &str, order: &str, failpoints: &str, name: &str) {
-        self.daemon.kill();
-        self.daemon.set_failpoints(failpoints);
-        self.daemon.start_again();
+        self.daemon.restart_with(failpoints);
         self.wait_until(wanted).await;
         let mut order = self.daemon.begin(&["migration", order, NAME]);
         let seen = format!("failpoint=\"{name}\"");
