@@ -152,21 +152,11 @@ fn remedy(table: &QualifiedName, identity: &Identity, chosen: &str, policy: With
 }
 
 /// Sets `REPLICA IDENTITY FULL` where the plan says so, each attempt bounded by `lock_timeout`, so that the
-/// application never queues behind us for longer. Recorded first; does nothing for other remedies.
+/// application never queues behind us for longer. Recorded first; does nothing for other remedies. `control` is
+/// connected to the server of `side`: a stream may come from either.
 pub async fn mend(
-    source: &Control,
-    database: &str,
-    table: &TableIdentity,
-    lock_timeout: Duration,
-    journal: &dyn Journal,
-) -> Result<(), IdentityError> {
-    mend_on(Side::Source, source, database, table, lock_timeout, journal).await
-}
-
-/// The same on the server of `side`, to which `source` is connected: a stream may come from either.
-pub async fn mend_on(
     side: Side,
-    source: &Control,
+    control: &Control,
     database: &str,
     table: &TableIdentity,
     lock_timeout: Duration,
@@ -189,7 +179,7 @@ pub async fn mend_on(
     );
     let began = Instant::now();
     for _ in 0..LOCK_ATTEMPTS {
-        let Err(error) = source.batch_execute(&alter).await else {
+        let Err(error) = control.batch_execute(&alter).await else {
             tracing::info!(database, table = %name, "replica identity set to FULL");
             return Ok(());
         };
@@ -197,22 +187,22 @@ pub async fn mend_on(
         if error.code().map(tokio_postgres::error::SqlState::code) != Some(sqlstate::LOCK_NOT_AVAILABLE) {
             let refusal = refused(error);
             // The session may be used for the next table; where it is lost, the first error tells more.
-            let _ended = source.batch_execute("ROLLBACK").await;
+            let _ended = control.batch_execute("ROLLBACK").await;
             return Err(refusal);
         }
-        source.batch_execute("ROLLBACK").await.map_err(refused)?;
+        control.batch_execute("ROLLBACK").await.map_err(refused)?;
         // What queued behind us gets its turn.
         tokio::time::sleep(lock_timeout.min(Duration::from_secs(1))).await;
     }
-    let blockers = lock_holders(source, table.oid).await.map_err(IdentityError::Read)?;
+    let blockers = lock_holders(control, table.oid).await.map_err(IdentityError::Read)?;
     Err(IdentityError::Locked { table: name.clone(), waited: began.elapsed(), blockers })
 }
 
-async fn lock_holders(source: &Control, oid: u32) -> Result<String, tokio_postgres::Error> {
+async fn lock_holders(control: &Control, oid: u32) -> Result<String, tokio_postgres::Error> {
     let query = "SELECT DISTINCT format('pid %s (%s)', l.pid, coalesce(nullif(a.application_name, ''), 'no name')) \
                  FROM pg_locks l LEFT JOIN pg_stat_activity a ON a.pid = l.pid \
                  WHERE l.locktype = 'relation' AND l.relation = $1 AND l.granted LIMIT 5";
-    let rows = source.query(query, &[&oid]).await?;
+    let rows = control.query(query, &[&oid]).await?;
     let names: Vec<String> = rows.iter().map(|row| row.get(0)).collect();
     Ok(if names.is_empty() { "somebody who has gone since".to_owned() } else { names.join(", ") })
 }

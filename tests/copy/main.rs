@@ -16,6 +16,7 @@ mod support;
 use std::collections::BTreeMap;
 use std::time::Duration;
 
+use pgcutover::catalog::journal::Side;
 use pgcutover::config::{Migration, WithoutIdentity};
 use pgcutover::failpoint::Failpoints;
 use pgcutover::migration::copy::{self, CopyContext, CopyError, Stage};
@@ -363,7 +364,9 @@ async fn identities_are_found_and_mended() {
     assert_eq!(found, expected.iter().map(|(name, identity)| (*name, identity)).collect());
 
     for table in &plan {
-        identity::mend(&control, DATABASE, table, Duration::from_millis(200), &rig.journal).await.unwrap();
+        identity::mend(Side::Source, &control, DATABASE, table, Duration::from_millis(200), &rig.journal)
+            .await
+            .unwrap();
     }
     let again = identity::plan(&control, WithoutIdentity::Refuse).await.unwrap();
     assert!(again.iter().all(|table| table.remedy == Remedy::Nothing));

@@ -211,7 +211,7 @@ impl DatabaseWork {
         }
         let lock_timeout = self.context.config.migration.lock_timeout;
         for table in &identities {
-            identity::mend(&source, &row.database, table, lock_timeout, &journal).await?;
+            identity::mend(Side::Source, &source, &row.database, table, lock_timeout, &journal).await?;
         }
         self.context.failpoints.hit("engine.after_identities").await?;
 

@@ -115,7 +115,7 @@ async fn prepare_one(context: &Context, row: &DatabaseRow, epoch: Epoch) -> Resu
         if table.remedy == Remedy::Refuse {
             return Err(WorkError::NoIdentity(vec![table.table.to_string()]));
         }
-        identity::mend_on(side, &control, &row.database, &table, lock_timeout, &journal).await?;
+        identity::mend(side, &control, &row.database, &table, lock_timeout, &journal).await?;
     }
 
     let made = |kind: &str, name: &str, undo: String| MadeObject {
