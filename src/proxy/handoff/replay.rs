@@ -44,13 +44,11 @@ const TYPES: &str = "SELECT w.position, CASE WHEN w.is_array THEN t.typarray ELS
     JOIN pg_catalog.pg_type t ON t.typnamespace OPERATOR(pg_catalog.=) n.oid \
     AND t.typname OPERATOR(pg_catalog.=) w.name::pg_catalog.name";
 
-/// Settings made after the statements: they end, delay or refuse what runs.
-const LATE: [&str; 9] = [
-    "statement_timeout",
+/// Settings made after the statements, [`TIMEOUTS`] apart: they end, delay or refuse what runs.
+const LATE: [&str; 7] = [
     "lock_timeout",
     "idle_in_transaction_session_timeout",
     "idle_session_timeout",
-    "transaction_timeout",
     "default_transaction_deferrable",
     "default_transaction_isolation",
     "default_transaction_read_only",
@@ -327,7 +325,7 @@ impl Script {
         if delta.identity.before.session_authorization.is_some() {
             self.set(b"session_authorization", None, Step::Own);
         }
-        self.settings(delta, |name| !LATE.contains(&name));
+        self.settings(delta, timeouts, |name| !LATE.contains(&name));
         if let Some(user) = &delta.identity.after.session_authorization {
             self.set(b"session_authorization", Some(user), Step::Of(Failed::Role));
         }
@@ -336,9 +334,10 @@ impl Script {
         }
     }
 
-    fn settings(&mut self, delta: &Delta, wanted: impl Fn(&str) -> bool) {
+    /// Without those that are set apart from the others: the client's encoding, and time-outs.
+    fn settings(&mut self, delta: &Delta, timeouts: &[&str], wanted: impl Fn(&str) -> bool) {
         for (name, value) in &delta.settings {
-            if name != "client_encoding" && wanted(name) {
+            if name != "client_encoding" && !timeouts.contains(&name.as_str()) && wanted(name) {
                 self.set(name.as_bytes(), value.as_deref(), Step::Of(Failed::Setting(name.clone())));
             }
         }
@@ -420,7 +419,7 @@ impl Script {
 
     /// Late settings, the client's encoding, its time-outs, the unnamed statement.
     fn end(&mut self, delta: &Delta, timeouts: &[&str], translated: &Translated, report: &mut ReplayReport) {
-        self.settings(delta, |name| LATE.contains(&name) && !timeouts.contains(&name));
+        self.settings(delta, timeouts, |name| LATE.contains(&name));
         let failed = Failed::Setting("client_encoding".to_owned());
         self.set(b"client_encoding", delta.client_encoding.as_deref(), Step::Of(failed));
         // The one for statements last: the others are set by statements.
