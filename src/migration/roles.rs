@@ -60,13 +60,15 @@ pub enum RolesError {
     },
     /// A role could not be made or altered.
     #[error(
-        "role {role} could not be {doing} on the target; give the target's login role the right to, or make the role by hand"
+        "role {role} could not be {doing} on the {server}; give our login role the right to, or make the role by hand"
     )]
     Write {
         /// The role.
         role: String,
         /// `created`, `altered`, …
         doing: &'static str,
+        /// `source` or `target`.
+        server: String,
         /// Why.
         source: tokio_postgres::Error,
     },
@@ -134,7 +136,9 @@ pub async fn copy_roles(
     }
     reports.extend(writer.settings_of_everyone(&wanted).await?);
     reports.extend(writer.gone(&wanted, source.label()));
-    let rights = rights::copy(&from, &to, journal, &writer.before.rights, &mut reports).await?;
+    let rights =
+        rights::copy((&from, source.label()), (&to, target.label()), journal, &writer.before.rights, &mut reports)
+            .await?;
     let after = Roles::read(&to).await.map_err(read(target))?;
     let Writer { before, made, .. } = writer;
     *carried = before.next(&wanted, source.label(), &after, target.label(), &made, rights);
@@ -149,11 +153,11 @@ async fn maintenance_database(server: &Connector) -> Result<String, ConnectError
     }
 }
 
-/// Keeps verifiers out of the target's log, as far as our rights go.
+/// Keeps verifiers out of the server's log, as far as our rights go.
 async fn quiet(control: &Control) {
     for setting in ["log_statement = none", "log_min_duration_statement = -1", "log_min_error_statement = panic"] {
         if control.batch_execute(&format!("SET {setting}")).await.is_err() {
-            tracing::debug!(setting, "not allowed to keep statements out of the target's log");
+            tracing::debug!(setting, "not allowed to keep statements out of the server's log");
         }
     }
 }
@@ -199,6 +203,14 @@ struct Writer<'a> {
 }
 
 impl Writer<'_> {
+    fn unread(&self, source: tokio_postgres::Error) -> RolesError {
+        RolesError::Read { server: self.to.to_owned(), source }
+    }
+
+    fn unwritten(&self, role: &str, doing: &'static str, source: tokio_postgres::Error) -> RolesError {
+        RolesError::Write { role: role.to_owned(), doing, server: self.to.to_owned(), source }
+    }
+
     /// It stays as it is on the server that is led to, and the operator is told.
     fn not_allowed(&self, doing: &str) -> Done {
         let to = self.to;
@@ -250,9 +262,10 @@ impl Writer<'_> {
             return Ok(Done { changed: false, warning: Some(warning) });
         }
         let note = format!(
-            "was{}{} before it was brought in line with the source",
+            "was{}{} before it was brought in line with the {}",
             found.attributes.options(None),
-            valid_until(found, None)
+            valid_until(found, None),
+            self.from
         );
         self.record(made::ROLE_ATTRIBUTES, &role.name, &note).await?;
         let name = quote_ident(&role.name);
@@ -315,8 +328,10 @@ impl Writer<'_> {
             return Ok(Done { changed: false, warning: Some(warning) });
         }
         if found.is_some() {
-            let note = "had another password; it was replaced by the source's, and the old one cannot be brought back";
-            self.record(made::ROLE_PASSWORD, &role.name, note).await?;
+            let note = format!(
+                "had another password; it was replaced by the {from}'s, and the old one cannot be brought back"
+            );
+            self.record(made::ROLE_PASSWORD, &role.name, &note).await?;
         }
         let statement = zeroize::Zeroizing::new(format!(
             "ALTER ROLE {} PASSWORD {}",
@@ -365,7 +380,7 @@ impl Writer<'_> {
             return Ok(Done::default());
         }
         let known = self.control.query_opt("SELECT 1 FROM pg_roles WHERE rolname::text = $1", &[&wanted.role]).await;
-        if known.map_err(|source| RolesError::Read { server: self.to.to_owned(), source })?.is_none() {
+        if known.map_err(|source| self.unread(source))?.is_none() {
             let warning = format!("it is a member of {}, which the {} does not have", wanted.role, self.to);
             return Ok(Done { changed: false, warning: Some(warning) });
         }
@@ -381,13 +396,11 @@ impl Writer<'_> {
         };
         self.journal.record(&made).await?;
         let options = wanted.options(self.control.version_num());
-        let role = &wanted.member;
-        let done = self.control.batch_execute(&format!("{grant}{options}")).await;
-        match done {
+        match self.control.batch_execute(&format!("{grant}{options}")).await {
             Ok(()) => Ok(Done { changed: true, warning: None }),
             Err(source) => {
                 let circle = source.code().is_some_and(|code| code.code() == "0LP01");
-                let error = RolesError::Write { role: role.clone(), doing: "given its memberships", source };
+                let error = self.unwritten(&wanted.member, "given its memberships", source);
                 let why = match (circle, error.is_right()) {
                     // Whoever makes a role is its member from PostgreSQL 16 on: on each server ours is of the other's.
                     (true, _) => "the other is a member of it already",
@@ -403,10 +416,11 @@ impl Writer<'_> {
     /// Makes our own role a member, so that it can give objects to the role and fill its tables. Only needed where our
     /// role is no superuser.
     async fn join(&self, role: &str) -> Result<Done, RolesError> {
-        let read = |source| RolesError::Read { server: "target".to_owned(), source };
         let right = if self.control.version_num() >= 160_000 { "SET" } else { "MEMBER" };
         let query = format!("SELECT pg_has_role($1::text::name, '{right}') AND pg_has_role($1::text::name, 'USAGE')");
-        if role == self.own || self.control.query_one(query.as_str(), &[&role]).await.map_err(read)?.get(0) {
+        if role == self.own
+            || self.control.query_one(query.as_str(), &[&role]).await.map_err(|source| self.unread(source))?.get(0)
+        {
             return Ok(Done::default());
         }
         let (name, own) = (quote_ident(role), quote_ident(self.own));
@@ -450,7 +464,7 @@ impl Writer<'_> {
 
     async fn run(&self, role: &Role, doing: &'static str, sql: &str) -> Result<(), RolesError> {
         let done = self.control.batch_execute(sql).await;
-        done.map_err(|source| RolesError::Write { role: role.name.clone(), doing, source })
+        done.map_err(|source| self.unwritten(&role.name, doing, source))
     }
 }
 

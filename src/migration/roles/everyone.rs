@@ -46,7 +46,7 @@ impl Writer<'_> {
         match self.control.batch_execute(&statement).await {
             Ok(()) => Ok(Done { changed: true, warning: None }),
             Err(source) => {
-                let error = RolesError::Write { role: EVERYONE.to_owned(), doing: "given its settings", source };
+                let error = self.unwritten(EVERYONE, "given its settings", source);
                 if !error.is_right() {
                     return Err(error);
                 }

@@ -65,18 +65,18 @@ impl Right {
     }
 }
 
-/// Gives the target's roles what the source's have, takes from them what both had `before` and the source's have no longer,
-/// and notes it in their reports. Returns what both have by now.
+/// Gives the roles of the second server what those of the first have, takes from them what both had `before` and the
+/// first's have no longer, and notes it in their reports. Returns what both have by now.
 pub(super) async fn copy(
-    from: &Control,
-    to: &Control,
+    (from, from_label): (&Control, &str),
+    (to, to_label): (&Control, &str),
     journal: &dyn Journal,
     before: &BTreeSet<Right>,
     reports: &mut [RoleReport],
 ) -> Result<BTreeSet<Right>, RolesError> {
     let with_parameters = from.version_num().min(to.version_num()) >= PARAMETERS_SINCE;
-    let wanted = read(from, "source", with_parameters).await?;
-    let found: HashSet<Right> = read(to, "target", with_parameters).await?.into_iter().collect();
+    let wanted = read(from, from_label, with_parameters).await?;
+    let found: HashSet<Right> = read(to, to_label, with_parameters).await?.into_iter().collect();
     let here: HashSet<Right> = wanted.iter().cloned().collect();
     let (goes, stays): (HashSet<Right>, _) =
         found.into_iter().partition(|right| before.contains(right) && !here.contains(right));
@@ -106,22 +106,23 @@ pub(super) async fn copy(
             // Answers of the server: no right to, no such object. The role can do without until it is used.
             (Err(error), report) if error.as_db_error().is_some() => {
                 let why = error.as_db_error().map_or_else(String::new, |refusal| refusal.message().to_owned());
-                let warning = format!("{statement} was refused by the target: {why}");
+                let warning = format!("{statement} was refused by the {to_label}: {why}");
                 match report {
                     Some(report) => report.warnings.push(warning),
-                    None => tracing::warn!(warning, "a right that everybody has on the source"),
+                    None => tracing::warn!(warning, "a right that everybody has on the other server"),
                 }
             }
             (Err(source), _) => {
                 return Err(RolesError::Write {
                     role: right.role,
                     doing: "given rights on parameters and tablespaces",
+                    server: to_label.to_owned(),
                     source,
                 });
             }
         }
     }
-    let after = read(to, "target", with_parameters).await?.into_iter();
+    let after = read(to, to_label, with_parameters).await?.into_iter();
     Ok(after.filter(|right| here.contains(right) || before.contains(right)).collect())
 }
 

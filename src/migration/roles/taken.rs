@@ -134,7 +134,7 @@ impl Writer<'_> {
                             JOIN pg_roles r ON r.oid = m.roleid JOIN pg_roles u ON u.oid = m.member \
                             WHERE r.rolname = $1::text AND u.rolname = $2::text";
             let rows = self.control.query(grantors, &[&role, &member]).await;
-            let rows = rows.map_err(|source| RolesError::Read { server: "target".to_owned(), source })?;
+            let rows = rows.map_err(|source| self.unread(source))?;
             by = rows.iter().map(|row| format!(" GRANTED BY {}", quote_ident(row.get(0)))).collect();
         }
         let mut done = Done::default();
@@ -148,10 +148,7 @@ impl Writer<'_> {
                             format!("REVOKE {what}{group} FROM {name}{by} was refused: {}", refusal.message());
                         done.warning = Some(warning);
                     }
-                    None => {
-                        let doing = "relieved of a membership";
-                        return Err(RolesError::Write { role: member.to_owned(), doing, source: error });
-                    }
+                    None => return Err(self.unwritten(member, "relieved of a membership", error)),
                 },
             }
         }
