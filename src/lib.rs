@@ -5,9 +5,11 @@
 //!
 //! # Three paths to read first
 //!
-//! * One query, from socket to backend and back: [`proxy`] (`listener` → `handshake` → `auth` → `session` → `relay`).
-//! * One row, from the source's WAL to the target: [`postgres`] (`walsender`) → [`pgoutput`] → [`migration`] (`stream` → `apply`).
-//! * One cutover, from command to switched route: [`cutover`] (`coordinator` → `steps`) → [`switch`].
+//! * One query, from socket to backend and back: [`proxy`] (`listener` → `login` → `session` → `relay`).
+//! * One row, from the source's WAL to the target: [`postgres`] (`walsender`) → [`migration`] (`stream` → `gate` →
+//!   `apply`, which decodes it with [`pgoutput`]).
+//! * One cutover, from command to switched route: [`admin`] (`service`) → [`app`] (`cutovers`) → [`cutover`]
+//!   (`coordinator` → `steps`) → [`switch`].
 //!
 //! # Layers
 //!

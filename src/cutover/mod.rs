@@ -1,8 +1,9 @@
 //! The cutover: sessions held, replication drained, one decision made durable, backends switched.
 //!
-//! [`coordinator`] takes the order and answers with a [`report`]; [`steps`] is the protocol itself, one type for each
-//! step; [`startup`] finds out after a start who is active and settles what a crash has left. What survives a crash
-//! is in [`crate::catalog`]. A decision is durable before any session can act on it, and an abort is a decision too.
+//! [`coordinator`] takes the order and answers with a [`report`]; its `walk` is the whole story. [`steps`] is the
+//! protocol itself, one type for each step, and [`work`] what they hand on. [`startup`] finds out after a start who is
+//! active and settles what a crash has left. What survives a crash is in [`crate::catalog`]. A decision is durable
+//! before any session can act on it, and an abort is a decision too.
 //!
 //! # What is durable when
 //!

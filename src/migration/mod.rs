@@ -5,8 +5,18 @@
 //!                 schema, copy (a snapshot for each table), indexes, stream + apply, constraints → ready
 //! ```
 //!
-//! [`engine`] owns the migrations of a target and is the way in. [`state`] is the machine; [`snapshot`] the rule by which a table passes from its copy to the stream without a gap
-//! and without a double; [`view`] what operators see.
+//! [`engine`] owns the migrations of a target and is the way in. [`state`] is the machine; [`snapshot`] the rule by
+//! which a table passes from its copy to the stream without a gap and without a double; [`view`] what operators see.
+//!
+//! # One row, from the source's WAL to the target
+//!
+//! 1. The source's walsender sends it, once its transaction has committed; [`crate::postgres::walsender`] receives it.
+//! 2. [`stream`] is one connection's life: a thread of its own reads messages, undecoded, into a queue that is bounded
+//!    in bytes.
+//! 3. [`gate`] lets them pass, unless somebody compares the servers and has it hold.
+//! 4. [`apply`] decodes them ([`crate::pgoutput`]), drops what the copy has already ([`apply::plan`]), gathers whole
+//!    transactions, and commits their rows together with the progress row ([`apply::applier`]).
+//! 5. Only then is the slot told: `confirm` in [`stream`].
 
 pub mod apply;
 mod backoff;

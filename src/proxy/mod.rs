@@ -3,9 +3,10 @@
 //! # One query, from socket to backend and back
 //!
 //! 1. [`listener`] accepts a connection and gives it to one [`worker`], a thread with its own runtime.
-//! 2. [`handshake`] negotiates TLS and reads the startup packet; [`auth`] lets the client prove who it is, as the rules
-//!    and files say that [`access`] has read.
-//! 3. [`session`] waits for admission, opens a backend as that user ([`backend`]), and tells the client that it is ready.
+//! 2. [`login`] takes it to a session: [`handshake`] negotiates TLS and reads the startup packet; [`auth`] lets the
+//!    client prove who it is, as the rules and files say that [`access`] has read; once admitted, a backend is opened
+//!    as that user ([`backend`]), and the client is told that it is ready.
+//! 3. [`session`] owns both sockets from then on, and does whatever is rare: orders, a switch, the end.
 //! 4. [`relay`] is the hot path: it reads the client's bytes, looks at tag and length of each frame, asks the gate of
 //!    [`crate::switch`] before the first frame of a transaction, and writes the bytes to the backend unchanged. On the way
 //!    back it looks for ReadyForQuery, and leaves the gate when the session is at a safe point.
@@ -18,6 +19,9 @@
 //! 8. [`vacant`]: a connection that its client has left waits a little for another one.
 //! 9. [`orphan`] stays behind when a client vanishes in the middle of something: the gate is left only when the server
 //!    has said that it is over, or its process is gone.
+//!
+//! In transaction mode a session has a backend only while a transaction runs: [`pooled`] is its session and its relay,
+//! [`pool`] has the connections.
 //!
 //! A process is replaced without a refused connection: [`takeover`].
 //!
