@@ -84,32 +84,8 @@ pub(super) const SESSIONS: &[Column] = &[
     ("blockers", Text),
     ("pinned", Text),
 ];
-/// `SHOW SOCKETS` and `SHOW ACTIVE_SOCKETS`: the same with the positions in PgBouncer's buffers, which have no like here.
-pub(super) const SOCKETS: &[Column] = &[
-    ("type", Text),
-    ("user", Text),
-    ("database", Text),
-    ("replication", Text),
-    ("state", Text),
-    ("addr", Text),
-    ("port", Integer),
-    ("local_addr", Text),
-    ("local_port", Integer),
-    ("connect_time", Text),
-    ("request_time", Text),
-    ("wait", Integer),
-    ("wait_us", Integer),
-    ("close_needed", Integer),
-    ("ptr", Text),
-    ("link", Text),
-    ("remote_pid", Integer),
-    ("tls", Text),
-    ("application_name", Text),
-    ("prepared_statements", Integer),
-    ("id", Integer),
-    ("server", Text),
-    ("in_transaction", Text),
-    ("blockers", Text),
+/// Positions in PgBouncer's buffers, which have no like here.
+const POSITIONS: &[Column] = &[
     ("recv_pos", Integer),
     ("pkt_pos", Integer),
     ("pkt_remain", Integer),
@@ -118,6 +94,14 @@ pub(super) const SOCKETS: &[Column] = &[
     ("pkt_avail", Integer),
     ("send_avail", Integer),
 ];
+/// `SHOW SOCKETS` and `SHOW ACTIVE_SOCKETS`: all of [`SESSIONS`], then those.
+pub(super) const SOCKETS: &[Column] = &{
+    let mut columns = [("", Text); SESSIONS.len() + POSITIONS.len()];
+    let (sessions, positions) = columns.split_at_mut(SESSIONS.len());
+    sessions.copy_from_slice(SESSIONS);
+    positions.copy_from_slice(POSITIONS);
+    columns
+};
 pub(super) const LISTS: &[Column] = &[("list", Text), ("items", Integer)];
 pub(super) const USERS: &[Column] = &[
     ("name", Text),

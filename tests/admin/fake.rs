@@ -236,6 +236,7 @@ impl Clients for Fake {
             backend_pid: Some(42),
             state: "idle".to_owned(),
             connected_at: Some(0.0),
+            pinned: Some("it listens".to_owned()),
             ..ClientView::default()
         }]
     }

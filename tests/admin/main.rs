@@ -129,6 +129,9 @@ async fn every_show_verb_answers_in_both_protocols() {
     assert_eq!(row.get::<_, f64>("latency_seconds"), 0.5);
     let row = client.query_one("SHOW CLIENTS", &[]).await.unwrap();
     assert_eq!((row.get::<_, &str>("addr"), row.get::<_, i64>("remote_pid")), ("10.0.0.7", 42));
+    for row in client.query("SHOW SOCKETS", &[]).await.unwrap() {
+        assert_eq!((row.get::<_, &str>("pinned"), row.get::<_, Option<i64>>("recv_pos")), ("it listens", None));
+    }
     let row = client.query_one("SHOW DATABASES", &[]).await.unwrap();
     assert_eq!((row.get::<_, &str>("host"), row.get::<_, i64>("paused")), ("10.0.0.5", 0));
 }
