@@ -21,6 +21,7 @@ pub mod history;
 mod reading;
 
 use std::collections::HashMap;
+use std::convert::Infallible;
 use std::sync::Arc;
 
 use tokio::sync::{mpsc, watch};
@@ -365,17 +366,21 @@ fn look<'a>(error: &'a (dyn std::error::Error + 'static)) -> (String, Option<&'a
     }
 }
 
-enum Never {}
-
-/// One connection's life.
-async fn attempt(context: &StreamContext, status: &StreamStatus) -> Result<Never, StreamError> {
+/// Sessions in the database that is applied to: those that were kept for the first attempt, or new ones, through the
+/// door where it is fenced.
+async fn apply_sessions(context: &StreamContext) -> Result<ApplySessions, StreamError> {
     let connect = async { Ok::<_, StreamError>(open_apply_sessions(&context.target, &context.database).await?) };
     let kept = context.boundary.and_then(|epoch| context.reserve.take(epoch));
-    let (target, connection) = match (kept.filter(|(control, _)| !control.is_closed()), &context.door) {
-        (Some(open), _) => open,
-        (None, Some(door)) => Box::pin(door.through(connect)).await?,
-        (None, None) => connect.await?,
-    };
+    match (kept.filter(|(control, _)| !control.is_closed()), &context.door) {
+        (Some(open), _) => Ok(open),
+        (None, Some(door)) => Box::pin(door.through(connect)).await,
+        (None, None) => connect.await,
+    }
+}
+
+/// One connection's life.
+async fn attempt(context: &StreamContext, status: &StreamStatus) -> Result<Infallible, StreamError> {
+    let (target, connection) = Box::pin(apply_sessions(context)).await?;
     let target = Arc::new(target);
     // Of an earlier version, perhaps.
     bootstrap(&target, Place::TargetDatabase).await?;
