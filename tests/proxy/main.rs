@@ -19,6 +19,7 @@ mod pause;
 mod places;
 mod pooling;
 mod pooling_frames;
+mod pooling_idle;
 mod pooling_model;
 mod pooling_moves;
 mod protocol;
