@@ -22,6 +22,7 @@ mod pooling_frames;
 mod pooling_idle;
 mod pooling_model;
 mod pooling_moves;
+mod pooling_temporary;
 mod protocol;
 mod replication;
 mod rig;
