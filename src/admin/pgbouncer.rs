@@ -28,7 +28,7 @@ enum Notation {
 }
 
 /// PgBouncer's settings that have their like here: its name, our section and key.
-const SETTINGS: [(&str, &str, &str, Notation); 14] = [
+const SETTINGS: [(&str, &str, &str, Notation); 33] = [
     ("max_client_conn", "limits", "max_client_connections", Notation::Same),
     ("max_user_client_connections", "limits", "max_user_connections", Notation::Same),
     ("max_db_client_connections", "limits", "max_database_connections", Notation::Same),
@@ -43,6 +43,47 @@ const SETTINGS: [(&str, &str, &str, Notation); 14] = [
     ("tcp_keepintvl", "listen", "tcp_keepalives_interval", Notation::Seconds),
     ("admin_users", "admin", "users", Notation::Same),
     ("stats_users", "admin", "stats_users", Notation::Same),
+    ("auth_dbname", "auth", "auth_database", Notation::Same),
+    ("auth_file", "auth", "users_file", Notation::Same),
+    ("auth_hba_file", "auth", "hba_file", Notation::Same),
+    ("auth_ident_file", "auth", "ident_file", Notation::Same),
+    ("auth_query", "auth", "auth_query", Notation::Same),
+    ("pool_mode", "pool", "mode", Notation::Same),
+    ("default_pool_size", "pool", "default_pool_size", Notation::Same),
+    ("min_pool_size", "pool", "min_pool_size", Notation::Same),
+    ("reserve_pool_size", "pool", "reserve_pool_size", Notation::Same),
+    ("reserve_pool_timeout", "pool", "reserve_pool_timeout", Notation::Seconds),
+    ("max_db_connections", "pool", "max_db_connections", Notation::Same),
+    ("max_user_connections", "pool", "max_user_connections", Notation::Same),
+    ("max_prepared_statements", "pool", "max_prepared_statements", Notation::Same),
+    ("server_lifetime", "pool", "server_lifetime", Notation::Seconds),
+    ("server_idle_timeout", "pool", "server_idle_timeout", Notation::Seconds),
+    ("server_check_delay", "pool", "server_check_delay", Notation::Seconds),
+    ("server_check_query", "pool", "server_check_query", Notation::Same),
+    ("server_reset_query", "pool", "server_reset_query", Notation::Same),
+    ("server_reset_query_always", "pool", "server_reset_query_always", Notation::Same),
+];
+
+/// Settings of PgBouncer's that operators change while it runs and that have no like here: whoever sets one must learn
+/// that nothing came of it, where a driver's setting is taken without a word.
+const UNKNOWN_HERE: [&str; 17] = [
+    "application_name_add_host",
+    "auth_type",
+    "auth_user",
+    "autodb_idle_timeout",
+    "cancel_wait_timeout",
+    "ignore_startup_parameters",
+    "log_connections",
+    "log_disconnections",
+    "log_pooler_errors",
+    "log_stats",
+    "max_packet_size",
+    "server_connect_timeout",
+    "server_fast_close",
+    "server_login_retry",
+    "server_round_robin",
+    "stats_period",
+    "verbose",
 ];
 
 /// Rows of `SHOW CONFIG` under PgBouncer's names, for scripts that look for them.
@@ -63,10 +104,7 @@ pub(super) fn config_rows(running: &[Setting], defaults: &[Setting]) -> Vec<Vec<
             if live { "yes" } else { "no" }.into(),
         ]
     };
-    let mut rows: Vec<_> = SETTINGS.iter().map(row).collect();
-    // Server connections of one role are as many as its clients need.
-    rows.push(vec!["max_user_connections".into(), "0".into(), "0".into(), "no".into()]);
-    rows
+    SETTINGS.iter().map(row).collect()
 }
 
 /// `5s` as `5`, `250ms` as `0.25`.
@@ -74,8 +112,9 @@ fn seconds(value: &str) -> String {
     parse_duration(value).map_or_else(|_| value.to_owned(), |duration| duration.as_secs_f64().to_string())
 }
 
-/// What `SET key = value` means: our section and key, and the value in our notation. `None`: none of ours and none of
-/// PgBouncer's, so a driver is talking to the server that it takes us for.
+/// What `SET key = value` means: our section and key, and the value in our notation; PgBouncer's own key where there is
+/// no such thing here. `None`: none of ours and none of PgBouncer's, so a driver is talking to the server that it takes
+/// us for.
 pub(super) fn setting(key: &str, value: &str) -> Option<(String, String)> {
     if let Some((_, section, key, notation)) = SETTINGS.iter().find(|(name, ..)| name.eq_ignore_ascii_case(key)) {
         let value = match (notation, value.parse::<f64>()) {
@@ -86,7 +125,8 @@ pub(super) fn setting(key: &str, value: &str) -> Option<(String, String)> {
         };
         return Some((format!("{section}.{key}"), value));
     }
-    key.contains('.').then(|| (key.to_ascii_lowercase(), value.to_owned()))
+    let key = key.to_ascii_lowercase();
+    (key.contains('.') || UNKNOWN_HERE.contains(&key.as_str())).then(|| (key, value.to_owned()))
 }
 
 /// `SHOW STATE`
@@ -123,7 +163,23 @@ mod tests {
         assert_eq!(of("Max_Client_Conn", "7").as_deref(), Some("limits.max_client_connections=7"));
         assert_eq!(of("limits.query_timeout", "5s").as_deref(), Some("limits.query_timeout=5s"));
         assert_eq!(of("query_timeout", "5s").as_deref(), Some("limits.query_timeout=5s"));
+        assert_eq!(of("default_pool_size", "5").as_deref(), Some("pool.default_pool_size=5"));
+        assert_eq!(of("server_idle_timeout", "60").as_deref(), Some("pool.server_idle_timeout=60000000us"));
+        assert_eq!(of("Verbose", "1").as_deref(), Some("verbose=1"));
         assert_eq!(of("extra_float_digits", "3"), None);
+    }
+
+    #[test]
+    fn what_pools_have_is_shown_under_pgbouncers_names() {
+        let server = || crate::config::Server::new("a", 1, "u");
+        let defaults = Config::new(server(), server());
+        let mut running = defaults.clone();
+        running.pool.max_user_connections = 7;
+        let rows = config_rows(&running.settings(), &defaults.settings());
+        for [name, value, default] in [["max_user_connections", "7", "0"], ["server_lifetime", "3600", "3600"]] {
+            let row: Vec<Cell> = vec![name.into(), value.into(), default.into(), "no".into()];
+            assert!(rows.contains(&row), "{rows:?}");
+        }
     }
 
     #[test]

@@ -223,8 +223,14 @@ impl Inner {
                 let defaults = Config::new(Server::new("", 5432, ""), Server::new("", 5432, ""));
                 Ok(Reply::Table(show::config(&config, &defaults)))
             }
-            Command::Databases => Ok(Reply::Table(show::databases(&config, &deps.switchboard, &deps.clients.list()))),
-            Command::Pools => Ok(Reply::Table(show::pools(&deps.clients.list(), &deps.clients.idle_servers()))),
+            Command::Databases => {
+                let (clients, idle) = (deps.clients.list(), deps.clients.idle_servers());
+                Ok(Reply::Table(show::databases(&config, &deps.switchboard, &clients, &idle)))
+            }
+            Command::Pools => {
+                let (clients, idle) = (deps.clients.list(), deps.clients.idle_servers());
+                Ok(Reply::Table(show::pools(&config, &clients, &idle)))
+            }
             Command::Clients => Ok(Reply::Table(show::sessions(&config, &self.clients(), show::Side::Client))),
             Command::Servers => {
                 let servers = [self.clients(), deps.clients.idle_servers()].concat();
@@ -241,8 +247,14 @@ impl Inner {
             Command::DnsHosts => Ok(Reply::Table(Table::new(pgbouncer::DNS_HOSTS))),
             Command::DnsZones => Ok(Reply::Table(Table::new(pgbouncer::DNS_ZONES))),
             Command::Peers => Ok(Reply::Table(Table::new(pgbouncer::PEERS))),
-            Command::Lists => Ok(Reply::Table(show::lists(&deps.switchboard, &deps.clients.list()))),
-            Command::Users => Ok(Reply::Table(show::users(&config, &deps.clients.list()))),
+            Command::Lists => {
+                let (clients, idle) = (deps.clients.list(), deps.clients.idle_servers());
+                Ok(Reply::Table(show::lists(&deps.switchboard, &clients, &idle)))
+            }
+            Command::Users => {
+                let (clients, idle) = (deps.clients.list(), deps.clients.idle_servers());
+                Ok(Reply::Table(show::users(&config, &clients, &idle)))
+            }
             Command::Members => Ok(Reply::Members(deps.cutovers.members().await?)),
             Command::Blockers => Ok(Reply::Blockers(deps.cutovers.blockers().await?)),
             Command::Status => Ok(Reply::Status(Box::new(self.status(&config).await))),

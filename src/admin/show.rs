@@ -215,7 +215,13 @@ pub(super) fn is_live(setting: &Setting) -> bool {
     setting.live == Live::Reload
 }
 
-pub(super) fn databases(config: &Config, switchboard: &Switchboard, clients: &[ClientView]) -> Table {
+/// `idle`: server connections that no client has now.
+pub(super) fn databases(
+    config: &Config,
+    switchboard: &Switchboard,
+    clients: &[ClientView],
+    idle: &[ClientView],
+) -> Table {
     let mut table = Table::new(DATABASES);
     for database in switchboard.all() {
         let (server, epoch, reason) = match &*database.route() {
@@ -231,7 +237,8 @@ pub(super) fn databases(config: &Config, switchboard: &Switchboard, clients: &[C
         // Sessions with a connection of their own are bounded by the clients alone.
         let is_pooled = sizes.mode == PoolMode::Transaction;
         let of_pool = |size: usize| Cell::from(if is_pooled { size } else { 0 });
-        let backends = own.clone().filter(|client| client.backend_pid.is_some()).count();
+        let waiting = idle.iter().filter(|server| server.database == database.name()).count();
+        let backends = waiting + own.clone().filter(|client| client.backend_pid.is_some()).count();
         table.push(vec![
             database.name().into(),
             address.map(|server| server.host.clone()).into(),
@@ -260,7 +267,7 @@ pub(super) fn databases(config: &Config, switchboard: &Switchboard, clients: &[C
 }
 
 /// `idle`: server connections that no client has now.
-pub(super) fn pools(clients: &[ClientView], idle: &[ClientView]) -> Table {
+pub(super) fn pools(config: &Config, clients: &[ClientView], idle: &[ClientView]) -> Table {
     let mut pools: BTreeMap<(&str, &str), (Vec<&ClientView>, usize)> = BTreeMap::new();
     for client in clients {
         pools.entry((&client.database, &client.user)).or_default().0.push(client);
@@ -289,7 +296,7 @@ pub(super) fn pools(clients: &[ClientView], idle: &[ClientView]) -> Table {
             count(|client| client.backend_pid.is_none() && !client.pooled).into(),
             whole_seconds(longest).into(),
             micros(longest).into(),
-            if idle > 0 || clients.iter().any(|client| client.pooled) { "transaction" } else { "session" }.into(),
+            config.pool.sizes(database, user).mode.as_str().into(),
             Cell::Null,
         ]);
     }
@@ -369,10 +376,12 @@ fn session_rows(config: &Config, clients: &[ClientView], side: Side) -> Vec<Vec<
     rows
 }
 
-pub(super) fn lists(switchboard: &Switchboard, clients: &[ClientView]) -> Table {
+/// `idle`: server connections that no client has now.
+pub(super) fn lists(switchboard: &Switchboard, clients: &[ClientView], idle: &[ClientView]) -> Table {
     let users: BTreeSet<&str> = clients.iter().map(|client| client.user.as_str()).collect();
-    let pools: BTreeSet<(&str, &str)> = clients.iter().map(|c| (c.database.as_str(), c.user.as_str())).collect();
-    let backends = clients.iter().filter(|client| client.backend_pid.is_some()).count();
+    let both = || clients.iter().chain(idle);
+    let pools: BTreeSet<(&str, &str)> = both().map(|one| (one.database.as_str(), one.user.as_str())).collect();
+    let backends = both().filter(|one| one.backend_pid.is_some()).count();
     let items: [(&str, Cell); 14] = [
         ("databases", switchboard.all().len().into()),
         ("users", users.len().into()),
@@ -392,21 +401,26 @@ pub(super) fn lists(switchboard: &Switchboard, clients: &[ClientView]) -> Table 
     Table { columns: LISTS, rows: items.into_iter().map(|(list, items)| vec![list.into(), items]).collect() }
 }
 
-pub(super) fn users(config: &Config, clients: &[ClientView]) -> Table {
+/// `idle`: server connections that no client has now. What a user has no value of its own for is NULL, as in PgBouncer.
+pub(super) fn users(config: &Config, clients: &[ClientView], idle: &[ClientView]) -> Table {
     let mut counts: BTreeMap<&str, (usize, usize)> = BTreeMap::new();
     for client in clients {
         let count = counts.entry(&client.user).or_default();
         count.0 += 1;
         count.1 += usize::from(client.backend_pid.is_some());
     }
+    for server in idle {
+        counts.entry(&server.user).or_default().1 += 1;
+    }
     let mut table = Table::new(USERS);
     for (user, (sessions, backends)) in counts {
+        let own = config.pool.users.get(user);
         table.push(vec![
             user.into(),
-            Cell::Null,
-            Cell::Null,
-            "session".into(),
-            0.into(),
+            own.and_then(|own| own.default_pool_size).into(),
+            own.and_then(|own| own.reserve_pool_size).into(),
+            own.and_then(|own| own.mode).map(PoolMode::as_str).into(),
+            config.pool.sizes("", user).max_user_connections.into(),
             backends.into(),
             config.limits.max_connections_of_user(user).unwrap_or(0).into(),
             sessions.into(),
@@ -459,6 +473,39 @@ pub fn timestamp(seconds: f64) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::config::{PoolOverride, Server};
+    use crate::switch::Epoch;
+
+    #[test]
+    fn server_connections_that_nobody_has_now_are_counted() {
+        let server = || Server::new("a", 1, "u");
+        let mut config = Config::new(server(), server());
+        config.pool.mode = PoolMode::Transaction;
+        let own = PoolOverride { mode: Some(PoolMode::Session), max_connections: Some(7), ..PoolOverride::default() };
+        config.pool.users.insert("bob".to_owned(), own);
+        let board = Switchboard::new(Route::To { server: ServerRole::Source, epoch: Epoch(0) });
+        let _known = board.database("shop");
+        let of =
+            |user: &str| ClientView { user: user.to_owned(), database: "shop".to_owned(), ..ClientView::default() };
+        let clients = [ClientView { state: "idle".to_owned(), pooled: true, ..of("ann") }];
+        let idle = ["ann", "bob"].map(|user| ClientView { backend_pid: Some(7), pooled: true, ..of(user) });
+        let column = |table: &Table, name: &str| -> Vec<Cell> {
+            let at = table.columns.iter().position(|(column, _)| *column == name).expect("a column");
+            table.rows.iter().map(|row| row[at].clone()).collect()
+        };
+        let (number, word) = (Cell::Integer, |word: &str| Cell::Text(word.to_owned()));
+        assert_eq!(column(&databases(&config, &board, &clients, &idle), "current_connections"), [number(2)]);
+        let shown = pools(&config, &clients, &idle);
+        assert_eq!(column(&shown, "pool_mode"), [word("transaction"), word("session")]);
+        let shown = users(&config, &clients, &idle);
+        assert_eq!(column(&shown, "name"), [word("ann"), word("bob")]);
+        assert_eq!(column(&shown, "pool_mode"), [Cell::Null, word("session")]);
+        assert_eq!(column(&shown, "max_user_connections"), [number(0), number(7)]);
+        assert_eq!(column(&shown, "current_connections"), [number(1), number(1)]);
+        let shown = lists(&board, &clients, &idle);
+        let at = column(&shown, "list").iter().position(|list| *list == word("used_servers")).expect("a row");
+        assert_eq!(column(&shown, "items")[at], number(2));
+    }
 
     #[test]
     fn timestamps_are_dates_of_the_calendar() {

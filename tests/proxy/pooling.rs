@@ -180,8 +180,13 @@ async fn startup_parameters_are_the_clients_own_and_reported() {
     for role in [("role", "pg_monitor"), ("options", "-c ROLE=pg_monitor")] {
         assert_eq!(first_row(&mut start(&[role]).await.0, "SELECT current_user").await, "pg_monitor");
     }
-    let (_, refused) = start(&[("work_mem", "lots")]).await;
-    assert_eq!(refused.iter().find(|message| message.tag == 'E').expect("refused").code(), "22023");
+    for (name, code, words) in
+        [("work_mem", "22023", "invalid value for"), ("nonsense", "42704", "unrecognized configuration")]
+    {
+        let (_, refused) = start(&[(name, "lots")]).await;
+        let error = refused.iter().find(|message| message.tag == 'E').expect("refused");
+        assert_eq!((error.code(), error.words()), (code.to_owned(), format!("{words} parameter \"{name}\"")));
+    }
     rig.stop().await;
 }
 

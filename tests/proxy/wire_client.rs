@@ -26,6 +26,11 @@ impl Message {
     pub fn code(&self) -> String {
         String::from_utf8_lossy(field(&self.body, b'C').unwrap_or_default()).into_owned()
     }
+
+    /// The primary message of an error.
+    pub fn words(&self) -> String {
+        String::from_utf8_lossy(field(&self.body, b'M').unwrap_or_default()).into_owned()
+    }
 }
 
 /// A frame.

@@ -79,15 +79,11 @@ const IDENTITY: &str = "SELECT CASE WHEN session_user OPERATOR(pg_catalog.<>) pg
     (SELECT pg_catalog.count(*) FROM pg_catalog.pg_cursor() c WHERE c.is_holdable), pg_catalog.pg_my_temp_schema() \
     FROM pg_catalog.pg_stat_get_activity(pg_catalog.pg_backend_pid()) a";
 
-/// Asked of sessions that have a temporary schema only: planning it takes as long as planning all others.
-const TEMPORARY: &str = "SELECT (SELECT pg_catalog.count(*) FROM pg_catalog.pg_class \
-        WHERE relnamespace OPERATOR(pg_catalog.=) pg_catalog.pg_my_temp_schema()) OPERATOR(pg_catalog.+) \
-    (SELECT pg_catalog.count(*) FROM pg_catalog.pg_proc \
-        WHERE pronamespace OPERATOR(pg_catalog.=) pg_catalog.pg_my_temp_schema()) OPERATOR(pg_catalog.+) \
-    (SELECT pg_catalog.count(*) FROM pg_catalog.pg_type \
-        WHERE typnamespace OPERATOR(pg_catalog.=) pg_catalog.pg_my_temp_schema() \
-        AND typrelid OPERATOR(pg_catalog.=) '0'::pg_catalog.oid \
-        AND typelem OPERATOR(pg_catalog.=) '0'::pg_catalog.oid)";
+/// Asked of sessions that have a temporary schema only. Whatever is in a schema depends on it, operators and collations
+/// as well as tables; that is how a server finds what it removes when the session ends (`RemoveTempRelations`).
+const TEMPORARY: &str = "SELECT pg_catalog.count(*) FROM pg_catalog.pg_depend d \
+    WHERE d.refclassid OPERATOR(pg_catalog.=) 'pg_catalog.pg_namespace'::pg_catalog.regclass::pg_catalog.oid \
+    AND d.refobjid OPERATOR(pg_catalog.=) pg_catalog.pg_my_temp_schema()";
 
 const STATEMENTS: &str = "SELECT p.name, p.statement, p.from_sql, \
     pg_catalog.array_to_string(p.parameter_types::pg_catalog.oid[], ',') FROM pg_catalog.pg_prepared_statement() p \

@@ -5,8 +5,8 @@ use std::hash::{Hash, Hasher};
 
 use bytes::Bytes;
 
-use super::Blocker;
 use super::state::{Origin, SessionState};
+use super::{Blocker, Traces};
 
 /// Settings that change neither what a statement means nor what it answers, so that statements may be shared by
 /// sessions that differ in them.
@@ -113,6 +113,17 @@ impl SessionState {
         meaning
     }
 
+    /// What each transaction of the session may leave behind, whatever it says: where its `search_path` leads to the
+    /// temporary schema first, an ordinary CREATE TABLE makes a temporary table.
+    pub fn leaves(&self) -> Traces {
+        let Some(path) = self.settings.get("search_path") else { return Traces::NONE };
+        let path = String::from_utf8_lossy(path);
+        // "$user" seldom exists.
+        let first = path.split(',').map(|name| name.trim().trim_matches('"')).find(|name| *name != "$user");
+        let is_temporary = first.is_some_and(|name| name.to_ascii_lowercase().starts_with("pg_temp"));
+        if is_temporary { Traces::SESSION } else { Traces::NONE }
+    }
+
     /// The session's `application_name`, where it has set one.
     pub fn application_name(&self) -> Option<&str> {
         self.settings.get("application_name").and_then(|value| std::str::from_utf8(value).ok())
@@ -142,6 +153,20 @@ mod tests {
         assert_eq!(state.meaning(), SessionState::default().with_settings([("TimeZone", "UTC"), ("work_mem", "1MB")]));
         assert_eq!(state.application_name(), Some("b"));
         assert_eq!(state.ties(), []);
+    }
+
+    #[test]
+    fn who_makes_temporary_tables_by_default_may_always_leave_some() {
+        for (path, leaves) in [
+            ("pg_temp", Traces::SESSION),
+            ("\"$user\", pg_temp, public", Traces::SESSION),
+            ("\"$user\", public", Traces::NONE),
+            ("app, pg_temp", Traces::NONE),
+            ("", Traces::NONE),
+        ] {
+            assert_eq!(SessionState::default().with_settings([("search_path", path)]).leaves(), leaves, "{path}");
+        }
+        assert_eq!(SessionState::default().leaves(), Traces::NONE);
     }
 
     #[test]

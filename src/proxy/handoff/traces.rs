@@ -144,8 +144,8 @@ fn later_word(text: &[u8], word: &[u8], end: usize, first: First, words: usize, 
             *found |= Traces::SESSION;
         }
         b'p' if starts(word, b"pg_try_advisory_lock") => *found |= Traces::SESSION,
-        // CREATE TABLE pg_temp.x
-        b'p' if first == First::Create && starts(word, b"pg_temp") => *found |= Traces::SESSION,
+        // CREATE TABLE pg_temp.x; SET LOCAL search_path = pg_temp, and an ordinary CREATE TABLE behind it.
+        b'p' if starts(word, b"pg_temp") => *found |= Traces::SESSION,
         // CREATE [OR REPLACE] [LOCAL] TEMP …
         b't' if first == First::Create && words <= 4 && (is(word, b"temp") || is(word, b"temporary")) => {
             *found |= Traces::SESSION;
@@ -374,6 +374,7 @@ mod tests {
             "CREATE TEMP TABLE t(a int)",
             "create or replace temporary view v as select 1",
             "CREATE TABLE pg_temp.t(a int)",
+            "SET LOCAL search_path = pg_temp, public",
             "select 1 into temp t",
             "declare c cursor with hold for select 1",
             "select 'it\\'s; set x = 1'",

@@ -339,20 +339,20 @@ impl LocalPool {
         self.close_idle(|link| self.is_stray(link));
     }
 
-    fn close_idle(&self, closes: impl Fn(&Link) -> bool) {
+    fn close_idle(&self, closes: impl Fn(&mut Link) -> bool) {
         let mut gone = Vec::new();
         {
             let mut idle = self.idle.borrow_mut();
             let mut at = 0;
             while at < idle.len() {
-                if closes(&idle[at]) { gone.push(idle.remove(at)) } else { at += 1 }
+                if closes(&mut idle[at]) { gone.push(idle.remove(at)) } else { at += 1 }
             }
             self.central.set_idle(self.worker, idle.len());
         }
         gone.into_iter().for_each(|link| link.close());
     }
 
-    /// Once a second: what is old, idle for long or on the wrong server is closed, what is missing is opened.
+    /// Once a second: what is old, idle for long, lost or on the wrong server is closed, what is missing is opened.
     pub(in crate::proxy) fn look_after(self: &Rc<Self>) {
         let database = &self.local.database;
         if !database.is_fenced() {
@@ -362,12 +362,15 @@ impl LocalPool {
             // Given up while no client was here to be told.
             self.discard_prepared();
         }
+        // What its server has ended (a restart, `idle_session_timeout`) would count as one that clients can have, keep
+        // the pool below its least size, and let a stranger who is given its process id one day pass for ours.
+        self.close_idle(|link| !link.is_fresh());
         let now = Instant::now();
         let settings = self.central.settings();
         let (lifetime, idle_timeout) = (settings.server_lifetime, settings.server_idle_timeout);
         let mut spare = self.central.connections().saturating_sub(self.central.sizes.min_pool_size);
-        let is_old = |link: &Link| !lifetime.is_zero() && now.saturating_duration_since(link.opened) >= lifetime;
-        let unused = |link: &Link| !idle_timeout.is_zero() && link.idle_for(now) >= idle_timeout;
+        let is_old = |link: &mut Link| !lifetime.is_zero() && now.saturating_duration_since(link.opened) >= lifetime;
+        let unused = |link: &mut Link| !idle_timeout.is_zero() && link.idle_for(now) >= idle_timeout;
         self.close_idle(is_old);
         let spare = Cell::new(std::mem::take(&mut spare));
         self.close_idle(|link| {

@@ -7,7 +7,7 @@ use std::collections::{HashMap, HashSet};
 use std::hash::{Hash, Hasher};
 use std::sync::{Arc, Mutex, PoisonError};
 
-use crate::proxy::handoff::SessionState;
+use crate::proxy::handoff::{SessionState, Traces};
 use crate::switch::ServerRole;
 
 /// More than this, and those that nobody uses are forgotten.
@@ -25,6 +25,8 @@ pub(in crate::proxy) struct Profile {
     pub(in crate::proxy) state: Arc<SessionState>,
     /// The part of it that statements depend on. Equal ones are the same object.
     pub(in crate::proxy) meaning: Arc<SessionState>,
+    /// What each transaction under it may leave behind, whatever it says.
+    pub(in crate::proxy) leaves: Traces,
     /// What a server last reported under it.
     reported: Mutex<Option<(ServerRole, Reported)>>,
 }
@@ -100,7 +102,8 @@ impl Profiles {
                 meaning
             }
         };
-        let profile = Arc::new(Profile { state: Arc::new(state), meaning, reported: Mutex::new(None) });
+        let leaves = state.leaves();
+        let profile = Arc::new(Profile { state: Arc::new(state), meaning, leaves, reported: Mutex::new(None) });
         self.known.insert(ByState(profile.clone()));
         profile
     }

@@ -2,10 +2,11 @@
 
 use std::sync::Arc;
 
-use super::steps::{bring, code_of, with_startup};
+use super::steps::{Unfit, bring, code_of, with_startup};
 use crate::proxy::client_error::ClientError;
 use crate::proxy::handoff::{Tracked, capture};
 use crate::proxy::pool::{Link, LocalPool, Profile, Reported};
+use crate::sqlstate;
 
 /// What a startup packet asks for, as settings; an error where it asks for something that no setting can give.
 pub(in crate::proxy) fn settings_of(parameters: &[(String, String)]) -> Result<Vec<(String, String)>, ClientError> {
@@ -62,22 +63,32 @@ pub(in crate::proxy) async fn learn(
     link: &mut Link,
     settings: Vec<(String, String)>,
 ) -> Result<(Arc<Profile>, Reported), ClientError> {
-    let refused = |code: String| ClientError::ServerRefused {
-        code,
-        message: "a parameter of the startup packet was refused by the server".to_owned(),
-    };
     let wanted = pool.central.profile(with_startup(&link.base.state, &settings));
     bring(link, &wanted).await.map_err(refused)?;
     // As the server spells them.
     let mut nobody = bytes::BytesMut::new();
     let customs = link.custom_names();
     let state = capture(link.connection(), &Tracked::new(), &customs, &mut nobody).await;
-    let profile = pool.central.profile(state.map_err(|error| refused(code_of(&error)))?);
+    let state = state.map_err(|error| refused(Unfit { code: code_of(&error), setting: None }))?;
+    let profile = pool.central.profile(state);
     link.profile = profile.clone();
     link.note_reported();
     profile.note_reported(link.server(), &link.reported);
     pool.central.note_startup(settings, &profile);
     Ok((profile, link.reported.clone()))
+}
+
+/// What a client is told whose startup packet asks for what its server refuses: which of its parameters it was, in
+/// PostgreSQL's words for the code, as the server's own are not at hand.
+fn refused(Unfit { code, setting }: Unfit) -> ClientError {
+    let message = match (setting, code.as_str()) {
+        (Some(name), sqlstate::UNDEFINED_OBJECT) => format!("unrecognized configuration parameter \"{name}\""),
+        (Some(name), sqlstate::INVALID_PARAMETER_VALUE) => format!("invalid value for parameter \"{name}\""),
+        (Some(name), sqlstate::INSUFFICIENT_PRIVILEGE) => format!("permission denied to set parameter \"{name}\""),
+        (Some(name), _) => format!("parameter \"{name}\" of the startup packet was refused by the server"),
+        (None, _) => "what the startup packet asks for could not be brought to a server connection".to_owned(),
+    };
+    ClientError::ServerRefused { code, message }
 }
 
 #[cfg(test)]
@@ -95,5 +106,20 @@ mod tests {
         assert!(of("-B 100").is_err() && of("-c").is_err() && of("-c x").is_err());
         let parameters = [pair("application_name", "a"), pair("replication", "off")];
         assert_eq!(settings_of(&parameters).expect("valid"), [pair("application_name", "a")]);
+    }
+
+    #[test]
+    fn a_parameter_that_is_refused_is_named() {
+        for (code, setting, expected) in [
+            ("42704", Some("nonsense"), "unrecognized configuration parameter \"nonsense\""),
+            ("22023", Some("work_mem"), "invalid value for parameter \"work_mem\""),
+            ("42501", Some("log_statement"), "permission denied to set parameter \"log_statement\""),
+            ("55P02", Some("x"), "parameter \"x\" of the startup packet was refused by the server"),
+            ("08006", None, "what the startup packet asks for could not be brought to a server connection"),
+        ] {
+            let unfit = Unfit { code: code.to_owned(), setting: setting.map(str::to_owned) };
+            let told = ClientError::ServerRefused { code: code.to_owned(), message: expected.to_owned() };
+            assert_eq!(refused(unfit), told);
+        }
     }
 }

@@ -6,7 +6,7 @@ use std::time::Instant;
 use super::{Mending, Place, PooledSession, StashState, Step};
 use crate::proxy::client_error::ClientError;
 use crate::proxy::entry::SessionState;
-use crate::proxy::handoff::{Traces, changed_parameters};
+use crate::proxy::handoff::changed_parameters;
 use crate::proxy::pool::Link;
 use crate::proxy::reads::{self, ByDefault};
 use crate::proxy::session::End;
@@ -253,7 +253,7 @@ impl PooledSession {
             self.entry.set_server(link.server());
         }
         self.entry.set_backend_pid(link.pid());
-        self.traces = Traces::NONE;
+        self.traces = self.profile.leaves;
         self.takers.clear();
         self.stash.frames.clear();
         self.stash.state = StashState::Open;

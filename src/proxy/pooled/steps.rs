@@ -94,15 +94,15 @@ impl PooledSession {
             link.unnamed = 0;
             link.note_used();
         }
-        if let Err(code) = bring(&mut link, &self.profile).await {
-            if code == sqlstate::QUERY_CANCELED {
+        if let Err(unfit) = bring(&mut link, &self.profile).await {
+            if unfit.code == sqlstate::QUERY_CANCELED {
                 // By what was meant for the client before, a cancel or a time-out.
                 tracing::info!(pid = link.pid(), "a connection could not be made as its next client needs it");
                 self.replace(link);
                 return Ok(());
             }
             self.link = Some(link);
-            return Err(End::Told(ClientError::SettingsLost { code }));
+            return Err(End::Told(ClientError::SettingsLost { code: unfit.code }));
         }
         self.profile.note_reported(link.server(), &link.reported);
         self.link = Some(link);
@@ -328,19 +328,29 @@ impl PooledSession {
     }
 }
 
-/// Brings a connection's settings to those of a profile. The error is a SQLSTATE; the connection is then spoiled.
-pub(super) async fn bring(link: &mut Link, profile: &Arc<crate::proxy::pool::Profile>) -> Result<(), String> {
+/// Why a connection could not be made as a client needs it.
+#[derive(Debug)]
+pub(super) struct Unfit {
+    /// SQLSTATE.
+    pub(super) code: String,
+    /// The setting that its server has refused, if it was one.
+    pub(super) setting: Option<String>,
+}
+
+/// Brings a connection's settings to those of a profile. Where that fails, the connection is spoiled.
+pub(super) async fn bring(link: &mut Link, profile: &Arc<crate::proxy::pool::Profile>) -> Result<(), Unfit> {
     if Arc::ptr_eq(&link.profile, profile) {
         return Ok(());
     }
     let change = delta(&link.profile.state, &profile.state);
     if !change.is_empty() {
         link.spoiled = true;
-        let lost = || sqlstate::CONNECTION_FAILURE.to_owned();
+        let failed = |code: String| Unfit { code, setting: None };
         let applied = tokio::time::timeout(PATIENCE, apply_delta(link.connection(), &change)).await;
-        let report = applied.map_err(|_| lost())?.map_err(|error| code_of(&error))?;
-        if let Some(code) = report.blockers().iter().find_map(refused_with) {
-            return Err(code);
+        let answered = applied.map_err(|_| failed(sqlstate::CONNECTION_FAILURE.to_owned()))?;
+        let report = answered.map_err(|error| failed(code_of(&error)))?;
+        if let Some(unfit) = report.blockers().into_iter().find_map(refused_with) {
+            return Err(unfit);
         }
         link.spoiled = false;
     }
@@ -349,12 +359,12 @@ pub(super) async fn bring(link: &mut Link, profile: &Arc<crate::proxy::pool::Pro
     Ok(())
 }
 
-fn refused_with(blocker: &crate::proxy::handoff::Blocker) -> Option<String> {
+fn refused_with(blocker: crate::proxy::handoff::Blocker) -> Option<Unfit> {
     use crate::proxy::handoff::Blocker;
     match blocker {
-        Blocker::Setting { sqlstate, .. } | Blocker::Role { sqlstate } | Blocker::Listen { sqlstate } => {
-            Some(sqlstate.clone())
-        }
+        Blocker::Setting { name, sqlstate } => Some(Unfit { code: sqlstate, setting: Some(name) }),
+        Blocker::Role { sqlstate } => Some(Unfit { code: sqlstate, setting: Some("role".to_owned()) }),
+        Blocker::Listen { sqlstate } => Some(Unfit { code: sqlstate, setting: None }),
         _ => None,
     }
 }
