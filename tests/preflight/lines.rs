@@ -367,5 +367,6 @@ pub const OTHERS: &[&str] = &[
     "build_features",
     "generated_children",
     "identity_columns",
+    "reserved_words",
     "scheduled_jobs",
 ];
