@@ -296,6 +296,22 @@ async fn settings_that_are_wrong_are_named_and_set() {
     assert!(hosted.fix.contains("rds.logical_replication") && hosted.statements.is_empty(), "{hosted:#?}");
 }
 
+/// Which values there are differs from major to major, and with locales and time zones.
+#[tokio::test(flavor = "multi_thread")]
+async fn values_that_the_target_does_not_take_are_named() {
+    let rig = Rig::start();
+    rig.make_source(
+        "CREATE TABLE t (id int PRIMARY KEY); CREATE ROLE dated; ALTER ROLE dated SET work_mem = '8MB';
+         ALTER ROLE dated SET lock_timeout = '1s'; UPDATE pg_db_role_setting
+            SET setconfig = '{work_mem=nonsense,lock_timeout=1s}' WHERE setrole = 'dated'::regrole",
+    )
+    .await;
+    let results = validate(&rig, &rig.source, &rig.whole, false).await;
+    assert_eq!(results["unknown_settings"].evidence, ["a value of work_mem"]);
+    obey(&rig, &results["unknown_settings"].statements).await;
+    silent(&validate(&rig, &rig.source, &rig.whole, false).await, "unknown_settings");
+}
+
 /// A list of what may be installed, as services have it.
 #[tokio::test(flavor = "multi_thread")]
 async fn an_extension_that_a_service_does_not_allow_is_named() {

@@ -239,7 +239,8 @@ pub(super) const FINDINGS: &[Finding] = &[
                 format('DROP FOREIGN DATA WRAPPER %I CASCADE', w.fdwname) \
                 FROM pg_foreign_data_wrapper w WHERE w.oid >= 16384 AND NOT EXISTS (SELECT FROM pg_depend x \
                 WHERE x.classid = 'pg_foreign_data_wrapper'::regclass AND x.objid = w.oid AND x.deptype = 'e') \
-                UNION ALL SELECT format('access method %I', m.amname), format('DROP ACCESS METHOD %I CASCADE', m.amname) \
+                UNION ALL \
+                SELECT format('access method %I', m.amname), format('DROP ACCESS METHOD %I CASCADE', m.amname) \
                 FROM pg_am m WHERE m.oid >= 16384 AND NOT EXISTS (SELECT FROM pg_depend x \
                 WHERE x.classid = 'pg_am'::regclass AND x.objid = m.oid AND x.deptype = 'e') ORDER BY 1",
         ..Finding::OF_EVERY_VERSION

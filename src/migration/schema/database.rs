@@ -4,7 +4,7 @@ use std::collections::{BTreeSet, HashSet};
 
 use serde::{Deserialize, Serialize};
 use tokio_postgres::Error;
-use tokio_postgres::error::SqlState;
+use tokio_postgres::error::{DbError, SqlState};
 
 use super::{ConnectionLimit, Existing, SchemaError, Synced};
 use crate::catalog::journal::{MadeObject, Side};
@@ -145,6 +145,9 @@ pub(super) async fn create(
             Err(SchemaError::Database { doing, source, .. }) if is_right(&source) => {
                 tracing::warn!(database = name, doing, "more than the target's login role may do; left out");
             }
+            Err(SchemaError::Database { doing, source, .. }) if is_value(&source) => {
+                tracing::warn!(database = name, doing, "the target does not take the value of a setting; left out");
+            }
             done => done?,
         }
     }
@@ -196,6 +199,10 @@ pub(super) async fn sync(
             Ok(()) => synced.changed += 1,
             Err(SchemaError::Database { doing, source, .. }) if is_right(&source) => {
                 synced.left.push(format!("{doing} is more than the login role of the server that is led to may do"));
+            }
+            Err(SchemaError::Database { doing, source, .. }) if is_value(&source) => {
+                let why = source.as_db_error().map_or("", DbError::message);
+                synced.left.push(format!("{doing} was refused by the server that is led to: {why}"));
             }
             Err(error) => return Err(error),
         }
@@ -274,6 +281,11 @@ async fn drop_database(
 /// Whether it was the rights that did not reach.
 fn is_right(error: &Error) -> bool {
     error.code() == Some(&SqlState::INSUFFICIENT_PRIVILEGE)
+}
+
+/// Whether it was the value of a setting: see [`crate::migration::roles`].
+fn is_value(error: &Error) -> bool {
+    error.code() == Some(&SqlState::INVALID_PARAMETER_VALUE)
 }
 
 /// Whether a database has the name already. Two statements at the same time meet in the unique index of the catalogue.
