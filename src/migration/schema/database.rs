@@ -302,11 +302,37 @@ fn check_same(name: &str, found: &Database, wanted: &Database) -> Result<(), Sch
         };
         format!("encoding {}, collation {}, ctype {}{provider}", one.encoding, one.collate, one.ctype)
     };
-    let (found, wanted) = (describe(found), describe(wanted));
-    if found == wanted {
+    let mut spelled = found.clone();
+    if let (Some(there), Some(here)) = (&found.locale, &wanted.locale)
+        && (found.provider.as_str(), wanted.provider.as_str()) == ("i", "i")
+        && is_same_icu_locale(there, here)
+    {
+        spelled.locale = Some(here.clone());
+    }
+    if describe(&spelled) == describe(wanted) {
         return Ok(());
     }
-    Err(SchemaError::Differs { database: name.to_owned(), found, wanted })
+    Err(SchemaError::Differs { database: name.to_owned(), found: describe(found), wanted: describe(wanted) })
+}
+
+/// Whether two names of ICU mean the same locale. PostgreSQL 15 keeps what CREATE DATABASE was given (`en_US`,
+/// `de@collation=phonebook`); newer ones make a language tag of it (`en-US`, `de-u-co-phonebk`; `createdb` in
+/// `dbcommands.c`). What stands behind the language has other words in each: it must be there in both.
+pub(in crate::migration) fn is_same_icu_locale(one: &str, other: &str) -> bool {
+    let is_tag = |name: &str| !name.is_empty() && name != "root" && !name.contains(['_', '@']);
+    if is_tag(one) && is_tag(other) {
+        return one == other;
+    }
+    let parts = |name: &str| {
+        let name = name.to_lowercase().replace('_', "-");
+        let (language, words) = match name.split_once('@').or_else(|| name.split_once("-u-")) {
+            Some((language, _)) => (language, true),
+            None => name.strip_suffix("-posix").map_or((name.as_str(), false), |language| (language, true)),
+        };
+        let language = if ["", "root"].contains(&language) { "und" } else { language };
+        (language.to_owned(), words)
+    };
+    parts(one) == parts(other)
 }
 
 async fn create_sql(target: &Control, name: &str, wanted: &Database) -> Result<String, Error> {
@@ -445,4 +471,52 @@ async fn read(control: &Control, name: &str) -> Result<Option<Database>, Error> 
         }
     }
     Ok(Some(database))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn of_icu(locale: &str) -> Database {
+        Database {
+            owner: "o".to_owned(),
+            encoding: "UTF8".to_owned(),
+            collate: "C".to_owned(),
+            ctype: "C".to_owned(),
+            provider: "i".to_owned(),
+            locale: Some(locale.to_owned()),
+            icu_rules: None,
+            tablespace: "pg_default".to_owned(),
+            connection_limit: -1,
+            is_template: false,
+            comment: None,
+            grants: BTreeSet::new(),
+            settings: Vec::new(),
+        }
+    }
+
+    /// What PostgreSQL 15 has, and what newer ones make of it: the database is found again by a retry.
+    #[test]
+    fn locales_of_icu_are_the_same_in_either_spelling() {
+        for (kept, tag) in [
+            ("en_US", "en-US"),
+            ("en-US", "en-US"),
+            ("de@collation=phonebook", "de-u-co-phonebk"),
+            ("en_US_POSIX", "en-US-u-va-posix"),
+            ("root", "und"),
+            ("", "und"),
+        ] {
+            check_same("d", &of_icu(tag), &of_icu(kept)).unwrap_or_else(|error| panic!("{kept}, {tag}: {error}"));
+        }
+        for (kept, tag) in [
+            ("en_US", "en-GB"),
+            ("de", "de-u-ks-level1"),
+            ("de@collation=phonebook", "de"),
+            ("de-u-co-phonebk", "de-u-ks-level1"),
+        ] {
+            assert!(check_same("d", &of_icu(tag), &of_icu(kept)).is_err(), "{kept}, {tag}");
+        }
+        let of_libc = Database { provider: "c".to_owned(), locale: None, ..of_icu("en-US") };
+        assert!(check_same("d", &of_libc, &of_icu("en_US")).is_err());
+    }
 }
