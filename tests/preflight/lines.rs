@@ -377,5 +377,6 @@ pub const OTHERS: &[&str] = &[
     "generated_children",
     "identity_columns",
     "reserved_words",
+    "role_makers",
     "scheduled_jobs",
 ];

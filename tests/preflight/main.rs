@@ -296,6 +296,18 @@ async fn settings_that_are_wrong_are_named_and_set() {
     assert!(hosted.fix.contains("rds.logical_replication") && hosted.statements.is_empty(), "{hosted:#?}");
 }
 
+#[tokio::test(flavor = "multi_thread")]
+async fn roles_that_may_do_less_on_the_target_are_named() {
+    let rig = Rig::start();
+    rig.make_source(
+        "CREATE TABLE t (id int PRIMARY KEY); CREATE ROLE maker CREATEROLE; CREATE ROLE chief CREATEROLE SUPERUSER",
+    )
+    .await;
+    let results = validate(&rig, &rig.source, &rig.whole, false).await;
+    let less = rig.source_cluster.major() < 16 && rig.target_cluster.major() >= 16;
+    assert_eq!(results["role_makers"].evidence, if less { vec!["maker"] } else { Vec::new() });
+}
+
 /// Which values there are differs from major to major, and with locales and time zones.
 #[tokio::test(flavor = "multi_thread")]
 async fn values_that_the_target_does_not_take_are_named() {
