@@ -354,7 +354,15 @@ impl Writer<'_> {
                 self.record(made::ROLE_SETTING, &object, "was set to another value, or not at all").await?;
             }
             let statement = format!("ALTER ROLE {} {}", quote_ident(&role.name), setting.clause());
-            done = done.and(self.where_allowed(role, "given its settings", &statement).await?);
+            let set = match self.where_allowed(role, "given its settings", &statement).await {
+                Err(error) if error.is_value() => {
+                    let (to, name) = (self.to, &setting.name);
+                    let warning = format!("the {to} does not take its value of {name}; left out");
+                    Done { changed: false, warning: Some(warning) }
+                }
+                set => set?,
+            };
+            done = done.and(set);
         }
         Ok(done.and(self.take_settings(role, before).await?))
     }
@@ -471,10 +479,18 @@ impl Writer<'_> {
 impl RolesError {
     /// Whether it was the rights that did not reach.
     fn is_right(&self) -> bool {
+        self.is_written_with(sqlstate::INSUFFICIENT_PRIVILEGE)
+    }
+
+    /// Whether it was the value of a setting: what it may be differs from major to major, and with what a server was
+    /// built with and its host has (locales, time zones).
+    fn is_value(&self) -> bool {
+        self.is_written_with(sqlstate::INVALID_PARAMETER_VALUE)
+    }
+
+    fn is_written_with(&self, code: &str) -> bool {
         match self {
-            Self::Write { source, .. } => {
-                source.code().map(tokio_postgres::error::SqlState::code) == Some(sqlstate::INSUFFICIENT_PRIVILEGE)
-            }
+            Self::Write { source, .. } => source.code().map(tokio_postgres::error::SqlState::code) == Some(code),
             Self::Connect(_) | Self::Read { .. } | Self::Journal(_) => false,
         }
     }

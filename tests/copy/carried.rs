@@ -263,6 +263,29 @@ fn warnings(reports: &[RoleReport]) -> Vec<String> {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn values_that_the_target_does_not_take_are_left_out_and_told() {
+    let rig = Rig::start();
+    let source = support::connect(&rig.source_cluster, "postgres").await;
+    source.batch_execute("CREATE DATABASE shop").await.unwrap();
+    let make = "CREATE ROLE dated; ALTER ROLE dated SET work_mem = '5MB'; ALTER DATABASE shop SET work_mem = '5MB';
+        ALTER ROLE ALL SET lock_timeout = '5s';
+        UPDATE pg_db_role_setting SET setconfig = ARRAY[split_part(setconfig[1], '=', 1) || '=nonsense']";
+    source.batch_execute(make).await.unwrap();
+    let told = warnings(&rig.copy_roles().await.unwrap());
+    for warning in [
+        "dated: the target does not take its value of work_mem; left out",
+        "ALL: the target does not take the value of lock_timeout; left out",
+    ] {
+        assert!(told.iter().any(|told| told == warning), "{told:?}");
+    }
+    let made = schema::create_database(&rig.source, &rig.target, "shop", Existing::Keep, &rig.journal).await;
+    let (limit, mut carried) = (ConnectionLimit::IsCarried, made.unwrap());
+    let synced = schema::sync_database(&rig.source, &rig.target, "shop", &[], limit, &mut carried).await.unwrap();
+    assert_eq!((synced.changed, synced.left.len()), (0, 1), "{synced:?}");
+    assert!(synced.left[0].starts_with("ALTER DATABASE was refused"), "{synced:?}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn on_the_way_back_it_is_the_source_that_is_named() {
     let rig = Rig::start();
     let target = support::connect(&rig.target_cluster, "postgres").await;

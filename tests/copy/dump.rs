@@ -20,6 +20,29 @@ async fn passwords_reach_pg_dump_without_being_seen() {
     rig.assert_same_rows().await;
 }
 
+/// Without double quotes `system_user` is a column up to PostgreSQL 15, and from then on whoever has logged in.
+#[tokio::test(flavor = "multi_thread")]
+async fn names_that_only_the_target_reserves_mean_the_same_there() {
+    let rig = Rig::start();
+    rig.make_source(
+        "CREATE TABLE t (id int PRIMARY KEY, \"system_user\" text CHECK (\"system_user\" <> 'root'));
+         CREATE INDEX by_user ON t (\"system_user\"); CREATE POLICY p ON t USING (\"system_user\" = 'alice');
+         CREATE FUNCTION f(\"system_user\" text) RETURNS text LANGUAGE sql AS 'SELECT $1';
+         INSERT INTO t VALUES (1, 'alice')",
+    )
+    .await;
+    let archive = rig.dump().await;
+    rig.restore_pre_data(&archive).await;
+    rig.copy(&archive).await.unwrap();
+    rig.finish(&archive).await;
+    rig.assert_same_rows().await;
+    let meaning = "SELECT concat_ws('; ', (SELECT pg_get_expr(conbin, conrelid) FROM pg_constraint WHERE contype = 'c' \
+        AND conrelid = 't'::regclass), (SELECT pg_get_expr(polqual, polrelid) FROM pg_policy))";
+    let there = support::connect(&rig.target_cluster, DATABASE).await;
+    let text: String = there.query_one(meaning, &[]).await.unwrap().get(0);
+    assert!(text.contains("system_user") && !text.contains("SYSTEM_USER"), "{text}");
+}
+
 /// The last session that the server takes is our own, which holds the snapshot. Why pg_dump gets none is told by a SQLSTATE,
 /// so that it is tried again later.
 #[tokio::test(flavor = "multi_thread")]

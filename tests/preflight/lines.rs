@@ -314,6 +314,9 @@ pub const RIGHTS: &[(&str, &str)] = &[
     ("text_search_parsers", "parser public.words"),
     ("base_types", "public.shown"),
     ("operator_families", "public.fam for btree"),
+    ("superuser_functions", "function public.hidden(integer)"),
+    ("superuser_objects", "access method own_btree"),
+    ("event_trigger_rights", "watching all"),
 ];
 
 /// What the source holds for them.
@@ -330,7 +333,13 @@ pub const GUARDED: &str = "
     CREATE CAST (shown AS bytea) WITHOUT FUNCTION;
     CREATE LANGUAGE mine HANDLER plpgsql_call_handler;
     CREATE TEXT SEARCH PARSER words (START = prsd_start, GETTOKEN = prsd_nexttoken, END = prsd_end, LEXTYPES = prsd_lextype);
-    CREATE OPERATOR FAMILY fam USING btree;";
+    CREATE OPERATOR FAMILY fam USING btree; CREATE TYPE span AS RANGE (SUBTYPE = int);
+    CREATE FUNCTION hidden(int) RETURNS boolean LANGUAGE sql IMMUTABLE LEAKPROOF AS 'SELECT $1 > 0';
+    CREATE FUNCTION inner_one(int) RETURNS int LANGUAGE internal AS 'int4up';
+    CREATE AGGREGATE largest(int) (SFUNC = int4larger, STYPE = int);
+    CREATE FOREIGN DATA WRAPPER wrapper; CREATE ACCESS METHOD own_btree TYPE INDEX HANDLER bthandler;
+    CREATE FUNCTION e() RETURNS event_trigger LANGUAGE plpgsql AS 'BEGIN END';
+    CREATE EVENT TRIGGER \"watching all\" ON ddl_command_end EXECUTE PROCEDURE e();";
 
 /// Rules that a setting breaks: server, setting, value, and the first major that has it. What they name is run, and both
 /// servers are restarted.
@@ -367,5 +376,7 @@ pub const OTHERS: &[&str] = &[
     "build_features",
     "generated_children",
     "identity_columns",
+    "reserved_words",
+    "role_makers",
     "scheduled_jobs",
 ];

@@ -283,19 +283,27 @@ pub(super) const FINDINGS: &[Finding] = &[
         definition: Definition {
             code: "index_search_path",
             worst: Outcome::Warning,
-            why: "definitions are restored, and rows copied and applied, with an empty search_path: a function that looks up \
-                  names without a schema fails there, and with it the index that calls it, or the rows of a table whose \
-                  check, generated column or domain does",
-            evidence: "the indexes, constraints and columns, and the functions",
+            why: "definitions are restored, rows copied and applied, and materialized views refreshed, with an empty \
+                  search_path: a function that looks up names without a schema fails there, and with it the index or \
+                  materialized view that calls it, or the rows of a table whose check, generated column or domain does",
+            evidence: "the indexes, materialized views, constraints and columns, and the functions",
             fix: "ALTER FUNCTION … SET search_path = …, with the schemas that its body means",
             apply: Apply::Refused("which schemas its body means, only its author knows"),
             ..Finding::DEFINITION
         },
-        // A generated column depends on its function itself, or by its expression: that differs from major to major.
-        query: "SELECT DISTINCT format('%s calls %s', u.name, p.oid::regprocedure), \
+        // A generated column depends on its function itself, or by its expression: that differs from major to major. A
+        // materialized view calls what the views call that it reads.
+        query: "WITH RECURSIVE reads AS (SELECT v.oid AS materialized, v.oid AS view FROM pg_class v \
+                WHERE v.relkind = 'm' AND v.relispopulated UNION SELECT r.materialized, d.refobjid FROM reads r \
+                JOIN pg_rewrite w ON w.ev_class = r.view \
+                JOIN pg_depend d ON d.classid = 'pg_rewrite'::regclass AND d.objid = w.oid \
+                AND d.refclassid = 'pg_class'::regclass JOIN pg_class s ON s.oid = d.refobjid AND s.relkind = 'v') \
+                SELECT DISTINCT format('%s calls %s', u.name, p.oid::regprocedure), \
                 format('ALTER FUNCTION %s SET search_path = %I, pg_temp', p.oid::regprocedure, n.nspname) \
                 FROM (SELECT 'pg_class'::regclass AS classid, i.oid, 0 AS part, i.oid::regclass::text AS name \
                 FROM pg_class i WHERE i.relkind IN ('i', 'I') UNION ALL \
+                SELECT 'pg_rewrite'::regclass, w.oid, 0, format('materialized view %s', r.materialized::regclass) \
+                FROM reads r JOIN pg_rewrite w ON w.ev_class = r.view UNION ALL \
                 SELECT 'pg_constraint'::regclass, k.oid, 0, format('check %I of %s', k.conname, \
                 CASE k.contypid WHEN 0 THEN k.conrelid::regclass::text ELSE 'domain ' || format_type(k.contypid, NULL) END) \
                 FROM pg_constraint k WHERE k.contype = 'c' UNION ALL \

@@ -106,7 +106,8 @@ const PRELOAD_LIBRARIES: Definition = Definition {
 const UNKNOWN_SETTINGS: Definition = Definition {
     code: "unknown_settings",
     worst: Outcome::Warning,
-    why: "ALTER DATABASE … SET and ALTER ROLE … SET of parameters that the target does not know are left out",
+    why: "ALTER DATABASE … SET and ALTER ROLE … SET of parameters that the target does not know, or of values that it \
+          does not take, are left out",
     evidence: "the parameters",
     fix: "look up what replaced them in the target's release notes, and RESET them on the source if nothing is lost",
     apply: Apply::Refused("it changes how the application's sessions run on the source"),
@@ -165,6 +166,10 @@ pub(super) const DEFINITIONS: [&Definition; 12] = [
     &WORKER_PROCESSES,
     &CONTROL_DATABASE,
 ];
+
+/// Parameters that are not tried: they would change our session, or name what is in a database.
+const UNTRIED: [&str; 5] =
+    ["client_encoding", "default_table_access_method", "default_text_search_config", "role", "session_authorization"];
 
 /// Parameters of which only a smaller value on the target matters.
 const AT_LEAST: [&str; 2] = ["max_locks_per_transaction", "max_prepared_transactions"];
@@ -368,15 +373,24 @@ impl Servers<'_> {
                      CASE WHEN r.rolname IS NULL AND d.datname IS NULL THEN 'ROLE ALL' \
                           WHEN r.rolname IS NULL THEN 'DATABASE ' || quote_ident(d.datname) \
                           ELSE 'ROLE ' || quote_ident(r.rolname) || coalesce(' IN DATABASE ' || quote_ident(d.datname), '') END, \
-                     split_part(u, '=', 1)) \
+                     split_part(u, '=', 1)), substr(u, strpos(u, '=') + 1) \
                      FROM pg_db_role_setting s LEFT JOIN pg_roles r ON r.oid = s.setrole \
                      LEFT JOIN pg_database d ON d.oid = s.setdatabase CROSS JOIN unnest(s.setconfig) u ORDER BY 1, 2";
         let read = async {
             let known = database_parameters(self.target).await?;
-            let used = self.source.query(query, &[]).await?;
-            let used = used.iter().map(|row| (row.get::<_, String>(0), row.get::<_, String>(1)));
-            let unknown = used.filter(|(name, _)| !name.contains('.') && !known.contains(name));
-            Ok::<Vec<(String, String)>, tokio_postgres::Error>(unknown.collect())
+            let mut found: Vec<(String, String)> = Vec::new();
+            for row in self.source.query(query, &[]).await? {
+                let (name, reset, value): (String, String, String) = (row.get(0), row.get(1), row.get(2));
+                if name.contains('.') {
+                    continue;
+                }
+                if !known.contains(&name) {
+                    found.push((name, reset));
+                } else if self.refuses(&name, &value).await? {
+                    found.push((format!("a value of {name}"), reset));
+                }
+            }
+            Ok::<Vec<(String, String)>, tokio_postgres::Error>(found)
         };
         match read.await {
             Ok(unknown) => {
@@ -386,6 +400,23 @@ impl Servers<'_> {
                 rule.mended_by(statements).unless_any(Outcome::Warning, names)
             }
             Err(error) => rule.unknown(&error),
+        }
+    }
+
+    /// Whether the target says that the parameter cannot have this value.
+    async fn refuses(&self, name: &str, value: &str) -> Result<bool, tokio_postgres::Error> {
+        if UNTRIED.contains(&name) {
+            return Ok(false);
+        }
+        // For this statement alone, and in no transaction block: other rules use the same session meanwhile.
+        let set = "SELECT pg_catalog.set_config($1, $2, true)";
+        match self.target.query_one(set, &[&name, &value]).await {
+            Ok(_) => Ok(false),
+            // What may not be set here and now is no matter.
+            Err(error) => match error.code() {
+                Some(code) => Ok(*code == tokio_postgres::error::SqlState::INVALID_PARAMETER_VALUE),
+                None => Err(error),
+            },
         }
     }
 

@@ -4,6 +4,7 @@ use super::database::{Database, Finding};
 use super::definition::{Apply, Definition, Hosted};
 use super::{Outcome, RuleResult};
 use crate::catalog::journal::Side;
+use crate::migration::schema::is_same_icu_locale;
 use crate::postgres::Control;
 
 const ENCODING: Definition = Definition {
@@ -63,6 +64,31 @@ SELECT c.collprovider::text,
        max(pg_collation_actual_version(c.oid))::text
   FROM pg_collation c WHERE c.collprovider <> 'd' GROUP BY 1, 2";
 
+/// What `pg_database` says of one database.
+#[derive(Clone, Debug, Default)]
+struct Locale {
+    /// In words, but for what follows.
+    shown: String,
+    /// The name of its locale, where ICU is its provider.
+    icu: Option<String>,
+}
+
+impl Locale {
+    fn is_same(&self, other: &Self) -> bool {
+        let is_same = match (&self.icu, &other.icu) {
+            (Some(one), Some(other)) => is_same_icu_locale(one, other),
+            (one, other) => one == other,
+        };
+        self.shown == other.shown && is_same
+    }
+}
+
+impl std::fmt::Display for Locale {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "{}{}", self.shown, self.icu.as_deref().unwrap_or_default())
+    }
+}
+
 impl Database<'_> {
     /// The target's database, whether it is there or will be made.
     pub(super) async fn target(&self) -> Vec<RuleResult> {
@@ -81,7 +107,7 @@ impl Database<'_> {
             }
             Some(found) => {
                 let evidence = format!("source: {wanted}; target: {found}");
-                let same = same.expect(found == wanted, Outcome::Failed, evidence);
+                let same = same.expect(found.is_same(&wanted), Outcome::Failed, evidence);
                 vec![self.is_empty().await, same, self.rule(&CREATE_DATABASE).succeeded()]
             }
         }
@@ -95,14 +121,17 @@ impl Database<'_> {
             .is_ok_and(|row| row.is_some())
     }
 
-    /// What `pg_database` says of this database, in words.
-    async fn locale(&self, control: &Control) -> Result<Option<String>, tokio_postgres::Error> {
+    /// What `pg_database` says of this database.
+    async fn locale(&self, control: &Control) -> Result<Option<Locale>, tokio_postgres::Error> {
         // The locale of ICU and of the built-in provider had another name in 15 and 16.
         let query = "SELECT format('encoding %s, collation %s, ctype %s%s', pg_encoding_to_char(encoding), datcollate, datctype, \
-                     CASE to_jsonb(d) ->> 'datlocprovider' WHEN 'i' THEN ', ICU ' WHEN 'b' THEN ', builtin ' END \
-                     || coalesce(to_jsonb(d) ->> 'datlocale', to_jsonb(d) ->> 'daticulocale', '')) \
+                     CASE to_jsonb(d) ->> 'datlocprovider' WHEN 'i' THEN ', ICU ' \
+                     WHEN 'b' THEN ', builtin ' || coalesce(to_jsonb(d) ->> 'datlocale', '') END), \
+                     CASE to_jsonb(d) ->> 'datlocprovider' WHEN 'i' \
+                     THEN coalesce(to_jsonb(d) ->> 'datlocale', to_jsonb(d) ->> 'daticulocale', '') END \
                      FROM pg_database d WHERE datname::text = $1";
-        Ok(control.query_opt(query, &[&self.name]).await?.map(|row| row.get(0)))
+        let row = control.query_opt(query, &[&self.name]).await?;
+        Ok(row.map(|row| Locale { shown: row.get(0), icu: row.get(1) }))
     }
 
     /// The database will be made: may it be, and does the target know the locale?

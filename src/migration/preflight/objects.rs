@@ -199,4 +199,69 @@ pub(super) const FINDINGS: &[Finding] = &[
                 WHERE x.classid = 'pg_opfamily'::regclass AND x.objid = f.oid AND x.deptype = 'e') ORDER BY 1",
         ..Finding::OF_EVERY_VERSION
     },
+    Finding {
+        definition: Definition {
+            code: "superuser_functions",
+            why: "functions that are LEAKPROOF, or in a language that is not trusted (c, internal, plpython3u, …), \
+                  are made by superusers alone, and the target's login role is none",
+            evidence: "the functions",
+            fix: "log in to the target as a superuser, or ALTER FUNCTION … NOT LEAKPROOF, DROP FUNCTION (managed \
+                  services: those of their extensions only)",
+            apply: Apply::Refused("the application would lose it, or what its views and policies are planned by"),
+            ..Finding::DEFINITION
+        },
+        unless: Unless::TargetSuperuser,
+        // Those of base types go with them, which have a rule of their own; those of ranges are made by the server.
+        query: "SELECT format('function %s', p.oid::regprocedure), CASE WHEN l.lanpltrusted THEN 'ALTER' ELSE 'DROP' \
+                END || CASE to_jsonb(p) ->> 'prokind' WHEN 'p' THEN ' PROCEDURE ' ELSE ' FUNCTION ' END \
+                || p.oid::regprocedure || CASE WHEN l.lanpltrusted THEN ' NOT LEAKPROOF' ELSE '' END FROM pg_proc p \
+                JOIN pg_language l ON l.oid = p.prolang JOIN pg_namespace n ON n.oid = p.pronamespace \
+                WHERE (p.proleakproof OR NOT l.lanpltrusted) AND {ours} \
+                AND NOT EXISTS (SELECT FROM pg_aggregate g WHERE g.aggfnoid = p.oid) \
+                AND NOT EXISTS (SELECT FROM pg_type t WHERE p.oid IN (t.typinput, t.typoutput, t.typreceive, \
+                t.typsend, t.typmodin, t.typmodout, t.typanalyze)) AND NOT EXISTS (SELECT FROM pg_depend x \
+                WHERE x.classid = 'pg_proc'::regclass AND x.objid = p.oid AND x.deptype IN ('e', 'i')) ORDER BY 1",
+        ..Finding::OF_EVERY_VERSION
+    },
+    Finding {
+        definition: Definition {
+            code: "superuser_objects",
+            why: "foreign data wrappers and access methods are made by superusers alone, and the target's login role \
+                  is none",
+            evidence: "the wrappers and access methods that are no extension's",
+            fix: "log in to the target as a superuser, or DROP FOREIGN DATA WRAPPER, DROP ACCESS METHOD (managed \
+                  services: those of their extensions only)",
+            apply: Apply::Refused("the application would lose it"),
+            ..Finding::DEFINITION
+        },
+        unless: Unless::TargetSuperuser,
+        query: "SELECT format('foreign data wrapper %I', w.fdwname), \
+                format('DROP FOREIGN DATA WRAPPER %I CASCADE', w.fdwname) \
+                FROM pg_foreign_data_wrapper w WHERE w.oid >= 16384 AND NOT EXISTS (SELECT FROM pg_depend x \
+                WHERE x.classid = 'pg_foreign_data_wrapper'::regclass AND x.objid = w.oid AND x.deptype = 'e') \
+                UNION ALL \
+                SELECT format('access method %I', m.amname), format('DROP ACCESS METHOD %I CASCADE', m.amname) \
+                FROM pg_am m WHERE m.oid >= 16384 AND NOT EXISTS (SELECT FROM pg_depend x \
+                WHERE x.classid = 'pg_am'::regclass AND x.objid = m.oid AND x.deptype = 'e') ORDER BY 1",
+        ..Finding::OF_EVERY_VERSION
+    },
+    Finding {
+        definition: Definition {
+            code: "event_trigger_rights",
+            worst: Outcome::Warning,
+            why: "event triggers are made by superusers, and with some managed services by their administrators: the \
+                  target's login role is no superuser, and where it may not either, the migration fails when \
+                  everything has been copied",
+            evidence: "the event triggers",
+            fix: "log in to the target as a superuser, or as the administrator of a service that allows it; or DROP \
+                  EVENT TRIGGER",
+            apply: Apply::Refused("what it guards would be unguarded"),
+            ..Finding::DEFINITION
+        },
+        unless: Unless::TargetSuperuser,
+        query: "SELECT t.evtname::text, format('DROP EVENT TRIGGER %I', t.evtname) FROM pg_event_trigger t \
+                WHERE t.evtname !~ '^pgcutover_' AND NOT EXISTS (SELECT FROM pg_depend x \
+                WHERE x.classid = 'pg_event_trigger'::regclass AND x.objid = t.oid AND x.deptype = 'e') ORDER BY 1",
+        ..Finding::OF_EVERY_VERSION
+    },
 ];

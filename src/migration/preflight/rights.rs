@@ -24,6 +24,24 @@ const CREATE_ROLES: Definition = Definition {
     ..RIGHT
 };
 
+const ROLE_MAKERS: Definition = Definition {
+    code: "role_makers",
+    worst: Outcome::Warning,
+    why: "from PostgreSQL 16 on CREATEROLE is not enough to alter, drop or grant a role that somebody else has made, \
+          as pgcutover makes those that the target does not have: it takes the ADMIN option on the role as well",
+    evidence: "roles with CREATEROLE that are no superusers, where the source is older and the target is not",
+    fix: "GRANT the roles that they look after TO them WITH ADMIN OPTION, on the source before the migration or on the \
+          target before the cutover",
+    on: Side::Target,
+    apply: Apply::ByHand,
+    ..RIGHT
+};
+
+/// Without the role that asks, which is ours.
+const MAKERS: &str = "\
+SELECT rolname::text FROM pg_roles
+ WHERE rolcreaterole AND NOT rolsuper AND rolname !~ '^pg_' AND rolname <> current_user ORDER BY 1";
+
 /// Tried, because nothing else tells: superusers may, and from PostgreSQL 15 on who was granted it.
 const REPLICA_ROLE: Definition = Definition {
     code: "session_replication_role",
@@ -132,8 +150,9 @@ SELECT p.name FROM unnest($1::text[]) AS p (name) LEFT JOIN pg_settings s ON low
  WHERE coalesce(s.context, 'superuser') IN ('superuser', 'superuser-backend')
    AND NOT (SELECT rolsuper FROM pg_roles WHERE rolname = current_user)";
 
-pub(super) const DEFINITIONS: [&Definition; 8] = [
+pub(super) const DEFINITIONS: [&Definition; 9] = [
     &CREATE_ROLES,
+    &ROLE_MAKERS,
     &REPLICA_ROLE,
     &VERIFIERS,
     &SOURCE_SIGNAL,
@@ -150,6 +169,7 @@ impl Servers<'_> {
         for definition in DEFINITIONS.into_iter().filter(|definition| self.asks(definition)) {
             results.push(match definition.code {
                 "create_roles" => self.create_roles().await,
+                "role_makers" => self.role_makers().await,
                 "session_replication_role" => self.replica_role().await,
                 "password_verifiers" => self.verifiers().await,
                 "apply_ddl" => self.apply_ddl().await,
@@ -186,6 +206,17 @@ impl Servers<'_> {
         match read.await {
             Ok((missing, false)) => rule.unless_any(Outcome::Failed, missing),
             Ok((_, true)) => rule.succeeded(),
+            Err(error) => rule.unknown(&error),
+        }
+    }
+
+    async fn role_makers(&self) -> RuleResult {
+        let rule = self.rule(&ROLE_MAKERS);
+        if self.source.version_num() >= 160_000 || self.target.version_num() < 160_000 {
+            return rule.succeeded();
+        }
+        match column(self.source, MAKERS, &[]).await {
+            Ok(found) => rule.unless_any(Outcome::Warning, found),
             Err(error) => rule.unknown(&error),
         }
     }

@@ -1,6 +1,8 @@
 //! Rules about what a database uses and the target does not know: because of its version, or because of what it was built
 //! with. Locales have rules of their own.
 
+use std::collections::HashSet;
+
 use tokio_postgres::error::SqlState;
 
 use super::database::{Database, Finding};
@@ -44,6 +46,20 @@ SELECT format('%I.%I.%I', n.nspname, c.relname, a.attname),
   JOIN pg_namespace n ON n.oid = c.relnamespace JOIN pg_attribute a ON a.attrelid = c.oid AND NOT a.attisdropped
  WHERE a.attidentity <> '' AND c.relispartition ORDER BY 1";
 
+/// Words that cannot be the name of a column without double quotes.
+const RESERVED: &str = "SELECT word::text FROM pg_get_keywords() WHERE catcode IN ('R', 'T')";
+
+/// What has one of the names $1, and is written without its schema.
+const NAMED: &str = "\
+SELECT format('%I.%I.%I', n.nspname, c.relname, a.attname) FROM pg_attribute a
+  JOIN pg_class c ON c.oid = a.attrelid JOIN pg_namespace n ON n.oid = c.relnamespace
+ WHERE a.attname::text = ANY ($1) AND a.attnum > 0 AND NOT a.attisdropped
+   AND c.relkind IN ('r', 'p', 'v', 'm', 'f', 'c') AND n.nspname NOT IN ('information_schema', 'pgcutover') AND n.nspname !~ '^pg_'
+ UNION ALL
+SELECT DISTINCT format('argument %I of %s', u.name, p.oid::regprocedure) FROM pg_proc p
+  JOIN pg_namespace n ON n.oid = p.pronamespace CROSS JOIN unnest(p.proargnames) AS u (name)
+ WHERE u.name = ANY ($1) AND n.nspname NOT IN ('information_schema', 'pgcutover') AND n.nspname !~ '^pg_' ORDER BY 1";
+
 const BUILD_FEATURES: Definition = Definition {
     code: "build_features",
     why: "these definitions need something that the target was not built with",
@@ -71,12 +87,25 @@ const IDENTITY_COLUMNS: Definition = Definition {
     ..Finding::DEFINITION
 };
 
-pub(super) const DEFINITIONS: [&Definition; 3] = [&BUILD_FEATURES, &GENERATED_CHILDREN, &IDENTITY_COLUMNS];
+const RESERVED_WORDS: Definition = Definition {
+    code: "reserved_words",
+    worst: Outcome::Warning,
+    why: "the target takes these names for words of SQL where they stand without double quotes (system_user, from \
+          PostgreSQL 16 on): definitions keep their meaning, but statements of the application and bodies of \
+          functions fail there, or come to something else without an error",
+    evidence: "columns and arguments whose name the target reserves and the source does not",
+    fix: "write the names in double quotes wherever statements and functions use them, or ALTER TABLE … RENAME COLUMN",
+    ..Finding::DEFINITION
+};
+
+pub(super) const DEFINITIONS: [&Definition; 4] =
+    [&BUILD_FEATURES, &GENERATED_CHILDREN, &IDENTITY_COLUMNS, &RESERVED_WORDS];
 
 impl Database<'_> {
     /// All of them.
     pub(super) async fn unknown(&self) -> Vec<RuleResult> {
         let (features, generated) = (self.rule(&BUILD_FEATURES), self.rule(&GENERATED_CHILDREN));
+        let reserved = self.rule(&RESERVED_WORDS);
         let target = self.servers.target;
         vec![
             match missing_features(&self.session, target).await {
@@ -88,6 +117,10 @@ impl Database<'_> {
                 Err(error) => generated.unknown(&error),
             },
             self.identity_columns().await,
+            match reserved_words(&self.session, target).await {
+                Ok(found) => reserved.unless_any(Outcome::Warning, found),
+                Err(error) => reserved.unknown(&error),
+            },
         ]
     }
 }
@@ -152,6 +185,13 @@ async fn generated_children(session: &Control, target: &Control) -> Result<Vec<S
         return Ok(Vec::new());
     }
     column(session, GENERATED, &[]).await
+}
+
+async fn reserved_words(session: &Control, target: &Control) -> Result<Vec<String>, tokio_postgres::Error> {
+    let here: HashSet<String> = column(session, RESERVED, &[]).await?.into_iter().collect();
+    let there = column(target, RESERVED, &[]).await?;
+    let added: Vec<String> = there.into_iter().filter(|word| !here.contains(word)).collect();
+    column(session, NAMED, &[&added]).await
 }
 
 #[cfg(test)]

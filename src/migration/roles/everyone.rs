@@ -47,10 +47,11 @@ impl Writer<'_> {
             Ok(()) => Ok(Done { changed: true, warning: None }),
             Err(source) => {
                 let error = self.unwritten(EVERYONE, "given its settings", source);
-                if !error.is_right() {
-                    return Err(error);
-                }
-                let warning = format!("{statement} takes a superuser of the {}", self.to);
+                let warning = match (error.is_right(), error.is_value()) {
+                    (true, _) => format!("{statement} takes a superuser of the {}", self.to),
+                    (false, true) => format!("the {} does not take the value of {name}; left out", self.to),
+                    (false, false) => return Err(error),
+                };
                 Ok(Done { changed: false, warning: Some(warning) })
             }
         }

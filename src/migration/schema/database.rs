@@ -4,7 +4,7 @@ use std::collections::{BTreeSet, HashSet};
 
 use serde::{Deserialize, Serialize};
 use tokio_postgres::Error;
-use tokio_postgres::error::SqlState;
+use tokio_postgres::error::{DbError, SqlState};
 
 use super::{ConnectionLimit, Existing, SchemaError, Synced};
 use crate::catalog::journal::{MadeObject, Side};
@@ -145,6 +145,9 @@ pub(super) async fn create(
             Err(SchemaError::Database { doing, source, .. }) if is_right(&source) => {
                 tracing::warn!(database = name, doing, "more than the target's login role may do; left out");
             }
+            Err(SchemaError::Database { doing, source, .. }) if is_value(&source) => {
+                tracing::warn!(database = name, doing, "the target does not take the value of a setting; left out");
+            }
             done => done?,
         }
     }
@@ -196,6 +199,10 @@ pub(super) async fn sync(
             Ok(()) => synced.changed += 1,
             Err(SchemaError::Database { doing, source, .. }) if is_right(&source) => {
                 synced.left.push(format!("{doing} is more than the login role of the server that is led to may do"));
+            }
+            Err(SchemaError::Database { doing, source, .. }) if is_value(&source) => {
+                let why = source.as_db_error().map_or("", DbError::message);
+                synced.left.push(format!("{doing} was refused by the server that is led to: {why}"));
             }
             Err(error) => return Err(error),
         }
@@ -276,6 +283,11 @@ fn is_right(error: &Error) -> bool {
     error.code() == Some(&SqlState::INSUFFICIENT_PRIVILEGE)
 }
 
+/// Whether it was the value of a setting: see [`crate::migration::roles`].
+fn is_value(error: &Error) -> bool {
+    error.code() == Some(&SqlState::INVALID_PARAMETER_VALUE)
+}
+
 /// Whether a database has the name already. Two statements at the same time meet in the unique index of the catalogue.
 fn is_taken(error: &Error) -> bool {
     error.code().is_some_and(|code| [SqlState::DUPLICATE_DATABASE, SqlState::UNIQUE_VIOLATION].contains(code))
@@ -290,11 +302,37 @@ fn check_same(name: &str, found: &Database, wanted: &Database) -> Result<(), Sch
         };
         format!("encoding {}, collation {}, ctype {}{provider}", one.encoding, one.collate, one.ctype)
     };
-    let (found, wanted) = (describe(found), describe(wanted));
-    if found == wanted {
+    let mut spelled = found.clone();
+    if let (Some(there), Some(here)) = (&found.locale, &wanted.locale)
+        && (found.provider.as_str(), wanted.provider.as_str()) == ("i", "i")
+        && is_same_icu_locale(there, here)
+    {
+        spelled.locale = Some(here.clone());
+    }
+    if describe(&spelled) == describe(wanted) {
         return Ok(());
     }
-    Err(SchemaError::Differs { database: name.to_owned(), found, wanted })
+    Err(SchemaError::Differs { database: name.to_owned(), found: describe(found), wanted: describe(wanted) })
+}
+
+/// Whether two names of ICU mean the same locale. PostgreSQL 15 keeps what CREATE DATABASE was given (`en_US`,
+/// `de@collation=phonebook`); newer ones make a language tag of it (`en-US`, `de-u-co-phonebk`; `createdb` in
+/// `dbcommands.c`). What stands behind the language has other words in each: it must be there in both.
+pub(in crate::migration) fn is_same_icu_locale(one: &str, other: &str) -> bool {
+    let is_tag = |name: &str| !name.is_empty() && name != "root" && !name.contains(['_', '@']);
+    if is_tag(one) && is_tag(other) {
+        return one == other;
+    }
+    let parts = |name: &str| {
+        let name = name.to_lowercase().replace('_', "-");
+        let (language, words) = match name.split_once('@').or_else(|| name.split_once("-u-")) {
+            Some((language, _)) => (language, true),
+            None => name.strip_suffix("-posix").map_or((name.as_str(), false), |language| (language, true)),
+        };
+        let language = if ["", "root"].contains(&language) { "und" } else { language };
+        (language.to_owned(), words)
+    };
+    parts(one) == parts(other)
 }
 
 async fn create_sql(target: &Control, name: &str, wanted: &Database) -> Result<String, Error> {
@@ -433,4 +471,52 @@ async fn read(control: &Control, name: &str) -> Result<Option<Database>, Error> 
         }
     }
     Ok(Some(database))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn of_icu(locale: &str) -> Database {
+        Database {
+            owner: "o".to_owned(),
+            encoding: "UTF8".to_owned(),
+            collate: "C".to_owned(),
+            ctype: "C".to_owned(),
+            provider: "i".to_owned(),
+            locale: Some(locale.to_owned()),
+            icu_rules: None,
+            tablespace: "pg_default".to_owned(),
+            connection_limit: -1,
+            is_template: false,
+            comment: None,
+            grants: BTreeSet::new(),
+            settings: Vec::new(),
+        }
+    }
+
+    /// What PostgreSQL 15 has, and what newer ones make of it: the database is found again by a retry.
+    #[test]
+    fn locales_of_icu_are_the_same_in_either_spelling() {
+        for (kept, tag) in [
+            ("en_US", "en-US"),
+            ("en-US", "en-US"),
+            ("de@collation=phonebook", "de-u-co-phonebk"),
+            ("en_US_POSIX", "en-US-u-va-posix"),
+            ("root", "und"),
+            ("", "und"),
+        ] {
+            check_same("d", &of_icu(tag), &of_icu(kept)).unwrap_or_else(|error| panic!("{kept}, {tag}: {error}"));
+        }
+        for (kept, tag) in [
+            ("en_US", "en-GB"),
+            ("de", "de-u-ks-level1"),
+            ("de@collation=phonebook", "de"),
+            ("de-u-co-phonebk", "de-u-ks-level1"),
+        ] {
+            assert!(check_same("d", &of_icu(tag), &of_icu(kept)).is_err(), "{kept}, {tag}");
+        }
+        let of_libc = Database { provider: "c".to_owned(), locale: None, ..of_icu("en-US") };
+        assert!(check_same("d", &of_libc, &of_icu("en_US")).is_err());
+    }
 }

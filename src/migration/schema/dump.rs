@@ -130,6 +130,7 @@ async fn attempt(
 ) -> Result<Archive, SchemaError> {
     let mut control = source.control(database, "dump").await?;
     let read = |error| SchemaError::Read { database: database.to_owned(), source: error };
+    let source_version = control.version_num();
     let transaction = control
         .build_transaction()
         .isolation_level(tokio_postgres::IsolationLevel::RepeatableRead)
@@ -139,7 +140,8 @@ async fn attempt(
         .map_err(read)?;
     let snapshot: String =
         transaction.query_one("SELECT pg_catalog.pg_export_snapshot()", &[]).await.map_err(read)?.get(0);
-    let text = match run(pg_dump, source, database, Some(&snapshot), lock_timeout).await {
+    let share = Share { snapshot, quoting: Quoting::of(pg_dump, source_version) };
+    let text = match run(pg_dump, source, database, Some(&share), lock_timeout).await {
         // Whatever pg_dump says when its server goes down: the session that holds the snapshot is gone then, too.
         Err(SchemaError::Dump { database, program, why }) if transaction.query_one("SELECT 1", &[]).await.is_err() => {
             return Err(SchemaError::DumpLost { database, program, why });
@@ -190,6 +192,31 @@ pub(super) async fn definitions(
     Ok(entries.collect())
 }
 
+/// How a dump that will be restored is made.
+struct Share {
+    /// What an open transaction has exported.
+    snapshot: String,
+    quoting: Quoting,
+}
+
+/// Which names the server writes in double quotes in what it puts together itself: expressions, indexes, views.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Quoting {
+    /// Those that it could not read otherwise.
+    Needed,
+    /// All of them.
+    All,
+}
+
+impl Quoting {
+    /// A server quotes what is a word of SQL to itself, and a newer one may know more: what PostgreSQL 15 writes as
+    /// `(system_user = 'x')` is a column there, and from 16 on whoever has logged in. What pg_dump writes itself, it
+    /// quotes by its own major.
+    fn of(pg_dump: &PgDump, source_version: u32) -> Self {
+        if pg_dump.major > source_version / 10_000 { Self::All } else { Self::Needed }
+    }
+}
+
 struct Output {
     stdout: String,
     stderr: String,
@@ -199,7 +226,7 @@ async fn run(
     pg_dump: &PgDump,
     server: &Connector,
     database: &str,
-    snapshot: Option<&str>,
+    share: Option<&Share>,
     lock_timeout: Duration,
 ) -> Result<Output, SchemaError> {
     let failed = |why: String| SchemaError::Dump { database: database.to_owned(), program: pg_dump.path.clone(), why };
@@ -211,10 +238,12 @@ async fn run(
         .arg(format!("--lock-wait-timeout={}", lock_timeout.as_millis().max(1)))
         .stdin(Stdio::null())
         .kill_on_drop(true);
-    if let Some(snapshot) = snapshot {
+    if let Some(Share { snapshot, .. }) = share {
         command.arg(format!("--snapshot={snapshot}"));
     }
-    environment(&mut command, server, database, home.path()).map_err(|error| failed(error.to_string()))?;
+    // Two servers are compared as each writes its own.
+    let quoting = share.map_or(Quoting::Needed, |share| share.quoting);
+    environment(&mut command, server, database, home.path(), quoting).map_err(|error| failed(error.to_string()))?;
     let output = command.output().await.map_err(|error| failed(error.to_string()))?;
     let stderr = String::from_utf8_lossy(&output.stderr).into_owned();
     if !output.status.success() {
@@ -256,8 +285,19 @@ fn complaints(stderr: &str) -> String {
 
 /// libpq reads everything from the environment, where no `ps` shows it and no database name is taken for a connection
 /// string; the password stands in a file that only we can read.
-fn environment(command: &mut Command, connector: &Connector, database: &str, home: &Path) -> std::io::Result<()> {
+fn environment(
+    command: &mut Command,
+    connector: &Connector,
+    database: &str,
+    home: &Path,
+    quoting: Quoting,
+) -> std::io::Result<()> {
     let server: &Server = connector.server();
+    let quote_all = match quoting {
+        Quoting::Needed => "",
+        Quoting::All => " -c quote_all_identifiers=on",
+    };
+    let options = "-c idle_in_transaction_session_timeout=0 -c default_transaction_read_only=off";
     command.env_clear();
     for kept in ["PATH", "LD_LIBRARY_PATH", "DYLD_LIBRARY_PATH", "SSL_CERT_FILE", "SSL_CERT_DIR", "TMPDIR"] {
         if let Some(value) = std::env::var_os(kept) {
@@ -283,7 +323,7 @@ fn environment(command: &mut Command, connector: &Connector, database: &str, hom
         .env("PGSSLMODE", sslmode)
         .env("PGCONNECT_TIMEOUT", server.connect_timeout.as_secs().max(2).to_string())
         .env("PGAPPNAME", connector.instance().application_name("pg_dump"))
-        .env("PGOPTIONS", "-c idle_in_transaction_session_timeout=0 -c default_transaction_read_only=off")
+        .env("PGOPTIONS", format!("{options}{quote_all}"))
         .env("PGPASSFILE", &passfile);
     if let Some(root) = &server.sslrootcert {
         command.env("PGSSLROOTCERT", root);
@@ -317,6 +357,13 @@ mod tests {
         assert_eq!(chosen(13, 14), Some(15), "the oldest above, when none fits");
         assert_eq!(chosen(17, 17), Some(18));
         assert_eq!(chosen(19, 19), None);
+    }
+
+    #[test]
+    fn names_are_quoted_for_a_newer_server() {
+        let quoting = |major, source| Quoting::of(&PgDump { path: PathBuf::from("/pg_dump"), major }, source);
+        assert_eq!(quoting(18, 150_018), Quoting::All);
+        assert_eq!(quoting(15, 150_018), Quoting::Needed);
     }
 
     #[test]

@@ -26,7 +26,7 @@ use crate::postgres::{ConnectError, Connector};
 
 pub use archive::Archive;
 pub use database::CarriedDatabase;
-pub(in crate::migration) use database::parameters as database_parameters;
+pub(in crate::migration) use database::{is_same_icu_locale, parameters as database_parameters};
 
 pub(in crate::migration) use restore::{Locking, Restorer};
 pub(in crate::migration) use toc::Entry;
