@@ -167,9 +167,16 @@ pub(super) const DEFINITIONS: [&Definition; 12] = [
     &CONTROL_DATABASE,
 ];
 
-/// Parameters that are not tried: they would change our session, or name what is in a database.
-const UNTRIED: [&str; 5] =
-    ["client_encoding", "default_table_access_method", "default_text_search_config", "role", "session_authorization"];
+/// Parameters that are not tried: they would change our session, or name what is in a database or on a server, which
+/// ALTER ROLE and ALTER DATABASE take for what will be there one day.
+const UNTRIED: [&str; 6] = [
+    "client_encoding",
+    "default_table_access_method",
+    "default_tablespace",
+    "default_text_search_config",
+    "role",
+    "session_authorization",
+];
 
 /// Parameters of which only a smaller value on the target matters.
 const AT_LEAST: [&str; 2] = ["max_locks_per_transaction", "max_prepared_transactions"];
