@@ -307,8 +307,9 @@ impl Passage {
         let end = self.cursor.end;
         tokio::select! {
             reached = durable(applied, end) => reached?,
-            // Whoever asked has gone; nothing was kept back.
-            () = held.closed() => return Ok(()),
+            // Whoever asked has gone, and nobody can be told. What came with the order is kept back all the same: it must
+            // pass before anything else does.
+            () = held.closed() => {}
         }
         if held.send(()).is_ok() {
             while let Some(question) = questions.recv().await {
@@ -553,6 +554,37 @@ mod tests {
         assert_eq!(hold.fit(&snapshot("743:745:743"), Lsn(320)).await, Ok(Fit::Disordered));
         bench.send.send(Received::UpTo(Lsn(330))).await.expect("running");
         assert_eq!(hold.fit(&snapshot("744:745:744"), Lsn(330)).await, Ok(Fit::Exact));
+    }
+
+    #[tokio::test]
+    async fn what_is_kept_back_passes_in_its_place_when_the_hold_is_given_up_before_it_stands() {
+        let gate = Gate::default();
+        let (send, from) = mpsc::channel(64);
+        let (to, mut out) = mpsc::channel(64);
+        // Nothing becomes durable: the target works on 700 for a long time.
+        let applied = watch::Sender::new(Applied::default());
+        tokio::spawn(gate.open().run(from, to, applied.subscribe()));
+        send.send(data(transaction(700, 100).to_vec())).await.expect("running");
+        out.recv().await.expect("passed");
+        {
+            let mut hold = std::pin::pin!(gate.hold());
+            // 741 and the order wait for the gate together.
+            send.send(data(transaction(741, 200).to_vec())).await.expect("running");
+            assert!(futures_util::poll!(hold.as_mut()).is_pending());
+            while send.capacity() < send.max_capacity() {
+                tokio::task::yield_now().await;
+            }
+            assert!(futures_util::poll!(hold.as_mut()).is_pending(), "700 is not durable");
+        }
+        for (xid, at) in [(742, 300), (743, 400)] {
+            send.send(data(transaction(xid, at).to_vec())).await.expect("running");
+        }
+        let mut begun = Vec::new();
+        while begun.len() < 2 {
+            let Some(Received::Data { messages, .. }) = out.recv().await else { panic!("the passage has ended") };
+            begun.extend(messages.iter().filter(|data| data[0] == b'B').filter_map(|data| u64_at(data, 1)));
+        }
+        assert_eq!(begun, [200, 300]);
     }
 
     #[tokio::test]
