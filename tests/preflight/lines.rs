@@ -368,6 +368,7 @@ pub const OTHERS: &[&str] = &[
     "pg_dump",
     "control_database",
     "database_exists",
+    "sync_standbys",
     "truncate",
     "long_transactions",
     "forecast",

@@ -429,6 +429,31 @@ async fn what_depends_on_the_order_is_named() {
     silent(&validate(&rig, &rig.source, &strict, false).await, "long_transactions");
 }
 
+/// Where nobody is a standby, whoever commits waits: so nothing is written behind the setting.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_server_that_takes_anybody_for_its_standby_is_named() {
+    let (source, target) = newest_pair();
+    let rig = Rig::of(support::two_clusters_of((&source, &target), |options| options, |options| options));
+    rig.make_source("CREATE TABLE t (id int PRIMARY KEY)").await;
+    let admin = support::connect(&rig.source_cluster, "postgres").await;
+    for (standbys, anybody) in [("FIRST 1 (near, \"*\")", true), ("ANY 1 (*)", true), ("near, \"*far\"", false)] {
+        admin.batch_execute(&format!("ALTER SYSTEM SET synchronous_standby_names = '{standbys}'")).await.unwrap();
+        admin.batch_execute("SELECT pg_reload_conf()").await.unwrap();
+        support::wait_for("the configuration to be read again", || async {
+            let session = support::connect(&rig.source_cluster, "postgres").await;
+            let row = session.query_one("SHOW synchronous_standby_names", &[]).await.unwrap();
+            row.get::<_, String>(0) == standbys
+        })
+        .await;
+        let results = validate(&rig, &rig.source, &rig.whole, false).await;
+        if anybody {
+            found(&results, "sync_standbys", &format!("source: synchronous_standby_names = {standbys}"));
+        } else {
+            silent(&results, "sync_standbys");
+        }
+    }
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn a_log_that_grows_beyond_what_a_slot_may_keep_is_foretold() {
     let (source, target) = newest_pair();

@@ -83,6 +83,18 @@ const SLOT_IDLE: Definition = Definition {
     ..STREAMED
 };
 
+const SYNC_STANDBYS: Definition = Definition {
+    code: "sync_standbys",
+    worst: Outcome::Warning,
+    why: "whoever comes is then a synchronous standby, our walsenders too: a commit may wait for the other server \
+          instead of the standby that is meant, and is acknowledged though that one lacks it",
+    evidence: "synchronous_standby_names of the server",
+    fix: "name the standbys in synchronous_standby_names in place of *, before the migration begins; what pgcutover \
+          opens is called pgcutover/…",
+    hosted: Hosted::Parameter("synchronous_standby_names"),
+    ..STREAMED
+};
+
 const TRUNCATE: Definition = Definition {
     code: "truncate",
     when: When::Before,
@@ -147,13 +159,14 @@ const WAY_BACK: Definition = Definition {
     ..STREAMED
 };
 
-pub(super) const DEFINITIONS: [&Definition; 11] = [
+pub(super) const DEFINITIONS: [&Definition; 12] = [
     &WAL_LEVEL,
     &SLOTS,
     &SENDERS,
     &REPLICATION,
     &SLOT_WAL,
     &SLOT_IDLE,
+    &SYNC_STANDBYS,
     &TRUNCATE,
     &FENCE_SETTINGS,
     &LONG_TRANSACTIONS,
@@ -178,6 +191,7 @@ impl Servers<'_> {
                 "replication_right" => self.replication_right().await,
                 "slot_wal_size" => self.slot_limit(&SLOT_WAL, "max_slot_wal_keep_size", "-1").await,
                 "slot_idle_timeout" => self.slot_limit(&SLOT_IDLE, "idle_replication_slot_timeout", "0").await,
+                "sync_standbys" => self.sync_standbys().await,
                 "truncate" => self.truncate(),
                 "fence_settings" => self.fence_settings().await,
                 "long_transactions" => self.long_transactions().await,
@@ -300,6 +314,24 @@ impl Servers<'_> {
             },
             Err(error) => rule.unknown(&error),
         }
+    }
+
+    /// A star stands for a standby of any name, quoted or not (`SyncRepGetStandbyPriority` in PostgreSQL's syncrep.c),
+    /// and a walsender of logical replication counts as one. That of the stream back runs on the target.
+    async fn sync_standbys(&self) -> RuleResult {
+        let rule = self.rule(&SYNC_STANDBYS);
+        let mut anybody = Vec::new();
+        for (server, control) in [("source", self.source), ("target", self.target)] {
+            let row = match control.query_one("SELECT current_setting('synchronous_standby_names')", &[]).await {
+                Ok(row) => row,
+                Err(error) => return rule.unknown(&error),
+            };
+            let names: &str = row.get(0);
+            if names.split(|c: char| c.is_whitespace() || "(),\"".contains(c)).any(|name| name == "*") {
+                anybody.push(format!("{server}: synchronous_standby_names = {names}"));
+            }
+        }
+        rule.unless_any(Outcome::Warning, anybody)
     }
 
     fn truncate(&self) -> RuleResult {
