@@ -389,6 +389,8 @@ mod tests {
         ] {
             assert_eq!(says(of_database, of_all, configured), read_only, "{of_database:?} {of_all:?} {configured}");
         }
+        let is_on = |value| parse_bool(value) == Some(true);
+        assert!(is_on("ON") && is_on("true") && !is_on("off") && !is_on(""));
     }
 
     #[test]
